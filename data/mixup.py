@@ -1,0 +1,35 @@
+"""Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), drawn from (seed, step)."""
+
+from timm.data import Mixup
+from torch import Tensor
+
+from data.datasets import draw_seed, kept_generators, seed_generators
+
+SEED_OF_MIXUP = 2  # apart from the seeds of images
+
+
+class StepMixup:
+    """timm's Mixup with the draws of one forward pass a function of (seed, step), the same in every process.
+
+    Args:
+        seed: of the run.
+        options: of ``timm.data.Mixup``.
+    """
+
+    def __init__(self, *, seed: int, **options):
+        self.seed, self.mixup = seed, Mixup(**options)
+
+    def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mix a batch with itself, in place.
+
+        Args:
+            images: (B, 3, H, W), normalised; B even.
+            targets: (B,) class ids.
+            step: forward passes of the run before this one.
+
+        Returns:
+            images and (B, num_classes) probabilities, label smoothing included.
+        """
+        with kept_generators():
+            seed_generators(draw_seed(self.seed, step, 0, SEED_OF_MIXUP))
+            return self.mixup(images, targets)

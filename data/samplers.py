@@ -1,0 +1,66 @@
+"""Which images make up which batch: pure functions of (seed, epoch, update), for any number of processes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from data.datasets import draw_seed
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of one epoch's images."""
+    generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
+    return torch.randperm(num_samples, generator=generator)
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """Batches of one process for one epoch, whole updates only.
+
+    Update u takes images u * G to (u + 1) * G of the epoch's order, G being the global batch; its forward passes and
+    processes divide those among themselves. So the images of an update do not depend on how many processes there are.
+
+    Args:
+        num_samples: size of the dataset.
+        batch_size: images per process and forward pass.
+        accumulation: forward passes per update.
+        rank, world_size: of this process.
+        seed: of the run.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, accumulation: int, rank: int, world_size: int, seed: int):
+        self.num_samples, self.batch_size, self.accumulation = num_samples, batch_size, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.updates_per_epoch = num_samples // (batch_size * accumulation * world_size)
+        self.set_position(0, 0)
+
+    def set_position(self, epoch: int, first_update: int) -> None:
+        """The epoch to read next, and where in it to begin."""
+        self.epoch, self.first_update = epoch, first_update
+
+    def __len__(self) -> int:
+        return (self.updates_per_epoch - self.first_update) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, epoch_order(self.num_samples, self.seed, self.epoch).tolist()
+        first_pass = self.first_update * self.accumulation
+        for forward_pass in range(first_pass, self.updates_per_epoch * self.accumulation):
+            start = (forward_pass * self.world_size + self.rank) * self.batch_size
+            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+
+
+class EvalBatches(Sampler[list[Key]]):
+    """Every image once: process r takes images r, r + world, r + 2 * world ... and the last batch may be short."""
+
+    def __init__(self, num_samples: int, batch_size: int, *, rank: int, world_size: int):
+        self.indices, self.batch_size = range(rank, num_samples, world_size), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]

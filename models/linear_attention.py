@@ -1,0 +1,242 @@
+"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442), and what the paper compares it with.
+
+Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import PositionTable, resize_grid, to_pair
+
+EPS = 1e-6
+
+
+def focus(x: Tensor, power: float) -> Tensor:
+    """Sharpen the direction of each vector and keep its length (eq. 6). x: (..., C), positive."""
+    unit = x / x.amax(dim=-1, keepdim=True)  # f_p is homogeneous: the same value, at any magnitude
+    sharp = unit**power
+    return sharp * (x.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None) -> Tensor:
+    """Attention with the similarity q . k, without a matrix of N x M (eq. 3).
+
+    Args:
+        q: (B, H, N, D), not negative.
+        k: (B, H, M, D), not negative; zero for keys to ignore.
+        v: (B, H, M, D').
+        num_keys: keys that count, a number or (B, 1, 1, 1); M when not given.
+
+    Returns:
+        (B, H, N, D'): means of ``v``, weighted by q . k.
+    """
+    num_keys = k.shape[-2] if num_keys is None else num_keys
+    key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
+    summary = (k / num_keys).transpose(-2, -1) @ v  # (B, H, D, D')
+    normaliser = q @ key_mean.transpose(-2, -1) + EPS  # (B, H, N, 1)
+    return (q @ summary) / normaliser
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Efficient attention (https://arxiv.org/abs/1812.01243): softmax over q's channels and over k's tokens."""
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask, float("-inf"))
+    return q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-2, -1) @ v)
+
+
+def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
+
+    q, k, v: (B, 1, N or M, C), one head of all channels, so that q and k have unit length over C.
+    """
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if key_mask is not None:
+        k = k * key_mask
+    return q * (k * v).sum(dim=-2, keepdim=True)
+
+
+def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, rows of sum 1."""
+    q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
+    ones = torch.ones_like(k[..., :1])
+    if key_mask is not None:
+        k, ones = k * key_mask, ones * key_mask
+    q = torch.cat([q, torch.full_like(q[..., :1], 0.5)], dim=-1)  # (q, 1/2) . (k, 1) = 1/2 + q . k
+    k = torch.cat([k, ones], dim=-1)
+    return linear_attention(q, k, v, _num_keys(key_mask))
+
+
+def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Vanilla linear attention: the similarity relu(q) . relu(k)."""
+    q, k = F.relu(q) + EPS, F.relu(k) + EPS
+    if key_mask is not None:
+        k = k * key_mask
+    return linear_attention(q, k, v, _num_keys(key_mask))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, softmax(q k^T / sqrt(D)) v: the twin that everything here is measured against."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
+
+
+def _num_keys(key_mask: Tensor | None) -> Tensor | None:
+    return None if key_mask is None else key_mask.sum(dim=-2, keepdim=True)
+
+
+class _Compared(NamedTuple):
+    attend: Callable[..., Tensor]
+    single_head: bool = False
+    convolves: bool = False  # adds the depthwise convolution of v
+
+
+COMPARED = {
+    "relu": _Compared(relu_attention),
+    "efficient": _Compared(efficient_attention),
+    "hydra": _Compared(hydra_attention, single_head=True),
+    "angular": _Compared(angular_attention),
+    "enhanced": _Compared(relu_attention, convolves=True),
+    "softmax": _Compared(softmax_attention),
+}
+KINDS = ("focused", *COMPARED)
+
+
+class FocusedLinearAttention(nn.Module):
+    """Attention of projected q, k, v on a map of tokens: focused linear, or one that the paper compares it with.
+
+    It holds no projections: a backbone's attention derives from it and adds its own, so that parameter names stay
+    those of released checkpoints (``attn.qkv``, ``attn.dwc``, ...). There is no attention dropout, since there is no
+    attention matrix.
+
+    Args:
+        dim: channels C of q, k and v.
+        num_heads: heads H; divides ``dim``.
+        grid: height and width of the queries' token map, N = height * width (+ prefix tokens).
+        key_grid: the keys' map when they are spatially reduced, ``grid`` when not given.
+        num_prefix_tokens: tokens before the map (a class token), in queries and keys alike.
+        focusing_factor: p of eq. 6.
+        kernel_size: of the depthwise convolution, odd.
+        kind: one of ``KINDS``; all but ``focused`` have neither positional encoding nor scale.
+        focusing: apply f_p (only ``focused`` has one to switch off).
+        rank_restoration: add the depthwise convolution of v (``focused`` and ``enhanced`` have one).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: int | tuple[int, int],
+        *,
+        key_grid: int | tuple[int, int] | None = None,
+        num_prefix_tokens: int = 0,
+        focusing_factor: float = 3,
+        kernel_size: int = 5,
+        kind: str = "focused",
+        focusing: bool = True,
+        rank_restoration: bool = True,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+        self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
+        self.grid = to_pair(grid)
+        self.key_grid = self.grid if key_grid is None else to_pair(key_grid)
+        self.focusing_factor, self.kind, self.focusing = focusing_factor, kind, focusing
+        if kind == "focused":
+            num_keys = num_prefix_tokens + self.key_grid[0] * self.key_grid[1]
+            self.scale = nn.Parameter(torch.zeros(1, 1, dim))
+            self.positional_encoding = nn.Parameter(torch.zeros(1, num_keys, dim))
+        convolves = rank_restoration and (kind == "focused" or COMPARED[kind].convolves)
+        head_dim = dim // num_heads
+        # One filter per channel of a head, shared by all heads.
+        self.dwc = (
+            nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if convolves else None
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: tuple[int, int] | None = None,
+        key_grid: tuple[int, int] | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of q over k and v, before any output projection.
+
+        Args:
+            q: (B, N, C).
+            k, v: (B, M, C); M < N with spatial reduction.
+            grid, key_grid: the token maps of this call, when they differ from those of construction: the positional
+                encoding is then resized (bicubic).
+            key_mask: (B, M) bool, False for padding, which then counts nowhere.
+
+        Returns:
+            (B, N, C), in the dtype of ``v``.
+        """
+        grid = grid or self.grid
+        key_grid = key_grid or (grid if self.key_grid == self.grid else self.key_grid)
+        if key_mask is not None:
+            v = v * key_mask.unsqueeze(-1)
+        out = self._mix(q, k, v, key_grid, None if key_mask is None else key_mask[:, None, :, None])
+        if self.dwc is not None:
+            out = self._restore_rank(out, v, grid)
+        return out
+
+    forward = attend
+
+    def position_tables(self) -> list[PositionTable]:
+        if self.kind != "focused":
+            return []
+        return [PositionTable("positional_encoding", self.key_grid, self.num_prefix_tokens)]
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        # Sums over thousands of keys of cubed values: fp32 whatever the precision of the rest.
+        with torch.autocast(q.device.type, enabled=False):
+            compute_dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
+            if self.kind == "focused":
+                q, k = self._map_features(q, k, key_grid)
+                q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
+                out = linear_attention(q, k if key_mask is None else k * key_mask, value, _num_keys(key_mask))
+            else:
+                compared = COMPARED[self.kind]
+                num_heads = 1 if compared.single_head else self.num_heads
+                out = compared.attend(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
+            return out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
+
+    def _map_features(self, q: Tensor, k: Tensor, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        k = k + resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens)
+        scale = F.softplus(self.scale)
+        q, k = (F.relu(q) + EPS) / scale, (F.relu(k) + EPS) / scale
+        if self.focusing:  # over all channels of a token, before the split into heads
+            q, k = focus(q, self.focusing_factor), focus(k, self.focusing_factor)
+        return q, k
+
+    @staticmethod
+    def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
+
+    def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        prefix, (height, width) = self.num_prefix_tokens, grid
+        value_map = v[:, prefix:].transpose(1, 2)  # (B, C, M)
+        if value_map.shape[-1] != height * width:
+            # Along the flattened tokens, not the map: what released weights were trained with.
+            value_map = F.interpolate(value_map, size=height * width, mode="linear", align_corners=False)
+        # Heads share the filters: repeating those keeps the map a view, splitting the map would copy it.
+        weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
+        restored = F.conv2d(
+            value_map.unflatten(-1, (height, width)), weight, bias, padding=self.dwc.padding, groups=self.dim
+        )
+        restored = restored.flatten(2).transpose(1, 2)  # (B, N, C)
+        if prefix:
+            restored = F.pad(restored, (0, 0, prefix, 0))
+        return out + restored

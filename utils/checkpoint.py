@@ -1,0 +1,301 @@
+"""Checkpoints: written so that none is ever lost, read so that no code in a file ever runs.
+
+A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``position``, ``best`` and
+``config``; the first two under the names that the reference gives them.
+"""
+
+import collections
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("raw", "ema", "auto")
+_NAME = re.compile(r"checkpoint_(\d+)\.pth")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Buffers of the reference that are computed here, and the norm that its PVT builds and never uses.
+_LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
+_TEMPORARY = ".incomplete"
+MIN_COVERAGE = 0.8  # share of the model's weights that a file must fill to pass for the same model
+
+
+class CheckpointError(ValueError):
+    """A file that is damaged, unsafe or of another model. The text names the file and the remedy."""
+
+
+@dataclass
+class LoadReport:
+    """What became of every entry when weights were loaded. ``coverage``: share of the model's numbers that came."""
+
+    path: str
+    weights: str
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    coverage: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({self.coverage:.1%} of the model)"
+        ]
+        for name in ("resized", "reinitialised", "missing", "unused"):
+            if names := getattr(self, name):
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                parts.append(f"{len(names)} {name} ({shown})")
+        return "; ".join(parts)
+
+
+def save_checkpoint(state: dict, path: Path) -> str:
+    """Write a checkpoint beside its place, verify it there, then move it in: a file at ``path`` is always whole.
+
+    Returns:
+        sha256 of the file.
+
+    Raises:
+        OSError: the disk is full or not writable; what was at ``path`` is untouched.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(_to_cpu(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = verify(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise OSError(
+            f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return digest
+
+
+def verify(path: Path) -> str:
+    """Read a checkpoint through, checksums included.
+
+    Returns:
+        sha256 of the file.
+
+    Raises:
+        CheckpointError: damaged. ``torch.load`` alone lets flipped bits in tensors pass.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged or no checkpoint ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: is damaged: {damaged} fails its checksum")
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: io.BufferedReader) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Numbered checkpoints of a run, newest first."""
+    return sorted((path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def checkpoint_path(folder: Path, num_updates: int) -> Path:
+    return folder / f"checkpoint_{num_updates:09d}.pth"
+
+
+def remove_surplus(folder: Path, keep: int) -> None:
+    """Delete all but the newest; call it when the newest is verified. ``best.pth`` is no numbered one and stays.
+
+    What a kill left half written goes too.
+    """
+    for path in folder.glob(f"*.pth{_TEMPORARY}"):
+        path.unlink()
+    for path in list_checkpoints(folder)[keep:]:
+        path.unlink()
+
+
+def link_best(path: Path, best: Path) -> None:
+    """Make ``best`` the same file as ``path``, without writing it again where the disk can link."""
+    temporary = best.with_name(best.name + _TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, best)
+    _sync_folder(best.parent)
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that passes verification; damaged ones are named in the log and passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            logger.warning("%s; going back to the one before", error)
+        else:
+            return path
+    return None
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as plain data on the CPU: ours, the reference's, a bare state dict, or safetensors.
+
+    Raises:
+        CheckpointError: missing, damaged, or in need of code that will not be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        verify(path)
+    # The reference pickles its config as a yacs CfgNode: read as the dictionary that it is.
+    plain = [(collections.OrderedDict, "yacs.config.CfgNode")]
+    try:
+        with torch.serialization.safe_globals(plain):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
+        raise CheckpointError(f"{path}: not loaded, since it is damaged or holds code: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: is damaged or no checkpoint ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def _named_global(message: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    return f"it asks for {found.group(1)}, which is not allowed" if found else message
+
+
+def select_weights(state: dict, weights: str, path: str | Path = "checkpoint") -> tuple[str, dict[str, Tensor]]:
+    """The state dict in a checkpoint, wrappers' prefixes removed.
+
+    Args:
+        weights: ``raw``, ``ema``, or ``auto`` for the average where there is one.
+
+    Returns:
+        ``raw`` or ``ema``, and the state dict.
+
+    Raises:
+        CheckpointError: no such weights in the file.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
+    average = next((state[key] for key in ("state_dict_ema", "model_ema") if state.get(key)), None)
+    raw = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None)
+    if raw is None and average is None and state and all(isinstance(value, Tensor) for value in state.values()):
+        raw = state
+    chosen = {"raw": raw, "ema": average, "auto": average or raw}[weights]
+    if not chosen:
+        raise CheckpointError(
+            f"{path}: holds no {'' if weights == 'auto' else weights + ' '}weights; its keys: {', '.join(state)}"
+        )
+    label = "ema" if chosen is average else "raw"
+    return label, {_WRAPPERS.sub("", name): value for name, value in chosen.items()}
+
+
+def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
+    """Fill a model from a file of the same family: another input size and another number of classes are fine.
+
+    Position tables are resized (bicubic, as the reference does). A head of another number of classes keeps its fresh
+    values. Entries are matched by name.
+
+    Args:
+        weights: ``raw``, ``ema``, or ``auto`` for the average where the file has one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another model.
+    """
+    return fill_model(model, read_checkpoint(path), weights=weights, path=path)
+
+
+def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
+    """``load_weights`` from a checkpoint that is read already; ``path`` is for messages."""
+    label, loaded = select_weights(state, weights, path)
+    report = LoadReport(str(path), label)
+    own = model.state_dict()
+    try:
+        resized = model.resize_position_tables(loaded)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fitting = {}
+    head = _head_names(model)
+    for name, value in (loaded | resized).items():
+        if name not in own:
+            if not _LEFTOVERS.search(name):
+                report.unused.append(name)
+        elif value.shape == own[name].shape:
+            fitting[name] = value
+            (report.resized if name in resized else report.loaded).append(name)
+        elif name in head:
+            report.reinitialised.append(name)
+        else:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}; "
+                "choose the config that this file was trained with"
+            )
+    report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
+    body = [name for name in own if name not in head]
+    report.coverage = sum(own[name].numel() for name in fitting) / max(sum(value.numel() for value in own.values()), 1)
+    filled = sum(own[name].numel() for name in body if name in fitting) / sum(own[name].numel() for name in body)
+    if filled < MIN_COVERAGE:
+        raise CheckpointError(
+            f"{path}: fills only {filled:.0%} of the model, {', '.join(report.missing[:5])} ... are missing; "
+            "choose the config that this file was trained with"
+        )
+    model.load_state_dict(fitting, strict=False)
+    logger.info("%s", report)
+    return report
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    head = model.get_classifier()
+    parameters = {id(parameter) for parameter in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
+
+
+def _to_cpu(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

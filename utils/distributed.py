@@ -1,0 +1,103 @@
+"""Processes: who am I, where do I compute, and the few things that they agree on."""
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` of them, ``device`` being its own."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup() -> World:
+    """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "RANK" in os.environ:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    return World(rank, local_rank, size, device)
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
+    """The model for training: with gradients averaged over all processes where there are several."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+        **{_SYNC_BUFFERS: False},  # masks and indices: constants
+    )
+
+
+# torch renames it from 2.15 on.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def on_main(world: World, task: Callable[[], Result]) -> Result:
+    """What rank 0 gets from ``task``, in every process; where it fails, all fail.
+
+    Raises:
+        RuntimeError: in the other processes, with rank 0's message; rank 0 raises its own error.
+    """
+    outcome: list = [None, None]
+    error = None
+    if world.is_main:
+        try:
+            outcome[0] = task()
+        except Exception as caught:
+            error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+    return outcome[0]

@@ -1,0 +1,56 @@
+"""The learning rate as a function of the update: nothing to restore, nothing to drift."""
+
+import math
+from dataclasses import dataclass
+
+from yacs.config import CfgNode
+
+REFERENCE_BATCH = 512  # images that TRAIN.BASE_LR, WARMUP_LR and MIN_LR are given for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up, a decay that runs as if there had been none, then ``min_lr``. Lengths are in updates."""
+
+    name: str
+    base_lr: float
+    warmup_lr: float
+    min_lr: float
+    num_updates: int
+    warmup_updates: int = 0
+    decay_updates: int = 1  # of "step"
+    decay_rate: float = 0.1
+
+    def __call__(self, update: int) -> float:
+        """Learning rate of one update, counted from 0."""
+        if update < self.warmup_updates:
+            return self.warmup_lr + (self.base_lr - self.warmup_lr) * update / self.warmup_updates
+        if update >= self.num_updates:
+            return self.min_lr
+        if self.name == "cosine":
+            progress = update / self.num_updates
+            return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+        if self.name == "linear":
+            progress = (update - self.warmup_updates) / (self.num_updates - self.warmup_updates)
+            return self.base_lr + (self.min_lr - self.base_lr) * progress
+        return self.base_lr * self.decay_rate ** (update // self.decay_updates)
+
+
+def global_batch_size(cfg: CfgNode, world_size: int) -> int:
+    """Images per update, over all processes and forward passes."""
+    return cfg.DATA.BATCH_SIZE * world_size * max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
+
+
+def build_schedule(cfg: CfgNode, *, updates_per_epoch: int, world_size: int) -> Schedule:
+    """TRAIN.*LR scaled to the global batch, TRAIN.*EPOCHS in updates."""
+    factor = global_batch_size(cfg, world_size) / REFERENCE_BATCH
+    return Schedule(
+        name=cfg.TRAIN.LR_SCHEDULER.NAME,
+        base_lr=cfg.TRAIN.BASE_LR * factor,
+        warmup_lr=cfg.TRAIN.WARMUP_LR * factor,
+        min_lr=cfg.TRAIN.MIN_LR * factor,
+        num_updates=cfg.TRAIN.EPOCHS * updates_per_epoch,
+        warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
+        decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
+        decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+    )
