@@ -37,6 +37,7 @@ from utils.schedule import build_schedule, global_batch_size
 
 logger = logging.getLogger("main")
 
+WRONG_USE = 2  # exit status
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
@@ -46,8 +47,9 @@ def main() -> None:
     try:
         cfg = load_config(args.cfg, overrides(args))
         world = setup()
-    except ValueError as error:
-        sys.exit(report(error))
+    except ValueError as error:  # nothing is set up yet, the log neither
+        print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
     setup_logging(world.rank)
     try:
         if args.throughput:
@@ -56,8 +58,9 @@ def main() -> None:
             evaluate_checkpoint(cfg, world)
         else:
             train(cfg, world, find_unused_parameters=args.find_unused_params)
-    except USER_ERRORS as error:
-        sys.exit(report(error))
+    except USER_ERRORS as error:  # the text names the remedy: no traceback
+        logger.error("%s", error)
+        sys.exit(1 if isinstance(error, TrainingError) else WRONG_USE)
     finally:
         cleanup()
 
@@ -72,9 +75,7 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         return
     on_main(world, lambda: open_output(output, cfg))
     setup_logging(world.rank, output)
-    logger.info(
-        "%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, start, checkpoint or ""
-    )
+    logger.info("%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, start, checkpoint)
 
     datasets = build_datasets(cfg, training=True)
     mixup = build_mixup(cfg)
@@ -110,9 +111,7 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
     trainer = Trainer(
         state=state,
-        model=wrap(
-            torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters
-        ),
+        model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
         schedule=schedule,
         train_loader=train_loader,
@@ -148,17 +147,13 @@ def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
                 continue  # the file holds one of the two
             raise
         if loaded.missing or loaded.reinitialised or loaded.unused:
-            raise CheckpointError(
-                f"{loaded}; evaluation needs every weight: choose the config that this file was trained with"
-            )
+            raise CheckpointError(f"{loaded}; evaluation needs every weight: choose the config that this file was trained with")
         results[weights] = evaluate(model, loader, weights=weights, amp_dtype=precision, world=world)
 
     def write() -> None:
         output = output_folder(cfg)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(
-            json.dumps(evaluation_record(cfg, checkpoint, results, precision), indent=2) + "\n"
-        )
+        (output / "eval.json").write_text(json.dumps(evaluation_record(cfg, checkpoint, results, precision), indent=2) + "\n")
         logger.info("written to %s", output / "eval.json")
 
     on_main(world, write)
@@ -288,9 +283,7 @@ def evaluation_record(cfg: CfgNode, checkpoint: str, results: dict, precision: t
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for name, (_, options) in FLAGS.items():
         parser.add_argument(name, **options)
     args, unknown = parser.parse_known_args()
@@ -319,7 +312,7 @@ FLAGS = {
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
     "--find-unused-params": (
         None,
-        {"action": "store_true", "help": "DDP searches for unused parameters; no model here has any"},
+        {"action": "store_true", "help": "for DDP; no model here has any"},
     ),
     "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "average the weights"}),
     "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "do not average the weights"}),
@@ -338,15 +331,6 @@ def overrides(args: argparse.Namespace) -> list:
         if key is not None and value not in (None, False):
             pairs += [key, flag != "--no-model-ema" if value is True else value]
     return pairs
-
-
-def report(error: Exception) -> int:
-    """Say what is wrong, without a traceback: the text names the remedy. 2 is the exit status of wrong use."""
-    if logging.getLogger().handlers:
-        logger.error("%s", error)
-    else:
-        print(f"main.py: error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, TrainingError) else 2
 
 
 if __name__ == "__main__":

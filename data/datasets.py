@@ -35,9 +35,7 @@ class FolderDataset(Dataset):
     def __init__(self, root: str | Path, transform: Callable[[Image.Image], Tensor], *, seed: int = 0):
         self.root, self.transform, self.seed = Path(root), transform, seed
         self.classes = _list_classes(self.root)
-        names = [
-            (label, name) for label, folder in enumerate(self.classes) for name in _list_images(self.root / folder)
-        ]
+        names = [(label, name) for label, folder in enumerate(self.classes) for name in _list_images(self.root / folder)]
         self.labels = np.array([label for label, _ in names], dtype=np.int32)
         # One buffer rather than a million strings: workers share its memory, since nothing counts references to it.
         encoded = [name.encode(errors="surrogateescape") for _, name in names]
@@ -123,9 +121,7 @@ def _list_classes(root: Path) -> list[str]:
 
 def _list_images(folder: Path) -> list[str]:
     names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
     )
     if not names:
         raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")

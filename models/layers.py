@@ -77,9 +77,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
     if ("M" in letters) != digits.isdigit() or (digits and not digits.isdigit()):
-        raise ValueError(
-            f"attention type {attn_type!r}: a number follows the letters where M is among them, as in LLMS3"
-        )
+        raise ValueError(f"attention type {attn_type!r}: a number follows the letters where M is among them, as in LLMS3")
     num_linear = int(digits or 0)
     return [
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
@@ -164,11 +162,11 @@ class Backbone(nn.Module):
             for table in getattr(module, "position_tables", list)():
                 name = f"{prefix}.{table.name}" if prefix else table.name
                 own, stored = self.get_parameter(name), state_dict.get(name)
-                if stored is None or stored.shape == own.shape:
-                    continue
+                if stored is None or stored.shape == own.shape or stored.shape[-1] != own.shape[-1]:
+                    continue  # other channels are another model's: for the caller to refuse
                 rows = stored.flatten(0, -2)  # (prefix + tokens, C)
                 side = square_side(rows.shape[0] - table.num_prefix_tokens)
-                if side is None or stored.shape[-1] != own.shape[-1]:
+                if side is None:
                     raise ValueError(
                         f"{name}: cannot resize {tuple(stored.shape)} to {tuple(own.shape)}; "
                         "the checkpoint is of another model, or of an input that is not square"

@@ -17,12 +17,13 @@ EPS = 1e-6
 
 def focus(x: Tensor, power: float) -> Tensor:
     """Sharpen the direction of each vector and keep its length (eq. 6). x: (..., C), positive."""
-    unit = x / x.amax(dim=-1, keepdim=True)  # f_p is homogeneous: the same value, at any magnitude
+    largest = x.amax(dim=-1, keepdim=True)
+    unit = x / largest  # f_p is homogeneous: the same value, at any magnitude
     sharp = unit**power
-    return sharp * (x.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
+    return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
     """Attention with the similarity q . k, without a matrix of N x M (eq. 3).
 
     Args:
@@ -30,6 +31,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | N
         k: (B, H, M, D), not negative; zero for keys to ignore.
         v: (B, H, M, D').
         num_keys: keys that count, a number or (B, 1, 1, 1); M when not given.
+        eps: added to the normaliser, for similarities that may all be zero.
 
     Returns:
         (B, H, N, D'): means of ``v``, weighted by q . k.
@@ -37,7 +39,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | N
     num_keys = k.shape[-2] if num_keys is None else num_keys
     key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
     summary = (k / num_keys).transpose(-2, -1) @ v  # (B, H, D, D')
-    normaliser = q @ key_mean.transpose(-2, -1) + EPS  # (B, H, N, 1)
+    normaliser = q @ key_mean.transpose(-2, -1) + eps  # (B, H, N, 1)
     return (q @ summary) / normaliser
 
 
@@ -156,9 +158,7 @@ class FocusedLinearAttention(nn.Module):
         convolves = rank_restoration and (kind == "focused" or COMPARED[kind].convolves)
         head_dim = dim // num_heads
         # One filter per channel of a head, shared by all heads.
-        self.dwc = (
-            nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if convolves else None
-        )
+        self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if convolves else None
 
     def attend(
         self,
@@ -206,7 +206,7 @@ class FocusedLinearAttention(nn.Module):
             if self.kind == "focused":
                 q, k = self._map_features(q, k, key_grid)
                 q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
-                out = linear_attention(q, k if key_mask is None else k * key_mask, value, _num_keys(key_mask))
+                out = linear_attention(q, k if key_mask is None else k * key_mask, value, _num_keys(key_mask), eps=EPS)
             else:
                 compared = COMPARED[self.kind]
                 num_heads = 1 if compared.single_head else self.num_heads
@@ -233,9 +233,7 @@ class FocusedLinearAttention(nn.Module):
             value_map = F.interpolate(value_map, size=height * width, mode="linear", align_corners=False)
         # Heads share the filters: repeating those keeps the map a view, splitting the map would copy it.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
-        restored = F.conv2d(
-            value_map.unflatten(-1, (height, width)), weight, bias, padding=self.dwc.padding, groups=self.dim
-        )
+        restored = F.conv2d(value_map.unflatten(-1, (height, width)), weight, bias, padding=self.dwc.padding, groups=self.dim)
         restored = restored.flatten(2).transpose(1, 2)  # (B, N, C)
         if prefix:
             restored = F.pad(restored, (0, 0, prefix, 0))

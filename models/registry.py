@@ -20,9 +20,7 @@ def list_models() -> list[str]:
     return sorted(MODELS)
 
 
-def create_model(
-    name: str, *, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, **kwargs
-) -> nn.Module:
+def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, **kwargs) -> nn.Module:
     """A model of the zoo by name, with fresh weights.
 
     Args:

@@ -30,9 +30,7 @@ LARGE_WINDOW = 56
 class LinearWindowAttention(FocusedLinearAttention):
     """Focused linear attention within windows. (B * nW, N, C) -> the same."""
 
-    def __init__(
-        self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **operator
-    ):
+    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **operator):
         super().__init__(dim, num_heads, window, **operator)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -126,13 +124,9 @@ class SwinBlock(nn.Module):
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Window, shift and padded map for a map of this size."""
-        window = tuple(
-            side if covers else size for side, size, covers in zip(grid, self.window, self.covers, strict=True)
-        )
+        window = tuple(side if covers else size for side, size, covers in zip(grid, self.window, self.covers, strict=True))
         padded = tuple(-(-side // size) * size for side, size in zip(grid, window, strict=True))
-        shift = tuple(
-            size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True)
-        )
+        shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
         return window, shift, padded
 
     def regions(self, grid: tuple[int, int]) -> Tensor | None:
@@ -143,7 +137,7 @@ class SwinBlock(nn.Module):
         return window_regions(grid, window, shift, padded)
 
     def attention(self, x: Tensor) -> Tensor:
-        (batch, *grid, _), grid = x.shape, tuple(x.shape[1:3])
+        grid = tuple(x.shape[1:3])
         window, shift, padded = self.layout(grid)
         if grid == self.grid:
             region = self.native_region

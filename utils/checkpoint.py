@@ -48,9 +48,7 @@ class LoadReport:
     coverage: float = 0.0
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({self.coverage:.1%} of the model)"
-        ]
+        parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({self.coverage:.1%} of the model)"]
         for name in ("resized", "reinitialised", "missing", "unused"):
             if names := getattr(self, name):
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -77,9 +75,7 @@ def save_checkpoint(state: dict, path: Path) -> str:
         os.replace(temporary, path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise OSError(
-            f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)"
-        ) from error
+        raise OSError(f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)") from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)

@@ -31,30 +31,30 @@ def _defaults() -> CfgNode:
     cfg.DATA.IMG_SIZE = 224  # pixels
     cfg.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear, or random (training only)
     cfg.DATA.MEAN = IMAGENET_MEAN  # per channel, of values in [0, 1]
-    cfg.DATA.STD = IMAGENET_STD
+    cfg.DATA.STD = IMAGENET_STD  # likewise
     cfg.DATA.NUM_WORKERS = 8  # loader processes per training process
     cfg.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to a GPU
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.TYPE = "flatten_swin"  # the family, see models/registry.py
     cfg.MODEL.NAME = "flatten_swin_t"  # names the run's folder
-    cfg.MODEL.NUM_CLASSES = 1000
+    cfg.MODEL.NUM_CLASSES = 1000  # must be that of the data
     cfg.MODEL.DROP_RATE = 0.0  # dropout of embeddings, projections and MLPs
     cfg.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; grows from 0 over the network
-    cfg.MODEL.LABEL_SMOOTHING = 0.1
+    cfg.MODEL.LABEL_SMOOTHING = 0.1  # share of the target given to all classes alike
     cfg.MODEL.RESUME = ""  # checkpoint to go on from, or to evaluate (--resume)
     cfg.MODEL.PRETRAINED = ""  # checkpoint whose weights alone are the start (--pretrained)
 
     cfg.MODEL.SWIN = CfgNode()
-    cfg.MODEL.SWIN.PATCH_SIZE = 4
-    cfg.MODEL.SWIN.IN_CHANS = 3
-    cfg.MODEL.SWIN.EMBED_DIM = 96
-    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
-    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.PATCH_SIZE = 4  # pixels
+    cfg.MODEL.SWIN.IN_CHANS = 3  # of the images
+    cfg.MODEL.SWIN.EMBED_DIM = 96  # channels of the first stage; each next one has twice as many
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # blocks of each stage
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]  # of each stage
     cfg.MODEL.SWIN.WINDOW_SIZE = 7  # of linear blocks, capped at the map; softmax blocks: 7, or 12 where this is > 56
-    cfg.MODEL.SWIN.MLP_RATIO = 4.0
-    cfg.MODEL.SWIN.QKV_BIAS = True
-    cfg.MODEL.SWIN.PATCH_NORM = True
+    cfg.MODEL.SWIN.MLP_RATIO = 4.0  # hidden over outer channels
+    cfg.MODEL.SWIN.QKV_BIAS = True  # the projections to q, k and v have biases
+    cfg.MODEL.SWIN.PATCH_NORM = True  # norm after the patch embedding
 
     cfg.MODEL.LA = CfgNode()
     cfg.MODEL.LA.FOCUSING_FACTOR = 3  # p of the paper's eq. 6
@@ -65,12 +65,12 @@ def _defaults() -> CfgNode:
     cfg.MODEL.LA.RANK_RESTORATION = True  # False: without the depthwise convolution
 
     cfg.TRAIN = CfgNode()
-    cfg.TRAIN.EPOCHS = 300
+    cfg.TRAIN.EPOCHS = 300  # without those of the cooldown
     cfg.TRAIN.WARMUP_EPOCHS = 20  # linear from WARMUP_LR; the schedule runs beneath, so they are no extra epochs
     cfg.TRAIN.COOLDOWN_EPOCHS = 0  # extra epochs at MIN_LR at the end
     cfg.TRAIN.BASE_LR = 5e-4  # these three are per 512 images of the global batch
-    cfg.TRAIN.WARMUP_LR = 5e-7
-    cfg.TRAIN.MIN_LR = 5e-6
+    cfg.TRAIN.WARMUP_LR = 5e-7  # at the first update
+    cfg.TRAIN.MIN_LR = 5e-6  # at the end
     cfg.TRAIN.WEIGHT_DECAY = 0.05  # of matrices and kernels; norms, biases and relative-position tables have none
     cfg.TRAIN.CLIP_GRAD = 5.0  # L2 norm of all gradients; 0 for no clipping
     cfg.TRAIN.ACCUMULATION_STEPS = 0  # forward passes per update; 0 and 1 mean one
@@ -85,8 +85,8 @@ def _defaults() -> CfgNode:
 
     cfg.TRAIN.OPTIMIZER = CfgNode()
     cfg.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw or sgd
-    cfg.TRAIN.OPTIMIZER.EPS = 1e-8
-    cfg.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+    cfg.TRAIN.OPTIMIZER.EPS = 1e-8  # of adamw
+    cfg.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # of adamw
     cfg.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # of sgd
 
     cfg.AUG = CfgNode()
@@ -118,8 +118,8 @@ def _defaults() -> CfgNode:
     cfg.AMP = False  # mixed precision in training (--amp)
     cfg.AMP_DTYPE = "bf16"  # bf16, or fp16 with a loss scaler
     cfg.OUTPUT = "output"  # runs go to <OUTPUT>/<MODEL.NAME>/<TAG>
-    cfg.TAG = "default"
-    cfg.SEED = 0
+    cfg.TAG = "default"  # names the run (--tag)
+    cfg.SEED = 0  # of weights, order, augmentation, mixing and drop path
     cfg.PRINT_FREQ = 10  # updates between log lines
     cfg.SAVE_FREQ = 1  # epochs between checkpoints
     cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
@@ -359,9 +359,7 @@ def _validate_recipe(cfg: CfgNode) -> None:
         if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
             raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give the smallest and the largest, above 0")
     if cfg.AUG.CUTMIX_MINMAX is not None and len(cfg.AUG.CUTMIX_MINMAX) != 2:
-        raise ConfigError(
-            f"AUG.CUTMIX_MINMAX={cfg.AUG.CUTMIX_MINMAX}: give the smallest and the largest share, or None"
-        )
+        raise ConfigError(f"AUG.CUTMIX_MINMAX={cfg.AUG.CUTMIX_MINMAX}: give the smallest and the largest share, or None")
     if len(cfg.TRAIN.OPTIMIZER.BETAS) != 2:
         raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={cfg.TRAIN.OPTIMIZER.BETAS}: give two numbers")
     if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:

@@ -35,8 +35,7 @@ def setup() -> World:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; "
-                "lower --nproc_per_node"
+                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -305,9 +305,7 @@ class Trainer:
         if self.state.ema is not None:
             models["ema"] = _on_device(self.state.ema.module, self.world.device)
         for weights, model in models.items():
-            result = evaluate(
-                model, self.val_loader, weights=weights, amp_dtype=self.recipe.eval_dtype, world=self.world
-            )
+            result = evaluate(model, self.val_loader, weights=weights, amp_dtype=self.recipe.eval_dtype, world=self.world)
             if self.metrics is not None:
                 self.metrics.scalars(self.state.num_updates, f"eval_{weights}", _record(result, epoch))
             if result.acc1 > self.state.best["acc1"]:
@@ -364,9 +362,7 @@ class _Meter:
         losses = (sum_over_processes(torch.stack(self.losses).double()) / trainer.world.size).tolist()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise TrainingError(
-                    _non_finite(state.num_updates - len(losses) + index, self.epoch, loss, trainer.output)
-                )
+                raise TrainingError(_non_finite(state.num_updates - len(losses) + index, self.epoch, loss, trainer.output))
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
         left = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates

@@ -86,7 +86,7 @@ class MetricsWriter:
         path = output / "metrics.jsonl"
         if path.exists():
             _cut_after(path, step)
-        self._lines = open(path, "a", buffering=1)
+        self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(output), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int | str]) -> None:

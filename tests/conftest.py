@@ -1,0 +1,88 @@
+"""What several test files share: the reference's formulas, toy data, and whole runs in processes of their own."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REFERENCE = Path(__file__).parent / "reference"
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def reference(name: str):
+    return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Every parameter of the reference figures, see tests/reference/README.md."""
+    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith(".weight") and len(shape) == 1:
+        z = 1 + 0.1 * z
+    elif name.endswith("bias"):
+        z = 0.1 * z
+    elif name.endswith(".scale"):
+        z = 0.5 * z
+    elif any(part in name for part in ("positional_encoding", "relative_position_bias_table", "pos_embed")):
+        z = 0.2 * z
+    else:
+        z = z / np.sqrt(np.prod(shape[1:]))
+    return torch.tensor(z, dtype=torch.float32)
+
+
+def formula_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def fill_by_formula(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(formula_weight(name, tuple(parameter.shape)))
+    return model
+
+
+def write_images(root: Path, split: str, *, classes: int, per_class: int, size: int = 40) -> None:
+    """Colourful noise over a class-dependent shade, so that there is something to learn."""
+    for label in range(classes):
+        folder = root / split / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(per_class):
+            rng = np.random.default_rng([label, index, len(split)])
+            pixels = rng.integers(0, 120, (size, size, 3)) + 30 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """100 training and 33 validation images of 3 classes."""
+    root = tmp_path_factory.mktemp("toy data")
+    write_images(root, "train", classes=3, per_class=34)
+    write_images(root, "val", classes=3, per_class=11)
+    return root
+
+
+TOY_CONFIG = """
+DATA: {IMG_SIZE: 40, BATCH_SIZE: 8, NUM_WORKERS: 0}
+MODEL:
+  TYPE: flatten_swin
+  NAME: toy
+  NUM_CLASSES: 3
+  DROP_PATH_RATE: 0.2
+  DROP_RATE: 0.1
+  SWIN: {EMBED_DIM: 16, DEPTHS: [1, 2, 1], NUM_HEADS: [1, 2, 4], WINDOW_SIZE: 56}
+  LA: {ATTN_TYPE: LLS}
+TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 5.0e-2}
+EMA: {ENABLED: True, DECAY: 0.9}
+PRINT_FREQ: 2
+"""
+
+
+@pytest.fixture(scope="session")
+def toy_config(tmp_path_factory) -> Path:
+    """A model of seconds, with every kind of draw switched on."""
+    path = tmp_path_factory.mktemp("config") / "toy.yaml"
+    path.write_text(TOY_CONFIG)
+    return path

@@ -1,0 +1,79 @@
+"""Whole runs of ``main.py`` in processes of their own, forked from the test so that nothing is imported again."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit codes by rank; what all of them printed."""
+
+    exit_codes: list[int]
+    output: str
+
+
+def run_main(
+    arguments: list[str], log: Path, *, processes: int = 1, kill_when: Callable[[], bool] | None = None, timeout: float = 120
+) -> Outcome:
+    """Run ``main.py`` on several processes, and SIGKILL all of them as soon as ``kill_when`` says so."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log.write_text("")
+    children = [context.Process(target=_child, args=(arguments, rank, processes, port, log)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    deadline = time.monotonic() + timeout
+    while any(child.is_alive() for child in children):
+        if kill_when is not None and kill_when():
+            _kill(children)
+            break
+        if time.monotonic() > deadline:
+            _kill(children)
+            raise TimeoutError(f"no end after {timeout} s:\n{log.read_text()}")
+        time.sleep(0.005)
+    for child in children:
+        child.join()
+    return Outcome([child.exitcode for child in children], log.read_text())
+
+
+def _kill(children) -> None:
+    for child in children:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # the group: loader workers too
+        except ProcessLookupError:
+            child.kill()
+
+
+def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+    os.setpgid(0, 0)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    warnings.resetwarnings()
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    sys.argv = ["main.py", *map(str, arguments)]
+    main.main()

@@ -1,0 +1,214 @@
+"""The operator against its definition, written out with the N x M matrix that it avoids."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.linear_attention import KINDS, FocusedLinearAttention, focus, linear_attention
+
+B, H, D, GRID = 2, 3, 4, (5, 6)
+N, C = GRID[0] * GRID[1], H * D
+
+
+def heads(x):
+    return x.unflatten(-1, (H, D)).transpose(1, 2)
+
+
+def random_operator(**options) -> FocusedLinearAttention:
+    torch.manual_seed(0)
+    operator = FocusedLinearAttention(C, H, GRID, **options).double()
+    for parameter in operator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return operator
+
+
+def random_inputs(num_queries=N, num_keys=N):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(B, num_queries, C), (B, num_keys, C), (B, num_keys, C)]
+    return [torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True) for shape in shapes]
+
+
+def definition(operator, q, k, v, grid=GRID):
+    """Paper, eq. 3 to 8, with explicit weights of every query over every key."""
+
+    def map_features(x):
+        x = (F.relu(x) + 1e-6) / F.softplus(operator.scale)
+        if not operator.focusing:
+            return x
+        powered = x**operator.focusing_factor
+        return x.norm(dim=-1, keepdim=True) * powered / powered.norm(dim=-1, keepdim=True)
+
+    q, k = heads(map_features(q)), heads(map_features(k + operator.positional_encoding))
+    num_keys = k.shape[2]
+    similarity = q @ k.transpose(-2, -1)  # (B, H, N, M)
+    out = (similarity / num_keys) @ heads(v) / (similarity.mean(dim=-1, keepdim=True) + 1e-6)
+    out = out.transpose(1, 2).flatten(2)
+    if operator.dwc is None:
+        return out
+    stretched = (
+        F.interpolate(v.transpose(1, 2), size=out.shape[1], mode="linear") if num_keys != out.shape[1] else v.transpose(1, 2)
+    )
+    maps = stretched.reshape(B * H, D, *grid)  # a head at a time, as the reference has it
+    return out + operator.dwc(maps).reshape(B, C, -1).transpose(1, 2)
+
+
+def assert_same_forward_and_backward(one, other, inputs):
+    torch.testing.assert_close(one, other)
+    weights = torch.randn(one.shape, dtype=one.dtype, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True) for out in (one, other)]
+    for mine, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("power", [2, 3, 4, 8])
+def test_focus_equals_equation_6_forward_and_backward(power):
+    x = (torch.rand(7, 12, dtype=torch.double) + 0.1).requires_grad_()
+    powered = x**power
+    assert_same_forward_and_backward(
+        focus(x, power), x.norm(dim=-1, keepdim=True) * powered / powered.norm(dim=-1, keepdim=True), [x]
+    )
+
+
+def test_focus_keeps_length_and_sharpens_direction():
+    x = torch.tensor([[3.0, 4.0]])
+    focused = focus(x, 3)  # (27, 64) scaled to length 5: 5 / sqrt(27^2 + 64^2) = 0.07198
+    torch.testing.assert_close(focused, torch.tensor([[1.94349, 4.60679]]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e3, 1e20])
+@pytest.mark.parametrize("power", [3, 32])
+def test_focus_has_no_overflow_or_underflow(magnitude, power):
+    x = torch.rand(5, 64) + 0.01
+    torch.testing.assert_close(focus(x * magnitude, power) / magnitude, focus(x.double(), power).float(), rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("key_grid", [None, (2, 3)], ids=["full", "reduced"])
+@pytest.mark.parametrize("options", [{}, {"focusing": False}, {"rank_restoration": False}, {"focusing_factor": 4}], ids=str)
+def test_the_operator_equals_its_definition_forward_and_backward(options, key_grid):
+    operator = random_operator(key_grid=key_grid, **options)
+    num_keys = N if key_grid is None else 6
+    q, k, v = random_inputs(num_keys=num_keys)
+    inputs = [q, k, v, *operator.parameters()]
+    assert_same_forward_and_backward(operator(q, k, v), definition(operator, q, k, v), inputs)
+
+
+def similarity_attention(similarity, v):
+    return similarity @ v / similarity.sum(dim=-1, keepdim=True)
+
+
+def naive(kind, q, k, v):
+    """Each compared attention with its matrix, per head unless it has one head only."""
+    if kind == "hydra":
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        # Every channel is a head of its own, whose similarity of n and m is q_n * k_m; Hydra does not normalise rows.
+        return torch.einsum("bnc,bmc,bmc->bnc", q, k, v)
+    q, k, v = heads(q), heads(k), heads(v)
+    if kind == "softmax":
+        out = (q @ k.transpose(-2, -1) / D**0.5).softmax(dim=-1) @ v
+    elif kind == "efficient":
+        out = (q.softmax(dim=-1) @ k.softmax(dim=-2).transpose(-2, -1)) @ v
+    elif kind == "angular":
+        cosine = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        out = similarity_attention(0.5 + cosine / torch.pi, v)
+    else:
+        out = similarity_attention((F.relu(q) + 1e-6) @ (F.relu(k) + 1e-6).transpose(-2, -1), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "focused"])
+def test_a_compared_attention_equals_its_naive_form_forward_and_backward(kind):
+    operator = random_operator(kind=kind)
+    q, k, v = random_inputs()
+    expected = naive(kind, q, k, v)
+    if kind == "enhanced":
+        maps = v.transpose(1, 2).reshape(B * H, D, *GRID)
+        expected = expected + operator.dwc(maps).reshape(B, C, N).transpose(1, 2)
+    out = operator(q, k, v)
+    assert_same_forward_and_backward(out, expected, [q, k, v])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_counts_nowhere(kind):
+    """A map padded to a larger one gives, on its own tokens, what the map alone gives."""
+    operator = random_operator(kind=kind)
+    q, k, v = random_inputs()
+    if kind == "focused":
+        torch.nn.init.zeros_(operator.positional_encoding)  # else resizing it would change the values
+
+    def pad(x, value):
+        return F.pad(x.unflatten(1, GRID), (0, 0, 0, 1, 0, 2), value=value).flatten(1, 2)
+
+    mask = pad(torch.ones(B, N, 1), 0).bool().squeeze(-1)
+    grid = (GRID[0] + 2, GRID[1] + 1)
+    out = operator(pad(q, 0), pad(k, 7.0), pad(v, 9.0), grid=grid, key_mask=mask)
+    torch.testing.assert_close(out[mask].view(B, N, C), operator(q, k, v))
+
+
+def test_prefix_tokens_attend_and_are_not_convolved():
+    operator = random_operator(num_prefix_tokens=1)
+    q, k, v = random_inputs(N + 1, N + 1)
+    without = definition_without_convolution(operator, q, k, v)
+    convolved = operator.dwc(v[:, 1:].transpose(1, 2).reshape(B * H, D, *GRID)).reshape(B, C, N).transpose(1, 2)
+    expected = torch.cat([without[:, :1], without[:, 1:] + convolved], dim=1)
+    torch.testing.assert_close(operator(q, k, v), expected)
+
+
+def definition_without_convolution(operator, q, k, v):
+    dwc, operator.dwc = operator.dwc, None
+    try:
+        return definition(operator, q, k, v)
+    finally:
+        operator.dwc = dwc
+
+
+def test_linear_attention_weights_are_convex():
+    q, k = torch.rand(1, 1, 9, 4), torch.rand(1, 1, 20, 4)
+    out = linear_attention(q, k, torch.ones(1, 1, 20, 3))
+    torch.testing.assert_close(out, torch.ones(1, 1, 9, 3), rtol=1e-4, atol=1e-4)
+
+
+# Largest error relative to the output's own size, measured at 4e-7, 6e-4 and 4e-3; half precisions round their inputs.
+ERROR_BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", ERROR_BOUNDS, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("side", [7, 96])
+def test_every_precision_stays_near_double(dtype, magnitude, side):
+    torch.manual_seed(0)
+    operator = FocusedLinearAttention(32, 2, side)
+    torch.nn.init.normal_(operator.scale, std=0.5)
+    torch.nn.init.normal_(operator.positional_encoding, std=0.1 * magnitude)
+    q, k, v = (torch.randn(1, side * side, 32) for _ in range(3))
+    q, k = (q * magnitude).to(dtype), (k * magnitude).to(dtype)
+    v = v.to(dtype)
+    q[:, 3], k[:, 4] = 0, 0  # rows of zeros
+    exact = copy_in_double(operator)(q.double(), k.double(), v.double())
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        out = operator(*inputs)
+    assert torch.isfinite(out).all()
+    error = (out.double() - exact).abs().max() / exact.abs().max()
+    assert error < ERROR_BOUNDS[dtype]
+    out.float().square().mean().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in (*inputs, *operator.parameters()))
+
+
+def copy_in_double(operator):
+    twin = FocusedLinearAttention(operator.dim, operator.num_heads, operator.grid).double()
+    twin.load_state_dict(operator.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size=4"),
+        ({"kind": "fokused"}, "choose one of focused"),
+        ({"num_heads": 5}, "not divisible"),
+    ],
+    ids=["even kernel", "unknown kind", "heads"],
+)
+def test_wrong_arguments_are_refused_with_the_remedy(options, message):
+    with pytest.raises(ValueError, match=message):
+        FocusedLinearAttention(**{"dim": C, "num_heads": H, "grid": GRID, **options})

@@ -1,0 +1,103 @@
+"""Our models against figures measured on the reference implementation (tests/reference)."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from tests.conftest import CONFIGS, REFERENCE, fill_by_formula, formula_image, reference
+from utils.checkpoint import load_weights
+from utils.config import load_config
+from utils.engine import train_step
+from utils.optim import build_ema, build_optimizer
+
+CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
+TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))
+FINE_TUNINGS = sorted(path.stem for path in REFERENCE.glob("finetune-*.json"))
+# PVT v1 of the reference builds a norm that nothing uses.
+DEAD_NORM = ("norm.weight", "norm.bias")
+
+
+def build(config, opts):
+    return build_model(load_config(CONFIGS / f"{config}.yaml", opts))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_builds_the_model_of_the_reference(case):
+    figures = reference(case)
+    model = fill_by_formula(build(figures["config"], figures["opts"])).eval()
+    expected = {name: shape for name, shape, kind in figures["state_dict"] if kind == "param"}
+    num_parameters = figures["params"]
+    if "pvt_" in case and "v2" not in case:
+        num_parameters -= sum(expected.pop(name)[0] for name in DEAD_NORM)
+    assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+    assert model.no_weight_decay() == set(figures["no_weight_decay"]) - (set(DEAD_NORM) - set(expected))
+    side = figures["img_size"]
+    with torch.no_grad():
+        logits = model(formula_image(0, (figures["batch"], 3, side, side)))
+    torch.testing.assert_close(logits[:, :8], torch.tensor(figures["logits_first8"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.mean(dim=1), torch.tensor(figures["logits_mean"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.std(dim=1), torch.tensor(figures["logits_std"]), atol=1e-4, rtol=0)
+    assert logits.argmax(dim=1).tolist() == figures["argmax"]
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_eight_steps_of_training_follow_the_reference(case):
+    figures = reference(case)
+    opts = [*figures["opts"], "MODEL.DROP_PATH_RATE", 0.0, "EMA.ENABLED", True, "EMA.DECAY", figures["ema_decay"]]
+    cfg = load_config(CONFIGS / f"{figures['config']}.yaml", [*opts, "TRAIN.WEIGHT_DECAY", figures["weight_decay"]])
+    model = fill_by_formula(build_model(cfg))
+    optimizer, ema = build_optimizer(cfg, model), build_ema(cfg, model)
+    criterion = nn.CrossEntropyLoss(label_smoothing=figures["label_smoothing"])
+    side = cfg.DATA.IMG_SIZE
+    for step in range(figures["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = figures["lr_used"][step]
+        images = formula_image(100 + step, (figures["batch"], 3, side, side))
+        labels = torch.from_numpy(labels_of(step, figures["batch"]))
+        loss, grad_norm = train_step(
+            model,
+            criterion,
+            optimizer,
+            torch.amp.GradScaler("cpu", enabled=False),
+            [(images, labels)],
+            num_batches=1,
+            amp_dtype=torch.float32,
+            max_grad_norm=figures["clip_grad"],
+        )
+        ema.update(model)
+        assert loss.item() == pytest.approx(figures["loss"][step], rel=1e-3)
+        assert grad_norm.item() == pytest.approx(figures["grad_norm"][step], rel=1e-3)
+    for state, norms in ((model.state_dict(), figures["final"]), (ema.module.state_dict(), figures["final_ema"])):
+        for name, norm in norms.items():
+            assert state[name].norm().item() == pytest.approx(norm, rel=1e-3)
+
+
+def labels_of(step, batch):
+    import numpy as np
+
+    return np.random.RandomState(200 + step).randint(0, 1000, batch)
+
+
+@pytest.mark.parametrize("case", FINE_TUNINGS)
+def test_loading_at_a_higher_resolution_resizes_tables_as_the_reference_does(case, tmp_path):
+    figures = reference(case)
+    source = fill_by_formula(build(figures["source"], figures["source_opts"]))
+    torch.save({"model": source.state_dict()}, tmp_path / "source.pth")
+    target = build(figures["target"], figures["target_opts"]).eval()
+    report = load_weights(target, tmp_path / "source.pth")
+    assert set(report.resized) == set(figures["resized"])
+    assert report.missing == report.unused == report.reinitialised == []
+    state = target.state_dict()
+    for name, expected in figures["resized"].items():
+        table = state[name]
+        assert list(table.shape) == expected["shape"]
+        assert table.norm().item() == pytest.approx(expected["norm"], rel=1e-4)
+        assert table.double().sum().item() == pytest.approx(expected["sum"], rel=1e-3, abs=1e-2)
+        torch.testing.assert_close(table.flatten()[:8], torch.tensor(expected["first8"]), atol=1e-5, rtol=1e-4)
+    side = figures["img_size"]
+    with torch.no_grad():
+        logits = target(formula_image(0, (1, 3, side, side)))
+    torch.testing.assert_close(logits[:, :8], torch.tensor(figures["logits_first8"]), atol=1e-4, rtol=0)
+    assert logits.argmax(dim=1).tolist() == figures["argmax"]

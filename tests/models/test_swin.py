@@ -1,0 +1,151 @@
+import pytest
+import torch
+
+from models import create_model
+from models.layers import parse_attention_types
+from models.swin import SwinTransformer, merge, partition, window_regions
+
+
+def toy(**options):
+    torch.manual_seed(0)
+    defaults = {"img_size": 64, "num_classes": 5, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "attn_type": "LS"}
+    model = SwinTransformer(**{**defaults, **options}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("attn_type", "expected"),
+    [
+        ("LLSS", ["LL", "LL", "SSSSSS", "SS"]),
+        ("LLMS3", ["LL", "LL", "LLLSSS", "SS"]),
+        ("MSSM1", ["LS", "SS", "SSSSSS", "LS"]),
+        ("LLMS12", ["LL", "LL", "LLLLLL", "SS"]),
+    ],
+)
+def test_attention_types_give_a_letter_to_every_block(attn_type, expected):
+    assert parse_attention_types(attn_type, (2, 2, 6, 2)) == expected
+
+
+@pytest.mark.parametrize("attn_type", ["LLS", "LLXS", "LLMS", "LLSS3", "LLSSS"])
+def test_attention_types_that_do_not_fit_are_refused(attn_type):
+    with pytest.raises(ValueError, match=attn_type):
+        parse_attention_types(attn_type, (2, 2, 6, 2))
+
+
+def test_windows_come_apart_and_together_again():
+    x = torch.arange(2 * 6 * 8 * 3).view(2, 6, 8, 3)
+    windows = partition(x, (3, 4))
+    assert windows.shape == (8, 12, 3)
+    assert torch.equal(windows[1].view(3, 4, 3), x[0, :3, 4:])  # windows of a row of windows follow each other
+    assert torch.equal(merge(windows, (3, 4), (6, 8)), x)
+
+
+def test_regions_of_a_shifted_map_by_hand():
+    """4 x 4 map, windows of 2, shift of 1: the last window holds the four corners of the map, all apart."""
+    regions = window_regions((4, 4), (2, 2), (1, 1), (4, 4))
+    assert regions[0].unique().numel() == 1
+    assert regions[1].view(2, 2).tolist() == [[0, 2], [0, 2]]
+    assert regions[3].unique().numel() == 4
+
+
+def naive_softmax_block(block, x, window):
+    """Windows one by one, the real tokens of each alone."""
+    attention, height, width = block.attn, x.shape[1], x.shape[2]
+    normed, out = block.norm1(x), torch.zeros_like(x)
+    bias = attention.position_bias(window)[0]
+    for top in range(0, height, window[0]):
+        for left in range(0, width, window[1]):
+            tokens = normed[:, top : top + window[0], left : left + window[1]]
+            rows, columns = tokens.shape[1:3]
+            keep = [r * window[1] + c for r in range(rows) for c in range(columns)]
+            q, k, v = attention.qkv(tokens.flatten(1, 2)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + bias[:, keep][:, :, keep]
+            mixed = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
+    x = x + out
+    return x + block.mlp(block.norm2(x))
+
+
+@pytest.mark.parametrize("side", [14, 10, 17], ids=["divides", "pads", "another size"])
+def test_softmax_windows_equal_windows_of_real_tokens_one_by_one(side):
+    model = toy(attn_type="SS", img_size=40 if side == 10 else 56)
+    block = model.layers[0].blocks[0]
+    x = torch.randn(2, side, side, 16)
+    torch.testing.assert_close(block(x), naive_softmax_block(block, x, (7, 7)), rtol=1e-4, atol=1e-5)
+
+
+def naive_linear_block(block, x, window):
+    attention, height, width = block.attn, x.shape[1], x.shape[2]
+    normed, out = block.norm1(x), torch.zeros_like(x)
+    for top in range(0, height, window[0]):
+        for left in range(0, width, window[1]):
+            tokens = normed[:, top : top + window[0], left : left + window[1]]
+            rows, columns = tokens.shape[1:3]
+            # The window's encoding, of its real tokens.
+            table = attention.positional_encoding.unflatten(1, window)[:, :rows, :columns].flatten(1, 2)
+            q, k, v = attention.qkv(tokens.flatten(1, 2)).chunk(3, dim=-1)
+            whole, attention.positional_encoding.data = attention.positional_encoding.data, table.data
+            attention.grid, attention.key_grid, kept = (rows, columns), (rows, columns), (attention.grid, attention.key_grid)
+            mixed = attention.proj(attention.attend(q, k, v))
+            attention.positional_encoding.data, (attention.grid, attention.key_grid) = whole, kept
+            out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
+    x = x + out
+    return x + block.mlp(block.norm2(x))
+
+
+@pytest.mark.parametrize("side", [12, 10], ids=["divides", "pads"])
+def test_linear_windows_equal_windows_of_real_tokens_one_by_one(side):
+    model = toy(attn_type="LL", window_size=6, img_size=48)
+    block = model.layers[0].blocks[0]
+    x = torch.randn(2, side, side, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), naive_linear_block(block, x, (6, 6)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [64, 96, (64, 96), (60, 52)], ids=str)
+def test_other_sizes_at_call_time_give_finite_logits(size):
+    height, width = (size, size) if isinstance(size, int) else size
+    logits = toy(window_size=8)(torch.randn(2, 3, height, width))
+    assert logits.shape == (2, 5)
+    assert torch.isfinite(logits).all()
+
+
+def test_a_global_block_stays_global_at_every_size():
+    model = toy(attn_type="LL", window_size=56)
+    block = model.layers[0].blocks[1]
+    assert block.layout((31, 47)) == ((31, 47), (0, 0), (31, 47))
+    partial = toy(attn_type="LL", window_size=8).layers[0].blocks[1]
+    assert partial.layout((31, 47)) == ((8, 8), (4, 4), (32, 48))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for enable in (False, True):
+        model = toy().train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        model(torch.ones(2, 3, 64, 64)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = toy(attn_type="MM1", drop_path_rate=0.0).train()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'flatten_swin_t'"):
+        create_model("flaten_swin_t")
+
+
+def test_reset_classifier_gives_another_head():
+    model = toy()
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 32)

@@ -1,0 +1,276 @@
+"""Whole runs: trained, killed, resumed, evaluated, fine-tuned, refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from tests.conftest import write_images
+from tests.launch import run_main
+from utils.checkpoint import list_checkpoints, read_checkpoint
+from utils.config import load_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def assert_equal(one, other, where="checkpoint"):
+    """Two states are bit-equal, tensors and all."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}.{index}")
+    else:
+        assert one == other, where
+
+
+def comparable(folder: Path) -> dict:
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    return {key: value for key, value in state.items() if key != "config"}
+
+
+def toy_arguments(toy_config, toy_data, output, *opts):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output]
+    return [*arguments, "--opts", *map(str, opts)] if opts else arguments
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(toy_config, toy_data, tmp_path_factory):
+    """Number of processes -> output folder of a run left alone."""
+    folders = {}
+
+    def run(processes: int) -> Path:
+        if processes not in folders:
+            output = tmp_path_factory.mktemp(f"uninterrupted{processes}")
+            arguments = toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8 // processes)
+            outcome = run_main(arguments, output / "log", processes=processes)
+            assert set(outcome.exit_codes) == {0}, outcome.output
+            folders[processes] = output / "toy" / "default"
+        return folders[processes]
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
+    processes, workers, uninterrupted, toy_config, toy_data, tmp_path
+):
+    expected = uninterrupted(processes)
+    options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8 // processes, "DATA.NUM_WORKERS", workers]
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
+    folder = tmp_path / "toy" / "default"
+
+    def in_mid_epoch() -> bool:  # 12 updates an epoch
+        newest = list_checkpoints(folder)
+        return bool(newest) and int(newest[0].stem.split("_")[1]) in (14, 16, 18, 20)
+
+    killed = run_main(arguments, tmp_path / "log", processes=processes, kill_when=in_mid_epoch)
+    assert killed.exit_codes == [-9] * processes
+    resumed = run_main(arguments, tmp_path / "log", processes=processes)
+    assert set(resumed.exit_codes) == {0}, resumed.output
+    assert "goes on after update" in resumed.output
+    assert_equal(comparable(folder), comparable(expected))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = [(record["step"], record["kind"]) for record in steps]
+    assert len(points) == len(set(points))
+    assert [step for step, kind in points if kind == "train"] == sorted({step for step, kind in points if kind == "train"})
+
+
+def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, toy_data, tmp_path):
+    expected = uninterrupted(2)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"),
+        *map(str, toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "toy" / "default"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list_checkpoints(folder)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, 9)  # the launcher; its workers are in sessions of their own
+        process.wait()
+        subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on after update" in done.stdout
+    assert_equal(comparable(folder), comparable(expected))
+
+
+def test_a_finished_run_given_again_changes_no_file(uninterrupted, toy_config, toy_data, tmp_path):
+    shutil.copytree(uninterrupted(1), tmp_path / "toy" / "default")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "toy").rglob("*")}
+    arguments = toy_arguments(toy_config, toy_data, tmp_path)
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0]
+    assert "this run is finished" in outcome.output
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "toy").rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
+    """(processes, batch size) -> the integer counts in eval.json."""
+    checkpoint = uninterrupted(1) / "best.pth"
+
+    def run(processes: int, batch_size: int) -> dict:
+        output = tmp_path_factory.mktemp("evaluated")
+        arguments = [*toy_arguments(toy_config, toy_data, output), "--batch-size", batch_size]
+        outcome = run_main([*arguments, "--eval", "--resume", checkpoint], output / "log", processes=processes)
+        assert set(outcome.exit_codes) == {0}, outcome.output
+        results = json.loads((output / "toy/default/eval.json").read_text())["results"]
+        return {label: [result[key] for key in ("correct1", "correct5", "num_images")] for label, result in results.items()}
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_counts_the_same_for_any_processes_and_batches(processes, batch_size, counts, uninterrupted):
+    records = [json.loads(line) for line in (uninterrupted(1) / "metrics.jsonl").read_text().splitlines()]
+    best = max((r for r in records if r["kind"].startswith("eval")), key=lambda r: r["acc1"])
+    measured = counts(processes, batch_size)
+    assert set(measured) == {"raw", "ema"}
+    for label, (correct1, correct5, num_images) in measured.items():
+        reported = next(r for r in records if r["kind"] == f"eval_{label}" and r["step"] == best["step"])
+        assert (correct1, correct5, num_images) == (reported["correct1"], reported["correct5"], 33)
+
+
+def test_evaluation_changes_nothing_but_its_result_and_ends_with_the_reference_line(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
+    folder = tmp_path / "toy" / "default"
+    shutil.copytree(uninterrupted(1), folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    arguments = toy_arguments(toy_config, toy_data, tmp_path)
+    outcome = run_main([*arguments, "--eval", "--resume", folder / "best.pth"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "eval.json"} == before
+    last = outcome.output.strip().splitlines()[-1]
+    assert last.split("] ")[-1].startswith(" * Acc@1 ")
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["preprocessing"]["img_size"] == 40
+    assert len(result["sha256"]) == 64
+
+
+def test_fine_tuning_at_a_higher_resolution_starts_from_the_lower_one(uninterrupted, toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.IMG_SIZE", 56, "TRAIN.EPOCHS", 1)
+    outcome = run_main([*arguments, "--pretrained", uninterrupted(1) / "best.pth"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "resized" in outcome.output
+    assert "start: pretrained" in outcome.output
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(toy_config, toy_data, tmp_path):
+    options = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "SAVE_STEPS", 1, "TRAIN.BASE_LR", 1e20, "TRAIN.CLIP_GRAD", 0]
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", processes=2)
+    assert set(outcome.exit_codes) == {1}, outcome.output
+    assert "at update" in outcome.output
+    for path in list_checkpoints(tmp_path / "toy" / "default"):
+        state = read_checkpoint(path)
+        assert state["num_updates"] == 1  # the first update sees the initial weights; the second one's loss is not finite
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data-pth", "x"], "did you mean --data-path"),
+        (["--opts", "TRAIN.EPOCH", "3"], "did you mean TRAIN.EPOCHS"),
+        (["--opts", "TRAIN.EPOCHS"], "has no value"),
+        (["--eval"], "no weights to evaluate"),
+        (["--model-ema", "--no-model-ema"], "give one of them"),
+        (["--resume", "nowhere.pth"], "no such file"),
+        (["--data-path", "nowhere"], "no such folder"),
+        (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
+        (["--opts", "DATA.BATCH_SIZE", "7"], "make it even"),
+        (["--batch-size", "2000"], "lower --batch-size"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_use_ends_with_status_2_and_the_remedy(arguments, expected, toy_config, toy_data, tmp_path):
+    outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *arguments], tmp_path / "log")
+    assert outcome.exit_codes == [2], outcome.output
+    assert expected in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_ranks_that_share_a_batch_see_the_images_that_one_would(toy_config, toy_data, tmp_path):
+    """Same global batch on 1 and 2 processes, nothing drawn: the same run up to rounding."""
+    still = ["TRAIN.EPOCHS", 1, "MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+    losses = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        output.mkdir()
+        opts = [*still, "DATA.BATCH_SIZE", 8 // processes, "PRINT_FREQ", 1]
+        outcome = run_main(toy_arguments(toy_config, toy_data, output, *opts), output / "log", processes=processes)
+        assert set(outcome.exit_codes) == {0}, outcome.output
+        records = [json.loads(line) for line in (output / "toy/default/metrics.jsonl").read_text().splitlines()]
+        losses[processes] = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+def decide(toy_config, tmp_path, *, resume, pretrained, auto_resume, saved):
+    folder = tmp_path / "toy" / "default"
+    folder.mkdir(parents=True, exist_ok=True)
+    if saved:
+        torch.save({"model": {}}, folder / "checkpoint_000000007.pth")
+    opts = ["OUTPUT", str(tmp_path), "TRAIN.AUTO_RESUME", auto_resume]
+    opts += ["MODEL.RESUME", "named.pth"] if resume else []
+    opts += ["MODEL.PRETRAINED", "weights.pth"] if pretrained else []
+    world = main.World(0, 0, 1, torch.device("cpu"))
+    start, path = main.choose_start(load_config(toy_config, opts), world)
+    return start, Path(path).name
+
+
+@pytest.mark.parametrize(
+    ("resume", "pretrained", "auto_resume", "saved", "expected"),
+    [
+        (False, False, False, True, ("scratch", "")),
+        (False, False, True, False, ("scratch", "")),
+        (False, False, True, True, ("resume", "checkpoint_000000007.pth")),
+        (False, True, False, True, ("pretrained", "weights.pth")),
+        (False, True, True, False, ("pretrained", "weights.pth")),
+        (False, True, True, True, ("resume", "checkpoint_000000007.pth")),
+        (True, False, False, True, ("resume", "named.pth")),
+        (True, False, True, True, ("resume", "named.pth")),
+    ],
+)
+def test_the_start_of_training_follows_one_table(toy_config, tmp_path, resume, pretrained, auto_resume, saved, expected):
+    options = {"resume": resume, "pretrained": pretrained, "auto_resume": auto_resume, "saved": saved}
+    assert decide(toy_config, tmp_path, **options) == expected
+
+
+def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, tmp_path):
+    write_images(tmp_path, "train", classes=3, per_class=2)
+    write_images(tmp_path, "val", classes=2, per_class=2)
+    outcome = run_main(toy_arguments(toy_config, tmp_path, tmp_path / "output"), tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "val/ lacks class2" in outcome.output
+
+
+@pytest.mark.parametrize(
+    "options", [["AMP", True, "AMP_DTYPE", "bf16"], ["AMP", True, "AMP_DTYPE", "fp16"]], ids=["bf16", "fp16"]
+)
+def test_mixed_precision_training_stays_finite_and_goes_on(options, toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *options, "TRAIN.ACCUMULATION_STEPS", 2)
+    outcome = run_main([*arguments, "TRAIN.USE_CHECKPOINT", True], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    state = read_checkpoint(list_checkpoints(tmp_path / "toy/default")[0])
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert bool(state["scaler"]) == ("fp16" in options)

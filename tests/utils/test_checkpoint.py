@@ -1,0 +1,184 @@
+import argparse
+import os
+import pickle
+import random
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from models import create_model
+from models.swin import SwinTransformer
+from utils import checkpoint
+from utils.checkpoint import CheckpointError, load_weights, newest_whole_checkpoint, read_checkpoint, save_checkpoint, verify
+
+
+def toy(**options):
+    defaults = {"img_size": 32, "num_classes": 5, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "attn_type": "LS"}
+    return SwinTransformer(**{**defaults, **options})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "checkpoint_000000001.pth"
+    save_checkpoint({"model": toy().state_dict(), "num_updates": 1}, path)
+    return path
+
+
+def test_a_checkpoint_comes_back_as_it_was_with_the_users_file_mode(saved):
+    state = read_checkpoint(saved)
+    assert state["num_updates"] == 1
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("operation", ["open", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(saved, operation, monkeypatch):
+    before = checkpoint.sha256(saved)
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint if operation == "open" else os, operation, fail, raising=False)
+    with pytest.raises(OSError, match="the old ones are untouched"):
+        save_checkpoint({"model": {}}, saved)
+    monkeypatch.undo()
+    assert checkpoint.sha256(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    rng = random.Random(how)
+    if how == "empty":
+        data = b""
+    elif how.startswith("cut"):
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[len(data) // 2 + rng.randrange(200)] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["empty", *(f"cut{n}" for n in range(8)), *(f"flip{n}" for n in range(16))])
+def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
+    newer = saved.with_name("checkpoint_000000002.pth")
+    shutil.copy(saved, newer)
+    damage(newer, how)
+    with pytest.raises(CheckpointError, match=newer.name):
+        verify(newer)
+    with pytest.raises(CheckpointError, match=newer.name):
+        read_checkpoint(newer)
+    assert newest_whole_checkpoint(saved.parent) == saved
+    assert "going back to the one before" in caplog.text
+
+
+def test_retention_keeps_the_newest_and_the_best(saved):
+    for number in range(2, 6):
+        shutil.copy(saved, checkpoint.checkpoint_path(saved.parent, number))
+    checkpoint.link_best(saved, saved.parent / "best.pth")
+    checkpoint.remove_surplus(saved.parent, keep=2)
+    assert sorted(path.name for path in saved.parent.iterdir()) == [
+        "best.pth",
+        "checkpoint_000000004.pth",
+        "checkpoint_000000005.pth",
+    ]
+
+
+class Call:
+    """Unpickling this would call ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("payload", ["system", "eval", "nested", "getattr"])
+def test_no_code_in_a_checkpoint_runs(tmp_path, payload):
+    flag = tmp_path / "ran"
+    inner = pickle.dumps(Call(os.system, f"touch {flag}"))
+    payloads = {
+        "system": Call(os.system, f"touch '{flag}'"),
+        "eval": Call(eval, f"open({str(flag)!r}, 'w')"),
+        "nested": Call(torch.storage._load_from_bytes, inner),
+        "getattr": Call(getattr, "text", "upper"),
+    }
+    torch.save({"model": toy().state_dict(), "x": payloads[payload]}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="holds code: it asks for"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not flag.exists()
+
+
+def test_a_file_of_the_reference_loads_with_its_pickled_config(tmp_path):
+    config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin"}), "TRAIN": {"BASE_LR": 5e-4}})
+    model = toy()
+    state = {
+        "model": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": {},
+        "lr_scheduler": {},
+        "max_accuracy": 82.1,
+        "epoch": 299,
+        "config": config,
+    }
+    state["model"]["module.layers.1.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    torch.save(state, tmp_path / "ckpt.pth")
+    assert read_checkpoint(tmp_path / "ckpt.pth")["config"]["MODEL"]["TYPE"] == "flatten_swin"
+    twin = toy()
+    report = load_weights(twin, tmp_path / "ckpt.pth")
+    assert (report.missing, report.unused, report.resized, report.reinitialised) == ([], [], [], [])
+    assert report.coverage == 1
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in twin.state_dict().items())
+
+
+def test_foreign_classes_are_refused_by_name(tmp_path):
+    torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match=r"argparse\.Namespace"):
+        read_checkpoint(tmp_path / "foreign.pth")
+    torch.save({"model": {}, "best": np.float64(0.5)}, tmp_path / "numpy.pth")
+    with pytest.raises(CheckpointError, match="numpy"):
+        read_checkpoint(tmp_path / "numpy.pth")
+
+
+def test_average_and_raw_weights_are_told_apart(tmp_path):
+    raw, average = toy(), toy()
+    torch.save({"model": raw.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "both.pth")
+    for weights, expected in (("raw", raw), ("ema", average), ("auto", average)):
+        model = toy()
+        assert load_weights(model, tmp_path / "both.pth", weights=weights).weights == ("raw" if expected is raw else "ema")
+        assert torch.equal(model.head.weight, expected.head.weight)
+    torch.save(raw.state_dict(), tmp_path / "bare.pth")
+    assert load_weights(toy(), tmp_path / "bare.pth").weights == "raw"
+    with pytest.raises(CheckpointError, match="holds no ema weights"):
+        load_weights(toy(), tmp_path / "bare.pth", weights="ema")
+
+
+def test_another_number_of_classes_keeps_a_fresh_head_and_says_so(tmp_path):
+    torch.save({"model": toy().state_dict()}, tmp_path / "five.pth")
+    model = toy(num_classes=3)
+    fresh = model.head.weight.clone()
+    report = load_weights(model, tmp_path / "five.pth")
+    assert sorted(report.reinitialised) == ["head.bias", "head.weight"]
+    assert torch.equal(model.head.weight, fresh)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    torch.save({"model": toy(embed_dim=16).state_dict()}, tmp_path / "wide.pth")
+    with pytest.raises(CheckpointError, match="choose the config"):
+        load_weights(toy(), tmp_path / "wide.pth")
+    half = dict(list(toy().state_dict().items())[:10])
+    torch.save({"model": half}, tmp_path / "half.pth")
+    with pytest.raises(CheckpointError, match="are missing"):
+        load_weights(toy(), tmp_path / "half.pth")
+
+
+def test_every_table_that_keeps_its_size_is_loaded_and_every_other_is_resized(tmp_path):
+    source = create_model("flatten_swin_t", num_classes=10)
+    torch.save({"model": source.state_dict()}, tmp_path / "224.pth")
+    report = load_weights(create_model("flatten_swin_t", num_classes=10, img_size=448), tmp_path / "224.pth")
+    assert len(report.resized) == 4 + 8  # encodings of stages 1 and 2; softmax windows grow from 7 to 12
+    assert report.missing == report.unused == report.reinitialised == []

@@ -1,0 +1,142 @@
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models import build_model
+from tests.conftest import CONFIGS
+from utils.config import ConfigError, flatten, load_config
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = [path for folder in ("data", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
+
+
+def write(folder, name="config.yaml", text=""):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_is_named_after_its_model_and_says_what_to_run(path):
+    cfg = load_config(path)
+    assert path.stem == cfg.MODEL.NAME
+    header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"--cfg configs/{path.relative_to(CONFIGS)}" in header
+    assert "Meant for" in header
+
+
+def test_the_order_of_precedence_is_default_base_file_command_line(tmp_path):
+    write(tmp_path, "base.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1.0}\n")
+    path = write(tmp_path, text="BASE: [base.yaml]\nTRAIN: {WARMUP_EPOCHS: 0, BASE_LR: 2.0}\n")
+    cfg = load_config(path, ["TRAIN.BASE_LR", "3.0"])
+    assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TRAIN.BASE_LR, cfg.TRAIN.MIN_LR) == (1, 0, 3.0, 5e-6)
+
+
+def test_a_dump_loads_again_to_the_same_bytes(tmp_path):
+    options = ["TRAIN.BASE_LR", "1e-3", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "TAG", "7", "OUTPUT", "a b/ü"]
+    first = load_config(CONFIGS / "flatten_swin_b_384.yaml", options).dump()
+    second = load_config(write(tmp_path, text=first)).dump()
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # text to YAML
+        ("TRAIN: {WEIGHT_DECAY: 1e-8}", "TRAIN.WEIGHT_DECAY", 1e-8),
+        ("AUG: {MIXUP: 0}", "AUG.MIXUP", 0.0),
+        ("AUG: {CUTMIX_MINMAX: None}", "AUG.CUTMIX_MINMAX", None),
+        ("MODEL: {SWIN: {DEPTHS: '(1, 1, 2, 1)'}}", "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
+        ("TRAIN: {OPTIMIZER: {BETAS: [0, 0.99]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.99]),
+        ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),  # the reference's, at its own value
+    ],
+)
+def test_yaml_as_the_reference_writes_it_is_read_as_it_is_meant(tmp_path, text, key, expected):
+    value = flatten(load_config(write(tmp_path, text=text)))[key]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_a_swin_config_in_the_reference_style_builds_its_model(tmp_path):
+    text = """
+MODEL:
+  TYPE: flatten_swin
+  NAME: mine
+  DROP_PATH_RATE: 0.2
+  SWIN:
+    EMBED_DIM: 24
+    DEPTHS: [ 1, 1, 2, 1 ]
+    NUM_HEADS: [ 1, 2, 4, 8 ]
+    WINDOW_SIZE: 56
+  LA:
+    FOCUSING_FACTOR: 3
+    KERNEL_SIZE: 5
+    ATTN_TYPE: LLMS1
+"""
+    model = build_model(load_config(write(tmp_path, text=text)))
+    names = [type(block.attn).__name__ for stage in model.layers for block in stage.blocks]
+    assert names == ["LinearWindowAttention"] * 3 + ["SoftmaxWindowAttention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("TRAINS: {EPOCHS: 3}", [], "unknown key TRAINS"),
+        ("TRAIN: {EPOCH: 3}", [], "unknown key TRAIN.EPOCH: did you mean TRAIN.EPOCHS"),
+        ("MODEL: {LA: {FOCUS_FACTOR: 3}}", [], "did you mean MODEL.LA.FOCUSING_FACTOR"),
+        ("", ["EPOCHS", "3"], "did you mean TRAIN.EPOCHS"),
+        ("TRAIN: 3", [], "TRAIN=3 is a section"),
+        ("", ["TRAIN", "3"], "TRAIN is a section"),
+        ("TRAIN: {EPOCHS: many}", [], "TRAIN.EPOCHS='many' is str; give int"),
+        ("TRAIN: {EPOCHS: 2.5}", [], "TRAIN.EPOCHS=2.5 is float"),
+        ("AMP: 1", [], "AMP=1 is int; give bool"),
+        ("", ["SEED"], "'SEED' has no value"),
+        ("MODEL: {LA: {KERNEL_SIZE: 4}}", [], "MODEL.LA.KERNEL_SIZE=4: an even kernel"),
+        ("MODEL: {LA: {ATTN_TYPE: LLMS}}", [], "MODEL.LA.ATTN_TYPE='LLMS'"),
+        ("MODEL: {SWIN: {NUM_HEADS: [5, 6, 12, 24]}}", [], "5 heads do not divide the 96 channels of stage 1"),
+        ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", [], "choose one of cosine, linear, step"),
+        ("TAG: ../elsewhere", [], "without slashes"),
+        ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True has no effect here"),
+        ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give one of --resume and --pretrained"),
+        ("a: !!python/object/apply:os.system [echo]", [], "is no plain YAML"),
+        ("- a", [], "holds list, not keys"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_key_value_and_remedy(tmp_path, text, opts, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(write(tmp_path, text=text), opts)
+
+
+def test_missing_files_and_circles_of_base_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+    write(tmp_path, "a.yaml", "BASE: [b.yaml]")
+    write(tmp_path, "b.yaml", "BASE: [a.yaml]")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="a config is a YAML file"):
+        load_config(write(tmp_path, "config.py", "import os"))
+
+
+def test_an_unknown_model_type_is_refused_and_never_evaluated(tmp_path):
+    path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": "__import__('os')"}}))
+    with pytest.raises(ValueError, match="is not a model"):
+        build_model(load_config(path))
+
+
+def test_every_key_is_read_somewhere():
+    text = "\n".join(path.read_text() for path in SOURCES)
+    defaults = text[text.index("def _defaults") : text.index("return cfg\n", text.index("def _defaults"))]
+    text = text.replace(defaults, "")
+    for key in flatten(load_config(CONFIGS / "flatten_swin_t.yaml")):
+        leaf = key.split(".")[-1]
+        assert re.search(rf"\.{leaf}\b", text), f"{key} is read nowhere"
+
+
+def test_every_key_is_documented_where_it_is_defined():
+    lines = (ROOT / "utils/config.py").read_text().splitlines()
+    for line in lines:
+        if re.match(r"    cfg\.[\w.]+ = (?!CfgNode)", line):
+            assert "  # " in line, line

@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import CONFIGS
+from utils.config import load_config
+from utils.distributed import World
+from utils.engine import TrainState, evaluate, train_step
+from utils.optim import build_criterion, build_ema, build_optimizer, build_scaler
+
+CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
+
+
+class Linear(nn.Linear):
+    def no_weight_decay(self):
+        return {"bias"}
+
+
+def setup(*opts):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["EMA.ENABLED", True, "EMA.DECAY", 0.9, *opts])
+    torch.manual_seed(0)
+    model = Linear(6, 3)
+    return model, build_optimizer(cfg, model), build_scaler(cfg, torch.device("cpu")), build_ema(cfg, model)
+
+
+def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=torch.float32):
+    return train_step(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        scaler,
+        batches,
+        num_batches=len(batches),
+        amp_dtype=dtype,
+        max_grad_norm=max_grad_norm,
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
+    images, targets = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    whole, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
+    divided, other, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
+    loss, norm = step(whole, optimizer, scaler, [(images, targets)])
+    same_loss, same_norm = step(divided, other, scaler, list(zip(images.chunk(parts), targets.chunk(parts), strict=True)))
+    torch.testing.assert_close(same_loss, loss)
+    torch.testing.assert_close(same_norm, norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(divided.weight, whole.weight, rtol=1e-6, atol=1e-8)
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before():
+    images, targets = 100 * torch.randn(8, 6), torch.randint(0, 3, (8,))
+    model, _, scaler, _ = setup()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = copy.deepcopy(model)
+    _, norm = step(model, optimizer, scaler, [(images, targets)], max_grad_norm=0.5)
+    moved = [(new - old).detach().flatten() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
+    assert norm > 1
+    assert torch.cat(moved).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_fp16_with_infinite_gradients_changes_no_weight_and_lowers_the_scale():
+    model, optimizer, scaler, _ = setup("AMP", True, "AMP_DTYPE", "fp16")
+    before, scale = copy.deepcopy(model.state_dict()), scaler.get_scale()
+    images = torch.full((8, 6), 6e4)
+    step(model, optimizer, scaler, [(images, torch.zeros(8, dtype=torch.long))], dtype=torch.float16)
+    assert scaler.get_scale() < scale
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weight_decay_is_left_off_what_the_model_names():
+    model, optimizer, _, _ = setup()
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(model.weight)] == 0.05
+    assert decays[id(model.bias)] == 0
+
+
+def test_the_average_follows_its_formula():
+    model, optimizer, scaler, ema = setup()
+    start = model.weight.detach().clone()
+    step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])
+    ema.update(model)
+    torch.testing.assert_close(ema.module.weight, 0.9 * start + 0.1 * model.weight)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_labels_are_smoothed_once(mixed):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.LABEL_SMOOTHING", 0.1])
+    logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    smoothed = 0.9 * nn.functional.one_hot(targets, 5) + 0.1 / 5
+    expected = -(smoothed * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(build_criterion(cfg, mixed=mixed)(logits, smoothed if mixed else targets), expected)
+
+
+def test_a_state_comes_back_into_a_run_with_or_without_an_average():
+    model, optimizer, scaler, ema = setup()
+    state = TrainState(model, optimizer, scaler, ema, num_updates=3)
+    step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])
+    saved = copy.deepcopy(state.to_dict())
+    other = TrainState(*setup())
+    other.load_dict(saved)
+    assert other.num_updates == 3
+    assert torch.equal(other.ema.module.weight, ema.module.weight)
+    saved["state_dict_ema"] = None
+    other.load_dict(saved)
+    assert torch.equal(other.ema.module.weight, model.weight)
+
+
+class Batch:
+    def __init__(self, images, targets):
+        self.images, self.targets = images, targets
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_evaluation_counts_by_hand(num_classes):
+    """A model that answers class 0, then 1, 2, ...: right at 1 for class 0, at 5 for classes below 5."""
+    targets = torch.arange(num_classes)
+    model = nn.Linear(1, num_classes)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(-torch.arange(num_classes))
+    batches = [Batch(torch.zeros(len(part), 1), part) for part in targets.split(2)]
+    result = evaluate(model, batches, weights="raw", amp_dtype=torch.float32, world=CPU_WORLD)
+    assert (result.correct1, result.correct5, result.num_images) == (1, min(5, num_classes), num_classes)
+    expected = nn.functional.cross_entropy(model.bias.expand(num_classes, -1), targets).item()
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert str(result) == f" * Acc@1 {100 / num_classes:.3f} Acc@5 {100 * min(5, num_classes) / num_classes:.3f}"

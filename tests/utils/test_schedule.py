@@ -1,0 +1,37 @@
+import pytest
+
+from tests.conftest import CONFIGS, reference
+from utils.config import load_config
+from utils.schedule import Schedule, build_schedule
+
+FIGURES = [figures for figures in reference("lr_schedule") if (CONFIGS / f"{figures['config']}.yaml").exists()]
+
+
+@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures["config"])
+def test_the_learning_rate_follows_the_reference(figures):
+    cfg = load_config(CONFIGS / f"{figures['config']}.yaml", ["DATA.BATCH_SIZE", figures["batch_size_per_gpu"]])
+    schedule = build_schedule(cfg, updates_per_epoch=figures["iters_per_epoch"], world_size=figures["world_size"])
+    assert [schedule(update) for update in figures["updates"]] == pytest.approx(figures["lr"], rel=1e-6)
+
+
+def test_accumulation_scales_the_learning_rate_like_any_larger_batch():
+    path = CONFIGS / "flatten_swin_t.yaml"
+    plain = build_schedule(load_config(path, ["DATA.BATCH_SIZE", 128]), updates_per_epoch=10, world_size=8)
+    accumulated = load_config(path, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4])
+    assert build_schedule(accumulated, updates_per_epoch=10, world_size=4) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # Warm-up 0, 5; then from 10: halfway of linear (4 of 8 left) at 6, min_lr from 10 on.
+        ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 6.0, 10: 2.0, 99: 2.0}),
+        ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 2.0}),
+        ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
+    ],
+)
+def test_schedules_by_hand(name, expected):
+    schedule = Schedule(
+        name=name, base_lr=10, warmup_lr=0, min_lr=2, num_updates=10, warmup_updates=2, decay_updates=3, decay_rate=0.5
+    )
+    assert {update: schedule(update) for update in expected} == pytest.approx(expected)
