@@ -1,0 +1,21 @@
+# Sourced: makes .venv beside the README where there is none, installs requirements.txt and what "$@" names, and puts it
+# on the PATH. uv where it can be had, else pip.
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+PYTHON="${PYTHON:-python3}"
+if [ ! -x .venv/bin/python ]; then
+  echo "making .venv with $($PYTHON --version)"
+  "$PYTHON" -m venv .venv
+fi
+wanted="$(cat requirements.txt; echo "$@")"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  echo "installing requirements.txt $*"
+  if .venv/bin/python -m pip install --quiet uv; then
+    .venv/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt "$@" ||
+      .venv/bin/python -m pip install --quiet -r requirements.txt "$@"
+  else
+    .venv/bin/python -m pip install --quiet -r requirements.txt "$@"
+  fi
+  echo "$wanted" > .venv/installed
+fi
+export PATH="$root/.venv/bin:$PATH"
