@@ -18,13 +18,13 @@ run() { # a title, then arguments of main.py
 
 [ -d "$data" ] || python scripts/make_digits.py "$data"
 batch=$((64 / processes))
-run "train at 32 pixels (give this command again and it goes on where it was)" \
+run "train at 48 pixels (give this command again and it goes on where it was)" \
   --cfg configs/quickstart.yaml --batch-size "$batch"
 trained="$output/quickstart/default/best.pth"
 run "evaluate what was saved" --cfg configs/quickstart.yaml --eval --resume "$trained"
-run "fine-tune at 48 pixels" --cfg configs/quickstart_48.yaml --batch-size "$batch" --pretrained "$trained"
-run "evaluate what was fine-tuned" --cfg configs/quickstart_48.yaml --eval \
-  --resume "$output/quickstart_48/default/best.pth"
+run "fine-tune at 64 pixels" --cfg configs/quickstart_64.yaml --batch-size "$batch" --pretrained "$trained"
+run "evaluate what was fine-tuned" --cfg configs/quickstart_64.yaml --eval \
+  --resume "$output/quickstart_64/default/best.pth"
 echo
-python scripts/plot_curves.py "$output/quickstart/default" "$output/quickstart_48/default" --png quickstart/curves.png
-python scripts/summarise.py "$output/quickstart/default" "$output/quickstart_48/default"
+python scripts/plot_curves.py "$output/quickstart/default" "$output/quickstart_64/default" --png quickstart/curves.png
+python scripts/summarise.py "$output/quickstart/default" "$output/quickstart_64/default"
