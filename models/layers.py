@@ -4,13 +4,16 @@ Shapes: B images, N tokens, C channels, H x W a token map.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+NO_OPTIONS: Mapping = MappingProxyType({})
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -85,6 +88,44 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     ]
 
 
+def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) -> (B * nW, h * w, C)."""
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(B * nW, h * w, C) -> (B, H, W, C): the inverse of ``partition``."""
+    rows, columns = grid[0] // window[0], grid[1] // window[1]
+    x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+PADDING = -1
+
+
+def window_regions(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padded: tuple[int, int]
+) -> Tensor | None:
+    """Which part of the map each token of each window comes from; softmax blocks attend within one part.
+
+    A cyclic shift brings opposite edges into one window, and padding is a part of its own.
+
+    Returns:
+        (nW, h * w) ids, ``PADDING`` for padding; None where every window is of one part.
+    """
+    if padded == grid and not any(shift):
+        return None
+    region = torch.zeros(padded, dtype=torch.long)
+    for axis in (0, 1):
+        if shift[axis]:  # what the roll brings around to the far edge
+            region.narrow(axis, 0, shift[axis]).add_(1 + axis)
+    region[grid[0] :] = PADDING
+    region[:, grid[1] :] = PADDING
+    region = region.roll((-shift[0], -shift[1]), dims=(0, 1))
+    return partition(region[None, :, :, None], window).squeeze(-1)
+
+
 class PositionTable(NamedTuple):
     """A parameter of one row per position, that another input size resizes: see ``Backbone.resize_position_tables``."""
 
@@ -96,22 +137,107 @@ class PositionTable(NamedTuple):
 class Backbone(nn.Module):
     """A classifier as timm's models are: features, then a head; a family adds its stages.
 
-    A family sets ``num_classes``, ``num_features`` (channels of the last map) and ``head``, builds ``forward_features``
-    and lists in ``feature_info`` what each stage gives (``num_chs``, ``reduction``, ``module``).
+    A family sets ``num_classes``, ``num_features`` (channels of the last map), ``norm`` and ``head``, gives its maps in
+    ``forward_stages``, and lists them in ``feature_info`` (``num_chs``, ``reduction``, ``module``).
     """
 
     num_classes: int
     num_features: int
+    feature_info: list[dict]
+    norm: nn.Module
     head: nn.Module
     grad_checkpointing = False
+
+    @property
+    def head_hidden_size(self) -> int:
+        return self.num_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> the last stage's tokens, normed; channels last."""
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """(B, 3, H, W) -> each stage's map, (B, h, w, C), before the final norm."""
         raise NotImplementedError
+
+    def drop_stages(self, num_kept: int) -> None:
+        """Give up the stages behind the first ``num_kept``."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W), normalised -> the last stage's map, normed: (B, h, w, C)."""
+        *_, x = self.forward_stages(x)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of chosen stages, as timm's models give them.
+
+        Args:
+            indices: of ``feature_info``; a number for the last so many, None for all.
+            norm: apply the final norm to the last one.
+            stop_early: compute no further than the last one asked for.
+            output_fmt: NCHW or NHWC.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            The final features (of the last stage that was computed) and the maps, or the maps alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NHWC")
+        taken = self.take_indices(indices)
+        maps = []
+        for index, features in enumerate(self.forward_stages(x)):
+            last = index == len(self.feature_info) - 1
+            if index in taken:
+                features_map = self.to_map(self.norm(features) if norm and last else features, x.shape[-2:])
+                maps.append(features_map if output_fmt == "NHWC" else features_map.permute(0, 3, 1, 2).contiguous())
+            if stop_early and index == max(taken):
+                break
+        if intermediates_only:
+            return maps
+        return (self.norm(features) if last else features), maps
+
+    def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Positive indices into ``feature_info``.
+
+        Raises:
+            ValueError: an index beyond the stages.
+        """
+        count = len(self.feature_info)
+        if indices is None or isinstance(indices, int):
+            indices = range(count - (count if indices is None else indices), count)
+        taken = [count + index if index < 0 else index for index in indices]
+        if not taken or min(taken) < 0 or max(taken) >= count:
+            raise ValueError(f"indices {list(indices)}: the model has {count} feature maps, 0 to {count - 1}")
+        return taken
+
+    def to_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
+        """A stage's features as (B, h, w, C)."""
+        return features
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Give up what the chosen maps do not need, so that every parameter left is used."""
+        taken = self.take_indices(indices)
+        cut = max(taken) + 1 < len(self.feature_info)
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.drop_stages(max(taken) + 1)
+            self.feature_info = self.feature_info[: max(taken) + 1]
+            self.num_features = self.feature_info[-1]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0)
+        return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the tokens, then the classifier. (B, ..., C) -> (B, num_classes), or (B, C) with ``pre_logits``."""
@@ -133,10 +259,10 @@ class Backbone(nn.Module):
         """Recompute every block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run_block(self, block: nn.Module, *inputs) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to train without weight decay: norms, biases and relative-position tables."""

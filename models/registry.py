@@ -2,17 +2,30 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from yacs.config import CfgNode
 
-from models import swin
+from models import cswin, deit, pvt, pvt_v2, swin
 
-# Model name -> (constructor, its size). create_model takes these names; "_384" is a size at another resolution.
-MODELS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
-    **{name: (swin.SwinTransformer, {"window_size": None, **size}) for name, size in swin.SIZES.items()},
-    "flatten_swin_b_384": (swin.SwinTransformer, {**swin.SIZES["flatten_swin_b"], "img_size": 384}),
+Constructor = Callable[..., nn.Module]
+
+# Model name -> constructor with its size.
+MODELS: dict[str, Constructor] = {
+    name: partial(constructor, **size)
+    for constructor, sizes in (
+        (swin.SwinTransformer, swin.SIZES),
+        (pvt.PyramidVisionTransformer, pvt.SIZES),
+        (pvt_v2.PyramidVisionTransformerV2, pvt_v2.SIZES),
+        (cswin.CSwinTransformer, cswin.SIZES),
+        (deit.DeiT, deit.SIZES),
+    )
+    for name, size in sizes.items()
 }
+MODELS["flatten_swin_b_384"] = partial(MODELS["flatten_swin_b"], img_size=384)
+MODELS["flatten_cswin_b_384"] = partial(MODELS["flatten_cswin_b"], img_size=384, softmax_splits=(1, 2, 12, 12))
 
 
 def list_models() -> list[str]:
@@ -35,10 +48,9 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{_nearest(name, MODELS)}; models.list_models() names all")
-    constructor, size = MODELS[name]
     if img_size is not None:
         kwargs["img_size"] = img_size
-    return constructor(**{**size, "num_classes": num_classes, **kwargs})
+    return MODELS[name](num_classes=num_classes, **kwargs)
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -65,11 +77,13 @@ def _shared(cfg: CfgNode) -> dict:
         "drop_rate": cfg.MODEL.DROP_RATE,
         "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
         "attn_type": cfg.MODEL.LA.ATTN_TYPE,
-        "focusing_factor": cfg.MODEL.LA.FOCUSING_FACTOR,
-        "kernel_size": cfg.MODEL.LA.KERNEL_SIZE,
-        "linear_kind": cfg.MODEL.LA.KIND,
-        "focusing": cfg.MODEL.LA.FOCUSING,
-        "rank_restoration": cfg.MODEL.LA.RANK_RESTORATION,
+        "linear": {
+            "focusing_factor": cfg.MODEL.LA.FOCUSING_FACTOR,
+            "kernel_size": cfg.MODEL.LA.KERNEL_SIZE,
+            "kind": cfg.MODEL.LA.KIND,
+            "focusing": cfg.MODEL.LA.FOCUSING,
+            "rank_restoration": cfg.MODEL.LA.RANK_RESTORATION,
+        },
     }
 
 
@@ -88,5 +102,80 @@ def _build_swin(cfg: CfgNode) -> nn.Module:
     )
 
 
-# MODEL.TYPE -> the family's builder.
-BUILDERS: dict[str, Callable[[CfgNode], nn.Module]] = {"flatten_swin": _build_swin}
+def _build_pvt(constructor: Constructor, cfg: CfgNode) -> nn.Module:
+    return constructor(**_shared(cfg), linear_reductions=[int(digit) for digit in cfg.MODEL.LA.PVT_LA_SR_RATIOS])
+
+
+def _build_cswin(constructor: Constructor, cfg: CfgNode) -> nn.Module:
+    return constructor(**_shared(cfg), linear_splits=[int(size) for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")])
+
+
+def _build_deit(constructor: Constructor, cfg: CfgNode) -> nn.Module:
+    return constructor(**_shared(cfg))
+
+
+# MODEL.TYPE -> its builder.
+BUILDERS: dict[str, Callable[[CfgNode], nn.Module]] = {
+    "flatten_swin": _build_swin,
+    "flatten_pvt_tiny": partial(_build_pvt, MODELS["flatten_pvt_t"]),
+    "flatten_pvt_small": partial(_build_pvt, MODELS["flatten_pvt_s"]),
+    "flatten_pvt_medium": partial(_build_pvt, MODELS["flatten_pvt_m"]),
+    "flatten_pvt_large": partial(_build_pvt, MODELS["flatten_pvt_b"]),
+    **{name: partial(_build_pvt, MODELS[name]) for name in pvt_v2.SIZES},
+    "FLatten_CSWin_64_24181_tiny_224": partial(_build_cswin, MODELS["flatten_cswin_t"]),
+    "FLatten_CSWin_64_24322_small_224": partial(_build_cswin, MODELS["flatten_cswin_s"]),
+    "FLatten_CSWin_96_36292_base_224": partial(_build_cswin, MODELS["flatten_cswin_b"]),
+    "FLatten_CSWin_96_36292_base_384": partial(_build_cswin, MODELS["flatten_cswin_b_384"]),
+    **{name: partial(_build_deit, MODELS[name]) for name in deit.SIZES},
+}
+
+
+# timm: importing ``models`` makes every name known to timm.create_model, features_only and timm's own scripts.
+
+
+def _timm_config(name: str) -> dict:
+    side = 384 if name.endswith("_384") else 224
+    first = {
+        swin.SwinTransformer: "patch_embed.proj",
+        pvt.PyramidVisionTransformer: "patch_embed1.proj",
+        pvt_v2.PyramidVisionTransformerV2: "patch_embed1.proj",
+        cswin.CSwinTransformer: "stage1_conv_embed.0",
+        deit.DeiT: "patch_embed.proj",
+    }
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "fixed_input_size": False,
+        "pool_size": None,
+        "crop_pct": 0.875 if side == 224 else 1.0,
+        "crop_mode": "squash",  # the square that published numbers were measured on
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": next(conv for constructor, conv in first.items() if _constructor(name) is constructor),
+        "classifier": "head",
+        "license": "mit",
+    }
+
+
+def _constructor(name: str) -> type[nn.Module]:
+    return MODELS[name].func
+
+
+default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in MODELS})
+
+
+def _register(name: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        maps = 4 if _constructor(name) is not deit.DeiT else 12
+        features = {"out_indices": tuple(range(maps)), "feature_cls": "getter"}
+        return build_model_with_cfg(MODELS[name], name, pretrained, feature_cfg=features, **kwargs)
+
+    entrypoint.__name__, entrypoint.__module__ = name, __name__
+    register_model(entrypoint)
+
+
+__all__ = ["build_model", "create_model", "list_models"]
+for _name in MODELS:
+    _register(_name)

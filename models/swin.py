@@ -3,7 +3,7 @@
 Shapes: B images, H x W a token map, nW windows of h x w = N tokens, C channels, heads D channels wide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,19 @@ from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from models.layers import (
+    NO_OPTIONS,
+    PADDING,
     Backbone,
     PositionTable,
     create_classifier,
     drop_path_rates,
     init_weights,
+    merge,
     parse_attention_types,
+    partition,
     resize_grid,
     to_pair,
+    window_regions,
 )
 from models.linear_attention import FocusedLinearAttention
 
@@ -104,7 +109,7 @@ class SwinBlock(nn.Module):
         qkv_bias: bool,
         drop_rate: float,
         drop_path: float,
-        linear_attention: dict,
+        linear: Mapping,
     ):
         super().__init__()
         self.covers = tuple(window_size >= side for side in grid)
@@ -113,7 +118,7 @@ class SwinBlock(nn.Module):
         options = {"qkv_bias": qkv_bias, "proj_drop": drop_rate}
         self.norm1 = nn.LayerNorm(dim)
         if attention == "L":
-            self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear_attention)
+            self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear)
         else:
             self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, **options)
         self.drop_path = DropPath(drop_path)
@@ -194,7 +199,7 @@ class SwinTransformer(Backbone):
         window_size: window of the linear blocks, capped at the map. When not given, the first stage's map: linear
             attention is then global there and beyond. Softmax blocks use 7, or 12 where this is more than 56.
         drop_path_rate: stochastic depth of the last block.
-        focusing_factor, kernel_size, linear_kind, focusing, rank_restoration: of ``FocusedLinearAttention``.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
     """
 
     def __init__(
@@ -214,20 +219,9 @@ class SwinTransformer(Backbone):
         patch_norm: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
-        focusing_factor: float = 3,
-        kernel_size: int = 5,
-        linear_kind: str = "focused",
-        focusing: bool = True,
-        rank_restoration: bool = True,
+        linear: Mapping = NO_OPTIONS,
     ):
         super().__init__()
-        linear_attention = {
-            "focusing_factor": focusing_factor,
-            "kernel_size": kernel_size,
-            "kind": linear_kind,
-            "focusing": focusing,
-            "rank_restoration": rank_restoration,
-        }
         grid = tuple(-(-side // patch_size) for side in to_pair(img_size))
         if window_size is None:
             window_size = max(grid)
@@ -261,7 +255,7 @@ class SwinTransformer(Backbone):
                     qkv_bias=qkv_bias,
                     drop_rate=drop_rate,
                     drop_path=rates[stage][index],
-                    linear_attention=linear_attention,
+                    linear=linear,
                 )
                 for index, attention in enumerate(attention_types)
             ]
@@ -273,53 +267,25 @@ class SwinTransformer(Backbone):
         self.apply(init_weights)
         self.head = create_classifier(self.num_features, num_classes)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, ceil(H / 32), ceil(W / 32), C)."""
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         x = self.pos_drop(self.patch_embed(x))
         for stage in self.layers:
             for block in stage.blocks:
                 x = self.run_block(block, x)
+            yield x
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return self.norm(x)
 
+    def drop_stages(self, num_kept: int) -> None:
+        self.layers = self.layers[:num_kept]
+        self.layers[-1].downsample = None
 
-def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B * nW, h * w, C)."""
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(B * nW, h * w, C) -> (B, H, W, C): the inverse of ``partition``."""
-    rows, columns = grid[0] // window[0], grid[1] // window[1]
-    x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2)
-
-
-PADDING = -1
-
-
-def window_regions(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padded: tuple[int, int]
-) -> Tensor | None:
-    """Which part of the map each token of each window comes from; softmax blocks attend within one part.
-
-    A cyclic shift brings opposite edges into one window, and padding is a part of its own.
-
-    Returns:
-        (nW, h * w) ids, ``PADDING`` for padding; None where every window is of one part.
-    """
-    if padded == grid and not any(shift):
-        return None
-    region = torch.zeros(padded, dtype=torch.long)
-    for axis in (0, 1):
-        if shift[axis]:  # what the roll brings around to the far edge
-            region.narrow(axis, 0, shift[axis]).add_(1 + axis)
-    region[grid[0] :] = PADDING
-    region[:, grid[1] :] = PADDING
-    region = region.roll((-shift[0], -shift[1]), dims=(0, 1))
-    return partition(region[None, :, :, None], window).squeeze(-1)
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)"
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [(blocks, None), (r"^layers\.(\d+)\.downsample", (0,)), (r"^norm", (99999,))],
+        }
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:

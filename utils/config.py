@@ -60,6 +60,8 @@ def _defaults() -> CfgNode:
     cfg.MODEL.LA.FOCUSING_FACTOR = 3  # p of the paper's eq. 6
     cfg.MODEL.LA.KERNEL_SIZE = 5  # of the depthwise convolution; odd
     cfg.MODEL.LA.ATTN_TYPE = "LLLL"  # a letter a stage: L linear, S softmax, M the first n blocks L (LLMS3: n = 3)
+    cfg.MODEL.LA.PVT_LA_SR_RATIOS = "1111"  # PVT: spatial reduction of linear blocks, a digit a stage
+    cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE = "56-28-14-7"  # CSwin: stripe width of linear blocks, a number a stage
     cfg.MODEL.LA.KIND = "focused"  # or relu, efficient, hydra, angular, enhanced, softmax, as the paper compares
     cfg.MODEL.LA.FOCUSING = True  # False: without the focused function
     cfg.MODEL.LA.RANK_RESTORATION = True  # False: without the depthwise convolution
@@ -333,6 +335,12 @@ def _validate_model(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.LA.ATTN_TYPE={linear.ATTN_TYPE!r}: give a letter a stage, L (linear), S (softmax) or M with the "
             "number of linear blocks behind the letters, as in LLSS or LLMS3"
+        )
+    if not re.fullmatch(r"[1-9]{4}", linear.PVT_LA_SR_RATIOS):
+        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={linear.PVT_LA_SR_RATIOS!r}: give a digit a stage, as in 8421")
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", linear.CSWIN_LA_SPLIT_SIZE):
+        raise ConfigError(
+            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={linear.CSWIN_LA_SPLIT_SIZE!r}: give a number a stage, as in 56-28-14-7"
         )
     if len(swin_keys.DEPTHS) != len(swin_keys.NUM_HEADS):
         raise ConfigError(

@@ -1,0 +1,78 @@
+"""FLatten-PVTv2: PVT v2 (https://arxiv.org/abs/2106.13797) with focused linear attention.
+
+Shapes: B images, H x W a token map, C channels.
+"""
+
+import math
+from collections.abc import Iterator
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from models.pvt import BlockNorm, PyramidBackbone
+
+
+class DepthwiseConvolution(nn.Module):
+    """3 x 3, a filter per channel. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvolutionalMlp(Mlp):
+    """An MLP with a depthwise convolution before its activation. (B, H, W, C) -> the same."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float):
+        super().__init__(dim, hidden_dim, drop=drop)
+        self.dwconv = DepthwiseConvolution(hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.act(self.dwconv(self.fc1(x))))
+        return self.drop2(self.fc2(x))
+
+
+class PyramidVisionTransformerV2(PyramidBackbone):
+    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage, no position table."""
+
+    kernel_sizes = (7, 3, 3, 3)
+    own_part = "norm"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.apply(_init_convolution)
+
+    def create_mlp(self, dim: int, hidden_dim: int, drop_rate: float) -> nn.Module:
+        return ConvolutionalMlp(dim, hidden_dim, drop_rate)
+
+    def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
+        return BlockNorm(dim)
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        for index in range(len(self.feature_info)):
+            x = self.stage("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
+            for block in self.stage("block", index):
+                x = self.run_block(block, x)
+            x = self.stage("norm", index)(x)
+            yield x
+
+
+def _init_convolution(module: nn.Module) -> None:
+    """From a normal distribution, by the number of outputs that an input reaches."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(module.bias)
+
+
+SIZES = {
+    "flatten_pvt_v2_b0": {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2)},
+    "flatten_pvt_v2_b1": {"depths": (2, 2, 2, 2)},
+    "flatten_pvt_v2_b2": {"depths": (3, 4, 6, 3)},
+    "flatten_pvt_v2_b3": {"depths": (3, 4, 18, 3)},
+    "flatten_pvt_v2_b4": {"depths": (3, 8, 27, 3)},
+    "flatten_pvt_v2_b5": {"depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4)},
+}
