@@ -1,7 +1,8 @@
 """FLatten-DeiT: DeiT (https://arxiv.org/abs/2012.12877) with focused linear attention in every block.
 
 The paper reports it, its code was never published: the class token stays, attention is over all tokens, and the
-depthwise convolution covers the patch tokens.
+depthwise convolution covers the patch tokens. (So the last block's convolution has no influence on the class token, and
+its gradient is zero.)
 
 Shapes: B images, N = 1 + H * W tokens, C channels.
 """
@@ -167,7 +168,7 @@ class DeiT(Backbone):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         return {
-            "stem": r"^(cls_token|pos_embed|patch_embed)",
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 

@@ -61,7 +61,8 @@ def init_weights(module: nn.Module) -> None:
 def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
     """Stochastic-depth rate of every block, growing linearly from 0 to ``rate`` over the whole network."""
     depths = list(depths)
-    rates = iter(torch.linspace(0, rate, sum(depths)).tolist())
+    steps = max(sum(depths) - 1, 1)
+    rates = (rate * block / steps for block in range(sum(depths)))
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 

@@ -4,6 +4,7 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -200,7 +201,8 @@ class FocusedLinearAttention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
         # Sums over thousands of keys of cubed values: fp32 whatever the precision of the rest.
-        with torch.autocast(q.device.type, enabled=False):
+        device = q.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
             if self.kind == "focused":

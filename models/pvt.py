@@ -210,8 +210,8 @@ class PyramidBackbone(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict:
         blocks = r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"
         return {
-            "stem": r"^(patch_embed1|pos_embed1)",
-            "blocks": [(blocks, None), (r"^(?:patch_embed|pos_embed|norm)(\d+)", (0,)), (r"^norm", (99999,))],
+            "stem": r"^(?:patch_embed1|pos_embed1)",
+            "blocks": [(blocks, None), (r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^norm(\d+)", (99,))],
         }
 
 

@@ -284,7 +284,7 @@ class SwinTransformer(Backbone):
         blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)"
         return {
             "stem": r"^patch_embed",
-            "blocks": [(blocks, None), (r"^layers\.(\d+)\.downsample", (0,)), (r"^norm", (99999,))],
+            "blocks": [(blocks, None), (r"^layers\.(\d+)\.downsample", (99,)), (r"^norm", (99999,))],
         }
 
 

@@ -1,0 +1,40 @@
+"""Swap focused linear attention into a stock timm ViT: python -m examples.vit_with_linear_attention"""
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from models.linear_attention import FocusedLinearAttention
+
+
+class LinearAttention(nn.Module):
+    """Takes the place of a timm ``Attention``: its projections stay, what happens between them is linear in the tokens.
+
+    Args:
+        attention: the module to replace.
+        grid: height and width of the patch tokens' map.
+        num_prefix_tokens: class and register tokens before them.
+    """
+
+    def __init__(self, attention: nn.Module, grid: tuple[int, int], num_prefix_tokens: int):
+        super().__init__()
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.operator = FocusedLinearAttention(
+            self.proj.in_features, attention.num_heads, grid, num_prefix_tokens=num_prefix_tokens
+        )
+
+    def forward(self, x: Tensor, **_unused) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(self.operator(q, k, v))
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """Every block of a timm VisionTransformer, in place."""
+    for block in model.blocks:
+        block.attn = LinearAttention(block.attn, model.patch_embed.grid_size, model.num_prefix_tokens)
+    return model
+
+
+if __name__ == "__main__":
+    vit = swap(timm.create_model("vit_tiny_patch16_224", num_classes=10))
+    print(vit(torch.randn(2, 3, 224, 224)).shape)

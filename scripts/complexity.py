@@ -1,0 +1,137 @@
+"""What the models cost: parameters and multiply-adds beside the paper's, and both against resolution.
+
+torch's FLOP counter sees matrix products and convolutions; halved, they are the multiply-adds that papers call FLOPs.
+What it does not see is counted beside them: norms at 5 operations an element, everything else done element by element
+(activations, the focused function, residuals) at 1. Nothing is computed: models and images are on the meta device.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from models import create_model, list_models
+
+# Millions of parameters and billions of multiply-adds as the paper gives them; None where it does not.
+PAPER = {
+    "flatten_deit_t": (6.1, 1.1),
+    "flatten_pvt_t": (12.2, 2.0),
+    "flatten_pvt_s": (21.7, 4.0),
+    "flatten_pvt_m": (37.2, 7.1),
+    "flatten_pvt_b": (50.6, 10.4),
+    "flatten_pvt_v2_b0": (3.6, 0.6),
+    "flatten_pvt_v2_b1": (12.9, 2.2),
+    "flatten_pvt_v2_b2": (22.6, 4.3),
+    "flatten_pvt_v2_b3": (38.3, 7.3),
+    "flatten_pvt_v2_b4": (51.8, 10.7),
+    "flatten_swin_t": (29, 4.5),
+    "flatten_swin_s": (51, 8.7),
+    "flatten_swin_b": (89, 15.4),
+    "flatten_swin_b_384": (91, 46.5),
+    "flatten_cswin_t": (21, 4.3),
+    "flatten_cswin_s": (35, 6.9),
+    "flatten_cswin_b": (75, 15.0),
+    "flatten_cswin_b_384": (78, 46.4),
+}
+POINTWISE = {"add", "sub", "mul", "div", "pow", "relu", "gelu", "_softmax", "sum", "mean", "linalg_vector_norm", "amax"}
+
+
+class PointwiseCounter(TorchDispatchMode):
+    """Operations that the FLOP counter does not see."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__.rstrip("_")
+        if name == "native_layer_norm":
+            self.count += 5 * args[0].numel()
+        elif name in POINTWISE:
+            self.count += max(args[0].numel() if isinstance(args[0], torch.Tensor) else 0, result.numel())
+        return result
+
+
+def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[int, int, int]:
+    """Parameters, multiply-adds of products and convolutions, other operations; for one image."""
+    size = size or ((384, 384) if name.endswith("_384") else (224, 224))
+    with torch.device("meta"):
+        model = create_model(name, img_size=size, **options).eval()
+    counter, pointwise = FlopCounterMode(display=False), PointwiseCounter()
+    with torch.no_grad(), counter, pointwise:
+        model(torch.empty(1, 3, *size, device="meta"))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, pointwise.count
+
+
+def print_table() -> None:
+    print("| model | parameters | paper | GFLOPs | other operations, G | paper |")
+    print("|---|---|---|---|---|---|")
+    for name in list_models():
+        parameters, products, others = measure(name)
+        paper = PAPER.get(name, ("", ""))
+        millions, billions = (f"{value}{unit}" if value else "" for value, unit in zip(paper, ("M", "G"), strict=True))
+        print(f"| `{name}` | {parameters / 1e6:.2f}M | {millions} | {products / 1e9:.2f} | {others / 1e9:.2f} | {billions} |")
+
+
+def activation_bytes(name: str, side: int, **options) -> int:
+    """Bytes that a training step keeps for its backward pass, one image in fp32."""
+    with torch.device("meta"):
+        model = create_model(name, img_size=side, **options)
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.empty(1, 3, side, side, device="meta"))
+    del output
+    return sum(kept.values())
+
+
+def plot(path: Path) -> None:
+    """DeiT-T with linear and with softmax attention, everything else equal, against resolution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sides = [224, 320, 448, 640, 896, 1280]
+    figure, (flops_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for attn_type, label in (("L", "focused linear"), ("S", "softmax, its matrix kept")):
+        # Softmax as a product with its matrix: the twin of linear attention that its paper compares.
+        options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}
+        flops = [measure("flatten_deit_t", (side, side), **options)[1] / 1e9 for side in sides]
+        memory = [activation_bytes("flatten_deit_t", side, **options) / 2**30 for side in sides]
+        flops_axes.plot(sides, flops, marker="o", label=label)
+        memory_axes.plot(sides, memory, marker="o", label=label)
+    flops_axes.set(xlabel="pixels of a side", ylabel="multiply-adds, G", title="FLatten-DeiT-T: cost of one image")
+    memory_axes.set(xlabel="pixels of a side", ylabel="GiB, fp32", title="Activations kept for the backward pass")
+    for axes in (flops_axes, memory_axes):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sides, [str(side) for side in sides])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--png", type=Path, help="draw cost against resolution here instead of printing the table")
+    args = parser.parse_args()
+    if args.png:
+        plot(args.png)
+    else:
+        print_table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What holds for every registered model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torchvision.ops import FeaturePyramidNetwork
+
+from models import create_model, list_models
+from models.cswin import CSwinTransformer
+from models.linear_attention import KINDS
+from scripts.complexity import PAPER, measure
+from tests.conftest import formula_image
+from utils.checkpoint import load_weights
+
+ROOT = Path(__file__).parent.parent.parent
+FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
+HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
+
+
+def randomise(model):
+    """Zero-initialised tables and scales would hide mistakes."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "positional_encoding" in name or name.endswith((".scale", "bias_table")):
+                parameter.normal_(std=0.2)
+    return model
+
+
+def small(name, **options):
+    torch.manual_seed(0)
+    return randomise(create_model(name, num_classes=5, img_size=64, **options)).eval()
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_runs_at_three_sizes_and_trains_every_parameter(name):
+    model = create_model(name, num_classes=3, drop_path_rate=0.0)
+    native = 384 if name.endswith("_384") else 224
+    # The larger models only at small sizes in training: what is at stake does not depend on it.
+    for size in ((native, native), (160, 160), (96, 128)):
+        with torch.no_grad():
+            logits = model(torch.randn(1, 3, *size))
+        assert logits.shape == (1, 3)
+        assert torch.isfinite(logits).all()
+    model(torch.randn(2, 3, 96, 128)).square().sum().backward()
+    gradients = {parameter: value.grad for parameter, value in model.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    # DeiT classifies by the class token, which the last block's convolution of patch tokens does not reach.
+    silent = {parameter for parameter, gradient in gradients.items() if not gradient.any()}
+    assert silent == ({"blocks.11.attn.dwc.weight", "blocks.11.attn.dwc.bias"} if "deit" in name else set())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameters_and_multiply_adds_are_the_papers(name):
+    parameters, products, _ = measure(name)
+    millions, billions = PAPER[name]
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.1 if isinstance(millions, float) else 0.6)
+    assert products / 1e9 == pytest.approx(billions, rel=0.02, abs=0.05)
+
+
+def test_the_tiny_deit_has_its_count_by_hand():
+    """DeiT-T has 5,717,416 parameters; each of 12 blocks adds scale 192, encoding 197 * 192 and 64 filters of 25 + 1."""
+    assert measure("flatten_deit_t")[0] == 5_717_416 + 12 * (192 + 197 * 192 + 64 * 26)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_state_dict_makes_the_round_trip(name, tmp_path):
+    source, twin = small(name), create_model(name, num_classes=5, img_size=64).eval()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    report = load_weights(twin, tmp_path / "weights.pth")
+    assert report.missing == report.unused == report.resized == report.reinitialised == []
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(twin(images), source(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [96, 128])
+def test_loading_at_another_size_equals_calling_at_it(name, size, tmp_path):
+    """Both resize the same tables, where blocks are global: the model of another size is the one called at it."""
+    options = {"attn_type": "LLLL"} if name in HIERARCHICAL else {}
+    source = small(name, **options)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    target = create_model(name, num_classes=5, img_size=size, **options).eval()
+    report = load_weights(target, tmp_path / "weights.pth")
+    assert set(report.resized) == {
+        name for name in target.state_dict() if name.endswith("positional_encoding") or "pos_embed" in name
+    }
+    images = torch.randn(1, 3, size, size)
+    torch.testing.assert_close(target(images), source(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(name):
+    gradients = []
+    for enable in (False, True):
+        model = small(name).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        model(formula_image(0, (2, 3, 64, 64))).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compilation_and_export_change_nothing_beyond_rounding(name):
+    depths = {"flatten_deit_t": {"depth": 1}}.get(name, {"depths": (1, 1, 1, 1)})
+    model, images = small(name, **depths), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(run(images).square().sum(), list(model.parameters())) for run in (model, compiled)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    exported = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_exports(name):
+    native = 384 if name.endswith("_384") else 224
+    model, images = randomise(create_model(name)).eval(), torch.randn(1, 3, native, native)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_compared_attention_trains_in_a_network(kind):
+    model = create_model("flatten_deit_t", num_classes=3, img_size=64, depth=2, drop_path_rate=0.0, linear={"kind": kind})
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_timm_knows_every_model(name):
+    assert timm.is_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    data = timm.data.resolve_model_data_config(model)
+    side = 384 if name.endswith("_384") else 224
+    assert data["input_size"] == (3, side, side)
+    assert data["crop_mode"] == "squash"
+    assert model.get_classifier().out_features == 10
+    assert model.default_cfg["first_conv"] in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_a_feature_pyramid_stands_on_the_four_stages(name):
+    features = timm.create_model(name, features_only=True)
+    channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
+    assert reductions == [4, 8, 16, 32]
+    maps = features(torch.randn(1, 3, 512, 640))
+    assert [tuple(m.shape) for m in maps] == [(1, c, 512 // r, 640 // r) for c, r in zip(channels, reductions, strict=True)]
+    pyramid = FeaturePyramidNetwork(channels, 32)(dict(zip("abcd", maps, strict=True)))
+    sum(m.square().mean() for m in pyramid.values()).backward()
+    assert [name for name, parameter in features.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_intermediate_maps_are_those_of_the_forward_pass(name):
+    model, images = small(name), torch.randn(1, 3, 64, 96)
+    final, maps = model.forward_intermediates(images, norm=True)
+    torch.testing.assert_close(final, model.forward_features(images))
+    assert len(maps) == len(model.feature_info)
+    (last,) = model.forward_intermediates(images, indices=[-1], norm=True, intermediates_only=True)
+    assert torch.equal(last, maps[-1])
+    assert last.shape[1:] == (
+        model.num_features,
+        64 // model.feature_info[-1]["reduction"],
+        96 // model.feature_info[-1]["reduction"],
+    )
+    with pytest.raises(ValueError, match="feature maps"):
+        model.forward_intermediates(images, indices=[99])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_of_early_stages_alone_leave_no_parameter_unused(name):
+    features = timm.create_model(name, features_only=True, out_indices=(0, 1), img_size=64)
+    sum(m.square().mean() for m in features(torch.randn(1, 3, 64, 64))).backward()
+    assert [name for name, parameter in features.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_numbered_from_the_stem_to_the_head(name):
+    from timm.models import group_parameters
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert min(layers.values()) == 0
+    stem = next(name for name in layers if "embed" in name)
+    assert layers[stem] == 0
+    block_depths = [layers[name] for name in layers if ".norm1.weight" in name or ".norm1." in name]
+    assert block_depths == sorted(block_depths)
+    assert layers["head.weight"] == max(layers.values())
+
+
+@pytest.mark.parametrize("chans", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_input_channels_are_an_argument(name, chans):
+    assert create_model(name, num_classes=2, img_size=64, in_chans=chans)(torch.randn(1, chans, 64, 64)).shape == (1, 2)
+
+
+def naive_stripes(attention, q, k, v, window):
+    """Stripes one by one, the real tokens of each alone."""
+    out = torch.zeros_like(q)
+    height, width = q.shape[1:3]
+    for top in range(0, height, window[0]):
+        for left in range(0, width, window[1]):
+            box = (slice(None), slice(top, top + window[0]), slice(left, left + window[1]))
+            grid = tuple(q[box].shape[1:3])
+            tokens = [t[box].flatten(1, 2) for t in (q, k, v)]
+            if hasattr(attention, "positional_encoding"):
+                table = attention.positional_encoding.unflatten(1, attention.grid)[:, : grid[0], : grid[1]].flatten(1, 2)
+                tokens[1] = tokens[1] + table
+                saved, attention.positional_encoding.data = attention.positional_encoding.data, torch.zeros_like(table)
+                native, attention.grid, attention.key_grid = attention.grid, grid, grid
+                mixed = attention.attend(*tokens)
+                attention.positional_encoding.data, attention.grid, attention.key_grid = saved, native, native
+            else:
+                mixed = attention.attend_within(*tokens, grid, None)
+            position = attention.get_v(v[box].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            out[box] = mixed.unflatten(1, grid) + position
+    return out
+
+
+@pytest.mark.parametrize("attn_type", ["L", "S"])
+@pytest.mark.parametrize("side", [12, 10], ids=["divides", "pads"])
+def test_narrow_stripes_equal_stripes_one_by_one(attn_type, side):
+    model = randomise(
+        CSwinTransformer(
+            img_size=48,
+            embed_dim=16,
+            depths=(1, 1),
+            num_heads=(2, 4),
+            attn_type=attn_type * 2,
+            linear_splits=(3, None),
+            softmax_splits=(3, 3),
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    for attention, window in zip(model.stage1[0].attns, ((side, 3), (3, side)), strict=True):
+        q, k, v = (torch.randn(2, side, side, 8, generator=generator) for _ in range(3))
+        if attn_type == "L":
+            attention.grid = attention.key_grid = tuple(min(s, side) for s in attention.grid)
+            table = attention.positional_encoding.data.unflatten(1, (12, 3) if window[1] == 3 else (3, 12))
+            attention.positional_encoding.data = table[:, :side, :side].flatten(1, 2).contiguous()
+            attention.grid = attention.key_grid = tuple(table[:, :side, :side].shape[1:3])
+        with torch.no_grad():
+            torch.testing.assert_close(attention(q, k, v), naive_stripes(attention, q, k, v, window), rtol=1e-4, atol=1e-5)
+
+
+def test_the_operator_swaps_into_a_stock_timm_model():
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.vit_with_linear_attention"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "[2, 10]" in done.stdout
