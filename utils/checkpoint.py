@@ -4,6 +4,8 @@ A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer
 ``config``; the first two under the names that the reference gives them.
 """
 
+import argparse
+import codecs
 import collections
 import hashlib
 import io
@@ -16,6 +18,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,19 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
 _TEMPORARY = ".incomplete"
 MIN_COVERAGE = 0.8  # share of the model's weights that a file must fill to pass for the same model
+
+
+# What released files hold besides tensors, all of it plain data: the reference's config, a yacs CfgNode, read as the
+# dictionary that it is; timm's arguments, a Namespace; best accuracies as numpy scalars, under the names of numpy 1 and 2.
+_PLAIN_GLOBALS = [
+    (collections.OrderedDict, "yacs.config.CfgNode"),
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    codecs.encode,
+]
 
 
 class CheckpointError(ValueError):
@@ -172,10 +188,8 @@ def read_checkpoint(path: str | Path) -> dict:
         return load_file(path)
     if zipfile.is_zipfile(path):
         verify(path)
-    # The reference pickles its config as a yacs CfgNode: read as the dictionary that it is.
-    plain = [(collections.OrderedDict, "yacs.config.CfgNode")]
     try:
-        with torch.serialization.safe_globals(plain):
+        with torch.serialization.safe_globals(_PLAIN_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
