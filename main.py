@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import sys
+import tempfile
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,14 +23,17 @@ from data.datasets import DataError
 from models import build_model
 from utils.checkpoint import (
     CheckpointError,
+    checkpoint_path,
     fill_model,
+    list_checkpoints,
     load_weights,
     newest_whole_checkpoint,
     read_checkpoint,
     sha256,
+    stored_weights,
 )
 from utils.config import ConfigError, flatten, load_config, to_dict
-from utils.distributed import World, cleanup, on_main, setup, wrap
+from utils.distributed import RankZeroError, World, cleanup, on_main, setup, wrap
 from utils.engine import Recipe, Trainer, TrainingError, TrainState, evaluate
 from utils.log import MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler
@@ -46,6 +50,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         cfg = load_config(args.cfg, overrides(args))
+        check(cfg, args)
         world = setup()
     except ValueError as error:  # nothing is set up yet, the log neither
         print(f"main.py: error: {error}", file=sys.stderr)
@@ -59,10 +64,11 @@ def main() -> None:
         else:
             train(cfg, world, find_unused_parameters=args.find_unused_params)
     except USER_ERRORS as error:  # the text names the remedy: no traceback
-        logger.error("%s", error)
+        logger.error("%s", without_traceback(error))
         sys.exit(1 if isinstance(error, TrainingError) else WRONG_USE)
-    finally:
-        cleanup()
+    except RankZeroError:  # which says why itself
+        sys.exit(WRONG_USE)
+    cleanup()  # not after an error: other processes may be waiting, and would make this one wait
 
 
 def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
@@ -70,10 +76,12 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     output = output_folder(cfg)
     start, checkpoint = choose_start(cfg, world)
     saved = read_checkpoint(checkpoint) if start == "resume" else None
-    if saved is not None and finished(saved, cfg):
-        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", checkpoint)
-        return
-    on_main(world, lambda: open_output(output, cfg))
+    if saved is not None:
+        check_resumable(saved, cfg, world, checkpoint)
+        if finished(saved, cfg):
+            logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", checkpoint)
+            return
+    on_main(world, lambda: open_output(output, num_updates=saved["num_updates"] if saved else 0))
     setup_logging(world.rank, output)
     logger.info("%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, start, checkpoint)
 
@@ -89,25 +97,24 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         load_weights(model, checkpoint)
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     state = TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, world.device), build_ema(cfg, model))
-    shape = {
-        "updates_per_epoch": train_loader.updates_per_epoch,
-        "global_batch_size": global_batch_size(cfg, world.size),
-    }
     if saved is not None:
-        resume(state, saved, cfg, shape, checkpoint)
+        resume(state, saved, cfg, train_loader.updates_per_epoch, checkpoint)
+        saved = None  # a copy of everything, in host memory
 
     schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
     logger.info(
         "%s: %.2fM parameters; %d images an update, %d updates an epoch, learning rate %.3e (per 512 images: %.3e)",
         cfg.MODEL.NAME,
         sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        shape["global_batch_size"],
-        shape["updates_per_epoch"],
+        global_batch_size(cfg, world.size),
+        train_loader.updates_per_epoch,
         schedule.base_lr,
         cfg.TRAIN.BASE_LR,
     )
-    metrics = MetricsWriter(output, state.num_updates) if world.is_main else None
-    if metrics is not None:
+    metrics = None
+    if world.is_main:
+        (output / "config.yaml").write_text(cfg.dump())
+        metrics = MetricsWriter(output, state.num_updates)
         metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
     trainer = Trainer(
         state=state,
@@ -121,7 +128,11 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         world=world,
         output=output,
         metrics=metrics,
-        header={"config": to_dict(cfg), **shape},
+        header={
+            "config": to_dict(cfg),
+            "updates_per_epoch": train_loader.updates_per_epoch,
+            "global_batch_size": global_batch_size(cfg, world.size),
+        },
     )
     trainer.fit()
     if metrics is not None:
@@ -129,31 +140,25 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
 
 
 def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
-    """Evaluate the raw weights of a file and their average, where it has one; the result goes to ``eval.json``."""
+    """Evaluate the raw weights of a file and their average, whichever it has; the result goes to ``eval.json``."""
     checkpoint = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
-    if not checkpoint:
-        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     saved = read_checkpoint(checkpoint)
+    output = output_folder(cfg)
+    on_main(world, lambda: make_folder(output))
     datasets = build_datasets(cfg, training=False)
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
-    model = build_model(cfg).to(world.device)
-    precision = build_recipe(cfg).eval_dtype
-    results = {}
-    for weights in ("raw", "ema"):
-        try:
-            loaded = fill_model(model, saved, weights=weights, path=checkpoint)
-        except CheckpointError:
-            if (weights == "ema" and results) or (weights == "raw" and saved.get("state_dict_ema")):
-                continue  # the file holds one of the two
-            raise
+    models = {}
+    for weights in stored_weights(saved) or ("raw",):
+        models[weights] = build_model(cfg).to(world.device)
+        loaded = fill_model(models[weights], saved, weights=weights, path=checkpoint)
         if loaded.missing or loaded.reinitialised or loaded.unused:
             raise CheckpointError(f"{loaded}; evaluation needs every weight: choose the config that this file was trained with")
-        results[weights] = evaluate(model, loader, weights=weights, amp_dtype=precision, world=world)
+    precision = build_recipe(cfg).eval_dtype
+    results = evaluate(models, loader, amp_dtype=precision, world=world)
 
     def write() -> None:
-        output = output_folder(cfg)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "eval.json").write_text(json.dumps(evaluation_record(cfg, checkpoint, results, precision), indent=2) + "\n")
+        record = evaluation_record(cfg, checkpoint, results, precision)
+        (output / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
         logger.info("written to %s", output / "eval.json")
 
     on_main(world, write)
@@ -165,13 +170,14 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     model = build_model(cfg).to(world.device).eval()
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=world.device)
     precision = amp_dtype(cfg)
+    synchronise = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     with torch.inference_mode(), torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
         for batches in (50, 30):
-            torch.accelerator.synchronize() if world.device.type == "cuda" else None
+            synchronise()
             started = time.perf_counter()
             for _ in range(batches):
                 model(images)
-            torch.accelerator.synchronize() if world.device.type == "cuda" else None
+            synchronise()
     seconds = (time.perf_counter() - started) / batches
     logger.info("batch_size %d throughput %.1f images/s, %s", len(images), len(images) / seconds, precision)
 
@@ -196,26 +202,58 @@ def choose_start(cfg: CfgNode, world: World) -> tuple[str, str]:
     return "scratch", ""
 
 
-def finished(saved: dict, cfg: CfgNode) -> bool:
-    num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
-    return "num_updates" in saved and saved["num_updates"] >= num_epochs * saved["updates_per_epoch"]
+def check(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Refuse in a second what would fail in minutes: a model that cannot be built, files that are not there."""
+    if args.zip or args.cache_mode:
+        raise ConfigError("--zip, --cache-mode: archives are not read; unpack them into <split>/<class>/<image>")
+    if args.throughput and args.eval:
+        raise ConfigError("--throughput and --eval: give one of them")
+    if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
+        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
+    for key in ("RESUME", "PRETRAINED"):
+        if cfg.MODEL[key] and not Path(cfg.MODEL[key]).is_file():
+            raise ConfigError(f"MODEL.{key}={cfg.MODEL[key]}: no such file")
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
 
 
-def resume(state: TrainState, saved: dict, cfg: CfgNode, shape: dict, path: str) -> None:
-    """Put a run's state back; what cannot go on as it was is refused, what differs in the config is said."""
+def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
+    """Refuse a file that is no run's state, or a run that would not see the same images as before."""
     if "num_updates" not in saved:
         raise CheckpointError(f"{path}: holds weights, but no state of a run; start from them with --pretrained")
-    for name, value in shape.items():
-        if saved[name] != value:
-            raise ConfigError(
-                f"{path}: was saved with {name}={saved[name]}, now it is {value}: the run's images would differ. Keep the "
-                "product of processes, --batch-size and TRAIN.ACCUMULATION_STEPS, and the data, or start anew with "
-                "--pretrained and another --tag"
-            )
+    before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
+    if before != now:
+        raise ConfigError(
+            f"{path}: was saved with {before} images an update, now there would be {now}. Keep the product of processes, "
+            "--batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
+        )
+    before, now = saved["config"]["TRAIN"]["OPTIMIZER"]["NAME"], cfg.TRAIN.OPTIMIZER.NAME
+    if before != now:
+        raise ConfigError(
+            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot take over; keep it, or start anew with "
+            "--pretrained and another --tag"
+        )
+
+
+def finished(saved: dict, cfg: CfgNode) -> bool:
+    num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"]
+
+
+def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
+    """Put a run's state back, and say what differs in the config."""
+    if saved["updates_per_epoch"] != updates_per_epoch:
+        raise ConfigError(
+            f"{path}: was saved with {saved['updates_per_epoch']} updates an epoch, now there are {updates_per_epoch}: the "
+            "data have changed. Put them back, or start anew with --pretrained and another --tag"
+        )
     before, now = flatten(saved["config"]), flatten(cfg)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and key not in ("MODEL.RESUME", "DATA.DATA_PATH", "OUTPUT"):
-            logger.warning("%s: %s was %r, now it is %r", path, key, before.get(key), now.get(key))
+            logger.info("%s: %s was %r, now it is %r", path, key, before.get(key), now.get(key))
     try:
         state.load_dict(saved)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -243,14 +281,30 @@ def output_folder(cfg: CfgNode) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
-def open_output(output: Path, cfg: CfgNode) -> None:
+def make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(cfg.dump())
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
+        raise ConfigError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from None
+
+
+def open_output(output: Path, *, num_updates: int) -> None:
+    """The run's folder, which no other branch of the run may have gone further in."""
+    make_folder(output)
+    newest = next(iter(list_checkpoints(output)), None)
+    if newest is not None and newest > checkpoint_path(output, num_updates):
         raise ConfigError(
-            f"OUTPUT={cfg.OUTPUT}: {output} is not writable ({error.strerror}); choose another --output"
-        ) from None
+            f"{output}: holds {newest.name}, further than this start (update {num_updates}): checkpoints would mix. Go on "
+            "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
+        )
+
+
+def without_traceback(error: Exception) -> str:
+    """What a loader's worker raised comes with its traceback around it; the last line says what is wrong."""
+    text = str(error).strip()
+    return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text
 
 
 def evaluation_record(cfg: CfgNode, checkpoint: str, results: dict, precision: torch.dtype) -> dict:
@@ -299,6 +353,8 @@ FLAGS = {
     "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
+    "--zip": (None, {"action": "store_true", "help": "read zip archives (not yet: an error)"}),
+    "--cache-mode": (None, {"choices": ("no", "full", "part"), "help": "of --zip (not yet: an error)"}),
     "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to go on from, or to evaluate"}),
     "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "checkpoint whose weights are the start"}),
     "--use-checkpoint": (
@@ -328,7 +384,7 @@ def overrides(args: argparse.Namespace) -> list:
     pairs = list(args.opts)
     for flag, (key, _) in FLAGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if key is not None and value not in (None, False):
+        if key is not None and value is not None and value is not False:
             pairs += [key, flag != "--no-model-ema" if value is True else value]
     return pairs
 

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from data.datasets import DataError, FolderDataset, check_classes
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
-from data.transforms import Erase, Normalize, create_eval_transform, create_train_transform
+from data.transforms import Erase, Normalize, Transform, create_eval_transform, create_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +76,7 @@ def build_datasets(cfg: CfgNode, *, training: bool) -> Datasets:
     root = Path(cfg.DATA.DATA_PATH)
     train = None
     if training:
-        transform = create_train_transform(
-            cfg.DATA.IMG_SIZE,
-            interpolation=cfg.DATA.INTERPOLATION,
-            mean=cfg.DATA.MEAN,
-            scale=cfg.AUG.SCALE,
-            ratio=cfg.AUG.RATIO,
-            hflip=cfg.AUG.HFLIP,
-            color_jitter=cfg.AUG.COLOR_JITTER,
-            auto_augment=cfg.AUG.AUTO_AUGMENT,
-        )
-        train = FolderDataset(root / "train", transform, seed=cfg.SEED)
+        train = FolderDataset(root / "train", build_train_transform(cfg), seed=cfg.SEED)
     transform = create_eval_transform(cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, crop=cfg.TEST.CROP)
     val = FolderDataset(root / "val", transform, seed=cfg.SEED)
     check_classes(train.classes if train else None, val.classes, cfg.MODEL.NUM_CLASSES, str(root))
@@ -97,6 +87,30 @@ def build_datasets(cfg: CfgNode, *, training: bool) -> Datasets:
         len(val.classes),
     )
     return Datasets(train, val)
+
+
+def build_train_transform(cfg: CfgNode) -> Transform:
+    """The recipe's augmentation.
+
+    Raises:
+        DataError: a policy that timm does not know.
+    """
+    try:
+        return create_train_transform(
+            cfg.DATA.IMG_SIZE,
+            interpolation=cfg.DATA.INTERPOLATION,
+            mean=cfg.DATA.MEAN,
+            scale=cfg.AUG.SCALE,
+            ratio=cfg.AUG.RATIO,
+            hflip=cfg.AUG.HFLIP,
+            color_jitter=cfg.AUG.COLOR_JITTER,
+            auto_augment=cfg.AUG.AUTO_AUGMENT,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"AUG.AUTO_AUGMENT={cfg.AUG.AUTO_AUGMENT!r}: is no policy of timm ({error}); use one like "
+            "rand-m9-mstd0.5-inc1, or none"
+        ) from None
 
 
 def build_train_loader(

@@ -1,6 +1,8 @@
 """Images in folders, read by position: what comes back depends on (seed, epoch, index) alone."""
 
+import os
 import random
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+# What Pillow raises on damaged files, by their kind.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class DataError(ValueError):
@@ -57,7 +62,7 @@ class FolderDataset(Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{path}: is no readable image ({error}); repair or remove it") from error
         with kept_generators():
             seed_generators(draw_seed(self.seed, epoch, index))
@@ -69,11 +74,13 @@ def draw_seed(*position: int) -> int:
     return int(np.random.SeedSequence(position).generate_state(1)[0])
 
 
-def seed_generators(seed: int) -> None:
-    """Seed all three generators that augmentation draws from, torch's on every device."""
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
+    """Seed all three generators that augmentation draws from, and torch's own of a GPU where one is named."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every backend, 300 times as long
+    if device is not None and device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 @contextmanager
@@ -120,12 +127,17 @@ def _list_classes(root: Path) -> list[str]:
 
 
 def _list_images(folder: Path) -> list[str]:
-    names = sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
-    )
+    names = []
+    for parent, _, files in os.walk(folder, followlinks=True):
+        below = os.path.relpath(parent, folder)
+        names += [
+            os.path.normpath(os.path.join(below, name))
+            for name in files
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
     if not names:
         raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
-    return names
+    return sorted(names)
 
 
 def _shorten(names: list[str]) -> str:

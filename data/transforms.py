@@ -76,13 +76,13 @@ class Erase:
     """Random erasing (https://arxiv.org/abs/1708.04896) of normalised images, drawn from (seed, epoch, index)."""
 
     def __init__(self, probability: float, *, mode: str, max_count: int, seed: int, device: torch.device):
-        self.seed = seed
+        self.seed, self.device = seed, device
         self.erase = RandomErasing(probability, mode=mode, max_count=max_count, device=device)
 
     def __call__(self, images: Tensor, epoch: int, indices: Sequence[int]) -> Tensor:
         """images: (B, 3, H, W), changed in place."""
         with kept_generators():
             for image, index in zip(images, indices, strict=True):
-                seed_generators(draw_seed(self.seed, epoch, index, SEED_OF_ERASING))
+                seed_generators(draw_seed(self.seed, epoch, index, SEED_OF_ERASING), self.device)
                 self.erase(image)
         return images

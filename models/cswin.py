@@ -35,9 +35,22 @@ class StripedAttention(nn.Module):
     and padding takes no part.
     """
 
-    def build_stripes(self, dim: int, stripe: Stripe) -> None:
-        self.stripe = stripe
+    def build_stripes(self, dim: int, grid: tuple[int, int], stripe: Stripe) -> None:
+        self.native, self.stripe = grid, stripe
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        # Known for the native map, so that a step builds no masks.
+        self.register_buffer("native_mask", self.mask(grid), persistent=False)
+
+    def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Stripe and padded map for a map of this size."""
+        window = tuple(side if size is None else size for side, size in zip(grid, self.stripe, strict=True))
+        return window, tuple(-(-side // size) * size for side, size in zip(grid, window, strict=True))
+
+    def mask(self, grid: tuple[int, int]) -> Tensor | None:
+        """(nW, N), False for padding; None where there is none."""
+        window, padded = self.layout(grid)
+        region = window_regions(grid, window, (0, 0), padded)
+        return None if region is None else region != PADDING
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
         """q, k, v: (B * nW, N, C); mask: (B * nW, N), False for padding."""
@@ -45,13 +58,12 @@ class StripedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grid = tuple(q.shape[1:3])
-        window = tuple(side if size is None else size for side, size in zip(grid, self.stripe, strict=True))
-        padded = tuple(-(-side // size) * size for side, size in zip(grid, window, strict=True))
-        mask = None
-        if padded != grid:
+        window, padded = self.layout(grid)
+        mask = self.native_mask if grid == self.native else self.mask(grid)
+        if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
-            mask = (window_regions(grid, window, (0, 0), padded).to(q.device) != PADDING).repeat(len(q), 1)
+            mask = mask.to(q.device).repeat(len(q), 1)
         q, k, v = (partition(t, window) for t in (q, k, v))
         out = self.attend_within(q, k, v, window, mask)
         value_map = v.transpose(1, 2).unflatten(-1, window)
@@ -62,9 +74,9 @@ class StripedAttention(nn.Module):
 
 class LinearStripes(FocusedLinearAttention, StripedAttention):
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], stripe: Stripe, linear: Mapping):
-        native = tuple(side if size is None else size for side, size in zip(grid, stripe, strict=True))
-        super().__init__(dim, num_heads, native, **linear)
-        self.build_stripes(dim, stripe)
+        window = tuple(side if size is None else size for side, size in zip(grid, stripe, strict=True))
+        super().__init__(dim, num_heads, window, **linear)
+        self.build_stripes(dim, grid, stripe)
 
     forward = StripedAttention.forward
 
@@ -73,10 +85,10 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 
 
 class SoftmaxStripes(StripedAttention):
-    def __init__(self, dim: int, num_heads: int, stripe: Stripe):
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], stripe: Stripe):
         super().__init__()
         self.num_heads = num_heads
-        self.build_stripes(dim, stripe)
+        self.build_stripes(dim, grid, stripe)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B * nW, heads, N, D)
@@ -116,7 +128,7 @@ class Block(nn.Module):
         self.attns = nn.ModuleList(
             LinearStripes(dim // share, num_heads // share, grid, stripe, linear)
             if attention == "L"
-            else SoftmaxStripes(dim // share, num_heads // share, stripe)
+            else SoftmaxStripes(dim // share, num_heads // share, grid, stripe)
             for stripe in stripes
         )
         self.proj = nn.Linear(dim, dim)

@@ -77,10 +77,11 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
         ValueError: another letter, another number of letters, ``M`` without a number or a number without ``M``.
     """
     depths = list(depths)
-    letters, digits = attn_type[: len(depths)], attn_type[len(depths) :]
+    letters = attn_type.rstrip("0123456789")
+    digits = attn_type[len(letters) :]
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
-    if ("M" in letters) != digits.isdigit() or (digits and not digits.isdigit()):
+    if ("M" in letters) != bool(digits):
         raise ValueError(f"attention type {attn_type!r}: a number follows the letters where M is among them, as in LLMS3")
     num_linear = int(digits or 0)
     return [

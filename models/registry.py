@@ -91,7 +91,6 @@ def _build_swin(cfg: CfgNode) -> nn.Module:
     return swin.SwinTransformer(
         **_shared(cfg),
         patch_size=cfg.MODEL.SWIN.PATCH_SIZE,
-        in_chans=cfg.MODEL.SWIN.IN_CHANS,
         embed_dim=cfg.MODEL.SWIN.EMBED_DIM,
         depths=cfg.MODEL.SWIN.DEPTHS,
         num_heads=cfg.MODEL.SWIN.NUM_HEADS,

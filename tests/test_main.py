@@ -200,6 +200,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(to
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
         (["--opts", "DATA.BATCH_SIZE", "7"], "make it even"),
         (["--batch-size", "2000"], "lower --batch-size"),
+        (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
+        (["--zip"], "unpack them"),
+        (["--pretrained", "nowhere.pth"], "no such file"),
+        (["--opts", "MODEL.LA.ATTN_TYPE", "LLSS"], "each of the 3 stages"),
+        (["--opts", "MODEL.LA.KIND", "fokused"], "choose one of focused"),
+        (["--opts", "MODEL.TYPE", "flaten_swin"], "did you mean 'flatten_swin'"),
+        (["--opts", "AUG.AUTO_AUGMENT", "foo"], "is no policy of timm"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -223,6 +230,37 @@ def test_ranks_that_share_a_batch_see_the_images_that_one_would(toy_config, toy_
         records = [json.loads(line) for line in (output / "toy/default/metrics.jsonl").read_text().splitlines()]
         losses[processes] = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--batch-size", "4"], "was saved with 8 images an update, now there would be 4"),
+        (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot take over"),
+        (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints would mix"),
+    ],
+    ids=["batch", "optimizer", "fork"],
+)
+def test_a_start_that_would_spoil_a_run_is_refused_and_leaves_it_alone(
+    arguments, expected, uninterrupted, toy_config, toy_data, tmp_path
+):
+    folder = tmp_path / "toy" / "default"
+    shutil.copytree(uninterrupted(1), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *arguments], tmp_path / "log")
+    assert outcome.exit_codes == [2], outcome.output
+    assert expected in outcome.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_unreadable_training_image_ends_all_processes_and_is_named(toy_config, tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path, split, classes=3, per_class=10)
+    (tmp_path / "train/class1/004.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    arguments = toy_arguments(toy_config, tmp_path, tmp_path / "output", "DATA.NUM_WORKERS", 1, "DATA.BATCH_SIZE", 2)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
+    assert 0 not in outcome.exit_codes
+    assert "class1/004.png: is no readable image" in outcome.output
 
 
 def decide(toy_config, tmp_path, *, resume, pretrained, auto_resume, saved):

@@ -79,7 +79,7 @@ def save_checkpoint(state: dict, path: Path) -> str:
         sha256 of the file.
 
     Raises:
-        OSError: the disk is full or not writable; what was at ``path`` is untouched.
+        CheckpointError: the disk is full or not writable; what was at ``path`` is untouched.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
@@ -87,22 +87,22 @@ def save_checkpoint(state: dict, path: Path) -> str:
             torch.save(_to_cpu(state), file)
             file.flush()
             os.fsync(file.fileno())
-        digest = verify(temporary)
+        verify(temporary)
+        digest = sha256(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch turns some failed writes into RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise OSError(f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)") from error
+        raise CheckpointError(
+            f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
     return digest
 
 
-def verify(path: Path) -> str:
+def verify(path: Path) -> None:
     """Read a checkpoint through, checksums included.
-
-    Returns:
-        sha256 of the file.
 
     Raises:
         CheckpointError: damaged. ``torch.load`` alone lets flipped bits in tensors pass.
@@ -114,7 +114,6 @@ def verify(path: Path) -> str:
         raise CheckpointError(f"{path}: is damaged or no checkpoint ({error})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: is damaged: {damaged} fails its checksum")
-    return sha256(path)
 
 
 def sha256(path: Path) -> str:
@@ -183,9 +182,13 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: is damaged or no safetensors file ({error})") from None
     if zipfile.is_zipfile(path):
         verify(path)
     try:
@@ -206,31 +209,19 @@ def _named_global(message: str) -> str:
     return f"it asks for {found.group(1)}, which is not allowed" if found else message
 
 
-def select_weights(state: dict, weights: str, path: str | Path = "checkpoint") -> tuple[str, dict[str, Tensor]]:
-    """The state dict in a checkpoint, wrappers' prefixes removed.
-
-    Args:
-        weights: ``raw``, ``ema``, or ``auto`` for the average where there is one.
-
-    Returns:
-        ``raw`` or ``ema``, and the state dict.
-
-    Raises:
-        CheckpointError: no such weights in the file.
-    """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
-    average = next((state[key] for key in ("state_dict_ema", "model_ema") if state.get(key)), None)
-    raw = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None)
-    if raw is None and average is None and state and all(isinstance(value, Tensor) for value in state.values()):
-        raw = state
-    chosen = {"raw": raw, "ema": average, "auto": average or raw}[weights]
-    if not chosen:
-        raise CheckpointError(
-            f"{path}: holds no {'' if weights == 'auto' else weights + ' '}weights; its keys: {', '.join(state)}"
-        )
-    label = "ema" if chosen is average else "raw"
-    return label, {_WRAPPERS.sub("", name): value for name, value in chosen.items()}
+def stored_weights(state: dict) -> dict[str, dict[str, Tensor]]:
+    """The state dicts in a checkpoint by label, ``raw`` and ``ema``, wrappers' prefixes removed."""
+    found = {
+        "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
+        "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if state.get(key)), None),
+    }
+    if not any(found.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
+        found["raw"] = state  # bare
+    return {
+        label: {_WRAPPERS.sub("", name): value for name, value in weights.items()}
+        for label, weights in found.items()
+        if weights
+    }
 
 
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
@@ -250,8 +241,13 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
 
 def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
     """``load_weights`` from a checkpoint that is read already; ``path`` is for messages."""
-    label, loaded = select_weights(state, weights, path)
-    report = LoadReport(str(path), label)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
+    stored = stored_weights(state)
+    label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
+    if label not in stored:
+        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(state)}")
+    loaded, report = stored[label], LoadReport(str(path), label)
     own = model.state_dict()
     try:
         resized = model.resize_position_tables(loaded)

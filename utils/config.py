@@ -47,7 +47,6 @@ def _defaults() -> CfgNode:
 
     cfg.MODEL.SWIN = CfgNode()
     cfg.MODEL.SWIN.PATCH_SIZE = 4  # pixels
-    cfg.MODEL.SWIN.IN_CHANS = 3  # of the images
     cfg.MODEL.SWIN.EMBED_DIM = 96  # channels of the first stage; each next one has twice as many
     cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # blocks of each stage
     cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]  # of each stage
@@ -136,7 +135,10 @@ _REFERENCE_ONLY = {
     "EVAL_MODE": False,
     "THROUGHPUT_MODE": False,
     "LOCAL_RANK": 0,
+    "DATA.ZIP_MODE": False,
+    "DATA.CACHE_MODE": "part",  # of zip files
     "MODEL.SWIN.APE": False,
+    "MODEL.SWIN.IN_CHANS": 3,
     "MODEL.SWIN.QK_SCALE": None,
     "TRAIN.START_EPOCH": 0,
 }
@@ -169,6 +171,10 @@ _RANGES = {
     **dict.fromkeys(("AUG.HFLIP", "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "EMA.DECAY"), (0, 1)),
     **dict.fromkeys(("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"), (0, 0.999)),
     "SEED": (0, 2**32 - 1),
+    "MODEL.LA.KERNEL_SIZE": (1, float("inf")),
+    "MODEL.LA.FOCUSING_FACTOR": (1, float("inf")),
+    "AUG.COLOR_JITTER": (0, float("inf")),
+    "TRAIN.OPTIMIZER.MOMENTUM": (0, 1),
 }
 
 
@@ -348,7 +354,7 @@ def _validate_model(cfg: CfgNode) -> None:
             "both give a number a stage; make them equally long"
         )
     for stage, heads in enumerate(swin_keys.NUM_HEADS):
-        if swin_keys.EMBED_DIM * 2**stage % heads:
+        if heads < 1 or swin_keys.EMBED_DIM * 2**stage % heads:
             raise ConfigError(
                 f"MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: {heads} heads do not divide the "
                 f"{swin_keys.EMBED_DIM * 2**stage} channels of stage {stage + 1}; change it or MODEL.SWIN.EMBED_DIM"
@@ -368,8 +374,9 @@ def _validate_recipe(cfg: CfgNode) -> None:
             raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give the smallest and the largest, above 0")
     if cfg.AUG.CUTMIX_MINMAX is not None and len(cfg.AUG.CUTMIX_MINMAX) != 2:
         raise ConfigError(f"AUG.CUTMIX_MINMAX={cfg.AUG.CUTMIX_MINMAX}: give the smallest and the largest share, or None")
-    if len(cfg.TRAIN.OPTIMIZER.BETAS) != 2:
-        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={cfg.TRAIN.OPTIMIZER.BETAS}: give two numbers")
+    betas = cfg.TRAIN.OPTIMIZER.BETAS
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers of at least 0 and below 1")
     if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:
         raise ConfigError(
             f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run has its "

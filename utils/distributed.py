@@ -14,6 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 Result = TypeVar("Result")
 
 
+class RankZeroError(RuntimeError):
+    """Rank 0 could not do what all wait for; it says why itself."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among ``size`` of them, ``device`` being its own."""
@@ -84,7 +88,7 @@ def on_main(world: World, task: Callable[[], Result]) -> Result:
     """What rank 0 gets from ``task``, in every process; where it fails, all fail.
 
     Raises:
-        RuntimeError: in the other processes, with rank 0's message; rank 0 raises its own error.
+        RankZeroError: in the other processes, with rank 0's message; rank 0 raises its own error.
     """
     outcome: list = [None, None]
     error = None
@@ -98,5 +102,5 @@ def on_main(world: World, task: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+        raise RankZeroError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]

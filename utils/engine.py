@@ -57,13 +57,18 @@ class TrainState:
         }
 
     def load_dict(self, state: dict) -> None:
-        """Go on from a checkpoint. An average that the checkpoint lacks starts from its weights.
+        """Go on from a checkpoint, with the optimizer's options as they are configured now.
+
+        An average that the checkpoint lacks starts from its weights.
 
         Raises:
             KeyError, RuntimeError: a checkpoint of another model or optimizer.
         """
         self.model.load_state_dict(state["model"])
+        options = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(configured)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -137,33 +142,40 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader, *, weights: str, amp_dtype: torch.dtype, world: World) -> EvalResult:
+def evaluate(models: dict[str, nn.Module], loader, *, amp_dtype: torch.dtype, world: World) -> dict[str, EvalResult]:
     """Count right answers over a dataset that the processes share, every image once; one reduction at the end.
 
     Args:
-        model: not wrapped: processes may have different numbers of batches.
+        models: by the label of their weights, raw or ema; all see each batch. Not wrapped: processes may have different
+            numbers of batches.
         loader: batches of this process's share.
-        weights: label of the result, raw or ema.
 
     Returns:
-        The same result in every process.
+        A result for each model, the same in every process.
     """
-    was_training = model.training
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in progress(loader, len(loader), f"evaluate {weights}"):
-        with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-            logits = model(batch.images)
-        logits = logits.float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.targets.unsqueeze(1)  # (B, 5)
-        counts += torch.stack([top[:, 0].sum(), top.sum(), torch.tensor(len(top), device=world.device)])
-        loss += F.cross_entropy(logits, batch.targets, reduction="sum").double()
-    model.train(was_training)
-    correct1, correct5, num_images = sum_over_processes(counts).tolist()
-    result = EvalResult(weights, correct1, correct5, num_images, sum_over_processes(loss).item() / num_images)
-    logger.info("%s weights: %d of %d right, loss %.4f,%s", weights, correct1, num_images, result.loss, result)
-    return result
+    were_training = {label: model.training for label, model in models.items()}
+    # Right at 1, right at 5, sum of losses: counts are exact in float64.
+    sums = {label: torch.zeros(3, dtype=torch.float64, device=world.device) for label in models}
+    num_images = 0
+    for model in models.values():
+        model.eval()
+    for batch in progress(loader, len(loader), "evaluate"):
+        num_images += len(batch.targets)
+        for label, model in models.items():
+            with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+                logits = model(batch.images)
+            logits = logits.float()
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.targets.unsqueeze(1)  # (B, 5)
+            loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+            sums[label] += torch.stack([top[:, 0].sum(), top.sum(), loss]).double()
+    total = sum_over_processes(torch.tensor(num_images, device=world.device)).item()
+    results = {}
+    for label, model in models.items():
+        model.train(were_training[label])
+        correct1, correct5, loss = sum_over_processes(sums[label]).tolist()
+        results[label] = result = EvalResult(label, int(correct1), int(correct5), total, loss / total)
+        logger.info("%s weights: %d of %d right, loss %.4f,%s", label, result.correct1, total, result.loss, result)
+    return results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +258,7 @@ class Trainer:
         for update in progress(updates, len(updates), f"epoch {epoch}", seconds_between_lines=math.inf):
             learning_rate = self.schedule(state.num_updates)
             for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+                group["lr"] = learning_rate
             loss, grad_norm = train_step(
                 self.model,
                 self.criterion,
@@ -267,6 +279,7 @@ class Trainer:
                 meter.log(learning_rate)
             if saving:
                 self.save()
+                meter.restart()
 
     def mixed_batches(self, meter: "_Meter") -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of every forward pass, the model's own draws (drop path, dropout) seeded for each."""
@@ -304,8 +317,8 @@ class Trainer:
         models = {"raw": self.state.model}
         if self.state.ema is not None:
             models["ema"] = _on_device(self.state.ema.module, self.world.device)
-        for weights, model in models.items():
-            result = evaluate(model, self.val_loader, weights=weights, amp_dtype=self.recipe.eval_dtype, world=self.world)
+        results = evaluate(models, self.val_loader, amp_dtype=self.recipe.eval_dtype, world=self.world)
+        for weights, result in results.items():
             if self.metrics is not None:
                 self.metrics.scalars(self.state.num_updates, f"eval_{weights}", _record(result, epoch))
             if result.acc1 > self.state.best["acc1"]:
@@ -339,9 +352,9 @@ class _Meter:
 
     def __init__(self, epoch: int, trainer: Trainer):
         self.epoch, self.trainer = epoch, trainer
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
         self.started, self.wait, self.images = time.monotonic(), 0.0, 0
         self.losses: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
@@ -360,9 +373,16 @@ class _Meter:
         if not self.losses:
             return
         losses = (sum_over_processes(torch.stack(self.losses).double()) / trainer.world.size).tolist()
-        for index, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise TrainingError(_non_finite(state.num_updates - len(losses) + index, self.epoch, loss, trainer.output))
+        grad_norms = torch.stack(self.grad_norms).tolist()  # of averaged gradients: the same in every process
+        for index, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
+            # The scaler leaves out updates with infinite gradients, and lowers its scale.
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
+                update = state.num_updates - len(losses) + index
+                raise TrainingError(
+                    f"the loss is {loss} and the gradient's norm {grad_norm} at update {update} (epoch {self.epoch}, counted "
+                    f"from 0); the last good checkpoint in {trainer.output} is untouched. Look at the data of that update, "
+                    "lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or use AMP_DTYPE bf16"
+                )
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
         left = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
@@ -370,7 +390,7 @@ class _Meter:
             "epoch": self.epoch,
             "loss": sum(losses) / len(losses),
             "lr": learning_rate,
-            "grad_norm": self.grad_norms[-1].item(),
+            "grad_norm": grad_norms[-1],
             "images_per_second": self.images / seconds,
             "data_wait": self.wait / seconds,
             "memory_mib": _peak_memory(trainer.world.device) / 2**20,
@@ -392,14 +412,7 @@ class _Meter:
         )
         if trainer.metrics is not None:
             trainer.metrics.scalars(state.num_updates, "train", values)
-        self._reset()
-
-
-def _non_finite(update: int, epoch: int, loss: float, output: Path) -> str:
-    return (
-        f"the loss is {loss} at update {update} (epoch {epoch}, counted from 0); the last good checkpoint in {output} is "
-        "untouched. Look at the data of that update, lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or use AMP_DTYPE bf16"
-    )
+        self.restart()
 
 
 def _record(result: EvalResult, epoch: int) -> dict[str, float | int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -87,14 +88,15 @@ class MetricsWriter:
         if path.exists():
             _cut_after(path, step)
         self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(output), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(output), purge_step=step + 1)
 
-    def scalars(self, step: int, kind: str, values: dict[str, float | int | str]) -> None:
+    def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
         """One point: a JSON line with ``step`` and ``kind``, and a curve ``kind/name`` for every number."""
-        self._lines.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        # JSON has no infinity and no NaN, which a norm may be in fp16.
+        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, "kind": kind, **record}) + "\n")
         for name, value in values.items():
-            if not isinstance(value, str):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         self._board.add_text(name, text, step)

@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(saved, operation, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint if operation == "open" else os, operation, fail, raising=False)
-    with pytest.raises(OSError, match="the old ones are untouched"):
+    with pytest.raises(CheckpointError, match="the old ones are untouched"):
         save_checkpoint({"model": {}}, saved)
     monkeypatch.undo()
     assert checkpoint.sha256(saved) == before

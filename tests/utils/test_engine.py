@@ -122,7 +122,7 @@ def test_evaluation_counts_by_hand(num_classes):
         model.weight.zero_()
         model.bias.copy_(-torch.arange(num_classes))
     batches = [Batch(torch.zeros(len(part), 1), part) for part in targets.split(2)]
-    result = evaluate(model, batches, weights="raw", amp_dtype=torch.float32, world=CPU_WORLD)
+    result = evaluate({"raw": model}, batches, amp_dtype=torch.float32, world=CPU_WORLD)["raw"]
     assert (result.correct1, result.correct5, result.num_images) == (1, min(5, num_classes), num_classes)
     expected = nn.functional.cross_entropy(model.bias.expand(num_classes, -1), targets).item()
     assert result.loss == pytest.approx(expected, rel=1e-6)
