@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import create_model, list_models
 
-# Millions of parameters and billions of multiply-adds as the paper gives them; None where it does not.
+# Millions of parameters and billions of multiply-adds: the paper's, and for sizes that it leaves out (PVT-M and -B, PVTv2-B0,
+# -B3 and -B4) those of its code.
 PAPER = {
     "flatten_deit_t": (6.1, 1.1),
     "flatten_pvt_t": (12.2, 2.0),

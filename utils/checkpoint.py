@@ -1,7 +1,7 @@
 """Checkpoints: written so that none is ever lost, read so that no code in a file ever runs.
 
-A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``position``, ``best`` and
-``config``; the first two under the names that the reference gives them.
+A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``num_updates``, ``best``
+and ``config``; the first two under the names that the reference gives them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Buffers of the reference that are computed here, and the norm that its PVT builds and never uses.
 _LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
 _TEMPORARY = ".incomplete"
-MIN_COVERAGE = 0.8  # share of the model's weights that a file must fill to pass for the same model
+MIN_COVERAGE = 0.8  # share of the model's entries, and of their numbers, that a file must fill to be of this model
 
 
 # What released files hold besides tensors, all of it plain data: the reference's config, a yacs CfgNode, read as the
@@ -272,7 +272,10 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
     body = [name for name in own if name not in head]
     report.coverage = sum(own[name].numel() for name in fitting) / max(sum(value.numel() for value in own.values()), 1)
-    filled = sum(own[name].numel() for name in body if name in fitting) / sum(own[name].numel() for name in body)
+    filled = min(
+        sum(name in fitting for name in body) / len(body),
+        sum(own[name].numel() for name in body if name in fitting) / sum(own[name].numel() for name in body),
+    )
     if filled < MIN_COVERAGE:
         raise CheckpointError(
             f"{path}: fills only {filled:.0%} of the model, {', '.join(report.missing[:5])} ... are missing; "
