@@ -85,7 +85,7 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     setup_logging(world.rank, output)
     logger.info("%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, start, checkpoint)
 
-    datasets = build_datasets(cfg, training=True)
+    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size)
     mixup = build_mixup(cfg)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, **placement)
@@ -145,7 +145,7 @@ def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
     saved = read_checkpoint(checkpoint)
     output = output_folder(cfg)
     on_main(world, lambda: make_folder(output))
-    datasets = build_datasets(cfg, training=False)
+    datasets = build_datasets(cfg, training=False, rank=world.rank, world_size=world.size)
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
     models = {}
     for weights in stored_weights(saved) or ("raw",):
@@ -204,8 +204,8 @@ def choose_start(cfg: CfgNode, world: World) -> tuple[str, str]:
 
 def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuse in a second what would fail in minutes: a model that cannot be built, files that are not there."""
-    if args.zip or args.cache_mode:
-        raise ConfigError("--zip, --cache-mode: archives are not read; unpack them into <split>/<class>/<image>")
+    if args.cache_mode and not cfg.DATA.ZIP_MODE:
+        raise ConfigError(f"--cache-mode {args.cache_mode}: is of archives; add --zip, or leave it out")
     if args.throughput and args.eval:
         raise ConfigError("--throughput and --eval: give one of them")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
@@ -353,8 +353,8 @@ FLAGS = {
     "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
-    "--zip": (None, {"action": "store_true", "help": "read zip archives (not yet: an error)"}),
-    "--cache-mode": (None, {"choices": ("no", "full", "part"), "help": "of --zip (not yet: an error)"}),
+    "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
+    "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "of --zip: bytes to keep in memory"}),
     "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to go on from, or to evaluate"}),
     "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "checkpoint whose weights are the start"}),
     "--use-checkpoint": (

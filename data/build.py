@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.datasets import DataError, FolderDataset, check_classes
+from data.datasets import DataError, FolderDataset, ImageDataset, ZipDataset, check_classes
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
 from data.transforms import Erase, Normalize, Transform, create_eval_transform, create_train_transform
@@ -61,11 +61,11 @@ class TrainLoader(DeviceLoader):
 class Datasets:
     """train is None for evaluation alone."""
 
-    train: FolderDataset | None
-    val: FolderDataset
+    train: ImageDataset | None
+    val: ImageDataset
 
 
-def build_datasets(cfg: CfgNode, *, training: bool) -> Datasets:
+def build_datasets(cfg: CfgNode, *, training: bool, rank: int = 0, world_size: int = 1) -> Datasets:
     """Scan the splits and hold them against each other and the model, before anything costly is built.
 
     Raises:
@@ -74,11 +74,18 @@ def build_datasets(cfg: CfgNode, *, training: bool) -> Datasets:
     if not cfg.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
     root = Path(cfg.DATA.DATA_PATH)
+
+    def read(split: str, transform: Transform) -> ImageDataset:
+        if not cfg.DATA.ZIP_MODE:
+            return FolderDataset(root / split, transform, seed=cfg.SEED)
+        placement = {"rank": rank, "world_size": world_size, "cache_mode": cfg.DATA.CACHE_MODE}
+        return ZipDataset(root, split, transform, seed=cfg.SEED, **placement)
+
     train = None
     if training:
-        train = FolderDataset(root / "train", build_train_transform(cfg), seed=cfg.SEED)
+        train = read("train", build_train_transform(cfg))
     transform = create_eval_transform(cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, crop=cfg.TEST.CROP)
-    val = FolderDataset(root / "val", transform, seed=cfg.SEED)
+    val = read("val", transform)
     check_classes(train.classes if train else None, val.classes, cfg.MODEL.NUM_CLASSES, str(root))
     logger.info(
         "data: %s%d images to evaluate on, %d classes",
@@ -113,9 +120,7 @@ def build_train_transform(cfg: CfgNode) -> Transform:
         ) from None
 
 
-def build_train_loader(
-    cfg: CfgNode, dataset: FolderDataset, *, rank: int, world_size: int, device: torch.device
-) -> TrainLoader:
+def build_train_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> TrainLoader:
     batches = TrainBatches(
         len(dataset),
         cfg.DATA.BATCH_SIZE,
@@ -127,7 +132,7 @@ def build_train_loader(
     if batches.updates_per_epoch == 0:
         global_batch = batches.batch_size * batches.accumulation * world_size
         raise DataError(
-            f"{dataset.root}: {len(dataset)} images are fewer than one update takes, {global_batch} "
+            f"{dataset.source}: {len(dataset)} images are fewer than one update takes, {global_batch} "
             f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of {world_size} processes); lower --batch-size"
         )
     erase = None
@@ -137,9 +142,7 @@ def build_train_loader(
     return TrainLoader(loader, Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device), device, erase)
 
 
-def build_eval_loader(
-    cfg: CfgNode, dataset: FolderDataset, *, rank: int, world_size: int, device: torch.device
-) -> DeviceLoader:
+def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> DeviceLoader:
     batch_size = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
     batches = EvalBatches(len(dataset), batch_size, rank=rank, world_size=world_size)
     loader = _create_loader(cfg, dataset, batches, device)
@@ -172,7 +175,7 @@ def build_mixup(cfg: CfgNode) -> StepMixup | None:
     )
 
 
-def _create_loader(cfg: CfgNode, dataset: FolderDataset, batches, device: torch.device) -> DataLoader:
+def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -27,6 +27,8 @@ def _defaults() -> CfgNode:
     cfg.DATA = CfgNode()
     cfg.DATA.DATA_PATH = ""  # folder that holds train/ and val/, each with one folder a class
     cfg.DATA.DATASET = "imagenet"  # the only layout: <split>/<class>/<image>, of any number of classes
+    cfg.DATA.ZIP_MODE = False  # read <split>.zip and <split>_map.txt instead of folders (--zip)
+    cfg.DATA.CACHE_MODE = "part"  # of archives: bytes to keep in memory, no, full, or part for every process's share
     cfg.DATA.BATCH_SIZE = 128  # images per process and forward pass
     cfg.DATA.IMG_SIZE = 224  # pixels
     cfg.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear, or random (training only)
@@ -135,8 +137,6 @@ _REFERENCE_ONLY = {
     "EVAL_MODE": False,
     "THROUGHPUT_MODE": False,
     "LOCAL_RANK": 0,
-    "DATA.ZIP_MODE": False,
-    "DATA.CACHE_MODE": "part",  # of zip files
     "MODEL.SWIN.APE": False,
     "MODEL.SWIN.IN_CHANS": 3,
     "MODEL.SWIN.QK_SCALE": None,
@@ -145,6 +145,7 @@ _REFERENCE_ONLY = {
 
 _CHOICES = {
     "DATA.DATASET": ("imagenet",),
+    "DATA.CACHE_MODE": ("no", "full", "part"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),

@@ -1,6 +1,9 @@
 """Positions decide: the same images, drawn the same, for any number of workers and processes."""
 
+import hashlib
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
-from data.datasets import DataError, FolderDataset, check_classes
+from data.datasets import DataError, FolderDataset, ZipDataset, check_classes
 from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.transforms import Normalize, create_eval_transform, create_train_transform
 from tests.conftest import reference, write_images
@@ -215,7 +218,7 @@ def test_names_of_any_alphabet_are_read(tmp_path):
     os.rename(tmp_path / "val/class1/002.png", tmp_path / "val/class1/zürich 東京.png")
     dataset = FolderDataset(tmp_path / "val", create_eval_transform(32, interpolation="bicubic", crop=True))
     assert len(dataset) == 6
-    assert dataset.path(5).name == "zürich 東京.png"
+    assert dataset.name(5) == "class1/zürich 東京.png"
     assert dataset[(0, 5)][1:] == (1, 5)
 
 
@@ -225,3 +228,65 @@ def test_the_eval_loader_keeps_the_order(toy_config, toy_data):
     batches = list(build_eval_loader(cfg, val, rank=0, world_size=1, device=CPU))
     assert [index for batch in batches for index in batch.indices] == list(range(33))
     assert torch.cat([batch.targets for batch in batches]).tolist() == val.labels.tolist()
+
+
+@pytest.fixture(scope="module")
+def zipped(toy_data, tmp_path_factory):
+    """The toy data in the reference's archives, in the folders' order."""
+    root = tmp_path_factory.mktemp("zipped")
+    for split in ("train", "val"):
+        folder = FolderDataset(toy_data / split, None)
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for index in range(len(folder)):
+                archive.write(folder.open(index), folder.name(index))
+        lines = [f"{folder.name(index)}\t{folder.labels[index]}\n" for index in range(len(folder))]
+        (root / f"{split}_map.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("cache_mode", ["no", "part", "full"])
+def test_archives_give_the_tensors_of_folders(toy_config, toy_data, zipped, cache_mode):
+    expected, order = read_epoch(config(toy_config, toy_data), epoch=1)
+    opts = ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", cache_mode, "DATA.NUM_WORKERS", 2]
+    images, same_order = read_epoch(config(toy_config, zipped, *opts), epoch=1)
+    assert same_order == order
+    assert all(torch.equal(images[index], expected[index]) for index in expected)
+
+
+class Bytes(torch.utils.data.Dataset):
+    """What workers read from an archive, by its digest."""
+
+    def __init__(self, dataset, reads):
+        self.dataset, self.reads = dataset, reads
+
+    def __len__(self):
+        return self.reads
+
+    def __getitem__(self, key):
+        return hashlib.sha256(self.dataset.open(key % len(self.dataset)).read()).hexdigest()
+
+
+def test_four_workers_read_an_archive_at_once(toy_data, zipped):
+    dataset, folder = ZipDataset(zipped, "train", None), FolderDataset(toy_data / "train", None)
+    expected = [hashlib.sha256(folder.open(index).read_bytes()).hexdigest() for index in range(len(folder))]
+    loader = torch.utils.data.DataLoader(Bytes(dataset, 4000), batch_size=50, num_workers=4)
+    read = [digest for batch in loader for digest in batch]
+    assert read == [expected[index % len(folder)] for index in range(4000)]
+
+
+def test_an_archive_travels_to_workers_that_are_spawned(zipped):
+    dataset = ZipDataset(zipped, "train", None)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.open(3).read() == dataset.open(3).read()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [("a.png\n", "is not a name, a tab"), ("a.png\t0\n../b.png\t2\n", "no image of class 1"), ("x.png\t0\n", "lacks x.png")],
+)
+def test_archives_that_do_not_fit_their_map_are_refused(tmp_path, lines, message):
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    (tmp_path / "val_map.txt").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        ZipDataset(tmp_path, "val", None)
