@@ -3,9 +3,13 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 PYTHON="${PYTHON:-python3}"
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+  echo "$PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is needed: name one, PYTHON=python3.12 bash $0" >&2
+  exit 1
+fi
 if [ ! -x .venv/bin/python ]; then
-  echo "making .venv with $($PYTHON --version)"
-  "$PYTHON" -m venv .venv
+  echo "making .venv with $("$PYTHON" --version)"
+  "$PYTHON" -m venv .venv || { rm -rf .venv; exit 1; }
 fi
 wanted="$(cat requirements.txt; echo "$@")"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then

@@ -90,6 +90,16 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
     assert [step for step, kind in points if kind == "train"] == sorted({step for step, kind in points if kind == "train"})
 
 
+def kill_all_that_name(folder: Path) -> None:
+    """SIGKILL every other process with this folder in its command line."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
+                os.kill(int(process.name), 9)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
 def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, toy_data, tmp_path):
     expected = uninterrupted(2)
     command = [
@@ -107,7 +117,7 @@ def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, to
             time.sleep(0.01)
         os.killpg(process.pid, 9)  # the launcher; its workers are in sessions of their own
         process.wait()
-        subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+        kill_all_that_name(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "goes on after update" in done.stdout
