@@ -78,6 +78,7 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     saved = read_checkpoint(checkpoint) if start == "resume" else None
     if saved is not None:
         check_resumable(saved, cfg, world, checkpoint)
+        report_differences(saved, cfg, checkpoint)
         if finished(saved, cfg):
             logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", checkpoint)
             return
@@ -224,6 +225,13 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """Refuse a file that is no run's state, or a run that would not see the same images as before."""
     if "num_updates" not in saved:
         raise CheckpointError(f"{path}: holds weights, but no state of a run; start from them with --pretrained")
+    for key, now in (("NUM_CLASSES", cfg.MODEL.NUM_CLASSES), ("PRETRAINED", cfg.MODEL.PRETRAINED)):
+        before = saved["config"]["MODEL"][key]
+        if now and before != now:
+            raise ConfigError(
+                f"{path}: the run in this folder has MODEL.{key}={before!r}, now it is {now!r}: that is another run; give it "
+                "another --tag"
+            )
     before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
     if before != now:
         raise ConfigError(
@@ -238,22 +246,25 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         )
 
 
+def report_differences(saved: dict, cfg: CfgNode, path: str) -> None:
+    before, now = flatten(saved["config"]), flatten(cfg)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and key not in ("MODEL.RESUME", "OUTPUT"):
+            logger.info("%s: %s was %r, now it is %r", path, key, before.get(key), now.get(key))
+
+
 def finished(saved: dict, cfg: CfgNode) -> bool:
     num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
     return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"]
 
 
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Put a run's state back, and say what differs in the config."""
+    """Put a run's state back."""
     if saved["updates_per_epoch"] != updates_per_epoch:
         raise ConfigError(
             f"{path}: was saved with {saved['updates_per_epoch']} updates an epoch, now there are {updates_per_epoch}: the "
             "data have changed. Put them back, or start anew with --pretrained and another --tag"
         )
-    before, now = flatten(saved["config"]), flatten(cfg)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and key not in ("MODEL.RESUME", "DATA.DATA_PATH", "OUTPUT"):
-            logger.info("%s: %s was %r, now it is %r", path, key, before.get(key), now.get(key))
     try:
         state.load_dict(saved)
     except (KeyError, RuntimeError, ValueError) as error:

@@ -18,7 +18,7 @@ run() { # a title, then arguments of main.py
 
 [ -d "$data" ] || python scripts/make_digits.py "$data"
 batch=$((64 / processes))
-run "train at 48 pixels (give this command again and it goes on where it was)" \
+run "train at 48 pixels" \
   --cfg configs/quickstart.yaml --batch-size "$batch"
 trained="$output/quickstart/default/best.pth"
 run "evaluate what was saved" --cfg configs/quickstart.yaml --eval --resume "$trained"

@@ -21,7 +21,7 @@ def main() -> None:
         size = yaml.safe_load((run / "config.yaml").read_text())["DATA"]["IMG_SIZE"]
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         evaluations = [record for record in records if record["kind"].startswith("eval")]
-        best_step = max(evaluations, key=lambda record: record["acc1"])["step"]  # the step of best.pth: first of its accuracy
+        best_step = max(evaluations, key=lambda record: (record["acc1"], record["step"]))["step"]  # of best.pth
         reported = {r["kind"].removeprefix("eval_"): r for r in evaluations if r["step"] == best_step}
         for weights, result in json.loads((run / "eval.json").read_text())["results"].items():
             before, total = reported[weights]["correct1"], result["num_images"]

@@ -18,6 +18,7 @@ from utils.checkpoint import list_checkpoints, read_checkpoint
 from utils.config import load_config
 
 ROOT = Path(__file__).parent.parent
+SOME_FILE = str(ROOT / "README.md")  # any file: it is not read
 
 
 def assert_equal(one, other, where="checkpoint"):
@@ -154,7 +155,7 @@ def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_counts_the_same_for_any_processes_and_batches(processes, batch_size, counts, uninterrupted):
     records = [json.loads(line) for line in (uninterrupted(1) / "metrics.jsonl").read_text().splitlines()]
-    best = max((r for r in records if r["kind"].startswith("eval")), key=lambda r: r["acc1"])
+    best = max((r for r in records if r["kind"].startswith("eval")), key=lambda r: (r["acc1"], r["step"]))
     measured = counts(processes, batch_size)
     assert set(measured) == {"raw", "ema"}
     for label, (correct1, correct5, num_images) in measured.items():
@@ -248,9 +249,11 @@ def test_ranks_that_share_a_batch_see_the_images_that_one_would(toy_config, toy_
     [
         (["--batch-size", "4"], "was saved with 8 images an update, now there would be 4"),
         (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot take over"),
+        (["--opts", "MODEL.NUM_CLASSES", "2"], "that is another run"),
+        (["--pretrained", SOME_FILE], "that is another run"),
         (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints would mix"),
     ],
-    ids=["batch", "optimizer", "fork"],
+    ids=["batch", "optimizer", "classes", "pretrained", "fork"],
 )
 def test_a_start_that_would_spoil_a_run_is_refused_and_leaves_it_alone(
     arguments, expected, uninterrupted, toy_config, toy_data, tmp_path

@@ -321,7 +321,7 @@ class Trainer:
         for weights, result in results.items():
             if self.metrics is not None:
                 self.metrics.scalars(self.state.num_updates, f"eval_{weights}", _record(result, epoch))
-            if result.acc1 > self.state.best["acc1"]:
+            if result.acc1 >= self.state.best["acc1"]:  # of equals, the one trained longer
                 improved = True
                 self.state.best = {"acc1": result.acc1, "weights": weights, "epoch": epoch}
         return improved
