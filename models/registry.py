@@ -134,7 +134,7 @@ BUILDERS: dict[str, Callable[[CfgNode], nn.Module]] = {
 
 def _timm_config(name: str) -> dict:
     side = 384 if name.endswith("_384") else 224
-    first = {
+    first_conv = {
         swin.SwinTransformer: "patch_embed.proj",
         pvt.PyramidVisionTransformer: "patch_embed1.proj",
         pvt_v2.PyramidVisionTransformerV2: "patch_embed1.proj",
@@ -152,7 +152,7 @@ def _timm_config(name: str) -> dict:
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": next(conv for constructor, conv in first.items() if _constructor(name) is constructor),
+        "first_conv": first_conv[_constructor(name)],
         "classifier": "head",
         "license": "mit",
     }
