@@ -153,7 +153,10 @@ def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
         models[weights] = build_model(cfg).to(world.device)
         loaded = fill_model(models[weights], saved, weights=weights, path=checkpoint)
         if loaded.missing or loaded.reinitialised or loaded.unused:
-            raise CheckpointError(f"{loaded}; evaluation needs every weight: choose the config that this file was trained with")
+            raise CheckpointError(
+                f"{loaded}; evaluation needs every weight: choose the config, and the MODEL.NUM_CLASSES, that this file was "
+                "trained with"
+            )
     precision = build_recipe(cfg).eval_dtype
     results = evaluate(models, loader, amp_dtype=precision, world=world)
 

@@ -303,6 +303,12 @@ class Backbone(nn.Module):
                 resized[name] = new.reshape(own.shape)
         return resized
 
+    def nearest_model(self, state_dict: Mapping[str, Tensor]) -> str:
+        """The end of a message about weights that do not fit: which model of the zoo they fit best."""
+        from models.registry import nearest_model  # which imports every family
+
+        return nearest_model(state_dict)
+
 
 def create_classifier(num_features: int, num_classes: int) -> nn.Module:
     """The linear head; no classes, no head."""

@@ -1,11 +1,12 @@
 """Names to constructors. ``build_model`` is the one place under ``models`` that reads a config."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import cswin, deit, pvt, pvt_v2, swin
@@ -63,6 +64,18 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if model_type not in BUILDERS:
         raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_nearest(model_type, BUILDERS)}")
     return BUILDERS[model_type](cfg)
+
+
+def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
+    """Which model of the zoo a state dict fits best, by names and shapes, as the end of a message; "" for none."""
+    stored = {(name, value.shape) for name, value in state_dict.items()}
+    best, share = "", 0.5  # of all entries of either
+    for name in list_models():
+        with torch.device("meta"):
+            own = {(entry, value.shape) for entry, value in create_model(name).state_dict().items()}
+        if len(stored & own) / len(stored | own) > share:
+            best, share = name, len(stored & own) / len(stored | own)
+    return f": its entries are most like those of {best}" if best else ": it is like no model of the zoo"
 
 
 def _nearest(name: str, names) -> str:

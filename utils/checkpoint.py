@@ -10,6 +10,7 @@ import collections
 import hashlib
 import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Buffers of the reference that are computed here, and the norm that its PVT builds and never uses.
 _LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
 _TEMPORARY = ".incomplete"
-MIN_COVERAGE = 0.8  # share of the model's entries, and of their numbers, that a file must fill to be of this model
+MIN_COVERAGE = 0.8  # share of the model that a file must fill, and of the file that must find a place, to be of this model
 
 
 # What released files hold besides tensors, all of it plain data: the reference's config, a yacs CfgNode, read as the
@@ -52,23 +54,32 @@ class CheckpointError(ValueError):
 
 @dataclass
 class LoadReport:
-    """What became of every entry when weights were loaded. ``coverage``: share of the model's numbers that came."""
+    """What became of every entry when weights were loaded.
+
+    ``mapped``: rows of a head of ImageNet-22k and its like, taken by class. ``head``: (classes of the file's head, of the
+    model's) where they differ. ``coverage``: share of the model's numbers that came.
+    """
 
     path: str
     weights: str
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    mapped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    head: tuple[int, int] | None = None
     coverage: float = 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({self.coverage:.1%} of the model)"]
-        for name in ("resized", "reinitialised", "missing", "unused"):
+        share = math.floor(1000 * self.coverage) / 10  # 100 only where all came
+        parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({share}% of the model)"]
+        for name in ("resized", "mapped", "reinitialised", "missing", "unused"):
             if names := getattr(self, name):
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 parts.append(f"{len(names)} {name} ({shown})")
+        if self.head is not None:
+            parts.append(f"head: {self.head[0]} classes in the file, {self.head[1]} in the model")
         return "; ".join(parts)
 
 
@@ -227,14 +238,16 @@ def stored_weights(state: dict) -> dict[str, dict[str, Tensor]]:
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
     """Fill a model from a file of the same family: another input size and another number of classes are fine.
 
-    Position tables are resized (bicubic, as the reference does). A head of another number of classes keeps its fresh
-    values. Entries are matched by name.
+    Position tables are resized (bicubic, as the reference does). A head of ImageNet-22k (or another set that timm knows by
+    its number of classes) gives a model of 1000 classes their rows; any other head of another number of classes keeps its
+    fresh values. Entries are matched by name.
 
     Args:
+        model: of ``models``.
         weights: ``raw``, ``ema``, or ``auto`` for the average where the file has one.
 
     Raises:
-        CheckpointError: the file cannot be read, or is of another model.
+        CheckpointError: the file cannot be read, or is of another model; the text names the nearest one.
     """
     return fill_model(model, read_checkpoint(path), weights=weights, path=path)
 
@@ -247,43 +260,73 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
     if label not in stored:
         raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(state)}")
-    loaded, report = stored[label], LoadReport(str(path), label)
-    own = model.state_dict()
+    fitting, report = _match(model, stored[label], LoadReport(str(path), label))
+    model.load_state_dict(fitting, strict=False)
+    logger.info("%s", report)
+    return report
+
+
+def _match(model: nn.Module, stored: dict[str, Tensor], report: LoadReport) -> tuple[dict[str, Tensor], LoadReport]:
+    """What of a file's weights goes into a model, and the report of all of them."""
+    own, head = model.state_dict(), _head_names(model)
+
+    def refuse(reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{report.path}: {reason}; choose the config that this file was trained with{model.nearest_model(stored)}"
+        )
+
     try:
-        resized = model.resize_position_tables(loaded)
+        resized = model.resize_position_tables(stored)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise refuse(str(error)) from None
     fitting = {}
-    head = _head_names(model)
-    for name, value in (loaded | resized).items():
+    for name, value in (stored | resized).items():
         if name not in own:
             if not _LEFTOVERS.search(name):
                 report.unused.append(name)
         elif value.shape == own[name].shape:
             fitting[name] = value
             (report.resized if name in resized else report.loaded).append(name)
-        elif name in head:
-            report.reinitialised.append(name)
+        elif name in head and value.shape[1:] == own[name].shape[1:]:
+            report.head = len(value), len(own[name])
+            rows = _imagenet_rows(*report.head)
+            if rows is None:
+                report.reinitialised.append(name)
+            else:
+                fitting[name] = own[name].clone()
+                fitting[name][list(rows)] = value[list(rows.values())].to(own[name])
+                report.mapped.append(name)
         else:
-            raise CheckpointError(
-                f"{path}: {name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}; "
-                "choose the config that this file was trained with"
-            )
+            raise refuse(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
-    body = [name for name in own if name not in head]
     report.coverage = sum(own[name].numel() for name in fitting) / max(sum(value.numel() for value in own.values()), 1)
-    filled = min(
-        sum(name in fitting for name in body) / len(body),
-        sum(own[name].numel() for name in body if name in fitting) / sum(own[name].numel() for name in body),
-    )
-    if filled < MIN_COVERAGE:
-        raise CheckpointError(
-            f"{path}: fills only {filled:.0%} of the model, {', '.join(report.missing[:5])} ... are missing; "
-            "choose the config that this file was trained with"
-        )
-    model.load_state_dict(fitting, strict=False)
-    logger.info("%s", report)
-    return report
+    body = [name for name in own if name not in head]
+    numbers = {name: value.numel() for name, value in own.items()}
+    unused = sum(stored[name].numel() for name in report.unused)
+    shares = {
+        "fills only {:.0%} of the model": sum(name in fitting for name in body) / len(body),
+        "fills only {:.0%} of the model's numbers": sum(numbers[name] for name in body if name in fitting)
+        / sum(numbers[name] for name in body),
+        "only {:.0%} of the file finds a place in the model": 1 - unused / (unused + sum(numbers[name] for name in fitting)),
+    }
+    reason, share = min(shares.items(), key=lambda item: item[1])
+    if share < MIN_COVERAGE:
+        examples = ", ".join((report.missing + report.unused)[:5])
+        raise refuse(f"{reason.format(share)}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
+    return fitting, report
+
+
+def _imagenet_rows(num_stored: int, num_classes: int) -> dict[int, int] | None:
+    """Class of ImageNet-1k -> its row in a head of a larger set, which timm knows by its number of classes.
+
+    A class or two of the 1000 are not in every such set: those keep fresh rows.
+    """
+    subset = infer_imagenet_subset({"num_classes": num_stored})
+    if num_classes != 1000 or subset is None:
+        return None
+    position = {name: row for row, name in enumerate(ImageNetInfo(subset).label_names())}
+    names = ImageNetInfo("imagenet-1k").label_names()
+    return {index: position[name] for index, name in enumerate(names) if name in position}
 
 
 def _head_names(model: nn.Module) -> set[str]:

@@ -1,14 +1,17 @@
 import argparse
 import datetime
+import io
 import os
 import pickle
 import random
 import shutil
 import stat
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
 from models import create_model
@@ -115,6 +118,20 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, payload):
     assert not flag.exists()
 
 
+def test_no_code_in_a_checkpoint_of_the_oldest_format_runs(tmp_path):
+    """Up to version 0.1, torch wrote tar files of pickles."""
+    flag = tmp_path / "ran"
+    payload = pickle.dumps(Call(os.system, f"touch '{flag}'"))
+    with tarfile.open(tmp_path / "evil.pth", "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(payload)
+            archive.addfile(entry, io.BytesIO(payload))
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not flag.exists()
+
+
 def test_a_file_of_the_reference_loads_with_its_pickled_config(tmp_path):
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin"}), "TRAIN": {"BASE_LR": 5e-4}})
     model = toy()
@@ -175,6 +192,7 @@ def test_another_number_of_classes_keeps_a_fresh_head_and_says_so(tmp_path):
     report = load_weights(model, tmp_path / "five.pth")
     assert sorted(report.reinitialised) == ["head.bias", "head.weight"]
     assert torch.equal(model.head.weight, fresh)
+    assert "head: 5 classes in the file, 3 in the model" in str(report)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
@@ -183,13 +201,81 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         load_weights(toy(), tmp_path / "wide.pth")
     half = dict(list(toy().state_dict().items())[:10])
     torch.save({"model": half}, tmp_path / "half.pth")
-    with pytest.raises(CheckpointError, match="are missing"):
+    with pytest.raises(CheckpointError, match="missing"):
         load_weights(toy(), tmp_path / "half.pth")
 
 
-def test_every_table_that_keeps_its_size_is_loaded_and_every_other_is_resized(tmp_path):
-    source = create_model("flatten_swin_t", num_classes=10)
+# How many tables grow with the input, of each family's smallest model. Swin: the encodings of stages 1 and 2, and the tables
+# of the softmax windows, which grow from 7 to 12. PVT: 4 tables of positions, and the encoding of each of 8 blocks. CSwin:
+# the encodings of stages 1 and 2. DeiT: the table of positions, and the encoding of each of 12 blocks.
+RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
+
+
+@pytest.mark.parametrize("size", [384, 448])
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_higher_resolution_takes_every_entry_of_every_family(name, size, tmp_path):
+    source = create_model(name, num_classes=10)
     torch.save({"model": source.state_dict()}, tmp_path / "224.pth")
-    report = load_weights(create_model("flatten_swin_t", num_classes=10, img_size=448), tmp_path / "224.pth")
-    assert len(report.resized) == 4 + 8  # encodings of stages 1 and 2; softmax windows grow from 7 to 12
-    assert report.missing == report.unused == report.reinitialised == []
+    model = create_model(name, num_classes=10, img_size=size)
+    own = model.state_dict()
+    report = load_weights(model, tmp_path / "224.pth")
+    grown = [entry for entry, value in source.state_dict().items() if value.shape != own[entry].shape]
+    assert sorted(report.resized) == sorted(grown)
+    assert len(grown) == RESIZED[name]
+    assert sorted(report.loaded + report.resized) == sorted(own)
+    assert report.missing == report.unused == report.reinitialised == report.mapped == []
+    assert report.coverage == 1
+    with torch.inference_mode():
+        assert torch.isfinite(model.eval()(torch.randn(1, 3, size, size))).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "missing", "unused"),
+    [
+        (lambda weights: weights, [], []),
+        (
+            lambda weights: {name.replace("head.", "fc."): value for name, value in weights.items()},
+            ["head.bias", "head.weight"],
+            ["fc.bias", "fc.weight"],
+        ),
+        (
+            lambda weights: {name: value for name, value in weights.items() if not name.startswith("head.")},
+            ["head.bias", "head.weight"],
+            [],
+        ),
+    ],
+    ids=["same", "another name", "none"],
+)
+def test_the_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused):
+    torch.save(change(toy().state_dict()), tmp_path / "file.pth")
+    report = load_weights(toy(), tmp_path / "file.pth")
+    assert (sorted(report.missing), sorted(report.unused), report.reinitialised) == (missing, unused, [])
+    assert sorted(report.loaded + report.missing) == sorted(toy().state_dict())
+
+
+def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
+    """Row r of the file holds r; class 0 of ImageNet-1k is the tench, n01440764."""
+    source = toy(num_classes=21841).state_dict()
+    source["head.weight"] = torch.arange(21841.0).unsqueeze(1).expand(-1, 16).contiguous()
+    source["head.bias"] = torch.arange(21841.0)
+    torch.save({"model": source}, tmp_path / "22k.pth")
+    model = toy(num_classes=1000)
+    report = load_weights(model, tmp_path / "22k.pth")
+    assert sorted(report.mapped) == ["head.bias", "head.weight"]
+    assert report.head == (21841, 1000)
+    large, small = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
+    rows = model.head.bias.tolist()
+    assert [large[int(row)] for row in rows if row > 0] == [name for name in small if name in set(large)]
+    assert rows.count(0) == 1  # the class that ImageNet-22k lacks keeps its fresh bias
+    assert torch.equal(model.head.weight[:, 0][model.head.bias > 0], model.head.bias[model.head.bias > 0])
+    assert load_weights(toy(num_classes=10), tmp_path / "22k.pth").reinitialised == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("flatten_swin_s", "flatten_swin_t"), ("flatten_swin_t", "flatten_swin_s"), ("flatten_pvt_v2_b1", "flatten_deit_t")],
+)
+def test_a_refused_file_is_told_which_model_it_is_of(source, target, tmp_path):
+    torch.save({"model": create_model(source).state_dict()}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=f"most like those of {source}"):
+        load_weights(create_model(target), tmp_path / "file.pth")
