@@ -4,14 +4,16 @@ Without torchrun it runs as one process.
 """
 
 import argparse
-import json
 import logging
 import platform
+import shutil
 import sys
 import tempfile
 import time
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -19,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
-from data.datasets import DataError
+from data.index import DataError
 from models import build_model
 from utils.checkpoint import (
     CheckpointError,
@@ -36,8 +38,10 @@ from utils.config import ConfigError, flatten, load_config, to_dict
 from utils.distributed import RankZeroError, World, cleanup, on_main, setup, wrap
 from utils.engine import Recipe, Trainer, TrainingError, TrainState, evaluate
 from utils.log import MetricsWriter, setup_logging
-from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler
-from utils.schedule import build_schedule, global_batch_size
+from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from utils.rehearsal import rehearse
+from utils.report import write_evaluation
+from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 
 logger = logging.getLogger("main")
 
@@ -59,10 +63,14 @@ def main() -> None:
     try:
         if args.throughput:
             measure_throughput(cfg, world)
-        elif args.eval:
-            evaluate_checkpoint(cfg, world)
         else:
-            train(cfg, world, find_unused_parameters=args.find_unused_params)
+            start = choose_start(cfg, world, evaluating=args.eval)
+            if args.eval:
+                evaluate_checkpoint(cfg, world, start.checkpoint)
+            elif args.check:
+                rehearse_run(cfg, world, start, find_unused_parameters=args.find_unused_params)
+            else:
+                train(cfg, world, start, find_unused_parameters=args.find_unused_params)
     except USER_ERRORS as error:  # the text names the remedy: no traceback
         logger.error("%s", without_traceback(error))
         sys.exit(1 if isinstance(error, TrainingError) else WRONG_USE)
@@ -71,53 +79,69 @@ def main() -> None:
     cleanup()  # not after an error: other processes may be waiting, and would make this one wait
 
 
-def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
-    """Start or go on, whichever ``choose_start`` says, and train to the end."""
+def train(cfg: CfgNode, world: World, start: "Start", *, find_unused_parameters: bool) -> None:
+    """Train to the end."""
     output = output_folder(cfg)
-    start, checkpoint = choose_start(cfg, world)
-    saved = read_checkpoint(checkpoint) if start == "resume" else None
-    if saved is not None:
-        check_resumable(saved, cfg, world, checkpoint)
-        report_differences(saved, cfg, checkpoint)
-        if finished(saved, cfg):
-            logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", checkpoint)
-            return
-    on_main(world, lambda: open_output(output, num_updates=saved["num_updates"] if saved else 0))
+    saved = read_run(cfg, world, start)
+    if saved is not None and finished(saved, cfg):
+        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        return
+    num_updates = saved["num_updates"] if saved else 0
+    on_main(world, lambda: open_output(output, num_updates=num_updates))
     setup_logging(world.rank, output)
-    logger.info("%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, start, checkpoint)
+    logger.info("%d processes on %s, output in %s; start: %s %s", world.size, world.device.type, output, *start)
+    trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+    del saved  # a copy of everything, in host memory
+    if world.is_main:
+        (output / "config.yaml").write_text(cfg.dump())
+        trainer.metrics = MetricsWriter(output, trainer.state.num_updates)
+        trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
+    trainer.fit()
+    if trainer.metrics is not None:
+        trainer.metrics.close()
 
-    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size)
+
+def rehearse_run(cfg: CfgNode, world: World, start: "Start", *, find_unused_parameters: bool) -> None:
+    """Go through all that training does, in a folder that goes again, and say what will bound the run."""
+    root = Path(cfg.OUTPUT)
+    there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    folder = on_main(world, lambda: make_temporary_folder(there))
+    logger.info("%d processes on %s, start: %s %s", world.size, world.device.type, *start)
+    try:
+        saved = read_run(cfg, world, start)
+        if saved is not None and finished(saved, cfg):
+            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
+        logger.info("all is well: leave out --check to start")
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_trainer(
+    cfg: CfgNode, world: World, start: "Start", saved: dict | None, *, output: Path, find_unused_parameters: bool
+) -> Trainer:
+    """All that a run needs, in the state that it starts from."""
+    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world))
     mixup = build_mixup(cfg)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
-    train_loader = build_train_loader(cfg, datasets.train, **placement)
+    train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
 
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
-    if start == "pretrained":
-        load_weights(model, checkpoint)
+    if start.kind == "pretrained":
+        load_weights(model, start.checkpoint)
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+    if cfg.TRAIN.FREEZE_BACKBONE:
+        model.freeze_features()
     state = TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, world.device), build_ema(cfg, model))
     if saved is not None:
-        resume(state, saved, cfg, train_loader.updates_per_epoch, checkpoint)
-        saved = None  # a copy of everything, in host memory
+        resume(state, saved, cfg, train_loader.updates_per_epoch, start.checkpoint)
 
     schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
-    logger.info(
-        "%s: %.2fM parameters; %d images an update, %d updates an epoch, learning rate %.3e (per 512 images: %.3e)",
-        cfg.MODEL.NAME,
-        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        global_batch_size(cfg, world.size),
-        train_loader.updates_per_epoch,
-        schedule.base_lr,
-        cfg.TRAIN.BASE_LR,
-    )
-    metrics = None
-    if world.is_main:
-        (output / "config.yaml").write_text(cfg.dump())
-        metrics = MetricsWriter(output, state.num_updates)
-        metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
-    trainer = Trainer(
+    report_recipe(cfg, world, model, schedule.base_lr, train_loader.updates_per_epoch)
+    return Trainer(
         state=state,
         model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
@@ -125,28 +149,24 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         train_loader=train_loader,
         val_loader=val_loader,
         mixup=mixup,
-        recipe=build_recipe(cfg),
+        recipe=build_recipe(cfg, world),
         world=world,
         output=output,
-        metrics=metrics,
         header={
             "config": to_dict(cfg),
             "updates_per_epoch": train_loader.updates_per_epoch,
             "global_batch_size": global_batch_size(cfg, world.size),
         },
     )
-    trainer.fit()
-    if metrics is not None:
-        metrics.close()
 
 
-def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
+def evaluate_checkpoint(cfg: CfgNode, world: World, checkpoint: str) -> None:
     """Evaluate the raw weights of a file and their average, whichever it has; the result goes to ``eval.json``."""
-    checkpoint = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
     saved = read_checkpoint(checkpoint)
     output = output_folder(cfg)
     on_main(world, lambda: make_folder(output))
-    datasets = build_datasets(cfg, training=False, rank=world.rank, world_size=world.size)
+    logger.info("%d processes on %s, output in %s; start: evaluate %s", world.size, world.device.type, output, checkpoint)
+    datasets = build_datasets(cfg, training=False, rank=world.rank, world_size=world.size, share=partial(on_main, world))
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
     models = {}
     for weights in stored_weights(saved) or ("raw",):
@@ -157,15 +177,20 @@ def evaluate_checkpoint(cfg: CfgNode, world: World) -> None:
                 f"{loaded}; evaluation needs every weight: choose the config, and the MODEL.NUM_CLASSES, that this file was "
                 "trained with"
             )
-    precision = build_recipe(cfg).eval_dtype
-    results = evaluate(models, loader, amp_dtype=precision, world=world)
-
-    def write() -> None:
-        record = evaluation_record(cfg, checkpoint, results, precision)
-        (output / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
-        logger.info("written to %s", output / "eval.json")
-
-    on_main(world, write)
+    options = {"class_ids": datasets.class_ids, "keep_answers": True}
+    results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
+    on_main(
+        world,
+        lambda: write_evaluation(
+            output,
+            results,
+            about=describe_evaluation(cfg, checkpoint),
+            classes=datasets.val.index.classes,
+            names=[datasets.val.index.name(position) for position in range(len(datasets.val))],
+            real_labels=datasets.real_labels,
+            predictions=cfg.TEST.PREDICTIONS,
+        ),
+    )
     logger.info("%s", results.get("ema") or results["raw"])
 
 
@@ -186,32 +211,60 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     logger.info("batch_size %d throughput %.1f images/s, %s", len(images), len(images) / seconds, precision)
 
 
-def choose_start(cfg: CfgNode, world: World) -> tuple[str, str]:
-    """Where training starts, in this order, and from which file.
+class Start(NamedTuple):
+    """kind: evaluate, resume, pretrained or scratch; checkpoint: the file, "" for none."""
 
-    1. ``resume``: the checkpoint that --resume names.
-    2. ``resume``: the newest whole checkpoint of the output folder, with TRAIN.AUTO_RESUME: the same command, given
+    kind: str
+    checkpoint: str
+
+
+def choose_start(cfg: CfgNode, world: World, *, evaluating: bool) -> Start:
+    """What a run starts from, in this order.
+
+    1. ``evaluate``: with --eval the file that --resume names, or --pretrained; none of the folder's own.
+    2. ``resume``: the checkpoint that --resume names.
+    3. ``resume``: the newest whole checkpoint of the output folder, with TRAIN.AUTO_RESUME: the same command, given
        again, goes on, one with --pretrained too.
-    3. ``pretrained``: the weights that --pretrained names.
-    4. ``scratch``.
+    4. ``pretrained``: the weights that --pretrained names.
+    5. ``scratch``.
+
+    --resume and --pretrained together are refused, and so is --eval with neither: see ``load_config`` and ``check``.
     """
+    if evaluating:
+        return Start("evaluate", cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED)
     if cfg.MODEL.RESUME:
-        return "resume", cfg.MODEL.RESUME
+        return Start("resume", cfg.MODEL.RESUME)
     if cfg.TRAIN.AUTO_RESUME:
         newest = on_main(world, lambda: newest_whole_checkpoint(output_folder(cfg)))
         if newest is not None:
-            return "resume", str(newest)
+            return Start("resume", str(newest))
     if cfg.MODEL.PRETRAINED:
-        return "pretrained", cfg.MODEL.PRETRAINED
-    return "scratch", ""
+        return Start("pretrained", cfg.MODEL.PRETRAINED)
+    if cfg.TRAIN.FREEZE_BACKBONE:
+        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; name weights, --pretrained")
+    return Start("scratch", "")
+
+
+def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
+    """The state of the run to go on with, if that is the start, held against what is asked for now."""
+    if start.kind != "resume":
+        return None
+    saved = read_checkpoint(start.checkpoint)
+    check_resumable(saved, cfg, world, start.checkpoint)
+    report_differences(saved, cfg, start.checkpoint)
+    return saved
 
 
 def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuse in a second what would fail in minutes: a model that cannot be built, files that are not there."""
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: is of archives; add --zip, or leave it out")
-    if args.throughput and args.eval:
-        raise ConfigError("--throughput and --eval: give one of them")
+    jobs = [f"--{job}" for job in ("throughput", "eval", "check") if getattr(args, job)]
+    if len(jobs) > 1:
+        raise ConfigError(f"{' and '.join(jobs)}: give one of them")
+    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
+        if cfg.TEST[key] and not args.eval:
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect with --eval alone; add it, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     for key in ("RESUME", "PRETRAINED"):
@@ -275,12 +328,39 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
     logger.info("goes on after update %d", state.num_updates)
 
 
-def build_recipe(cfg: CfgNode) -> Recipe:
+def report_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, updates_per_epoch: int) -> None:
+    """What is trained how fast, beside what the recipe says."""
+    images, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    logger.info(
+        "%s: %.2fM parameters%s; %d updates an epoch",
+        cfg.MODEL.NAME,
+        sum(size for size, _ in sizes) / 1e6,
+        f", {sum(size for size, trained in sizes if trained) / 1e6:.3f}M of them trained" if cfg.TRAIN.FREEZE_BACKBONE else "",
+        updates_per_epoch,
+    )
+    recipe = cfg.TRAIN.RECIPE_BATCH_SIZE
+    advice = f". The rate follows the images; for the recipe's own add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
+    logger.log(
+        logging.WARNING if images != recipe else logging.INFO,
+        "%d images an update (%d in each of %d processes, %d times), learning rate %.3e; the recipe has %d images, %.3e%s",
+        images,
+        cfg.DATA.BATCH_SIZE,
+        world.size,
+        steps,
+        learning_rate,
+        recipe,
+        cfg.TRAIN.BASE_LR * recipe / REFERENCE_BATCH,
+        advice if images != recipe else "",
+    )
+
+
+def build_recipe(cfg: CfgNode, world: World) -> Recipe:
     return Recipe(
         num_epochs=cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS,
-        accumulation=max(cfg.TRAIN.ACCUMULATION_STEPS, 1),
+        accumulation=accumulation_steps(cfg, world.size),
         amp_dtype=amp_dtype(cfg),
-        eval_dtype=amp_dtype(cfg) if cfg.TEST.PRECISION == "train" else torch.float32,
+        eval_dtype=eval_dtype(cfg),
         max_grad_norm=cfg.TRAIN.CLIP_GRAD or float("inf"),
         seed=cfg.SEED,
         print_freq=cfg.PRINT_FREQ,
@@ -321,22 +401,19 @@ def without_traceback(error: Exception) -> str:
     return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text
 
 
-def evaluation_record(cfg: CfgNode, checkpoint: str, results: dict, precision: torch.dtype) -> dict:
+def make_temporary_folder(parent: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=".rehearsal", dir=parent))
+    except OSError as error:
+        raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None
+
+
+def describe_evaluation(cfg: CfgNode, checkpoint: str) -> dict:
+    """What ``eval.json`` says besides the results."""
     return {
         "model": cfg.MODEL.NAME,
         "checkpoint": str(checkpoint),
         "sha256": sha256(Path(checkpoint)),
-        "results": {
-            weights: {
-                "correct1": result.correct1,
-                "correct5": result.correct5,
-                "num_images": result.num_images,
-                "acc1": result.acc1,
-                "acc5": result.acc5,
-                "loss": result.loss,
-            }
-            for weights, result in results.items()
-        },
         "preprocessing": {
             "img_size": cfg.DATA.IMG_SIZE,
             "crop": cfg.TEST.CROP,
@@ -345,7 +422,8 @@ def evaluation_record(cfg: CfgNode, checkpoint: str, results: dict, precision: t
             "std": cfg.DATA.STD,
         },
         "data": cfg.DATA.DATA_PATH,
-        "precision": str(precision).removeprefix("torch."),
+        "class_map": cfg.TEST.CLASS_MAP,
+        "precision": str(eval_dtype(cfg)).removeprefix("torch."),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
 
@@ -363,7 +441,7 @@ def parse_arguments() -> argparse.Namespace:
 
 # Flag -> (the config key that it sets, if any; how it is read). Flags override --opts.
 FLAGS = {
-    "--cfg": (None, {"required": True, "metavar": "FILE", "help": "YAML config, see configs/"}),
+    "--cfg": (None, {"required": True, "nargs": "+", "metavar": "FILE", "help": "YAML config, or several; see configs/"}),
     "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
@@ -379,6 +457,7 @@ FLAGS = {
     "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "root of the output folders"}),
     "--tag": ("TAG", {"help": "names the run"}),
     "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint that --resume names"}),
+    "--check": (None, {"action": "store_true", "help": "rehearse training in a minute: what would fail, what bounds it"}),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
     "--find-unused-params": (
         None,

@@ -1,16 +1,18 @@
 """From a config to batches on the device."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
-from data.datasets import DataError, FolderDataset, ImageDataset, ZipDataset, check_classes
+from data.classes import check_classes, read_class_map, read_real_labels
+from data.datasets import ImageDataset, Key, Sample
+from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
 from data.transforms import Erase, Normalize, Transform, create_eval_transform, create_train_transform
@@ -20,30 +22,63 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, H, W), normalised; targets: (B,) class ids; both on the device. indices: into the dataset."""
+    """images: (B, 3, H, W), normalised; targets: (B,) class ids; both on the device. keys: (epoch, index) of each."""
 
     images: Tensor
     targets: Tensor
-    indices: list[int]
+    keys: list[Key]
+
+    @property
+    def indices(self) -> list[int]:
+        return [index for _, index in self.keys]
 
 
 class DeviceLoader:
-    """Batches on the device: normalised there, and erased there in training."""
+    """Batches on the device: normalised there, and erased there in training.
 
-    def __init__(self, loader: DataLoader, normalize: Normalize, device: torch.device, erase: Erase | None = None):
+    Args:
+        max_unreadable: images that may turn out unreadable before an error ends the run.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        normalize: Normalize,
+        device: torch.device,
+        *,
+        erase: Erase | None = None,
+        max_unreadable: int = 0,
+    ):
         self.loader, self.normalize, self.device, self.erase = loader, normalize, device, erase
+        self.max_unreadable, self.unreadable = max_unreadable, set()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = getattr(self.loader.batch_sampler, "epoch", 0)
-        for images, targets, indices in self.loader:
-            indices = indices.tolist()
+        for images, targets, keys, faults in self.loader:
+            self.count(faults)
             images = self.normalize(images.to(self.device, non_blocking=True))
             if self.erase is not None:
-                images = self.erase(images, epoch, indices)
-            yield Batch(images, targets.to(self.device, non_blocking=True), indices)
+                images = self.erase(images, keys)
+            yield Batch(images, targets.to(self.device, non_blocking=True), keys)
+
+    def count(self, faults: list[tuple[int, str]]) -> None:
+        """Tell of unreadable images, each once.
+
+        Raises:
+            DataError: there are too many.
+        """
+        for index, reason in faults:
+            if index in self.unreadable:
+                continue
+            self.unreadable.add(index)
+            logger.warning("%s; %d unreadable so far", reason, len(self.unreadable))
+        if len(self.unreadable) > self.max_unreadable:
+            raise DataError(
+                f"{len(self.unreadable)} images are unreadable, more than DATA.MAX_UNREADABLE={self.max_unreadable}; the log "
+                "names them: repair or remove them, or raise it"
+            )
 
 
 class TrainLoader(DeviceLoader):
@@ -59,41 +94,78 @@ class TrainLoader(DeviceLoader):
 
 @dataclass(frozen=True)
 class Datasets:
-    """train is None for evaluation alone."""
+    """train is None for evaluation alone.
+
+    class_ids: the model's class for each of the dataset's, where TEST.CLASS_MAP says so; accuracy is then among them.
+    real_labels: every right label of each validation image, where TEST.REAL_LABELS gives them.
+    """
 
     train: ImageDataset | None
     val: ImageDataset
+    class_ids: list[int] | None = None
+    real_labels: list[list[int]] | None = None
 
 
-def build_datasets(cfg: CfgNode, *, training: bool, rank: int = 0, world_size: int = 1) -> Datasets:
+def build_datasets(
+    cfg: CfgNode,
+    *,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    share: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
+) -> Datasets:
     """Scan the splits and hold them against each other and the model, before anything costly is built.
 
+    Args:
+        share: gives every process what one process's scan finds.
+
     Raises:
-        DataError: missing folders, classes that do not fit, or fewer images than one update takes.
+        DataError: missing folders, or classes that do not fit.
     """
     if not cfg.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
-    root = Path(cfg.DATA.DATA_PATH)
-
-    def read(split: str, transform: Transform) -> ImageDataset:
-        if not cfg.DATA.ZIP_MODE:
-            return FolderDataset(root / split, transform, seed=cfg.SEED)
-        placement = {"rank": rank, "world_size": world_size, "cache_mode": cfg.DATA.CACHE_MODE}
-        return ZipDataset(root, split, transform, seed=cfg.SEED, **placement)
-
-    train = None
+    train = val = None
     if training:
-        train = read("train", build_train_transform(cfg))
+        index = share(lambda: build_index(cfg, "train"))
+        in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
+        options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
+        train = ImageDataset(index, build_train_transform(cfg), **options)
+    index = share(lambda: build_index(cfg, "val"))
+    in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
     transform = create_eval_transform(cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, crop=cfg.TEST.CROP)
-    val = read("val", transform)
-    check_classes(train.classes if train else None, val.classes, cfg.MODEL.NUM_CLASSES, str(root))
+    val = ImageDataset(index, transform, in_memory=in_memory)
+    class_ids = real_labels = None
+    if cfg.TEST.CLASS_MAP:
+        class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES)
+    else:
+        check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
+    if cfg.TEST.REAL_LABELS:
+        real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
     logger.info(
         "data: %s%d images to evaluate on, %d classes",
         f"{len(train)} images to train on, " if train else "",
         len(val),
-        len(val.classes),
+        len(index.classes),
     )
-    return Datasets(train, val)
+    return Datasets(train, val, class_ids, real_labels)
+
+
+def build_index(cfg: CfgNode, split: str) -> Index:
+    """Folders, or the reference's archives with --zip, or tar shards where they lie instead of the split's folder."""
+    root = Path(cfg.DATA.DATA_PATH)
+    cache = Path(cfg.DATA.INDEX_CACHE).expanduser() if cfg.DATA.INDEX_CACHE else None
+    if cfg.DATA.ZIP_MODE:
+        return index_zip(root, split, cache=cache)
+    if not (root / split).is_dir() and list_shards(root, split):
+        return index_tar(root, split, cache=cache)
+    return index_folder(root / split, cache=cache)
+
+
+def build_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
+    """Which images of zip archives this process keeps in memory: none, all, or its share."""
+    if not cfg.DATA.ZIP_MODE or cfg.DATA.CACHE_MODE == "no":
+        return range(0)
+    return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
 
 
 def build_train_transform(cfg: CfgNode) -> Transform:
@@ -120,26 +192,34 @@ def build_train_transform(cfg: CfgNode) -> Transform:
         ) from None
 
 
-def build_train_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> TrainLoader:
+def build_train_loader(
+    cfg: CfgNode, dataset: ImageDataset, *, accumulation: int = 1, rank: int, world_size: int, device: torch.device
+) -> TrainLoader:
+    """
+    Raises:
+        DataError: fewer images than one update takes.
+    """
     batches = TrainBatches(
         len(dataset),
         cfg.DATA.BATCH_SIZE,
-        accumulation=max(cfg.TRAIN.ACCUMULATION_STEPS, 1),
+        accumulation=accumulation,
+        repeats=cfg.AUG.REPEATS,
         rank=rank,
         world_size=world_size,
         seed=cfg.SEED,
     )
     if batches.updates_per_epoch == 0:
-        global_batch = batches.batch_size * batches.accumulation * world_size
         raise DataError(
-            f"{dataset.source}: {len(dataset)} images are fewer than one update takes, {global_batch} "
-            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of {world_size} processes); lower --batch-size"
+            f"{dataset.index.source}: {len(dataset)} images are fewer than one update takes, {batches.global_batch_size} "
+            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, {accumulation} times in each of {world_size} processes); lower "
+            "--batch-size"
         )
     erase = None
     if cfg.AUG.REPROB > 0:
         erase = Erase(cfg.AUG.REPROB, mode=cfg.AUG.REMODE, max_count=cfg.AUG.RECOUNT, seed=cfg.SEED, device=device)
+    normalize = Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device)
     loader = _create_loader(cfg, dataset, batches, device)
-    return TrainLoader(loader, Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device), device, erase)
+    return TrainLoader(loader, normalize, device, erase=erase, max_unreadable=cfg.DATA.MAX_UNREADABLE)
 
 
 def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> DeviceLoader:
@@ -150,18 +230,9 @@ def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_s
 
 
 def build_mixup(cfg: CfgNode) -> StepMixup | None:
-    """None where batches are not mixed, so that targets stay class ids.
-
-    Raises:
-        DataError: batches of odd size.
-    """
+    """None where batches are not mixed, so that targets stay class ids."""
     if not (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None):
         return None
-    if cfg.DATA.BATCH_SIZE % 2:
-        raise DataError(
-            f"DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}: mixup and cutmix mix the pairs of a batch; make it even, or switch "
-            "both off with --opts AUG.MIXUP 0 AUG.CUTMIX 0"
-        )
     return StepMixup(
         seed=cfg.SEED,
         mixup_alpha=cfg.AUG.MIXUP,
@@ -179,7 +250,22 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=cfg.DATA.NUM_WORKERS,
         pin_memory=cfg.DATA.PIN_MEMORY and device.type == "cuda",
         persistent_workers=cfg.DATA.NUM_WORKERS > 0,
     )
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
+    """Images, targets, keys and faults of a batch, without the images that were skipped.
+
+    Raises:
+        DataError: none is left.
+    """
+    faults = [fault for sample in samples for fault in sample.faults]
+    kept = [sample for sample in samples if sample.image is not None]
+    if not kept:
+        raise DataError(f"{faults[0][1]}; no image of its batch can be read: raise --batch-size, or DATA.UNREADABLE replace")
+    images, targets = default_collate([(sample.image, sample.label) for sample in kept])
+    return images, targets, [sample.key for sample in kept], faults

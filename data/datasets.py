@@ -1,181 +1,138 @@
-"""Images in folders or zip archives, read by position: what comes back depends on (seed, epoch, index) alone."""
+"""Images read by position: what comes back depends on (seed, epoch, index) alone."""
 
 import io
 import os
 import random
 import struct
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-# What Pillow raises on damaged files, by their kind.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+from data.index import DataError, Index
+
+# What reading and decoding raise on damaged files, by their kind.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MOST_OPEN_ARCHIVES = 128
+MOST_REPLACEMENTS = 100  # tries to find a readable image in another's place
+SEED_OF_REPLACEMENT = 4  # apart from the seeds of the image's own draws
+
+Key = tuple[int, int]  # (epoch, index): with repeated augmentation, each of an epoch's rounds counts as one
 
 
-class DataError(ValueError):
-    """Data that cannot be used as they are. The text names the folder or file and the remedy."""
+class Sample(NamedTuple):
+    """An image as it travels. image: (3, H, W) uint8, None where it was skipped; faults: (index, reason) of unreadable ones."""
+
+    image: Tensor | None
+    label: int
+    key: Key
+    faults: list[tuple[int, str]]
 
 
 class ImageDataset(Dataset):
-    """Images by position; where they lie is a subclass's affair.
+    """Images of an index, in folders or archives.
 
     A key is (epoch, index), so that a worker needs to know nothing of the run: the transform's draws are seeded from
     (seed, epoch, index), whichever of ``random``, ``numpy`` and ``torch`` they come from.
 
     Args:
-        source: folder or archive, for messages.
-        names: of the images, relative to the source.
-        labels: class id of each.
-        classes: names by class id.
         transform: PIL image to (3, H, W) uint8.
         seed: of the run.
+        unreadable: what becomes of an image that cannot be read: ``error``, ``skip``, or ``replace`` by another one, drawn
+            from (seed, epoch, index).
+        in_memory: indices whose bytes to keep.
     """
 
     def __init__(
         self,
-        source: Path,
-        names: Sequence[str],
-        labels: Sequence[int],
-        classes: Sequence[str],
-        transform: Callable[[Image.Image], Tensor],
-        seed: int,
-    ):
-        self.source, self.classes, self.transform, self.seed = source, list(classes), transform, seed
-        self.labels = np.array(labels, dtype=np.int32)
-        # One buffer rather than a million strings: workers share its memory, since nothing counts references to it.
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded])
-        self._names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return self._names[start : self._ends[index]].tobytes().decode(errors="surrogateescape")
-
-    def open(self, index: int) -> str | Path | BinaryIO:
-        """What Pillow reads the image from."""
-        raise NotImplementedError
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        """(3, H, W) uint8, class id, index."""
-        epoch, index = key
-        try:
-            with Image.open(self.open(index)) as file:
-                image = file.convert("RGB")
-        except _UNREADABLE as error:
-            raise DataError(f"{self.source}/{self.name(index)}: is no readable image ({error}); repair or remove it") from error
-        with kept_generators():
-            seed_generators(draw_seed(self.seed, epoch, index))
-            return self.transform(image), int(self.labels[index]), index
-
-
-class FolderDataset(ImageDataset):
-    """``root/<class>/<image>``, classes in the order of their names.
-
-    Raises:
-        DataError: no such folder, no class folders, or a class without images.
-    """
-
-    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Tensor], *, seed: int = 0):
-        root = Path(root)
-        classes = _list_classes(root)
-        found = [(f"{folder}/{name}", label) for label, folder in enumerate(classes) for name in _list_images(root / folder)]
-        names, labels = zip(*found, strict=True)
-        super().__init__(root, names, labels, classes, transform, seed)
-
-    def open(self, index: int) -> Path:
-        return self.source / self.name(index)
-
-
-class ZipDataset(ImageDataset):
-    """``root/<split>.zip`` with ``root/<split>_map.txt``: a line for each image, its name in the archive, a tab, its class id.
-
-    Nothing is unpacked to disk: whatever a name in the archive says, it is read from the archive.
-
-    Args:
-        cache_mode: which images' bytes to keep in memory: ``no``, ``full``, or ``part`` for those whose index is this
-            process's rank modulo the number of processes.
-
-    Raises:
-        DataError: a missing file, a line that is none, class ids with gaps, or an image that the archive lacks.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
+        index: Index,
         transform: Callable[[Image.Image], Tensor],
         *,
         seed: int = 0,
-        cache_mode: str = "no",
-        rank: int = 0,
-        world_size: int = 1,
+        unreadable: str = "error",
+        in_memory: Iterable[int] = (),
     ):
-        archive = Path(root) / f"{split}.zip"
-        names, labels = _read_map(Path(root) / f"{split}_map.txt")
-        classes = [str(label) for label in range(max(labels) + 1)]
-        super().__init__(archive, names, labels, classes, transform, seed)
-        self._archives: dict[int, zipfile.ZipFile] = {}
-        sizes = {entry.filename: entry.file_size for entry in self._archive().infolist()}
-        for name in names:
-            if name not in sizes:
-                raise DataError(f"{archive}: lacks {name}, which {split}_map.txt lists; pack it again")
-            if sizes[name] > LARGEST_FILE:
-                raise DataError(f"{archive}: {name} unpacks to {sizes[name]} bytes, more than an image has; remove it")
-        step = {"no": None, "part": world_size, "full": 1}[cache_mode]
-        kept = range(rank if cache_mode == "part" else 0, len(names), step) if step else ()
-        self._cache = {index: self._archive().read(names[index]) for index in kept}
+        self.index, self.transform, self.seed, self.unreadable = index, transform, seed, unreadable
+        self._archives: dict[int, int] = {}
+        self._in_memory: dict[int, bytes] = {}
+        self._in_memory = {position: self.read(position) for position in in_memory}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_archives": {}}  # open files do not travel to workers that are spawned
 
-    def _archive(self) -> zipfile.ZipFile:
-        """This process's own handle: workers that shared one would move each other's position."""
-        if os.getpid() not in self._archives:
-            try:
-                self._archives[os.getpid()] = zipfile.ZipFile(self.source)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(f"{self.source}: cannot be read ({error}); check --data-path, or leave out --zip") from None
-        return self._archives[os.getpid()]
+    def __len__(self) -> int:
+        return len(self.index)
 
-    def open(self, index: int) -> BinaryIO:
-        data = self._cache.get(index)
+    def read(self, position: int) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            OSError, ValueError, zlib.error: they cannot be read, or are damaged.
+        """
+        if position in self._in_memory:
+            return self._in_memory[position]
+        index = self.index
+        if not index.archives:
+            return (index.source / index.name(position)).read_bytes()
+        size = int(index.sizes[position])
+        # Reads at a position move nothing that workers share.
+        data = os.pread(self._open(int(index.archive[position])), size, int(index.offsets[position]))
+        if len(data) < size:
+            raise ValueError("the archive ends before it")
+        if index.deflated[position]:
+            data = zlib.decompress(data, -zlib.MAX_WBITS)
+        if len(index.checksums) and zlib.crc32(data) != index.checksums[position]:
+            raise ValueError("it fails its checksum in the archive")
+        return data
+
+    def _open(self, archive: int) -> int:
+        """File descriptor of an archive; the one opened first is closed where there are many."""
+        if archive not in self._archives:
+            if len(self._archives) >= MOST_OPEN_ARCHIVES:
+                os.close(self._archives.pop(next(iter(self._archives))))
+            self._archives[archive] = os.open(self.index.archives[archive], os.O_RDONLY)
+        return self._archives[archive]
+
+    def decode(self, position: int) -> Image.Image:
+        """RGB.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         try:
-            return io.BytesIO(self._archive().read(self.name(index)) if data is None else data)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"damaged in the archive: {error}") from error
+            with Image.open(io.BytesIO(self.read(position))) as file:
+                if file.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+                    return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+                if "transparency" in file.info:  # a palette's, which Pillow wants to see named
+                    return file.convert("RGBA").convert("RGB")
+                return file.convert("RGB")
+        except _UNREADABLE as error:
+            place = f"{self.index.source}/{self.index.name(position)}"
+            raise DataError(f"{place}: is no readable image ({error}); repair or remove it") from error
 
-
-LARGEST_FILE = 2**28  # bytes of one compressed image
-
-
-def _read_map(path: Path) -> tuple[list[str], list[int]]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
-    names, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        name, tab, label = line.rpartition("\t")
-        if not tab or not label.isdigit():
-            raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
-        names.append(name)
-        labels.append(int(label))
-    if missing := set(range(max(labels, default=0) + 1)) - set(labels):
-        raise DataError(f"{path}: has no image of class {min(missing)}; class ids go from 0 without gaps")
-    return names, labels
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, position = key
+        faults = []
+        while True:
+            try:
+                image = self.decode(position)
+                break
+            except DataError as error:
+                faults.append((position, str(error)))
+                if self.unreadable == "skip":
+                    return Sample(None, -1, key, faults)
+                if self.unreadable == "error" or len(faults) > MOST_REPLACEMENTS:
+                    raise
+                position = draw_seed(self.seed, *key, SEED_OF_REPLACEMENT, len(faults)) % len(self)
+        with kept_generators():
+            seed_generators(draw_seed(self.seed, *key))
+            return Sample(self.transform(image), int(self.index.labels[position]), (epoch, position), faults)
 
 
 def draw_seed(*position: int) -> int:
@@ -202,53 +159,3 @@ def kept_generators() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: int, root: str) -> None:
-    """Refuse splits that do not fit each other or the model, before anything is built.
-
-    Raises:
-        DataError: a class that one split lacks, or another number of classes than the model's.
-    """
-    if train is not None and list(train) != list(val):
-        parts = []
-        if lacking := sorted(set(train) - set(val)):
-            parts.append(f"val/ lacks {_shorten(lacking)}")
-        if extra := sorted(set(val) - set(train)):
-            parts.append(f"val/ has {_shorten(extra)} besides")
-        raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same class folders")
-    if len(val) != num_classes:
-        raise DataError(
-            f"{root}: holds {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; "
-            f"add --opts MODEL.NUM_CLASSES {len(val)}, or check --data-path"
-        )
-
-
-def _list_classes(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise DataError(
-            f"{root}: has no class folders; put every image into a folder named after its class, {root.name}/<class>/"
-        )
-    return classes
-
-
-def _list_images(folder: Path) -> list[str]:
-    names = []
-    for parent, _, files in os.walk(folder, followlinks=True):
-        below = os.path.relpath(parent, folder)
-        names += [
-            os.path.normpath(os.path.join(below, name))
-            for name in files
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
-    if not names:
-        raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
-    return sorted(names)
-
-
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

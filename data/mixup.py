@@ -1,5 +1,6 @@
 """Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), drawn from (seed, step)."""
 
+import torch
 from timm.data import Mixup
 from torch import Tensor
 
@@ -20,16 +21,20 @@ class StepMixup:
         self.seed, self.mixup = seed, Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch with itself, in place.
+        """Mix a batch with itself, in place where B is even; else the first image takes part twice.
 
         Args:
-            images: (B, 3, H, W), normalised; B even.
+            images: (B, 3, H, W), normalised.
             targets: (B,) class ids.
             step: forward passes of the run before this one.
 
         Returns:
             images and (B, num_classes) probabilities, label smoothing included.
         """
+        count = len(images)
+        if count % 2:  # timm mixes the first with the last, the second with the last but one ...
+            images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
         with kept_generators():
             seed_generators(draw_seed(self.seed, step, 0, SEED_OF_MIXUP))
-            return self.mixup(images, targets)
+            images, targets = self.mixup(images, targets)
+        return images[:count], targets[:count]

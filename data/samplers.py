@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from data.datasets import draw_seed
-
-Key = tuple[int, int]  # (epoch, index)
+from data.datasets import Key, draw_seed
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -23,18 +21,34 @@ class TrainBatches(Sampler[list[Key]]):
     Update u takes images u * G to (u + 1) * G of the epoch's order, G being the global batch; its forward passes and
     processes divide those among themselves. So the images of an update do not depend on how many processes there are.
 
+    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes so often in a row, every time
+    drawn anew, and an epoch, as long as before, sees that much fewer images; the copies of an update are set apart, so
+    that mixup does not mix an image with itself.
+
     Args:
         num_samples: size of the dataset.
         batch_size: images per process and forward pass.
         accumulation: forward passes per update.
+        repeats: how often an image comes in its epoch.
         rank, world_size: of this process.
         seed: of the run.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, accumulation: int, rank: int, world_size: int, seed: int):
-        self.num_samples, self.batch_size, self.accumulation = num_samples, batch_size, accumulation
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        accumulation: int,
+        repeats: int = 1,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ):
+        self.num_samples, self.batch_size, self.accumulation, self.repeats = num_samples, batch_size, accumulation, repeats
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.updates_per_epoch = num_samples // (batch_size * accumulation * world_size)
+        self.global_batch_size = batch_size * accumulation * world_size
+        self.updates_per_epoch = num_samples // self.global_batch_size
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
@@ -45,11 +59,17 @@ class TrainBatches(Sampler[list[Key]]):
         return (self.updates_per_epoch - self.first_update) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = self.epoch, epoch_order(self.num_samples, self.seed, self.epoch).tolist()
+        order = epoch_order(self.num_samples, self.seed, self.epoch)
+        positions = torch.arange(self.updates_per_epoch * self.global_batch_size).view(-1, self.global_batch_size)
+        apart = (positions % self.repeats).argsort(dim=1, stable=True)
+        positions = positions.gather(1, apart).flatten()
+        indices = order[positions // self.repeats].tolist()
+        rounds = (self.epoch * self.repeats + positions % self.repeats).tolist()  # what an image's draws are seeded from
         first_pass = self.first_update * self.accumulation
         for forward_pass in range(first_pass, self.updates_per_epoch * self.accumulation):
             start = (forward_pass * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            batch = slice(start, start + self.batch_size)
+            yield list(zip(rounds[batch], indices[batch], strict=True))
 
 
 class EvalBatches(Sampler[list[Key]]):

@@ -10,7 +10,7 @@ from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from data.datasets import draw_seed, kept_generators, seed_generators
+from data.datasets import Key, draw_seed, kept_generators, seed_generators
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -79,10 +79,10 @@ class Erase:
         self.seed, self.device = seed, device
         self.erase = RandomErasing(probability, mode=mode, max_count=max_count, device=device)
 
-    def __call__(self, images: Tensor, epoch: int, indices: Sequence[int]) -> Tensor:
-        """images: (B, 3, H, W), changed in place."""
+    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
+        """images: (B, 3, H, W), changed in place; keys: (epoch, index) of each."""
         with kept_generators():
-            for image, index in zip(images, indices, strict=True):
-                seed_generators(draw_seed(self.seed, epoch, index, SEED_OF_ERASING), self.device)
+            for image, key in zip(images, keys, strict=True):
+                seed_generators(draw_seed(self.seed, *key, SEED_OF_ERASING), self.device)
                 self.erase(image)
         return images

@@ -149,6 +149,7 @@ class Backbone(nn.Module):
     norm: nn.Module
     head: nn.Module
     grad_checkpointing = False
+    features_frozen = False
 
     @property
     def head_hidden_size(self) -> int:
@@ -260,6 +261,21 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
+
+    def freeze_features(self) -> None:
+        """Train the head alone: everything before it keeps its weights, and runs as in evaluation."""
+        self.features_frozen = True
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.head.parameters():
+            parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode and not self.features_frozen)
+        self.training = mode
+        self.head.train(mode)
+        return self
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

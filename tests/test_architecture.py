@@ -14,7 +14,8 @@ DOORS = {
     "tqdm": {"utils/log.py"},
     "termcolor": {"utils/log.py"},
     "safetensors": {"utils/checkpoint.py"},
-    "torchvision": {"data/datasets.py", "data/transforms.py", "utils/engine.py"},
+    "matplotlib": {"utils/report.py"},
+    "torchvision": {"data/index.py", "data/transforms.py", "utils/engine.py"},
 }
 
 
@@ -52,7 +53,16 @@ def test_only_build_functions_see_the_config(path):
     """``cfg`` is a parameter of functions that build (or read the config) alone."""
     if relative(path) == "utils/config.py":
         return
-    allowed = ("build_", "_build_", "_shared", "_create_loader", "amp_dtype", "global_batch_size")
+    allowed = (
+        "build_",
+        "_build_",
+        "_shared",
+        "_create_loader",
+        "amp_dtype",
+        "eval_dtype",
+        "accumulation_steps",
+        "global_batch_size",
+    )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and any(argument.arg == "cfg" for argument in node.args.args):
             assert node.name.startswith(allowed), f"{relative(path)}: {node.name} takes cfg"

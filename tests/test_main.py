@@ -172,7 +172,9 @@ def test_evaluation_changes_nothing_but_its_result_and_ends_with_the_reference_l
     arguments = toy_arguments(toy_config, toy_data, tmp_path)
     outcome = run_main([*arguments, "--eval", "--resume", folder / "best.pth"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "eval.json"} == before
+    written = {"eval.json", "eval_classes.csv", "confusion.png"}
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name not in written} == before
+    assert written <= {path.name for path in folder.iterdir()}
     last = outcome.output.strip().splitlines()[-1]
     assert last.split("] ")[-1].startswith(" * Acc@1 ")
     result = json.loads((folder / "eval.json").read_text())
@@ -209,7 +211,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(to
         (["--resume", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "no such folder"),
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
-        (["--opts", "DATA.BATCH_SIZE", "7"], "make it even"),
         (["--batch-size", "2000"], "lower --batch-size"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
         (["--zip"], "train_map.txt: cannot be read"),
@@ -277,35 +278,77 @@ def test_an_unreadable_training_image_ends_all_processes_and_is_named(toy_config
     assert "class1/004.png: is no readable image" in outcome.output
 
 
-def decide(toy_config, tmp_path, *, resume, pretrained, auto_resume, saved):
-    folder = tmp_path / "toy" / "default"
-    folder.mkdir(parents=True, exist_ok=True)
-    if saved:
-        torch.save({"model": {}}, folder / "checkpoint_000000007.pth")
-    opts = ["OUTPUT", str(tmp_path), "TRAIN.AUTO_RESUME", auto_resume]
-    opts += ["MODEL.RESUME", "named.pth"] if resume else []
-    opts += ["MODEL.PRETRAINED", "weights.pth"] if pretrained else []
-    world = main.World(0, 0, 1, torch.device("cpu"))
-    start, path = main.choose_start(load_config(toy_config, opts), world)
-    return start, Path(path).name
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_processes_stay_in_step_where_one_of_them_meets_an_unreadable_image(policy, toy_config, tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path, split, classes=3, per_class=8)
+    (tmp_path / "train/class1/004.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    options = ["DATA.UNREADABLE", policy, "DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 2, "DATA.NUM_WORKERS", 1]
+    arguments = toy_arguments(toy_config, tmp_path, tmp_path / "output", *options)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert "class1/004.png: is no readable image" in outcome.output
+    assert "1 unreadable so far" in outcome.output
+
+
+NAMED, WEIGHTS, NEWEST = "named.pth", "weights.pth", "checkpoint_000000007.pth"
+REFUSED = ("refused", "give one of --resume and --pretrained")
 
 
 @pytest.mark.parametrize(
-    ("resume", "pretrained", "auto_resume", "saved", "expected"),
+    ("resume", "pretrained", "auto_resume", "evaluating", "expected"),
     [
-        (False, False, False, True, ("scratch", "")),
-        (False, False, True, False, ("scratch", "")),
-        (False, False, True, True, ("resume", "checkpoint_000000007.pth")),
-        (False, True, False, True, ("pretrained", "weights.pth")),
-        (False, True, True, False, ("pretrained", "weights.pth")),
-        (False, True, True, True, ("resume", "checkpoint_000000007.pth")),
-        (True, False, False, True, ("resume", "named.pth")),
-        (True, False, True, True, ("resume", "named.pth")),
+        (False, False, False, False, ("scratch", "")),
+        (False, False, False, True, ("refused", "no weights to evaluate")),
+        (False, False, True, False, ("resume", NEWEST)),
+        (False, False, True, True, ("refused", "no weights to evaluate")),
+        (False, True, False, False, ("pretrained", WEIGHTS)),
+        (False, True, False, True, ("evaluate", WEIGHTS)),
+        (False, True, True, False, ("resume", NEWEST)),
+        (False, True, True, True, ("evaluate", WEIGHTS)),
+        (True, False, False, False, ("resume", NAMED)),
+        (True, False, False, True, ("evaluate", NAMED)),
+        (True, False, True, False, ("resume", NAMED)),
+        (True, False, True, True, ("evaluate", NAMED)),
+        (True, True, False, False, REFUSED),
+        (True, True, False, True, REFUSED),
+        (True, True, True, False, REFUSED),
+        (True, True, True, True, REFUSED),
     ],
 )
-def test_the_start_of_training_follows_one_table(toy_config, tmp_path, resume, pretrained, auto_resume, saved, expected):
-    options = {"resume": resume, "pretrained": pretrained, "auto_resume": auto_resume, "saved": saved}
-    assert decide(toy_config, tmp_path, **options) == expected
+def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, pretrained, auto_resume, evaluating, expected):
+    """With a checkpoint in the run's folder; without one, auto-resume changes nothing (below)."""
+    folder = tmp_path / "toy" / "default"
+    folder.mkdir(parents=True)
+    torch.save({"model": {}}, folder / NEWEST)
+    for name in (NAMED, WEIGHTS):
+        torch.save({"model": {}}, tmp_path / name)
+    arguments = ["--cfg", str(toy_config), "--output", str(tmp_path)]
+    arguments += ["--resume", str(tmp_path / NAMED)] * resume + ["--pretrained", str(tmp_path / WEIGHTS)] * pretrained
+    arguments += ["--eval"] * evaluating + ["--opts", "TRAIN.AUTO_RESUME", str(auto_resume)]
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+
+    def decide():
+        args = main.parse_arguments()
+        cfg = load_config(args.cfg, main.overrides(args))
+        main.check(cfg, args)
+        return main.choose_start(cfg, WORLD, evaluating=args.eval)
+
+    if expected[0] == "refused":
+        with pytest.raises(main.ConfigError, match=expected[1]):
+            decide()
+    else:
+        kind, path = decide()
+        assert (kind, Path(path).name) == expected
+
+
+WORLD = main.World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("pretrained", "expected"), [(False, "scratch"), (True, "pretrained")])
+def test_a_folder_without_checkpoints_has_nothing_to_go_on_with(toy_config, tmp_path, pretrained, expected):
+    opts = ["OUTPUT", str(tmp_path), "MODEL.PRETRAINED", WEIGHTS if pretrained else ""]
+    assert main.choose_start(load_config(toy_config, opts), WORLD, evaluating=False).kind == expected
 
 
 def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, tmp_path):

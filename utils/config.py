@@ -28,8 +28,12 @@ def _defaults() -> CfgNode:
     cfg.DATA.DATA_PATH = ""  # folder that holds train/ and val/, each with one folder a class
     cfg.DATA.DATASET = "imagenet"  # the only layout: <split>/<class>/<image>, of any number of classes
     cfg.DATA.ZIP_MODE = False  # read <split>.zip and <split>_map.txt instead of folders (--zip)
-    cfg.DATA.CACHE_MODE = "part"  # of archives: bytes to keep in memory, no, full, or part for every process's share
+    cfg.DATA.CACHE_MODE = "part"  # of zip archives: bytes to keep in memory, no, full, or part for every process's share
+    cfg.DATA.INDEX_CACHE = "~/.cache/flatten"  # folder that keeps the list of a large split's images; "" to scan at each start
+    cfg.DATA.UNREADABLE = "error"  # an unreadable training image: error, skip, or replace by another; evaluation: always error
+    cfg.DATA.MAX_UNREADABLE = 100  # of skip and replace: so many a process may meet before the run ends
     cfg.DATA.BATCH_SIZE = 128  # images per process and forward pass
+    cfg.DATA.GLOBAL_BATCH_SIZE = 0  # images per update, over as many forward passes as it takes; 0: see ACCUMULATION_STEPS
     cfg.DATA.IMG_SIZE = 224  # pixels
     cfg.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear, or random (training only)
     cfg.DATA.MEAN = IMAGENET_MEAN  # per channel, of values in [0, 1]
@@ -71,10 +75,14 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.EPOCHS = 300  # without those of the cooldown
     cfg.TRAIN.WARMUP_EPOCHS = 20  # linear from WARMUP_LR; the schedule runs beneath, so they are no extra epochs
     cfg.TRAIN.COOLDOWN_EPOCHS = 0  # extra epochs at MIN_LR at the end
-    cfg.TRAIN.BASE_LR = 5e-4  # these three are per 512 images of the global batch
+    cfg.TRAIN.BASE_LR = 5e-4  # the three rates are per 512 images of the global batch
+    cfg.TRAIN.RECIPE_BATCH_SIZE = 1024  # images per update that the recipe was made with; the log warns of others
     cfg.TRAIN.WARMUP_LR = 5e-7  # at the first update
     cfg.TRAIN.MIN_LR = 5e-6  # at the end
     cfg.TRAIN.WEIGHT_DECAY = 0.05  # of matrices and kernels; norms, biases and relative-position tables have none
+    cfg.TRAIN.LAYER_DECAY = 1.0  # a layer's learning rate over that of the layer behind it; 1: all have the same
+    cfg.TRAIN.HEAD_LR_SCALE = 1.0  # the head's learning rate over what it would be
+    cfg.TRAIN.FREEZE_BACKBONE = False  # train the head alone (linear probe), on features as in evaluation
     cfg.TRAIN.CLIP_GRAD = 5.0  # L2 norm of all gradients; 0 for no clipping
     cfg.TRAIN.ACCUMULATION_STEPS = 0  # forward passes per update; 0 and 1 mean one
     cfg.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory (--use-checkpoint)
@@ -101,6 +109,7 @@ def _defaults() -> CfgNode:
     cfg.AUG.REPROB = 0.25  # random erasing: probability ...
     cfg.AUG.REMODE = "pixel"  # ... fill: pixel, rand or const ...
     cfg.AUG.RECOUNT = 1  # ... and at most so many rectangles
+    cfg.AUG.REPEATS = 1  # how often an epoch shows an image, drawn anew each time; it shows that much fewer (DeiT: 3)
     cfg.AUG.MIXUP = 0.8  # alpha; 0 is off
     cfg.AUG.CUTMIX = 1.0  # alpha; 0 is off
     cfg.AUG.CUTMIX_MINMAX = None  # [smallest, largest] side of the patch, instead of CUTMIX
@@ -116,6 +125,9 @@ def _defaults() -> CfgNode:
     cfg.TEST = CfgNode()
     cfg.TEST.CROP = True  # resize to int(256 / 224 * IMG_SIZE) square and take the centre; False: straight to IMG_SIZE
     cfg.TEST.BATCH_SIZE = 0  # images per process; 0 for DATA.BATCH_SIZE
+    cfg.TEST.CLASS_MAP = ""  # --eval on other classes than the model's: imagenet for -A, -R, -V2 and -Sketch, or a file
+    cfg.TEST.REAL_LABELS = ""  # --eval with ImageNet's ReaL labels too: their real.json
+    cfg.TEST.PREDICTIONS = False  # --eval writes every image's answer too, for scripts/compare_evals.py
     cfg.TEST.PRECISION = "fp32"  # fp32, or train for the precision of training
 
     cfg.AMP = False  # mixed precision in training (--amp)
@@ -146,6 +158,7 @@ _REFERENCE_ONLY = {
 _CHOICES = {
     "DATA.DATASET": ("imagenet",),
     "DATA.CACHE_MODE": ("no", "full", "part"),
+    "DATA.UNREADABLE": ("error", "skip", "replace"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
@@ -161,15 +174,27 @@ _RANGES = {
         ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "PRINT_FREQ", "SAVE_FREQ"),
         (1, float("inf")),
     ),
-    **dict.fromkeys(("EVAL_FREQ", "KEEP_CHECKPOINTS", "AUG.RECOUNT", "MODEL.SWIN.PATCH_SIZE"), (1, float("inf"))),
+    **dict.fromkeys(
+        ("EVAL_FREQ", "KEEP_CHECKPOINTS", "AUG.RECOUNT", "AUG.REPEATS", "MODEL.SWIN.PATCH_SIZE"), (1, float("inf"))
+    ),
     **dict.fromkeys(("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "MODEL.SWIN.WINDOW_SIZE"), (1, float("inf"))),
     **dict.fromkeys(
-        ("DATA.NUM_WORKERS", "SAVE_STEPS", "TEST.BATCH_SIZE", "TRAIN.WARMUP_EPOCHS", "TRAIN.COOLDOWN_EPOCHS"),
+        (
+            "DATA.NUM_WORKERS",
+            "DATA.MAX_UNREADABLE",
+            "SAVE_STEPS",
+            "TEST.BATCH_SIZE",
+            "TRAIN.WARMUP_EPOCHS",
+            "TRAIN.COOLDOWN_EPOCHS",
+        ),
         (0, float("inf")),
     ),
     **dict.fromkeys(("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY"), (0, float("inf"))),
     **dict.fromkeys(("TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS", "AUG.MIXUP", "AUG.CUTMIX"), (0, float("inf"))),
     **dict.fromkeys(("AUG.HFLIP", "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "EMA.DECAY"), (0, 1)),
+    "TRAIN.LAYER_DECAY": (1e-6, 1),
+    "TRAIN.HEAD_LR_SCALE": (0, float("inf")),
+    **dict.fromkeys(("DATA.GLOBAL_BATCH_SIZE", "TRAIN.RECIPE_BATCH_SIZE"), (0, float("inf"))),
     **dict.fromkeys(("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"), (0, 0.999)),
     "SEED": (0, 2**32 - 1),
     "MODEL.LA.KERNEL_SIZE": (1, float("inf")),
@@ -179,18 +204,20 @@ _RANGES = {
 }
 
 
-def load_config(path: str | Path, opts: Sequence = ()) -> CfgNode:
+def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) -> CfgNode:
     """The configuration of a run, completed, validated and frozen.
 
     Args:
-        path: a YAML file; what it leaves out comes from its BASE files, then from the defaults.
+        path: a YAML file; what it leaves out comes from its BASE files, then from the defaults. Or several, a model's and a
+            recipe's, say: of what both give, the later one's holds.
         opts: key, value, key, value ... that override the file.
 
     Raises:
         ConfigError: unknown key, wrong type, illegal value, missing file or a circle of BASE files.
     """
     cfg = _defaults()
-    _merge_file(cfg, Path(path), chain=())
+    for file in [path] if isinstance(path, (str, Path)) else path:
+        _merge_file(cfg, Path(file), chain=())
     _merge_pairs(cfg, opts)
     cfg.BASE = [""]  # they are merged: the dump of this config stands alone
     _validate(cfg)
@@ -366,6 +393,16 @@ def _validate_recipe(cfg: CfgNode) -> None:
     if cfg.TRAIN.WARMUP_EPOCHS > cfg.TRAIN.EPOCHS:
         raise ConfigError(
             f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; lower it"
+        )
+    if cfg.DATA.GLOBAL_BATCH_SIZE and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise ConfigError(
+            f"TRAIN.ACCUMULATION_STEPS={cfg.TRAIN.ACCUMULATION_STEPS}: follows from DATA.GLOBAL_BATCH_SIZE="
+            f"{cfg.DATA.GLOBAL_BATCH_SIZE}; give one of them"
+        )
+    if cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.LAYER_DECAY < 1:
+        raise ConfigError(
+            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY}: has no effect with TRAIN.FREEZE_BACKBONE, which trains the head "
+            "alone; remove one of them"
         )
     for key in ("MEAN", "STD"):
         if len(cfg.DATA[key]) != 3 or (key == "STD" and min(cfg.DATA[key]) <= 0):

@@ -84,6 +84,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def gather_on_main(world: World, value: Result) -> list[Result] | None:
+    """Every process's value, by rank, on rank 0; None in the others. Values travel pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world.size if world.is_main else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def on_main(world: World, task: Callable[[], Result]) -> Result:
     """What rank 0 gets from ``task``, in every process; where it fails, all fail.
 

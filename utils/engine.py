@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from utils.checkpoint import checkpoint_path, link_best, remove_surplus, save_checkpoint
-from utils.distributed import World, on_main, sum_over_processes
+from utils.distributed import World, gather_on_main, on_main, sum_over_processes
 from utils.log import MetricsWriter, progress
 from utils.schedule import Schedule
 
@@ -117,15 +117,33 @@ def train_step(
     return total_loss, grad_norm
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model said of every image of a dataset, in the dataset's order.
+
+    Args:
+        targets: (N,) class ids.
+        ranked: (N, k) class ids, the k <= 5 likeliest, likeliest first.
+        confidence: (N,) softmax of the first.
+        model_classes: (N,) the first as the model's class id, which a class map makes another one.
+    """
+
+    targets: np.ndarray
+    ranked: np.ndarray
+    confidence: np.ndarray
+    model_classes: np.ndarray
+
+
 @dataclass(frozen=True)
 class EvalResult:
-    """Counts over a whole dataset. ``weights``: raw or ema."""
+    """Counts over a whole dataset. ``weights``: raw or ema; ``answers``: on rank 0, where they are kept."""
 
     weights: str
     correct1: int
     correct5: int
     num_images: int
     loss: float
+    answers: Answers | None = field(default=None, repr=False, compare=False)
 
     @property
     def acc1(self) -> float:
@@ -142,40 +160,76 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, nn.Module], loader, *, amp_dtype: torch.dtype, world: World) -> dict[str, EvalResult]:
+def evaluate(
+    models: dict[str, nn.Module],
+    loader,
+    *,
+    amp_dtype: torch.dtype,
+    world: World,
+    class_ids: Sequence[int] | None = None,
+    keep_answers: bool = False,
+) -> dict[str, EvalResult]:
     """Count right answers over a dataset that the processes share, every image once; one reduction at the end.
 
     Args:
         models: by the label of their weights, raw or ema; all see each batch. Not wrapped: processes may have different
             numbers of batches.
         loader: batches of this process's share.
+        class_ids: the model's class for each of the dataset's; answers are among those. None: they are the same.
+        keep_answers: give rank 0 every image's answer too.
 
     Returns:
-        A result for each model, the same in every process.
+        A result for each model, the same in every process, but for the answers.
     """
     were_training = {label: model.training for label, model in models.items()}
     # Right at 1, right at 5, sum of losses: counts are exact in float64.
     sums = {label: torch.zeros(3, dtype=torch.float64, device=world.device) for label in models}
+    answers: dict[str, list[Tensor]] = {label: [] for label in models}
+    indices, targets = [], []
     num_images = 0
     for model in models.values():
         model.eval()
     for batch in progress(loader, len(loader), "evaluate"):
         num_images += len(batch.targets)
+        if keep_answers:
+            indices += batch.indices
+            targets.append(batch.targets)
         for label, model in models.items():
             with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits = model(batch.images)
-            logits = logits.float()
-            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.targets.unsqueeze(1)  # (B, 5)
+            logits = logits.float() if class_ids is None else logits.float()[:, class_ids]
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = ranked == batch.targets.unsqueeze(1)  # (B, 5)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-            sums[label] += torch.stack([top[:, 0].sum(), top.sum(), loss]).double()
+            sums[label] += torch.stack([right[:, 0].sum(), right.sum(), loss]).double()
+            if keep_answers:
+                answers[label].append(torch.cat([ranked.double(), logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1))
     total = sum_over_processes(torch.tensor(num_images, device=world.device)).item()
     results = {}
     for label, model in models.items():
         model.train(were_training[label])
         correct1, correct5, loss = sum_over_processes(sums[label]).tolist()
-        results[label] = result = EvalResult(label, int(correct1), int(correct5), total, loss / total)
+        kept = _gather_answers(indices, targets, answers[label], class_ids, world) if keep_answers else None
+        results[label] = result = EvalResult(label, int(correct1), int(correct5), total, loss / total, kept)
         logger.info("%s weights: %d of %d right, loss %.4f,%s", label, result.correct1, total, result.loss, result)
     return results
+
+
+def _gather_answers(
+    indices: list[int], targets: list[Tensor], answers: list[Tensor], class_ids: Sequence[int] | None, world: World
+) -> Answers | None:
+    """The answers of all processes, in the dataset's order; None but on rank 0."""
+    share = np.empty((0, 0)), np.empty(0), np.empty(0)
+    if indices:
+        share = torch.cat(answers).cpu().numpy(), torch.cat(targets).cpu().numpy(), np.array(indices)
+    shares = gather_on_main(world, share)
+    if shares is None:
+        return None
+    values, truths, positions = (np.concatenate(parts) for parts in zip(*(s for s in shares if len(s[2])), strict=True))
+    order = positions.argsort()
+    values, ranked = values[order], values[order, :-1].astype(np.int64)
+    first = ranked[:, 0] if class_ids is None else np.array(class_ids)[ranked[:, 0]]
+    return Answers(truths[order].astype(np.int64), ranked, values[:, -1], first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +255,7 @@ class Trainer:
     Args:
         model: ``state.model`` as it trains: wrapped for several processes, or compiled.
         mixup: mixes a batch by the number of its forward pass; None for no mixing.
+        metrics: where numbers are written, on rank 0.
         header: what every checkpoint carries besides the state (the config, the shape of the run).
     """
 
@@ -217,7 +272,7 @@ class Trainer:
         recipe: Recipe,
         world: World,
         output: Path,
-        metrics: MetricsWriter | None,
+        metrics: MetricsWriter | None = None,
         header: dict,
     ):
         self.state, self.model, self.criterion, self.schedule = state, model, criterion, schedule
@@ -240,7 +295,7 @@ class Trainer:
         best = self.state.best
         logger.info(
             "done in %s; best Acc@1 %.3f (%s weights, epoch %d)",
-            _duration(time.monotonic() - started),
+            format_duration(time.monotonic() - started),
             best["acc1"],
             best["weights"],
             best["epoch"],
@@ -252,38 +307,42 @@ class Trainer:
         first_update = state.num_updates - epoch * self.updates_per_epoch
         self.train_loader.set_position(epoch, first_update)
         self.model.train()
-        meter = _Meter(epoch, self)
-        batches = self.mixed_batches(meter)
+        meter = Meter(epoch, self)
+        batches = self.mixed_batches(iter(self.train_loader), meter)
         updates = range(first_update, self.updates_per_epoch)
         for update in progress(updates, len(updates), f"epoch {epoch}", seconds_between_lines=math.inf):
-            learning_rate = self.schedule(state.num_updates)
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate
-            loss, grad_norm = train_step(
-                self.model,
-                self.criterion,
-                state.optimizer,
-                state.scaler,
-                (next(batches) for _ in range(recipe.accumulation)),
-                num_batches=recipe.accumulation,
-                amp_dtype=recipe.amp_dtype,
-                max_grad_norm=recipe.max_grad_norm,
-            )
-            if state.ema is not None:
-                state.ema.update(state.model)
-            state.num_updates += 1
-            meter.add(loss, grad_norm)
+            meter.add(*self.update(batches))
             done = update + 1
             saving = recipe.save_steps and done % recipe.save_steps == 0 and done < self.updates_per_epoch
             if saving or done % recipe.print_freq == 0 or done == self.updates_per_epoch:
-                meter.log(learning_rate)
+                meter.log(self.schedule(state.num_updates - 1))
             if saving:
                 self.save()
                 meter.restart()
 
-    def mixed_batches(self, meter: "_Meter") -> Iterator[tuple[Tensor, Tensor]]:
+    def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One update, with as many of the batches as it takes; mean loss and gradient norm, left on the device."""
+        state, recipe = self.state, self.recipe
+        learning_rate = self.schedule(state.num_updates)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        loss, grad_norm = train_step(
+            self.model,
+            self.criterion,
+            state.optimizer,
+            state.scaler,
+            (next(batches) for _ in range(recipe.accumulation)),
+            num_batches=recipe.accumulation,
+            amp_dtype=recipe.amp_dtype,
+            max_grad_norm=recipe.max_grad_norm,
+        )
+        if state.ema is not None:
+            state.ema.update(state.model)
+        state.num_updates += 1
+        return loss, grad_norm
+
+    def mixed_batches(self, batches: Iterator, meter: "Meter") -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of every forward pass, the model's own draws (drop path, dropout) seeded for each."""
-        batches = iter(self.train_loader)
         forward_pass = self.state.num_updates * self.recipe.accumulation
         while True:
             waiting = time.monotonic()
@@ -347,7 +406,7 @@ class Trainer:
         on_main(self.world, write)
 
 
-class _Meter:
+class Meter:
     """What happened since the last line of the log, most of it still on the device."""
 
     def __init__(self, epoch: int, trainer: Trainer):
@@ -408,7 +467,7 @@ class _Meter:
             values["images_per_second"],
             100 * values["data_wait"],
             values["memory_mib"],
-            _duration(left * seconds / len(losses)),
+            format_duration(left * seconds / len(losses)),
         )
         if trainer.metrics is not None:
             trainer.metrics.scalars(state.num_updates, "train", values)
@@ -441,7 +500,7 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

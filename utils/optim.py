@@ -1,6 +1,7 @@
 """Optimizers with and without weight decay, and what belongs to an update: scaler, average of weights, loss."""
 
 import torch
+from timm.models import group_parameters
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -14,20 +15,44 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
     return PRECISIONS[cfg.AMP_DTYPE if cfg.AMP else "fp32"]
 
 
+def eval_dtype(cfg: CfgNode) -> torch.dtype:
+    """Precision of evaluation."""
+    return amp_dtype(cfg) if cfg.TEST.PRECISION == "train" else torch.float32
+
+
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """AdamW or SGD (Nesterov); ``model.no_weight_decay()`` names the parameters that are not decayed."""
-    exempt = model.no_weight_decay()
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """AdamW or SGD (Nesterov); ``model.no_weight_decay()`` names the parameters that are not decayed.
+
+    Every group has an ``lr_scale``, its learning rate over the schedule's.
+    """
+    exempt, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": [p for name, p in trained if name not in exempt], "weight_decay": cfg.TRAIN.WEIGHT_DECAY},
-        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": 0.0 if without else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
+        for without in (False, True)
+        for scale in sorted({scales[name] for name in trained})
+        if (parameters := [p for name, p in trained.items() if (name in exempt) == without and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
     # One kernel for all parameters, where the device has it.
-    fused = all(parameter.device.type in ("cuda", "cpu") for _, parameter in trained)
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained.values())
     if options.NAME == "sgd":
         return SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
     return AdamW(groups, lr=cfg.TRAIN.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=fused)
+
+
+def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Each parameter's learning rate over the schedule's: layer-wise decay (https://arxiv.org/abs/2106.08254, as timm counts
+    layers: the stem, every block, the head with the last norm), and the head's own factor."""
+    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    if cfg.TRAIN.LAYER_DECAY < 1:
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        scales = {name: cfg.TRAIN.LAYER_DECAY ** (max(layers.values()) - layers[name]) for name in scales}
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in head:
+            scales[name] *= cfg.TRAIN.HEAD_LR_SCALE
+    return scales
 
 
 def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
+from utils.config import ConfigError
+
 REFERENCE_BATCH = 512  # images that TRAIN.BASE_LR, WARMUP_LR and MIN_LR are given for
 
 
@@ -36,9 +38,26 @@ class Schedule:
         return self.base_lr * self.decay_rate ** (update // self.decay_updates)
 
 
+def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
+    """Forward passes per update: TRAIN.ACCUMULATION_STEPS, or as many as DATA.GLOBAL_BATCH_SIZE takes.
+
+    Raises:
+        ConfigError: the processes' batches do not divide it.
+    """
+    wanted, at_once = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
+    if not wanted:
+        return max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
+    if wanted % at_once:
+        raise ConfigError(
+            f"DATA.GLOBAL_BATCH_SIZE={wanted}: is no multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of "
+            f"{world_size} processes); change --batch-size or the number of processes"
+        )
+    return wanted // at_once
+
+
 def global_batch_size(cfg: CfgNode, world_size: int) -> int:
     """Images per update, over all processes and forward passes."""
-    return cfg.DATA.BATCH_SIZE * world_size * max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
+    return cfg.DATA.BATCH_SIZE * world_size * accumulation_steps(cfg, world_size)
 
 
 def build_schedule(cfg: CfgNode, *, updates_per_epoch: int, world_size: int) -> Schedule:

@@ -1,9 +1,15 @@
 """Positions decide: the same images, drawn the same, for any number of workers and processes."""
 
+import gzip
 import hashlib
+import io
 import os
 import pickle
+import shutil
+import tarfile
+import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
-from data.datasets import DataError, FolderDataset, ZipDataset, check_classes
+from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader, collate
+from data.classes import check_classes, read_class_map, read_real_labels
+from data.datasets import ImageDataset
+from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.transforms import Normalize, create_eval_transform, create_train_transform
+from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
 from utils.config import load_config
 
@@ -196,30 +205,35 @@ def test_classes_that_do_not_fit_are_refused_with_the_remedy(train, val, num_cla
 
 def test_layouts_that_are_none_are_refused_with_the_remedy(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        FolderDataset(tmp_path / "val", None)
+        index_folder(tmp_path / "val")
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(b"")
     with pytest.raises(DataError, match="put every image into a folder named after its class"):
-        FolderDataset(tmp_path / "val", None)
+        index_folder(tmp_path / "val")
     (tmp_path / "val" / "empty").mkdir()
     with pytest.raises(DataError, match="has no images"):
-        FolderDataset(tmp_path / "val", None)
+        index_folder(tmp_path / "val")
+
+
+def read_folder(folder, **options):
+    return ImageDataset(index_folder(folder), create_eval_transform(32, interpolation="bicubic", crop=True), **options)
 
 
 def test_an_unreadable_image_is_named(tmp_path):
     write_images(tmp_path, "val", classes=1, per_class=1)
     (tmp_path / "val/class0/000.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"class0/000.png: is no readable image"):
-        FolderDataset(tmp_path / "val", create_eval_transform(32, interpolation="bicubic", crop=True))[(0, 0)]
+        read_folder(tmp_path / "val")[(0, 0)]
 
 
 def test_names_of_any_alphabet_are_read(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     os.rename(tmp_path / "val/class1/002.png", tmp_path / "val/class1/zürich 東京.png")
-    dataset = FolderDataset(tmp_path / "val", create_eval_transform(32, interpolation="bicubic", crop=True))
+    dataset = read_folder(tmp_path / "val")
     assert len(dataset) == 6
-    assert dataset.name(5) == "class1/zürich 東京.png"
-    assert dataset[(0, 5)][1:] == (1, 5)
+    assert dataset.index.name(5) == "class1/zürich 東京.png"
+    assert dataset[(0, 5)].label == 1
+    assert dataset[(0, 5)].key == (0, 5)
 
 
 def test_the_eval_loader_keeps_the_order(toy_config, toy_data):
@@ -227,30 +241,42 @@ def test_the_eval_loader_keeps_the_order(toy_config, toy_data):
     val = build_datasets(cfg, training=False).val
     batches = list(build_eval_loader(cfg, val, rank=0, world_size=1, device=CPU))
     assert [index for batch in batches for index in batch.indices] == list(range(33))
-    assert torch.cat([batch.targets for batch in batches]).tolist() == val.labels.tolist()
+    assert torch.cat([batch.targets for batch in batches]).tolist() == val.index.labels.tolist()
 
 
 @pytest.fixture(scope="module")
-def zipped(toy_data, tmp_path_factory):
-    """The toy data in the reference's archives, in the folders' order."""
-    root = tmp_path_factory.mktemp("zipped")
+def packed(toy_data, tmp_path_factory):
+    """Layout -> the toy data in it, and the options that read it."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in ("zip", "tar")}
+    for name, root in roots.items():
+        for split in ("train", "val"):
+            pack(toy_data, root, split, archive=name, shard_size=40)
+    deflated = tmp_path_factory.mktemp("deflated")  # as the zip command packs
     for split in ("train", "val"):
-        folder = FolderDataset(toy_data / split, None)
-        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
-            for index in range(len(folder)):
-                archive.write(folder.open(index), folder.name(index))
-        lines = [f"{folder.name(index)}\t{folder.labels[index]}\n" for index in range(len(folder))]
-        (root / f"{split}_map.txt").write_text("".join(lines))
-    return root
+        shutil.copy(roots["zip"] / f"{split}_map.txt", deflated)
+        with (
+            zipfile.ZipFile(roots["zip"] / f"{split}.zip") as stored,
+            zipfile.ZipFile(deflated / f"{split}.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
+            for name in stored.namelist():
+                archive.writestr(name, stored.read(name))
+    return {
+        "tar": (roots["tar"], []),
+        "zip": (roots["zip"], ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", "no"]),
+        "zip, part in memory": (roots["zip"], ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", "part"]),
+        "zip, in memory": (roots["zip"], ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", "full"]),
+        "deflated zip": (deflated, ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", "no"]),
+    }
 
 
-@pytest.mark.parametrize("cache_mode", ["no", "part", "full"])
-def test_archives_give_the_tensors_of_folders(toy_config, toy_data, zipped, cache_mode):
-    expected, order = read_epoch(config(toy_config, toy_data), epoch=1)
-    opts = ["DATA.ZIP_MODE", True, "DATA.CACHE_MODE", cache_mode, "DATA.NUM_WORKERS", 2]
-    images, same_order = read_epoch(config(toy_config, zipped, *opts), epoch=1)
-    assert same_order == order
-    assert all(torch.equal(images[index], expected[index]) for index in expected)
+@pytest.mark.parametrize("layout", ["tar", "zip", "zip, part in memory", "zip, in memory", "deflated zip"])
+def test_archives_give_the_tensors_of_folders(toy_config, toy_data, packed, layout):
+    root, opts = packed[layout]
+    for epoch in (0, 1):
+        expected, order = read_epoch(config(toy_config, toy_data), epoch=epoch)
+        images, same_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=epoch)
+        assert same_order == order
+        assert all(torch.equal(images[index], expected[index]) for index in expected)
 
 
 class Bytes(torch.utils.data.Dataset):
@@ -263,21 +289,24 @@ class Bytes(torch.utils.data.Dataset):
         return self.reads
 
     def __getitem__(self, key):
-        return hashlib.sha256(self.dataset.open(key % len(self.dataset)).read()).hexdigest()
+        return hashlib.sha256(self.dataset.read(key % len(self.dataset))).hexdigest()
 
 
-def test_four_workers_read_an_archive_at_once(toy_data, zipped):
-    dataset, folder = ZipDataset(zipped, "train", None), FolderDataset(toy_data / "train", None)
-    expected = [hashlib.sha256(folder.open(index).read_bytes()).hexdigest() for index in range(len(folder))]
+@pytest.mark.parametrize("layout", ["zip", "tar", "deflated zip"])
+def test_four_workers_read_an_archive_at_once(toy_data, packed, layout):
+    root = packed[layout][0]
+    dataset = ImageDataset(index_tar(root, "train") if layout == "tar" else index_zip(root, "train"), None)
+    folder = ImageDataset(index_folder(toy_data / "train"), None)
+    expected = [hashlib.sha256(folder.read(index)).hexdigest() for index in range(len(folder))]
     loader = torch.utils.data.DataLoader(Bytes(dataset, 4000), batch_size=50, num_workers=4)
     read = [digest for batch in loader for digest in batch]
     assert read == [expected[index % len(folder)] for index in range(4000)]
 
 
-def test_an_archive_travels_to_workers_that_are_spawned(zipped):
-    dataset = ZipDataset(zipped, "train", None)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert copy.open(3).read() == dataset.open(3).read()
+def test_an_archive_travels_to_workers_that_are_spawned(packed):
+    dataset = ImageDataset(index_zip(packed["zip"][0], "train"), None)
+    read = dataset.read(3)
+    assert pickle.loads(pickle.dumps(dataset)).read(3) == read
 
 
 @pytest.mark.parametrize(
@@ -289,4 +318,279 @@ def test_archives_that_do_not_fit_their_map_are_refused(tmp_path, lines, message
         archive.writestr("a.png", b"")
     (tmp_path / "val_map.txt").write_text(lines)
     with pytest.raises(DataError, match=message):
-        ZipDataset(tmp_path, "val", None)
+        index_zip(tmp_path, "val")
+
+
+def zip_of(entries, root):
+    """An archive of (entry, data) with its map, all of class 0."""
+    with zipfile.ZipFile(root / "val.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, data in entries:
+            archive.writestr(entry, data)
+    names = [entry if isinstance(entry, str) else entry.filename for entry, _ in entries]
+    (root / "val_map.txt").write_text("".join(f"{name}\t0\n" for name in names))
+
+
+def link(name):
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = 0o120777 << 16
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "data", "message"),
+    [
+        ("../a.png", b"x", "leads out of the archive"),
+        ("/etc/passwd.png", b"x", "leads out of the archive"),
+        (link("a.png"), b"/etc/passwd", "is a link"),
+        ("a.png", bytes(2**22), "which no image does"),
+    ],
+    ids=["parent", "absolute", "link", "bomb"],
+)
+def test_zip_entries_that_are_no_plain_image_are_refused(tmp_path, entry, data, message):
+    zip_of([(entry, data)], tmp_path)
+    with pytest.raises(DataError, match=message):
+        index_zip(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../a.png", tarfile.REGTYPE, "leads out of the archive"),
+        ("/a.png", tarfile.REGTYPE, "leads out of the archive"),
+        ("a.png", tarfile.SYMTYPE, "is a link"),
+        ("a.png", tarfile.LNKTYPE, "is a link"),
+        ("a.png", tarfile.REGTYPE, "has no class id"),
+        ("a.txt", tarfile.REGTYPE, "has no images"),
+    ],
+)
+def test_tar_entries_that_are_no_plain_image_are_refused(tmp_path, name, kind, message):
+    with tarfile.open(tmp_path / "val-000000.tar", "w") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = kind, "/etc/passwd"
+        archive.addfile(entry)
+    with pytest.raises(DataError, match=message):
+        index_tar(tmp_path, "val")
+
+
+def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "val-000000.tar").write_bytes(gzip.compress(bytes(10240)))
+    with pytest.raises(DataError, match="plain tar files, not compressed"):
+        index_tar(tmp_path, "val")
+
+
+@pytest.mark.parametrize("layout", ["zip", "tar"])
+def test_a_damaged_archive_names_the_image(packed, tmp_path, layout):
+    root = shutil.copytree(packed[layout][0], tmp_path / "copy")
+    index = (index_zip if layout == "zip" else index_tar)(root, "val")
+    path = Path(index.archives[0])
+    data = bytearray(path.read_bytes())
+    data[index.offsets[3] : index.offsets[3] + 8] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"003\.png: is no readable image"):
+        ImageDataset(index, lambda image: image)[(0, 3)]
+
+
+def test_packing_makes_large_images_smaller_and_leaves_the_others(tmp_path):
+    folder = tmp_path / "folder" / "val" / "a"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in {"large.JPEG": (60, 90), "small.jpg": (20, 30), "large.png": (64, 40), "a.b.png": (9, 9)}.items():
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+    for layout in ("zip", "tar"):
+        index = pack(tmp_path / "folder", tmp_path / layout, "val", archive=layout, short_side=32, workers=2)
+        dataset = ImageDataset(index, None)
+        sizes = [dataset.decode(position).size for position in range(4)]
+        assert sizes == [(9, 9), (48, 32), (32, 51), (30, 20)]  # in the order of names; width first
+        assert dataset.read(3) == (folder / "small.jpg").read_bytes()
+        assert index.classes == ["a"]
+        with pytest.raises(DataError, match="is there already"):
+            pack(tmp_path / "folder", tmp_path / layout, "val", archive=layout)
+    assert sorted(path.name for path in (tmp_path / "tar").iterdir()) == ["classes.txt", "val-000000.tar"]
+
+
+def test_packing_that_fails_leaves_nothing_behind(tmp_path):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+    (tmp_path / "val/class1/001.png").write_bytes(b"no image")
+    for layout in ("zip", "tar"):
+        with pytest.raises(DataError, match=r"class1/001\.png: is no readable image"):
+            pack(tmp_path, tmp_path / layout, "val", archive=layout, short_side=16)
+        assert list((tmp_path / layout).iterdir()) == []
+
+
+def unreadable_images(folder):
+    """Every kind of D1 that no decoder reads."""
+    folder.mkdir(parents=True)
+    good = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(good, "JPEG")
+    (folder / "cut_header.jpg").write_bytes(good.getvalue()[:10])
+    (folder / "cut_body.jpg").write_bytes(good.getvalue()[: len(good.getvalue()) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_bytes(b"not an image")
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """20 readable images of class b, and in class a the unreadable ones beside 2 readable ones."""
+    root = tmp_path_factory.mktemp("spoilt")
+    write_images(root, "train", classes=1, per_class=20)
+    (root / "train/class0").rename(root / "train/b")
+    bad = unreadable_images(root / "train/a")
+    for name in ("good1.png", "good2.png"):
+        shutil.copy(root / "train/b/000.png", root / "train/a" / name)
+    return root, bad
+
+
+def test_no_unreadable_image_passes_where_errors_are_the_policy(spoilt):
+    root, bad = spoilt
+    dataset = read_folder(root / "train")
+    for position in range(len(dataset)):
+        name = Path(dataset.index.name(position)).name
+        if name in bad:
+            with pytest.raises(DataError, match=name):
+                dataset[(0, position)]
+        else:
+            assert dataset[(0, position)].faults == []
+
+
+def test_skipped_images_are_counted_and_the_others_stay_as_they_are(spoilt):
+    root, bad = spoilt
+    dataset, strict = read_folder(root / "train", unreadable="skip"), read_folder(root / "train")
+    samples = [dataset[(1, position)] for position in range(len(dataset))]
+    images, targets, keys, faults = collate(samples)
+    assert sorted(Path(dataset.index.name(index)).name for index, _ in faults) == bad
+    assert [index for _, index in keys] == [sample.key[1] for sample in samples if sample.image is not None]
+    for image, target, key in zip(images, targets, keys, strict=True):
+        assert target == strict.index.labels[key[1]]
+        assert torch.equal(image, strict[key].image)
+    with pytest.raises(DataError, match="no image of its batch can be read"):
+        collate([sample for sample in samples if sample.image is None])
+
+
+def test_replacements_are_other_images_with_their_own_labels_drawn_from_the_position(spoilt):
+    root, bad = spoilt
+    one, again = (read_folder(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
+    taken = set()
+    for position in range(len(one)):
+        sample, same = one[(2, position)], again[(2, position)]
+        assert torch.equal(sample.image, same.image)
+        assert sample.key == same.key
+        assert sample.label == one.index.labels[sample.key[1]]
+        assert bool(sample.faults) == (Path(one.index.name(position)).name in bad)
+        if sample.faults:
+            taken.add(sample.key[1])
+    assert len(taken) > 1
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "RGBA", "LA"])
+def test_odd_but_readable_images_are_read(tmp_path, mode):
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    if mode == "I;16":
+        Image.fromarray(np.full((20, 20), 128 << 8, np.uint16)).save(folder / "x.png")
+    else:
+        image = Image.new("RGBA", (20, 20), (128, 128, 128, 100)) if mode != "CMYK" else Image.new("RGB", (20, 20), 3 * (128,))
+        image.convert(mode).save(folder / "x.png", "JPEG" if mode == "CMYK" else "PNG")
+    decoded = np.asarray(read_folder(tmp_path / "val").decode(0))
+    assert decoded.shape == (20, 20, 3)
+    assert abs(decoded.astype(int) - 128).max() <= 2
+
+
+def test_too_many_unreadable_images_end_the_run(toy_config, spoilt):
+    root, _ = spoilt
+    shutil.copytree(root / "train/b", root / "val/b", dirs_exist_ok=True)
+    shutil.copytree(root / "train/b", root / "val/a", dirs_exist_ok=True)
+    opts = ["MODEL.NUM_CLASSES", 2, "DATA.UNREADABLE", "replace", "DATA.BATCH_SIZE", 4]
+    read_epoch(config(toy_config, root, *opts), epoch=0)
+    with pytest.raises(DataError, match=r"more than DATA\.MAX_UNREADABLE=2"):
+        read_epoch(config(toy_config, root, *opts, "DATA.MAX_UNREADABLE", 2), epoch=0)
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 12), (2, 6), (4, 3)])
+def test_repeated_augmentation_shows_an_update_the_same_images_three_times(world_size, batch_size):
+    order = epoch_order(100, seed=5, epoch=2).tolist()
+    updates = [[] for _ in range(8)]
+    for rank in range(world_size):
+        batches = TrainBatches(100, batch_size, accumulation=1, repeats=3, rank=rank, world_size=world_size, seed=5)
+        batches.set_position(2, 0)
+        for number, batch in enumerate(batches):
+            updates[number] += batch
+    for number, keys in enumerate(updates):
+        unique = order[4 * number : 4 * number + 4]
+        assert sorted(keys) == sorted((3 * 2 + again, index) for index in unique for again in range(3))
+    if world_size == 1:  # as timm pairs them, first with last: never an image with itself
+        assert all(a[1] != b[1] for keys in updates for a, b in zip(keys, keys[::-1], strict=True))
+
+
+def test_copies_of_an_image_are_drawn_apart_and_as_an_epoch_of_their_own(toy_config, toy_data):
+    dataset = build_datasets(config(toy_config, toy_data), training=True).train
+    one, two, three = (dataset[(again, 7)].image for again in range(3))
+    assert not torch.equal(one, two)
+    assert not torch.equal(two, three)
+
+
+def test_a_large_scan_is_kept_and_read_while_nothing_has_changed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    write_images(tmp_path, "train", classes=3, per_class=4)
+    caplog.set_level("INFO")
+    read = partial(index_folder, tmp_path / "train", cache=tmp_path / "cache")
+    age = time.time() - 60
+    for folder in (tmp_path / "train", *(tmp_path / "train").iterdir()):
+        os.utime(folder, (age, age))
+    first = read()
+    assert "from the index kept" not in caplog.text
+    second = read()
+    assert "from the index kept" in caplog.text
+    assert [second.name(position) for position in range(12)] == [first.name(position) for position in range(12)]
+    assert second.classes == first.classes
+    assert second.labels.tolist() == first.labels.tolist()
+    (tmp_path / "train/class1/000.png").rename(tmp_path / "train/class1/new.png")
+    assert "class1/new.png" in [read().name(position) for position in range(12)]
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert len(read()) == 12
+
+
+def test_processes_share_one_scan(toy_config, toy_data):
+    calls = []
+
+    def share(scan):
+        calls.append(scan)
+        return found.pop(0)
+
+    found = [index_folder(toy_data / split) for split in ("train", "val")]
+    datasets = build_datasets(config(toy_config, toy_data), training=True, share=share)
+    assert len(calls) == 2
+    assert (len(datasets.train), len(datasets.val)) == (102, 33)
+
+
+def test_class_maps_name_the_models_classes(tmp_path):
+    assert read_class_map("imagenet", ["n01443537", "n01440764"], 1000) == [1, 0]
+    assert read_class_map("imagenet", ["0", "1", "10", "2"], 1000) == [0, 1, 10, 2]
+    (tmp_path / "map.txt").write_text("cat 3\nsmall dog\t1\n\n")
+    assert read_class_map(str(tmp_path / "map.txt"), ["cat", "small dog"], 4) == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat 3", "knows no class of the folder dog"),
+        ("cat 3\ndog 4", "gives class 4, but MODEL.NUM_CLASSES=4"),
+        ("cat 3\ndog 3", "to another folder too"),
+        ("cat\ndog 1", "is not a folder's name"),
+    ],
+)
+def test_class_maps_that_do_not_fit_are_refused(tmp_path, text, message):
+    (tmp_path / "map.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
+
+
+def test_real_labels_are_looked_up_by_the_images_number(tmp_path):
+    (tmp_path / "real.json").write_text("[[3], [], [1, 2]]")
+    names = ["n1/ILSVRC2012_val_00000003.JPEG", "n0/ILSVRC2012_val_00000002.JPEG"]
+    assert read_real_labels(tmp_path / "real.json", names) == [[1, 2], []]
+    with pytest.raises(DataError, match=r"has no labels of cat\.jpg"):
+        read_real_labels(tmp_path / "real.json", ["cat.jpg"])

@@ -18,13 +18,40 @@ def write(folder, name="config.yaml", text=""):
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((CONFIGS / "recipes").iterdir())
+
+
+def header_of(path):
+    return "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*RECIPES}), ids=lambda path: path.stem)
 def test_every_config_loads_is_named_after_its_model_and_says_what_to_run(path):
-    cfg = load_config(path)
+    cfg, header = load_config(path), header_of(path)
     assert path.stem == cfg.MODEL.NAME
-    header = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"--cfg configs/{path.relative_to(CONFIGS)}" in header
     assert "Meant for" in header
+    assert f"(global batch {cfg.TRAIN.RECIPE_BATCH_SIZE})" in header
+
+
+@pytest.mark.parametrize("model", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_goes_with_every_model(path, model):
+    alone = load_config(CONFIGS / f"{model}.yaml")
+    cfg = load_config([CONFIGS / f"{model}.yaml", path])
+    assert {key: value for key, value in cfg.MODEL.items() if key != "LABEL_SMOOTHING"} == {
+        key: value for key, value in alone.MODEL.items() if key != "LABEL_SMOOTHING"
+    }
+    assert path.stem == cfg.TAG
+    header = header_of(path)
+    assert f"configs/recipes/{path.name}" in header
+    assert f"(global batch {cfg.TRAIN.RECIPE_BATCH_SIZE})" in header
+    # Whatever another recipe sets, this one sets too: the model's own training leaves nothing behind.
+    trained = flatten(load_config([CONFIGS / "flatten_cswin_b_384.yaml", path]))
+    assert {key for key, value in trained.items() if value != flatten(cfg)[key] and not key.startswith(("MODEL", "DATA"))} <= {
+        "EMA.DECAY",
+        "TEST.CROP",
+    }
 
 
 def test_the_order_of_precedence_is_default_base_file_command_line(tmp_path):
@@ -100,6 +127,8 @@ MODEL:
         ("TAG: ../elsewhere", [], "without slashes"),
         ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True has no effect here"),
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give one of --resume and --pretrained"),
+        ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: follows from"),
+        ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
         ("a: !!python/object/apply:os.system [echo]", [], "is no plain YAML"),
         ("- a", [], "holds list, not keys"),
     ],

@@ -17,6 +17,9 @@ class Linear(nn.Linear):
     def no_weight_decay(self):
         return {"bias"}
 
+    def get_classifier(self):
+        return self
+
 
 def setup(*opts):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["EMA.ENABLED", True, "EMA.DECAY", 0.9, *opts])

@@ -1,8 +1,8 @@
 import pytest
 
 from tests.conftest import CONFIGS, reference
-from utils.config import load_config
-from utils.schedule import Schedule, build_schedule
+from utils.config import ConfigError, load_config
+from utils.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
 
 FIGURES = [figures for figures in reference("lr_schedule") if (CONFIGS / f"{figures['config']}.yaml").exists()]
 
@@ -19,6 +19,21 @@ def test_accumulation_scales_the_learning_rate_like_any_larger_batch():
     plain = build_schedule(load_config(path, ["DATA.BATCH_SIZE", 128]), updates_per_epoch=10, world_size=8)
     accumulated = load_config(path, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4])
     assert build_schedule(accumulated, updates_per_epoch=10, world_size=4) == plain
+
+
+@pytest.mark.parametrize(("processes", "batch_size", "steps"), [(8, 128, 1), (4, 256, 1), (2, 128, 4)])
+def test_a_global_batch_makes_the_same_run_of_any_machine(processes, batch_size, steps):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", batch_size])
+    assert accumulation_steps(cfg, processes) == steps
+    assert global_batch_size(cfg, processes) == 1024
+    recipe = build_schedule(load_config(CONFIGS / "flatten_swin_t.yaml"), updates_per_epoch=10, world_size=8)
+    assert build_schedule(cfg, updates_per_epoch=10, world_size=processes) == recipe
+
+
+def test_a_global_batch_that_does_not_divide_is_refused():
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", 100])
+    with pytest.raises(ConfigError, match="is no multiple of 300"):
+        accumulation_steps(cfg, 3)
 
 
 @pytest.mark.parametrize(

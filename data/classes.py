@@ -1,0 +1,107 @@
+"""Which of a model's classes a dataset's are."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from data.index import DataError
+
+_VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
+
+
+def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: int, root: str) -> None:
+    """Refuse splits that do not fit each other or the model, before anything is built.
+
+    Raises:
+        DataError: a class that one split lacks, or another number of classes than the model's.
+    """
+    if train is not None and list(train) != list(val):
+        parts = []
+        if lacking := sorted(set(train) - set(val)):
+            parts.append(f"val/ lacks {_shorten(lacking)}")
+        if extra := sorted(set(val) - set(train)):
+            parts.append(f"val/ has {_shorten(extra)} besides")
+        raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
+    if len(val) != num_classes:
+        raise DataError(
+            f"{root}: holds {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; "
+            f"add --opts MODEL.NUM_CLASSES {len(val)}, or check --data-path"
+        )
+
+
+def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
+    """The model's class for each of a dataset's, whose accuracy is then among those classes alone.
+
+    Args:
+        class_map: ``imagenet`` for folders named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
+            (ImageNet-V2), else a file with a line for each folder: its name, white space, the model's class id.
+        classes: names by the dataset's class id.
+
+    Raises:
+        DataError: a folder without a class, a class the model does not have, or two folders of one class.
+    """
+    if class_map == "imagenet":
+        subset = infer_imagenet_subset({"num_classes": num_classes})
+        names = ImageNetInfo(subset).label_names() if subset else []
+        ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
+        source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
+    else:
+        ids, source = _read_ids(Path(class_map)), class_map
+    if lacking := [name for name in classes if name not in ids]:
+        raise DataError(f"{source}: knows no class of the folder {_shorten(lacking)}; add a line for it, or remove the folder")
+    chosen = [ids[name] for name in classes]
+    if max(chosen) >= num_classes:
+        raise DataError(f"{source}: gives class {max(chosen)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
+    if len(set(chosen)) < len(chosen):
+        twice = next(name for name, number in zip(classes, chosen, strict=True) if chosen.count(number) > 1)
+        raise DataError(f"{source}: gives the class of {twice} to another folder too; put their images into one folder")
+    return chosen
+
+
+def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
+    """Every label that people saw in each validation image (ReaL, https://arxiv.org/abs/2006.07159); none for some.
+
+    Args:
+        path: ``real.json``, a list of class ids for each of ILSVRC2012_val_00000001.JPEG, ..._00000002.JPEG, ...
+        names: of the images to look up.
+
+    Raises:
+        DataError: a file that is no such list, or an image that it does not number.
+    """
+    try:
+        labels = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"TEST.REAL_LABELS={path}: cannot be read ({error}); it is real.json of the ReaL labels") from None
+    if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
+        raise DataError(f"TEST.REAL_LABELS={path}: is no list of lists of class ids; use real.json of the ReaL labels")
+    found = []
+    for name in names:
+        number = _VALIDATION_NUMBER.search(name)
+        if number is None or not 1 <= int(number[1]) <= len(labels):
+            raise DataError(f"TEST.REAL_LABELS={path}: has no labels of {name}; it is for ImageNet's own validation images")
+        found.append(labels[int(number[1]) - 1])
+    return found
+
+
+def _read_ids(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); name a file, or imagenet") from None
+    ids = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if not name or not label.isdigit():
+            raise DataError(f"{path}:{number}: {line!r} is not a folder's name, white space and a class id")
+        ids[name.strip()] = int(label)
+    return ids
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,379 @@
+"""What a split holds, found once: names, labels, and where each image lies in its archives.
+
+Layouts: folders (``<split>/<class>/<image>``), the reference's zip archives (``<split>.zip`` and ``<split>_map.txt``), and
+tar shards in webdataset's naming (``<split>-*.tar``, an image ``<key>.jpg`` and its class id in ``<key>.cls``).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+logger = logging.getLogger(__name__)
+
+LARGEST_FILE = 2**28  # bytes of one compressed image
+LARGEST_RATIO = 1000  # of an archive's entry: what it unpacks to over what it takes
+SMALLEST_CACHED = 10_000  # images; fewer are found faster than a cache is read
+SECONDS_BETWEEN_LINES = 30
+_LOCAL_HEADER = 30  # bytes, and behind them the name and the extra field
+
+
+class DataError(ValueError):
+    """Data that cannot be used as they are. The text names the folder or file and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Images of a split by position.
+
+    A million names are one buffer rather than a million strings: workers share its memory, since nothing counts references
+    to it.
+
+    Args:
+        source: folder or archive, for messages; names are relative to it.
+        classes: names by class id.
+        labels: (N,) class ids.
+        text: every name, one behind the other.
+        ends: (N,) where each name ends.
+        archives: files that the images lie in; none for a folder.
+        archive: (N,) which of them.
+        offsets, sizes: (N,) bytes of an image's data in its archive.
+        deflated: (N,) whether they are compressed.
+        checksums: (N,) CRC-32 of what they unpack to; empty where the archive has none.
+    """
+
+    source: Path
+    classes: list[str]
+    labels: np.ndarray
+    text: np.ndarray
+    ends: np.ndarray
+    archives: list[str]
+    archive: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    deflated: np.ndarray
+    checksums: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, position: int) -> str:
+        start = self.ends[position - 1] if position else 0
+        return self.text[start : self.ends[position]].tobytes().decode(errors="surrogateescape")
+
+
+def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
+    """``root/<class>/<image>``, classes in the order of their names.
+
+    Args:
+        cache: folder that keeps the index of a large split for the next start; None for none.
+
+    Raises:
+        DataError: no such folder, no class folders, or a class without images.
+    """
+    root = Path(root)
+    classes = _list_classes(root)
+
+    def scan() -> tuple[Index, list[Path]]:
+        names, labels, folders, told = [], [], [root], time.monotonic()
+        for label, name in enumerate(classes):
+            found, below = _list_images(root / name)
+            folders += below
+            names += [f"{name}/{image}" for image in found]
+            labels += [label] * len(found)
+            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                logger.info("%s: %d images found, %d of %d classes", root, len(names), label + 1, len(classes))
+        return _create(root, classes, names, labels), folders
+
+    return _cached(scan, root, cache)
+
+
+def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
+    """``root/<split>.zip`` with ``root/<split>_map.txt``: a line for each image, its name there, a tab, its class id.
+
+    Raises:
+        DataError: a missing file, a line that is none, class ids with gaps, an image that the archive lacks, or an entry
+            that is no plain image file.
+    """
+    root, archive = Path(root), Path(root) / f"{split}.zip"
+
+    def scan() -> tuple[Index, list[Path]]:
+        listing = root / f"{split}_map.txt"
+        names, labels = _read_map(listing)
+        classes = _class_names(root, labels, listing)
+        try:
+            with zipfile.ZipFile(archive) as opened, open(archive, "rb") as file:
+                entries = {entry.filename: entry for entry in opened.infolist()}
+                if lacking := next((name for name in names if name not in entries), None):
+                    raise DataError(f"{archive}: lacks {lacking}, which {listing.name} lists; pack it again")
+                chosen = [entries[name] for name in names]
+                for entry in chosen:
+                    _check_zip_entry(archive, entry)
+                offsets = [_data_offset(file, entry.header_offset) for entry in chosen]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
+        where = {
+            "offsets": offsets,
+            "sizes": [entry.compress_size for entry in chosen],
+            "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in chosen],
+            "checksums": [entry.CRC for entry in chosen],
+        }
+        return _create(archive, classes, names, labels, archives=[str(archive)], **where), [archive, listing]
+
+    return _cached(scan, archive, cache)
+
+
+def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
+    """``root/<split>-*.tar``: images and class ids of the same key, as webdataset names them; not compressed.
+
+    Class names are the lines of ``root/classes.txt`` where it is there, else numbers.
+
+    Raises:
+        DataError: a shard that cannot be read, an image without a class id, class ids with gaps, or an entry that is no
+            plain file.
+    """
+    root = Path(root)
+    shards = list_shards(root, split)
+
+    def scan() -> tuple[Index, list[Path]]:
+        names, labels, archive, offsets, sizes, told = [], [], [], [], [], time.monotonic()
+        for number, shard in enumerate(shards):
+            for image, label, offset, size in _read_shard(shard):
+                names.append(f"{shard.name}/{image}")
+                labels.append(label)
+                archive.append(number)
+                offsets.append(offset)
+                sizes.append(size)
+            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                logger.info("%s: %d images found in %d of %d shards", root, len(names), number + 1, len(shards))
+        where = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
+        source = root / f"{split}-*.tar"
+        classes = _class_names(root, labels, source)
+        return _create(root, classes, names, labels, archives=[str(shard) for shard in shards], **where), shards
+
+    return _cached(scan, root / f"{split}-*.tar", cache)
+
+
+def list_shards(root: Path, split: str) -> list[Path]:
+    """Tar shards of a split, in the order of their names."""
+    return sorted(root.glob(f"{split}-*.tar"))
+
+
+def _create(
+    source: Path,
+    classes: Sequence[str],
+    names: Sequence[str],
+    labels: Sequence[int],
+    *,
+    archives: Sequence[str] = (),
+    archive: Sequence[int] | None = None,
+    offsets: Sequence[int] = (),
+    sizes: Sequence[int] = (),
+    deflated: Sequence[bool] = (),
+    checksums: Sequence[int] = (),
+) -> Index:
+    encoded = [name.encode(errors="surrogateescape") for name in names]
+    return Index(
+        source=source,
+        classes=list(classes),
+        labels=np.array(labels, dtype=np.int32),
+        text=np.frombuffer(b"".join(encoded), dtype=np.uint8),
+        ends=np.cumsum([len(name) for name in encoded], dtype=np.int64),
+        archives=list(archives),
+        archive=np.array(archive if archive is not None else [0] * len(offsets), dtype=np.int32),
+        offsets=np.array(offsets, dtype=np.int64),
+        sizes=np.array(sizes, dtype=np.int64),
+        deflated=np.array(deflated, dtype=bool),
+        checksums=np.array(checksums, dtype=np.uint32),
+    )
+
+
+def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, cache: Path | None) -> Index:
+    """An earlier scan's index where nothing has changed since; else a new one, kept for the next time.
+
+    What must not have changed are the paths that ``scan`` returns beside the index, folders or files: their times tell.
+    """
+    kept = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
+    if kept is not None and kept.is_file():
+        try:
+            return _read_cache(kept, source)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logger.info("%s: the kept index is not used (%s); scanning again", source, error)
+    started = time.time_ns()
+    index, paths = scan()
+    if kept is None or len(index) < SMALLEST_CACHED:
+        return index
+    stamps = _stamps(paths)
+    if max(stamps.values()) >= started - 2 * 10**9:  # a change within a clock's tick could go unseen
+        return index
+    try:
+        _write_cache(kept, index, stamps)
+    except OSError as error:
+        logger.info("%s: the index is not kept (%s)", source, error)
+    return index
+
+
+_ARRAYS = ("labels", "text", "ends", "archive", "offsets", "sizes", "deflated", "checksums")
+
+
+def _write_cache(path: Path, index: Index, stamps: dict[str, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"classes": index.classes, "archives": index.archives, "source": str(index.source), "stamps": stamps}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **{name: getattr(index, name) for name in _ARRAYS})
+        os.replace(temporary, path)  # whole or not at all, whoever else writes it
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_cache(path: Path, source: Path) -> Index:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
+        header = json.loads(str(kept["header"]))
+        if _stamps(map(Path, header["stamps"])) != header["stamps"]:
+            raise ValueError("the data have changed")
+        index = Index(
+            source=Path(header["source"]),
+            classes=header["classes"],
+            archives=header["archives"],
+            **{name: kept[name] for name in _ARRAYS},
+        )
+    logger.info("%s: %d images, from the index kept in %s", source, len(index), path)
+    return index
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, int]:
+    """Time of the last change, in nanoseconds: a folder's changes with what it lists."""
+    return {str(path.absolute()): path.stat().st_mtime_ns for path in paths}
+
+
+def _list_classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/")
+    with os.scandir(root) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise DataError(
+            f"{root}: has no class folders; put every image into a folder named after its class, {root.name}/<class>/"
+        )
+    return classes
+
+
+def _list_images(folder: Path) -> tuple[list[str], list[Path]]:
+    """Names of the images below a class folder, and the folders that list them."""
+    names, folders = [], []
+    for parent, _, files in os.walk(folder, followlinks=True):
+        folders.append(Path(parent))
+        below = os.path.relpath(parent, folder)
+        names += [
+            os.path.normpath(os.path.join(below, name))
+            for name in files
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    if not names:
+        raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
+    return sorted(names), folders
+
+
+def _read_map(path: Path) -> tuple[list[str], list[int]]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
+    names, labels = [], []
+    for number, line in enumerate(lines, start=1):
+        name, tab, label = line.rpartition("\t")
+        if not tab or not label.isdigit():
+            raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
+        names.append(name)
+        labels.append(int(label))
+    return names, labels
+
+
+def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
+    """Names by class id: the lines of ``classes.txt``, else numbers."""
+    if not labels:
+        raise DataError(f"{source}: has no images; pack them again")
+    listing = root / "classes.txt"
+    classes = listing.read_text().splitlines() if listing.is_file() else [str(label) for label in range(max(labels) + 1)]
+    if max(labels) >= len(classes):
+        raise DataError(f"{source}: has class id {max(labels)}, but {listing} names {len(classes)} classes; complete it")
+    if missing := set(range(len(classes))) - set(labels):
+        raise DataError(f"{source}: has no image of class {min(missing)}; class ids go from 0 without gaps")
+    return classes
+
+
+def _check_name(archive: Path, name: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise DataError(f"{archive}: {name!r} leads out of the archive; pack it again without such names")
+
+
+def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
+    _check_name(archive, entry.filename)
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        raise DataError(f"{archive}: {entry.filename} is a link; pack the image itself")
+    if entry.flag_bits & 1:
+        raise DataError(f"{archive}: {entry.filename} is encrypted; pack it without a password")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{archive}: {entry.filename} is neither stored nor deflated; pack it again, stored")
+    if entry.file_size > min(LARGEST_FILE, LARGEST_RATIO * max(entry.compress_size, 1)):
+        raise DataError(
+            f"{archive}: {entry.filename} unpacks from {entry.compress_size} to {entry.file_size} bytes, which no image does; "
+            "remove it"
+        )
+
+
+def _data_offset(file, header_offset: int) -> int:
+    """Where an entry's data begin: behind its local header, whose extra field may differ from the directory's."""
+    header = os.pread(file.fileno(), _LOCAL_HEADER, header_offset)
+    if header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"no entry at byte {header_offset}")
+    return header_offset + _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Name, class id, offset and size of every image of a tar file."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            while (entry := archive.next()) is not None:
+                archive.members = []  # it would keep a million of them
+                if entry.isdir():
+                    continue
+                _check_name(shard, entry.name)
+                if not entry.isreg():
+                    raise DataError(f"{shard}: {entry.name} is a link or no plain file; pack the image itself")
+                folder, _, base = entry.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key = f"{folder}/{stem}"
+                if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
+                    if entry.size > LARGEST_FILE:
+                        raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, more than an image has; remove it")
+                    images[key] = entry.name, entry.offset_data, entry.size
+                elif extension == "cls":
+                    text = archive.extractfile(entry).read(32).strip()
+                    if not text.isdigit():
+                        raise DataError(f"{shard}: {entry.name} holds {text!r}, not a class id")
+                    labels[key] = int(text)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{shard}: cannot be read ({error}); shards are plain tar files, not compressed") from None
+    if not images:
+        raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
+    for key, (name, offset, size) in images.items():
+        if key not in labels:
+            raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls beside it")
+        yield name, labels[key], offset, size

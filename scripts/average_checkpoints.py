@@ -1,0 +1,64 @@
+"""Average the weights of several checkpoints into one file, as model soups do (https://arxiv.org/abs/2203.05482).
+
+The file holds weights alone: evaluate it with --eval --resume, or start from it with --pretrained.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.checkpoint import WEIGHTS, CheckpointError, read_checkpoint, save_checkpoint, stored_weights
+
+
+def average(paths: list[Path], weights: str) -> dict[str, Tensor]:
+    """The mean of every floating-point entry, summed in float64; others must be equal.
+
+    Raises:
+        CheckpointError: a file that cannot be read, lacks these weights, or is of another model.
+    """
+    total: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for path in paths:
+        stored = stored_weights(read_checkpoint(path))
+        label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
+        if label not in stored:
+            raise CheckpointError(f"{path}: holds no {label} weights; choose another --weights")
+        own = stored[label]
+        if total and {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in total.items()}:
+            raise CheckpointError(f"{path}: is of another model than {paths[0]}; average checkpoints of one model")
+        for name, value in own.items():
+            if not value.is_floating_point():
+                if name in total and not torch.equal(total[name], value):
+                    raise CheckpointError(f"{path}: {name} is not a weight, and differs from that of {paths[0]}")
+                total[name] = value
+                continue
+            kinds.setdefault(name, value.dtype)
+            total[name] = total[name] + value.double() if name in total else value.double()
+    return {name: (value / len(paths)).to(kinds[name]) if name in kinds else value for name, value in total.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of each file; auto: the EMA where there is one")
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"{args.output}: is there already; choose another name")
+    if len(args.checkpoints) < 2:
+        parser.error(f"{args.checkpoints[0]}: is one checkpoint; give two or more to average")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        digest = save_checkpoint({"model": average(args.checkpoints, args.weights)}, args.output)
+    except CheckpointError as error:
+        print(f"average_checkpoints.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    main()

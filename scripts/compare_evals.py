@@ -1,0 +1,78 @@
+"""Is one model better than another? Their answers to the same images, held against each other.
+
+Give two predictions files, or the output folders of two evaluations with --opts TEST.PREDICTIONS True. Models that saw the
+same images are not independent, so the test is the paired one: of the images that one model alone got right, is the share of
+the second's further from a half than chance makes it (McNemar's exact test)?
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.metrics import mcnemar_test, paired_interval, wilson_interval
+from utils.report import PREDICTION_COLUMNS
+
+
+def read(path: Path, weights: str | None) -> tuple[Path, dict[str, bool]]:
+    """The predictions file, and whether each image was answered right.
+
+    Raises:
+        ValueError: no such file, or none of predictions.
+    """
+    if path.is_dir():
+        found = [path / f"predictions_{label}.csv" for label in ([weights] if weights else ["ema", "raw"])]
+        path = next((file for file in found if file.is_file()), found[0])
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; evaluate with --opts TEST.PREDICTIONS True")
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames is None or not set(PREDICTION_COLUMNS[:4]) <= set(rows.fieldnames):
+            raise ValueError(f"{path}: is no predictions file; its first line names {', '.join(PREDICTION_COLUMNS)}")
+        return path, {row["image"]: row["answer"] == row["target"] for row in rows}
+
+
+def compare(first: dict[str, bool], second: dict[str, bool]) -> str:
+    """The comparison in words and numbers.
+
+    Raises:
+        ValueError: other images.
+    """
+    if first.keys() != second.keys():
+        apart = sorted(first.keys() ^ second.keys())
+        raise ValueError(f"{len(apart)} images are in one file alone ({apart[0]}, ...); evaluate both on the same data")
+    total = len(first)
+    only_first = sum(first[name] and not second[name] for name in first)
+    only_second = sum(second[name] and not first[name] for name in first)
+    lines = [f"{total} images"]
+    for label, right in (("first", first), ("second", second)):
+        correct = sum(right.values())
+        low, high = wilson_interval(correct, total)
+        lines.append(f"{label:<7} {correct:>7} right  {100 * correct / total:6.2f} %  (95 %: {low:.2f} to {high:.2f})")
+    low, high = paired_interval(only_first, only_second, total)
+    lines.append(f"right in the first alone {only_first}, in the second alone {only_second}")
+    difference = 100 * (only_second - only_first) / total
+    lines.append(f"second - first {difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f})")
+    p = mcnemar_test(only_first, only_second)
+    verdict = "differ" if p < 0.05 else "may be equally good"
+    lines.append(f"McNemar's exact test: p = {p:.3g}; at 5 % the two {verdict}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, help="predictions file, or folder of an evaluation")
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--weights", choices=("raw", "ema"), help="of folders; the average where there is one, if not given")
+    args = parser.parse_args()
+    try:
+        (first, right_first), (second, right_second) = (read(path, args.weights) for path in (args.first, args.second))
+        print(f"first: {first}\nsecond: {second}\n{compare(right_first, right_second)}")
+    except ValueError as error:
+        print(f"compare_evals.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

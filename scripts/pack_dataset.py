@@ -1,0 +1,183 @@
+"""Pack image folders into archives that main.py reads: zip (--zip), or tar shards in webdataset's naming.
+
+Images keep their bytes, unless --short-side makes the large ones smaller. What was written is read back and compared before
+it takes its place.
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.datasets import ImageDataset
+from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
+from utils.log import progress, setup_logging
+
+INCOMPLETE = ".incomplete"  # ends the name of a file that is being written
+
+
+def pack(
+    source: Path,
+    target: Path,
+    split: str,
+    *,
+    archive: str,
+    short_side: int = 0,
+    quality: int = 90,
+    shard_size: int = 10_000,
+    workers: int = 0,
+) -> Index:
+    """Pack one split, folders ``source/<split>/<class>/<image>``, into ``target``.
+
+    Args:
+        archive: zip or tar.
+        short_side: pixels; images of a longer one are made smaller, JPEG with ``quality``, others without loss. 0: none is.
+        shard_size: images of a tar file.
+        workers: processes that resize; 0 for this one.
+
+    Returns:
+        The index of what was written, every image of which was read back.
+
+    Raises:
+        DataError: nothing to pack, something in the way, or an image that cannot be read.
+        OSError: the disk is full, or not writable.
+    """
+    index = index_folder(source / split)
+    target.mkdir(parents=True, exist_ok=True)
+    if present := [*target.glob(f"{split}.zip"), *list_shards(target, split)]:
+        raise DataError(f"{present[0]}: is there already; remove it, or choose another folder")
+    if (target / split).is_dir():
+        raise DataError(f"{target / split}: is a folder of the same split; choose another folder for the archives")
+    listing = target / "classes.txt"
+    if listing.is_file() and listing.read_text().splitlines() != index.classes:
+        raise DataError(f"{listing}: names other classes than {source / split}; choose another folder")
+    read = partial(_read, ImageDataset(index, None), short_side, quality)
+    if workers:
+        with get_context("fork").Pool(workers) as pool:
+            files = pool.imap(read, range(len(index)), chunksize=16)
+            written, digests = _write(archive, target, split, index, files, shard_size)
+    else:
+        written, digests = _write(archive, target, split, index, map(read, range(len(index))), shard_size)
+    try:
+        listing.write_text("".join(f"{name}\n" for name in index.classes))
+        for path in written:
+            os.replace(path, path.with_name(path.name.removesuffix(INCOMPLETE)))
+        packed = (index_zip if archive == "zip" else index_tar)(target, split)
+        _compare(packed, index, digests, f"check {split}")
+    except BaseException:
+        for path in written:
+            path.with_name(path.name.removesuffix(INCOMPLETE)).unlink(missing_ok=True)
+        raise
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
+    return packed
+
+
+def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
+    data = dataset.read(position)
+    if not short_side:
+        return data
+    image = dataset.decode(position)
+    if min(image.size) <= short_side:
+        return data
+    scale = short_side / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as original:
+        kind = original.format
+    image.save(buffer, "JPEG", quality=quality) if kind == "JPEG" else image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write(
+    archive: str, target: Path, split: str, index: Index, files: Iterable[bytes], shard_size: int
+) -> tuple[list[Path], list[bytes]]:
+    """The files, under names that say that they are incomplete, and the sha256 of every image."""
+    digests, written = [], []
+
+    def counted() -> Iterator[bytes]:
+        for data in progress(files, len(index), f"pack {split}"):
+            digests.append(hashlib.sha256(data).digest())
+            yield data
+
+    try:
+        if archive == "zip":
+            written += [target / f"{split}.zip{INCOMPLETE}", target / f"{split}_map.txt{INCOMPLETE}"]
+            with zipfile.ZipFile(written[0], "w", zipfile.ZIP_STORED) as opened:
+                for position, data in enumerate(counted()):
+                    opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # of 1980: the same bytes every time
+            lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
+            written[1].write_text("".join(lines))
+            return written, digests
+        keys, images = set(), counted()
+        for shard, start in enumerate(range(0, len(index), shard_size)):
+            written.append(target / f"{split}-{shard:06d}.tar{INCOMPLETE}")
+            with tarfile.open(written[-1], "w") as opened:
+                for position in range(start, min(start + shard_size, len(index))):
+                    path = PurePosixPath(index.name(position))
+                    key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset's key ends at the first dot
+                    key = key if key not in keys else f"{key}-{position}"
+                    keys.add(key)
+                    _add(opened, f"{key}{path.suffix}", next(images))
+                    _add(opened, f"{key}.cls", str(index.labels[position]).encode())
+        return written, digests
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
+
+
+def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> None:
+    dataset = ImageDataset(packed, None)
+    if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
+        raise DataError(f"{packed.source}: does not list what was packed; the disk may be faulty")
+    for position, digest in enumerate(progress(digests, len(digests), title)):
+        if hashlib.sha256(dataset.read(position)).digest() != digest:
+            raise DataError(f"{packed.source}: {packed.name(position)} reads differently; the disk may be faulty")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="holds <split>/<class>/<image>")
+    parser.add_argument("target", type=Path, help="to hold the archives")
+    parser.add_argument("--format", choices=("zip", "tar"), default="tar")
+    parser.add_argument("--splits", nargs="+", default=["train", "val"])
+    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="make images smaller that are larger")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG files that are made smaller, 1 to 95")
+    parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="of a tar file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make images smaller")
+    args = parser.parse_args()
+    if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
+        parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
+    setup_logging(rank=0)
+    options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
+    for split in args.splits:
+        try:
+            packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
+        except (DataError, OSError) as error:
+            print(f"pack_dataset.py: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
+        print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, all read back")
+    print(f"now: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Everything that a run does, once: what would fail in hours fails now, and one learns what will bound the run."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+
+import torch
+
+from utils.checkpoint import checkpoint_path, read_checkpoint
+from utils.distributed import on_main
+from utils.engine import Meter, Trainer, evaluate, format_duration
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 8.0  # of a measurement, about
+MOST_UPDATES = 50
+
+
+def rehearse(trainer: Trainer) -> None:
+    """An update and some more to measure, an evaluation batch, a checkpoint written and read; then what was found.
+
+    The state of the trainer goes on, and a checkpoint lies in its output: give it a folder that can go.
+
+    Raises:
+        TrainingError, DataError, CheckpointError: what the run would have met.
+    """
+    world, recipe, state = trainer.world, trainer.recipe, trainer.state
+    epoch = state.num_updates // trainer.updates_per_epoch
+
+    started = time.monotonic()
+    trainer.train_loader.set_position(epoch)
+    first = list(islice(trainer.train_loader, recipe.accumulation))
+    logger.info("data: the first images after %.1f s", time.monotonic() - started)
+
+    meter = Meter(epoch, trainer)
+    updates = _updates(trainer, cycle(first), meter)
+    seconds = _time(lambda: next(updates), trainer)
+    logger.info("training: the first update took %.1f s", seconds)
+    # Rank 0 decides how many: all have to take part in each.
+    count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
+    computing = _time(lambda: list(islice(updates, count)), trainer) / count
+    meter.log(trainer.schedule(state.num_updates - 1))
+    loading = _time_loading(trainer, epoch, count) * recipe.accumulation
+
+    evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=recipe.eval_dtype, world=world)
+
+    started = time.monotonic()
+    trainer.save()
+    path = checkpoint_path(trainer.output, state.num_updates)
+    state.load_dict(read_checkpoint(path))
+    size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
+    logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
+    needed = size * (recipe.keep_checkpoints + 2)  # the best one, and one being written
+    if needed > free + size:
+        logger.warning(
+            "the disk has %.1f GiB free, the run's checkpoints will take %.1f: make room, lower KEEP_CHECKPOINTS, or choose "
+            "another --output",
+            free / 2**30,
+            needed / 2**30,
+        )
+    _conclude(trainer, images=sum(len(batch.targets) for batch in first) * world.size, computing=computing, loading=loading)
+
+
+def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None]:
+    trainer.model.train()
+    mixed = trainer.mixed_batches(batches, meter)
+    while True:
+        meter.add(*trainer.update(mixed))
+        yield
+
+
+def _time_loading(trainer: Trainer, epoch: int, count: int) -> float:
+    """Seconds a batch, once all workers are at work."""
+    loader = trainer.train_loader
+    loader.set_position(epoch)
+    start = max(loader.loader.num_workers, 1)
+    count = max(count, 4 * start)
+    if len(loader) < start + count:
+        start, count = min(start, len(loader) - 1), max(len(loader) - start, 1)
+    batches = iter(loader)
+    for _ in islice(batches, start):
+        pass
+    return _time(lambda: list(islice(batches, count)), trainer) / count
+
+
+def _conclude(trainer: Trainer, *, images: int, computing: float, loading: float) -> None:
+    slower = max(computing, loading)
+    left = trainer.recipe.num_epochs * trainer.updates_per_epoch - trainer.state.num_updates
+    logger.info(
+        "the model alone: %.1f images/s; loading alone: %.1f images/s; an epoch takes about %s, the run %s, evaluations aside",
+        images / computing,
+        images / loading,
+        format_duration(trainer.updates_per_epoch * slower),
+        format_duration(left * slower),
+    )
+    if loading > computing:
+        logger.warning(
+            "loading bounds this run, %.1f times as slow as the model: raise DATA.NUM_WORKERS, make the images smaller "
+            "(scripts/pack_dataset.py --short-side), or read them from a faster disk",
+            loading / computing,
+        )
+    else:
+        logger.info("the model bounds this run: loading is %.1f times as fast", computing / loading)
+
+
+def _time(task: Callable[[], object], trainer: Trainer) -> float:
+    def wait() -> None:
+        if trainer.world.device.type == "cuda":
+            torch.cuda.synchronize(trainer.world.device)
+
+    wait()
+    started = time.monotonic()
+    task()
+    wait()
+    return time.monotonic() - started

@@ -1,0 +1,147 @@
+"""What an evaluation leaves behind: ``eval.json``, accuracies by class, a confusion picture, every image's answer."""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.engine import EvalResult
+from utils.metrics import wilson_interval
+
+logger = logging.getLogger(__name__)
+
+MOST_CLASSES_DRAWN = 50
+MOST_CLASSES_WITH_COUNTS = 20
+
+
+def write_evaluation(
+    output: Path,
+    results: dict[str, EvalResult],
+    *,
+    about: dict,
+    classes: Sequence[str],
+    names: Sequence[str],
+    real_labels: Sequence[Sequence[int]] | None,
+    predictions: bool,
+) -> None:
+    """Write all of it to a folder; each file is whole or as it was.
+
+    Args:
+        results: by the label of their weights, with their answers.
+        about: what else ``eval.json`` says: the file, the preprocessing, ...
+        classes: names by class id.
+        names: of the images, in the dataset's order.
+        real_labels: every right label of each image; () for images that do not count.
+        predictions: write ``predictions_<weights>.csv`` too.
+    """
+    record = about | {"results": {weights: _record(result, real_labels) for weights, result in results.items()}}
+    _replace(output / "eval.json", json.dumps(record, indent=2) + "\n")
+    for weights, values in record["results"].items():
+        if "real" in values:
+            logger.info(
+                "%s weights, ReaL labels: Acc@1 %.3f of %d", weights, values["real"]["acc1"], values["real"]["num_images"]
+            )
+    written = ["eval.json", "eval_classes.csv"]
+    matrices = {weights: confusion_matrix(result, len(classes)) for weights, result in results.items()}
+    _write_csv(
+        output / "eval_classes.csv",
+        ["class", "num_images", *(f"{label}_{weights}" for weights in matrices for label in ("correct1", "acc1"))],
+        _class_rows(classes, matrices),
+    )
+    shown = "ema" if "ema" in results else "raw"
+    if len(classes) <= MOST_CLASSES_DRAWN:
+        draw_confusion(
+            matrices[shown], classes, f"{results[shown].acc1:.2f} % right, {shown} weights", output / "confusion.png"
+        )
+        written.append("confusion.png")
+    if predictions:
+        for weights, result in results.items():
+            _write_csv(output / f"predictions_{weights}.csv", PREDICTION_COLUMNS, _prediction_rows(result, classes, names))
+            written.append(f"predictions_{weights}.csv")
+    logger.info("written to %s: %s", output, ", ".join(written))
+
+
+PREDICTION_COLUMNS = ["image", "target", "confidence", "answer", "second", "third", "fourth", "fifth"]
+
+
+def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
+    """(num_classes, num_classes) counts: row the right class, column the answer."""
+    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(matrix, (result.answers.targets, result.answers.ranked[:, 0]), 1)
+    return matrix
+
+
+def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
+    """The matrix as a picture, each row in shares of its class; counts where there is room."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(classes)
+    side = max(4.0, 1.5 + 0.32 * count)
+    figure, axes = plt.subplots(figsize=(side + 1, side), constrained_layout=True)
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
+    axes.set_xticks(range(count), classes, rotation=90)
+    axes.set_yticks(range(count), classes)
+    axes.set(xlabel="answer", ylabel="class", title=title)
+    if count <= MOST_CLASSES_WITH_COUNTS:
+        for row, column in np.argwhere(matrix):
+            color = "white" if shares[row, column] > 50 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:
+    record = {
+        "correct1": result.correct1,
+        "correct5": result.correct5,
+        "num_images": result.num_images,
+        "acc1": result.acc1,
+        "acc1_interval_95": wilson_interval(result.correct1, result.num_images),
+        "acc5": result.acc5,
+        "acc5_interval_95": wilson_interval(result.correct5, result.num_images),
+        "loss": result.loss,
+    }
+    if real_labels is not None:
+        counted = [(answer, labels) for answer, labels in zip(result.answers.model_classes, real_labels, strict=True) if labels]
+        correct = sum(int(answer) in labels for answer, labels in counted)
+        acc1 = 100 * correct / max(len(counted), 1)
+        record["real"] = {"correct1": correct, "num_images": len(counted), "acc1": acc1}
+    return record
+
+
+def _class_rows(classes: Sequence[str], matrices: dict[str, np.ndarray]) -> Iterable[list]:
+    for label, name in enumerate(classes):
+        total = int(next(iter(matrices.values()))[label].sum())
+        counts = [int(matrix[label, label]) for matrix in matrices.values()]
+        yield [name, total, *(value for correct in counts for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
+
+
+def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:
+    answers = result.answers
+    for position in sorted(range(len(names)), key=names.__getitem__):
+        ranked = [classes[label] for label in answers.ranked[position]]
+        yield [names[position], classes[answers.targets[position]], f"{answers.confidence[position]:.4f}", *ranked]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
