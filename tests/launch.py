@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import main
+from utils.distributed import cleanup, setup
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,7 @@ def run_main(
     arguments: list[str], log: Path, *, processes: int = 1, kill_when: Callable[[], bool] | None = None, timeout: float = 120
 ) -> Outcome:
     """Run ``main.py`` on several processes, and SIGKILL all of them as soon as ``kill_when`` says so."""
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    context, port = multiprocessing.get_context("fork"), free_port()
     log.write_text("")
     children = [context.Process(target=_child, args=(arguments, rank, processes, port, log)) for rank in range(processes)]
     for child in children:
@@ -48,6 +46,45 @@ def run_main(
     for child in children:
         child.join()
     return Outcome([child.exitcode for child in children], log.read_text())
+
+
+def run_in_processes(task: Callable, *arguments, processes: int, timeout: float = 120) -> None:
+    """Call ``task(world, *arguments)`` in processes that know each other; all have to end well."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    children = [context.Process(target=_join_and_call, args=(task, arguments, r, processes, port)) for r in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout)
+    exit_codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    assert exit_codes == [0] * processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _join_and_call(task: Callable, arguments: tuple, rank: int, processes: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(_environment(rank, processes, port))
+    world = setup()
+    task(world, *arguments)
+    cleanup()
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _kill(children) -> None:
@@ -68,12 +105,6 @@ def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path
     torch.set_num_threads(1)
     warnings.resetwarnings()
     if processes > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(processes),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        os.environ.update(_environment(rank, processes, port))
     sys.argv = ["main.py", *map(str, arguments)]
     main.main()

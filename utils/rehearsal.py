@@ -9,7 +9,7 @@ from itertools import cycle, islice
 import torch
 
 from utils.checkpoint import checkpoint_path, read_checkpoint
-from utils.distributed import on_main
+from utils.distributed import on_main, sum_over_processes
 from utils.engine import Meter, Trainer, evaluate, format_duration
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,10 @@ def rehearse(trainer: Trainer) -> None:
             free / 2**30,
             needed / 2**30,
         )
-    _conclude(trainer, images=sum(len(batch.targets) for batch in first) * world.size, computing=computing, loading=loading)
+    # The sum over processes is where they wait for each other: the folder may go.
+    figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
+    images = sum(len(batch.targets) for batch in first) * world.size
+    _conclude(trainer, images, *figures.tolist())
 
 
 def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None]:
@@ -85,7 +88,7 @@ def _time_loading(trainer: Trainer, epoch: int, count: int) -> float:
     return _time(lambda: list(islice(batches, count)), trainer) / count
 
 
-def _conclude(trainer: Trainer, *, images: int, computing: float, loading: float) -> None:
+def _conclude(trainer: Trainer, images: int, computing: float, loading: float) -> None:
     slower = max(computing, loading)
     left = trainer.recipe.num_epochs * trainer.updates_per_epoch - trainer.state.num_updates
     logger.info(

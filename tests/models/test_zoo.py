@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import create_model, list_models
 from models.cswin import CSwinTransformer
 from models.linear_attention import KINDS
 from scripts.complexity import PAPER, measure
-from tests.conftest import formula_image
+from tests.conftest import CONFIGS, formula_image
 from utils.checkpoint import load_weights
+from utils.config import load_config
+from utils.optim import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
@@ -198,6 +201,42 @@ def test_layers_are_numbered_from_the_stem_to_the_head(name):
     block_depths = [layers[name] for name in layers if ".norm1.weight" in name or ".norm1." in name]
     assert block_depths == sorted(block_depths)
     assert layers["head.weight"] == max(layers.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_decay_gives_every_parameter_timm_s_rate(name):
+    cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.LAYER_DECAY", 0.7])
+    with torch.device("meta"):
+        model = create_model(name)
+    expected = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.7)
+    theirs = {id(p): (group["lr_scale"], group["weight_decay"]) for group in expected for p in group["params"]}
+    groups = build_optimizer(cfg, model).param_groups
+    ours = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert ours.keys() == theirs.keys()
+    for key, values in ours.items():
+        assert values == pytest.approx(theirs[key])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_linear_probe_trains_the_head_alone_on_features_as_in_evaluation(name):
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "img_size": 64, "drop_path_rate": 0.5, "drop_rate": 0.5}
+    model = create_model(name, **options)
+    model.freeze_features()
+    cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.FREEZE_BACKBONE", True, "TRAIN.HEAD_LR_SCALE", 3.0])
+    optimizer = build_optimizer(cfg, model.train())
+    assert [(group["lr_scale"], len(group["params"])) for group in optimizer.param_groups] == [(3.0, 1), (3.0, 1)]
+    assert model.training
+    assert model.head.training
+    before = {entry: value.clone() for entry, value in model.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64)
+    first = model(images)
+    assert torch.equal(model(images), first)  # no drop path, no dropout
+    first.square().sum().backward()
+    optimizer.step()
+    changed = {entry for entry, value in model.state_dict().items() if not torch.equal(value, before[entry])}
+    assert changed == {"head.weight", "head.bias"}
+    assert torch.equal(model.eval()(images), model.train()(images))
 
 
 @pytest.mark.parametrize("chans", [1, 4])

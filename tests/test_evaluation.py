@@ -1,0 +1,280 @@
+"""Evaluation as users do it: counts for any processes, released files, other classes, what it leaves behind."""
+
+import argparse
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from data.samplers import EvalBatches
+from scripts import average_checkpoints
+from scripts.average_checkpoints import average
+from scripts.compare_evals import compare, read
+from tests.conftest import write_images
+from tests.launch import run_in_processes, run_main
+from utils.checkpoint import CheckpointError, read_checkpoint
+from utils.distributed import World
+from utils.engine import Answers, EvalResult, evaluate
+from utils.metrics import mcnemar_test, paired_interval, wilson_interval
+from utils.report import confusion_matrix, write_evaluation
+
+CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
+
+
+class Batch:
+    def __init__(self, indices, images, targets):
+        self.indices, self.images, self.targets = indices, images[indices], targets[indices]
+
+
+def data_of(num_images):
+    generator = torch.Generator().manual_seed(num_images)
+    images = torch.randn(num_images, 6, generator=generator)
+    return images, torch.randint(0, 10, (num_images,), generator=generator)
+
+
+def linear_model():
+    torch.manual_seed(0)
+    return nn.Linear(6, 10)
+
+
+def count(world, num_images, batch_size):
+    images, targets = data_of(num_images)
+    batches = EvalBatches(num_images, batch_size, rank=world.rank, world_size=world.size)
+    loader = [Batch([index for _, index in keys], images, targets) for keys in batches]
+    return evaluate({"raw": linear_model()}, loader, amp_dtype=torch.float32, world=world, keep_answers=True)["raw"]
+
+
+def count_all(world, folder):
+    """Integer counts of every case, from every rank; rank 0's answers too."""
+    found = {}
+    for num_images in (1, 2, 5, 127, 128, 129, 1025):
+        for batch_size in (1, 7, 128):
+            result = count(world, num_images, batch_size)
+            answers = None if result.answers is None else result.answers.ranked.tolist()
+            found[f"{num_images}-{batch_size}"] = [result.correct1, result.correct5, result.num_images, answers]
+    (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_counts_and_answers_are_those_of_one_model_on_all_images(world_size, tmp_path):
+    run_in_processes(count_all, tmp_path, processes=world_size)
+    for num_images in (1, 2, 5, 127, 128, 129, 1025):
+        images, targets = data_of(num_images)
+        with torch.no_grad():
+            ranked = linear_model()(images).topk(5, dim=1).indices
+        right = ranked == targets.unsqueeze(1)
+        expected = [right[:, 0].sum().item(), right.sum().item(), num_images]
+        for rank in range(world_size):
+            found = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
+            for batch_size in (1, 7, 128):
+                *counts, answers = found[f"{num_images}-{batch_size}"]
+                assert counts == expected
+                assert answers == (ranked.tolist() if rank == 0 else None)
+
+
+def test_answers_are_among_the_classes_that_the_data_have():
+    """Logits are the class ids: of classes 7, 2, 9 the model prefers 9, the dataset's third."""
+    model = nn.Linear(6, 10)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.arange(10.0))
+    targets = torch.tensor([0, 1, 2, 2])
+    loader = [Batch([0, 1, 2, 3], torch.zeros(4, 6), targets)]
+    result = evaluate({"raw": model}, loader, amp_dtype=torch.float32, world=CPU_WORLD, class_ids=[7, 2, 9], keep_answers=True)[
+        "raw"
+    ]
+    assert (result.correct1, result.correct5) == (2, 4)
+    assert result.answers.ranked.tolist() == [[2, 0, 1]] * 4
+    assert result.answers.model_classes.tolist() == [9] * 4
+
+
+def test_intervals_and_tests_have_the_textbooks_values():
+    assert wilson_interval(8, 10) == pytest.approx((49.02, 94.33), abs=0.005)  # Wilson's interval, many textbooks
+    assert wilson_interval(0, 10) == pytest.approx((0, 27.75), abs=0.005)
+    assert wilson_interval(10, 10)[1] == pytest.approx(100)
+    assert mcnemar_test(1, 9) == pytest.approx(22 / 1024)  # 2 (1 + 10) / 2^10
+    assert mcnemar_test(5, 5) == 1
+    assert mcnemar_test(0, 0) == 1
+    assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(199 / math.sqrt(2 * 4200)), rel=0.01)  # normal, continuity
+    low, high = paired_interval(10, 30, 100)
+    assert (low + high) / 2 == pytest.approx(20)
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(40 - 4), rel=1e-4)
+
+
+def result_of(targets, answers, num_classes=3):
+    targets, first = np.array(targets), np.array(answers)
+    ranked = np.stack([first, (first + 1) % num_classes], axis=1)
+    correct = int((targets == first).sum())
+    answers = Answers(targets, ranked, np.full(len(targets), 0.5), first)
+    return EvalResult("raw", correct, len(targets), len(targets), 1.0, answers)
+
+
+def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
+    result = result_of([0, 0, 1, 2], [0, 1, 1, 0])
+    assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    names, real = ["d.png", "c.png", "b.png", "a.png"], [[0], [1, 2], [], [2]]
+    options = {"about": {"model": "x"}, "classes": ["cat", "dog", "a, b"], "names": names, "real_labels": real}
+    write_evaluation(tmp_path, {"raw": result}, predictions=True, **options)
+    record = json.loads((tmp_path / "eval.json").read_text())
+    assert record["model"] == "x"
+    assert record["results"]["raw"]["real"] == {"correct1": 2, "num_images": 3, "acc1": pytest.approx(200 / 3)}
+    assert record["results"]["raw"]["acc1_interval_95"] == pytest.approx(wilson_interval(2, 4))
+    with open(tmp_path / "eval_classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], row["num_images"], row["correct1_raw"]) for row in rows] == [
+        ("cat", "2", "1"),
+        ("dog", "1", "1"),
+        ("a, b", "1", "0"),
+    ]
+    with open(tmp_path / "predictions_raw.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == sorted(names)
+    assert rows[0] == {
+        **{"image": "a.png", "target": "a, b", "answer": "cat", "second": "dog", "confidence": "0.5000"},
+        **dict.fromkeys(("third", "fourth", "fifth")),
+    }
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_evaluations_are_compared_on_the_same_images():
+    first = {f"{number}": number < 60 for number in range(100)}
+    second = {f"{number}": 10 <= number < 85 for number in range(100)}
+    text = compare(first, second)
+    assert "right in the first alone 10, in the second alone 25" in text
+    assert "second - first +15.00 points" in text
+    assert f"p = {mcnemar_test(10, 25):.3g}; at 5 % the two differ" in text
+    with pytest.raises(ValueError, match="1 images are in one file alone"):
+        compare(first, {name: right for name, right in second.items() if name != "7"})
+
+
+@pytest.fixture(scope="module")
+def trained(toy_config, toy_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--opts", "TRAIN.EPOCHS", "2"]
+    outcome = run_main(arguments, output / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    return output / "toy/default/best.pth"
+
+
+def run_evaluation(checkpoint, toy_config, data, output, *arguments, processes=1):
+    command = ["--cfg", toy_config, "--data-path", data, "--output", output, "--eval", "--resume", checkpoint, *arguments]
+    outcome = run_main(command, output / "log", processes=processes)
+    assert set(outcome.exit_codes) == {0}, outcome.output
+    return output / "toy/default", outcome.output
+
+
+def counts_of(folder):
+    results = json.loads((folder / "eval.json").read_text())["results"]
+    return {label: [result[key] for key in ("correct1", "correct5", "num_images")] for label, result in results.items()}
+
+
+def released(path, state, entry_point):
+    """A file as the reference writes it: main.py's, or main_ema.py's with the average beside."""
+    config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin", "NUM_CLASSES": 3}), "TRAIN": CfgNode({"BASE_LR": 5e-4})})
+    content = {
+        "model": {f"module.{name}" if entry_point == "wrapped" else name: value for name, value in state["model"].items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-3)}]},
+        "lr_scheduler": {"t_initial": 300, "args": argparse.Namespace(cosine=True)},
+        "max_accuracy": np.float64(82.1),
+        "epoch": 299,
+        "config": config,
+    }
+    if entry_point == "main_ema":
+        content |= {"state_dict_ema": state["state_dict_ema"], "max_accuracy_ema": 82.2}
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("entry_point", ["main", "main_ema", "wrapped"])
+def test_a_file_of_the_reference_counts_as_the_same_weights_of_ours(entry_point, trained, toy_config, toy_data, tmp_path):
+    (tmp_path / "ours").mkdir()
+    ours = counts_of(run_evaluation(trained, toy_config, toy_data, tmp_path / "ours")[0])
+    path = released(tmp_path / "released.pth", read_checkpoint(trained), entry_point)
+    folder, output = run_evaluation(path, toy_config, toy_data, tmp_path)
+    labels = ["raw", "ema"] if entry_point == "main_ema" else ["raw"]
+    assert counts_of(folder) == {label: ours[label] for label in labels}
+    for label in labels:
+        assert f"{label} weights: {ours[label][0]} of 33 right" in output
+
+
+def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_config, toy_data, tmp_path):
+    texts = []
+    for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 1)]):
+        output = tmp_path / str(number)
+        output.mkdir()
+        opts = ["--opts", "TEST.PREDICTIONS", "True", "DATA.NUM_WORKERS", workers]
+        folder, _ = run_evaluation(trained, toy_config, toy_data, output, *opts, processes=processes)
+        rows = list(csv.reader((folder / "predictions_ema.csv").read_text().splitlines()))
+        texts.append([[*row[:2], *row[3:]] for row in rows])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 34
+    file, right = read(folder, None)
+    assert file.name == "predictions_ema.csv"
+    assert sum(right.values()) == counts_of(folder)["ema"][0]
+
+
+def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):
+    """The model's classes 2 and 0, under names of another order; the same images count as a model of two classes would."""
+    data = tmp_path / "variant"
+    for name, label in (("a", 2), ("b", 0)):
+        (data / "val").mkdir(parents=True, exist_ok=True)
+        (data / "val" / name).symlink_to(toy_data / f"val/class{label}")
+    (tmp_path / "map.txt").write_text("a 2\nb 0\n")
+    folder, _ = run_evaluation(trained, toy_config, data, tmp_path, "--opts", "TEST.CLASS_MAP", tmp_path / "map.txt")
+    counts = counts_of(folder)
+    assert counts["raw"][2] == 22
+    assert counts["raw"][1] == 22  # two classes: top 5 is everything
+    assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
+
+
+def test_a_rehearsal_does_all_and_leaves_nothing(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
+    outcome = run_main(arguments, tmp_path / "log", processes=2)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    for said in ("first images", "first update", "checkpoint:", "bounds this run", "all is well"):
+        assert said in outcome.output
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_rehearsal_finds_what_a_run_would_have_met(toy_config, toy_data, tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path, split, classes=3, per_class=8)
+    (tmp_path / "val/class0/000.png").write_bytes(b"no image")
+    arguments = ["--cfg", toy_config, "--data-path", tmp_path, "--output", tmp_path / "output", "--check"]
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "class0/000.png: is no readable image" in outcome.output
+    assert not [path for path in tmp_path.iterdir() if "rehearsal" in path.name]
+
+
+def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
+    paths = []
+    for number in range(3):
+        state = {"w": torch.full((2,), float(number)), "h": torch.tensor([2.0 * number]).half(), "n": torch.tensor(5)}
+        paths.append(tmp_path / f"{number}.pth")
+        torch.save({"model": state, "state_dict_ema": {name: value + 10 for name, value in state.items()}}, paths[-1])
+    for weights, offset in (("raw", 0), ("ema", 10), ("auto", 10)):
+        mean = average(paths, weights)
+        assert mean["w"].tolist() == [1 + offset] * 2
+        assert mean["h"].dtype == torch.float16
+        assert mean["h"].item() == 2 + offset
+        assert mean["n"].item() == 5 + offset
+    torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="is of another model"):
+        average([paths[0], tmp_path / "other.pth"], "raw")
+
+
+def test_the_mean_of_a_run_s_checkpoints_evaluates(trained, toy_config, toy_data, tmp_path, monkeypatch):
+    mean = tmp_path / "mean.pth"
+    files = map(str, sorted(trained.parent.glob("checkpoint_*.pth")))
+    monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *files, "--output", str(mean)])
+    average_checkpoints.main()
+    folder, _ = run_evaluation(mean, toy_config, toy_data, tmp_path)
+    assert counts_of(folder)["raw"][2] == 33
