@@ -1,0 +1,132 @@
+"""The commands of the paper's code, with ``cfgs/`` and its launcher renamed: accepted, and of the same meaning."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+import main_ema
+from models import build_model
+from tests.launch import run_main
+from utils.checkpoint import list_checkpoints, read_checkpoint
+from utils.config import load_config
+from utils.distributed import World
+
+ROOT = Path(__file__).parent.parent
+EIGHT = World(0, 0, 8, torch.device("cpu"))
+
+# Command (the launcher left out), parameters in millions, job, and keys with the values that the command gives them.
+TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
+COMMANDS = [
+    *(
+        (f"{TRAIN.format(name)} --find-unused-params", size, "scratch", {"EMA.ENABLED": False, "AMP": False})
+        for name, size in {
+            "flatten_pvt_t": 12.2,
+            "flatten_pvt_s": 21.7,
+            "flatten_pvt_m": 37.2,
+            "flatten_pvt_b": 50.6,
+            "flatten_pvt_v2_b0": 3.6,
+            "flatten_pvt_v2_b1": 12.9,
+            "flatten_pvt_v2_b2": 22.6,
+            "flatten_pvt_v2_b3": 38.3,
+            "flatten_pvt_v2_b4": 51.8,
+        }.items()
+    ),
+    *(
+        (TRAIN.format(name), size, "scratch", {"EMA.ENABLED": False, "AMP": False})
+        for name, size in {"flatten_swin_t": 29, "flatten_swin_s": 51, "flatten_swin_b": 89}.items()
+    ),
+    *(
+        (
+            f"{TRAIN.format(name).replace('main.py', 'main_ema.py')} --model-ema --model-ema-decay {decay}",
+            size,
+            "scratch",
+            {"EMA.ENABLED": True, "EMA.DECAY": decay, "EMA.FORCE_CPU": False},
+        )
+        for name, size, decay in (
+            ("flatten_cswin_t", 21, 0.99984),
+            ("flatten_cswin_s", 35, 0.99984),
+            ("flatten_cswin_b", 75, 0.99992),
+        )
+    ),
+    (f"{TRAIN.format('flatten_swin_b_384')} --pretrained WEIGHTS", 91, "pretrained", {"DATA.IMG_SIZE": 384}),
+    (
+        f"{TRAIN.format('flatten_cswin_b_384').replace('main.py', 'main_ema.py')} --pretrained WEIGHTS --model-ema "
+        "--model-ema-decay 0.9998",
+        78,
+        "pretrained",
+        {"DATA.IMG_SIZE": 384, "EMA.DECAY": 0.9998},
+    ),
+    (f"{TRAIN.format('flatten_swin_t')} --eval --resume WEIGHTS", 29, "evaluate", {"TEST.CROP": True}),
+    (f"{TRAIN.format('flatten_swin_t')} --resume WEIGHTS", 29, "resume", {}),
+    (f"{TRAIN.format('flatten_swin_t')} --amp --use-checkpoint", 29, "scratch", {"AMP": True, "TRAIN.USE_CHECKPOINT": True}),
+    (
+        f"{TRAIN.format('flatten_swin_t')} --batch-size 64 --tag mine --zip --cache-mode full",
+        29,
+        "scratch",
+        {"DATA.BATCH_SIZE": 64, "TAG": "mine", "DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "full"},
+    ),
+    (
+        f"{TRAIN.format('flatten_cswin_t').replace('main.py', 'main_ema.py')} --model-ema --model-ema-force-cpu",
+        21,
+        "scratch",
+        {"EMA.ENABLED": True, "EMA.FORCE_CPU": True},
+    ),
+    (
+        f"{TRAIN.format('flatten_swin_t')} --opts TRAIN.EPOCHS 400 MODEL.DROP_PATH_RATE 0.3",
+        29,
+        "scratch",
+        {"TRAIN.EPOCHS": 400, "MODEL.DROP_PATH_RATE": 0.3},
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "millions", "job", "keys"), COMMANDS, ids=[command for command, *_ in COMMANDS])
+def test_a_command_of_the_reference_means_the_same(command, millions, job, keys, tmp_path, monkeypatch):
+    (tmp_path / "WEIGHTS").write_bytes(b"")
+    script, *arguments = command.replace("OUT", str(tmp_path / "out")).replace("WEIGHTS", str(tmp_path / "WEIGHTS")).split()
+    assert (ROOT / script).is_file()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    args = main.parse_arguments()
+    cfg = load_config(args.cfg, main.overrides(args))
+    main.check(cfg, args)
+    start = main.choose_start(cfg, EIGHT, evaluating=args.eval)
+    assert start.kind == job
+    assert cfg.DATA.DATA_PATH == "IMAGENET"
+    assert args.find_unused_params == ("--find-unused-params" in command)
+    config = {**main.flatten(cfg)}
+    assert {key: config[key] for key in keys} == keys
+    assert main.global_batch_size(cfg, EIGHT.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_data, tmp_path):
+    """Train with an average, evaluate, go on, fine-tune at a higher resolution, evaluate that, measure throughput."""
+    common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
+    short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    larger = ["DATA.IMG_SIZE", "56", "TRAIN.BASE_LR", "1e-3"]
+    trained = tmp_path / "toy/first/best.pth"
+    tuned = tmp_path / "toy/tuned/best.pth"
+    for arguments, said in (
+        (["--model-ema", "--model-ema-decay", "0.9", "--find-unused-params", "--tag", "first", *short], "done in"),
+        (["--eval", "--resume", trained, "--tag", "first", *short], " * Acc@1 "),
+        (["--resume", trained, "--tag", "second", "--opts", "TRAIN.EPOCHS", "2"], "goes on after update 6"),
+        (["--pretrained", trained, "--tag", "tuned", "--amp", "--use-checkpoint", *short, *larger], "start: pretrained"),
+        (["--eval", "--resume", tuned, "--tag", "tuned", *short, *larger], " * Acc@1 "),
+        (["--throughput", *short], "throughput"),
+    ):
+        outcome = run_main([*common, *arguments], tmp_path / "log", processes=1 if "--throughput" in arguments else 2)
+        assert set(outcome.exit_codes) == {0}, outcome.output
+        assert said in outcome.output
+    assert set(json.loads((tmp_path / "toy/tuned/eval.json").read_text())["results"]) == {"raw", "ema"}
+    assert read_checkpoint(list_checkpoints(tmp_path / "toy/second")[0])["num_updates"] == 12
+
+
+def test_main_ema_is_main():
+    assert main_ema.main is main.main
