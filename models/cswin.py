@@ -63,7 +63,7 @@ class StripedAttention(nn.Module):
         if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
-            mask = mask.to(q.device).repeat(len(q), 1)
+            mask = mask.to(q.device).repeat(q.shape[0], 1)
         q, k, v = (partition(t, window) for t in (q, k, v))
         out = self.attend_within(q, k, v, window, mask)
         value_map = v.transpose(1, 2).unflatten(-1, window)

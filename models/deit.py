@@ -146,7 +146,7 @@ class DeiT(Backbone):
         """(B, 3, H, W) -> the tokens after each block, (B, N, C)."""
         grid = self.grid_of(x.shape[-2:])
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pos_drop(x + resize_grid(self.pos_embed, self.grid, grid, 1))
         for block in self.blocks:
             x = self.run_block(block, x, grid)

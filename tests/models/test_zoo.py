@@ -119,8 +119,10 @@ def test_compilation_and_export_change_nothing_beyond_rounding(name):
     gradients = [torch.autograd.grad(run(images).square().sum(), list(model.parameters())) for run in (model, compiled)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    exported = torch.export.export(model, (images,)).module()
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+    more = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
