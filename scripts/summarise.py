@@ -8,29 +8,38 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
+
+def best_evaluations(metrics: Path) -> dict[str, int]:
+    """What training counted when it wrote ``best.pth``, by weights; nothing where there was no training."""
+    if not metrics.is_file():
+        return {}
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    evaluations = [record for record in records if record["kind"].startswith("eval")]
+    best = max(evaluations, key=lambda record: (record["acc1"], record["step"]))["step"]
+    return {r["kind"].removeprefix("eval_"): r["correct1"] for r in evaluations if r["step"] == best}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders that hold metrics.jsonl and eval.json")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders that hold eval.json, and metrics.jsonl of training"
+    )
     args = parser.parse_args()
-    print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}")
+    print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 %':>18}")
     agree = True
     for run in args.runs:
-        size = yaml.safe_load((run / "config.yaml").read_text())["DATA"]["IMG_SIZE"]
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [record for record in records if record["kind"].startswith("eval")]
-        best_step = max(evaluations, key=lambda record: (record["acc1"], record["step"]))["step"]  # of best.pth
-        reported = {r["kind"].removeprefix("eval_"): r for r in evaluations if r["step"] == best_step}
-        for weights, result in json.loads((run / "eval.json").read_text())["results"].items():
-            before, total = reported[weights]["correct1"], result["num_images"]
-            agree &= before == result["correct1"]
-            counts = f"{before}/{total}", f"{result['correct1']}/{total}"
-            print(f"{run.parent.name:<24}{size:>8}{weights:>9}{counts[0]:>14}{counts[1]:>12}{result['acc1']:>8.2f}%")
+        evaluation = json.loads((run / "eval.json").read_text())
+        reported = best_evaluations(run / "metrics.jsonl")
+        for weights, result in evaluation["results"].items():
+            correct, total = result["correct1"], result["num_images"]
+            agree &= reported.get(weights, correct) == correct
+            in_training = f"{reported[weights]}/{total}" if weights in reported else "-"
+            interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
+            name, pixels = f"{run.parent.name}/{run.name}", evaluation["preprocessing"]["img_size"]
+            counts = f"{in_training:>14}{f'{correct}/{total}':>12}"
+            print(f"{name:<24}{pixels:>8}{weights:>9}{counts}{result['acc1']:>8.2f}%{interval:>18}")
     for run in args.runs:
-        print(f"\n{run}/")
-        print("  best.pth, checkpoint_*.pth, config.yaml, eval.json, log_rank0.txt, metrics.jsonl, events.* (tensorboard)")
+        print(f"{run}/: {', '.join(sorted(path.name for path in run.iterdir() if not path.name.startswith('events.')))}")
     if not agree:
         sys.exit("training and evaluation of the saved file count differently")
 
