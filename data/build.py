@@ -212,7 +212,7 @@ def build_train_loader(
         raise DataError(
             f"{dataset.index.source}: {len(dataset)} images are fewer than one update takes, {batches.global_batch_size} "
             f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, {accumulation} times in each of {world_size} processes); lower "
-            "--batch-size"
+            f"--batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
         )
     erase = None
     if cfg.AUG.REPROB > 0:

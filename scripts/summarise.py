@@ -21,9 +21,7 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders that hold eval.json, and metrics.jsonl of training"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold eval.json, and metrics.jsonl of training")
     args = parser.parse_args()
     print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 %':>18}")
     agree = True

@@ -10,6 +10,7 @@ import torch
 import main
 import main_ema
 from models import build_model
+from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.checkpoint import list_checkpoints, read_checkpoint
 from utils.config import load_config
@@ -130,3 +131,67 @@ def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_d
 
 def test_main_ema_is_main():
     assert main_ema.main is main.main
+
+
+def test_every_recipe_fine_tunes_on_other_classes(toy_config, toy_data, tmp_path):
+    """From three classes to two, with the recipe behind the model's config; then evaluated by the same configs."""
+    for split in ("train", "val"):
+        for label in (0, 2):
+            (tmp_path / "two" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "two" / split / f"own{label}").symlink_to(toy_data / split / f"class{label}")
+    short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *short]
+    assert run_main(common, tmp_path / "log").exit_codes == [0]
+    weights = read_checkpoint(tmp_path / "toy/default/best.pth")["state_dict_ema"]
+    for name in ("finetune", "linear_probe"):
+        common = ["--cfg", toy_config, CONFIGS / f"recipes/{name}.yaml", "--data-path", tmp_path / "two"]
+        common += ["--output", tmp_path, "--batch-size", "8", "--opts", "MODEL.NUM_CLASSES", "2"]
+        common += ["DATA.GLOBAL_BATCH_SIZE", "16", *short]
+        outcome = run_main([*common, "--pretrained", tmp_path / "toy/default/best.pth"], tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert "2 reinitialised" in outcome.output
+        assert "head: 3 classes in the file, 2 in the model" in outcome.output
+        tuned = read_checkpoint(tmp_path / f"toy/{name}/best.pth")["model"]
+        moved = {entry for entry, value in tuned.items() if not torch.equal(value, weights[entry])}
+        assert moved == ({"head.weight", "head.bias"} if name == "linear_probe" else {*tuned})
+        outcome = run_main([*common, "--eval", "--resume", tmp_path / f"toy/{name}/best.pth"], tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert " * Acc@1 " in outcome.output
+
+
+def test_a_probe_without_weights_is_refused(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
+    outcome = run_main([*arguments, "--opts", "TRAIN.FREEZE_BACKBONE", "True"], tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "name weights, --pretrained" in outcome.output
+
+
+# How each kind of flag is given, what it means, and another value for --opts.
+FLAG_VALUES = {
+    "--no-model-ema": ([], False, "True"),
+    "--cache-mode": (["full"], "full", "no"),
+    int: (["7"], 7, "3"),
+    float: (["0.5"], 0.5, "0.25"),
+    str: (["other"], "other", "before"),
+    "store_true": ([], True, "False"),
+}
+
+
+@pytest.mark.parametrize("flag", [flag for flag, (key, _) in main.FLAGS.items() if key is not None])
+def test_every_flag_overrides_the_options_and_they_the_file(flag, tmp_path, monkeypatch):
+    key, options = main.FLAGS[flag]
+    words, expected, other = FLAG_VALUES.get(flag) or FLAG_VALUES[options.get("action") or options.get("type", str)]
+    section = {key.split(".")[-1]: expected}
+    for name in reversed(key.split(".")[:-1]):
+        section = {name: section}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(section))  # which is YAML
+
+    def resolve(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main.py", "--cfg", str(config), *arguments])
+        args = main.parse_arguments()
+        return main.flatten(load_config(args.cfg, main.overrides(args)))[key]
+
+    assert resolve() == expected
+    assert str(resolve("--opts", key, other)) == other
+    assert resolve("--opts", key, other, flag, *words) == expected

@@ -230,19 +230,22 @@ def test_wrong_use_ends_with_status_2_and_the_remedy(arguments, expected, toy_co
     assert "Traceback" not in outcome.output
 
 
-def test_ranks_that_share_a_batch_see_the_images_that_one_would(toy_config, toy_data, tmp_path):
-    """Same global batch on 1 and 2 processes, nothing drawn: the same run up to rounding."""
+def test_a_batch_divided_among_ranks_and_forward_passes_is_the_same_run(toy_config, toy_data, tmp_path):
+    """Same global batch, nothing drawn: the same run up to rounding on 1 and 2 processes, at once and in two halves."""
     still = ["TRAIN.EPOCHS", 1, "MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
-    losses = {}
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
+    runs = {}
+    for processes, batch_size in ((1, 8), (2, 4), (1, 4), (2, 2)):
+        output = tmp_path / f"{processes} x {batch_size}"
         output.mkdir()
-        opts = [*still, "DATA.BATCH_SIZE", 8 // processes, "PRINT_FREQ", 1]
+        opts = [*still, "DATA.BATCH_SIZE", batch_size, "DATA.GLOBAL_BATCH_SIZE", 8, "PRINT_FREQ", 1]
         outcome = run_main(toy_arguments(toy_config, toy_data, output, *opts), output / "log", processes=processes)
         assert set(outcome.exit_codes) == {0}, outcome.output
         records = [json.loads(line) for line in (output / "toy/default/metrics.jsonl").read_text().splitlines()]
-        losses[processes] = [record["loss"] for record in records if record["kind"] == "train"]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+        runs[output.name] = [value for r in records if r["kind"] == "train" for value in (r["loss"], r["lr"])]
+    first, *others = runs.values()
+    assert len(first) == 2 * 12
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize(

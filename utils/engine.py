@@ -186,6 +186,7 @@ def evaluate(
     sums = {label: torch.zeros(3, dtype=torch.float64, device=world.device) for label in models}
     answers: dict[str, list[Tensor]] = {label: [] for label in models}
     indices, targets = [], []
+    chosen = None if class_ids is None else torch.tensor(class_ids, device=world.device)
     num_images = 0
     for model in models.values():
         model.eval()
@@ -197,7 +198,7 @@ def evaluate(
         for label, model in models.items():
             with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits = model(batch.images)
-            logits = logits.float() if class_ids is None else logits.float()[:, class_ids]
+            logits = logits.float() if chosen is None else logits.float().index_select(1, chosen)
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             right = ranked == batch.targets.unsqueeze(1)  # (B, 5)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
