@@ -18,14 +18,14 @@ run() { # a title, then arguments of main.py
 
 [ -d "$data" ] || python scripts/make_digits.py "$data"
 batch=$((64 / processes))
-run "train at 40 pixels" --cfg configs/quickstart.yaml --batch-size "$batch"
+run "train at 48 pixels" --cfg configs/quickstart.yaml --batch-size "$batch"
 trained="$output/quickstart/default/best.pth"
 run "evaluate what was saved" --cfg configs/quickstart.yaml --eval --resume "$trained"
-run "evaluate it at 56 pixels" --cfg configs/quickstart_56.yaml --tag before --eval --resume "$trained"
-run "fine-tune at 56 pixels" --cfg configs/quickstart_56.yaml --batch-size "$batch" --pretrained "$trained"
-run "evaluate what was fine-tuned" --cfg configs/quickstart_56.yaml --eval \
-  --resume "$output/quickstart_56/default/best.pth"
+run "evaluate it at 64 pixels" --cfg configs/quickstart_64.yaml --tag before --eval --resume "$trained"
+run "fine-tune at 64 pixels" --cfg configs/quickstart_64.yaml --batch-size "$batch" --pretrained "$trained"
+run "evaluate what was fine-tuned" --cfg configs/quickstart_64.yaml --eval \
+  --resume "$output/quickstart_64/default/best.pth"
 echo
-runs=("$output/quickstart/default" "$output/quickstart_56/before" "$output/quickstart_56/default")
+runs=("$output/quickstart/default" "$output/quickstart_64/before" "$output/quickstart_64/default")
 python scripts/plot_curves.py "${runs[0]}" "${runs[2]}" --png quickstart/curves.png
 python scripts/summarise.py "${runs[@]}"
