@@ -7,10 +7,10 @@ import argparse
 import logging
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,9 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.index import DataError
+from data.transforms import resized_side
 from models import build_model
+from utils.arguments import overrides, parse_arguments
 from utils.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -46,16 +48,18 @@ from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, 
 logger = logging.getLogger("main")
 
 WRONG_USE = 2  # exit status
+REHEARSAL = ".rehearsal"  # begins the name of the folder that --check writes to
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 @record
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     try:
         cfg = load_config(args.cfg, overrides(args))
         check(cfg, args)
         world = setup()
+        accumulation_steps(cfg, world.size)  # which refuses a global batch that does not divide
     except ValueError as error:  # nothing is set up yet, the log neither
         print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
@@ -74,6 +78,12 @@ def main() -> None:
     except USER_ERRORS as error:  # the text names the remedy: no traceback
         logger.error("%s", without_traceback(error))
         sys.exit(1 if isinstance(error, TrainingError) else WRONG_USE)
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "%s; lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images of an update), or add --use-checkpoint or --amp",
+            str(error).splitlines()[0],
+        )
+        sys.exit(1)
     except RankZeroError:  # which says why itself
         sys.exit(WRONG_USE)
     cleanup()  # not after an error: other processes may be waiting, and would make this one wait
@@ -106,6 +116,7 @@ def rehearse_run(cfg: CfgNode, world: World, start: "Start", *, find_unused_para
     root = Path(cfg.OUTPUT)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     folder = on_main(world, lambda: make_temporary_folder(there))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # torchrun's, where another process failed
     logger.info("%d processes on %s, start: %s %s", world.size, world.device.type, *start)
     try:
         saved = read_run(cfg, world, start)
@@ -162,7 +173,10 @@ def build_trainer(
 
 def evaluate_checkpoint(cfg: CfgNode, world: World, checkpoint: str) -> None:
     """Evaluate the raw weights of a file and their average, whichever it has; the result goes to ``eval.json``."""
+    digest = sha256(Path(checkpoint))
     saved = read_checkpoint(checkpoint)
+    if digest != sha256(Path(checkpoint)) or digest != on_main(world, lambda: digest):
+        raise CheckpointError(f"{checkpoint}: was replaced while it was read; evaluate it again, or a copy that stays")
     output = output_folder(cfg)
     on_main(world, lambda: make_folder(output))
     logger.info("%d processes on %s, output in %s; start: evaluate %s", world.size, world.device.type, output, checkpoint)
@@ -184,7 +198,7 @@ def evaluate_checkpoint(cfg: CfgNode, world: World, checkpoint: str) -> None:
         lambda: write_evaluation(
             output,
             results,
-            about=describe_evaluation(cfg, checkpoint),
+            about=describe_evaluation(cfg, checkpoint, digest),
             classes=datasets.val.index.classes,
             names=[datasets.val.index.name(position) for position in range(len(datasets.val))],
             real_labels=datasets.real_labels,
@@ -267,9 +281,12 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect with --eval alone; add it, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
-    for key in ("RESUME", "PRETRAINED"):
-        if cfg.MODEL[key] and not Path(cfg.MODEL[key]).is_file():
-            raise ConfigError(f"MODEL.{key}={cfg.MODEL[key]}: no such file")
+    files = {f"MODEL.{key}": cfg.MODEL[key] for key in ("RESUME", "PRETRAINED")}
+    files |= {"TEST.REAL_LABELS": cfg.TEST.REAL_LABELS}
+    files |= {"TEST.CLASS_MAP": cfg.TEST.CLASS_MAP if cfg.TEST.CLASS_MAP != "imagenet" else ""}
+    for key, path in files.items():
+        if path and not Path(path).is_file():
+            raise ConfigError(f"{key}={path}: no such file")
     try:
         with torch.device("meta"):
             build_model(cfg)
@@ -402,21 +419,24 @@ def without_traceback(error: Exception) -> str:
 
 
 def make_temporary_folder(parent: Path) -> Path:
+    for old in parent.glob(f"{REHEARSAL}*"):  # of processes that were killed
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old, ignore_errors=True)
     try:
-        return Path(tempfile.mkdtemp(prefix=".rehearsal", dir=parent))
+        return Path(tempfile.mkdtemp(prefix=REHEARSAL, dir=parent))
     except OSError as error:
         raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None
 
 
-def describe_evaluation(cfg: CfgNode, checkpoint: str) -> dict:
+def describe_evaluation(cfg: CfgNode, checkpoint: str, digest: str) -> dict:
     """What ``eval.json`` says besides the results."""
     return {
         "model": cfg.MODEL.NAME,
         "checkpoint": str(checkpoint),
-        "sha256": sha256(Path(checkpoint)),
+        "sha256": digest,
         "preprocessing": {
             "img_size": cfg.DATA.IMG_SIZE,
-            "crop": cfg.TEST.CROP,
+            "resized_to": resized_side(cfg.DATA.IMG_SIZE, crop=cfg.TEST.CROP),
             "interpolation": cfg.DATA.INTERPOLATION,
             "mean": cfg.DATA.MEAN,
             "std": cfg.DATA.STD,
@@ -426,60 +446,6 @@ def describe_evaluation(cfg: CfgNode, checkpoint: str) -> dict:
         "precision": str(eval_dtype(cfg)).removeprefix("torch."),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    for name, (_, options) in FLAGS.items():
-        parser.add_argument(name, **options)
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        near = get_close_matches(unknown[0], FLAGS, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; see --help"))
-    return args
-
-
-# Flag -> (the config key that it sets, if any; how it is read). Flags override --opts.
-FLAGS = {
-    "--cfg": (None, {"required": True, "nargs": "+", "metavar": "FILE", "help": "YAML config, or several; see configs/"}),
-    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override"}),
-    "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
-    "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
-    "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
-    "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "of --zip: bytes to keep in memory"}),
-    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to go on from, or to evaluate"}),
-    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "checkpoint whose weights are the start"}),
-    "--use-checkpoint": (
-        "TRAIN.USE_CHECKPOINT",
-        {"action": "store_true", "help": "gradient checkpointing, to save memory"},
-    ),
-    "--amp": ("AMP", {"action": "store_true", "help": "mixed precision, AMP_DTYPE bf16 or fp16"}),
-    "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "root of the output folders"}),
-    "--tag": ("TAG", {"help": "names the run"}),
-    "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint that --resume names"}),
-    "--check": (None, {"action": "store_true", "help": "rehearse training in a minute: what would fail, what bounds it"}),
-    "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
-    "--find-unused-params": (
-        None,
-        {"action": "store_true", "help": "for DDP; no model here has any"},
-    ),
-    "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "average the weights"}),
-    "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "do not average the weights"}),
-    "--model-ema-force-cpu": ("EMA.FORCE_CPU", {"action": "store_true", "help": "keep the average in host memory"}),
-    "--model-ema-decay": ("EMA.DECAY", {"type": float, "help": "per update"}),
-}
-
-
-def overrides(args: argparse.Namespace) -> list:
-    """KEY, VALUE, ... of the command line, in the order in which they hold."""
-    if args.model_ema and args.no_model_ema:
-        raise ConfigError("--model-ema and --no-model-ema: give one of them")
-    pairs = list(args.opts)
-    for flag, (key, _) in FLAGS.items():
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-        if key is not None and value is not None and value is not False:
-            pairs += [key, flag != "--no-model-ema" if value is True else value]
-    return pairs
 
 
 if __name__ == "__main__":

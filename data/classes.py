@@ -44,6 +44,11 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         DataError: a folder without a class, a class the model does not have, or two folders of one class.
     """
     if class_map == "imagenet":
+        if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
+            raise DataError(
+                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, which does not say which of the "
+                f"{num_classes} they are; name them by WordNet id, in folders or in classes.txt, or give a file"
+            )
         subset = infer_imagenet_subset({"num_classes": num_classes})
         names = ImageNetInfo(subset).label_names() if subset else []
         ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
@@ -88,7 +93,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
 
 def _read_ids(path: Path) -> dict[str, int]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); name a file, or imagenet") from None
     ids = {}
@@ -96,7 +101,7 @@ def _read_ids(path: Path) -> dict[str, int]:
         if not line.strip():
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not name or not label.isdigit():
+        if not name or not (label.isascii() and label.isdecimal()):
             raise DataError(f"{path}:{number}: {line!r} is not a folder's name, white space and a class id")
         ids[name.strip()] = int(label)
     return ids

@@ -15,10 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.index import DataError, Index
+from data.index import LARGEST_FILE, LARGEST_RATIO, DataError, Index
 
 # What reading and decoding raise on damaged files, by their kind.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 MOST_OPEN_ARCHIVES = 128
 MOST_REPLACEMENTS = 100  # tries to find a readable image in another's place
 SEED_OF_REPLACEMENT = 4  # apart from the seeds of the image's own draws
@@ -86,7 +89,10 @@ class ImageDataset(Dataset):
         if len(data) < size:
             raise ValueError("the archive ends before it")
         if index.deflated[position]:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
+            unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+            data = unpacker.decompress(data, min(LARGEST_FILE, LARGEST_RATIO * max(size, 1)))
+            if not unpacker.eof:
+                raise ValueError("it unpacks to more than any image, or its end is missing")
         if len(index.checksums) and zlib.crc32(data) != index.checksums[position]:
             raise ValueError("it fails its checksum in the archive")
         return data

@@ -21,6 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
+CLASS_NAMES = "classes.txt"  # beside archives: a class a line
 LARGEST_FILE = 2**28  # bytes of one compressed image
 LARGEST_RATIO = 1000  # of an archive's entry: what it unpacks to over what it takes
 SMALLEST_CACHED = 10_000  # images; fewer are found faster than a cache is read
@@ -85,18 +86,15 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
     classes = _list_classes(root)
 
     def scan() -> tuple[Index, list[Path]]:
-        names, labels, folders, told = [], [], [root], time.monotonic()
-        for label, name in enumerate(classes):
+        names, labels, folders = [], [], [root]
+        for label, name in enumerate(_telling(classes, root, names)):
             found, below = _list_images(root / name)
             folders += below
             names += [f"{name}/{image}" for image in found]
             labels += [label] * len(found)
-            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                logger.info("%s: %d images found, %d of %d classes", root, len(names), label + 1, len(classes))
         return _create(root, classes, names, labels), folders
 
-    return _cached(scan, root, cache)
+    return _cached(scan, root, [], cache)
 
 
 def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
@@ -121,6 +119,9 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
                 for entry in chosen:
                     _check_zip_entry(archive, entry)
                 offsets = [_data_offset(file, entry.header_offset) for entry in chosen]
+                ends = [offset + entry.compress_size for offset, entry in zip(offsets, chosen, strict=True)]
+                if max(ends) > os.fstat(file.fileno()).st_size:
+                    raise zipfile.BadZipFile("an entry goes beyond its end")
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
         where = {
@@ -129,9 +130,10 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in chosen],
             "checksums": [entry.CRC for entry in chosen],
         }
-        return _create(archive, classes, names, labels, archives=[str(archive)], **where), [archive, listing]
+        watched = [archive, listing, root / CLASS_NAMES]
+        return _create(archive, classes, names, labels, archives=[archive], **where), watched
 
-    return _cached(scan, archive, cache)
+    return _cached(scan, archive, [archive], cache)
 
 
 def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
@@ -144,26 +146,22 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             plain file.
     """
     root = Path(root)
-    shards = list_shards(root, split)
+    shards, source = list_shards(root, split), root / f"{split}-*.tar"
 
     def scan() -> tuple[Index, list[Path]]:
-        names, labels, archive, offsets, sizes, told = [], [], [], [], [], time.monotonic()
-        for number, shard in enumerate(shards):
+        names, labels, archive, offsets, sizes = [], [], [], [], []
+        for number, shard in enumerate(_telling(shards, source, names)):
             for image, label, offset, size in _read_shard(shard):
                 names.append(f"{shard.name}/{image}")
                 labels.append(label)
                 archive.append(number)
                 offsets.append(offset)
                 sizes.append(size)
-            if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                told = time.monotonic()
-                logger.info("%s: %d images found in %d of %d shards", root, len(names), number + 1, len(shards))
         where = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
-        source = root / f"{split}-*.tar"
         classes = _class_names(root, labels, source)
-        return _create(root, classes, names, labels, archives=[str(shard) for shard in shards], **where), shards
+        return _create(root, classes, names, labels, archives=shards, **where), [*shards, root / CLASS_NAMES]
 
-    return _cached(scan, root / f"{split}-*.tar", cache)
+    return _cached(scan, source, shards, cache)
 
 
 def list_shards(root: Path, split: str) -> list[Path]:
@@ -177,7 +175,7 @@ def _create(
     names: Sequence[str],
     labels: Sequence[int],
     *,
-    archives: Sequence[str] = (),
+    archives: Sequence[Path] = (),
     archive: Sequence[int] | None = None,
     offsets: Sequence[int] = (),
     sizes: Sequence[int] = (),
@@ -191,7 +189,7 @@ def _create(
         labels=np.array(labels, dtype=np.int32),
         text=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         ends=np.cumsum([len(name) for name in encoded], dtype=np.int64),
-        archives=list(archives),
+        archives=[str(path) for path in archives],
         archive=np.array(archive if archive is not None else [0] * len(offsets), dtype=np.int32),
         offsets=np.array(offsets, dtype=np.int64),
         sizes=np.array(sizes, dtype=np.int64),
@@ -200,15 +198,26 @@ def _create(
     )
 
 
-def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, cache: Path | None) -> Index:
+def _telling(items: Sequence, source: Path, found: list) -> Iterator:
+    """The items of a scan, with a line now and then of how many images are in ``found``."""
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        yield item
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            logger.info("%s: %d images found, %d of %d folders or archives read", source, len(found), done + 1, len(items))
+
+
+def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives: list[Path], cache: Path | None) -> Index:
     """An earlier scan's index where nothing has changed since; else a new one, kept for the next time.
 
-    What must not have changed are the paths that ``scan`` returns beside the index, folders or files: their times tell.
+    What must not have changed are the archives, and the paths that ``scan`` returns beside the index, folders or files:
+    their times tell.
     """
     kept = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
     if kept is not None and kept.is_file():
         try:
-            return _read_cache(kept, source)
+            return _read_cache(kept, source, archives)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.info("%s: the kept index is not used (%s); scanning again", source, error)
     started = time.time_ns()
@@ -230,25 +239,29 @@ _ARRAYS = ("labels", "text", "ends", "archive", "offsets", "sizes", "deflated", 
 
 def _write_cache(path: Path, index: Index, stamps: dict[str, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"classes": index.classes, "archives": index.archives, "source": str(index.source), "stamps": stamps}
+    archives = [str(Path(archive).absolute()) for archive in index.archives]
+    header = json.dumps({"classes": index.classes, "archives": archives, "stamps": stamps})
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **{name: getattr(index, name) for name in _ARRAYS})
+            np.savez(file, header=np.array(header), **{name: getattr(index, name) for name in _ARRAYS})
         os.replace(temporary, path)  # whole or not at all, whoever else writes it
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _read_cache(path: Path, source: Path) -> Index:
+def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
         header = json.loads(str(kept["header"]))
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
             raise ValueError("the data have changed")
+        if [str(archive.absolute()) for archive in archives] != header["archives"]:
+            raise ValueError("there are other archives")
         index = Index(
-            source=Path(header["source"]),
+            # As the caller names it, from wherever that is; shards' names are relative to their folder.
+            source=source.parent if len(archives) and source not in archives else source,
             classes=header["classes"],
-            archives=header["archives"],
+            archives=[str(archive) for archive in archives],
             **{name: kept[name] for name in _ARRAYS},
         )
     logger.info("%s: %d images, from the index kept in %s", source, len(index), path)
@@ -256,8 +269,8 @@ def _read_cache(path: Path, source: Path) -> Index:
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, int]:
-    """Time of the last change, in nanoseconds: a folder's changes with what it lists."""
-    return {str(path.absolute()): path.stat().st_mtime_ns for path in paths}
+    """Time of the last change, in nanoseconds, 0 for what is not there: a folder's changes with what it lists."""
+    return {str(path.absolute()): path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
 
 
 def _list_classes(root: Path) -> list[str]:
@@ -290,13 +303,13 @@ def _list_images(folder: Path) -> tuple[list[str], list[Path]]:
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
         name, tab, label = line.rpartition("\t")
-        if not tab or not label.isdigit():
+        if not tab or not (label.isascii() and label.isdecimal()):
             raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
         names.append(name)
         labels.append(int(label))
@@ -307,8 +320,13 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     """Names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
         raise DataError(f"{source}: has no images; pack them again")
-    listing = root / "classes.txt"
-    classes = listing.read_text().splitlines() if listing.is_file() else [str(label) for label in range(max(labels) + 1)]
+    listing = root / CLASS_NAMES
+    classes = [str(label) for label in range(max(labels) + 1)]
+    if listing.is_file():
+        classes = listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise DataError(f"{listing}: names {twice} twice; give every class a name of its own")
     if max(labels) >= len(classes):
         raise DataError(f"{source}: has class id {max(labels)}, but {listing} names {len(classes)} classes; complete it")
     if missing := set(range(len(classes))) - set(labels):
@@ -363,10 +381,15 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                 if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
                     if entry.size > LARGEST_FILE:
                         raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, more than an image has; remove it")
+                    if key in images:
+                        raise DataError(
+                            f"{shard}: {entry.name} has the key of {images[key][0]}; an image and its class id share a key, "
+                            "the name up to the first dot"
+                        )
                     images[key] = entry.name, entry.offset_data, entry.size
                 elif extension == "cls":
                     text = archive.extractfile(entry).read(32).strip()
-                    if not text.isdigit():
+                    if not text.isdigit():  # bytes: 0 to 9 alone
                         raise DataError(f"{shard}: {entry.name} holds {text!r}, not a class id")
                     labels[key] = int(text)
     except (OSError, tarfile.TarError) as error:

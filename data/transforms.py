@@ -52,9 +52,14 @@ def create_train_transform(
     return transforms.Compose([*crop, *augment.transforms[1:]])
 
 
+def resized_side(img_size: int, *, crop: bool) -> int:
+    """Pixels of the square that evaluation resizes to, before it takes the centre."""
+    return int(256 / 224 * img_size) if crop and img_size > SMALL else img_size
+
+
 def create_eval_transform(img_size: int, *, interpolation: str, crop: bool) -> Transform:
     """Resize to a square, whatever the shape was, and take the centre if ``crop``: as released numbers were measured."""
-    resized = int(256 / 224 * img_size) if crop and img_size > SMALL else img_size
+    resized = resized_side(img_size, crop=crop)
     mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
     return transforms.Compose(
         [transforms.Resize((resized, resized), mode), transforms.CenterCrop(img_size), MaybePILToTensor()]

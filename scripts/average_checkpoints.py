@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.checkpoint import WEIGHTS, CheckpointError, read_checkpoint, save_checkpoint, stored_weights
+from utils.checkpoint import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, save_checkpoint
 
 
 def average(paths: list[Path], weights: str) -> dict[str, Tensor]:
@@ -23,11 +23,7 @@ def average(paths: list[Path], weights: str) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
     for path in paths:
-        stored = stored_weights(read_checkpoint(path))
-        label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
-        if label not in stored:
-            raise CheckpointError(f"{path}: holds no {label} weights; choose another --weights")
-        own = stored[label]
+        _, own = choose_weights(read_checkpoint(path), weights, path)
         if total and {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(f"{path}: is of another model than {paths[0]}; average checkpoints of one model")
         for name, value in own.items():

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import main as entry
 from data.build import build_datasets, build_mixup, build_train_loader
 from models import build_model
+from utils.arguments import overrides, parse_arguments
 from utils.config import load_config
 from utils.distributed import setup
 from utils.engine import train_step
@@ -24,8 +24,8 @@ ROUNDS, UPDATES = 5, 10  # an odd number of rounds, of so many updates with eith
 
 
 def main() -> None:
-    args = entry.parse_arguments()
-    cfg = load_config(args.cfg, entry.overrides(args))
+    args = parse_arguments(__doc__)
+    cfg = load_config(args.cfg, overrides(args))
     world = setup()
     loader = build_train_loader(cfg, build_datasets(cfg, training=True).train, rank=0, world_size=1, device=world.device)
     mixup = build_mixup(cfg)

@@ -26,7 +26,7 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, bool]]:
         path = next((file for file in found if file.is_file()), found[0])
     if not path.is_file():
         raise ValueError(f"{path}: no such file; evaluate with --opts TEST.PREDICTIONS True")
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or not set(PREDICTION_COLUMNS[:4]) <= set(rows.fieldnames):
             raise ValueError(f"{path}: is no predictions file; its first line names {', '.join(PREDICTION_COLUMNS)}")

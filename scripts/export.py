@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.transforms import resized_side
 from models import build_model
 from utils.checkpoint import WEIGHTS, CheckpointError, load_weights, sha256
 from utils.config import ConfigError, load_config
@@ -84,9 +85,10 @@ def model_card(cfg, report, files: dict[str, str], evaluation: dict | None) -> s
     lines = [f"# {cfg.MODEL.NAME}", ""]
     lines += [f"{report.weights} weights of `{Path(report.path).name}`, sha256 `{sha256(Path(report.path))}`.", ""]
     lines += ["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items()), ""]
-    crop = "resize to a square of 256/224 of it, then its centre" if cfg.TEST.CROP else "resize to that square"
+    resized = resized_side(cfg.DATA.IMG_SIZE, crop=cfg.TEST.CROP)
     lines += [
-        f"Input: RGB, {cfg.DATA.IMG_SIZE} x {cfg.DATA.IMG_SIZE} pixels ({crop}; {cfg.DATA.INTERPOLATION}), values in [0, 1], "
+        f"Input: RGB, {cfg.DATA.IMG_SIZE} x {cfg.DATA.IMG_SIZE} pixels (the centre of the image resized to "
+        f"{resized} x {resized}, {cfg.DATA.INTERPOLATION}), values in [0, 1], "
         f"less {cfg.DATA.MEAN}, over {cfg.DATA.STD}. Output: logits of {cfg.MODEL.NUM_CLASSES} classes.",
         "",
         "## Accuracy",

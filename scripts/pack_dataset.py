@@ -12,7 +12,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
@@ -20,9 +20,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset
-from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
+from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, index_zip, list_shards
 from utils.log import progress, setup_logging
 
+ROUND = 1024  # images that workers are given at once
 INCOMPLETE = ".incomplete"  # ends the name of a file that is being written
 
 
@@ -58,18 +59,20 @@ def pack(
         raise DataError(f"{present[0]}: is there already; remove it, or choose another folder")
     if (target / split).is_dir():
         raise DataError(f"{target / split}: is a folder of the same split; choose another folder for the archives")
-    listing = target / "classes.txt"
-    if listing.is_file() and listing.read_text().splitlines() != index.classes:
+    listing = target / CLASS_NAMES
+    if listing.is_file() and listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() != index.classes:
         raise DataError(f"{listing}: names other classes than {source / split}; choose another folder")
-    read = partial(_read, ImageDataset(index, None), short_side, quality)
-    if workers:
-        with get_context("fork").Pool(workers) as pool:
-            files = pool.imap(read, range(len(index)), chunksize=16)
-            written, digests = _write(archive, target, split, index, files, shard_size)
-    else:
-        written, digests = _write(archive, target, split, index, map(read, range(len(index))), shard_size)
+    dataset = ImageDataset(index, None)
+    with ExitStack() as stack:
+        if workers:
+            # The dataset goes to the workers once; what crosses at each image is its position, and its bytes.
+            pool = stack.enter_context(get_context("fork").Pool(workers, _receive, (dataset, short_side, quality)))
+            files = _in_rounds(pool, len(index))
+        else:
+            files = (_read(dataset, short_side, quality, position) for position in range(len(index)))
+        written, digests = _write(archive, target, split, index, files, shard_size)
     try:
-        listing.write_text("".join(f"{name}\n" for name in index.classes))
+        listing.write_text("".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape")
         for path in written:
             os.replace(path, path.with_name(path.name.removesuffix(INCOMPLETE)))
         packed = (index_zip if archive == "zip" else index_tar)(target, split)
@@ -82,6 +85,24 @@ def pack(
         for path in written:
             path.unlink(missing_ok=True)
     return packed
+
+
+_received: tuple = ()  # in a worker: dataset, short_side, quality
+
+
+def _receive(*arguments) -> None:
+    global _received
+    _received = arguments
+
+
+def _read_received(position: int) -> bytes:
+    return _read(*_received, position)
+
+
+def _in_rounds(pool, count: int) -> Iterator[bytes]:
+    """Every image in order, never more than a round ahead of the writing."""
+    for start in range(0, count, ROUND):
+        yield from pool.imap(_read_received, range(start, min(start + ROUND, count)), chunksize=16)
 
 
 def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
@@ -118,7 +139,7 @@ def _write(
                 for position, data in enumerate(counted()):
                     opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # of 1980: the same bytes every time
             lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
-            written[1].write_text("".join(lines))
+            written[1].write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
             return written, digests
         keys, images = set(), counted()
         for shard, start in enumerate(range(0, len(index), shard_size)):

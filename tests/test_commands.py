@@ -12,9 +12,11 @@ import main_ema
 from models import build_model
 from tests.conftest import CONFIGS
 from tests.launch import run_main
+from utils.arguments import FLAGS, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints, read_checkpoint
-from utils.config import load_config
+from utils.config import flatten, load_config
 from utils.distributed import World
+from utils.schedule import global_batch_size
 
 ROOT = Path(__file__).parent.parent
 EIGHT = World(0, 0, 8, torch.device("cpu"))
@@ -92,16 +94,16 @@ def test_a_command_of_the_reference_means_the_same(command, millions, job, keys,
     assert (ROOT / script).is_file()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    args = main.parse_arguments()
-    cfg = load_config(args.cfg, main.overrides(args))
+    args = parse_arguments("")
+    cfg = load_config(args.cfg, overrides(args))
     main.check(cfg, args)
     start = main.choose_start(cfg, EIGHT, evaluating=args.eval)
     assert start.kind == job
     assert cfg.DATA.DATA_PATH == "IMAGENET"
     assert args.find_unused_params == ("--find-unused-params" in command)
-    config = {**main.flatten(cfg)}
+    config = {**flatten(cfg)}
     assert {key: config[key] for key in keys} == keys
-    assert main.global_batch_size(cfg, EIGHT.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
+    assert global_batch_size(cfg, EIGHT.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
     with torch.device("meta"):
         model = build_model(cfg)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
@@ -177,9 +179,9 @@ FLAG_VALUES = {
 }
 
 
-@pytest.mark.parametrize("flag", [flag for flag, (key, _) in main.FLAGS.items() if key is not None])
+@pytest.mark.parametrize("flag", [flag for flag, (key, _) in FLAGS.items() if key is not None])
 def test_every_flag_overrides_the_options_and_they_the_file(flag, tmp_path, monkeypatch):
-    key, options = main.FLAGS[flag]
+    key, options = FLAGS[flag]
     words, expected, other = FLAG_VALUES.get(flag) or FLAG_VALUES[options.get("action") or options.get("type", str)]
     section = {key.split(".")[-1]: expected}
     for name in reversed(key.split(".")[:-1]):
@@ -189,8 +191,8 @@ def test_every_flag_overrides_the_options_and_they_the_file(flag, tmp_path, monk
 
     def resolve(*arguments):
         monkeypatch.setattr(sys, "argv", ["main.py", "--cfg", str(config), *arguments])
-        args = main.parse_arguments()
-        return main.flatten(load_config(args.cfg, main.overrides(args)))[key]
+        args = parse_arguments("")
+        return flatten(load_config(args.cfg, overrides(args)))[key]
 
     assert resolve() == expected
     assert str(resolve("--opts", key, other)) == other

@@ -143,6 +143,17 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
+    options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
+    results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}
+    write_evaluation(tmp_path, results, predictions=True, **options)
+    assert read(tmp_path, None)[1] == {"1": False, "2": False, "3": False}
+    write_evaluation(tmp_path, {"raw": results["raw"]}, predictions=True, **options)
+    assert read(tmp_path, None)[1] == {"1": True, "2": True, "3": True}
+    write_evaluation(tmp_path, {"raw": results["raw"]}, predictions=False, **options)
+    assert not list(tmp_path.glob("predictions*"))
+
+
 def test_two_evaluations_are_compared_on_the_same_images():
     first = {f"{number}": number < 60 for number in range(100)}
     second = {f"{number}": 10 <= number < 85 for number in range(100)}
@@ -221,7 +232,7 @@ def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_con
 
 
 def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):
-    """The model's classes 2 and 0, under names of another order; the same images count as a model of two classes would."""
+    """The model's classes 2 and 0, under names of another order: as if its head had those two rows, in that order."""
     data = tmp_path / "variant"
     for name, label in (("a", 2), ("b", 0)):
         (data / "val").mkdir(parents=True, exist_ok=True)
@@ -231,6 +242,15 @@ def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_co
     counts = counts_of(folder)
     assert counts["raw"][2] == 22
     assert counts["raw"][1] == 22  # two classes: top 5 is everything
+    state = read_checkpoint(trained)
+    chosen = {
+        name: {entry: value[[2, 0]] if entry.startswith("head.") else value for entry, value in state[name].items()}
+        for name in ("model", "state_dict_ema")
+    }
+    torch.save(chosen, tmp_path / "two.pth")
+    (tmp_path / "two").mkdir()
+    options = ["--opts", "MODEL.NUM_CLASSES", "2"]
+    assert counts_of(run_evaluation(tmp_path / "two.pth", toy_config, data, tmp_path / "two", *options)[0]) == counts
     assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
 
 
@@ -276,5 +296,14 @@ def test_the_mean_of_a_run_s_checkpoints_evaluates(trained, toy_config, toy_data
     files = map(str, sorted(trained.parent.glob("checkpoint_*.pth")))
     monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *files, "--output", str(mean)])
     average_checkpoints.main()
-    folder, _ = run_evaluation(mean, toy_config, toy_data, tmp_path)
-    assert counts_of(folder)["raw"][2] == 33
+    same = tmp_path / "same.pth"
+    monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", str(trained), str(trained), "--output", str(same)])
+    average_checkpoints.main()
+    counts = []
+    for checkpoint in (trained, same, mean):
+        output = tmp_path / f"of {checkpoint.stem}"
+        output.mkdir()
+        counts.append(counts_of(run_evaluation(checkpoint, toy_config, toy_data, output)[0]))
+    assert counts[1]["raw"] == counts[0]["ema"]  # a checkpoint's mean with itself
+    assert set(counts[2]) == {"raw"}
+    assert counts[2]["raw"][0] > 11  # better than chance, as each of the two is

@@ -14,8 +14,9 @@ import torch
 import main
 from tests.conftest import write_images
 from tests.launch import run_main
+from utils.arguments import overrides, parse_arguments
 from utils.checkpoint import list_checkpoints, read_checkpoint
-from utils.config import load_config
+from utils.config import ConfigError, load_config
 
 ROOT = Path(__file__).parent.parent
 SOME_FILE = str(ROOT / "README.md")  # any file: it is not read
@@ -332,13 +333,13 @@ def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, 
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
 
     def decide():
-        args = main.parse_arguments()
-        cfg = load_config(args.cfg, main.overrides(args))
+        args = parse_arguments("")
+        cfg = load_config(args.cfg, overrides(args))
         main.check(cfg, args)
         return main.choose_start(cfg, WORLD, evaluating=args.eval)
 
     if expected[0] == "refused":
-        with pytest.raises(main.ConfigError, match=expected[1]):
+        with pytest.raises(ConfigError, match=expected[1]):
             decide()
     else:
         kind, path = decide()

@@ -224,15 +224,32 @@ def stored_weights(state: dict) -> dict[str, dict[str, Tensor]]:
     """The state dicts in a checkpoint by label, ``raw`` and ``ema``, wrappers' prefixes removed."""
     found = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
-        "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if state.get(key)), None),
+        "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
     }
     if not any(found.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
         found["raw"] = state  # bare
     return {
-        label: {_WRAPPERS.sub("", name): value for name, value in weights.items()}
+        label: {
+            _WRAPPERS.sub("", name): value
+            for name, value in weights.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
         for label, weights in found.items()
         if weights
     }
+
+
+def choose_weights(state: dict, weights: str, path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """The label and the state dict of ``raw``, ``ema`` or ``auto``: the average where there is one.
+
+    Raises:
+        CheckpointError: the checkpoint has none of these.
+    """
+    stored = stored_weights(state)
+    label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
+    if label not in stored:
+        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(map(str, state))}")
+    return label, stored[label]
 
 
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
@@ -256,11 +273,8 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     """``load_weights`` from a checkpoint that is read already; ``path`` is for messages."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
-    stored = stored_weights(state)
-    label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
-    if label not in stored:
-        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(state)}")
-    fitting, report = _match(model, stored[label], LoadReport(str(path), label))
+    label, stored = choose_weights(state, weights, path)
+    fitting, report = _match(model, stored, LoadReport(str(path), label))
     model.load_state_dict(fitting, strict=False)
     logger.info("%s", report)
     return report
@@ -279,7 +293,7 @@ def _match(model: nn.Module, stored: dict[str, Tensor], report: LoadReport) -> t
         resized = model.resize_position_tables(stored)
     except ValueError as error:
         raise refuse(str(error)) from None
-    fitting = {}
+    fitting, untouched = {}, 0
     for name, value in (stored | resized).items():
         if name not in own:
             if not _LEFTOVERS.search(name):
@@ -296,10 +310,14 @@ def _match(model: nn.Module, stored: dict[str, Tensor], report: LoadReport) -> t
                 fitting[name] = own[name].clone()
                 fitting[name][list(rows)] = value[list(rows.values())].to(own[name])
                 report.mapped.append(name)
+                if fresh := len(own[name]) - len(rows):
+                    report.reinitialised.append(f"{fresh} rows of {name}")
+                    untouched += fresh * own[name][0].numel()
         else:
             raise refuse(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
-    report.coverage = sum(own[name].numel() for name in fitting) / max(sum(value.numel() for value in own.values()), 1)
+    filled = sum(own[name].numel() for name in fitting) - untouched
+    report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
     body = [name for name in own if name not in head]
     numbers = {name: value.numel() for name, value in own.items()}
     unused = sum(stored[name].numel() for name in report.unused)

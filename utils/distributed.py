@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
+LONGEST_WAIT = timedelta(hours=1)  # for another process: rank 0 may have a million files on a slow disk to list
 
 
 class RankZeroError(RuntimeError):
@@ -47,7 +49,7 @@ def setup() -> World:
         device = torch.device("cpu")
     if "RANK" in os.environ:
         on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=LONGEST_WAIT)
     return World(rank, local_rank, size, device)
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from termcolor import colored
 from torch import Tensor
 from tqdm import tqdm
+
+from utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,5 @@ def _cut_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept))

@@ -21,7 +21,10 @@ def mcnemar_test(only_first: int, only_second: int) -> float:
         only_first, only_second: images that one of them alone got right; those of both or neither tell nothing.
     """
     total, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(total, count) for count in range(fewer + 1))
+    tail = term = 1  # the sum of total over count, count = 0 to fewer
+    for count in range(fewer):
+        term = term * (total - count) // (count + 1)
+        tail += term
     return float(min(Fraction(2 * tail, 2**total), Fraction(1)))
 
 

@@ -3,8 +3,9 @@
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice
+from itertools import islice, repeat
 
 import torch
 
@@ -31,16 +32,16 @@ def rehearse(trainer: Trainer) -> None:
 
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
-    first = list(islice(trainer.train_loader, recipe.accumulation))
+    first = next(iter(trainer.train_loader))
     logger.info("data: the first images after %.1f s", time.monotonic() - started)
 
     meter = Meter(epoch, trainer)
-    updates = _updates(trainer, cycle(first), meter)
+    updates = _updates(trainer, repeat(first), meter)
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
     # Rank 0 decides how many: all have to take part in each.
     count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
-    computing = _time(lambda: list(islice(updates, count)), trainer) / count
+    computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
     meter.log(trainer.schedule(state.num_updates - 1))
     loading = _time_loading(trainer, epoch, count) * recipe.accumulation
 
@@ -62,7 +63,7 @@ def rehearse(trainer: Trainer) -> None:
         )
     # The sum over processes is where they wait for each other: the folder may go.
     figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
-    images = sum(len(batch.targets) for batch in first) * world.size
+    images = len(first.targets) * recipe.accumulation * world.size
     _conclude(trainer, images, *figures.tolist())
 
 
@@ -83,9 +84,8 @@ def _time_loading(trainer: Trainer, epoch: int, count: int) -> float:
     if len(loader) < start + count:
         start, count = min(start, len(loader) - 1), max(len(loader) - start, 1)
     batches = iter(loader)
-    for _ in islice(batches, start):
-        pass
-    return _time(lambda: list(islice(batches, count)), trainer) / count
+    _drain(islice(batches, start))
+    return _time(lambda: _drain(islice(batches, count)), trainer) / count
 
 
 def _conclude(trainer: Trainer, images: int, computing: float, loading: float) -> None:
@@ -106,6 +106,11 @@ def _conclude(trainer: Trainer, images: int, computing: float, loading: float) -
         )
     else:
         logger.info("the model bounds this run: loading is %.1f times as fast", computing / loading)
+
+
+def _drain(items: Iterator) -> None:
+    """Take all, and keep none: batches are large."""
+    deque(items, maxlen=0)
 
 
 def _time(task: Callable[[], object], trainer: Trainer) -> float:

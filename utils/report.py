@@ -3,13 +3,13 @@
 import csv
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.engine import EvalResult
+from utils.files import replacing
 from utils.metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,10 @@ def write_evaluation(
         predictions: write ``predictions_<weights>.csv`` too.
     """
     record = about | {"results": {weights: _record(result, real_labels) for weights, result in results.items()}}
-    _replace(output / "eval.json", json.dumps(record, indent=2) + "\n")
+    for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # of an evaluation before
+        stale.unlink(missing_ok=True)
+    with replacing(output / "eval.json") as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
     for weights, values in record["results"].items():
         if "real" in values:
             logger.info(
@@ -88,8 +91,9 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
-    axes.set_xticks(range(count), classes, rotation=90)
-    axes.set_yticks(range(count), classes)
+    labels = [name.encode(errors="replace").decode().replace("$", r"\$") for name in classes]  # no formulas
+    axes.set_xticks(range(count), labels, rotation=90)
+    axes.set_yticks(range(count), labels)
     axes.set(xlabel="answer", ylabel="class", title=title)
     if count <= MOST_CLASSES_WITH_COUNTS:
         for row, column in np.argwhere(matrix):
@@ -133,15 +137,8 @@ def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    # Names of files may be no UTF-8: they are written as they were read.
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-    os.replace(temporary, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import time
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader, collate
 from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset
-from data.index import DataError, index_folder, index_tar, index_zip
+from data.index import DataError, Index, index_folder, index_tar, index_zip
 from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.transforms import Normalize, create_eval_transform, create_train_transform
 from scripts.pack_dataset import pack
@@ -553,6 +554,88 @@ def test_a_large_scan_is_kept_and_read_while_nothing_has_changed(tmp_path, monke
     assert len(read()) == 12
 
 
+def test_a_kept_index_is_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    write_images(tmp_path / "d", "train", classes=3, per_class=4)
+    pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar")
+    pack(tmp_path / "d", tmp_path / "zip", "train", archive="zip")
+    age(tmp_path)
+    cache = tmp_path / "cache"
+    for relative, read in (
+        ("d/train", lambda root: index_folder(root, cache=cache)),
+        ("tar", lambda root: index_tar(root, "train", cache=cache)),
+        ("zip", lambda root: index_zip(root, "train", cache=cache)),
+    ):
+        monkeypatch.chdir(tmp_path)
+        first = read(Path(relative))
+        monkeypatch.chdir("/")
+        again = read(tmp_path / relative)
+        assert len(list(cache.iterdir())) > 0
+        assert [ImageDataset(again, None).read(position) for position in range(12)] == [
+            (tmp_path / "d/train" / f"class{position // 4}/{position % 4:03d}.png").read_bytes() for position in range(12)
+        ]
+        assert again.source.absolute() == (tmp_path / first.source).absolute()
+    assert len(list(cache.iterdir())) == 3
+
+
+def age(root):
+    """As if nothing below had changed for a minute: what has just changed is not kept."""
+    then = time.time() - 60
+    for path in (root, *root.rglob("*")):
+        os.utime(path, (then, then))
+
+
+def test_new_shards_and_class_names_end_a_kept_index(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    write_images(tmp_path / "d", "train", classes=3, per_class=4)
+    pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar", shard_size=6)
+    (tmp_path / "tar/train-000001.tar").rename(tmp_path / "later.tar")
+    (tmp_path / "tar/classes.txt").unlink()
+    age(tmp_path)
+    read = partial(index_tar, tmp_path / "tar", "train", cache=tmp_path / "cache")
+    assert (len(read()), read().classes) == (6, ["0", "1"])
+    (tmp_path / "later.tar").rename(tmp_path / "tar/train-000001.tar")
+    age(tmp_path / "tar")
+    assert (len(read()), read().classes) == (12, ["0", "1", "2"])
+    (tmp_path / "tar/classes.txt").write_text("x\ny\nz\n")
+    assert read().classes == ["x", "y", "z"]
+
+
+def test_an_entry_that_lies_about_its_size_is_not_unpacked(tmp_path):
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = compressor.compress(bytes(2**24)) + compressor.flush()
+    (tmp_path / "val.zip").write_bytes(data)
+    (tmp_path / "val_map.txt").write_text("a.png\t0\n")
+    index = Index(
+        source=tmp_path / "val.zip",
+        classes=["0"],
+        labels=np.zeros(1, np.int32),
+        text=np.frombuffer(b"a.png", np.uint8),
+        ends=np.array([5]),
+        archives=[str(tmp_path / "val.zip")],
+        archive=np.zeros(1, np.int32),
+        offsets=np.zeros(1, np.int64),
+        sizes=np.array([len(data)]),
+        deflated=np.ones(1, bool),
+        checksums=np.array([zlib.crc32(bytes(2**24))], np.uint32),
+    )
+    with pytest.raises(DataError, match="it unpacks to more than any image"):
+        ImageDataset(index, None).decode(0)
+
+
+def test_two_images_of_a_key_and_two_classes_of_a_name_are_refused(tmp_path):
+    write_images(tmp_path, "train", classes=2, per_class=2)
+    with tarfile.open(tmp_path / "x-0.tar", "w") as archive:
+        for name in ("a.png", "a.seg.png"):
+            archive.add(tmp_path / "train/class0/000.png", name)
+    with pytest.raises(DataError, match=r"a\.seg\.png has the key of a\.png"):
+        index_tar(tmp_path, "x")
+    pack(tmp_path, tmp_path / "tar", "train", archive="tar")
+    (tmp_path / "tar/classes.txt").write_text("crane\ncrane\n")
+    with pytest.raises(DataError, match="names crane twice"):
+        index_tar(tmp_path / "tar", "train")
+
+
 def test_processes_share_one_scan(toy_config, toy_data):
     calls = []
 
@@ -586,6 +669,11 @@ def test_class_maps_that_do_not_fit_are_refused(tmp_path, text, message):
     (tmp_path / "map.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
+
+
+def test_numbers_that_a_shard_made_up_name_no_imagenet_class():
+    with pytest.raises(DataError, match="are numbered from 0"):
+        read_class_map("imagenet", ["0", "1", "2"], 1000)
 
 
 def test_real_labels_are_looked_up_by_the_images_number(tmp_path):

@@ -166,6 +166,13 @@ def test_arguments_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path
     assert load_weights(toy(), tmp_path / "released.pth").coverage == 1
 
 
+def test_what_is_no_tensor_among_the_weights_is_left_out(tmp_path):
+    state = {"model": toy().state_dict() | {"epoch": 3, 7: torch.zeros(1)}, "model_ema": torch.zeros(1)}
+    torch.save(state, tmp_path / "odd.pth")
+    report = load_weights(toy(), tmp_path / "odd.pth")
+    assert (report.weights, report.coverage, report.unused) == ("raw", 1, [])
+
+
 def test_foreign_classes_are_refused_by_name(tmp_path):
     torch.save({"model": {}, "when": datetime.date(2023, 10, 2)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match=r"datetime\.date"):
@@ -263,6 +270,8 @@ def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
     report = load_weights(model, tmp_path / "22k.pth")
     assert sorted(report.mapped) == ["head.bias", "head.weight"]
     assert report.head == (21841, 1000)
+    assert report.reinitialised == ["1 rows of head.weight", "1 rows of head.bias"]
+    assert report.coverage == pytest.approx(1 - 17 / sum(p.numel() for p in model.state_dict().values()))
     large, small = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
     rows = model.head.bias.tolist()
     assert [large[int(row)] for row in rows if row > 0] == [name for name in small if name in set(large)]

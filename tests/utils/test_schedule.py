@@ -22,7 +22,7 @@ def test_accumulation_scales_the_learning_rate_like_any_larger_batch():
 
 
 @pytest.mark.parametrize(("processes", "batch_size", "steps"), [(8, 128, 1), (4, 256, 1), (2, 128, 4)])
-def test_a_global_batch_makes_the_same_run_of_any_machine(processes, batch_size, steps):
+def test_a_global_batch_gives_any_machine_the_same_updates_and_rates(processes, batch_size, steps):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", batch_size])
     assert accumulation_steps(cfg, processes) == steps
     assert global_batch_size(cfg, processes) == 1024
