@@ -52,6 +52,13 @@ REHEARSAL = ".rehearsal"  # begins the name of the folder that --check writes to
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
+class Start(NamedTuple):
+    """kind: evaluate, resume, pretrained or scratch; checkpoint: the file, "" for none."""
+
+    kind: str
+    checkpoint: str
+
+
 @record
 def main() -> None:
     args = parse_arguments(__doc__)
@@ -89,7 +96,7 @@ def main() -> None:
     cleanup()  # not after an error: other processes may be waiting, and would make this one wait
 
 
-def train(cfg: CfgNode, world: World, start: "Start", *, find_unused_parameters: bool) -> None:
+def train(cfg: CfgNode, world: World, start: Start, *, find_unused_parameters: bool) -> None:
     """Train to the end."""
     output = output_folder(cfg)
     saved = read_run(cfg, world, start)
@@ -111,7 +118,7 @@ def train(cfg: CfgNode, world: World, start: "Start", *, find_unused_parameters:
         trainer.metrics.close()
 
 
-def rehearse_run(cfg: CfgNode, world: World, start: "Start", *, find_unused_parameters: bool) -> None:
+def rehearse_run(cfg: CfgNode, world: World, start: Start, *, find_unused_parameters: bool) -> None:
     """Go through all that training does, in a folder that goes again, and say what will bound the run."""
     root = Path(cfg.OUTPUT)
     there = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
@@ -130,7 +137,7 @@ def rehearse_run(cfg: CfgNode, world: World, start: "Start", *, find_unused_para
 
 
 def build_trainer(
-    cfg: CfgNode, world: World, start: "Start", saved: dict | None, *, output: Path, find_unused_parameters: bool
+    cfg: CfgNode, world: World, start: Start, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
     """All that a run needs, in the state that it starts from."""
     datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world))
@@ -223,13 +230,6 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
             synchronise()
     seconds = (time.perf_counter() - started) / batches
     logger.info("batch_size %d throughput %.1f images/s, %s", len(images), len(images) / seconds, precision)
-
-
-class Start(NamedTuple):
-    """kind: evaluate, resume, pretrained or scratch; checkpoint: the file, "" for none."""
-
-    kind: str
-    checkpoint: str
 
 
 def choose_start(cfg: CfgNode, world: World, *, evaluating: bool) -> Start:
