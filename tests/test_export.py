@@ -13,6 +13,10 @@ from utils.checkpoint import load_weights, sha256
 from utils.config import load_config
 
 
+# torch 2.11 warns of its own reading of programs.
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
     export.main()
