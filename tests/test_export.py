@@ -12,9 +12,11 @@ from scripts import export
 from utils.checkpoint import load_weights, sha256
 from utils.config import load_config
 
-
-# torch 2.11 warns of its own reading of programs.
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+# torch 2.11 warns of what it does itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
 
 
 def run(monkeypatch, *arguments):
