@@ -353,7 +353,7 @@ def report_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_r
         "%s: %.2fM parameters%s; %d updates an epoch",
         cfg.MODEL.NAME,
         sum(size for size, _ in sizes) / 1e6,
-        f", {sum(size for size, trained in sizes if trained) / 1e6:.3f}M of them trained" if cfg.TRAIN.FREEZE_BACKBONE else "",
+        f", {sum(size for size, trained in sizes if trained)} of them trained" if cfg.TRAIN.FREEZE_BACKBONE else "",
         updates_per_epoch,
     )
     recipe = cfg.TRAIN.RECIPE_BATCH_SIZE
