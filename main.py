@@ -25,17 +25,7 @@ from data.index import DataError
 from data.transforms import resized_side
 from models import build_model
 from utils.arguments import overrides, parse_arguments
-from utils.checkpoint import (
-    CheckpointError,
-    checkpoint_path,
-    fill_model,
-    list_checkpoints,
-    load_weights,
-    newest_whole_checkpoint,
-    read_checkpoint,
-    sha256,
-    stored_weights,
-)
+from utils.checkpoint import checkpoint_path, fill_model, list_checkpoints, load_weights, newest_whole_checkpoint
 from utils.config import ConfigError, flatten, load_config, to_dict
 from utils.distributed import RankZeroError, World, cleanup, on_main, setup, wrap
 from utils.engine import Recipe, Trainer, TrainingError, TrainState, evaluate
@@ -44,6 +34,7 @@ from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, 
 from utils.rehearsal import rehearse
 from utils.report import write_evaluation
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
+from weights.reader import CheckpointError, read_checkpoint, sha256, stored_weights
 
 logger = logging.getLogger("main")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.checkpoint import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
+from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint
 
 
 def average(paths: list[Path], weights: str) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.transforms import resized_side
 from models import build_model
-from utils.checkpoint import WEIGHTS, CheckpointError, load_weights, sha256
+from utils.checkpoint import load_weights
 from utils.config import ConfigError, load_config
+from weights.reader import WEIGHTS, CheckpointError, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
 LARGEST_ERROR = 1e-4  # of a logit, over the largest logit or 1

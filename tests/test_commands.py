@@ -13,10 +13,11 @@ from models import build_model
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.arguments import FLAGS, overrides, parse_arguments
-from utils.checkpoint import list_checkpoints, read_checkpoint
+from utils.checkpoint import list_checkpoints
 from utils.config import flatten, load_config
 from utils.distributed import World
 from utils.schedule import global_batch_size
+from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 EIGHT = World(0, 0, 8, torch.device("cpu"))

@@ -18,11 +18,11 @@ from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
 from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main
-from utils.checkpoint import CheckpointError, read_checkpoint
 from utils.distributed import World
 from utils.engine import Answers, EvalResult, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
 from utils.report import confusion_matrix, write_evaluation
+from weights.reader import CheckpointError, read_checkpoint
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from models import build_model, create_model
 from scripts import export
-from utils.checkpoint import load_weights, sha256
+from utils.checkpoint import load_weights
 from utils.config import load_config
+from weights.reader import sha256
 
 # torch 2.11 warns of what it does itself.
 pytestmark = [

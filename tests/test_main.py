@@ -15,8 +15,9 @@ import main
 from tests.conftest import write_images
 from tests.launch import run_main
 from utils.arguments import overrides, parse_arguments
-from utils.checkpoint import list_checkpoints, read_checkpoint
+from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
+from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SOME_FILE = str(ROOT / "README.md")  # any file: it is not read

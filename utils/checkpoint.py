@@ -1,55 +1,30 @@
-"""Checkpoints: written so that none is ever lost, read so that no code in a file ever runs.
+"""Write checkpoints so that none is ever lost, and load weights into a model with a report of every entry.
 
-A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``num_updates``, ``best``
-and ``config``; the first two under the names that the reference gives them.
+A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``num_updates``, ``best``,
+``config`` and ``class_names``; the first two under the names that the reference gives them.
 """
 
-import argparse
-import codecs
-import collections
-import hashlib
-import io
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256, verify
+
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("raw", "ema", "auto")
 _NAME = re.compile(r"checkpoint_(\d+)\.pth")
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # Buffers of the reference that are computed here, and the norm that its PVT builds and never uses.
 _LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
 _TEMPORARY = ".incomplete"
 MIN_COVERAGE = 0.8  # share of the model that a file must fill, and of the file that must find a place, to be of this model
-
-
-# What released files hold besides tensors, all of it plain data: the reference's config, a yacs CfgNode, read as the
-# dictionary that it is; timm's arguments, a Namespace; best accuracies as numpy scalars, under the names of numpy 1 and 2.
-_PLAIN_GLOBALS = [
-    (collections.OrderedDict, "yacs.config.CfgNode"),
-    argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    codecs.encode,
-]
-
-
-class CheckpointError(ValueError):
-    """A file that is damaged, unsafe or of another model. The text names the file and the remedy."""
 
 
 @dataclass
@@ -112,33 +87,6 @@ def save_checkpoint(state: dict, path: Path) -> str:
     return digest
 
 
-def verify(path: Path) -> None:
-    """Read a checkpoint through, checksums included.
-
-    Raises:
-        CheckpointError: damaged. ``torch.load`` alone lets flipped bits in tensors pass.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged or no checkpoint ({error})") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged: {damaged} fails its checksum")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: io.BufferedReader) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
     return sorted((path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)), reverse=True)
@@ -183,75 +131,6 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint as plain data on the CPU: ours, the reference's, a bare state dict, or safetensors.
-
-    Raises:
-        CheckpointError: missing, damaged, or in need of code that will not be run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: is damaged or no safetensors file ({error})") from None
-    if zipfile.is_zipfile(path):
-        verify(path)
-    try:
-        with torch.serialization.safe_globals(_PLAIN_GLOBALS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
-        raise CheckpointError(f"{path}: not loaded, since it is damaged or holds code: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: is damaged or no checkpoint ({type(error).__name__}: {error})") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary of weights")
-    return state
-
-
-def _named_global(message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    return f"it asks for {found.group(1)}, which is not allowed" if found else message
-
-
-def stored_weights(state: dict) -> dict[str, dict[str, Tensor]]:
-    """The state dicts in a checkpoint by label, ``raw`` and ``ema``, wrappers' prefixes removed."""
-    found = {
-        "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
-        "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
-    }
-    if not any(found.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
-        found["raw"] = state  # bare
-    return {
-        label: {
-            _WRAPPERS.sub("", name): value
-            for name, value in weights.items()
-            if isinstance(name, str) and isinstance(value, Tensor)
-        }
-        for label, weights in found.items()
-        if weights
-    }
-
-
-def choose_weights(state: dict, weights: str, path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """The label and the state dict of ``raw``, ``ema`` or ``auto``: the average where there is one.
-
-    Raises:
-        CheckpointError: the checkpoint has none of these.
-    """
-    stored = stored_weights(state)
-    label = weights if weights != "auto" else "ema" if "ema" in stored else "raw"
-    if label not in stored:
-        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(map(str, state))}")
-    return label, stored[label]
-
-
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
     """Fill a model from a file of the same family: another input size and another number of classes are fine.
 
@@ -261,7 +140,7 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
 
     Args:
         model: of ``models``.
-        weights: ``raw``, ``ema``, or ``auto`` for the average where the file has one.
+        weights: ``raw``, ``ema``, or ``auto`` for those with the best accuracy in training (see ``preferred_weights``).
 
     Raises:
         CheckpointError: the file cannot be read, or is of another model; the text names the nearest one.

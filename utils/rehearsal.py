@@ -9,9 +9,10 @@ from itertools import islice, repeat
 
 import torch
 
-from utils.checkpoint import checkpoint_path, read_checkpoint
+from utils.checkpoint import checkpoint_path
 from utils.distributed import on_main, sum_over_processes
 from utils.engine import Meter, Trainer, evaluate, format_duration
+from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from yacs.config import CfgNode
 from models import create_model
 from models.swin import SwinTransformer
 from utils import checkpoint
-from utils.checkpoint import CheckpointError, load_weights, newest_whole_checkpoint, read_checkpoint, save_checkpoint, verify
+from utils.checkpoint import load_weights, newest_whole_checkpoint, save_checkpoint
+from weights.reader import CheckpointError, read_checkpoint, verify
 
 
 def toy(**options):

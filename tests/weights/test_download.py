@@ -1,0 +1,151 @@
+"""Downloads against a server on this machine."""
+
+import hashlib
+import http.server
+import io
+import multiprocessing
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from weights.download import cached_path, fetch, is_url
+from weights.reader import CheckpointError, read_checkpoint
+
+
+def checkpoint_bytes() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model": {"weight": torch.arange(4096.0)}}, buffer)
+    return buffer.getvalue()
+
+
+GOOD = checkpoint_bytes()
+BODIES = {
+    "page": b"<!DOCTYPE html><html><body>Please log in</body></html>",
+    "damaged": GOOD[:900] + bytes([GOOD[900] ^ 1]) + GOOD[901:],
+    "text": b"no weights",
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        name = self.path.split("?")[0].strip("/").split("/")[-1]
+        body = BODIES.get(name, GOOD)
+        if name == "missing":
+            self.send_error(404, "Not Found")
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cut = name == "cut" or (name == "once" and self.server.requests.count(self.path) == 1)
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}/f"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def names(path):
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+def test_a_file_is_downloaded_once_and_its_sha256_is_recorded(server, tmp_path):
+    first = fetch(f"{server.url}/good/?dl=1", "toy")
+    assert first == tmp_path / "cache/hub/checkpoints/toy.pth"
+    assert first.read_bytes() == GOOD
+    assert first.with_name("toy.pth.sha256").read_text().split()[0] == hashlib.sha256(GOOD).hexdigest()
+    assert fetch(f"{server.url}/good/?dl=1", "toy") == first
+    assert len(server.requests) == 1
+    assert torch.equal(read_checkpoint(first)["model"]["weight"], torch.arange(4096.0))
+
+
+def test_a_url_without_a_name_has_a_file_of_its_own(server):
+    assert cached_path("https://a.org/f/1/?dl=1") != cached_path("https://a.org/f/2/?dl=1")
+    assert cached_path("https://a.org/swin.safetensors").suffix == ".safetensors"
+    assert fetch(f"{server.url}/good.pth").name.startswith("good-")
+    assert is_url("https://a.org/x")
+    assert not is_url("flatten_swin_t")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing", "the server answered 404"),
+        ("page", "the server sent an HTML page"),
+        ("text", "the server sent no weight file"),
+        ("cut", f"the connection was cut after {len(GOOD) // 2} of {len(GOOD)} bytes"),
+        ("damaged", "the downloaded file is damaged"),
+    ],
+)
+def test_what_is_no_whole_checkpoint_leaves_no_file_and_says_where_to_put_one(server, name, reason):
+    url = f"{server.url}/{name}"
+    with pytest.raises(CheckpointError) as caught:
+        fetch(url, name)
+    message = str(caught.value)
+    assert message.startswith(url)
+    assert reason in message
+    path = cached_path(url, name)
+    assert f"save it as {path}" in message
+    assert names(path) == [f"{name}.pth.lock"]
+
+
+def test_a_cut_download_starts_again(server):
+    with pytest.raises(CheckpointError, match="the connection was cut"):
+        fetch(f"{server.url}/once", "toy")
+    assert fetch(f"{server.url}/once", "toy").read_bytes() == GOOD
+
+
+def test_no_network_names_the_url_and_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x: cannot be downloaded .*save it as .*toy\.pth"):
+        fetch("http://127.0.0.1:9/x", "toy")
+
+
+def test_a_file_put_there_by_hand_is_used(server):
+    path = cached_path(f"{server.url}/page", "toy")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(GOOD)
+    assert fetch(f"{server.url}/page", "toy") == path
+    assert server.requests == []
+
+
+def test_a_file_that_has_changed_since_its_download_is_refused(server):
+    path = fetch(f"{server.url}/good", "toy")
+    path.write_bytes(GOOD + b" ")
+    with pytest.raises(CheckpointError, match="was recorded at its first download"):
+        fetch(f"{server.url}/good", "toy")
+    path.unlink()
+    assert fetch(f"{server.url}/good", "toy").read_bytes() == GOOD
+
+
+def test_several_processes_download_once(server):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=fetch, args=(f"{server.url}/good", "toy")) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert len(server.requests) == 1
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="another cache folder with TORCH_HOME"):
+        fetch(f"{server.url}/good", "toy")

@@ -1,0 +1,165 @@
+"""Download weight files once, into the cache that torch.hub uses."""
+
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from tqdm import tqdm
+
+from weights.reader import CheckpointError, sha256, verify
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 30.0  # of connecting, and of each read
+SECONDS_BETWEEN_LINES = 30.0
+_BLOCK = 1 << 20  # bytes
+# First bytes of the accepted formats: zip (torch.save), pickle and tar (torch.save before 1.6), safetensors (JSON header).
+_SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
+_TAR_MAGIC = (b"ustar", 257)
+
+
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def cache_folder() -> Path:
+    """Folder of downloaded weight files: ``checkpoints`` of torch.hub's cache (TORCH_HOME)."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def cached_path(url: str, name: str = "") -> Path:
+    """Where the file of a URL is cached.
+
+    Args:
+        name: file name without suffix; when not given, it derives from the URL.
+    """
+    parts = urlsplit(url)
+    last = Path(parts.path).name
+    suffix = Path(last).suffix if Path(last).suffix in (".pth", ".pt", ".safetensors", ".tar", ".bin") else ".pth"
+    if not name:
+        stem = re.sub(r"[^\w.-]", "_", last.removesuffix(suffix)) or parts.hostname or "weights"
+        name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"  # two URLs may end in the same name
+    return cache_folder() / f"{name}{suffix}"
+
+
+def fetch(url: str, name: str = "") -> Path:
+    """Path of a URL's file in the cache, downloaded if it is not there yet.
+
+    The download goes to a temporary name and is renamed when it is complete; an interrupted one starts again. Its sha256
+    is recorded beside it and compared at every later call. Of several processes, one downloads and the others wait.
+
+    Args:
+        url: http or https.
+        name: file name in the cache, without suffix; derived from the URL when not given.
+
+    Raises:
+        CheckpointError: no network, an error of the server, an incomplete file, a file that is no checkpoint, a sha256
+            that differs from the recorded one. The message names the URL and where to put a file downloaded by hand.
+    """
+    path = cached_path(url, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if not path.is_file():
+                _download(url, path)
+            _compare_digest(url, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or choose another cache folder with TORCH_HOME"
+        ) from None
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Exclusive over the processes of a machine; without effect where the file system has no locks."""
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(url: str, path: Path) -> None:
+    for stale in path.parent.glob(f"{path.name}.*.incomplete"):
+        stale.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+    by_hand = f"; or download it with a browser and save it as {path}"
+    logger.info("downloading %s to %s", url, path)
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "flatten-transformer"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response, open(temporary, "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            received = _copy(response, file, total, path.name)
+            file.flush()
+            os.fsync(file.fileno())
+        if total and received < total:
+            raise CheckpointError(f"{url}: the connection was cut after {received} of {total} bytes; run it again{by_hand}")
+        _check_format(url, temporary, by_hand)
+        os.replace(temporary, path)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the address{by_hand}") from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise CheckpointError(f"{url}: cannot be downloaded ({reason}); check the network and run it again{by_hand}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(response, file, total: int, title: str) -> int:
+    """Copy a response to a file, with a bar on a terminal and plain lines in a log. Returns the bytes received."""
+    received, last = 0, time.monotonic()
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total or None, desc=title, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+        while block := response.read(_BLOCK):
+            file.write(block)
+            received += len(block)
+            bar.update(len(block))
+            if hidden and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                logger.info("%s: %.0f of %.0f MiB", title, received / 2**20, total / 2**20)
+    return received
+
+
+def _check_format(url: str, path: Path, by_hand: str) -> None:
+    """Refuse what is no weight file, such as the HTML page of a login form or of a moved file."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    magic, offset = _TAR_MAGIC
+    if not _SIGNATURES.match(head) and head[offset : offset + len(magic)] != magic:
+        kind = "an HTML page" if head.lstrip()[:1] == b"<" else "no weight file"
+        raise CheckpointError(f"{url}: the server sent {kind} ({path.stat().st_size} bytes); check the address{by_hand}")
+    if zipfile.is_zipfile(path) or head.startswith(b"PK"):
+        try:
+            verify(path)
+        except CheckpointError:
+            raise CheckpointError(f"{url}: the downloaded file is damaged; run it again{by_hand}") from None
+
+
+def _compare_digest(url: str, path: Path) -> None:
+    """Record the sha256 of a new file, and compare it with the recorded one later."""
+    record, digest = path.with_name(path.name + ".sha256"), sha256(path)
+    if not record.is_file():
+        record.write_text(f"{digest}  {path.name}\n")
+        logger.info("%s: sha256 %s recorded", path, digest)
+        return
+    recorded = record.read_text().split(maxsplit=1)[0]
+    if recorded != digest:
+        raise CheckpointError(
+            f"{path}: its sha256 is {digest}, but {recorded} was recorded at its first download from {url}; the file has "
+            f"changed. Delete it to download it again, and {record.name} too if the new file is meant"
+        )

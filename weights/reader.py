@@ -1,0 +1,159 @@
+"""Read weight files without running any code that they contain.
+
+Formats: checkpoints of this project and of the reference, timm-style files, bare state dicts, safetensors.
+"""
+
+import argparse
+import codecs
+import collections
+import hashlib
+import io
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WEIGHTS = ("raw", "ema", "auto")
+METADATA_KEY = "flatten"  # safetensors metadata entry with config, class names and other plain data, as JSON
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+# Types other than tensors in released files. All are plain data: the reference's config (a yacs CfgNode, read as a
+# dictionary), timm's arguments (a Namespace), accuracies as numpy scalars under their names in numpy 1 and 2.
+_PLAIN_GLOBALS = [
+    (collections.OrderedDict, "yacs.config.CfgNode"),
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    codecs.encode,
+]
+
+
+class CheckpointError(ValueError):
+    """A weight file that is missing, damaged, unsafe or of another model. The message names the file and the remedy."""
+
+
+def verify(path: Path) -> None:
+    """Read a zip-based checkpoint completely and compare its checksums.
+
+    Raises:
+        CheckpointError: damaged. ``torch.load`` alone accepts flipped bits in tensor data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged or no checkpoint ({error})") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: is damaged: {damaged} fails its checksum")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: io.BufferedReader) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a weight file as plain data on the CPU.
+
+    Returns:
+        The dictionary of the file. For safetensors files: the tensors, or where the file has this project's metadata,
+        ``{"model": tensors, ...}`` with the metadata's entries.
+
+    Raises:
+        CheckpointError: missing, damaged, or in need of code that will not be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if zipfile.is_zipfile(path):
+        verify(path)
+    try:
+        with torch.serialization.safe_globals(_PLAIN_GLOBALS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
+        raise CheckpointError(f"{path}: not loaded, since it is damaged or holds code: {reason}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: is damaged or no checkpoint ({type(error).__name__}: {error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+        described = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: is damaged or no safetensors file ({error})") from None
+    return {"model": tensors, **described} if isinstance(described, dict) else tensors
+
+
+def _named_global(message: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", message)
+    return f"it asks for {found.group(1)}, which is not allowed" if found else message
+
+
+def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
+    """State dicts of a checkpoint by label, ``raw`` and ``ema``, with the prefixes of DDP and torch.compile removed."""
+    found = {
+        "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
+        "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
+    }
+    if not any(found.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
+        found["raw"] = state  # a bare state dict
+    return {
+        label: {
+            _WRAPPERS.sub("", name): value
+            for name, value in weights.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        for label, weights in found.items()
+        if weights
+    }
+
+
+def preferred_weights(state: Mapping) -> str:
+    """Label that ``auto`` selects: the weights with the best accuracy, as training recorded; else ema where present."""
+    stored = stored_weights(state)
+    best = state.get("best")
+    recorded = best.get("weights") if isinstance(best, dict) else None
+    if recorded in stored:
+        return recorded
+    return "ema" if "ema" in stored else "raw"
+
+
+def choose_weights(state: Mapping, weights: str, path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Label and state dict of ``raw``, ``ema`` or ``auto`` (see ``preferred_weights``).
+
+    Raises:
+        CheckpointError: the checkpoint lacks these weights.
+    """
+    stored = stored_weights(state)
+    label = preferred_weights(state) if weights == "auto" else weights
+    if label not in stored:
+        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(map(str, state))}")
+    return label, stored[label]
