@@ -4,6 +4,7 @@ Every key, its default and its meaning stand in ``_defaults``, once.
 """
 
 import ast
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -34,22 +35,22 @@ def _defaults() -> CfgNode:
     cfg.DATA.MAX_UNREADABLE = 100  # of skip and replace: so many a process may meet before the run ends
     cfg.DATA.BATCH_SIZE = 128  # images per process and forward pass
     cfg.DATA.GLOBAL_BATCH_SIZE = 0  # images per update, over as many forward passes as it takes; 0: see ACCUMULATION_STEPS
-    cfg.DATA.IMG_SIZE = 224  # pixels
-    cfg.DATA.INTERPOLATION = "bicubic"  # bicubic, bilinear, or random (training only)
+    cfg.DATA.IMG_SIZE = 224  # input size in pixels: one number for a square, or [height, width]
+    cfg.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic, bilinear, or random (in training; evaluation: bilinear)
     cfg.DATA.MEAN = IMAGENET_MEAN  # per channel, of values in [0, 1]
     cfg.DATA.STD = IMAGENET_STD  # likewise
-    cfg.DATA.NUM_WORKERS = 8  # loader processes per training process
+    cfg.DATA.NUM_WORKERS = 8  # loader processes per training process; at most its share of the machine's cores is used
     cfg.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to a GPU
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.TYPE = "flatten_swin"  # the family, see models/registry.py
     cfg.MODEL.NAME = "flatten_swin_t"  # names the run's folder
-    cfg.MODEL.NUM_CLASSES = 1000  # must be that of the data
+    cfg.MODEL.NUM_CLASSES = 1000  # number of classes; must be that of the data
     cfg.MODEL.DROP_RATE = 0.0  # dropout of embeddings, projections and MLPs
     cfg.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; grows from 0 over the network
     cfg.MODEL.LABEL_SMOOTHING = 0.1  # share of the target given to all classes alike
-    cfg.MODEL.RESUME = ""  # checkpoint to go on from, or to evaluate (--resume)
-    cfg.MODEL.PRETRAINED = ""  # checkpoint whose weights alone are the start (--pretrained)
+    cfg.MODEL.RESUME = ""  # checkpoint to resume from, or to evaluate: a file, a run's folder, a URL or a released model's name
+    cfg.MODEL.PRETRAINED = ""  # checkpoint whose weights training starts from; given like RESUME (--pretrained)
 
     cfg.MODEL.SWIN = CfgNode()
     cfg.MODEL.SWIN.PATCH_SIZE = 4  # pixels
@@ -76,23 +77,23 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.WARMUP_EPOCHS = 20  # linear from WARMUP_LR; the schedule runs beneath, so they are no extra epochs
     cfg.TRAIN.COOLDOWN_EPOCHS = 0  # extra epochs at MIN_LR at the end
     cfg.TRAIN.BASE_LR = 5e-4  # the three rates are per 512 images of the global batch
-    cfg.TRAIN.RECIPE_BATCH_SIZE = 1024  # images per update that the recipe was made with; the log warns of others
+    cfg.TRAIN.RECIPE_BATCH_SIZE = 0  # images per update that the recipe was made for; 0: 8 processes of the file's BATCH_SIZE
     cfg.TRAIN.WARMUP_LR = 5e-7  # at the first update
     cfg.TRAIN.MIN_LR = 5e-6  # at the end
     cfg.TRAIN.WEIGHT_DECAY = 0.05  # of matrices and kernels; norms, biases and relative-position tables have none
     cfg.TRAIN.LAYER_DECAY = 1.0  # a layer's learning rate over that of the layer behind it; 1: all have the same
     cfg.TRAIN.HEAD_LR_SCALE = 1.0  # the head's learning rate over what it would be
     cfg.TRAIN.FREEZE_BACKBONE = False  # train the head alone (linear probe), on features as in evaluation
-    cfg.TRAIN.CLIP_GRAD = 5.0  # L2 norm of all gradients; 0 for no clipping
+    cfg.TRAIN.CLIP_GRAD = 5.0  # maximum L2 norm of all gradients together; None or 0: no clipping
     cfg.TRAIN.ACCUMULATION_STEPS = 0  # forward passes per update; 0 and 1 mean one
     cfg.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory (--use-checkpoint)
     cfg.TRAIN.COMPILE = False  # torch.compile
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint of the output folder
 
     cfg.TRAIN.LR_SCHEDULER = CfgNode()
-    cfg.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine, linear or step
-    cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # of step: every so often ...
-    cfg.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # ... times this
+    cfg.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine (to MIN_LR), linear (to 1 % of BASE_LR, as the reference) or step
+    cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
+    cfg.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: factor of each decay, in (0, 1]
 
     cfg.TRAIN.OPTIMIZER = CfgNode()
     cfg.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw or sgd
@@ -123,7 +124,11 @@ def _defaults() -> CfgNode:
     cfg.EMA.FORCE_CPU = False  # keep it in host memory (--model-ema-force-cpu)
 
     cfg.TEST = CfgNode()
-    cfg.TEST.CROP = True  # resize to int(256 / 224 * IMG_SIZE) square and take the centre; False: straight to IMG_SIZE
+    cfg.TEST.CROP = True  # the reference's switch: False means CROP_MODE none
+    cfg.TEST.CROP_MODE = "squash"  # resize to IMG_SIZE / CROP_PCT, then centre crop: squash (both sides, whatever the image's
+    # aspect ratio; published numbers were measured so) or short (the shorter side, keeping it); none: resize to IMG_SIZE
+    cfg.TEST.CROP_PCT = 0.875  # share of the resized image's side that the centre crop keeps, as in timm; in (0, 1]
+    cfg.TEST.INTERPOLATION = ""  # bicubic or bilinear; "": as DATA.INTERPOLATION
     cfg.TEST.BATCH_SIZE = 0  # images per process; 0 for DATA.BATCH_SIZE
     cfg.TEST.CLASS_MAP = ""  # --eval on other classes than the model's: imagenet for -A, -R, -V2 and -Sketch, or a file
     cfg.TEST.REAL_LABELS = ""  # --eval with ImageNet's ReaL labels too: their real.json
@@ -143,20 +148,59 @@ def _defaults() -> CfgNode:
     return cfg
 
 
-# Keys of the reference that select nothing here: taken at the value that they have there, and dropped.
+# Keys of the reference that have no effect here; accepted at their default value and ignored.
 _REFERENCE_ONLY = {
     "AMP_OPT_LEVEL": "",
     "EVAL_MODE": False,
     "THROUGHPUT_MODE": False,
     "LOCAL_RANK": 0,
     "MODEL.SWIN.APE": False,
+    "MODEL.SWIN.DEPTHS_LR": [2, 2, 2, 2],
     "MODEL.SWIN.IN_CHANS": 3,
     "MODEL.SWIN.QK_SCALE": None,
     "TRAIN.START_EPOCH": 0,
 }
 
+MODEL_TYPES = (
+    "flatten_swin",
+    *(f"flatten_pvt_{size}" for size in ("tiny", "small", "medium", "large")),
+    *(f"flatten_pvt_v2_b{size}" for size in range(6)),
+    "FLatten_CSWin_64_24181_tiny_224",
+    "FLatten_CSWin_64_24322_small_224",
+    "FLatten_CSWin_96_36292_base_224",
+    "FLatten_CSWin_96_36292_base_384",
+    *(f"flatten_deit_{size}" for size in "tsb"),
+)
+# Keys of one family alone -> how its MODEL.TYPE begins. Another family refuses them at other values than the default.
+_FAMILY_KEYS = {
+    "MODEL.SWIN.": "flatten_swin",
+    "MODEL.LA.PVT_LA_SR_RATIOS": "flatten_pvt",
+    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": "FLatten_CSWin",
+}
+# Keys that hold a path: ~ is expanded.
+_PATHS = ("DATA.DATA_PATH", "DATA.INDEX_CACHE", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
+_PATHS += ("TEST.CLASS_MAP", "TEST.REAL_LABELS")
+# What people type -> the key that they mean.
+_ALIASES = {
+    "LR": "TRAIN.BASE_LR",
+    "LEARNING_RATE": "TRAIN.BASE_LR",
+    "WD": "TRAIN.WEIGHT_DECAY",
+    "WORKERS": "DATA.NUM_WORKERS",
+    "NUM_WORKERS": "DATA.NUM_WORKERS",
+    "CLASSES": "MODEL.NUM_CLASSES",
+    "INPUT_SIZE": "DATA.IMG_SIZE",
+    "RESOLUTION": "DATA.IMG_SIZE",
+    "DROP_PATH": "MODEL.DROP_PATH_RATE",
+    "SMOOTHING": "MODEL.LABEL_SMOOTHING",
+    "CLIP": "TRAIN.CLIP_GRAD",
+}
+
 _CHOICES = {
+    "MODEL.TYPE": MODEL_TYPES,
+    "MODEL.LA.KIND": ("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
     "DATA.DATASET": ("imagenet",),
+    "TEST.CROP_MODE": ("squash", "short", "none"),
+    "TEST.INTERPOLATION": ("", "bicubic", "bilinear"),
     "DATA.CACHE_MODE": ("no", "full", "part"),
     "DATA.UNREADABLE": ("error", "skip", "replace"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
@@ -171,7 +215,7 @@ _CHOICES = {
 # Key -> smallest and largest legal value.
 _RANGES = {
     **dict.fromkeys(
-        ("DATA.BATCH_SIZE", "DATA.IMG_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "PRINT_FREQ", "SAVE_FREQ"),
+        ("DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "PRINT_FREQ", "SAVE_FREQ"),
         (1, float("inf")),
     ),
     **dict.fromkeys(
@@ -201,7 +245,13 @@ _RANGES = {
     "MODEL.LA.FOCUSING_FACTOR": (1, float("inf")),
     "AUG.COLOR_JITTER": (0, float("inf")),
     "TRAIN.OPTIMIZER.MOMENTUM": (0, 1),
+    "TRAIN.OPTIMIZER.EPS": (0, float("inf")),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": (1e-9, 1),
+    "TEST.CROP_PCT": (0.01, 1),
+    "MODEL.SWIN.EMBED_DIM": (1, float("inf")),
+    "MODEL.SWIN.MLP_RATIO": (0.01, float("inf")),
 }
+REFERENCE_PROCESSES = 8  # GPUs that the reference's recipes were made for
 
 
 def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) -> CfgNode:
@@ -218,10 +268,49 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
     cfg = _defaults()
     for file in [path] if isinstance(path, (str, Path)) else path:
         _merge_file(cfg, Path(file), chain=())
+    return _complete(cfg, opts)
+
+
+def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:
+    """The configuration that a checkpoint carries, completed, validated and frozen.
+
+    Keys that are unknown here (of another version or of the reference) are ignored. RESUME and PRETRAINED are emptied:
+    they describe how that run began.
+
+    Args:
+        tree: nested dictionaries.
+        opts: key, value, key, value ... that override them.
+        source: file, for messages.
+        sections: beginnings of the keys to take; none given: all.
+
+    Raises:
+        ConfigError: an illegal value.
+    """
+    cfg = _defaults()
+    known = flatten(cfg).keys() - {"BASE", "MODEL.RESUME", "MODEL.PRETRAINED"}
+    for key, value in flatten(tree).items():
+        if key in known and key.startswith(tuple(sections) or ""):
+            _set(cfg, key, value, source)
+    return _complete(cfg, opts)
+
+
+def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
+    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before the command line: it is the file's batch that the recipe was made for
+        cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
-    cfg.BASE = [""]  # they are merged: the dump of this config stands alone
+    cfg.BASE = [""]  # BASE files are merged: the dump of this config stands alone
+    for key in _PATHS:
+        section, _, leaf = key.rpartition(".")
+        node = _section(cfg, section)
+        node[leaf] = os.path.expanduser(node[leaf])
     _validate(cfg)
     cfg.freeze()
+    return cfg
+
+
+def _section(cfg: CfgNode, dotted: str) -> CfgNode:
+    for name in filter(None, dotted.split(".")):
+        cfg = cfg[name]
     return cfg
 
 
@@ -241,6 +330,17 @@ def to_dict(cfg: Mapping) -> dict:
     return {key: to_dict(value) if isinstance(value, Mapping) else value for key, value in cfg.items()}
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML; a key given twice in one section is an error, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a config is a YAML file; its name ends in .yaml or .yml")
@@ -248,7 +348,7 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a circle: {' -> '.join(str(p) for p in (*chain, path))}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except OSError as error:
         asked = f" (BASE of {chain[-1]})" if chain else ""
         raise ConfigError(f"{path}{asked}: cannot be read: {error.strerror}") from None
@@ -277,10 +377,15 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
 
 
 def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
-    if len(opts) % 2:
-        raise ConfigError(f"--opts: {opts[-1]!r} has no value; give KEY VALUE pairs")
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _set(cfg, str(key), value, "--opts")
+    """Set ``KEY VALUE`` or ``KEY=VALUE`` pairs."""
+    words = list(opts)
+    while words:
+        key, joined, value = str(words.pop(0)).partition("=")
+        if not joined:
+            if not words:
+                raise ConfigError(f"--opts: {key!r} has no value; give KEY VALUE pairs")
+            value = words.pop(0)
+        _set(cfg, key, value, "--opts")
 
 
 def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
@@ -300,11 +405,15 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
 
 
 def _nearest(key: str, cfg: CfgNode) -> str:
-    known = list(flatten(cfg))
-    # A wrong section with the right last name is nearer than anything spelt alike.
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    matches = get_close_matches(key, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
-    return f": did you mean {matches[0]}?" if matches else ""
+    known = {name.upper(): name for name in flatten(cfg)}
+    asked = key.upper().lstrip("-").replace("-", "_")
+    leaf = asked.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    if leaf in _ALIASES and not same_leaf:
+        return f": did you mean {_ALIASES[leaf]}?"
+    # A wrong section with the right last name is nearer than anything with a similar spelling.
+    matches = get_close_matches(asked, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
+    return f": did you mean {known[matches[0]]}?" if matches else ""
 
 
 def _literal(value: object) -> object:
@@ -320,6 +429,12 @@ def _literal(value: object) -> object:
 def _convert(value: object, default: object, key: str, source: str) -> object:
     """``value`` in the type of the key's default."""
     literal = _literal(value)
+    if literal is None and key in _MAY_BE_NONE:
+        return None
+    if key in _MAY_BE_PAIR and isinstance(literal, (list, tuple)):
+        return [_convert(item, 0, key, source) for item in literal]
+    if isinstance(default, list) and key in _MAY_BE_PAIR:
+        default = 0  # an earlier file gave a pair
     if isinstance(default, bool):
         if isinstance(literal, bool):
             return literal
@@ -329,11 +444,9 @@ def _convert(value: object, default: object, key: str, source: str) -> object:
     elif isinstance(default, int):
         if isinstance(literal, int) and not isinstance(literal, bool):
             return literal
-    elif isinstance(default, float):
+    elif isinstance(default, float) or key == "TRAIN.CLIP_GRAD":
         if isinstance(literal, (int, float)) and not isinstance(literal, bool):
             return float(literal)
-    elif literal is None and key in _MAY_BE_NONE:
-        return None
     elif isinstance(literal, (list, tuple)):  # default: a list, or None where a list may stand
         kind = default[0] if default else 0.0
         return [_convert(item, kind, key, source) for item in literal]
@@ -341,26 +454,49 @@ def _convert(value: object, default: object, key: str, source: str) -> object:
     raise ConfigError(f"{source}: {key}={value!r} is {type(literal).__name__}; give {expected}, such as {default!r}")
 
 
-_MAY_BE_NONE = ("AUG.CUTMIX_MINMAX",)
+_MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
+_MAY_BE_PAIR = ("DATA.IMG_SIZE",)
 
 
 def _validate(cfg: CfgNode) -> None:
     leaves = flatten(cfg)
     for key, choices in _CHOICES.items():
         if leaves[key] not in choices:
-            raise ConfigError(f"{key}={leaves[key]!r}: choose one of {', '.join(choices)}")
+            near = get_close_matches(leaves[key], choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{key}={leaves[key]!r}: choose one of {', '.join(filter(None, choices))}{hint}")
     for key, (low, high) in _RANGES.items():
-        if not low <= leaves[key] <= high:
+        if leaves[key] is not None and not low <= leaves[key] <= high:
             raise ConfigError(f"{key}={leaves[key]!r}: give a number from {low} to {high}")
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(f"{key}={leaves[key]!r}: it names a folder; give it a name without slashes")
+    _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)
 
 
+def image_size(cfg: CfgNode) -> tuple[int, int]:
+    """DATA.IMG_SIZE as (height, width)."""
+    size = cfg.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _validate_sizes(cfg: CfgNode) -> None:
+    size = cfg.DATA.IMG_SIZE
+    if (not isinstance(size, int) and len(size) != 2) or min(image_size(cfg)) < 1:
+        raise ConfigError(f"DATA.IMG_SIZE={size}: give one number of pixels, or [height, width]")
+    if not cfg.TEST.CROP and cfg.TEST.CROP_MODE == "short":
+        raise ConfigError("TEST.CROP=False: means TEST.CROP_MODE none, but TEST.CROP_MODE=short; give one of them")
+
+
 def _validate_model(cfg: CfgNode) -> None:
     linear, swin_keys = cfg.MODEL.LA, cfg.MODEL.SWIN
+    defaults = flatten(_defaults())
+    for key, value in flatten(cfg).items():
+        family = next((family for start, family in _FAMILY_KEYS.items() if key.startswith(start)), None)
+        if family is not None and not cfg.MODEL.TYPE.startswith(family) and value != defaults[key]:
+            raise ConfigError(f"{key}={value!r}: has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
     if linear.KERNEL_SIZE % 2 == 0:
         raise ConfigError(
             f"MODEL.LA.KERNEL_SIZE={linear.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
@@ -376,6 +512,8 @@ def _validate_model(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={linear.CSWIN_LA_SPLIT_SIZE!r}: give a number a stage, as in 56-28-14-7"
         )
+    if not swin_keys.DEPTHS or min(swin_keys.DEPTHS) < 1:
+        raise ConfigError(f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS}: give the number of blocks per stage, each at least 1")
     if len(swin_keys.DEPTHS) != len(swin_keys.NUM_HEADS):
         raise ConfigError(
             f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS} and MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: "
@@ -410,8 +548,9 @@ def _validate_recipe(cfg: CfgNode) -> None:
     for key in ("SCALE", "RATIO"):
         if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
             raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give the smallest and the largest, above 0")
-    if cfg.AUG.CUTMIX_MINMAX is not None and len(cfg.AUG.CUTMIX_MINMAX) != 2:
-        raise ConfigError(f"AUG.CUTMIX_MINMAX={cfg.AUG.CUTMIX_MINMAX}: give the smallest and the largest share, or None")
+    minmax = cfg.AUG.CUTMIX_MINMAX
+    if minmax is not None and not (len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1):
+        raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [smallest, largest], 0 < smallest < largest <= 1, or None")
     betas = cfg.TRAIN.OPTIMIZER.BETAS
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers of at least 0 and below 1")

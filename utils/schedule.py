@@ -7,12 +7,18 @@ from yacs.config import CfgNode
 
 from utils.config import ConfigError
 
+LINEAR_END = 0.01  # share of the base rate at which the linear schedule ends
 REFERENCE_BATCH = 512  # images that TRAIN.BASE_LR, WARMUP_LR and MIN_LR are given for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, a decay that runs as if there had been none, then ``min_lr``. Lengths are in updates."""
+    """Linear warm-up, then a decay; after ``num_updates`` the rate stays where the decay ended. Lengths are in updates.
+
+    cosine: to ``min_lr``, computed as if there had been no warm-up. linear: from the end of the warm-up to
+    ``LINEAR_END`` of ``base_lr``, as the reference (``min_lr`` plays no part). step: ``base_lr`` times ``decay_rate`` for
+    every ``decay_updates``.
+    """
 
     name: str
     base_lr: float
@@ -20,22 +26,24 @@ class Schedule:
     min_lr: float
     num_updates: int
     warmup_updates: int = 0
-    decay_updates: int = 1  # of "step"
+    decay_updates: int = 1  # step only
     decay_rate: float = 0.1
 
     def __call__(self, update: int) -> float:
         """Learning rate of one update, counted from 0."""
         if update < self.warmup_updates:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * update / self.warmup_updates
+        if self.name == "step":
+            return self.base_lr * self.decay_rate ** (update // self.decay_updates)
+        if self.name == "linear":
+            if update >= self.num_updates:
+                return LINEAR_END * self.base_lr
+            progress = (update - self.warmup_updates) / (self.num_updates - self.warmup_updates)
+            return self.base_lr * (1 - (1 - LINEAR_END) * progress)
         if update >= self.num_updates:
             return self.min_lr
-        if self.name == "cosine":
-            progress = update / self.num_updates
-            return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
-        if self.name == "linear":
-            progress = (update - self.warmup_updates) / (self.num_updates - self.warmup_updates)
-            return self.base_lr + (self.min_lr - self.base_lr) * progress
-        return self.base_lr * self.decay_rate ** (update // self.decay_updates)
+        progress = update / self.num_updates
+        return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
 def accumulation_steps(cfg: CfgNode, world_size: int) -> int:

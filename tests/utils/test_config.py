@@ -5,8 +5,10 @@ import pytest
 import yaml
 
 from models import build_model
+from models.linear_attention import KINDS
+from models.registry import BUILDERS
 from tests.conftest import CONFIGS
-from utils.config import ConfigError, flatten, load_config
+from utils.config import _CHOICES, ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [path for folder in ("data", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
@@ -129,6 +131,26 @@ MODEL:
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give one of --resume and --pretrained"),
         ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: follows from"),
         ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
+        ("", ["train.epochs", "3"], "unknown key train.epochs: did you mean TRAIN.EPOCHS"),
+        ("", ["TRAIN.LR", "3"], "unknown key TRAIN.LR: did you mean TRAIN.BASE_LR"),
+        ("", ["TRAIN.EPOCHS=many"], "TRAIN.EPOCHS='many' is str"),
+        ("", ["TRAIN.EPOCHS=2", "SEED"], "'SEED' has no value"),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN: {EPOCHS: 4}", [], "the key TRAIN is given twice"),
+        ("TRAIN: {EPOCHS: 3, EPOCHS: 4}", [], "the key EPOCHS is given twice"),
+        ("MODEL: {SWIN: {DEPTHS: [0, 0, 0], NUM_HEADS: [1, 1, 1]}}", [], "MODEL.SWIN.DEPTHS=[0, 0, 0]"),
+        ("MODEL: {LA: {KIND: fokused}}", [], "choose one of focused"),
+        ("MODEL: {TYPE: flaten_swin}", [], "did you mean 'flatten_swin'"),
+        ("MODEL: {TYPE: flatten_pvt_tiny, SWIN: {EMBED_DIM: 48}}", [], "has no effect with MODEL.TYPE=flatten_pvt_tiny"),
+        ("MODEL: {LA: {CSWIN_LA_SPLIT_SIZE: 7-7-7-7}}", [], "has no effect with MODEL.TYPE=flatten_swin"),
+        ("TRAIN: {LR_SCHEDULER: {DECAY_RATE: -1}}", [], "TRAIN.LR_SCHEDULER.DECAY_RATE=-1.0"),
+        ("TRAIN: {OPTIMIZER: {EPS: -1}}", [], "TRAIN.OPTIMIZER.EPS=-1.0"),
+        ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
+        ("AUG: {CUTMIX_MINMAX: [1, 2]}", [], "AUG.CUTMIX_MINMAX=[1.0, 2.0]"),
+        ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give one of them"),
+        ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
+        ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
+        ("DATA: {IMG_SIZE: [224, 0]}", [], "give one number of pixels, or [height, width]"),
+        ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is str"),
         ("a: !!python/object/apply:os.system [echo]", [], "is no plain YAML"),
         ("- a", [], "holds list, not keys"),
     ],
@@ -151,8 +173,51 @@ def test_missing_files_and_circles_of_base_files_are_refused(tmp_path):
 
 def test_an_unknown_model_type_is_refused_and_never_evaluated(tmp_path):
     path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": "__import__('os')"}}))
-    with pytest.raises(ValueError, match="is not a model"):
-        build_model(load_config(path))
+    with pytest.raises(ConfigError, match=r"MODEL.TYPE=.*: choose one of flatten_swin"):
+        load_config(path)
+
+
+def test_the_choices_are_what_the_models_offer():
+    assert set(_CHOICES["MODEL.TYPE"]) == set(BUILDERS)
+    assert set(_CHOICES["MODEL.LA.KIND"]) == set(KINDS)
+
+
+def test_options_may_be_joined_by_an_equals_sign():
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.EPOCHS=30", "TAG", "a=b", "MODEL.SWIN.DEPTHS=[1, 1, 2, 1]"])
+    assert (cfg.TRAIN.EPOCHS, cfg.TAG, cfg.MODEL.SWIN.DEPTHS) == (30, "a=b", [1, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(160, (160, 160)), ("160", (160, 160)), ([160, 320], (160, 320)), ("[160,320]", (160, 320)), ("(160, 320)", (160, 320))],
+)
+def test_an_image_size_is_a_number_or_height_and_width(given, expected, tmp_path):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.IMG_SIZE", given])
+    assert image_size(cfg) == expected
+    again = load_config(write(tmp_path, text=cfg.dump()))
+    assert image_size(again) == expected
+    assert image_size(load_config(write(tmp_path, text=cfg.dump()), ["DATA.IMG_SIZE", 64])) == (64, 64)
+
+
+def test_the_home_directory_may_be_abbreviated(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.DATA_PATH", "~/imagenet", "OUTPUT", "~/runs", "TAG", "~"])
+    assert (cfg.DATA.DATA_PATH, cfg.OUTPUT, cfg.TAG) == ("/home/someone/imagenet", "/home/someone/runs", "~")
+
+
+def test_the_recipe_s_batch_is_that_of_the_file_on_eight_processes(tmp_path):
+    path = write(tmp_path, text="DATA: {BATCH_SIZE: 64}")
+    assert load_config(path, ["DATA.BATCH_SIZE", 16]).TRAIN.RECIPE_BATCH_SIZE == 512
+    assert load_config(write(tmp_path, text="TRAIN: {RECIPE_BATCH_SIZE: 96}")).TRAIN.RECIPE_BATCH_SIZE == 96
+
+
+def test_a_stored_config_loads_without_what_is_unknown_here_and_without_its_own_start():
+    tree = to_dict(load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.PRETRAINED", "x.pth", "TRAIN.EPOCHS", 70]))
+    tree["MODEL"]["GONE"] = 1
+    cfg = load_stored_config(tree, ["SEED", 3], source="x.pth")
+    assert (cfg.TRAIN.EPOCHS, cfg.MODEL.PRETRAINED, cfg.SEED) == (70, "", 3)
+    cfg = load_stored_config(tree, source="x.pth", sections=["MODEL."])
+    assert (cfg.TRAIN.EPOCHS, cfg.MODEL.DROP_PATH_RATE) == (300, 0.2)
 
 
 def test_every_key_is_read_somewhere():

@@ -39,9 +39,10 @@ def test_a_global_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # Warm-up 0, 5; then from 10: halfway of linear (4 of 8 left) at 6, min_lr from 10 on.
-        ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 6.0, 10: 2.0, 99: 2.0}),
-        ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 2.0}),
+        # Warm-up 0, 5, then 10. Linear ends at 1 % of 10, halfway (4 of 8 updates) at 5.05, and stays there.
+        ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 5.05, 10: 0.1, 99: 0.1}),
+        # Step goes on through the cooldown, and never jumps up to min_lr.
+        ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 1.25, 12: 0.625}),
         ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
     ],
 )
