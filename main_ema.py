@@ -1,6 +1,6 @@
-"""The name under which the paper's code trains with averaged weights: ``main.py``, to which --model-ema is a flag like any."""
+"""``main.py`` under the name that the reference gives to training with averaged weights: they are on unless turned off."""
 
 from main import main
 
 if __name__ == "__main__":
-    main()
+    main(ema=True)

@@ -1,7 +1,8 @@
 """From a config to batches on the device."""
 
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
-from data.classes import check_classes, read_class_map, read_real_labels
+from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
-from data.transforms import Erase, Normalize, Transform, create_eval_transform, create_train_transform
+from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, create_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +114,13 @@ def build_datasets(
     rank: int = 0,
     world_size: int = 1,
     share: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
+    model_classes: Sequence[str] = (),
 ) -> Datasets:
-    """Scan the splits and hold them against each other and the model, before anything costly is built.
+    """Scan the splits and compare their classes with each other and the model's, before anything costly is built.
 
     Args:
         share: gives every process what one process's scan finds.
+        model_classes: class names that the checkpoint to evaluate was trained with, by class id; () where unknown.
 
     Raises:
         DataError: missing folders, or classes that do not fit.
@@ -132,13 +135,13 @@ def build_datasets(
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = share(lambda: build_index(cfg, "val"))
     in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
-    transform = create_eval_transform(cfg.DATA.IMG_SIZE, interpolation=cfg.DATA.INTERPOLATION, crop=cfg.TEST.CROP)
-    val = ImageDataset(index, transform, in_memory=in_memory)
+    val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
         class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES)
     else:
         check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
+        check_class_names(index.classes, model_classes, cfg.DATA.DATA_PATH)
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
     logger.info(
@@ -168,6 +171,18 @@ def build_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -
     return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
 
 
+def build_preprocessing(cfg: CfgNode) -> Preprocessing:
+    """How evaluation prepares images."""
+    return Preprocessing(
+        img_size=as_pair(cfg.DATA.IMG_SIZE),
+        crop_mode=cfg.TEST.CROP_MODE if cfg.TEST.CROP else "none",
+        crop_pct=cfg.TEST.CROP_PCT,
+        interpolation=cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION,
+        mean=tuple(cfg.DATA.MEAN),
+        std=tuple(cfg.DATA.STD),
+    )
+
+
 def build_train_transform(cfg: CfgNode) -> Transform:
     """The recipe's augmentation.
 
@@ -176,7 +191,7 @@ def build_train_transform(cfg: CfgNode) -> Transform:
     """
     try:
         return create_train_transform(
-            cfg.DATA.IMG_SIZE,
+            as_pair(cfg.DATA.IMG_SIZE),
             interpolation=cfg.DATA.INTERPOLATION,
             mean=cfg.DATA.MEAN,
             scale=cfg.AUG.SCALE,
@@ -246,14 +261,24 @@ def build_mixup(cfg: CfgNode) -> StepMixup | None:
     )
 
 
+def build_num_workers(cfg: CfgNode) -> int:
+    """DATA.NUM_WORKERS, at most this process's share of the machine's cores; more would only compete for them."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cfg.DATA.NUM_WORKERS, max(cores // processes, 1))
+
+
 def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:
+    num_workers = build_num_workers(cfg)
+    if num_workers < cfg.DATA.NUM_WORKERS:
+        logger.info("%d loader workers instead of DATA.NUM_WORKERS=%d: no more cores", num_workers, cfg.DATA.NUM_WORKERS)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=cfg.DATA.NUM_WORKERS,
+        num_workers=num_workers,
         pin_memory=cfg.DATA.PIN_MEMORY and device.type == "cuda",
-        persistent_workers=cfg.DATA.NUM_WORKERS > 0,
+        persistent_workers=num_workers > 0,
     )
 
 

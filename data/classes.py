@@ -1,4 +1,4 @@
-"""Which of a model's classes a dataset's are."""
+"""Match the classes of a dataset with those of a model."""
 
 import json
 import re
@@ -26,10 +26,37 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             parts.append(f"val/ has {_shorten(extra)} besides")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     if len(val) != num_classes:
-        raise DataError(
-            f"{root}: holds {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; "
-            f"add --opts MODEL.NUM_CLASSES {len(val)}, or check --data-path"
+        remedy = (
+            f"add --opts MODEL.NUM_CLASSES {len(val)}"
+            if train is not None
+            else "add --opts TEST.CLASS_MAP with the class id of each folder (imagenet for WordNet ids)"
         )
+        raise DataError(
+            f"{root}: holds {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; {remedy}, or check --data-path"
+        )
+
+
+def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
+    """Refuse to evaluate a model on other classes than it was trained with, even if their number is the same.
+
+    Names that are mere numbers say nothing, and are not compared.
+
+    Raises:
+        DataError: class names that differ.
+    """
+    unknown = len(model_classes) != len(names) or any(list(given) == numbered(len(given)) for given in (names, model_classes))
+    if unknown or list(names) == list(model_classes):
+        return
+    first = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
+    raise DataError(
+        f"{root}: its classes are not those that the checkpoint was trained with: class {first} is {names[first]!r} here and "
+        f"{model_classes[first]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each folder"
+    )
+
+
+def numbered(count: int) -> list[str]:
+    """Names of classes without names, as archives without ``classes.txt`` have."""
+    return [str(number) for number in range(count)]
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
@@ -57,6 +84,11 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         ids, source = _read_ids(Path(class_map)), class_map
     if lacking := [name for name in classes if name not in ids]:
         raise DataError(f"{source}: knows no class of the folder {_shorten(lacking)}; add a line for it, or remove the folder")
+    if len(classes) < 2:
+        raise DataError(
+            f"{source}: maps a single folder, {classes[0]!r}, among whose one class every prediction is correct; check "
+            "--data-path, whose val/ needs a folder per class"
+        )
     chosen = [ids[name] for name in classes]
     if max(chosen) >= num_classes:
         raise DataError(f"{source}: gives class {max(chosen)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")

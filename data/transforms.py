@@ -1,12 +1,14 @@
-"""From a decoded image to the uint8 tensor that travels, and from there to what the model sees."""
+"""From a decoded image to a uint8 tensor in the loader, and from there to the normalised input of the model."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
@@ -14,12 +16,18 @@ from data.datasets import Key, draw_seed, kept_generators, seed_generators
 
 Transform = Callable[[Image.Image], Tensor]
 
-SMALL = 32  # up to this size images come as they are: padded crops in training, no margin in evaluation
+SMALL = 32  # pixels; up to this size training crops from a padded image, and evaluation crops nothing
 SEED_OF_ERASING = 1  # apart from the seed of the same image's other draws
 
 
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that is given as one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def create_train_transform(
-    img_size: int,
+    img_size: int | tuple[int, int],
     *,
     interpolation: str,
     mean: Sequence[float],
@@ -29,9 +37,14 @@ def create_train_transform(
     color_jitter: float,
     auto_augment: str,
 ) -> Transform:
-    """The recipe's augmentation up to uint8; erasing follows on the device, on normalised values."""
+    """The recipe's augmentation up to uint8; erasing follows on the device, on normalised values.
+
+    Args:
+        img_size: pixels, one number or (height, width).
+    """
+    size = as_pair(img_size)
     augment = create_transform(
-        img_size,
+        size,
         is_training=True,
         interpolation=interpolation,
         mean=tuple(mean),
@@ -42,28 +55,91 @@ def create_train_transform(
         auto_augment=None if auto_augment in ("", "none", "None") else auto_augment,
         use_prefetcher=True,
     )
-    if img_size > SMALL:
+    if max(size) > SMALL:
         return augment
-    size = (img_size, img_size)
     crop = [
-        transforms.Resize(size, str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)),
-        transforms.RandomCrop(img_size, padding=4),
+        transforms.Resize(size, str_to_interp_mode(_deterministic(interpolation))),
+        transforms.RandomCrop(size, padding=4),
     ]
     return transforms.Compose([*crop, *augment.transforms[1:]])
 
 
-def resized_side(img_size: int, *, crop: bool) -> int:
-    """Pixels of the square that evaluation resizes to, before it takes the centre."""
-    return int(256 / 224 * img_size) if crop and img_size > SMALL else img_size
+def _deterministic(interpolation: str) -> str:
+    """The mode that evaluation uses for ``random``: bilinear, as the reference."""
+    return "bilinear" if interpolation == "random" else interpolation
 
 
-def create_eval_transform(img_size: int, *, interpolation: str, crop: bool) -> Transform:
-    """Resize to a square, whatever the shape was, and take the centre if ``crop``: as released numbers were measured."""
-    resized = resized_side(img_size, crop=crop)
-    mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
-    return transforms.Compose(
-        [transforms.Resize((resized, resized), mode), transforms.CenterCrop(img_size), MaybePILToTensor()]
-    )
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What evaluation does to an image before the model sees it.
+
+    Args:
+        img_size: (height, width) of the model's input in pixels.
+        crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, whatever the aspect ratio, and crops the
+            centre; ``short`` resizes the shorter side to it, keeping the ratio, and crops the centre; ``none`` resizes to
+            ``img_size``.
+        crop_pct: side of the centre crop over that of the resized image.
+        interpolation: bicubic, bilinear or random (which means bilinear here).
+        mean, std: per channel, of values in [0, 1].
+    """
+
+    img_size: tuple[int, int]
+    crop_mode: str
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def effective_crop_pct(self) -> float:
+        """1 where nothing is cropped: with ``none``, and for small images."""
+        return 1.0 if self.crop_mode == "none" or max(self.img_size) <= SMALL else self.crop_pct
+
+    @property
+    def timm_crop_mode(self) -> str:
+        return "center" if self.crop_mode == "short" else "squash"
+
+    @property
+    def resized_to(self) -> tuple[int, int]:
+        """(height, width) before the crop; with ``short`` the image covers it."""
+        height, width = (math.floor(side / self.effective_crop_pct) for side in self.img_size)
+        return height, width
+
+    def create_transform(self) -> Transform:
+        """PIL image -> (3, H, W) uint8."""
+        return create_transform(
+            self.img_size,
+            is_training=False,
+            interpolation=_deterministic(self.interpolation),
+            crop_pct=self.effective_crop_pct,
+            crop_mode=self.timm_crop_mode,
+            normalize=False,
+        )
+
+    def to_dict(self) -> dict:
+        """Plain data for ``eval.json``; square sizes as one number."""
+        return {
+            "img_size": _shorten(self.img_size),
+            "resized_to": _shorten(self.resized_to),
+            "crop_mode": self.crop_mode,
+            "crop_pct": self.effective_crop_pct,
+            "interpolation": _deterministic(self.interpolation),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    def __str__(self) -> str:
+        size, resized = ("{} x {}".format(*pair) for pair in (self.img_size, self.resized_to))
+        mode = _deterministic(self.interpolation)
+        if self.crop_mode == "short":
+            return f"shorter side resized so that the image covers {resized} pixels ({mode}), centre crop of {size}"
+        if size == resized:
+            return f"resized to {size} pixels ({mode}), no crop"
+        return f"resized to {resized} pixels whatever the aspect ratio ({mode}), centre crop of {size}"
+
+
+def _shorten(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
 
 
 class Normalize:

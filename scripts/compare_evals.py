@@ -7,6 +7,7 @@ the second's further from a half than chance makes it (McNemar's exact test)?
 
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -16,14 +17,19 @@ from utils.report import PREDICTION_COLUMNS
 
 
 def read(path: Path, weights: str | None) -> tuple[Path, dict[str, bool]]:
-    """The predictions file, and whether each image was answered right.
+    """The predictions file, and whether the prediction of each image is correct.
+
+    Args:
+        path: the file, or the folder of an evaluation.
+        weights: raw or ema, for a folder; None for those that its ``eval.json`` prefers.
 
     Raises:
-        ValueError: no such file, or none of predictions.
+        ValueError: no such file, or not one of predictions.
     """
     if path.is_dir():
-        found = [path / f"predictions_{label}.csv" for label in ([weights] if weights else ["ema", "raw"])]
-        path = next((file for file in found if file.is_file()), found[0])
+        record = path / "eval.json"
+        preferred = json.loads(record.read_text()).get("preferred", "raw") if record.is_file() else "raw"
+        path = path / f"predictions_{weights or preferred}.csv"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; evaluate with --opts TEST.PREDICTIONS True")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -64,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="predictions file, or folder of an evaluation")
     parser.add_argument("second", type=Path)
-    parser.add_argument("--weights", choices=("raw", "ema"), help="of folders; the average where there is one, if not given")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="for folders; not given: those that the evaluation prefers")
     args = parser.parse_args()
     try:
         (first, right_first), (second, right_second) = (read(path, args.weights) for path in (args.first, args.second))

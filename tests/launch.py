@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import jobs.launch  # noqa: F401 - imported once, before the processes are forked
 import main
 from utils.distributed import cleanup, setup
 

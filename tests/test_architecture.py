@@ -63,6 +63,8 @@ def test_only_build_functions_see_the_config(path):
         "eval_dtype",
         "accumulation_steps",
         "global_batch_size",
+        "image_size",
+        "check_usage",
     )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and any(argument.arg == "cfg" for argument in node.args.args):

@@ -1,5 +1,6 @@
-"""The commands of the paper's code, with ``cfgs/`` and its launcher renamed: accepted, and of the same meaning."""
+"""The commands of the reference's README, with ``cfgs/`` and its launcher renamed: accepted, with the same meaning."""
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 
 import main
 import main_ema
+from jobs.training import check_model, choose_start
 from models import build_model
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from utils.arguments import FLAGS, overrides, parse_arguments
+from utils.arguments import FLAGS, check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import flatten, load_config
 from utils.distributed import World
@@ -24,28 +26,34 @@ EIGHT = World(0, 0, 8, torch.device("cpu"))
 
 # Command (the launcher left out), parameters in millions, job, and keys with the values that the command gives them.
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
+TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
+PLAIN = {"EMA.ENABLED": False, "AMP": False}
 COMMANDS = [
     *(
-        (f"{TRAIN.format(name)} --find-unused-params", size, "scratch", {"EMA.ENABLED": False, "AMP": False})
+        (f"{TRAIN.format(name)} --find-unused-params", size, "scratch", PLAIN)
         for name, size in {
             "flatten_pvt_t": 12.2,
             "flatten_pvt_s": 21.7,
             "flatten_pvt_m": 37.2,
             "flatten_pvt_b": 50.6,
+        }.items()
+    ),
+    *(
+        (TRAIN.format(name), size, "scratch", PLAIN)
+        for name, size in {
             "flatten_pvt_v2_b0": 3.6,
             "flatten_pvt_v2_b1": 12.9,
             "flatten_pvt_v2_b2": 22.6,
             "flatten_pvt_v2_b3": 38.3,
             "flatten_pvt_v2_b4": 51.8,
+            "flatten_swin_t": 29,
+            "flatten_swin_s": 51,
+            "flatten_swin_b": 89,
         }.items()
     ),
     *(
-        (TRAIN.format(name), size, "scratch", {"EMA.ENABLED": False, "AMP": False})
-        for name, size in {"flatten_swin_t": 29, "flatten_swin_s": 51, "flatten_swin_b": 89}.items()
-    ),
-    *(
         (
-            f"{TRAIN.format(name).replace('main.py', 'main_ema.py')} --model-ema --model-ema-decay {decay}",
+            f"{TRAIN_EMA.format(name)} --model-ema --model-ema-decay {decay}",
             size,
             "scratch",
             {"EMA.ENABLED": True, "EMA.DECAY": decay, "EMA.FORCE_CPU": False},
@@ -53,17 +61,23 @@ COMMANDS = [
         for name, size, decay in (
             ("flatten_cswin_t", 21, 0.99984),
             ("flatten_cswin_s", 35, 0.99984),
-            ("flatten_cswin_b", 75, 0.99992),
+            ("flatten_cswin_b", 75, 0.99982),
         )
     ),
-    (f"{TRAIN.format('flatten_swin_b_384')} --pretrained WEIGHTS", 91, "pretrained", {"DATA.IMG_SIZE": 384}),
+    (f"{TRAIN.format('flatten_swin_b_384')} --pretrained WEIGHTS", 91, "pretrained", {"DATA.IMG_SIZE": 384} | PLAIN),
     (
-        f"{TRAIN.format('flatten_cswin_b_384').replace('main.py', 'main_ema.py')} --pretrained WEIGHTS --model-ema "
-        "--model-ema-decay 0.9998",
+        f"{TRAIN_EMA.format('flatten_cswin_b_384')} --pretrained WEIGHTS --model-ema --model-ema-decay 0.99982",
         78,
         "pretrained",
-        {"DATA.IMG_SIZE": 384, "EMA.DECAY": 0.9998},
+        {"DATA.IMG_SIZE": 384, "EMA.ENABLED": True, "EMA.DECAY": 0.99982, "TEST.CROP": True},
     ),
+    # main_ema.py averages the weights unless it is told otherwise, and the decay is then the config's.
+    (TRAIN_EMA.format("flatten_swin_t"), 29, "scratch", {"EMA.ENABLED": True, "EMA.DECAY": 0.9999}),
+    (f"{TRAIN_EMA.format('flatten_cswin_t')} --no-model-ema", 21, "scratch", {"EMA.ENABLED": False}),
+    (f"{TRAIN_EMA.format('flatten_cswin_t')} --opts EMA.ENABLED False", 21, "scratch", {"EMA.ENABLED": False}),
+    # Older launchers append the local rank.
+    (f"{TRAIN.format('flatten_swin_t')} --local-rank 0", 29, "scratch", PLAIN),
+    (f"{TRAIN.format('flatten_swin_t')} --local_rank=1", 29, "scratch", PLAIN),
     (f"{TRAIN.format('flatten_swin_t')} --eval --resume WEIGHTS", 29, "evaluate", {"TEST.CROP": True}),
     (f"{TRAIN.format('flatten_swin_t')} --resume WEIGHTS", 29, "resume", {}),
     (f"{TRAIN.format('flatten_swin_t')} --amp --use-checkpoint", 29, "scratch", {"AMP": True, "TRAIN.USE_CHECKPOINT": True}),
@@ -74,7 +88,7 @@ COMMANDS = [
         {"DATA.BATCH_SIZE": 64, "TAG": "mine", "DATA.ZIP_MODE": True, "DATA.CACHE_MODE": "full"},
     ),
     (
-        f"{TRAIN.format('flatten_cswin_t').replace('main.py', 'main_ema.py')} --model-ema --model-ema-force-cpu",
+        f"{TRAIN_EMA.format('flatten_cswin_t')} --model-ema --model-ema-force-cpu",
         21,
         "scratch",
         {"EMA.ENABLED": True, "EMA.FORCE_CPU": True},
@@ -91,18 +105,24 @@ COMMANDS = [
 @pytest.mark.parametrize(("command", "millions", "job", "keys"), COMMANDS, ids=[command for command, *_ in COMMANDS])
 def test_a_command_of_the_reference_means_the_same(command, millions, job, keys, tmp_path, monkeypatch):
     (tmp_path / "WEIGHTS").write_bytes(b"")
-    script, *arguments = command.replace("OUT", str(tmp_path / "out")).replace("WEIGHTS", str(tmp_path / "WEIGHTS")).split()
+    (tmp_path / "IMAGENET").mkdir()
+    script, *arguments = (
+        command.replace("OUT", str(tmp_path / "out"))
+        .replace("WEIGHTS", str(tmp_path / "WEIGHTS"))
+        .replace("IMAGENET", str(tmp_path / "IMAGENET"))
+        .split()
+    )
     assert (ROOT / script).is_file()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     args = parse_arguments("")
-    cfg = load_config(args.cfg, overrides(args))
-    main.check(cfg, args)
-    start = main.choose_start(cfg, EIGHT, evaluating=args.eval)
-    assert start.kind == job
-    assert cfg.DATA.DATA_PATH == "IMAGENET"
+    cfg = load_config(args.cfg, overrides(args, ema=script == "main_ema.py"))
+    check_usage(args, cfg, CONFIGS)
+    check_model(cfg)
+    assert ("evaluate" if args.eval else choose_start(cfg, EIGHT).kind) == job
+    assert tmp_path / "IMAGENET" == Path(cfg.DATA.DATA_PATH)
     assert args.find_unused_params == ("--find-unused-params" in command)
-    config = {**flatten(cfg)}
+    config = flatten(cfg)
     assert {key: config[key] for key in keys} == keys
     assert global_batch_size(cfg, EIGHT.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
     with torch.device("meta"):
@@ -120,7 +140,7 @@ def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_d
     for arguments, said in (
         (["--model-ema", "--model-ema-decay", "0.9", "--find-unused-params", "--tag", "first", *short], "done in"),
         (["--eval", "--resume", trained, "--tag", "first", *short], " * Acc@1 "),
-        (["--resume", trained, "--tag", "second", "--opts", "TRAIN.EPOCHS", "2"], "goes on after update 6"),
+        (["--resume", trained, "--tag", "second", "--opts", "TRAIN.EPOCHS", "2"], "resumed after update 6"),
         (["--pretrained", trained, "--tag", "tuned", "--amp", "--use-checkpoint", *short, *larger], "start: pretrained"),
         (["--eval", "--resume", tuned, "--tag", "tuned", *short, *larger], " * Acc@1 "),
         (["--throughput", *short], "throughput"),
@@ -132,7 +152,10 @@ def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_d
     assert read_checkpoint(list_checkpoints(tmp_path / "toy/second")[0])["num_updates"] == 12
 
 
-def test_main_ema_is_main():
+def test_main_ema_is_main_with_an_average():
+    tree = ast.parse((ROOT / "main_ema.py").read_text())
+    (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    assert ast.unparse(call) == "main(ema=True)"
     assert main_ema.main is main.main
 
 
@@ -145,7 +168,8 @@ def test_every_recipe_fine_tunes_on_other_classes(toy_config, toy_data, tmp_path
     short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *short]
     assert run_main(common, tmp_path / "log").exit_codes == [0]
-    weights = read_checkpoint(tmp_path / "toy/default/best.pth")["state_dict_ema"]
+    best = read_checkpoint(tmp_path / "toy/default/best.pth")
+    weights = best["state_dict_ema" if best["best"]["weights"] == "ema" else "model"]
     for name in ("finetune", "linear_probe"):
         common = ["--cfg", toy_config, CONFIGS / f"recipes/{name}.yaml", "--data-path", tmp_path / "two"]
         common += ["--output", tmp_path, "--batch-size", "8", "--opts", "MODEL.NUM_CLASSES", "2"]

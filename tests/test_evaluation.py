@@ -112,7 +112,7 @@ def result_of(targets, answers, num_classes=3):
     ranked = np.stack([first, (first + 1) % num_classes], axis=1)
     correct = int((targets == first).sum())
     answers = Answers(targets, ranked, np.full(len(targets), 0.5), first)
-    return EvalResult("raw", correct, len(targets), len(targets), 1.0, answers)
+    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, answers)
 
 
 def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
@@ -120,7 +120,7 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
     assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     names, real = ["d.png", "c.png", "b.png", "a.png"], [[0], [1, 2], [], [2]]
     options = {"about": {"model": "x"}, "classes": ["cat", "dog", "a, b"], "names": names, "real_labels": real}
-    write_evaluation(tmp_path, {"raw": result}, predictions=True, **options)
+    write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=True, **options)
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["model"] == "x"
     assert record["results"]["raw"]["real"] == {"correct1": 2, "num_images": 3, "acc1": pytest.approx(200 / 3)}
@@ -140,17 +140,17 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
         **dict.fromkeys(("third", "fourth", "fifth")),
     }
     assert (tmp_path / "confusion.png").stat().st_size > 5000
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*incomplete*"))
 
 
 def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
     results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}
-    write_evaluation(tmp_path, results, predictions=True, **options)
+    write_evaluation(tmp_path, results, preferred="ema", predictions=True, **options)
     assert read(tmp_path, None)[1] == {"1": False, "2": False, "3": False}
-    write_evaluation(tmp_path, {"raw": results["raw"]}, predictions=True, **options)
+    write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=True, **options)
     assert read(tmp_path, None)[1] == {"1": True, "2": True, "3": True}
-    write_evaluation(tmp_path, {"raw": results["raw"]}, predictions=False, **options)
+    write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=False, **options)
     assert not list(tmp_path.glob("predictions*"))
 
 
@@ -212,7 +212,7 @@ def test_a_file_of_the_reference_counts_as_the_same_weights_of_ours(entry_point,
     labels = ["raw", "ema"] if entry_point == "main_ema" else ["raw"]
     assert counts_of(folder) == {label: ours[label] for label in labels}
     for label in labels:
-        assert f"{label} weights: {ours[label][0]} of 33 right" in output
+        assert f"{label} weights: {ours[label][0]} of 33 correct" in output
 
 
 def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_config, toy_data, tmp_path):
@@ -227,8 +227,9 @@ def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_con
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 34
     file, right = read(folder, None)
-    assert file.name == "predictions_ema.csv"
-    assert sum(right.values()) == counts_of(folder)["ema"][0]
+    preferred = read_checkpoint(trained)["best"]["weights"]
+    assert file.name == f"predictions_{preferred}.csv"
+    assert sum(right.values()) == counts_of(folder)[preferred][0]
 
 
 def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):
@@ -258,7 +259,7 @@ def test_a_rehearsal_does_all_and_leaves_nothing(toy_config, toy_data, tmp_path)
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
-    for said in ("first images", "first update", "checkpoint:", "bounds this run", "all is well"):
+    for said in ("first images", "first update", "checkpoint:", "bounds this run", "no problem found"):
         assert said in outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 

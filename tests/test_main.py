@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
-from tests.conftest import write_images
+from jobs.evaluation import choose_reference
+from jobs.training import choose_start
+from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
-from utils.arguments import overrides, parse_arguments
+from utils.arguments import check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
+from utils.distributed import World
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +87,7 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
     assert killed.exit_codes == [-9] * processes
     resumed = run_main(arguments, tmp_path / "log", processes=processes)
     assert set(resumed.exit_codes) == {0}, resumed.output
-    assert "goes on after update" in resumed.output
+    assert "resumed after update" in resumed.output
     assert_equal(comparable(folder), comparable(expected))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [(record["step"], record["kind"]) for record in steps]
@@ -123,7 +125,7 @@ def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, to
         kill_all_that_name(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "goes on after update" in done.stdout
+    assert "resumed after update" in done.stdout
     assert_equal(comparable(folder), comparable(expected))
 
 
@@ -253,7 +255,7 @@ def test_a_batch_divided_among_ranks_and_forward_passes_is_the_same_run(toy_conf
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch-size", "4"], "was saved with 8 images an update, now there would be 4"),
+        (["--batch-size", "4"], "was saved with 8 images per update, now there would be 4"),
         (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot take over"),
         (["--opts", "MODEL.NUM_CLASSES", "2"], "that is another run"),
         (["--pretrained", SOME_FILE], "that is another run"),
@@ -328,7 +330,7 @@ def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, 
     torch.save({"model": {}}, folder / NEWEST)
     for name in (NAMED, WEIGHTS):
         torch.save({"model": {}}, tmp_path / name)
-    arguments = ["--cfg", str(toy_config), "--output", str(tmp_path)]
+    arguments = ["--cfg", str(toy_config), "--output", str(tmp_path), "--data-path", str(tmp_path)]
     arguments += ["--resume", str(tmp_path / NAMED)] * resume + ["--pretrained", str(tmp_path / WEIGHTS)] * pretrained
     arguments += ["--eval"] * evaluating + ["--opts", "TRAIN.AUTO_RESUME", str(auto_resume)]
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
@@ -336,8 +338,8 @@ def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, 
     def decide():
         args = parse_arguments("")
         cfg = load_config(args.cfg, overrides(args))
-        main.check(cfg, args)
-        return main.choose_start(cfg, WORLD, evaluating=args.eval)
+        check_usage(args, cfg, CONFIGS)
+        return ("evaluate", choose_reference(args, cfg)) if args.eval else choose_start(cfg, WORLD)
 
     if expected[0] == "refused":
         with pytest.raises(ConfigError, match=expected[1]):
@@ -347,13 +349,14 @@ def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, 
         assert (kind, Path(path).name) == expected
 
 
-WORLD = main.World(0, 0, 1, torch.device("cpu"))
+WORLD = World(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("pretrained", "expected"), [(False, "scratch"), (True, "pretrained")])
 def test_a_folder_without_checkpoints_has_nothing_to_go_on_with(toy_config, tmp_path, pretrained, expected):
-    opts = ["OUTPUT", str(tmp_path), "MODEL.PRETRAINED", WEIGHTS if pretrained else ""]
-    assert main.choose_start(load_config(toy_config, opts), WORLD, evaluating=False).kind == expected
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    opts = ["OUTPUT", str(tmp_path), "MODEL.PRETRAINED", str(tmp_path / WEIGHTS) if pretrained else ""]
+    assert choose_start(load_config(toy_config, opts), WORLD).kind == expected
 
 
 def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, tmp_path):

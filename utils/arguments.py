@@ -1,7 +1,13 @@
-"""The command line: every flag, the key that it sets, and what they come to."""
+"""The command line: every flag and the config key that it sets.
+
+Imports nothing heavy, so that mistakes are reported at once.
+"""
 
 import argparse
 from difflib import get_close_matches
+from pathlib import Path
+
+from yacs.config import CfgNode
 
 from utils.config import ConfigError
 
@@ -12,35 +18,70 @@ def parse_arguments(description: str) -> argparse.Namespace:
         parser.add_argument(name, **options)
     args, unknown = parser.parse_known_args()
     if unknown:
-        near = get_close_matches(unknown[0], FLAGS, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else "; see --help"))
+        parser.error(f"unknown argument {unknown[0]}{_hint(unknown[0])}")
     return args
+
+
+def _hint(unknown: str) -> str:
+    """What the user may have meant: a key for flags of other programs, else the nearest flag."""
+    flag = unknown.split("=")[0]
+    if flag in _KEYS_OF_OTHER_FLAGS:
+        return f": set it with --opts {_KEYS_OF_OTHER_FLAGS[flag]} VALUE"
+    near = get_close_matches(flag, FLAGS, n=1)
+    return f": did you mean {near[0]}?" if near else "; see --help"
+
+
+# Flags of timm, Swin and torchvision -> our key.
+_KEYS_OF_OTHER_FLAGS = {
+    "--lr": "TRAIN.BASE_LR",
+    "--epochs": "TRAIN.EPOCHS",
+    "--weight-decay": "TRAIN.WEIGHT_DECAY",
+    "--workers": "DATA.NUM_WORKERS",
+    "--num-workers": "DATA.NUM_WORKERS",
+    "-j": "DATA.NUM_WORKERS",
+    "--num-classes": "MODEL.NUM_CLASSES",
+    "--img-size": "DATA.IMG_SIZE",
+    "--input-size": "DATA.IMG_SIZE",
+    "--drop-path": "MODEL.DROP_PATH_RATE",
+    "--seed": "SEED",
+    "--clip-grad": "TRAIN.CLIP_GRAD",
+    "--mixup": "AUG.MIXUP",
+    "--cutmix": "AUG.CUTMIX",
+    "--accumulation-steps": "TRAIN.ACCUMULATION_STEPS",
+    "--crop-pct": "TEST.CROP_PCT",
+    "--model": "MODEL.TYPE",
+}
 
 
 # Flag -> (the config key that it sets, if any; how it is read). Flags override --opts.
 FLAGS = {
-    "--cfg": (None, {"required": True, "nargs": "+", "metavar": "FILE", "help": "YAML config, or several; see configs/"}),
-    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override"}),
+    "--cfg": (
+        None,
+        {"nargs": "+", "metavar": "FILE", "help": "YAML config, or several; see configs/. --eval takes a checkpoint's own"},
+    ),
+    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override; KEY=VALUE too"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
-    "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "of --zip: bytes to keep in memory"}),
-    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to go on from, or to evaluate"}),
-    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "checkpoint whose weights are the start"}),
+    "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "with --zip: images to keep in memory"}),
+    "--resume": (
+        "MODEL.RESUME",
+        {"metavar": "FILE", "help": "checkpoint to resume from or to evaluate: file, run's folder, URL, or released model"},
+    ),
+    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "weights to start from, given like --resume"}),
     "--use-checkpoint": (
         "TRAIN.USE_CHECKPOINT",
         {"action": "store_true", "help": "gradient checkpointing, to save memory"},
     ),
     "--amp": ("AMP", {"action": "store_true", "help": "mixed precision, AMP_DTYPE bf16 or fp16"}),
     "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "root of the output folders"}),
-    "--tag": ("TAG", {"help": "names the run"}),
+    "--tag": ("TAG", {"help": "name of the run"}),
     "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint that --resume names"}),
-    "--check": (None, {"action": "store_true", "help": "rehearse training in a minute: what would fail, what bounds it"}),
+    "--check": (None, {"action": "store_true", "help": "run each part of training once: what fails, what bounds the speed"}),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
-    "--find-unused-params": (
-        None,
-        {"action": "store_true", "help": "for DDP; no model here has any"},
-    ),
+    "--find-unused-params": (None, {"action": "store_true", "help": "for DDP; no model here needs it"}),
+    "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # older launchers append it; LOCAL_RANK counts
+    "--local_rank": (None, {"type": int, "help": argparse.SUPPRESS}),
     "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "average the weights"}),
     "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "do not average the weights"}),
     "--model-ema-force-cpu": ("EMA.FORCE_CPU", {"action": "store_true", "help": "keep the average in host memory"}),
@@ -48,13 +89,81 @@ FLAGS = {
 }
 
 
-def overrides(args: argparse.Namespace) -> list:
-    """KEY, VALUE, ... of the command line, in the order in which they hold."""
+def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
+    """KEY, VALUE, ... of the command line; later pairs override earlier ones.
+
+    Args:
+        ema: average the weights unless the command line says otherwise.
+    """
     if args.model_ema and args.no_model_ema:
         raise ConfigError("--model-ema and --no-model-ema: give one of them")
-    pairs = list(args.opts)
+    pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
+    if args.eval and args.resume and not args.pretrained:
+        pairs += ["MODEL.PRETRAINED", ""]  # how the run began, which its config.yaml still has
     for flag, (key, _) in FLAGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if key is not None and value is not None and value is not False:
             pairs += [key, flag != "--no-model-ema" if value is True else value]
     return pairs
+
+
+def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) -> None:
+    """Refuse flags that exclude each other and files that do not exist.
+
+    Args:
+        cfg: None with --eval alone, which takes the checkpoint's own.
+        configs: folder of the shipped configs, whose names are the names of models.
+
+    Raises:
+        ConfigError: with the flag or key, and the remedy.
+    """
+    jobs = [f"--{job}" for job in ("throughput", "eval", "check") if getattr(args, job)]
+    if len(jobs) > 1:
+        raise ConfigError(f"{' and '.join(jobs)}: give one of them")
+    if cfg is None:
+        if not args.eval:
+            raise ConfigError("--cfg is missing: name a config, such as configs/flatten_swin_t.yaml")
+        _check_weights("--resume", args.resume or args.pretrained, configs)
+        if args.data_path:
+            _check_folder("--data-path", args.data_path)
+        return
+    if args.cache_mode and not cfg.DATA.ZIP_MODE:
+        raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or leave it out")
+    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
+        if cfg.TEST[key] and not args.eval:
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect with --eval alone; add it, or remove the key")
+    if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
+        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
+    for key in ("RESUME", "PRETRAINED"):
+        if cfg.MODEL[key]:
+            _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
+    for key in ("REAL_LABELS", "CLASS_MAP"):
+        path = cfg.TEST[key]
+        if path and not (key == "CLASS_MAP" and path == "imagenet") and not Path(path).is_file():
+            raise ConfigError(f"TEST.{key}={path}: no such file")
+    if not args.throughput:
+        if not cfg.DATA.DATA_PATH:
+            raise ConfigError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
+        _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
+
+
+def _check_folder(name: str, path: str) -> None:
+    if not Path(path).expanduser().is_dir():
+        raise ConfigError(f"{name}={path}: no such folder; name the one that holds train/ and val/")
+
+
+def _check_weights(name: str, reference: str, configs: Path) -> None:
+    """A URL, a file, a folder with ``best.pth``, or what may be the name of a released model."""
+    if not reference:
+        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
+    path = Path(reference).expanduser()
+    if reference.startswith(("http://", "https://")) or path.is_file():
+        return
+    if path.is_dir():
+        if not (path / "best.pth").is_file():
+            raise ConfigError(f"{name}={reference}: is a folder without best.pth; name a checkpoint file")
+        return
+    models = [file.stem for file in configs.glob("*.yaml")]
+    if reference not in models:
+        near = get_close_matches(reference, models, n=1) if not path.suffix else []
+        raise ConfigError(f"{name}={reference}: no such file" + (f"; did you mean the model {near[0]}?" if near else ""))

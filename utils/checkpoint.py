@@ -153,20 +153,32 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
-    fitting, report = _match(model, stored, LoadReport(str(path), label))
+    fitting, report = _match(model, stored, LoadReport(str(path), label), origin=_origin(state))
     model.load_state_dict(fitting, strict=False)
     logger.info("%s", report)
     return report
 
 
-def _match(model: nn.Module, stored: dict[str, Tensor], report: LoadReport) -> tuple[dict[str, Tensor], LoadReport]:
-    """What of a file's weights goes into a model, and the report of all of them."""
+def _origin(state: Mapping) -> str:
+    """The name of the model that a checkpoint's own config gives; "" where it has none."""
+    config = state.get("config")
+    section = config.get("MODEL") if isinstance(config, Mapping) else None
+    return str(section.get("NAME", "")) if isinstance(section, Mapping) else ""
+
+
+def _match(
+    model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The weights of a file that fit a model, and the report of all of them.
+
+    Args:
+        origin: name of the model that the file's config gives, for messages.
+    """
     own, head = model.state_dict(), _head_names(model)
 
     def refuse(reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{report.path}: {reason}; choose the config that this file was trained with{model.nearest_model(stored)}"
-        )
+        hint = f": by its own config it is of {origin}" if origin else model.nearest_model(stored)
+        return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
 
     try:
         resized = model.resize_position_tables(stored)

@@ -6,7 +6,7 @@ Every key, its default and its meaning stand in ``_defaults``, once.
 import ast
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -377,15 +377,27 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
 
 
 def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
-    """Set ``KEY VALUE`` or ``KEY=VALUE`` pairs."""
+    known = flatten(cfg)
+    for key, value in _pairs(opts):
+        if value in known:
+            raise ConfigError(f"--opts: {key!r} has no value: the next word is the key {value}; give KEY VALUE pairs")
+        _set(cfg, key, value, "--opts")
+
+
+def option_keys(opts: Sequence) -> set[str]:
+    """The keys among ``KEY VALUE`` or ``KEY=VALUE`` pairs."""
+    return {key for key, _ in _pairs(opts)}
+
+
+def _pairs(opts: Sequence) -> Iterator[tuple[str, object]]:
     words = list(opts)
     while words:
         key, joined, value = str(words.pop(0)).partition("=")
         if not joined:
             if not words:
-                raise ConfigError(f"--opts: {key!r} has no value; give KEY VALUE pairs")
+                raise ConfigError(f"--opts: {key!r} has no value; give KEY VALUE or KEY=VALUE pairs")
             value = words.pop(0)
-        _set(cfg, key, value, "--opts")
+        yield key, value
 
 
 def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:

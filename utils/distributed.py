@@ -36,8 +36,10 @@ class World:
 
 def setup() -> World:
     """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
+    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if not launched:
+        rank, local_rank, size = 0, 0, 1
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -47,7 +49,7 @@ def setup() -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if "RANK" in os.environ:
+    if launched:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=LONGEST_WAIT)
     return World(rank, local_rank, size, device)

@@ -7,7 +7,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,11 @@ SEED_OF_STEP = 3  # apart from the seeds of images and of mixup
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on. The text names the update and the remedy."""
+    """Training that cannot continue. The message names the update and the remedy."""
+
+
+class Stopped(Exception):  # noqa: N818 - an event, not an error
+    """Training was stopped from outside. The message tells where, and how it resumes."""
 
 
 @dataclass
@@ -136,13 +140,20 @@ class Answers:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Counts over a whole dataset. ``weights``: raw or ema; ``answers``: on rank 0, where they are kept."""
+    """Counts over a whole dataset.
+
+    Args:
+        weights: raw or ema.
+        num_classes: classes that predictions are among; of five or fewer, every top-5 is correct.
+        answers: on rank 0, where they are kept.
+    """
 
     weights: str
     correct1: int
     correct5: int
     num_images: int
     loss: float
+    num_classes: int
     answers: Answers | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -156,7 +167,8 @@ class EvalResult:
         return 100 * self.correct5 / self.num_images
 
     def __str__(self) -> str:
-        return f" * Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f}"
+        top5 = f" Acc@5 {self.acc5:.3f}" if self.num_classes > 5 else ""
+        return f" * Acc@1 {self.acc1:.3f}{top5}"
 
 
 @torch.no_grad()
@@ -186,6 +198,7 @@ def evaluate(
     sums = {label: torch.zeros(3, dtype=torch.float64, device=world.device) for label in models}
     answers: dict[str, list[Tensor]] = {label: [] for label in models}
     indices, targets = [], []
+    num_classes = 0
     chosen = None if class_ids is None else torch.tensor(class_ids, device=world.device)
     num_images = 0
     for model in models.values():
@@ -199,21 +212,30 @@ def evaluate(
             with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits = model(batch.images)
             logits = logits.float() if chosen is None else logits.float().index_select(1, chosen)
+            num_classes = logits.shape[1]
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             right = ranked == batch.targets.unsqueeze(1)  # (B, 5)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
             sums[label] += torch.stack([right[:, 0].sum(), right.sum(), loss]).double()
             if keep_answers:
                 answers[label].append(torch.cat([ranked.double(), logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1))
-    total = sum_over_processes(torch.tensor(num_images, device=world.device)).item()
+    # A process may have no batches, and then does not know the number of classes.
+    counts = torch.tensor([num_images, num_classes, num_classes > 0], device=world.device)
+    total, class_sum, num_sharing = sum_over_processes(counts).tolist()
+    num_classes = class_sum // num_sharing
     results = {}
     for label, model in models.items():
         model.train(were_training[label])
         correct1, correct5, loss = sum_over_processes(sums[label]).tolist()
         kept = _gather_answers(indices, targets, answers[label], class_ids, world) if keep_answers else None
-        results[label] = result = EvalResult(label, int(correct1), int(correct5), total, loss / total, kept)
-        logger.info("%s weights: %d of %d right, loss %.4f,%s", label, result.correct1, total, result.loss, result)
+        results[label] = EvalResult(label, int(correct1), int(correct5), total, loss / total, num_classes, kept)
     return results
+
+
+def log_results(results: Mapping[str, EvalResult]) -> None:
+    for label, result in results.items():
+        counts = (result.correct1, result.num_images)
+        logger.info("%s weights: %d of %d correct, loss %.4f,%s", label, *counts, result.loss, result)
 
 
 def _gather_answers(
@@ -311,7 +333,7 @@ class Trainer:
         meter = Meter(epoch, self)
         batches = self.mixed_batches(iter(self.train_loader), meter)
         updates = range(first_update, self.updates_per_epoch)
-        for update in progress(updates, len(updates), f"epoch {epoch}", seconds_between_lines=math.inf):
+        for update in progress(updates, len(updates), f"epoch {epoch}/{recipe.num_epochs}", seconds_between_lines=math.inf):
             meter.add(*self.update(batches))
             done = update + 1
             saving = recipe.save_steps and done % recipe.save_steps == 0 and done < self.updates_per_epoch
@@ -378,10 +400,11 @@ class Trainer:
         if self.state.ema is not None:
             models["ema"] = _on_device(self.state.ema.module, self.world.device)
         results = evaluate(models, self.val_loader, amp_dtype=self.recipe.eval_dtype, world=self.world)
+        log_results(results)
         for weights, result in results.items():
             if self.metrics is not None:
                 self.metrics.scalars(self.state.num_updates, f"eval_{weights}", _record(result, epoch))
-            if result.acc1 >= self.state.best["acc1"]:  # of equals, the one trained longer
+            if result.acc1 >= self.state.best["acc1"]:  # on ties, prefer the later epoch
                 improved = True
                 self.state.best = {"acc1": result.acc1, "weights": weights, "epoch": epoch}
         return improved
@@ -392,17 +415,11 @@ class Trainer:
         def write() -> None:
             path = checkpoint_path(self.output, self.state.num_updates)
             started = time.monotonic()
-            digest = save_checkpoint(self.state.to_dict() | self.header, path)
+            save_checkpoint(self.state.to_dict() | self.header, path)
             if best:
                 link_best(path, self.output / "best.pth")
             remove_surplus(self.output, self.recipe.keep_checkpoints)
-            logger.info(
-                "saved %s%s in %.1f s, sha256 %s",
-                path,
-                " (and as best.pth)" if best else "",
-                time.monotonic() - started,
-                digest[:12],
-            )
+            logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
 
         on_main(self.world, write)
 
@@ -423,15 +440,13 @@ class Meter:
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
 
-    def log(self, learning_rate: float) -> None:
-        """Read, check and write what was gathered. The one point where training waits for the device.
+    def check(self) -> tuple[list[float], list[float]]:
+        """Read losses and gradient norms: the one point where training waits for the device.
 
         Raises:
             TrainingError: in every process, where a loss was not finite in any.
         """
         trainer, state = self.trainer, self.trainer.state
-        if not self.losses:
-            return
         losses = (sum_over_processes(torch.stack(self.losses).double()) / trainer.world.size).tolist()
         grad_norms = torch.stack(self.grad_norms).tolist()  # of averaged gradients: the same in every process
         for index, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True)):
@@ -443,6 +458,18 @@ class Meter:
                     f"from 0); the last good checkpoint in {trainer.output} is untouched. Look at the data of that update, "
                     "lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or use AMP_DTYPE bf16"
                 )
+        return losses, grad_norms
+
+    def log(self, learning_rate: float) -> None:
+        """Check what was gathered, write it to the log and the metrics, and start again.
+
+        Raises:
+            TrainingError: see ``check``.
+        """
+        trainer, state = self.trainer, self.trainer.state
+        if not self.losses:
+            return
+        losses, grad_norms = self.check()
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
         left = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
@@ -458,8 +485,9 @@ class Meter:
         if state.scaler.is_enabled():
             values["loss_scale"] = state.scaler.get_scale()
         logger.info(
-            "epoch %d [%d/%d] loss %.4f lr %.3e grad norm %.3f | %.1f images/s, %.0f %% waiting for data, %.0f MiB, ETA %s",
+            "epoch %d/%d [%d/%d] loss %.4f lr %.3e grad norm %.3f | %.1f images/s, %.0f %% waiting for data, %.0f MiB, ETA %s",
             self.epoch,
+            trainer.recipe.num_epochs,
             done,
             trainer.updates_per_epoch,
             values["loss"],

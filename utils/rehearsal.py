@@ -1,4 +1,4 @@
-"""Everything that a run does, once: what would fail in hours fails now, and one learns what will bound the run."""
+"""Run each part of training once, so that what would fail in hours fails now, and report what bounds its speed."""
 
 import logging
 import shutil
@@ -16,20 +16,21 @@ from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 8.0  # of a measurement, about
+SECONDS = 8.0  # approximate length of a measurement
 MOST_UPDATES = 50
 
 
 def rehearse(trainer: Trainer) -> None:
-    """An update and some more to measure, an evaluation batch, a checkpoint written and read; then what was found.
+    """Run some training steps, one evaluation batch and one checkpoint round trip, and report the bottleneck.
 
-    The state of the trainer goes on, and a checkpoint lies in its output: give it a folder that can go.
+    Changes the trainer's state and writes a checkpoint to its output: give it a temporary directory.
 
     Raises:
         TrainingError, DataError, CheckpointError: what the run would have met.
     """
     world, recipe, state = trainer.world, trainer.recipe, trainer.state
     epoch = state.num_updates // trainer.updates_per_epoch
+    remaining = recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
 
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
@@ -40,13 +41,16 @@ def rehearse(trainer: Trainer) -> None:
     updates = _updates(trainer, repeat(first), meter)
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
+    seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
     # Rank 0 decides how many: all have to take part in each.
     count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
     computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
-    meter.log(trainer.schedule(state.num_updates - 1))
-    loading = _time_loading(trainer, epoch, count) * recipe.accumulation
+    losses, grad_norms = meter.check()
+    logger.info("training: loss %.4f, gradient norm %.3f after %d updates on one batch", losses[-1], grad_norms[-1], count + 2)
+    loading = _time_loading(trainer, epoch) * recipe.accumulation
 
     evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=recipe.eval_dtype, world=world)
+    logger.info("evaluation: one batch computed")
 
     started = time.monotonic()
     trainer.save()
@@ -62,10 +66,10 @@ def rehearse(trainer: Trainer) -> None:
             free / 2**30,
             needed / 2**30,
         )
-    # The sum over processes is where they wait for each other: the folder may go.
+    # All processes wait for each other in this sum; afterwards the directory may be deleted.
     figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
     images = len(first.targets) * recipe.accumulation * world.size
-    _conclude(trainer, images, *figures.tolist())
+    _conclude(trainer, images, remaining, *figures.tolist())
 
 
 def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None]:
@@ -76,28 +80,28 @@ def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None
         yield
 
 
-def _time_loading(trainer: Trainer, epoch: int, count: int) -> float:
-    """Seconds a batch, once all workers are at work."""
+def _time_loading(trainer: Trainer, epoch: int) -> float:
+    """Seconds per batch, after each worker has delivered one, over ``SECONDS`` or what is left of the epoch."""
     loader = trainer.train_loader
     loader.set_position(epoch)
-    start = max(loader.loader.num_workers, 1)
-    count = max(count, 4 * start)
-    if len(loader) < start + count:
-        start, count = min(start, len(loader) - 1), max(len(loader) - start, 1)
     batches = iter(loader)
-    _drain(islice(batches, start))
-    return _time(lambda: _drain(islice(batches, count)), trainer) / count
+    _drain(islice(batches, min(max(loader.loader.num_workers, 1), len(loader) - 1)))
+    started, count = time.monotonic(), 0
+    for _ in batches:
+        count += 1
+        if time.monotonic() - started > SECONDS:
+            break
+    return (time.monotonic() - started) / count
 
 
-def _conclude(trainer: Trainer, images: int, computing: float, loading: float) -> None:
+def _conclude(trainer: Trainer, images: int, remaining: int, computing: float, loading: float) -> None:
     slower = max(computing, loading)
-    left = trainer.recipe.num_epochs * trainer.updates_per_epoch - trainer.state.num_updates
     logger.info(
-        "the model alone: %.1f images/s; loading alone: %.1f images/s; an epoch takes about %s, the run %s, evaluations aside",
+        "the model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation an epoch takes %s, the run %s",
         images / computing,
         images / loading,
         format_duration(trainer.updates_per_epoch * slower),
-        format_duration(left * slower),
+        format_duration(remaining * slower),
     )
     if loading > computing:
         logger.warning(

@@ -22,6 +22,7 @@ def write_evaluation(
     output: Path,
     results: dict[str, EvalResult],
     *,
+    preferred: str,
     about: dict,
     classes: Sequence[str],
     names: Sequence[str],
@@ -32,13 +33,17 @@ def write_evaluation(
 
     Args:
         results: by the label of their weights, with their answers.
-        about: what else ``eval.json`` says: the file, the preprocessing, ...
+        preferred: label of the weights that count: the confusion picture shows them.
+        about: what else ``eval.json`` records: the file, the preprocessing, ...
         classes: names by class id.
         names: of the images, in the dataset's order.
         real_labels: every right label of each image; () for images that do not count.
         predictions: write ``predictions_<weights>.csv`` too.
     """
-    record = about | {"results": {weights: _record(result, real_labels) for weights, result in results.items()}}
+    record = about | {
+        "preferred": preferred,
+        "results": {weights: _record(result, real_labels) for weights, result in results.items()},
+    }
     for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # of an evaluation before
         stale.unlink(missing_ok=True)
     with replacing(output / "eval.json") as path:
@@ -55,11 +60,9 @@ def write_evaluation(
         ["class", "num_images", *(f"{label}_{weights}" for weights in matrices for label in ("correct1", "acc1"))],
         _class_rows(classes, matrices),
     )
-    shown = "ema" if "ema" in results else "raw"
     if len(classes) <= MOST_CLASSES_DRAWN:
-        draw_confusion(
-            matrices[shown], classes, f"{results[shown].acc1:.2f} % right, {shown} weights", output / "confusion.png"
-        )
+        title = f"{results[preferred].acc1:.2f} % correct, {preferred} weights"
+        draw_confusion(matrices[preferred], classes, title, output / "confusion.png")
         written.append("confusion.png")
     if predictions:
         for weights, result in results.items():

@@ -23,7 +23,7 @@ from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset
 from data.index import DataError, Index, index_folder, index_tar, index_zip
 from data.samplers import EvalBatches, TrainBatches, epoch_order
-from data.transforms import Normalize, create_eval_transform, create_train_transform
+from data.transforms import Normalize, Preprocessing, as_pair, create_train_transform
 from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
 from utils.config import load_config
@@ -103,7 +103,7 @@ def test_evaluation_reads_every_image_once(num_samples, world_size):
     "figures", reference("eval_transform"), ids=lambda f: f"{f['file'][:9]}-{f['img_size']}-{f['test_crop']}"
 )
 def test_evaluation_sees_photographs_as_the_reference_does(figures):
-    transform = create_eval_transform(figures["img_size"], interpolation="bicubic", crop=figures["test_crop"])
+    transform = preprocessing(figures["img_size"], crop_mode="squash" if figures["test_crop"] else "none").create_transform()
     with Image.open(Path(PHOTOGRAPHS) / figures["file"]) as file:
         image = transform(file.convert("RGB"))
     image = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], CPU)(image.unsqueeze(0))[0]
@@ -115,15 +115,72 @@ def test_evaluation_sees_photographs_as_the_reference_does(figures):
         torch.testing.assert_close(mine, torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
+def preprocessing(size, **options):
+    defaults = {"crop_mode": "squash", "crop_pct": 0.875, "interpolation": "bicubic"}
+    mean_and_std = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    return Preprocessing(**{"img_size": as_pair(size)} | defaults | mean_and_std | options)
+
+
 def test_evaluation_squashes_to_a_square_and_takes_the_centre():
     """A white picture with a black left half keeps its edge in the middle, whatever its shape was."""
     pixels = np.full((100, 400, 3), 255, np.uint8)
     pixels[:, :200] = 0
-    image = create_eval_transform(224, interpolation="bilinear", crop=True)(Image.fromarray(pixels))
+    image = preprocessing(224, interpolation="bilinear").create_transform()(Image.fromarray(pixels))
     assert image.shape == (3, 224, 224)
     assert image.dtype == torch.uint8
     assert image[0, 100, 100] == 0
     assert image[0, 100, 124] == 255
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize(
+    ("size", "crop_mode", "crop_pct", "resized", "box"),
+    [
+        # Sizes as Pillow takes them, (width, height), and the box (left, top, right, bottom) of the centre crop.
+        (56, "squash", 0.875, (64, 64), (4, 4, 60, 60)),
+        (56, "none", 0.875, (56, 56), (0, 0, 56, 56)),
+        (56, "squash", 1.0, (56, 56), (0, 0, 56, 56)),
+        (48, "short", 0.8, (100, 60), (26, 6, 74, 54)),  # 90 x 150 becomes 60 x 100
+        ((56, 84), "squash", 0.875, (96, 64), (6, 4, 90, 60)),
+        ((60, 80), "none", 0.875, (80, 60), (0, 0, 80, 60)),
+        (32, "squash", 0.875, (32, 32), (0, 0, 32, 32)),  # small images are not cropped
+    ],
+)
+def test_evaluation_pixels_are_pillow_s(size, crop_mode, crop_pct, resized, box, mode):
+    transform = preprocessing(size, crop_mode=crop_mode, crop_pct=crop_pct, interpolation=mode).create_transform()
+    filter_ = Image.Resampling.BICUBIC if mode == "bicubic" else Image.Resampling.BILINEAR
+    expected = NOISE.resize(resized, filter_).crop(box)
+    assert np.array_equal(transform(NOISE).permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_a_short_crop_of_another_shape_covers_it_without_distortion():
+    """A circle stays a circle: 90 x 150 into 30 x 90 scales by 0.6, the larger of 30 / 90 and 90 / 150."""
+    image = preprocessing((30, 90), crop_mode="short", crop_pct=1.0).create_transform()(NOISE)
+    expected = NOISE.resize((90, 54), Image.Resampling.BICUBIC).crop((0, 12, 90, 42))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [33, 160, 224, 384, 448, 1000])
+def test_the_default_crop_is_that_of_the_reference(size):
+    assert preprocessing(size).resized_to == (int(256 / 224 * size),) * 2
+
+
+def test_a_protocol_is_described_by_its_numbers():
+    described = preprocessing((160, 320), interpolation="random").to_dict()
+    assert described == {
+        "img_size": [160, 320],
+        "resized_to": [182, 365],
+        "crop_mode": "squash",
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    assert "182 x 365" in str(preprocessing((160, 320)))
+    assert str(preprocessing(64, crop_mode="none")) == "resized to 64 x 64 pixels (bicubic), no crop"
 
 
 def test_the_recipe_draws_ten_thousand_times_without_a_fault():
@@ -217,7 +274,7 @@ def test_layouts_that_are_none_are_refused_with_the_remedy(tmp_path):
 
 
 def read_folder(folder, **options):
-    return ImageDataset(index_folder(folder), create_eval_transform(32, interpolation="bicubic", crop=True), **options)
+    return ImageDataset(index_folder(folder), preprocessing(32).create_transform(), **options)
 
 
 def test_an_unreadable_image_is_named(tmp_path):

@@ -11,7 +11,7 @@ from tests.conftest import CONFIGS
 from utils.config import _CHOICES, ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = [path for folder in ("data", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
+SOURCES = [path for folder in ("data", "jobs", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
 
 
 def write(folder, name="config.yaml", text=""):

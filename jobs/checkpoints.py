@@ -1,0 +1,137 @@
+"""Open a checkpoint as a user names it, with the config and class names that it carries."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from models.released import RELEASED, Released
+from utils.config import ConfigError, flatten, load_config, load_stored_config
+from weights.download import fetch, is_url
+from weights.reader import CheckpointError, read_checkpoint, sha256
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# What a config of another origin (the reference's checkpoints) may decide: its training keys have other meanings, and its
+# learning rates are scaled already.
+MODEL_SECTIONS = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+# Keys that change what an evaluation computes.
+EVALUATION_SECTIONS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.LA.", "DATA.IMG_SIZE", "DATA.INTERPOLATION")
+EVALUATION_SECTIONS += ("DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.INTERPOLATION")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A weight file on disk.
+
+    Args:
+        released: the published model that it is, where it was named so or by its URL.
+        in_cache: it was downloaded.
+    """
+
+    path: Path
+    released: Released | None = None
+    in_cache: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A weight file in memory. ``digest``: its sha256; ``class_names``: by class id, () where it has none."""
+
+    location: Location
+    state: dict
+    digest: str
+    class_names: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.location.path
+
+
+def locate(reference: str | Path) -> Location:
+    """The file that a reference means; a URL or the name of a released model is downloaded to the cache.
+
+    Args:
+        reference: a file, a run's folder (its ``best.pth``), a URL, or the name of a released model. A file comes first.
+
+    Raises:
+        CheckpointError: there is none, or the download failed.
+    """
+    text, path = str(reference), Path(reference).expanduser()
+    if is_url(text):
+        released = next((file for file in RELEASED.values() if file.url == text), None)
+        return Location(fetch(text, released.name if released else ""), released, in_cache=True)
+    if path.is_file():
+        return Location(path)
+    if path.is_dir():
+        return Location(path / "best.pth")
+    if text in RELEASED:
+        return Location(fetch(RELEASED[text].url, text), RELEASED[text], in_cache=True)
+    raise CheckpointError(f"{text}: no such file, and no released model; released are {', '.join(RELEASED)}")
+
+
+def open_checkpoint(reference: str | Path) -> Checkpoint:
+    """Locate and read a checkpoint.
+
+    Raises:
+        CheckpointError: see ``locate`` and ``read_checkpoint``; or the file was replaced while it was read.
+    """
+    location = locate(reference)
+    digest = sha256(location.path) if location.path.is_file() else ""
+    state = read_checkpoint(location.path)
+    if digest != sha256(location.path):
+        raise CheckpointError(f"{location.path}: was replaced while it was read; evaluate it again, or a copy that stays")
+    names = state.get("class_names")
+    class_names = tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+    return Checkpoint(location, state, digest, class_names)
+
+
+def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:
+    """The config that a checkpoint carries, or that its released model has; None where there is neither.
+
+    Args:
+        opts: key, value, ... that override it.
+    """
+    tree = checkpoint.state.get("config")
+    if checkpoint.location.released is not None:
+        return load_config(CONFIGS / f"{checkpoint.location.released.name}.yaml", opts)
+    if not isinstance(tree, Mapping):
+        return None
+    ours = "num_updates" in checkpoint.state or "class_names" in checkpoint.state
+    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if ours else MODEL_SECTIONS)
+
+
+def choose_config(checkpoint: Checkpoint, given: CfgNode | None, opts: Sequence = ()) -> CfgNode:
+    """The given config, its differences from the checkpoint's own logged; the checkpoint's own where none is given.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if given is None:
+        cfg = stored_config(checkpoint, opts)
+        if cfg is None:
+            raise ConfigError(f"{checkpoint.path}: holds weights without a config; name the one it was trained with, --cfg")
+        return cfg
+    try:
+        stored = stored_config(checkpoint)
+    except ConfigError as error:  # the given config decides
+        logger.warning("%s: its config is not readable here (%s)", checkpoint.path, error)
+        return given
+    if stored is not None:
+        log_differences(stored, given, checkpoint.path, sections=EVALUATION_SECTIONS, level=logging.WARNING)
+    return given
+
+
+def log_differences(before: Mapping, now: Mapping, path: Path | str, *, sections: Sequence[str] = (), level: int) -> None:
+    """Log every key whose value differs from that of a checkpoint.
+
+    Args:
+        sections: beginnings of the keys to compare; none given: all.
+    """
+    before, now = flatten(before), flatten(now)
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith(tuple(sections) or "") and before.get(key) != now.get(key):
+            logger.log(level, "%s: %s was %r in the checkpoint, now it is %r", path, key, before.get(key), now.get(key))

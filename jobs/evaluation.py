@@ -1,0 +1,173 @@
+"""Evaluate a checkpoint on a data set."""
+
+import argparse
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from yacs.config import CfgNode
+
+from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
+from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
+from jobs.training import check_model, count_processes
+from models import build_model
+from models.released import Released
+from utils.checkpoint import fill_model
+from utils.config import option_keys
+from utils.distributed import World, on_main
+from utils.engine import EvalResult, evaluate, log_results
+from utils.metrics import wilson_interval
+from utils.optim import eval_dtype
+from utils.report import write_evaluation
+from utils.run import build_output_folder, make_folder
+from weights.reader import CheckpointError, preferred_weights, stored_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results by the label of their weights; ``preferred``: the label that counts; ``num_parameters`` of the model."""
+
+    results: dict[str, EvalResult]
+    preferred: str
+    num_parameters: int
+    datasets: Datasets
+
+    @property
+    def result(self) -> EvalResult:
+        return self.results[self.preferred]
+
+
+def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World) -> None:
+    """Evaluate the raw weights of a file and their average, whichever it has; the results go to ``eval.json``.
+
+    Args:
+        cfg: the config that --cfg gives; None for the one that the checkpoint carries.
+        pairs: KEY, VALUE, ... of the command line.
+    """
+    checkpoint = open_checkpoint(choose_reference(args, cfg))
+    if checkpoint.digest != on_main(world, lambda: checkpoint.digest):
+        raise CheckpointError(f"{checkpoint.path}: is not the same file for every process; evaluate a copy that they share")
+    cfg = choose_config(checkpoint, cfg, pairs)
+    output = choose_output(cfg, checkpoint, pairs)
+    on_main(world, lambda: make_folder(output))
+    logger.info(
+        "%s on %s, output in %s; start: evaluate %s", count_processes(world), world.device.type, output, checkpoint.path
+    )
+    evaluation = evaluate_weights(checkpoint, cfg, world)
+    index = evaluation.datasets.val.index
+    on_main(
+        world,
+        lambda: write_evaluation(
+            output,
+            evaluation.results,
+            preferred=evaluation.preferred,
+            about=describe_evaluation(cfg, checkpoint),
+            classes=index.classes,
+            names=[index.name(position) for position in range(len(index))],
+            real_labels=evaluation.datasets.real_labels,
+            predictions=cfg.TEST.PREDICTIONS,
+        ),
+    )
+    if checkpoint.location.released is not None:
+        log_published(checkpoint.location.released, evaluation.result)
+    logger.info("%s", evaluation.result)
+
+
+def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
+    """What --eval evaluates: the checkpoint of --resume, else of --pretrained; none of the output folder's own."""
+    return args.resume or args.pretrained or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+
+
+def choose_output(cfg: CfgNode, checkpoint: Checkpoint, pairs: Sequence) -> Path:
+    """The folder of a checkpoint's results: its own, unless the command line names another or the file is in the cache."""
+    if {"OUTPUT", "TAG"} & option_keys(pairs) or checkpoint.location.in_cache:
+        return build_output_folder(cfg)
+    return checkpoint.path.parent
+
+
+def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Evaluation:
+    """Evaluate every set of weights of a checkpoint on the validation images of DATA.DATA_PATH.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: config, data and file do not fit each other.
+    """
+    check_model(cfg)
+    datasets = build_datasets(
+        cfg,
+        training=False,
+        rank=world.rank,
+        world_size=world.size,
+        share=partial(on_main, world),
+        model_classes=checkpoint.class_names,
+    )
+    loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
+    models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
+    options = {"class_ids": datasets.class_ids, "keep_answers": True}
+    results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
+    log_results(results)
+    num_parameters = sum(parameter.numel() for parameter in next(iter(models.values())).parameters())
+    return Evaluation(results, preferred_weights(checkpoint.state), num_parameters, datasets)
+
+
+def load_models(
+    checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Models with a checkpoint's weights, by label.
+
+    Args:
+        labels: raw, ema or auto.
+
+    Raises:
+        CheckpointError: a weight is missing, unused or of another shape.
+    """
+    models = {}
+    for label in labels:
+        models[label] = build_model(cfg).to(device)
+        report = fill_model(models[label], checkpoint.state, weights=label, path=checkpoint.path)
+        if report.missing or report.reinitialised or report.unused:
+            remedy = "choose the config that this file was trained with, or leave out --cfg if the file carries its own"
+            if report.head is not None:
+                remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; other classes of the data need TEST.CLASS_MAP"
+            raise CheckpointError(f"{report}; every weight is needed here: {remedy}")
+    return models
+
+
+def log_published(released: Released, result: EvalResult) -> None:
+    """Compare a measured accuracy with the published one."""
+    low, high = wilson_interval(result.correct1, result.num_images)
+    verdict = "within" if low <= released.acc1 <= high else "outside"
+    top5 = "" if released.acc5 is None else f", Acc@5 {result.acc5:.3f} and {released.acc5:.3f}"
+    logger.info(
+        "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% interval %.3f to %.3f%s",
+        released.name,
+        result.acc1,
+        result.num_images,
+        released.acc1,
+        verdict,
+        low,
+        high,
+        top5,
+    )
+
+
+def describe_evaluation(cfg: CfgNode, checkpoint: Checkpoint) -> dict:
+    """What ``eval.json`` records besides the results."""
+    released = checkpoint.location.released
+    return {
+        "model": cfg.MODEL.NAME,
+        "checkpoint": str(checkpoint.path),
+        "sha256": checkpoint.digest,
+        "published": None if released is None else {"acc1": released.acc1, "acc5": released.acc5, "url": released.url},
+        "preprocessing": build_preprocessing(cfg).to_dict(),
+        "data": cfg.DATA.DATA_PATH,
+        "class_map": cfg.TEST.CLASS_MAP,
+        "precision": str(eval_dtype(cfg)).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }

@@ -1,0 +1,109 @@
+"""Set up the processes, run one job, and turn errors into an exit status."""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from yacs.config import CfgNode
+
+from data.index import DataError
+from jobs.evaluation import evaluate_checkpoint
+from jobs.throughput import measure_throughput
+from jobs.training import check_model, rehearse_run, train
+from utils.config import ConfigError
+from utils.distributed import RankZeroError, World, cleanup, setup
+from utils.engine import Stopped, TrainingError
+from utils.log import setup_logging
+from utils.schedule import accumulation_steps
+from weights.reader import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FAILED = 1  # exit status: training cannot continue
+USAGE_ERROR = 2  # exit status: config, data, checkpoint or disk
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
+
+
+@record
+def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> None:
+    """Run the job that the command line asks for.
+
+    Args:
+        cfg: None for --eval without --cfg.
+        pairs: KEY, VALUE, ... of the command line.
+    """
+    try:
+        if cfg is not None:
+            check_model(cfg)
+        world = setup()
+        if cfg is not None:
+            accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
+    except ValueError as error:  # logging is not set up yet
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"main.py: error: {error}\n")
+        sys.exit(USAGE_ERROR)
+    setup_logging(world.rank)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.throughput:
+            measure_throughput(cfg, world)
+        elif args.eval:
+            evaluate_checkpoint(args, cfg, pairs, world)
+        elif args.check:
+            rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
+        else:
+            train(cfg, world, find_unused_parameters=args.find_unused_params)
+    except USER_ERRORS as error:  # the message names the remedy: no traceback
+        logger.error("%s", without_traceback(error))
+        leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "%s; lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp",
+            str(error).splitlines()[0],
+        )
+        leave(world, FAILED)
+    except RankZeroError:  # rank 0 reports the reason itself
+        leave(world, USAGE_ERROR)
+    except (Stopped, KeyboardInterrupt) as stop:
+        if world.is_main:
+            logger.warning("%s", stop if isinstance(stop, Stopped) else "stopped")
+        leave(world, 128 + (signal.SIGINT if _received is None else _received))
+    cleanup()
+
+
+_received: int | None = None  # the signal that stopped this process, if it was not Ctrl-C
+
+
+def _interrupt(number: int, _frame) -> None:
+    """SIGTERM stops a process as Ctrl-C does."""
+    global _received
+    _received = number
+    raise KeyboardInterrupt
+
+
+def leave(world: World, status: int) -> None:
+    """End this process after an error.
+
+    With several processes at once, since threads of the process group may wait for ranks that do not come; joining or
+    destroying them would block or abort.
+    """
+    if world.size == 1:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(status)
+
+
+def without_traceback(error: Exception) -> str:
+    """An error of a loader worker contains its traceback; its last line is the message."""
+    text = str(error).strip()
+    return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text

@@ -1,0 +1,345 @@
+"""Train a model, or run each part of training once (--check)."""
+
+import logging
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+from data.build import Datasets, build_datasets, build_eval_loader, build_mixup, build_train_loader
+from jobs.checkpoints import locate, log_differences
+from models import build_model
+from utils.checkpoint import load_weights, newest_whole_checkpoint
+from utils.config import ConfigError, flatten, to_dict
+from utils.distributed import World, on_main, wrap
+from utils.engine import Recipe, Stopped, Trainer, TrainState
+from utils.log import MetricsWriter, setup_logging
+from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from utils.rehearsal import rehearse
+from utils.run import RunLock, build_output_folder, check_is_newest, make_folder
+from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
+from weights.reader import CheckpointError, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
+SECONDS_UNTIL_STALE = 3600  # age at which a temporary directory counts as left over
+# Keys that decide the shape of the model: a run that resumes keeps them.
+MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.LA.", "DATA.IMG_SIZE")
+
+
+class Start(NamedTuple):
+    """kind: resume, pretrained or scratch; checkpoint: the file, "" for none."""
+
+    kind: str
+    checkpoint: str
+
+
+def choose_start(cfg: CfgNode, world: World) -> Start:
+    """What training starts from, in this order.
+
+    1. ``resume``: the checkpoint that --resume names.
+    2. ``resume``: the newest whole checkpoint of the output folder, with TRAIN.AUTO_RESUME: the same command, given
+       again, continues, one with --pretrained too.
+    3. ``pretrained``: the weights that --pretrained names.
+    4. ``scratch``.
+
+    --resume and --pretrained together are refused, see ``utils.config``. --eval reads the file that --resume or
+    --pretrained names and nothing else, see ``jobs.evaluation``.
+    """
+    if cfg.MODEL.RESUME:
+        return Start("resume", str(locate(cfg.MODEL.RESUME).path))
+    if cfg.TRAIN.AUTO_RESUME:
+        newest = on_main(world, lambda: newest_whole_checkpoint(build_output_folder(cfg)))
+        if newest is not None:
+            return Start("resume", str(newest))
+    if cfg.MODEL.PRETRAINED:
+        return Start("pretrained", str(locate(cfg.MODEL.PRETRAINED).path))
+    if cfg.TRAIN.FREEZE_BACKBONE:
+        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; name weights, --pretrained")
+    return Start("scratch", "")
+
+
+def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
+    """Train to the end."""
+    start, output = choose_start(cfg, world), build_output_folder(cfg)
+    saved = read_run(cfg, world, start)
+    if saved is not None and finished(saved, cfg):
+        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        return
+    lock, num_updates = RunLock(output), saved["num_updates"] if saved else 0
+
+    def open_output() -> None:
+        make_folder(output)
+        check_is_newest(output, num_updates=num_updates)
+        lock.acquire()
+
+    on_main(world, open_output)
+    setup_logging(world.rank, output)
+    logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
+    trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+    del saved  # a copy of everything, in host memory
+    if world.is_main:
+        (output / "config.yaml").write_text(cfg.dump())
+        trainer.metrics = MetricsWriter(output, trainer.state.num_updates)
+        trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        raise Stopped(describe_stop(trainer.state.num_updates, output)) from None
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    lock.release()
+
+
+def describe_stop(num_updates: int, output: Path) -> str:
+    newest = newest_whole_checkpoint(output)
+    source = f"resumes from {newest.name}" if newest else "starts again, since no checkpoint was saved yet (SAVE_STEPS)"
+    return f"stopped after update {num_updates}; the same command {source}"
+
+
+def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
+    """Run each part of training once, with a temporary directory as output, and report what bounds its speed."""
+    start, root = choose_start(cfg, world), Path(cfg.OUTPUT)
+    parent = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    folder = on_main(world, lambda: make_temporary_folder(parent))
+    logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *start)
+    try:
+        saved = read_run(cfg, world, start)
+        if saved is not None and finished(saved, cfg):
+            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
+        logger.info("no problem found: leave out --check to start")
+    finally:
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_trainer(
+    cfg: CfgNode, world: World, start: Start, saved: dict | None, *, output: Path, find_unused_parameters: bool
+) -> Trainer:
+    """The trainer of a run, in the state that it starts from."""
+    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world))
+    check_class_names(saved, datasets, start.checkpoint)
+    mixup = build_mixup(cfg)
+    placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
+    val_loader = build_eval_loader(cfg, datasets.val, **placement)
+
+    torch.manual_seed(cfg.SEED)
+    model = build_model(cfg).to(world.device)
+    if start.kind == "pretrained":
+        load_weights(model, start.checkpoint)
+    model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+    if cfg.TRAIN.FREEZE_BACKBONE:
+        model.freeze_features()
+    state = TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, world.device), build_ema(cfg, model))
+    if saved is not None:
+        resume(state, saved, cfg, train_loader.updates_per_epoch, start.checkpoint)
+
+    schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
+    log_recipe(cfg, world, model, schedule.base_lr, train_loader)
+    return Trainer(
+        state=state,
+        model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
+        criterion=build_criterion(cfg, mixed=mixup is not None),
+        schedule=schedule,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        recipe=build_recipe(cfg, world),
+        world=world,
+        output=output,
+        header={
+            "config": to_dict(cfg),
+            "class_names": list(datasets.train.index.classes),
+            "updates_per_epoch": train_loader.updates_per_epoch,
+            "global_batch_size": global_batch_size(cfg, world.size),
+        },
+    )
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Refuse a model that cannot be built, without allocating it.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
+
+
+def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
+    """The state of the run to resume, compared with what is asked for now; None for another start."""
+    if start.kind != "resume":
+        return None
+    saved = read_checkpoint(start.checkpoint)
+    check_resumable(saved, cfg, world, start.checkpoint)
+    log_differences(saved["config"], cfg, start.checkpoint, level=logging.INFO)
+    return saved
+
+
+def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
+    """Refuse a file that is not the state of a run, or a config that would make another run of it."""
+    if "num_updates" not in saved:
+        raise CheckpointError(f"{path}: holds weights, but no state of a run; start from them with --pretrained")
+    configured, stored = flatten(cfg), flatten(saved["config"])
+    for key, now in configured.items():
+        before = stored.get(key, now)
+        changed = before != now and (key.startswith(MODEL_KEYS) or (key == "MODEL.PRETRAINED" and now))
+        if changed:
+            raise ConfigError(
+                f"{path}: the run in this folder has {key}={before!r}, now it is {now!r}: that is another run; give it another "
+                "--tag, and start from these weights with --pretrained if you like"
+            )
+    before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
+    if before != now:
+        raise ConfigError(
+            f"{path}: was saved with {before} images per update, now there would be {now}. Keep the product of processes, "
+            "--batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
+        )
+    before, now = saved["config"]["TRAIN"]["OPTIMIZER"]["NAME"], cfg.TRAIN.OPTIMIZER.NAME
+    if before != now:
+        raise ConfigError(
+            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot take over; keep it, or start anew with "
+            "--pretrained and another --tag"
+        )
+
+
+def finished(saved: dict, cfg: CfgNode) -> bool:
+    num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"]
+
+
+def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
+    """Put a run's state back."""
+    if saved["updates_per_epoch"] != updates_per_epoch:
+        raise ConfigError(
+            f"{path}: was saved with {saved['updates_per_epoch']} updates per epoch, now there are {updates_per_epoch}: the "
+            "data have changed. Put them back, or start anew with --pretrained and another --tag"
+        )
+    try:
+        state.load_dict(saved)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not of this model and optimizer ({error})") from None
+    logger.info("resumed after update %d", state.num_updates)
+
+
+def check_class_names(saved: dict | None, datasets: Datasets, path: str) -> None:
+    """Refuse to resume on other classes: labels would have changed their meaning.
+
+    Raises:
+        ConfigError: with the first class that differs.
+    """
+    before, now = list((saved or {}).get("class_names") or []), list(datasets.train.index.classes)
+    if before and before != now:
+        first = next(pair for pair in zip(before, now, strict=True) if pair[0] != pair[1])
+        raise ConfigError(
+            f"{path}: the classes of the data have changed: {first[0]!r} is now {first[1]!r}. Put them back, or start anew "
+            "with --pretrained and another --tag"
+        )
+
+
+def count_processes(world: World) -> str:
+    return "1 process" if world.size == 1 else f"{world.size} processes"
+
+
+def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, loader) -> None:
+    """Log what is trained at which batch size and learning rate, compared with the recipe."""
+    updates_per_epoch, num_images = loader.updates_per_epoch, len(loader.loader.dataset)
+    images, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    logger.info(
+        "%s: %.2fM parameters%s",
+        cfg.MODEL.NAME,
+        sum(size for size, _ in sizes) / 1e6,
+        f", {sum(size for size, trained in sizes if trained)} of them trained" if cfg.TRAIN.FREEZE_BACKBONE else "",
+    )
+    epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+    logger.info(
+        "%d epochs%s of %d updates, which use %d of %d images",
+        epochs,
+        f" ({cfg.TRAIN.EPOCHS} and {cfg.TRAIN.COOLDOWN_EPOCHS} of cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
+        updates_per_epoch,
+        updates_per_epoch * images // cfg.AUG.REPEATS if cfg.AUG.REPEATS > 1 else updates_per_epoch * images,
+        num_images,
+    )
+    recipe = cfg.TRAIN.RECIPE_BATCH_SIZE
+    if world.is_main:
+        logger.log(
+            logging.WARNING if images != recipe else logging.INFO,
+            "%d images per update (%d in each of %s, %d times), learning rate %.3e; the recipe has %d images, %.3e%s",
+            images,
+            cfg.DATA.BATCH_SIZE,
+            count_processes(world),
+            steps,
+            learning_rate,
+            recipe,
+            cfg.TRAIN.BASE_LR * recipe / REFERENCE_BATCH,
+            _batch_advice(recipe, images // steps, num_images) if images != recipe else "",
+        )
+        log_ema(cfg, epochs * updates_per_epoch)
+
+
+def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
+    """How to get the recipe's batch, where these data and processes can."""
+    if recipe > num_images:
+        return f". The learning rate follows; {num_images} images are too few for the recipe's batch"
+    if recipe % images_per_pass:
+        return f". The learning rate follows; for the recipe's batch choose a --batch-size whose total divides {recipe}"
+    return f". The learning rate follows; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
+
+
+def log_ema(cfg: CfgNode, num_updates: int) -> None:
+    """Warn of an average over more updates than the run has: it would keep much of the initial weights."""
+    if not cfg.EMA.ENABLED or cfg.EMA.DECAY >= 1:
+        return
+    averaged = 1 / (1 - cfg.EMA.DECAY)
+    if averaged > num_updates:
+        logger.warning(
+            "EMA.DECAY=%g averages over about %.0f updates, but the run has %d: the average will stay near the initial "
+            "weights; try --model-ema-decay %.3g, or --no-model-ema",
+            cfg.EMA.DECAY,
+            averaged,
+            num_updates,
+            max(1 - 10 / max(num_updates, 20), 0.5),
+        )
+
+
+def build_recipe(cfg: CfgNode, world: World) -> Recipe:
+    """The settings of the training loop."""
+    return Recipe(
+        num_epochs=cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS,
+        accumulation=accumulation_steps(cfg, world.size),
+        amp_dtype=amp_dtype(cfg),
+        eval_dtype=eval_dtype(cfg),
+        max_grad_norm=cfg.TRAIN.CLIP_GRAD or float("inf"),
+        seed=cfg.SEED,
+        print_freq=cfg.PRINT_FREQ,
+        save_freq=cfg.SAVE_FREQ,
+        save_steps=cfg.SAVE_STEPS,
+        eval_freq=cfg.EVAL_FREQ,
+        keep_checkpoints=cfg.KEEP_CHECKPOINTS,
+    )
+
+
+def make_temporary_folder(parent: Path) -> Path:
+    """
+    Raises:
+        ConfigError: ``parent`` cannot be written.
+    """
+    for old in parent.glob(f"{REHEARSAL}*"):  # left over by processes that were killed
+        if time.time() - old.stat().st_mtime > SECONDS_UNTIL_STALE:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        return Path(tempfile.mkdtemp(prefix=REHEARSAL, dir=parent))
+    except OSError as error:
+        raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None
