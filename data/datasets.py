@@ -5,8 +5,9 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -112,12 +113,7 @@ class ImageDataset(Dataset):
             DataError: it cannot be read.
         """
         try:
-            with Image.open(io.BytesIO(self.read(position))) as file:
-                if file.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-                    return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
-                if "transparency" in file.info:  # a palette's, which Pillow wants to see named
-                    return file.convert("RGBA").convert("RGB")
-                return file.convert("RGB")
+            return decode_image(self.read(position))
         except _UNREADABLE as error:
             place = f"{self.index.source}/{self.index.name(position)}"
             raise DataError(f"{place}: is no readable image ({error}); repair or remove it") from error
@@ -139,6 +135,40 @@ class ImageDataset(Dataset):
         with kept_generators():
             seed_generators(draw_seed(self.seed, *key))
             return Sample(self.transform(image), int(self.index.labels[position]), (epoch, position), faults)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The image in a file's bytes, as RGB.
+
+    Raises:
+        one of ``_UNREADABLE``: it is damaged or no image.
+    """
+    with Image.open(io.BytesIO(data)) as file:
+        if file.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+            return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+        if "transparency" in file.info:  # a palette's, which Pillow wants to see named
+            return file.convert("RGBA").convert("RGB")
+        return file.convert("RGB")
+
+
+class FileDataset(Dataset):
+    """Image files without labels. An item is (position, (3, H, W) uint8, ""), or (position, None, why it is unreadable).
+
+    Args:
+        transform: PIL image to (3, H, W) uint8.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
+        self.paths, self.transform = list(paths), transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
+        try:
+            return position, self.transform(decode_image(self.paths[position].read_bytes())), ""
+        except _UNREADABLE as error:
+            return position, None, f"{type(error).__name__}: {error}"
 
 
 def draw_seed(*position: int) -> int:

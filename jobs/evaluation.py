@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by the label of their weights; ``preferred``: the label that counts; ``num_parameters`` of the model."""
+    """Results and models by the label of their weights; ``preferred``: the label that counts."""
 
     results: dict[str, EvalResult]
+    models: dict[str, torch.nn.Module]
     preferred: str
-    num_parameters: int
     datasets: Datasets
 
     @property
@@ -112,8 +112,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     options = {"class_ids": datasets.class_ids, "keep_answers": True}
     results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
     log_results(results)
-    num_parameters = sum(parameter.numel() for parameter in next(iter(models.values())).parameters())
-    return Evaluation(results, preferred_weights(checkpoint.state), num_parameters, datasets)
+    return Evaluation(results, models, preferred_weights(checkpoint.state), datasets)
 
 
 def load_models(

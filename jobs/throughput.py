@@ -5,6 +5,7 @@ import platform
 import time
 
 import torch
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import build_model
@@ -14,25 +15,37 @@ from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
 
-WARMUP_BATCHES = 50
+WARMUP_BATCHES = 50  # as the reference
 MEASURED_BATCHES = 30
 
 
+def images_per_second(
+    model: nn.Module, images: Tensor, precision: torch.dtype, *, warmup_batches: int, measured_batches: int
+) -> float:
+    """Speed of the forward pass alone, after a warm-up.
+
+    Args:
+        images: (B, 3, H, W), on the model's device.
+    """
+    device = images.device.type
+    synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
+        for num_batches in (warmup_batches, measured_batches):
+            synchronise()
+            started = time.perf_counter()
+            for _ in range(num_batches):
+                model(images)
+            synchronise()
+    return len(images) * measured_batches / (time.perf_counter() - started)
+
+
 def measure_throughput(cfg: CfgNode, world: World) -> None:
-    """Log images per second of the forward pass alone, on random images, after a warm-up."""
+    """Log images per second of the forward pass on random images, with the model and the device."""
     model = build_model(cfg).to(world.device).eval()
     height, width = image_size(cfg)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, height, width, device=world.device)
     precision = amp_dtype(cfg)
-    synchronise = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-    with torch.inference_mode(), torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
-        for batches in (WARMUP_BATCHES, MEASURED_BATCHES):
-            synchronise()
-            started = time.perf_counter()
-            for _ in range(batches):
-                model(images)
-            synchronise()
-    seconds = (time.perf_counter() - started) / MEASURED_BATCHES
+    speed = images_per_second(model, images, precision, warmup_batches=WARMUP_BATCHES, measured_batches=MEASURED_BATCHES)
     logger.info(
         "%s at %d x %d on %s: batch_size %d throughput %.1f images/s, %s, torch %s",
         cfg.MODEL.NAME,
@@ -40,7 +53,7 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
         width,
         _device_name(world.device),
         len(images),
-        len(images) / seconds,
+        speed,
         str(precision).removeprefix("torch."),
         torch.__version__,
     )

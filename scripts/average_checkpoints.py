@@ -1,6 +1,7 @@
 """Average the weights of several checkpoints into one file, as model soups do (https://arxiv.org/abs/2203.05482).
 
-The file holds weights alone: evaluate it with --eval --resume, or start from it with --pretrained.
+The file has the averaged weights, and the config and class names of the first checkpoint: evaluate it with --eval --resume,
+or start from it with --pretrained.
 """
 
 import argparse
@@ -14,17 +15,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.checkpoint import save_checkpoint
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint
 
+DESCRIPTION = ("config", "class_names")  # entries that the averaged file takes from the first checkpoint
 
-def average(paths: list[Path], weights: str) -> dict[str, Tensor]:
+
+def average(paths: list[Path], weights: str) -> dict:
     """The mean of every floating-point entry, summed in float64; others must be equal.
 
+    Returns:
+        A checkpoint: ``model``, and what the first file has of ``DESCRIPTION``.
+
     Raises:
-        CheckpointError: a file that cannot be read, lacks these weights, or is of another model.
+        CheckpointError: a file that cannot be read, lacks these weights, or is of another model or other classes.
     """
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
+    described: dict = {}
     for path in paths:
-        _, own = choose_weights(read_checkpoint(path), weights, path)
+        state = read_checkpoint(path)
+        if path == paths[0]:
+            described = {key: state[key] for key in DESCRIPTION if key in state}
+        if state.get("class_names", described.get("class_names")) != described.get("class_names"):
+            raise CheckpointError(f"{path}: was trained on other classes than {paths[0]}; average checkpoints of one data set")
+        _, own = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(f"{path}: is of another model than {paths[0]}; average checkpoints of one model")
         for name, value in own.items():
@@ -35,14 +47,15 @@ def average(paths: list[Path], weights: str) -> dict[str, Tensor]:
                 continue
             kinds.setdefault(name, value.dtype)
             total[name] = total[name] + value.double() if name in total else value.double()
-    return {name: (value / len(paths)).to(kinds[name]) if name in kinds else value for name, value in total.items()}
+    mean = {name: (value / len(paths)).to(kinds[name]) if name in kinds else value for name, value in total.items()}
+    return {"model": mean, **described}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="of each file; auto: the EMA where there is one")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the best accuracy in each file")
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"{args.output}: is there already; choose another name")
@@ -50,7 +63,7 @@ def main() -> None:
         parser.error(f"{args.checkpoints[0]}: is one checkpoint; give two or more to average")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        digest = save_checkpoint({"model": average(args.checkpoints, args.weights)}, args.output)
+        digest = save_checkpoint(average(args.checkpoints, args.weights), args.output)
     except CheckpointError as error:
         print(f"average_checkpoints.py: error: {error}", file=sys.stderr)
         sys.exit(2)

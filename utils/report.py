@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from utils.metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
+PICTURE_SIDE = 256  # pixels of an image in a grid, at most
 MOST_CLASSES_DRAWN = 50
 MOST_CLASSES_WITH_COUNTS = 20
 
@@ -94,7 +97,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
-    labels = [name.encode(errors="replace").decode().replace("$", r"\$") for name in classes]  # no formulas
+    labels = [_plain(name) for name in classes]
     axes.set_xticks(range(count), labels, rotation=90)
     axes.set_yticks(range(count), labels)
     axes.set(xlabel="answer", ylabel="class", title=title)
@@ -104,6 +107,34 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_predictions(images: Sequence[Path], captions: Sequence[str], path: Path) -> None:
+    """A grid of images, each with its caption."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    columns = min(6, max(1, math.ceil(math.sqrt(len(images)))))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.5 * rows), squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        with Image.open(image) as file:
+            picture = file.convert("RGB")
+        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        axis.imshow(picture)
+        axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib draws as it is: valid Unicode, no formulas."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:

@@ -1,0 +1,112 @@
+"""Classify images without labels."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.datasets import FileDataset
+from data.index import DataError
+from data.transforms import Normalize, Preprocessing
+from jobs.checkpoints import Checkpoint
+from utils.log import progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """class_ids, confidences: of the top k, most confident first; both empty where ``error`` tells why there are none."""
+
+    image: Path
+    class_ids: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()
+    error: str = ""
+
+
+def find_images(given: Sequence[Path]) -> list[Path]:
+    """The files that are given, and all image files below the folders that are given, sorted within each.
+
+    Raises:
+        DataError: a path that does not exist, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+            if not below:
+                raise DataError(f"{path}: holds no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
+            found += below
+        elif path.is_file():
+            found.append(path)  # whatever its suffix: it was named
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return found
+
+
+def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
+    """Names by class id: the checkpoint's own, else those of the ImageNet set with this number of classes, else numbers.
+
+    WordNet ids of ImageNet-1K are replaced by their description.
+    """
+    if len(checkpoint.class_names) == num_classes:
+        imagenet = ImageNetInfo()
+        known = set(imagenet.label_names())
+        return [imagenet.label_name_to_description(name) if name in known else name for name in checkpoint.class_names]
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset is not None:
+        imagenet = ImageNetInfo(subset)
+        return [imagenet.index_to_description(index) for index in range(num_classes)]
+    return [str(index) for index in range(num_classes)]
+
+
+def predict(
+    model: nn.Module,
+    images: Sequence[Path],
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    top_k: int,
+) -> list[Prediction]:
+    """The top predictions for every image, in the given order; an unreadable one has an error instead.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+    """
+    loader = DataLoader(
+        FileDataset(images, preprocessing.create_transform()),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    normalize = Normalize(preprocessing.mean, preprocessing.std, device)
+    predictions: list[Prediction] = []
+    for samples in progress(loader, len(loader), "predict"):
+        rows = iter(_top(model, normalize, [image for _, image, _ in samples if image is not None], top_k, device))
+        for position, image, error in samples:
+            if image is None:
+                logger.warning("%s: is no readable image (%s)", images[position], error)
+                predictions.append(Prediction(images[position], error=error))
+            else:
+                predictions.append(Prediction(images[position], *next(rows)))
+    return predictions
+
+
+@torch.inference_mode()
+def _top(
+    model: nn.Module, normalize: Normalize, images: list[Tensor], top_k: int, device: torch.device
+) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    if not images:
+        return
+    probabilities = model(normalize(torch.stack(images).to(device))).float().softmax(dim=1)
+    confidences, class_ids = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+    for ids, values in zip(class_ids.tolist(), confidences.tolist(), strict=True):
+        yield tuple(ids), tuple(values)

@@ -1,0 +1,100 @@
+"""Evaluate many checkpoints on one data set: a CSV with a row per checkpoint, sorted by accuracy.
+
+Each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is written after every checkpoint, so that
+an interrupted run keeps what it has. A checkpoint that cannot be evaluated is reported, and the others continue.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from jobs.checkpoints import choose_config, open_checkpoint
+from jobs.evaluation import evaluate_weights
+from jobs.throughput import images_per_second
+from utils.config import image_size, load_config
+from utils.distributed import World, cleanup, setup
+from utils.files import replacing
+from utils.log import setup_logging
+from utils.metrics import wilson_interval
+from utils.optim import eval_dtype
+
+WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # of the throughput
+
+
+def evaluate_one(reference: str, args: argparse.Namespace, world: World) -> dict:
+    """The row of one checkpoint."""
+    from data.build import build_preprocessing
+
+    opts = ["DATA.DATA_PATH", args.data_path, *args.opts]
+    checkpoint = open_checkpoint(reference)
+    cfg = choose_config(checkpoint, load_config(args.cfg, opts) if args.cfg else None, opts)
+    evaluation = evaluate_weights(checkpoint, cfg, world)
+    result, model = evaluation.result, evaluation.models[evaluation.preferred].eval()
+    low, high = wilson_interval(result.correct1, result.num_images)
+    images = torch.randn(args.batch_size, 3, *image_size(cfg), device=world.device)
+    batches = {"warmup_batches": WARMUP_BATCHES, "measured_batches": MEASURED_BATCHES}
+    protocol = build_preprocessing(cfg).to_dict()
+    return {
+        "acc1": f"{result.acc1:.3f}",
+        "acc1_low_95": f"{low:.3f}",
+        "acc1_high_95": f"{high:.3f}",
+        "acc5": f"{result.acc5:.3f}",
+        "correct1": result.correct1,
+        "num_images": result.num_images,
+        "model": cfg.MODEL.NAME,
+        "weights": evaluation.preferred,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images_per_second": f"{images_per_second(model, images, eval_dtype(cfg), **batches):.1f}",
+        **{key: protocol[key] for key in ("img_size", "crop_mode", "crop_pct", "interpolation")},
+        "precision": str(eval_dtype(cfg)).removeprefix("torch."),
+        "checkpoint": checkpoint.path,
+        "sha256": checkpoint.digest,
+    }
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """The rows, best accuracy first; the file is replaced as a whole."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: -float(row["acc1"])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", help="files, runs' folders, URLs, or released models")
+    parser.add_argument("--data-path", required=True, help="folder that holds val/")
+    parser.add_argument("--csv", type=Path, required=True, help="file to write")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config of all; by default each checkpoint's own")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass of the throughput (default: 16)")
+    args = parser.parse_args()
+    if not Path(args.data_path).is_dir():
+        parser.error(f"--data-path {args.data_path}: no such folder")
+    world = setup()
+    setup_logging(world.rank)
+    rows, failed = [], []
+    for reference in args.checkpoints:
+        try:
+            rows.append(evaluate_one(reference, args, world))
+        except ValueError as error:  # config, data or checkpoint
+            failed.append(f"{reference}: {error}")
+            continue
+        if world.is_main:
+            write(args.csv, rows)
+    if world.is_main:
+        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
+            print(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}")
+        for reason in failed:
+            print(f"evaluate_all.py: error: {reason}", file=sys.stderr)
+    cleanup()
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

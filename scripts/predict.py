@@ -1,0 +1,130 @@
+"""Classify images without labels: top predictions as CSV and JSON, and a picture of the images with theirs.
+
+The model, its input size and its class names come from the checkpoint. Images that cannot be read are listed with the reason,
+in the CSV, the JSON and the log.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.config import ConfigError, load_config
+
+GRID = 36  # images in the picture, at most
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument(
+        "--resume", required=True, metavar="FILE", help="checkpoint: file, run's folder, URL, or released model"
+    )
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config; by default the checkpoint's own")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=5, help="predictions per image (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the best accuracy")
+    args = parser.parse_args()
+    for name in ("top_k", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least 1")
+    for path in args.images:
+        if not path.exists():
+            parser.error(f"{path}: no such file or folder")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict and write. Returns the number of images that could not be read."""
+    import torch
+
+    from data.build import build_preprocessing
+    from jobs.checkpoints import choose_config, open_checkpoint
+    from jobs.evaluation import load_models
+    from jobs.prediction import class_names, find_images, predict
+    from jobs.training import check_model
+    from utils.log import setup_logging
+    from utils.report import draw_predictions
+    from weights.reader import choose_weights
+
+    setup_logging(0)
+    images = find_images(args.images)
+    checkpoint = open_checkpoint(args.resume)
+    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
+    check_model(cfg)
+    label, _ = choose_weights(checkpoint.state, args.weights, checkpoint.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_models(checkpoint, cfg, labels=[label], device=device)[label].eval()
+    preprocessing, names = build_preprocessing(cfg), class_names(checkpoint, cfg.MODEL.NUM_CLASSES)
+    options = {"batch_size": args.batch_size, "num_workers": args.workers, "top_k": args.top_k}
+    predictions = predict(model, images, preprocessing, device=device, **options)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_csv(args.output / "predictions.csv", predictions, names, min(args.top_k, len(names)))
+    about = {
+        "model": cfg.MODEL.NAME,
+        "checkpoint": str(checkpoint.path),
+        "sha256": checkpoint.digest,
+        "weights": label,
+        "preprocessing": preprocessing.to_dict(),
+    }
+    write_json(args.output / "predictions.json", predictions, names, about)
+    readable = [prediction for prediction in predictions if not prediction.error]
+    written = ["predictions.csv", "predictions.json"]
+    if readable:
+        captions = [f"{names[p.class_ids[0]]} {100 * p.confidences[0]:.0f} %" for p in readable[:GRID]]
+        draw_predictions([p.image for p in readable[:GRID]], captions, args.output / "predictions.png")
+        written.append("predictions.png")
+    for prediction in readable[:10]:
+        print(f"{prediction.image}: {names[prediction.class_ids[0]]} ({100 * prediction.confidences[0]:.1f} %)")
+    if len(readable) > 10:
+        print(f"... and {len(readable) - 10} more")
+    unreadable = len(predictions) - len(readable)
+    print(
+        f"{len(readable)} of {len(predictions)} images predicted, {unreadable} unreadable; in {args.output}: {', '.join(written)}"
+    )
+    return unreadable
+
+
+def write_csv(path: Path, predictions: list, names: list[str], top_k: int) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        columns = [f"{column}_{rank}" for rank in range(1, top_k + 1) for column in ("class", "confidence")]
+        writer.writerow(["image", *columns, "error"])
+        for prediction in predictions:
+            pairs = zip(prediction.class_ids, prediction.confidences, strict=True)
+            values = [value for class_id, confidence in pairs for value in (names[class_id], f"{confidence:.4f}")]
+            writer.writerow([prediction.image, *(values or [""] * len(columns)), prediction.error])
+
+
+def write_json(path: Path, predictions: list, names: list[str], about: dict) -> None:
+    def record(prediction) -> dict:
+        if prediction.error:
+            return {"image": str(prediction.image), "error": prediction.error}
+        pairs = zip(prediction.class_ids, prediction.confidences, strict=True)
+        top = [{"class_id": class_id, "class": names[class_id], "confidence": value} for class_id, value in pairs]
+        return {"image": str(prediction.image), "predictions": top}
+
+    records = about | {"images": [record(prediction) for prediction in predictions]}
+    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        if args.cfg:
+            load_config(args.cfg, args.opts)  # before torch is imported
+        unreadable = run(args)
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"predict.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(1 if unreadable else 0)
+
+
+if __name__ == "__main__":
+    main()
