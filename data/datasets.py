@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -116,7 +116,7 @@ class ImageDataset(Dataset):
             return decode_image(self.read(position))
         except _UNREADABLE as error:
             place = f"{self.index.source}/{self.index.name(position)}"
-            raise DataError(f"{place}: is no readable image ({error}); repair or remove it") from error
+            raise DataError(f"{place}: is no readable image ({_reason(error)}); repair or remove it") from error
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key
@@ -151,6 +151,11 @@ def decode_image(data: bytes) -> Image.Image:
         return file.convert("RGB")
 
 
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read; Pillow's own message would name a buffer in memory."""
+    return "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 class FileDataset(Dataset):
     """Image files without labels. An item is (position, (3, H, W) uint8, ""), or (position, None, why it is unreadable).
 
@@ -168,7 +173,7 @@ class FileDataset(Dataset):
         try:
             return position, self.transform(decode_image(self.paths[position].read_bytes())), ""
         except _UNREADABLE as error:
-            return position, None, f"{type(error).__name__}: {error}"
+            return position, None, _reason(error)
 
 
 def draw_seed(*position: int) -> int:

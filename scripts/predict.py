@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data.build import build_preprocessing
+    from data.datasets import decode_image
     from jobs.checkpoints import choose_config, open_checkpoint
     from jobs.evaluation import load_models
     from jobs.prediction import class_names, find_images, predict
@@ -78,16 +79,16 @@ def run(args: argparse.Namespace) -> int:
     written = ["predictions.csv", "predictions.json"]
     if readable:
         captions = [f"{names[p.class_ids[0]]} {100 * p.confidences[0]:.0f} %" for p in readable[:GRID]]
-        draw_predictions([p.image for p in readable[:GRID]], captions, args.output / "predictions.png")
+        pictures = [decode_image(p.image.read_bytes()) for p in readable[:GRID]]
+        draw_predictions(pictures, captions, args.output / "predictions.png")
         written.append("predictions.png")
     for prediction in readable[:10]:
         print(f"{prediction.image}: {names[prediction.class_ids[0]]} ({100 * prediction.confidences[0]:.1f} %)")
     if len(readable) > 10:
         print(f"... and {len(readable) - 10} more")
     unreadable = len(predictions) - len(readable)
-    print(
-        f"{len(readable)} of {len(predictions)} images predicted, {unreadable} unreadable; in {args.output}: {', '.join(written)}"
-    )
+    print(f"{len(readable)} of {len(predictions)} images predicted, {unreadable} unreadable")
+    print(f"{args.output}: {', '.join(written)}")
     return unreadable
 
 

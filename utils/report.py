@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils.engine import EvalResult
 from utils.files import replacing
@@ -109,13 +110,12 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
     plt.close(figure)
 
 
-def draw_predictions(images: Sequence[Path], captions: Sequence[str], path: Path) -> None:
+def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], path: Path) -> None:
     """A grid of images, each with its caption."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     columns = min(6, max(1, math.ceil(math.sqrt(len(images)))))
     rows = math.ceil(len(images) / columns)
@@ -123,8 +123,7 @@ def draw_predictions(images: Sequence[Path], captions: Sequence[str], path: Path
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        with Image.open(image) as file:
-            picture = file.convert("RGB")
+        picture = image.copy()
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         axis.imshow(picture)
         axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
