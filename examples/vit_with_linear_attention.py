@@ -1,9 +1,13 @@
-"""Swap focused linear attention into a stock timm ViT: python -m examples.vit_with_linear_attention"""
+"""Swap focused linear attention into a stock timm ViT: python examples/vit_with_linear_attention.py"""
+
+import sys
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from models.linear_attention import FocusedLinearAttention
 
 

@@ -92,9 +92,10 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         trainer.fit()
     except KeyboardInterrupt:
         raise Stopped(describe_stop(trainer.state.num_updates, output)) from None
-    if trainer.metrics is not None:
-        trainer.metrics.close()
-    lock.release()
+    finally:
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+        lock.release()
 
 
 def describe_stop(num_updates: int, output: Path) -> str:

@@ -1,7 +1,7 @@
 """How much of a training step the data cost: the step with its loader over the step on one batch again and again.
 
 Both are timed in turn in one process, so that the ratio holds on a machine whose speed drifts; 1.00 means that the loader
-keeps up. Takes the arguments of main.py that set config keys: --cfg, --data-path, --opts, --amp, --batch-size.
+keeps up.
 """
 
 import statistics
@@ -9,23 +9,36 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.build import build_datasets, build_mixup, build_train_loader
-from models import build_model
 from utils.arguments import overrides, parse_arguments
-from utils.config import load_config
-from utils.distributed import setup
-from utils.engine import train_step
-from utils.optim import amp_dtype, build_criterion, build_optimizer, build_scaler
+from utils.config import ConfigError, load_config
 
+FLAGS = ("--cfg", "--data-path", "--opts", "--amp", "--batch-size", "--zip", "--cache-mode")
 ROUNDS, UPDATES = 5, 10  # an odd number of rounds, of so many updates with either source
 
 
 def main() -> None:
-    args = parse_arguments(__doc__)
-    cfg = load_config(args.cfg, overrides(args))
+    args = parse_arguments(__doc__, FLAGS)
+    if not args.cfg:
+        sys.exit("benchmark.py: error: --cfg is missing: name a config, such as configs/flatten_swin_t.yaml")
+    try:
+        cfg = load_config(args.cfg, overrides(args))
+    except ConfigError as error:
+        sys.exit(f"benchmark.py: error: {error}")
+    measure(cfg)
+
+
+def measure(cfg: CfgNode) -> None:
+    import torch  # after the arguments are checked
+
+    from data.build import build_datasets, build_mixup, build_train_loader
+    from models import build_model
+    from utils.distributed import setup
+    from utils.engine import train_step
+    from utils.optim import amp_dtype, build_criterion, build_optimizer, build_scaler
+
     world = setup()
     loader = build_train_loader(cfg, build_datasets(cfg, training=True).train, rank=0, world_size=1, device=world.device)
     mixup = build_mixup(cfg)

@@ -10,25 +10,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import torch
-
-from jobs.checkpoints import choose_config, open_checkpoint
-from jobs.evaluation import evaluate_weights
-from jobs.throughput import images_per_second
-from utils.config import image_size, load_config
-from utils.distributed import World, cleanup, setup
 from utils.files import replacing
-from utils.log import setup_logging
-from utils.metrics import wilson_interval
-from utils.optim import eval_dtype
 
 WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # of the throughput
 
 
-def evaluate_one(reference: str, args: argparse.Namespace, world: World) -> dict:
+def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     """The row of one checkpoint."""
+    import torch
+
     from data.build import build_preprocessing
+    from jobs.checkpoints import choose_config, open_checkpoint
+    from jobs.evaluation import evaluate_weights
+    from jobs.throughput import images_per_second
+    from utils.config import image_size, load_config
+    from utils.metrics import wilson_interval
+    from utils.optim import eval_dtype
 
     opts = ["DATA.DATA_PATH", args.data_path, *args.opts]
     checkpoint = open_checkpoint(reference)
@@ -76,6 +73,10 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():
         parser.error(f"--data-path {args.data_path}: no such folder")
+
+    from utils.distributed import cleanup, setup  # after the arguments are checked
+    from utils.log import setup_logging
+
     world = setup()
     setup_logging(world.rank)
     rows, failed = [], []

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     readable = [prediction for prediction in predictions if not prediction.error]
     written = ["predictions.csv", "predictions.json"]
     if readable:
-        captions = [f"{names[p.class_ids[0]]} {100 * p.confidences[0]:.0f} %" for p in readable[:GRID]]
+        captions = [f"{names[p.class_ids[0]]} {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in readable[:GRID]]
         pictures = [decode_image(p.image.read_bytes()) for p in readable[:GRID]]
         draw_predictions(pictures, captions, args.output / "predictions.png")
         written.append("predictions.png")

@@ -1,6 +1,6 @@
-"""Print what runs reached and where it lies: training's last word beside the evaluation of the saved file.
+"""Print the accuracies of runs, as counted in training and by --eval of the saved file, and the files of their folders.
 
-Ends with status 1 where the two count differently.
+Ends with status 1 if the two counts differ.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """What training counted when it wrote ``best.pth``, by weights; nothing where there was no training."""
+    """Correct predictions at the evaluation that wrote ``best.pth``, by weights; empty if there was no training."""
     if not metrics.is_file():
         return {}
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -23,6 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders that hold eval.json, and metrics.jsonl of training")
     args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "eval.json").is_file():
+            parser.error(f"{run}: holds no eval.json, which --eval writes; name the folder of an evaluated run")
     print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 %':>18}")
     agree = True
     for run in args.runs:
@@ -37,7 +40,7 @@ def main() -> None:
             counts = f"{in_training:>14}{f'{correct}/{total}':>12}"
             print(f"{name:<24}{pixels:>8}{weights:>9}{counts}{result['acc1']:>8.2f}%{interval:>18}")
     for run in args.runs:
-        print(f"{run}/: {', '.join(sorted(path.name for path in run.iterdir() if not path.name.startswith('events.')))}")
+        print(f"{run}/: {', '.join(sorted(path.name for path in run.iterdir() if not path.name.startswith(('events.', '.'))))}")
     if not agree:
         sys.exit("training and evaluation of the saved file count differently")
 

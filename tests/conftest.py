@@ -86,3 +86,15 @@ def toy_config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "toy.yaml"
     path.write_text(TOY_CONFIG)
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(toy_config, toy_data, tmp_path_factory) -> Path:
+    """``best.pth`` of a short run; do not write to its folder."""
+    from tests.launch import run_main
+
+    output = tmp_path_factory.mktemp("trained")
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--opts", "TRAIN.EPOCHS", "2"]
+    outcome = run_main(arguments, output / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    return output / "toy/default/best.pth"

@@ -27,9 +27,15 @@ class Outcome:
 
 
 def run_main(
-    arguments: list[str], log: Path, *, processes: int = 1, kill_when: Callable[[], bool] | None = None, timeout: float = 120
+    arguments: list[str],
+    log: Path,
+    *,
+    processes: int = 1,
+    kill_when: Callable[[], bool] | None = None,
+    kill_signal: int = signal.SIGKILL,
+    timeout: float = 120,
 ) -> Outcome:
-    """Run ``main.py`` on several processes, and SIGKILL all of them as soon as ``kill_when`` says so."""
+    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them as soon as ``kill_when`` is true."""
     context, port = multiprocessing.get_context("fork"), free_port()
     log.write_text("")
     children = [context.Process(target=_child, args=(arguments, rank, processes, port, log)) for rank in range(processes)]
@@ -38,8 +44,8 @@ def run_main(
     deadline = time.monotonic() + timeout
     while any(child.is_alive() for child in children):
         if kill_when is not None and kill_when():
-            _kill(children)
-            break
+            _kill(children, kill_signal)
+            kill_when = None
         if time.monotonic() > deadline:
             _kill(children)
             raise TimeoutError(f"no end after {timeout} s:\n{log.read_text()}")
@@ -88,10 +94,10 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _kill(children) -> None:
+def _kill(children, kill_signal: int = signal.SIGKILL) -> None:
     for child in children:
         try:
-            os.killpg(child.pid, signal.SIGKILL)  # the group: loader workers too
+            os.killpg(child.pid, kill_signal)  # the group: loader workers too
         except ProcessLookupError:
             child.kill()
 

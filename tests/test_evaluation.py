@@ -165,15 +165,6 @@ def test_two_evaluations_are_compared_on_the_same_images():
         compare(first, {name: right for name, right in second.items() if name != "7"})
 
 
-@pytest.fixture(scope="module")
-def trained(toy_config, toy_data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained")
-    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--opts", "TRAIN.EPOCHS", "2"]
-    outcome = run_main(arguments, output / "log")
-    assert outcome.exit_codes == [0], outcome.output
-    return output / "toy/default/best.pth"
-
-
 def run_evaluation(checkpoint, toy_config, data, output, *arguments, processes=1):
     command = ["--cfg", toy_config, "--data-path", data, "--output", output, "--eval", "--resume", checkpoint, *arguments]
     outcome = run_main(command, output / "log", processes=processes)

@@ -4,6 +4,7 @@ Imports nothing heavy, so that mistakes are reported at once.
 """
 
 import argparse
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,10 +13,15 @@ from yacs.config import CfgNode
 from utils.config import ConfigError
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
+def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:
+    """
+    Args:
+        flags: those of ``FLAGS`` that the program has; all when not given.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for name, (_, options) in FLAGS.items():
-        parser.add_argument(name, **options)
+        if flags is None or name in flags:
+            parser.add_argument(name, **options)
     args, unknown = parser.parse_known_args()
     if unknown:
         parser.error(f"unknown argument {unknown[0]}{_hint(unknown[0])}")
@@ -95,13 +101,14 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
     Args:
         ema: average the weights unless the command line says otherwise.
     """
-    if args.model_ema and args.no_model_ema:
+    given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
+    if given["--model-ema"] and given["--no-model-ema"]:
         raise ConfigError("--model-ema and --no-model-ema: give one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
-    if args.eval and args.resume and not args.pretrained:
+    if given["--eval"] and given["--resume"] and not given["--pretrained"]:
         pairs += ["MODEL.PRETRAINED", ""]  # how the run began, which its config.yaml still has
     for flag, (key, _) in FLAGS.items():
-        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        value = given[flag]
         if key is not None and value is not None and value is not False:
             pairs += [key, flag != "--no-model-ema" if value is True else value]
     return pairs

@@ -1,0 +1,365 @@
+"""What users meet between the README and a result: mistakes, their messages, and the way on."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from yacs.config import CfgNode
+
+from data.build import build_num_workers
+from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
+from jobs.training import _batch_advice, log_ema
+from tests.conftest import CONFIGS
+from tests.launch import run_main
+from utils.config import ConfigError, load_config
+from utils.run import RunLock
+from weights.reader import CheckpointError, preferred_weights, read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, log, **options):
+    return run_main(list(arguments), log / "log", **options)
+
+
+def copy_run(trained: Path, folder: Path) -> Path:
+    """The folder of a run, where it may be written to. Returns its best.pth."""
+    shutil.copytree(trained.parent, folder)
+    return folder / "best.pth"
+
+
+def rename_classes(toy_data: Path, folder: Path, names: list[str]) -> Path:
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+        for label, name in enumerate(names):
+            (folder / split / name).symlink_to(toy_data / split / f"class{label}")
+    return folder
+
+
+# --- The checkpoint describes itself
+
+
+def test_evaluation_counts_by_the_weights_that_won_in_training(trained, toy_data, tmp_path):
+    """The same weights count in training, in --eval and wherever ``auto`` chooses."""
+    state = read_checkpoint(trained)
+    best = state["best"]
+    assert preferred_weights(state) == best["weights"]
+    assert preferred_weights(state | {"best": best | {"weights": "raw"}}) == "raw"
+    assert preferred_weights(state | {"best": best | {"weights": "ema"}}) == "ema"
+    assert preferred_weights({"model": state["model"], "state_dict_ema": state["state_dict_ema"]}) == "ema"
+    path = copy_run(trained, tmp_path / "run")
+    outcome = run("--eval", "--resume", path, "--data-path", toy_data, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert outcome.output.splitlines()[-1].endswith(f" * Acc@1 {best['acc1']:.3f}")
+    assert json.loads((tmp_path / "run/eval.json").read_text())["preferred"] == best["weights"]
+
+
+def test_a_checkpoint_evaluates_without_a_config_and_leaves_its_results_beside_it(trained, tmp_path, monkeypatch):
+    """Model, size, classes and even the data come from the checkpoint."""
+    path = copy_run(trained, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    outcome = run("--eval", "--resume", path, log=tmp_path, processes=2)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    record = json.loads((tmp_path / "elsewhere/eval.json").read_text())
+    assert record["preprocessing"]["img_size"] == 40
+    assert record["model"] == "toy"
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_config_that_differs_from_the_checkpoint_s_is_named_and_writes_into_no_other_run(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    other = tmp_path / "other.yaml"
+    tree = yaml.safe_load((path.parent / "config.yaml").read_text())
+    tree["MODEL"]["NAME"], tree["DATA"]["IMG_SIZE"] = "other", 32
+    other.write_text(yaml.safe_dump(tree))
+    outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "DATA.IMG_SIZE was 40 in the checkpoint, now it is 32" in outcome.output
+    assert json.loads((tmp_path / "run/eval.json").read_text())["preprocessing"]["img_size"] == 32
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_tag_sends_the_results_to_a_folder_of_that_name(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    arguments = ["--eval", "--resume", path, "--data-path", toy_data, "--output", tmp_path / "out", "--tag", "second"]
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert (tmp_path / "out/toy/second/eval.json").is_file()
+    assert not (tmp_path / "run/eval.json").exists()
+
+
+def test_a_file_without_a_config_asks_for_one(trained, toy_data, tmp_path):
+    torch.save(read_checkpoint(trained)["model"], tmp_path / "bare.pth")
+    outcome = run("--eval", "--resume", tmp_path / "bare.pth", "--data-path", toy_data, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "holds weights without a config; name the one it was trained with, --cfg" in outcome.output
+
+
+def test_of_a_reference_s_config_the_model_counts_and_not_its_scaled_learning_rate(trained, tmp_path):
+    swin = {"EMBED_DIM": 24, "APE": False}
+    model = {"TYPE": "flatten_swin", "NAME": "theirs", "NUM_CLASSES": 3, "SWIN": CfgNode(swin)}
+    tree = CfgNode({"MODEL": CfgNode(model), "TRAIN": CfgNode({"BASE_LR": 1e-3}), "DATA": CfgNode({"IMG_SIZE": 64})})
+    torch.save({"model": read_checkpoint(trained)["model"], "epoch": 299, "config": tree}, tmp_path / "theirs.pth")
+    cfg = stored_config(open_checkpoint(tmp_path / "theirs.pth"))
+    assert (cfg.MODEL.NAME, cfg.MODEL.SWIN.EMBED_DIM, cfg.DATA.IMG_SIZE, cfg.TRAIN.BASE_LR) == ("theirs", 24, 64, 5e-4)
+
+
+def test_a_run_that_began_from_weights_evaluates_by_its_own_config_file(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    config = path.parent / "config.yaml"
+    config.write_text(config.read_text().replace("PRETRAINED: ''", "PRETRAINED: gone.pth"))
+    assert load_config(config).MODEL.PRETRAINED == "gone.pth"
+    outcome = run("--cfg", config, "--eval", "--resume", path, "--data-path", toy_data, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+
+
+def test_a_run_s_folder_stands_for_its_best_checkpoint(trained, tmp_path):
+    assert locate(trained.parent).path == trained
+    outcome = run("--eval", "--resume", tmp_path, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "is a folder without best.pth; name a checkpoint file" in outcome.output
+    with pytest.raises(CheckpointError, match="no released model; released are flatten_pvt_t"):
+        locate("flatten_swin")
+
+
+# --- Classes
+
+
+def test_class_names_are_stored_and_other_classes_are_refused(trained, toy_data, tmp_path):
+    """As many classes as the model has, but others: an accuracy on them would say nothing."""
+    assert read_checkpoint(trained)["class_names"] == ["class0", "class1", "class2"]
+    path = copy_run(trained, tmp_path / "run")
+    others = rename_classes(toy_data, tmp_path / "others", ["airplane", "deer", "dog"])
+    outcome = run("--eval", "--resume", path, "--data-path", others, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "class 0 is 'airplane' here and 'class0' there" in outcome.output
+    numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])  # which name nothing
+    assert run("--eval", "--resume", path, "--data-path", numbers, log=tmp_path).exit_codes == [0]
+
+
+def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data, tmp_path):
+    copy_run(trained, tmp_path / "toy/default")
+    others = rename_classes(toy_data, tmp_path / "others", ["class0", "class1", "class3"])
+    arguments = ["--cfg", toy_config, "--data-path", others, "--output", tmp_path]
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "'class2' is now 'class3'" in outcome.output
+
+
+def test_another_number_of_classes_asks_for_a_class_map_in_evaluation_alone(trained, toy_config, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
+    outcome = run("--eval", "--resume", path, "--data-path", two, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "add --opts TEST.CLASS_MAP" in outcome.output
+    assert "MODEL.NUM_CLASSES 2" not in outcome.output
+    outcome = run("--cfg", toy_config, "--output", tmp_path, "--data-path", two, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "add --opts MODEL.NUM_CLASSES 2" in outcome.output
+
+
+def test_a_class_map_of_a_single_folder_is_refused(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    (tmp_path / "one/val").mkdir(parents=True)
+    (tmp_path / "one/val/class1").symlink_to(toy_data / "val/class1")
+    (tmp_path / "map.txt").write_text("class1 1\n")
+    arguments = ["--eval", "--resume", path, "--data-path", tmp_path / "one", "--opts", "TEST.CLASS_MAP", tmp_path / "map.txt"]
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "every prediction is correct" in outcome.output
+
+
+# --- Runs
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_writes_there(toy_config, toy_data, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    lock = RunLock(folder)
+    lock.acquire()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert f"another run writes there (process {os.getpid()} on " in outcome.output
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    lock.release()
+    short = ["--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]
+    assert run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, *short, log=tmp_path).exit_codes == [0]
+
+
+def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "SAVE_STEPS", "2"]
+    folder = tmp_path / "toy/default"
+    for kill_signal, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        shutil.rmtree(folder, ignore_errors=True)
+        options = {"kill_when": lambda: any(folder.glob("checkpoint_*.pth")), "kill_signal": kill_signal}
+        outcome = run(*arguments, log=tmp_path, **options)
+        assert outcome.exit_codes == [status], outcome.output
+        assert "Traceback" not in outcome.output
+        assert "the same command resumes from checkpoint_0000000" in outcome.output.splitlines()[-1]
+
+
+def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_data, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/train").symlink_to(toy_data / "train")
+    for _ in range(3):
+        outcome = run(
+            "--cfg", toy_config, "--data-path", tmp_path / "bad", "--output", tmp_path / "out", log=tmp_path, processes=2
+        )
+        assert outcome.exit_codes == [2, 2], outcome.output
+        assert "terminate called" not in outcome.output
+        assert "Traceback" not in outcome.output
+
+
+def test_another_image_size_does_not_resume(trained, toy_config, toy_data, tmp_path):
+    copy_run(trained, tmp_path / "toy/default")
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "DATA.IMG_SIZE", "48"]
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "DATA.IMG_SIZE=40, now it is 48: that is another run" in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_a_wrong_config_is_answered_with_the_model_that_the_file_names(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
+    outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log=tmp_path)
+    assert outcome.exit_codes == [2]
+    assert "by its own config it is of toy" in outcome.output
+
+
+def test_the_log_counts_epochs_images_and_processes_as_people_do(toy_config, toy_data, tmp_path):
+    options = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.COOLDOWN_EPOCHS=1"]
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "1 process on cpu" in outcome.output
+    assert "2 epochs (1 and 1 of cooldown) of 12 updates, which use 96 of 102 images" in outcome.output
+    assert "epoch 0/2 [12/12]" in outcome.output
+    assert "epoch 1/2 [12/12]" in outcome.output
+    assert "Acc@5" not in outcome.output  # of three classes it says nothing
+    assert "sha256" not in outcome.output
+
+
+def test_one_process_warns_of_the_batch_and_no_advice_leads_to_an_error(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "4"]
+    outcome = run(*arguments, log=tmp_path, processes=2)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert outcome.output.count("the recipe has 64 images") == 1
+    assert "add --opts DATA.GLOBAL_BATCH_SIZE 64" in _batch_advice(64, 8, 102)
+    assert "too few for the recipe's batch" in _batch_advice(1024, 8, 102)
+    assert "whose total divides 64" in _batch_advice(64, 24, 1000)
+
+
+def test_a_check_of_a_small_set_reports_no_nonsense(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check"]
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "ETA" not in outcome.output
+    assert "-1:" not in outcome.output
+    assert "Acc@1" not in outcome.output  # one batch is no accuracy
+
+
+@pytest.mark.parametrize(
+    ("decay", "num_updates", "warned"), [(0.998, 72, True), (0.9, 72, False), (0.9999, 300 * 1251, False), (0.9999, 9999, True)]
+)
+def test_an_average_over_more_updates_than_the_run_has_is_warned_of(decay, num_updates, warned, toy_config, caplog):
+    cfg = load_config(toy_config, ["EMA.DECAY", decay])
+    with caplog.at_level(logging.WARNING):
+        log_ema(cfg, num_updates)
+    assert bool(caplog.records) == warned
+
+
+def test_workers_are_capped_at_a_process_s_share_of_the_cores(toy_config, monkeypatch):
+    cfg = load_config(toy_config, ["DATA.NUM_WORKERS", 8])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert build_num_workers(cfg) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert build_num_workers(cfg) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert build_num_workers(cfg) == 1
+    assert build_num_workers(load_config(toy_config)) == 0
+
+
+# --- The command line
+
+
+def call(*arguments):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--help"], 0, "usage: main.py"),
+        (["--lr", "1"], 2, "set it with --opts TRAIN.BASE_LR VALUE"),
+        (["--epochs=3"], 2, "set it with --opts TRAIN.EPOCHS VALUE"),
+        (["--batchsize", "3"], 2, "did you mean --batch-size?"),
+        ([], 2, "--cfg is missing"),
+        (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
+        (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
+        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such folder"),
+        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),
+        (["--eval", "--resume", "flaten_swin_t"], 2, "did you mean the model flatten_swin_t?"),
+        (["--eval"], 2, "no weights to evaluate"),
+        (["--cfg", "configs/flatten_swin_t.yaml", "--opts", "TRAIN.EPOCHS", "DATA.DATA_PATH", "x"], 2, "has no value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported(arguments, status, message):
+    program = (
+        "import sys, runpy; sys.argv = ['main.py', *{arguments!r}]\n"
+        "try: runpy.run_path('main.py', run_name='__main__')\n"
+        "finally: print('heavy', [name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
+    )
+    done = call("-c", program.format(arguments=arguments))
+    assert done.returncode == status, done.stderr
+    assert message in done.stdout + done.stderr
+    assert "heavy []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: holds no metrics.jsonl"),
+        (["scripts/summarise.py", "docs"], "docs: holds no eval.json"),
+        (["scripts/benchmark.py"], "--cfg is missing"),
+        (["scripts/predict.py", "none.jpg", "--resume", "x"], "none.jpg: no such file or folder"),
+        (["scripts/evaluate_all.py", "x.pth", "--data-path", "none", "--csv", "x.csv"], "--data-path none: no such folder"),
+    ],
+)
+def test_scripts_answer_a_wrong_argument_with_one_line(command, message):
+    done = call(*command)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_benchmark_offers_no_flag_that_it_ignores():
+    text = call("scripts/benchmark.py", "--help").stdout
+    assert "\n  --data-path" in text
+    assert not [flag for flag in ("--eval", "--resume", "--throughput", "--check", "--tag") if f"\n  {flag}" in text]
+
+
+def test_the_example_runs_as_a_file():
+    done = call("examples/vit_with_linear_attention.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_throughput_names_the_model_and_the_device(toy_config, tmp_path):
+    outcome = run("--cfg", toy_config, "--throughput", log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "toy at 40 x 40 on CPU" in outcome.output
+    assert "images/s, float32" in outcome.output
+
+
+def test_a_config_is_asked_for_where_a_bare_file_has_none(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "bare.pth")
+    with pytest.raises(ConfigError, match="name the one it was trained with"):
+        choose_config(open_checkpoint(tmp_path / "bare.pth"), None)
