@@ -1,5 +1,16 @@
-"""FLatten Transformers: ``build_model`` from a config, ``create_model`` by name, ``list_models``."""
+"""FLatten Transformers: ``build_model`` from a config, ``create_model`` by name, ``list_models``, ``nearest_model``."""
 
-from models.registry import build_model, create_model, list_models
+from models.entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
+from models.registry import build_model, create_model, list_models, nearest_model
+from models.released import RELEASED, Released, released
 
-__all__ = ["build_model", "create_model", "list_models"]
+__all__ = [
+    "RELEASED",
+    "Released",
+    "build_model",
+    "checkpoint_filter_fn",
+    "create_model",
+    "list_models",
+    "nearest_model",
+    "released",
+]

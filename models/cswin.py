@@ -1,53 +1,82 @@
 """FLatten-CSwin: CSwin Transformer (https://arxiv.org/abs/2107.00652) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW stripes of h x w = N tokens, C channels, heads D channels wide.
+Shapes: B images, H x W a token map, nW stripes of h x w = N tokens, C channels, D channels per head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from models.layers import (
     NO_OPTIONS,
     PADDING,
     Backbone,
-    create_classifier,
+    PositionTable,
+    Stage,
+    ceil_divide,
+    check_attention_dropout,
     drop_path_rates,
     init_weights,
     merge,
     parse_attention_types,
     partition,
-    to_pair,
+    tensor_defaults,
     window_regions,
 )
 from models.linear_attention import FocusedLinearAttention
 
-Stripe = tuple[int | None, int | None]  # height and width; None for the whole side of the map
+UPRIGHT, LYING = 1, 0  # the axis that a stripe divides: upright stripes divide the width
+
+
+def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of a stripe: the whole map, except ``width`` tokens along ``axis``."""
+    if axis is None or width is None:
+        return grid
+    return (min(width, grid[0]), grid[1]) if axis == LYING else (grid[0], min(width, grid[1]))
 
 
 class StripedAttention(nn.Module):
     """Mixin: attention within stripes, plus a depthwise convolution of v there (LePE). q, k, v (B, H, W, C) -> the same.
 
-    A side that the stripe covers at the native size it covers at every size; other sides are padded to whole stripes,
-    and padding takes no part.
+    A stripe that covers the divided side of the native map covers that side of every map. Otherwise it keeps its width,
+    and a map that it does not divide is padded; padding takes no part in the attention.
     """
 
-    def build_stripes(self, dim: int, grid: tuple[int, int], stripe: Stripe) -> None:
-        self.native, self.stripe = grid, stripe
+    def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
+        """Create what the mixin needs.
+
+        Args:
+            grid: the native map.
+            axis: ``UPRIGHT`` or ``LYING``; None for attention over the whole map.
+            width: of a stripe along that axis; None, or at least the side, for the whole side.
+        """
+        self.axis, self.native = axis, grid
+        self.width = None if stripe_of(grid, axis, width) == grid else width
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        # Known for the native map, so that a step builds no masks.
-        self.register_buffer("native_mask", self.mask(grid), persistent=False)
+        self.register_buffer("native_mask", None, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """The mask of the native map is a buffer, so that no training step computes it."""
+        mask = self.mask(self.native)
+        self.native_mask = None if mask is None else mask.to(self.get_v.weight.device)
+
+    def set_map_size(self, grid: tuple[int, int]) -> None:
+        """Change the native map in place."""
+        self.native = grid
+        self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Stripe and padded map for a map of this size."""
-        window = tuple(side if size is None else size for side, size in zip(grid, self.stripe, strict=True))
-        return window, tuple(-(-side // size) * size for side, size in zip(grid, window, strict=True))
+        stripe = stripe_of(grid, self.axis, self.width)
+        return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
     def mask(self, grid: tuple[int, int]) -> Tensor | None:
-        """(nW, N), False for padding; None where there is none."""
+        """(nW, N), False for padding; None if there is none."""
         window, padded = self.layout(grid)
         region = window_regions(grid, window, (0, 0), padded)
         return None if region is None else region != PADDING
@@ -73,34 +102,56 @@ class StripedAttention(nn.Module):
 
 
 class LinearStripes(FocusedLinearAttention, StripedAttention):
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], stripe: Stripe, linear: Mapping):
-        window = tuple(side if size is None else size for side, size in zip(grid, stripe, strict=True))
-        super().__init__(dim, num_heads, window, **linear)
-        self.build_stripes(dim, grid, stripe)
+    """Focused linear attention within stripes."""
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, linear: Mapping):
+        super().__init__(dim, num_heads, stripe_of(grid, axis, width), **linear)
+        self.build_stripes(dim, grid, axis, width)
 
     forward = StripedAttention.forward
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
         return self.attend(q, k, v, grid=window, key_mask=mask)
 
+    def set_map_size(self, grid: tuple[int, int]) -> None:
+        super().set_map_size(grid)
+        self.set_grid(self.layout(grid)[0])
+
+    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+        height, width = stage_map
+        if self.axis == UPRIGHT:
+            return height, min(num_rows // height, width)
+        if self.axis == LYING:
+            return min(num_rows // width, height), width
+        return stage_map
+
+    def position_tables(self) -> list[PositionTable]:
+        # The width of a stripe does not follow from its number of tokens.
+        return [table._replace(assume_square=self.axis is None) for table in super().position_tables()]
+
 
 class SoftmaxStripes(StripedAttention):
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], stripe: Stripe):
+    """Softmax attention within stripes."""
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, attn_drop: float):
         super().__init__()
-        self.num_heads = num_heads
-        self.build_stripes(dim, grid, stripe)
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.build_stripes(dim, grid, axis, width)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B * nW, heads, N, D)
         mask = None if mask is None else mask[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        attn_drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attn_drop)
+        return x.transpose(1, 2).flatten(2)
 
 
+@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
     """Cross-shaped attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    One half of the channels attends in upright stripes, the other in lying ones; where a stripe is as wide as the map,
-    all channels attend over the whole map.
+    One half of the channels attends in upright stripes and the other half in lying stripes. If the stripe covers the
+    native map in both directions, all channels attend over the whole map.
     """
 
     def __init__(
@@ -113,29 +164,27 @@ class Block(nn.Module):
         split_size: int | None,
         mlp_ratio: float,
         qkv_bias: bool,
-        drop_rate: float,
+        proj_drop: float,
+        attn_drop: float,
         drop_path: float,
         linear: Mapping,
     ):
         super().__init__()
-        covers = [split_size is None or split_size >= side for side in grid]
-        stripes: list[Stripe] = [(None, None)]
-        if not all(covers):
-            stripes = [(None, None if covers[1] else split_size), (None if covers[0] else split_size, None)]
-        share = len(stripes)
+        axes = (None,) if split_size is None or split_size >= max(grid) else (UPRIGHT, LYING)
+        share, heads = dim // len(axes), num_heads // len(axes)
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attns = nn.ModuleList(
-            LinearStripes(dim // share, num_heads // share, grid, stripe, linear)
+            LinearStripes(share, heads, grid, axis, split_size, linear)
             if attention == "L"
-            else SoftmaxStripes(dim // share, num_heads // share, grid, stripe)
-            for stripe in stripes
+            else SoftmaxStripes(share, heads, grid, axis, split_size, attn_drop)
+            for axis in axes
         )
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(drop_rate)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop_rate)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -156,7 +205,7 @@ class ChannelsLast(nn.Module):
 
 
 class Merge(nn.Module):
-    """Halve the map and double the channels by a convolution. (B, H, W, C) -> (B, H / 2, W / 2, 2C)."""
+    """Halve the map and double the channels by a convolution. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -170,20 +219,36 @@ class Merge(nn.Module):
 class CSwinTransformer(Backbone):
     """FLatten-CSwin.
 
+    ``proj_drop_rate`` also drops from the attention's projection. The reference builds that dropout and never calls it, so
+    the two differ at rates above 0; every recipe of the paper uses 0.
+
     Args:
-        img_size: native input size; the model takes others, resizing its position tables (bicubic).
-        linear_splits: stripe width of linear blocks, a stage each; None for the whole map. When not given, the whole
-            map in every stage.
-        softmax_splits: the same of softmax blocks; the last stage attends over the whole map.
-        linear: options of ``FocusedLinearAttention``.
+        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+            resizes its position tables (bicubic).
+        global_pool: "avg", or "" for unpooled outputs.
+        attn_type: see ``parse_attention_types``.
+        linear_splits: stripe width of linear blocks, one per stage; None for the whole map. By default the whole map in
+            every stage.
+        softmax_splits: stripe width of softmax blocks, one per stage. In the last stage all blocks attend over the whole
+            map, whatever the width.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout of attention projections and MLPs.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
+        drop_path_rate: stochastic-depth rate of the last block.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
+        device, dtype: of the parameters; torch's defaults if None.
+
+    Raises:
+        ValueError: an image that is too small, or an option without effect.
     """
 
     def __init__(
         self,
         *,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Iterable[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         embed_dim: int = 64,
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
@@ -193,50 +258,65 @@ class CSwinTransformer(Backbone):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         linear: Mapping = NO_OPTIONS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        linear_splits = linear_splits or (None,) * len(depths)
-        self.num_classes, self.num_features = num_classes, embed_dim * 2 ** (len(depths) - 1)
-        self.stage1_conv_embed = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2), ChannelsLast(), nn.LayerNorm(embed_dim)
-        )
-        self.feature_info = []
-        grid = tuple((side - 3) // 4 + 1 for side in to_pair(img_size))
-        rates = drop_path_rates(drop_path_rate, depths)
-        for index, attention_types in enumerate(parse_attention_types(attn_type, depths)):
-            dim, last = embed_dim * 2**index, index == len(depths) - 1
-            softmax_split = None if last else softmax_splits[index]
-            blocks = [
-                Block(
-                    dim,
-                    num_heads[index],
-                    grid,
-                    attention=attention,
-                    split_size=linear_splits[index] if attention == "L" else softmax_split,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    drop_rate=drop_rate,
-                    drop_path=rate,
-                    linear=linear,
-                )
-                for attention, rate in zip(attention_types, rates[index], strict=True)
-            ]
-            setattr(self, f"stage{index + 1}", nn.ModuleList(blocks))
-            if not last:
-                setattr(self, f"merge{index + 1}", Merge(dim))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**index, "module": f"stage{index + 1}"})
-            grid = tuple(-(-side // 2) for side in grid)
-        self.norm = nn.LayerNorm(self.num_features)
-        self.apply(init_weights)
-        self.head = create_classifier(self.num_features, num_classes)
+        super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.feature_info = [
+            {"num_chs": embed_dim * 2**index, "reduction": 4 * 2**index, "module": f"stage{index + 1}"}
+            for index in range(len(depths))
+        ]
+        grids = self.native_grids(img_size)
+        splits = {"L": linear_splits or (None,) * len(depths), "S": softmax_splits}
+        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
+        check_attention_dropout(attn_drop_rate, attention_types)
+        with tensor_defaults(device, dtype):
+            self.stage1_conv_embed = nn.Sequential(
+                nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2), ChannelsLast(), nn.LayerNorm(embed_dim)
+            )
+            for index, grid in enumerate(grids):
+                dim, last = embed_dim * 2**index, index == len(grids) - 1
+                blocks = [
+                    Block(
+                        dim,
+                        num_heads[index],
+                        grid,
+                        attention=attention,
+                        split_size=None if last else splits[attention][index],
+                        mlp_ratio=mlp_ratio,
+                        qkv_bias=qkv_bias,
+                        proj_drop=proj_drop_rate,
+                        attn_drop=attn_drop_rate,
+                        drop_path=rate,
+                        linear=linear,
+                    )
+                    for attention, rate in zip(attention_types[index], rates[index], strict=True)
+                ]
+                setattr(self, f"stage{index + 1}", Stage(*blocks))
+                if not last:
+                    setattr(self, f"merge{index + 1}", Merge(dim))
+            self.norm = nn.LayerNorm(self.num_features)
+            self.apply(init_weights)
+            self.build_head(drop_rate)
+
+    def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        grids = [tuple((side - 3) // 4 + 1 for side in img_size)]  # 7 x 7 patches, stride 4, padding 2
+        while len(grids) < len(self.feature_info):
+            grids.append(tuple(ceil_divide(side, 2) for side in grids[-1]))
+        return grids
+
+    def stage_blocks(self) -> list[Iterable[nn.Module]]:
+        return [getattr(self, f"stage{index + 1}") for index in range(len(self.feature_info))]
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         x = self.stage1_conv_embed(x)
         for index in range(1, len(self.feature_info) + 1):
-            for block in getattr(self, f"stage{index}"):
-                x = self.run_block(block, x)
+            x = getattr(self, f"stage{index}")(x)
             yield x
             if index < len(self.feature_info):
                 x = getattr(self, f"merge{index}")(x)
@@ -247,8 +327,13 @@ class CSwinTransformer(Backbone):
             delattr(self, f"stage{index + 1}")
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = r"^stage(\d+)\." if coarse else r"^stage(\d+)\.(\d+)"
-        return {"stem": r"^stage1_conv_embed", "blocks": [(blocks, None), (r"^merge(\d+)", (99,)), (r"^norm", (99999,))]}
+        stem = r"^stage1_conv_embed"
+        if coarse:
+            return {"stem": stem, "blocks": [(r"^(?:stage|merge)(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": stem,
+            "blocks": [(r"^stage(\d+)\.(\d+)", None), (r"^merge(\d+)", (99,)), (r"^norm", (99999,))],
+        }
 
 
 SIZES = {

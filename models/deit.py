@@ -1,29 +1,33 @@
 """FLatten-DeiT: DeiT (https://arxiv.org/abs/2012.12877) with focused linear attention in every block.
 
-The paper reports it, its code was never published: the class token stays, attention is over all tokens, and the
-depthwise convolution covers the patch tokens. (So the last block's convolution has no influence on the class token, and
-its gradient is zero.)
+The paper reports it, but its code was never published. Here the class token stays, attention is over all tokens, and the
+depthwise convolution covers the patch tokens. With ``global_pool`` "token", the convolution of the last block therefore has
+no influence on the logits and a zero gradient.
 
 Shapes: B images, N = 1 + H * W tokens, C channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from models.layers import (
     NO_OPTIONS,
     Backbone,
     PositionTable,
-    create_classifier,
+    check_attention_dropout,
+    check_output_fmt,
     drop_path_rates,
     init_weights,
     parse_attention_types,
-    resize_grid,
-    to_pair,
+    resized_parameter,
+    run_block,
+    tensor_defaults,
+    whole_map,
 )
 from models.linear_attention import FocusedLinearAttention
 
@@ -41,33 +45,38 @@ class LinearAttention(FocusedLinearAttention):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.proj_drop(self.proj(self.attend(q, k, v, grid=grid)))
 
+    def set_map_size(self, grid: tuple[int, int]) -> None:
+        """Change the native map in place."""
+        self.set_grid(grid)
+
 
 class SoftmaxAttention(nn.Module):
-    """DeiT's own attention. (B, N, C) -> the same."""
+    """Softmax attention over class and patch tokens. (B, N, C) -> the same."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, proj_drop: float):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.attn_drop = num_heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
+@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
     """Attention and MLP, both residual and pre-normed. (B, N, C) -> the same."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, drop_rate: float, drop_path: float):
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, proj_drop: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop_rate)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), grid))
@@ -75,93 +84,209 @@ class Block(nn.Module):
 
 
 class DeiT(Backbone):
-    """FLatten-DeiT. Its feature maps are those of its blocks, the class token left out.
+    """FLatten-DeiT, with the interface of timm's VisionTransformer. Its feature maps are the outputs of its blocks.
 
     Args:
-        img_size: native input size; the model takes others, resizing its position tables (bicubic).
-        attn_type: one letter, L for linear attention in every block or S for softmax; or M with the number of blocks
-            that are linear, as in M4.
-        linear: options of ``FocusedLinearAttention``.
+        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+            resizes its position tables (bicubic).
+        global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
+        attn_type: one letter, L for linear attention in every block or S for softmax; or M with the number of linear
+            blocks, as in M4.
+        fc_norm: apply the final norm after pooling instead of before it; by default with ``global_pool`` "avg".
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout after the position table.
+        proj_drop_rate: dropout of attention projections and MLPs.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
+        drop_path_rate: stochastic-depth rate of the last block.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
+        device, dtype: of the parameters; torch's defaults if None.
+
+    Raises:
+        ValueError: an image that is too small, or an option without effect.
     """
+
+    output_fmt = "NLC"
+    global_pools = ("token", "avg", "")
+    num_prefix_tokens = 1
 
     def __init__(
         self,
         *,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Iterable[int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "token",
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         attn_type: str = "L",
+        fc_norm: bool | None = None,
         drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         linear: Mapping = NO_OPTIONS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.num_classes, self.num_features, self.patch_size = num_classes, embed_dim, patch_size
-        self.grid = tuple(side // patch_size for side in to_pair(img_size))
-        self.patch_embed = PatchEmbed(
-            img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, strict_img_size=False
-        )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        self.pos_drop = nn.Dropout(drop_rate)
-        options = {"qkv_bias": qkv_bias, "proj_drop": drop_rate}
-        (attention_types,) = parse_attention_types(attn_type, (depth,))
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                LinearAttention(embed_dim, num_heads, self.grid, linear=linear, **options)
-                if kind == "L"
-                else SoftmaxAttention(embed_dim, num_heads, **options),
-                mlp_ratio,
-                drop_rate,
-                rate,
-            )
-            for kind, rate in zip(attention_types, drop_path_rates(drop_path_rate, (depth,))[0], strict=True)
-        )
+        super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        self.num_features = self.embed_dim = embed_dim
+        self.patch_size = patch_size
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
         ]
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        trunc_normal_(self.cls_token, std=0.02)
-        trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(init_weights)
-        self.head = create_classifier(self.num_features, num_classes)
+        self.grid = self.native_grids(img_size)[0]
+        (attention_types,) = parse_attention_types(attn_type, (depth,))
+        (rates,) = drop_path_rates(drop_path_rate, (depth,))
+        check_attention_dropout(attn_drop_rate, attention_types)
+        options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
+        with tensor_defaults(device, dtype):
+            self.patch_embed = PatchEmbed(
+                img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, strict_img_size=False
+            )
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.blocks = nn.ModuleList(
+                Block(
+                    embed_dim,
+                    LinearAttention(embed_dim, num_heads, self.grid, linear=linear, **options)
+                    if kind == "L"
+                    else SoftmaxAttention(embed_dim, num_heads, attn_drop=attn_drop_rate, **options),
+                    mlp_ratio,
+                    proj_drop_rate,
+                    rate,
+                )
+                for kind, rate in zip(attention_types, rates, strict=True)
+            )
+            norm_after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
+            self.norm = nn.Identity() if norm_after_pooling else nn.LayerNorm(embed_dim, eps=1e-6)
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if norm_after_pooling else nn.Identity()
+            trunc_normal_(self.cls_token, std=0.02)
+            trunc_normal_(self.pos_embed, std=0.02)
+            self.apply(init_weights)
+            self.build_head(drop_rate)
 
-    def position_tables(self) -> list[PositionTable]:
-        return [PositionTable("pos_embed", self.grid, 1)]
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the patch map for an image size in pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        return [self.grid_of(*img_size)] * len(self.feature_info)
+
+    def stage_blocks(self) -> list[Iterable[nn.Module]]:
+        return [(block,) for block in self.blocks]
+
+    def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
+        yield 0, PositionTable("pos_embed", self.grid, whole_map, self.num_prefix_tokens)
+        yield from super().named_position_tables()
+
+    def set_input_size(self, img_size: int | Iterable[int]) -> None:
+        super().set_input_size(img_size)
+        grid = self.native_grids(img_size)[0]
+        self.pos_embed = resized_parameter(self.pos_embed, self.grid, grid, self.num_prefix_tokens)
+        self.grid = grid
 
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | {"cls_token", "pos_embed"}
 
-    def grid_of(self, image_size: Sequence[int]) -> tuple[int, int]:
-        return tuple(side // self.patch_size for side in image_size)
-
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         """(B, 3, H, W) -> the tokens after each block, (B, N, C)."""
-        grid = self.grid_of(x.shape[-2:])
+        grid = self.grid_of(x.shape[-2], x.shape[-1])
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.pos_drop(x + resize_grid(self.pos_embed, self.grid, grid, 1))
+        x = self.pos_drop(x + self.resized_positions(self.pos_embed, self.grid, grid, self.num_prefix_tokens))
         for block in self.blocks:
-            x = self.run_block(block, x, grid)
+            x = run_block(block, x, grid, recompute=self.grad_checkpointing)
             yield x
 
-    def to_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
-        return features[:, 1:].unflatten(1, self.grid_of(image_size))
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C); all tokens if ``global_pool`` is ""."""
+        if self.global_pool == "token":
+            return x[:, 0]
+        return x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The class token, then the classifier. (B, N, C) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = x[:, 0]
+        """Pool and classify. (B, N, C) -> (B, num_classes), or (B, C) with ``pre_logits``.
+
+        With ``global_pool`` "" the head is applied to every token: (B, N, num_classes) or (B, N, C).
+        """
+        x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        super().reset_classifier(num_classes, "avg" if global_pool == "token" else global_pool)
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """The outputs of selected blocks, as timm's VisionTransformer returns them.
+
+        Args:
+            indices: into the blocks; an integer selects that many from the end, None selects all.
+            return_prefix_tokens: pair every output with its class token, (B, 1, C).
+            norm: apply the final norm to every output.
+            stop_early: skip the blocks after the last selected one.
+            output_fmt: NCHW for maps, or NLC for patch tokens.
+            intermediates_only: return the outputs alone.
+
+        Returns:
+            The final features, (B, N, C), and the selected outputs in the order of the blocks, or the outputs alone.
+
+        Raises:
+            ValueError: an index out of range, an unknown format, or an image smaller than the model takes.
+        """
+        check_output_fmt(output_fmt, ("NCHW", "NLC"))
+        grid = self.grid_of(x.shape[-2], x.shape[-1])
+        features, tokens = self.run_stages(x, self.take_indices(indices), stop_early)
+        if norm:
+            tokens = [self.norm(output) for output in tokens]
+        prefixes = [output[:, : self.num_prefix_tokens] for output in tokens]
+        outputs = [output[:, self.num_prefix_tokens :] for output in tokens]
+        if output_fmt == "NCHW":
+            outputs = [output.transpose(1, 2).unflatten(2, grid).contiguous() for output in outputs]
+        if return_prefix_tokens:
+            outputs = list(zip(outputs, prefixes, strict=True))
+        return outputs if intermediates_only else (self.norm(features), outputs)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """``forward_intermediates`` with the arguments of DINO, as timm's VisionTransformer has it.
+
+        Args:
+            n: number of blocks from the end, or indices of blocks.
+            reshape: return (B, C, h, w) maps instead of (B, h * w, C) tokens.
+        """
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.fc_norm = nn.Identity()
+        return taken
 
     def drop_stages(self, num_kept: int) -> None:
         self.blocks = self.blocks[:num_kept]
@@ -174,7 +299,7 @@ class DeiT(Backbone):
 
 
 SIZES = {
-    "flatten_deit_t": {"embed_dim": 192, "num_heads": 3},
-    "flatten_deit_s": {"embed_dim": 384, "num_heads": 6},
-    "flatten_deit_b": {"embed_dim": 768, "num_heads": 12},
+    "flatten_deit_t": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "flatten_deit_s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "flatten_deit_b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }

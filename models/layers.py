@@ -1,37 +1,66 @@
-"""What two backbones or more share.
+"""Parts that several backbones share: token-map helpers, position tables, and the base class with timm's interface.
 
 Shapes: B images, N tokens, C channels, H x W a token map.
 """
 
+import itertools
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models import named_apply, register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger(__name__)
 
 NO_OPTIONS: Mapping = MappingProxyType({})
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    if isinstance(size, int):
-        return size, size
+    """(height, width) of a size given as one integer, of any integer type, or as two."""
+    if hasattr(size, "__index__"):
+        side = operator.index(size)
+        return side, side
     height, width = size
-    return int(height), int(width)
+    return operator.index(height), operator.index(width)
 
 
+def ceil_divide(size: int, divisor: int) -> int:
+    return -(-size // divisor)
+
+
+@contextmanager
+def tensor_defaults(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
+    """Create the tensors of a constructor on ``device``, and its floating-point tensors in ``dtype``.
+
+    None keeps torch's current default.
+    """
+    previous_dtype = torch.get_default_dtype()
+    with nullcontext() if device is None else torch.device(device):
+        torch.set_default_dtype(dtype or previous_dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(previous_dtype)
+
+
+@register_notrace_function  # FX cannot trace the comparison of sizes
 def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Resample a table of one row per token to another map (bicubic), prefix tokens kept aside.
+    """Resample a table with one row per token to another token map (bicubic); prefix rows stay unchanged.
 
     Args:
         table: (1, num_prefix_tokens + old height * old width, C).
 
     Returns:
-        (1, num_prefix_tokens + new height * new width, C); ``table`` itself when nothing changes.
+        (1, num_prefix_tokens + new height * new width, C); ``table`` itself if both maps are equal.
     """
     if old == new:
         return table
@@ -41,14 +70,24 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_p
     return torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def square_side(num_tokens: int) -> int | None:
-    """Side of a square map of ``num_tokens`` tokens, None where there is no such square."""
+def resized_parameter(
+    table: nn.Parameter, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0
+) -> nn.Parameter:
+    """``resize_grid`` of a parameter (..., rows, C), as a new parameter; the same object if both maps are equal."""
+    if old == new:
+        return table
+    rows = resize_grid(table.detach().flatten(0, -2).unsqueeze(0), old, new, num_prefix_tokens)
+    return nn.Parameter(rows.view(*table.shape[:-2], *rows.shape[1:]), requires_grad=table.requires_grad)
+
+
+def square_grid(num_tokens: int) -> tuple[int, int] | None:
+    """The square map with ``num_tokens`` tokens, or None if there is no such square."""
     side = math.isqrt(num_tokens)
-    return side if side * side == num_tokens else None
+    return (side, side) if side * side == num_tokens else None
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear layers from a normal distribution of deviation 0.02, cut off at 2; their biases and norms neutral."""
+    """Initialise linear weights from N(0, 0.02) truncated at +-2, biases with 0 and layer norms with weight 1."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -59,7 +98,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
-    """Stochastic-depth rate of every block, growing linearly from 0 to ``rate`` over the whole network."""
+    """Stochastic-depth rate of every block of every stage: linear in the block's depth, from 0 to ``rate``."""
     depths = list(depths)
     steps = max(sum(depths) - 1, 1)
     rates = (rate * block / steps for block in range(sum(depths)))
@@ -67,14 +106,14 @@ def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
 
 
 def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
-    """A letter for every block of every stage: ``L`` linear, ``S`` softmax.
+    """Expand an attention type to one letter per block: ``L`` for linear, ``S`` for softmax attention.
 
     Args:
-        attn_type: a letter a stage; ``M`` makes the first n blocks of its stage ``L`` and the rest ``S``, with n the
-            number after the letters: ``LLMS3`` at depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
+        attn_type: one letter per stage. ``M`` makes the first n blocks of its stage ``L`` and the others ``S``; n is the
+            number after the letters: ``LLMS3`` with depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
 
     Raises:
-        ValueError: another letter, another number of letters, ``M`` without a number or a number without ``M``.
+        ValueError: an unknown letter, a wrong number of letters, ``M`` without a number or a number without ``M``.
     """
     depths = list(depths)
     letters = attn_type.rstrip("0123456789")
@@ -97,7 +136,7 @@ def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(B * nW, h * w, C) -> (B, H, W, C): the inverse of ``partition``."""
+    """Inverse of ``partition``: (B * nW, h * w, C) -> (B, H, W, C)."""
     rows, columns = grid[0] // window[0], grid[1] // window[1]
     x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
@@ -109,18 +148,18 @@ PADDING = -1
 def window_regions(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padded: tuple[int, int]
 ) -> Tensor | None:
-    """Which part of the map each token of each window comes from; softmax blocks attend within one part.
+    """Region id of each token of each window; softmax attention is restricted to tokens of the same region.
 
-    A cyclic shift brings opposite edges into one window, and padding is a part of its own.
+    A cyclic shift joins opposite edges of the map in one window, so they get different ids. Padding is a region too.
 
     Returns:
-        (nW, h * w) ids, ``PADDING`` for padding; None where every window is of one part.
+        (nW, h * w) ids, ``PADDING`` for padding; None if no window mixes regions.
     """
     if padded == grid and not any(shift):
         return None
     region = torch.zeros(padded, dtype=torch.long)
     for axis in (0, 1):
-        if shift[axis]:  # what the roll brings around to the far edge
+        if shift[axis]:  # the part that the roll moves to the far edge
             region.narrow(axis, 0, shift[axis]).add_(1 + axis)
     region[grid[0] :] = PADDING
     region[:, grid[1] :] = PADDING
@@ -129,48 +168,194 @@ def window_regions(
 
 
 class PositionTable(NamedTuple):
-    """A parameter of one row per position, that another input size resizes: see ``Backbone.resize_position_tables``."""
+    """A parameter with one row per position, which another input size resizes.
+
+    Attributes:
+        name: of the parameter, relative to the module that lists the table.
+        grid: height and width of the table at the model's native size.
+        source_grid: (token map of the stage, number of rows) -> height and width of this table in a model whose stage
+            has that map and whose table has that many rows; None if no table of that shape exists.
+        num_prefix_tokens: leading rows without a position.
+        assume_square: if the image size of a checkpoint is unknown, interpret a square number of rows as a square.
+    """
 
     name: str
     grid: tuple[int, int]
+    source_grid: Callable[[tuple[int, int], int], tuple[int, int] | None]
     num_prefix_tokens: int = 0
+    assume_square: bool = True
+
+
+def whole_map(grid: tuple[int, int], num_rows: int) -> tuple[int, int]:
+    """``PositionTable.source_grid`` of a table with one row per token of its stage."""
+    return grid
+
+
+def run_block(block: nn.Module, *inputs, recompute: bool) -> Tensor:
+    """Call a block; with ``recompute``, its activations are recomputed in the backward pass instead of stored."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+class Stage(nn.Sequential):
+    """The blocks of one stage, with optional activation checkpointing of every block."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = run_block(block, x, recompute=self.grad_checkpointing)
+        return x
 
 
 class Backbone(nn.Module):
-    """A classifier as timm's models are: features, then a head; a family adds its stages.
+    """Base class of the classifiers: features, then a head, with the interface of timm's models.
 
-    A family sets ``num_classes``, ``num_features`` (channels of the last map), ``norm`` and ``head``, gives its maps in
-    ``forward_stages``, and lists them in ``feature_info`` (``num_chs``, ``reduction``, ``module``).
+    timm's FX feature extractor (``feature_cls="fx"``) takes the blocks as leaves. ``torch.fx.symbolic_trace`` and
+    ``torch.jit.script`` do not work, because windows, padding and masks depend on the size of the map in Python code; use
+    ``torch.export`` instead. An export with a dynamic height or width is specialised to the branches of its example image
+    and fails with an error for sizes that would need others.
+
+    A family sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
+    ``module`` of every map), implements ``forward_stages``, ``stage_grids``, ``stage_blocks``, ``drop_stages`` and
+    ``group_matcher``, and calls ``build_head`` at the end of its constructor.
+
+    Attributes:
+        output_fmt: layout of the features inside the model and of forward hooks.
+        global_pools: values of ``global_pool`` that the family takes; "" disables pooling.
+        leftovers: matches the names of entries that the reference saves and never reads.
+        min_img_size: smallest image side that the model takes, in pixels.
     """
 
-    num_classes: int
+    output_fmt = "NHWC"
+    global_pools: tuple[str, ...] = ("avg", "")
+    leftovers = re.compile("(?!)")  # matches no name
+    grad_checkpointing = False
+    features_frozen = False
+
     num_features: int
     feature_info: list[dict]
     norm: nn.Module
+    head_drop: nn.Module
     head: nn.Module
-    grad_checkpointing = False
-    features_frozen = False
+    min_img_size: int
+
+    def __init__(self, *, in_chans: int, num_classes: int, global_pool: str):
+        super().__init__()
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.global_pool = self.check_global_pool(global_pool)
+        self.register_load_state_dict_pre_hook(_adapt_before_loading)
+        self.register_load_state_dict_post_hook(_refresh_buffers_after_loading)
+
+    def build_head(self, drop_rate: float) -> None:
+        """Dropout and classifier; ``num_features`` must be set."""
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = create_classifier(self.num_features, self.num_classes)
 
     @property
     def head_hidden_size(self) -> int:
         return self.num_features
 
+    # What a family implements.
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """(B, 3, H, W) -> the map of each stage, (B, h, w, C), before the final norm."""
+        raise NotImplementedError
+
+    def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width of every stage's token map for an image size in pixels."""
+        raise NotImplementedError
+
+    def stage_blocks(self) -> list[Iterable[nn.Module]]:
+        """The blocks of every stage, in the order of ``stage_grids``."""
+        raise NotImplementedError
+
+    def drop_stages(self, num_kept: int) -> None:
+        """Remove the stages after the first ``num_kept``."""
+        raise NotImplementedError
+
+    # Input size.
+
+    def smallest_maps(self) -> list[int]:
+        """Smallest side of every stage's token map, in the order of ``stage_grids``."""
+        return [1] * len(self.stage_grids((1, 1)))
+
+    def native_grids(self, img_size: int | Iterable[int]) -> list[tuple[int, int]]:
+        """``stage_grids`` of the native image size; also determines ``min_img_size``.
+
+        Raises:
+            ValueError: the image is smaller than the model takes.
+        """
+        smallest = self.smallest_maps()
+
+        def fits(side: int) -> bool:
+            grids = self.stage_grids((side, side))
+            return all(min(grid) >= needed for grid, needed in zip(grids, smallest, strict=True))
+
+        self.min_img_size = next(side for side in itertools.count(1) if fits(side))
+        size = to_pair(img_size)
+        check_image_size(size[0], size[1], self.min_img_size)
+        return self.stage_grids(size)
+
+    def set_input_size(self, img_size: int | Iterable[int]) -> None:
+        """Change the native input size in place: resize position tables (bicubic) and rebuild the attention masks.
+
+        The logits at the new size stay those of the model called at that size. The parameters of resized tables are new
+        objects, so create the optimizer afterwards.
+
+        Args:
+            img_size: pixels, one side or (height, width).
+
+        Raises:
+            ValueError: the image is smaller than the model takes.
+        """
+        for blocks, grid in zip(self.stage_blocks(), self.native_grids(img_size), strict=True):
+            for module in itertools.chain.from_iterable(block.modules() for block in blocks):
+                if hasattr(module, "set_map_size"):
+                    module.set_map_size(grid)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Recompute the buffers that no checkpoint holds, on the device of the parameters.
+
+        Required after ``to_empty`` of a model that was constructed on ``meta``; loading a state dict does it as well.
+        """
+        named_apply(_init_buffers_of, self)
+
+    # Forward passes.
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W), normalised -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """(B, 3, H, W) -> each stage's map, (B, h, w, C), before the final norm."""
-        raise NotImplementedError
-
-    def drop_stages(self, num_kept: int) -> None:
-        """Give up the stages behind the first ``num_kept``."""
-        raise NotImplementedError
-
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> the last stage's map, normed: (B, h, w, C)."""
-        *_, x = self.forward_stages(x)
+        """(B, 3, H, W), normalised -> the last stage's map after the final norm, (B, h, w, C).
+
+        Raises:
+            ValueError: the image is smaller than the model takes.
+        """
+        check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
+        for features in self.forward_stages(x):
+            x = features  # not a list: the maps of earlier stages are freed
         return self.norm(x)
+
+    def resized_positions(
+        self, table: Tensor, native: tuple[int, int], grid: tuple[int, int], num_prefix_tokens: int = 0
+    ) -> Tensor:
+        """``resize_grid`` of a position table in a forward pass; a method of this module, so that timm's FX wraps it."""
+        return resize_grid(table, native, grid, num_prefix_tokens)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean over the token map: (B, h, w, C) -> (B, C); the map itself if ``global_pool`` is ""."""
+        return x.mean(dim=(1, 2)) if self.global_pool else x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify. (B, h, w, C) -> (B, num_classes), or (B, C) with ``pre_logits``.
+
+        With ``global_pool`` "" the head is applied to every token: (B, h, w, num_classes) or (B, h, w, C).
+        """
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
 
     def forward_intermediates(
         self,
@@ -181,89 +366,120 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of chosen stages, as timm's models give them.
+        """The maps of selected stages, as timm's hierarchical models return them.
 
         Args:
-            indices: of ``feature_info``; a number for the last so many, None for all.
-            norm: apply the final norm to the last one.
-            stop_early: compute no further than the last one asked for.
+            indices: into ``feature_info``; an integer selects that many from the end, None selects all.
+            norm: apply the final norm to the last stage's map; other stages have other widths.
+            stop_early: skip the stages after the last selected one.
             output_fmt: NCHW or NHWC.
-            intermediates_only: leave out the final features.
+            intermediates_only: return the maps alone.
 
         Returns:
-            The final features (of the last stage that was computed) and the maps, or the maps alone.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NHWC")
-        taken = self.take_indices(indices)
-        maps = []
-        for index, features in enumerate(self.forward_stages(x)):
-            last = index == len(self.feature_info) - 1
-            if index in taken:
-                features_map = self.to_map(self.norm(features) if norm and last else features, x.shape[-2:])
-                maps.append(features_map if output_fmt == "NHWC" else features_map.permute(0, 3, 1, 2).contiguous())
-            if stop_early and index == max(taken):
-                break
-        if intermediates_only:
-            return maps
-        return (self.norm(features) if last else features), maps
-
-    def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Positive indices into ``feature_info``.
+            The features of the last computed stage and the selected maps in the order of the stages, or the maps alone.
 
         Raises:
-            ValueError: an index beyond the stages.
+            ValueError: an index out of range, an unknown format, or an image smaller than the model takes.
+        """
+        check_output_fmt(output_fmt, ("NCHW", "NHWC"))
+        taken = self.take_indices(indices)
+        features, maps = self.run_stages(x, taken, stop_early)
+        last = len(self.feature_info) - 1
+        if norm and max(taken) == last:
+            maps[-1] = self.norm(maps[-1])
+        if output_fmt == "NCHW":
+            maps = [features_map.permute(0, 3, 1, 2).contiguous() for features_map in maps]
+        if intermediates_only:
+            return maps
+        return (features if stop_early and max(taken) < last else self.norm(features)), maps
+
+    def run_stages(self, x: Tensor, taken: Sequence[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
+        """The features of the last computed stage, and those of the stages in ``taken``; all before the final norm."""
+        check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
+        selected = []
+        for index, features in enumerate(self.forward_stages(x)):
+            if index in taken:
+                selected.append(features)
+            if stop_early and index == max(taken):
+                break
+        return features, selected
+
+    def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Indices into ``feature_info``, counted from the first stage.
+
+        Raises:
+            ValueError: an index out of range.
         """
         count = len(self.feature_info)
-        if indices is None or isinstance(indices, int):
-            indices = range(count - (count if indices is None else indices), count)
-        taken = [count + index if index < 0 else index for index in indices]
+        if indices is None:
+            indices = count
+        if isinstance(indices, int):
+            taken = list(range(count - indices, count))
+        else:
+            taken = [count + index if index < 0 else index for index in indices]
         if not taken or min(taken) < 0 or max(taken) >= count:
-            raise ValueError(f"indices {list(indices)}: the model has {count} feature maps, 0 to {count - 1}")
+            raise ValueError(
+                f"indices={indices}: the model has {count} feature maps; select 1 to {count} of them, "
+                f"or give indices from {-count} to {count - 1}"
+            )
         return taken
-
-    def to_map(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
-        """A stage's features as (B, h, w, C)."""
-        return features
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Give up what the chosen maps do not need, so that every parameter left is used."""
+        """Remove the layers that the selected maps do not need, so that every remaining parameter is used."""
         taken = self.take_indices(indices)
-        cut = max(taken) + 1 < len(self.feature_info)
-        if prune_norm or cut:
+        num_kept = max(taken) + 1
+        if num_kept < len(self.feature_info):
+            self.drop_stages(num_kept)
+            self.feature_info = self.feature_info[:num_kept]
+        width = self.feature_info[-1]["num_chs"]
+        changes_width, self.num_features = width != self.num_features, width
+        if prune_norm or changes_width:
             self.norm = nn.Identity()
-        if cut:
-            self.drop_stages(max(taken) + 1)
-            self.feature_info = self.feature_info[: max(taken) + 1]
-            self.num_features = self.feature_info[-1]["num_chs"]
-        if prune_head or cut:
-            self.reset_classifier(0)
+        if prune_head or changes_width:
+            self.reset_classifier(0, "")
         return taken
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the tokens, then the classifier. (B, ..., C) -> (B, num_classes), or (B, C) with ``pre_logits``."""
-        x = x.flatten(1, -2).mean(dim=1)
-        return x if pre_logits else self.head(x)
+    # Head.
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
+    def check_global_pool(self, global_pool: str) -> str:
+        if global_pool not in self.global_pools:
+            choices = ", ".join(repr(choice) for choice in self.global_pools)
+            raise ValueError(f"global_pool={global_pool!r}: choose one of {choices}")
+        return global_pool
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for another number of classes; 0 for none, so that the model gives pooled features."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool={global_pool!r}: tokens are averaged here; use 'avg'")
-        reference = next(self.parameters())
+        """Replace the head by a new one for ``num_classes`` classes, or by the identity for 0 classes.
+
+        Args:
+            global_pool: see the constructor; None keeps the current pooling.
+
+        Raises:
+            ValueError: a pooling that the model does not have.
+        """
+        if global_pool is not None:
+            self.global_pool = self.check_global_pool(global_pool)
         self.num_classes = num_classes
-        self.head = create_classifier(self.num_features, num_classes).to(reference.device, reference.dtype)
+        reference = next(self.parameters())
+        with tensor_defaults(reference.device, reference.dtype):
+            self.head = create_classifier(self.num_features, num_classes)
+        self.head.train(self.training)
+
+    # Training.
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in the backward pass instead of keeping them."""
+        """Recompute every block's activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def freeze_features(self) -> None:
-        """Train the head alone: everything before it keeps its weights, and runs as in evaluation."""
+        """Train the head alone: the other parameters are frozen, and their modules run in evaluation mode."""
         self.features_frozen = True
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -273,14 +489,11 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode and not self.features_frozen)
-        self.training = mode
-        self.head.train(mode)
+        if self.features_frozen:
+            self.training = mode
+            self.head_drop.train(mode)
+            self.head.train(mode)
         return self
-
-    def run_block(self, block: nn.Module, *inputs) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to train without weight decay: norms, biases and relative-position tables."""
@@ -290,46 +503,152 @@ class Backbone(nn.Module):
             if parameter.ndim <= 1 or name.endswith((".bias", "relative_position_bias_table"))
         }
 
-    def resize_position_tables(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Position tables of a checkpoint, resized (bicubic) where it was trained at another input size.
+    # Checkpoints.
 
-        The checkpoint's maps are taken as square, as released files' are.
+    def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
+        """Every position table with the index of its stage; its name is that of the state dict."""
+        names = {module: name for name, module in self.named_modules()}
+        for stage, blocks in enumerate(self.stage_blocks()):
+            for module in itertools.chain.from_iterable(block.modules() for block in blocks):
+                for table in getattr(module, "position_tables", list)():
+                    yield stage, table._replace(name=f"{names[module]}.{table.name}")
+
+    def resize_position_tables(
+        self, state_dict: Mapping[str, Tensor], img_size: int | Iterable[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Resize (bicubic) the position tables of a checkpoint that was trained at another input size.
+
+        Args:
+            state_dict: entries of a model of the same family and size.
+            img_size: pixels, one side or (height, width), that the checkpoint was trained at: DATA.IMG_SIZE of its config.
+                With it the shape of every stored table is known exactly. Without it, a table of the model's own shape is
+                taken unchanged, and any other table must belong to square images.
 
         Returns:
-            Name to resized table, of those tables alone that had another size.
+            Name to resized table, only for the tables that change.
 
         Raises:
-            ValueError: a table of another size that is no square map.
+            ValueError: a table does not belong to ``img_size``, or its shape is ambiguous without it.
         """
+        grids = None if img_size is None else self.stage_grids(to_pair(img_size))
         resized = {}
-        for prefix, module in self.named_modules():
-            for table in getattr(module, "position_tables", list)():
-                name = f"{prefix}.{table.name}" if prefix else table.name
-                own, stored = self.get_parameter(name), state_dict.get(name)
-                if stored is None or stored.shape == own.shape or stored.shape[-1] != own.shape[-1]:
-                    continue  # other channels are another model's: for the caller to refuse
-                rows = stored.flatten(0, -2)  # (prefix + tokens, C)
-                side = square_side(rows.shape[0] - table.num_prefix_tokens)
-                if side is None:
+        for stage, table in self.named_position_tables():
+            own, stored = self.get_parameter(table.name), state_dict.get(table.name)
+            if stored is None or stored.shape[-1] != own.shape[-1]:
+                continue  # the caller reports missing tables and tables of another model
+            if grids is None and stored.shape == own.shape:
+                continue
+            rows = stored.flatten(0, -2)  # (prefix + positions, C)
+            num_positions = rows.shape[0] - table.num_prefix_tokens
+            if grids is None:
+                grid = _assumed_grid(table, num_positions)
+            else:
+                grid = table.source_grid(grids[stage], num_positions)
+                if grid is None or math.prod(grid) != num_positions:
+                    height, width = to_pair(img_size)
                     raise ValueError(
-                        f"{name}: cannot resize {tuple(stored.shape)} to {tuple(own.shape)}; "
-                        "the checkpoint is of another model, or of an input that is not square"
+                        f"{table.name}: {num_positions} positions in the checkpoint do not belong to images of "
+                        f"{height} x {width} pixels; give the img_size that the checkpoint was trained at"
                     )
-                new = resize_grid(rows.unsqueeze(0), (side, side), table.grid, table.num_prefix_tokens)
-                resized[name] = new.reshape(own.shape)
+            if grid != table.grid:
+                new = resize_grid(rows.unsqueeze(0), grid, table.grid, table.num_prefix_tokens)
+                resized[table.name] = new.reshape(own.shape)
         return resized
 
+    def adapt_state_dict(
+        self, state_dict: Mapping[str, Tensor], img_size: int | Iterable[int] | None = None
+    ) -> dict[str, Tensor]:
+        """A state dict without the entries that the reference saves and never reads, with position tables resized.
+
+        Loading a state dict does this by itself, without an ``img_size``. See ``resize_position_tables``.
+        """
+        kept = {name: value for name, value in state_dict.items() if not self.leftovers.fullmatch(name)}
+        resized = self.resize_position_tables(kept, img_size)
+        if resized:
+            logger.info("resized %d position tables, %s first", len(resized), next(iter(resized)))
+        return kept | resized
+
     def nearest_model(self, state_dict: Mapping[str, Tensor]) -> str:
-        """The end of a message about weights that do not fit: which model of the zoo they fit best."""
+        """The end of an error message about weights that do not fit: the model whose entries are most similar."""
         from models.registry import nearest_model  # which imports every family
 
-        return nearest_model(state_dict)
+        name = nearest_model(state_dict)
+        return f": its entries are most similar to those of {name}" if name else ": it is not similar to any known model"
+
+
+@register_notrace_function  # FX cannot trace the comparison of sizes
+def check_image_size(height: int, width: int, minimum: int) -> None:
+    """
+    Raises:
+        ValueError: a side is smaller than ``minimum`` pixels.
+    """
+    if height < minimum or width < minimum:
+        raise ValueError(
+            f"images of {height} x {width} pixels are too small for this model; "
+            f"the smallest size is {minimum} x {minimum}, so resize or pad them"
+        )
+
+
+def check_output_fmt(output_fmt: str, choices: tuple[str, str]) -> None:
+    if output_fmt not in choices:
+        raise ValueError(f"output_fmt={output_fmt!r}: choose {choices[0]} or {choices[1]}")
+
+
+def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a dropout rate without softmax blocks; linear attention has no attention matrix to drop from.
+    """
+    if rate and "S" not in "".join(attention_types):
+        raise ValueError(
+            f"attn_drop_rate={rate}: has no effect, because every block is linear and has no attention matrix; use 0.0"
+        )
 
 
 def create_classifier(num_features: int, num_classes: int) -> nn.Module:
-    """The linear head; no classes, no head."""
+    """The linear head, or the identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(num_features, num_classes)
     init_weights(head)
     return head
+
+
+def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
+    """The grid of a stored table whose image size is unknown.
+
+    Raises:
+        ValueError: the table does not determine its grid.
+    """
+    grid = square_grid(num_positions) if table.assume_square else None
+    if grid is None:
+        raise ValueError(
+            f"{table.name}: the checkpoint's {num_positions} positions do not determine a height and a width; "
+            "give its config, or the img_size that it was trained at"
+        )
+    return grid
+
+
+def _init_buffers_of(module: nn.Module, name: str) -> None:
+    if hasattr(module, "init_non_persistent_buffers"):
+        module.init_non_persistent_buffers()
+
+
+def _adapt_before_loading(
+    model: Backbone, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+) -> None:
+    """Hook of ``load_state_dict``: apply ``adapt_state_dict`` to the entries of this model, in place."""
+    stored = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    try:
+        adapted = model.adapt_state_dict(stored)
+    except ValueError as error:
+        errors.append(str(error))
+        return
+    for name in stored.keys() - adapted.keys():
+        del state_dict[prefix + name]
+    state_dict.update({prefix + name: value for name, value in adapted.items()})
+
+
+def _refresh_buffers_after_loading(model: Backbone, incompatible_keys: NamedTuple) -> None:
+    """Hook of ``load_state_dict``: give a model that was constructed on ``meta`` its derived buffers."""
+    model.init_non_persistent_buffers()

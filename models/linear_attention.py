@@ -1,4 +1,4 @@
-"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442), and what the paper compares it with.
+"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442) and the attentions of its comparison.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import PositionTable, resize_grid, to_pair
+from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 
 EPS = 1e-6
 
@@ -19,23 +19,23 @@ EPS = 1e-6
 def focus(x: Tensor, power: float) -> Tensor:
     """Sharpen the direction of each vector and keep its length (eq. 6). x: (..., C), positive."""
     largest = x.amax(dim=-1, keepdim=True)
-    unit = x / largest  # f_p is homogeneous: the same value, at any magnitude
+    unit = x / largest  # f_p is homogeneous, so scaling changes no value and prevents overflow and underflow
     sharp = unit**power
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
-    """Attention with the similarity q . k, without a matrix of N x M (eq. 3).
+    """Attention with the similarity q . k, computed without the N x M matrix (eq. 3).
 
     Args:
-        q: (B, H, N, D), not negative.
-        k: (B, H, M, D), not negative; zero for keys to ignore.
+        q: (B, H, N, D), non-negative.
+        k: (B, H, M, D), non-negative; zero for keys to ignore.
         v: (B, H, M, D').
-        num_keys: keys that count, a number or (B, 1, 1, 1); M when not given.
+        num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
         eps: added to the normaliser, for similarities that may all be zero.
 
     Returns:
-        (B, H, N, D'): means of ``v``, weighted by q . k.
+        (B, H, N, D'): means of ``v`` weighted by q . k.
     """
     num_keys = k.shape[-2] if num_keys is None else num_keys
     key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
@@ -54,7 +54,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
 
-    q, k, v: (B, 1, N or M, C), one head of all channels, so that q and k have unit length over C.
+    q, k, v: (B, 1, N or M, C). A single head holds all channels, so q and k have unit length over C.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if key_mask is not None:
@@ -63,7 +63,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, rows of sum 1."""
+    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, normalised rows."""
     q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
     ones = torch.ones_like(k[..., :1])
     if key_mask is not None:
@@ -74,7 +74,7 @@ def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None =
 
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Vanilla linear attention: the similarity relu(q) . relu(k)."""
+    """Vanilla linear attention with the similarity relu(q) . relu(k)."""
     q, k = F.relu(q) + EPS, F.relu(k) + EPS
     if key_mask is not None:
         k = k * key_mask
@@ -82,7 +82,7 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = No
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, softmax(q k^T / sqrt(D)) v: the twin that everything here is measured against."""
+    """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the comparison."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
 
 
@@ -93,7 +93,7 @@ def _num_keys(key_mask: Tensor | None) -> Tensor | None:
 class _Compared(NamedTuple):
     attend: Callable[..., Tensor]
     single_head: bool = False
-    convolves: bool = False  # adds the depthwise convolution of v
+    convolves: bool = False  # add the depthwise convolution of v
 
 
 COMPARED = {
@@ -108,23 +108,26 @@ KINDS = ("focused", *COMPARED)
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of projected q, k, v on a map of tokens: focused linear, or one that the paper compares it with.
+    """Attention of projected q, k, v on a token map: focused linear, or one of the attentions of the paper's comparison.
 
-    It holds no projections: a backbone's attention derives from it and adds its own, so that parameter names stay
-    those of released checkpoints (``attn.qkv``, ``attn.dwc``, ...). There is no attention dropout, since there is no
+    The module has no projections: the attention of a backbone derives from it and adds its own, so that parameter names
+    stay those of released checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because there is no
     attention matrix.
 
     Args:
         dim: channels C of q, k and v.
-        num_heads: heads H; divides ``dim``.
+        num_heads: heads H; must divide ``dim``.
         grid: height and width of the queries' token map, N = height * width (+ prefix tokens).
-        key_grid: the keys' map when they are spatially reduced, ``grid`` when not given.
-        num_prefix_tokens: tokens before the map (a class token), in queries and keys alike.
+        key_grid: the keys' token map if they are spatially reduced; ``grid`` by default.
+        num_prefix_tokens: tokens before the map (a class token), in queries and keys.
         focusing_factor: p of eq. 6.
-        kernel_size: of the depthwise convolution, odd.
-        kind: one of ``KINDS``; all but ``focused`` have neither positional encoding nor scale.
-        focusing: apply f_p (only ``focused`` has one to switch off).
-        rank_restoration: add the depthwise convolution of v (``focused`` and ``enhanced`` have one).
+        kernel_size: side of the depthwise convolution's kernel, odd.
+        kind: one of ``KINDS``; only ``focused`` has a positional encoding and a scale.
+        focusing: apply f_p; has an effect on ``focused`` only.
+        rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
+
+    Raises:
+        ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.
     """
 
     def __init__(
@@ -176,31 +179,62 @@ class FocusedLinearAttention(nn.Module):
         Args:
             q: (B, N, C).
             k, v: (B, M, C); M < N with spatial reduction.
-            grid, key_grid: the token maps of this call, when they differ from those of construction: the positional
+            grid, key_grid: the token maps of this call if they differ from those of the constructor; the positional
                 encoding is then resized (bicubic).
-            key_mask: (B, M) bool, False for padding, which then counts nowhere.
+            key_mask: (B, M) bool, False for keys to ignore (padding). An image without any key gives zeros.
 
         Returns:
             (B, N, C), in the dtype of ``v``.
+
+        Raises:
+            ValueError: a number of tokens that does not match its map.
         """
         grid = grid or self.grid
         key_grid = key_grid or (grid if self.key_grid == self.grid else self.key_grid)
+        self._check_tokens("q", q, "grid", grid)
+        self._check_tokens("k", k, "key_grid", key_grid)
+        self._check_tokens("v", v, "key_grid", key_grid)
+        has_keys = None
         if key_mask is not None:
             v = v * key_mask.unsqueeze(-1)
-        out = self._mix(q, k, v, key_grid, None if key_mask is None else key_mask[:, None, :, None])
+            has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
+            # Without any key the normaliser would be 0 / 0: attend to all keys instead, whose values are zero.
+            key_mask = (key_mask | ~has_keys)[:, None, :, None]
+        out = self._mix(q, k, v, key_grid, key_mask)
         if self.dwc is not None:
             out = self._restore_rank(out, v, grid)
-        return out
+        return out if has_keys is None else out * has_keys.unsqueeze(-1)
 
     forward = attend
+
+    def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
+        """Change the native token maps in place: resize the positional encoding (bicubic), as a new parameter."""
+        key_grid = key_grid or grid
+        if self.kind == "focused":
+            self.positional_encoding = resized_parameter(
+                self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens
+            )
+        self.grid, self.key_grid = grid, key_grid
+
+    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+        """See ``PositionTable``; an attention within windows or over reduced keys overrides it."""
+        return stage_map
 
     def position_tables(self) -> list[PositionTable]:
         if self.kind != "focused":
             return []
-        return [PositionTable("positional_encoding", self.key_grid, self.num_prefix_tokens)]
+        return [PositionTable("positional_encoding", self.key_grid, self.source_grid, self.num_prefix_tokens)]
+
+    def _check_tokens(self, name: str, tokens: Tensor, grid_name: str, grid: tuple[int, int]) -> None:
+        expected = self.num_prefix_tokens + grid[0] * grid[1]
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"{name} has {tokens.shape[1]} tokens, but {grid_name}={grid[0]} x {grid[1]} with "
+                f"{self.num_prefix_tokens} prefix tokens needs {expected}; pass the {grid_name} of this call"
+            )
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-        # Sums over thousands of keys of cubed values: fp32 whatever the precision of the rest.
+        # Sums of cubed values over thousands of keys overflow or lose digits in half precision: always compute in fp32.
         device = q.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -219,7 +253,7 @@ class FocusedLinearAttention(nn.Module):
         k = k + resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens)
         scale = F.softplus(self.scale)
         q, k = (F.relu(q) + EPS) / scale, (F.relu(k) + EPS) / scale
-        if self.focusing:  # over all channels of a token, before the split into heads
+        if self.focusing:  # norms are over all channels of a token, before the split into heads
             q, k = focus(q, self.focusing_factor), focus(k, self.focusing_factor)
         return q, k
 
@@ -231,9 +265,9 @@ class FocusedLinearAttention(nn.Module):
         prefix, (height, width) = self.num_prefix_tokens, grid
         value_map = v[:, prefix:].transpose(1, 2)  # (B, C, M)
         if value_map.shape[-1] != height * width:
-            # Along the flattened tokens, not the map: what released weights were trained with.
+            # Interpolate along the flattened tokens, not over the map: released weights were trained with that.
             value_map = F.interpolate(value_map, size=height * width, mode="linear", align_corners=False)
-        # Heads share the filters: repeating those keeps the map a view, splitting the map would copy it.
+        # All heads share the filters. Repeating the filters keeps the map a view; splitting the map would copy it.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
         restored = F.conv2d(value_map.unflatten(-1, (height, width)), weight, bias, padding=self.dwc.padding, groups=self.dim)
         restored = restored.flatten(2).transpose(1, 2)  # (B, N, C)

@@ -1,35 +1,40 @@
 """FLatten-PVT: Pyramid Vision Transformer (https://arxiv.org/abs/2102.12122) with focused linear attention.
 
-Shapes: B images, H x W a token map, N = H * W tokens, M keys after spatial reduction, C channels, D channels a head.
+Shapes: B images, H x W a token map, N = H * W tokens, M keys after spatial reduction, C channels, D channels per head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from models.layers import (
     NO_OPTIONS,
     Backbone,
     PositionTable,
-    create_classifier,
+    Stage,
+    ceil_divide,
+    check_attention_dropout,
     drop_path_rates,
     init_weights,
     parse_attention_types,
-    resize_grid,
-    to_pair,
+    resized_parameter,
+    tensor_defaults,
+    whole_map,
 )
 from models.linear_attention import FocusedLinearAttention
 
-SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction of softmax blocks, a stage each
+SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction of softmax blocks, one per stage
 BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Reduction(nn.Module):
-    """Mixin: projections to q, and to k and v of a map that a strided convolution has reduced."""
+    """Mixin: the projection to q, and the projection to k and v of a map reduced by a strided convolution."""
 
     def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -42,7 +47,7 @@ class Reduction(nn.Module):
             self.norm = nn.LayerNorm(dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-        """(B, H, W, C) -> q (B, N, C), k and v (B, M, C), and the keys' map."""
+        """(B, H, W, C) -> q (B, N, C), k and v (B, M, C), and the height and width of the keys' map."""
         q, keys = self.q(x.flatten(1, 2)), x
         if self.reduction > 1:
             keys = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -50,12 +55,16 @@ class Reduction(nn.Module):
         return q, k, v, tuple(keys.shape[1:3])
 
 
+def reduce_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
+    """The keys' map after a convolution with kernel size and stride ``reduction``."""
+    return grid[0] // reduction, grid[1] // reduction
+
+
 class LinearAttention(FocusedLinearAttention, Reduction):
     """Focused linear attention over the whole map. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], reduction: int, linear: Mapping, **projections):
-        key_grid = tuple(side // reduction for side in grid)
-        super().__init__(dim, num_heads, grid, key_grid=key_grid, **linear)
+        super().__init__(dim, num_heads, grid, key_grid=reduce_grid(grid, reduction), **linear)
         self.build_projections(dim, reduction, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,19 +72,27 @@ class LinearAttention(FocusedLinearAttention, Reduction):
         out = self.attend(q, k, v, grid=tuple(x.shape[1:3]), key_grid=key_grid)
         return self.proj_drop(self.proj(out)).view_as(x)
 
+    def set_map_size(self, grid: tuple[int, int]) -> None:
+        """Change the native map in place."""
+        self.set_grid(grid, reduce_grid(grid, self.reduction))
+
+    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+        return reduce_grid(stage_map, self.reduction)
+
 
 class SoftmaxAttention(Reduction):
     """Softmax attention over the whole map. (B, H, W, C) -> the same."""
 
-    def __init__(self, dim: int, num_heads: int, reduction: int, **projections):
+    def __init__(self, dim: int, num_heads: int, reduction: int, *, attn_drop: float, **projections):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.attn_drop = num_heads, attn_drop
         self.build_projections(dim, reduction, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, _ = self.project(x)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N or M, D)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        out = out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out)).view_as(x)
 
 
@@ -86,16 +103,18 @@ def create_attention(
     grid: tuple[int, int],
     *,
     stage: int,
-    linear_reduction: int,
+    reductions: Mapping[str, Sequence[int]],
     linear: Mapping,
+    attn_drop: float,
     **projections,
 ) -> nn.Module:
-    """The attention of an ``L`` or ``S`` block."""
+    """The attention of an ``L`` or ``S`` block; ``reductions`` maps the letter to the spatial reduction of every stage."""
     if kind == "L":
-        return LinearAttention(dim, num_heads, grid, linear_reduction, linear, **projections)
-    return SoftmaxAttention(dim, num_heads, SOFTMAX_REDUCTIONS[stage], **projections)
+        return LinearAttention(dim, num_heads, grid, reductions[kind][stage], linear, **projections)
+    return SoftmaxAttention(dim, num_heads, reductions[kind][stage], attn_drop=attn_drop, **projections)
 
 
+@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
     """Attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same."""
 
@@ -117,7 +136,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int):
         super().__init__()
-        # Kernels wider than their stride overlap, centred on their patch.
+        # A kernel wider than its stride overlaps its neighbours and is centred on its patch.
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=kernel_size // 2 if kernel_size > stride else 0)
         self.norm = nn.LayerNorm(dim)
 
@@ -126,23 +145,36 @@ class PatchEmbed(nn.Module):
 
 
 class PyramidBackbone(Backbone):
-    """What PVT and PVTv2 share: stage i has ``patch_embed{i}``, ``block{i}`` and a part that the version adds.
+    """Base of PVT and PVTv2: stage i consists of ``patch_embed{i}``, ``block{i}`` and one part that the version adds.
 
     Args:
-        img_size: native input size; the model takes others, resizing its position tables (bicubic).
-        linear_reductions: spatial reduction of linear blocks, a stage each; softmax blocks keep 8, 4, 2, 1.
-        linear: options of ``FocusedLinearAttention``.
+        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+            resizes its position tables (bicubic).
+        global_pool: "avg", or "" for unpooled outputs.
+        attn_type: see ``parse_attention_types``.
+        linear_reductions: spatial reduction of linear blocks, one per stage; softmax blocks keep 8, 4, 2, 1.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout of attention projections and MLPs.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
+        drop_path_rate: stochastic-depth rate of the last block.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
+        device, dtype: of the parameters; torch's defaults if None.
+
+    Raises:
+        ValueError: an image that is too small, or an option without effect.
     """
 
     kernel_sizes: tuple[int, ...]  # of the patch embeddings
-    own_part: str
+    own_part: str  # name of the part that the version adds
+    map_part: str  # name of the part whose output is the stage's map
 
     def __init__(
         self,
         *,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Iterable[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         dims: Sequence[int] = (64, 128, 320, 512),
         depths: Sequence[int] = (2, 2, 2, 2),
         num_heads: Sequence[int] = (1, 2, 5, 8),
@@ -151,56 +183,80 @@ class PyramidBackbone(Backbone):
         linear_reductions: Sequence[int] = (1, 1, 1, 1),
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         linear: Mapping = NO_OPTIONS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.num_classes, self.num_features, self.feature_info = num_classes, dims[-1], []
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.grids = []
-        grid, rates = to_pair(img_size), drop_path_rates(drop_path_rate, depths)
-        for index, attention_types in enumerate(parse_attention_types(attn_type, depths)):
-            dim, kernel_size, stride = dims[index], self.kernel_sizes[index], 2 if index else 4
-            # An overlapping kernel reaches past the border, another one leaves out what does not fill a patch.
-            grid = tuple(-(-side // stride) if kernel_size > stride else side // stride for side in grid)
-            self.grids.append(grid)
-            embed = PatchEmbed(dims[index - 1] if index else in_chans, dim, kernel_size, stride)
-            blocks = [
-                Block(
-                    dim,
-                    create_attention(
-                        kind,
+        super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        self.num_features = dims[-1]
+        self.feature_info = [
+            {"num_chs": dims[index], "reduction": 4 * 2**index, "module": f"{self.map_part}{index + 1}"}
+            for index in range(len(depths))
+        ]
+        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
+        check_attention_dropout(attn_drop_rate, attention_types)
+        reductions = {"L": linear_reductions, "S": SOFTMAX_REDUCTIONS}
+        self.reductions = [max(reductions[kind][index] for kind in set(attention_types[index])) for index in range(len(depths))]
+        self.grids = self.native_grids(img_size)
+        with tensor_defaults(device, dtype):
+            for index, grid in enumerate(self.grids):
+                dim, stride = dims[index], 2 if index else 4
+                embed = PatchEmbed(dims[index - 1] if index else in_chans, dim, self.kernel_sizes[index], stride)
+                blocks = [
+                    Block(
                         dim,
-                        num_heads[index],
-                        grid,
-                        stage=index,
-                        linear_reduction=linear_reductions[index],
-                        linear=linear,
-                        qkv_bias=qkv_bias,
-                        proj_drop=drop_rate,
-                    ),
-                    self.create_mlp(dim, int(dim * mlp_ratios[index]), drop_rate),
-                    rate,
-                )
-                for kind, rate in zip(attention_types, rates[index], strict=True)
-            ]
-            parts = {"patch_embed": embed, self.own_part: self.create_own_part(dim, grid), "block": nn.ModuleList(blocks)}
-            for part, module in parts.items():
-                setattr(self, f"{part}{index + 1}", module)
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**index, "module": f"block{index + 1}"})
-        self.norm = nn.Identity()  # neither version has a final norm
-        self.apply(init_weights)
-        self.head = create_classifier(self.num_features, num_classes)
+                        create_attention(
+                            kind,
+                            dim,
+                            num_heads[index],
+                            grid,
+                            stage=index,
+                            reductions=reductions,
+                            linear=linear,
+                            attn_drop=attn_drop_rate,
+                            qkv_bias=qkv_bias,
+                            proj_drop=proj_drop_rate,
+                        ),
+                        self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate),
+                        rate,
+                    )
+                    for kind, rate in zip(attention_types[index], rates[index], strict=True)
+                ]
+                parts = {"patch_embed": embed, self.own_part: self.create_own_part(dim, grid), "block": Stage(*blocks)}
+                for part, module in parts.items():
+                    setattr(self, f"{part}{index + 1}", module)
+            self.norm = nn.Identity()  # neither version has a final norm
+            self.apply(init_weights)
+            self.build_head(drop_rate)
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop_rate: float) -> nn.Module:
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         raise NotImplementedError
 
     def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
         raise NotImplementedError
 
     def stage(self, part: str, index: int) -> nn.Module | nn.Parameter:
-        """A part of a stage, counted from 0; names count from 1, as in released checkpoints."""
+        """A part of a stage, counted from 0. Names count from 1, as in released checkpoints."""
         return getattr(self, f"{part}{index + 1}")
+
+    def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        grids, grid = [], img_size
+        for index in range(len(self.feature_info)):
+            stride = 2 if index else 4
+            # An overlapping kernel reaches past the border; another one omits an incomplete last patch.
+            overlaps = self.kernel_sizes[index] > stride
+            grid = tuple(ceil_divide(side, stride) if overlaps else side // stride for side in grid)
+            grids.append(grid)
+        return grids
+
+    def smallest_maps(self) -> list[int]:
+        return self.reductions[: len(self.feature_info)]
+
+    def stage_blocks(self) -> list[Iterable[nn.Module]]:
+        return [self.stage("block", index) for index in range(len(self.feature_info))]
 
     def drop_stages(self, num_kept: int) -> None:
         for index in range(num_kept, len(self.feature_info)):
@@ -208,35 +264,61 @@ class PyramidBackbone(Backbone):
                 delattr(self, f"{part}{index + 1}")
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = r"^block(\d+)" if coarse else r"^block(\d+)\.(\d+)"
+        stem = r"^(?:patch_embed1|pos_embed1)"
+        if coarse:
+            return {"stem": stem, "blocks": [(r"^(?:patch_embed|pos_embed|block|norm)(\d+)", None)]}
         return {
-            "stem": r"^(?:patch_embed1|pos_embed1)",
-            "blocks": [(blocks, None), (r"^(?:patch_embed|pos_embed)(\d+)", (0,)), (r"^norm(\d+)", (99,))],
+            "stem": stem,
+            "blocks": [
+                (r"^block(\d+)\.(\d+)", None),
+                (r"^(?:patch_embed|pos_embed)(\d+)", (0,)),
+                (r"^norm(\d+)", (99,)),
+            ],
         }
 
 
 class PyramidVisionTransformer(PyramidBackbone):
-    """FLatten-PVT: a position table a stage. The norm that the reference builds at its end, it never uses."""
+    """FLatten-PVT, with one position table per stage; see ``PyramidBackbone`` for the other arguments.
+
+    Args:
+        pos_drop_rate: dropout after the position tables.
+    """
 
     kernel_sizes = (4, 2, 2, 2)
     own_part = "pos_embed"
+    map_part = "block"
+    leftovers = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop_rate: float) -> nn.Module:
-        return Mlp(dim, hidden_dim, drop=drop_rate)
+    def __init__(self, *, pos_drop_rate: float = 0.0, **options):
+        super().__init__(**options)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
+        return Mlp(dim, hidden_dim, drop=drop)
 
     def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
         return nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
 
-    def position_tables(self) -> list[PositionTable]:
-        return [PositionTable(f"pos_embed{index + 1}", self.grids[index]) for index in range(len(self.feature_info))]
+    def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
+        yield from super().named_position_tables()
+        for index in range(len(self.feature_info)):
+            yield index, PositionTable(f"pos_embed{index + 1}", self.grids[index], whole_map)
+
+    def set_input_size(self, img_size: int | Iterable[int]) -> None:
+        super().set_input_size(img_size)
+        grids = self.native_grids(img_size)
+        for index, grid in enumerate(grids):
+            table = resized_parameter(self.stage("pos_embed", index), self.grids[index], grid)
+            setattr(self, f"pos_embed{index + 1}", table)
+        self.grids = grids
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):
             x = self.stage("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
-            table = resize_grid(self.stage("pos_embed", index), self.grids[index], tuple(x.shape[1:3]))
-            x = self.pos_drop(x + table.view(1, *x.shape[1:]))
-            for block in self.stage("block", index):
-                x = self.run_block(block, x)
+            _, height, width, channels = x.shape
+            table = self.resized_positions(self.stage("pos_embed", index), self.grids[index], (height, width))
+            x = self.pos_drop(x + table.view(1, height, width, channels))
+            x = self.stage("block", index)(x)
             yield x
 
 
@@ -244,5 +326,5 @@ SIZES = {
     "flatten_pvt_t": {"depths": (2, 2, 2, 2)},
     "flatten_pvt_s": {"depths": (3, 4, 6, 3)},
     "flatten_pvt_m": {"depths": (3, 4, 18, 3)},
-    "flatten_pvt_b": {"depths": (3, 8, 27, 3)},  # PVT-Large
+    "flatten_pvt_b": {"depths": (3, 8, 27, 3)},  # PVT-Large of the reference
 }

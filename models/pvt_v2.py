@@ -13,7 +13,7 @@ from models.pvt import BlockNorm, PyramidBackbone
 
 
 class DepthwiseConvolution(nn.Module):
-    """3 x 3, a filter per channel. (B, H, W, C) -> the same."""
+    """Depthwise 3 x 3 convolution. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -36,17 +36,18 @@ class ConvolutionalMlp(Mlp):
 
 
 class PyramidVisionTransformerV2(PyramidBackbone):
-    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage, no position table."""
+    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position table."""
 
     kernel_sizes = (7, 3, 3, 3)
     own_part = "norm"
+    map_part = "norm"
 
     def __init__(self, **options):
         super().__init__(**options)
         self.apply(_init_convolution)
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop_rate: float) -> nn.Module:
-        return ConvolutionalMlp(dim, hidden_dim, drop_rate)
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
+        return ConvolutionalMlp(dim, hidden_dim, drop)
 
     def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
         return BlockNorm(dim)
@@ -54,14 +55,12 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):
             x = self.stage("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
-            for block in self.stage("block", index):
-                x = self.run_block(block, x)
-            x = self.stage("norm", index)(x)
+            x = self.stage("norm", index)(self.stage("block", index)(x))
             yield x
 
 
 def _init_convolution(module: nn.Module) -> None:
-    """From a normal distribution, by the number of outputs that an input reaches."""
+    """Initialise a convolution from a normal distribution of variance 2 / fan-out, and its bias with 0."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))

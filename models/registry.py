@@ -1,11 +1,9 @@
-"""Names to constructors. ``build_model`` is the one place under ``models`` that reads a config."""
+"""Model names and their constructors. ``build_model`` is the only function under ``models`` that reads a config."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 
-import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -13,7 +11,7 @@ from models import cswin, deit, pvt, pvt_v2, swin
 
 Constructor = Callable[..., nn.Module]
 
-# Model name -> constructor with its size.
+# Model name -> constructor with the arguments of its size.
 MODELS: dict[str, Constructor] = {
     name: partial(constructor, **size)
     for constructor, sizes in (
@@ -25,26 +23,29 @@ MODELS: dict[str, Constructor] = {
     )
     for name, size in sizes.items()
 }
-MODELS["flatten_swin_b_384"] = partial(MODELS["flatten_swin_b"], img_size=384)
+MODELS["flatten_swin_b_384"] = partial(MODELS["flatten_swin_b"], img_size=384, softmax_window=12)
 MODELS["flatten_cswin_b_384"] = partial(MODELS["flatten_cswin_b"], img_size=384, softmax_splits=(1, 2, 12, 12))
 
 
 def list_models() -> list[str]:
-    """Names that ``create_model`` takes, sorted."""
+    """The names that ``create_model`` takes, sorted."""
     return sorted(MODELS)
 
 
 def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, **kwargs) -> nn.Module:
-    """A model of the zoo by name, with fresh weights.
+    """Create a model by name, with random weights.
+
+    As in timm, ``drop_rate`` is the dropout before the classifier. The reference's MODEL.DROP_RATE, the dropout of
+    embeddings, projections and MLPs, corresponds to ``pos_drop_rate`` and ``proj_drop_rate``.
 
     Args:
         name: one of ``list_models()``.
         num_classes: outputs of the head; 0 for pooled features.
-        img_size: native input size, a number or (height, width); the name's own when not given (224, mostly).
+        img_size: native input size in pixels, one side or (height, width); by default that of the name (224 or 384).
         kwargs: further arguments of the family's constructor.
 
     Raises:
-        ValueError: an unknown name, with the nearest one.
+        ValueError: an unknown name (the message suggests the nearest one), or an argument with a bad value.
         TypeError: an argument that the family does not take.
     """
     if name not in MODELS:
@@ -55,10 +56,10 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """The model that a config describes: MODEL.TYPE and the keys of its family.
+    """Create the model that a config describes: MODEL.TYPE and the keys of its family.
 
     Raises:
-        ValueError: an unknown MODEL.TYPE, with the nearest one.
+        ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
     """
     model_type = cfg.MODEL.TYPE
     if model_type not in BUILDERS:
@@ -67,15 +68,14 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
-    """Which model of the zoo a state dict fits best, by names and shapes, as the end of a message; "" for none."""
+    """The name of the model whose entries and shapes are most similar to those of a state dict; "" if none is similar."""
     stored = {(name, value.shape) for name, value in state_dict.items()}
-    best, share = "", 0.5  # of all entries of either
+    best, similarity = "", 0.5  # Jaccard index of the entries
     for name in list_models():
-        with torch.device("meta"):
-            own = {(entry, value.shape) for entry, value in create_model(name).state_dict().items()}
-        if len(stored & own) / len(stored | own) > share:
-            best, share = name, len(stored & own) / len(stored | own)
-    return f": its entries are most like those of {best}" if best else ": it is like no model of the zoo"
+        own = {(entry, value.shape) for entry, value in create_model(name, device="meta").state_dict().items()}
+        if len(stored & own) / len(stored | own) > similarity:
+            best, similarity = name, len(stored & own) / len(stored | own)
+    return best
 
 
 def _nearest(name: str, names) -> str:
@@ -87,7 +87,7 @@ def _shared(cfg: CfgNode) -> dict:
     return {
         "img_size": cfg.DATA.IMG_SIZE,
         "num_classes": cfg.MODEL.NUM_CLASSES,
-        "drop_rate": cfg.MODEL.DROP_RATE,
+        "proj_drop_rate": cfg.MODEL.DROP_RATE,
         "drop_path_rate": cfg.MODEL.DROP_PATH_RATE,
         "attn_type": cfg.MODEL.LA.ATTN_TYPE,
         "linear": {
@@ -100,14 +100,20 @@ def _shared(cfg: CfgNode) -> dict:
     }
 
 
+# Widest linear window with which the reference keeps the softmax window at 7.
+LARGEST_WINDOW_AT_224 = 56
+
+
 def _build_swin(cfg: CfgNode) -> nn.Module:
     return swin.SwinTransformer(
         **_shared(cfg),
+        pos_drop_rate=cfg.MODEL.DROP_RATE,
         patch_size=cfg.MODEL.SWIN.PATCH_SIZE,
         embed_dim=cfg.MODEL.SWIN.EMBED_DIM,
         depths=cfg.MODEL.SWIN.DEPTHS,
         num_heads=cfg.MODEL.SWIN.NUM_HEADS,
         window_size=cfg.MODEL.SWIN.WINDOW_SIZE,
+        softmax_window=7 if cfg.MODEL.SWIN.WINDOW_SIZE <= LARGEST_WINDOW_AT_224 else 12,
         mlp_ratio=cfg.MODEL.SWIN.MLP_RATIO,
         qkv_bias=cfg.MODEL.SWIN.QKV_BIAS,
         patch_norm=cfg.MODEL.SWIN.PATCH_NORM,
@@ -115,6 +121,10 @@ def _build_swin(cfg: CfgNode) -> nn.Module:
 
 
 def _build_pvt(constructor: Constructor, cfg: CfgNode) -> nn.Module:
+    return _build_pvt_v2(partial(constructor, pos_drop_rate=cfg.MODEL.DROP_RATE), cfg)
+
+
+def _build_pvt_v2(constructor: Constructor, cfg: CfgNode) -> nn.Module:
     return constructor(**_shared(cfg), linear_reductions=[int(digit) for digit in cfg.MODEL.LA.PVT_LA_SR_RATIOS])
 
 
@@ -123,7 +133,7 @@ def _build_cswin(constructor: Constructor, cfg: CfgNode) -> nn.Module:
 
 
 def _build_deit(constructor: Constructor, cfg: CfgNode) -> nn.Module:
-    return constructor(**_shared(cfg))
+    return constructor(**_shared(cfg), pos_drop_rate=cfg.MODEL.DROP_RATE)
 
 
 # MODEL.TYPE -> its builder.
@@ -133,61 +143,10 @@ BUILDERS: dict[str, Callable[[CfgNode], nn.Module]] = {
     "flatten_pvt_small": partial(_build_pvt, MODELS["flatten_pvt_s"]),
     "flatten_pvt_medium": partial(_build_pvt, MODELS["flatten_pvt_m"]),
     "flatten_pvt_large": partial(_build_pvt, MODELS["flatten_pvt_b"]),
-    **{name: partial(_build_pvt, MODELS[name]) for name in pvt_v2.SIZES},
+    **{name: partial(_build_pvt_v2, MODELS[name]) for name in pvt_v2.SIZES},
     "FLatten_CSWin_64_24181_tiny_224": partial(_build_cswin, MODELS["flatten_cswin_t"]),
     "FLatten_CSWin_64_24322_small_224": partial(_build_cswin, MODELS["flatten_cswin_s"]),
     "FLatten_CSWin_96_36292_base_224": partial(_build_cswin, MODELS["flatten_cswin_b"]),
     "FLatten_CSWin_96_36292_base_384": partial(_build_cswin, MODELS["flatten_cswin_b_384"]),
     **{name: partial(_build_deit, MODELS[name]) for name in deit.SIZES},
 }
-
-
-# timm: importing ``models`` makes every name known to timm.create_model, features_only and timm's own scripts.
-
-
-def _timm_config(name: str) -> dict:
-    side = 384 if name.endswith("_384") else 224
-    first_conv = {
-        swin.SwinTransformer: "patch_embed.proj",
-        pvt.PyramidVisionTransformer: "patch_embed1.proj",
-        pvt_v2.PyramidVisionTransformerV2: "patch_embed1.proj",
-        cswin.CSwinTransformer: "stage1_conv_embed.0",
-        deit.DeiT: "patch_embed.proj",
-    }
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "fixed_input_size": False,
-        "pool_size": None,
-        "crop_pct": 0.875 if side == 224 else 1.0,
-        "crop_mode": "squash",  # the square that published numbers were measured on
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": first_conv[_constructor(name)],
-        "classifier": "head",
-        "license": "mit",
-    }
-
-
-def _constructor(name: str) -> type[nn.Module]:
-    return MODELS[name].func
-
-
-default_cfgs = generate_default_cfgs({name: _timm_config(name) for name in MODELS})
-
-
-def _register(name: str) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        maps = 4 if _constructor(name) is not deit.DeiT else 12
-        features = {"out_indices": tuple(range(maps)), "feature_cls": "getter"}
-        return build_model_with_cfg(MODELS[name], name, pretrained, feature_cfg=features, **kwargs)
-
-    entrypoint.__name__, entrypoint.__module__ = name, __name__
-    register_model(entrypoint)
-
-
-__all__ = ["build_model", "create_model", "list_models"]
-for _name in MODELS:
-    _register(_name)

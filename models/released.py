@@ -39,3 +39,14 @@ RELEASED: dict[str, Released] = {
         Released("flatten_cswin_t", f"{_SERVER}/48ba765ba8b0451d9d5a/?dl=1", 224, 83.130, 96.376),
     )
 }
+
+
+def released(name: str) -> Released:
+    """The published weight file of a model.
+
+    Raises:
+        ValueError: no weights of this model were published.
+    """
+    if name not in RELEASED:
+        raise ValueError(f"{name!r} has no published weights; these models have some: {', '.join(sorted(RELEASED))}")
+    return RELEASED[name]

@@ -1,13 +1,15 @@
 """FLatten-Swin: Swin Transformer (https://arxiv.org/abs/2103.14030) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW windows of h x w = N tokens, C channels, heads D channels wide.
+Shapes: B images, H x W a token map, nW windows of h x w = N tokens, C channels, D channels per head.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from models.layers import (
@@ -15,21 +17,20 @@ from models.layers import (
     PADDING,
     Backbone,
     PositionTable,
-    create_classifier,
+    Stage,
+    ceil_divide,
+    check_attention_dropout,
     drop_path_rates,
     init_weights,
     merge,
     parse_attention_types,
     partition,
     resize_grid,
-    to_pair,
+    resized_parameter,
+    tensor_defaults,
     window_regions,
 )
 from models.linear_attention import FocusedLinearAttention
-
-SOFTMAX_WINDOW = 7  # of softmax blocks, where linear windows are at most LARGE_WINDOW wide
-SOFTMAX_WINDOW_LARGE = 12
-LARGE_WINDOW = 56
 
 
 class LinearWindowAttention(FocusedLinearAttention):
@@ -47,28 +48,54 @@ class LinearWindowAttention(FocusedLinearAttention):
         x = self.attend(q, k, v, grid=window, key_mask=key_mask)
         return self.proj_drop(self.proj(x))
 
+    def set_window(self, window: tuple[int, int]) -> None:
+        self.set_grid(window)
+
+    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+        return next((window for window in capped_windows(stage_map) if window[0] * window[1] == num_rows), None)
+
 
 class SoftmaxWindowAttention(nn.Module):
     """Softmax attention within windows, with relative-position bias. (B * nW, N, C) -> the same."""
 
-    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float):
+    def __init__(
+        self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, attn_drop: float, proj_drop: float
+    ):
         super().__init__()
-        self.num_heads, self.window = num_heads, window
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(_num_offsets(window), num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.num_heads, self.window, self.attn_drop = num_heads, window, attn_drop
+        height, width = offset_grid(window)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(height * width, num_heads))
+        self.register_buffer("relative_position_index", None, persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        device = self.relative_position_bias_table.device
+        self.relative_position_index = relative_position_index(self.window).to(device)
+
+    def set_window(self, window: tuple[int, int]) -> None:
+        """Change the native window in place: resize the bias table (bicubic), as a new parameter."""
+        self.relative_position_bias_table = resized_parameter(
+            self.relative_position_bias_table, offset_grid(self.window), offset_grid(window)
+        )
+        self.window = window
+        self.init_non_persistent_buffers()
+
+    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+        grids = (offset_grid(window) for window in capped_windows(stage_map))
+        return next((grid for grid in grids if grid[0] * grid[1] == num_rows), None)
 
     def position_tables(self) -> list[PositionTable]:
-        return [PositionTable("relative_position_bias_table", _offset_grid(self.window))]
+        return [PositionTable("relative_position_bias_table", offset_grid(self.window), self.source_grid)]
 
     def position_bias(self, window: tuple[int, int]) -> Tensor:
-        """(1, H, N, N): a learned number for every offset between two tokens."""
+        """The learned bias for every pair of tokens, (1, H, N, N)."""
         table, index = self.relative_position_bias_table, self.relative_position_index
         if window != self.window:
-            table = resize_grid(table.unsqueeze(0), _offset_grid(self.window), _offset_grid(window))[0]
+            table = resize_grid(table.unsqueeze(0), offset_grid(self.window), offset_grid(window))[0]
             index = relative_position_index(window).to(table.device)
         num_tokens = window[0] * window[1]
         return table[index.flatten()].view(1, num_tokens, num_tokens, -1).permute(0, 3, 1, 2)
@@ -76,24 +103,26 @@ class SoftmaxWindowAttention(nn.Module):
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B * nW, H, N, D)
         bias = self.position_bias(window).to(q.dtype)
+        attn_drop = self.attn_drop if self.training else 0.0
         if region is None:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
         else:
-            # Windows differ in their mask but images do not: windows join the heads, so that one mask serves the batch.
+            # Masks differ between windows but not between images: treat windows as heads, so that one mask is enough.
             num_windows = region.shape[0]
             apart = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
             bias = bias.masked_fill(apart.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)
             q, k, v = (t.unflatten(0, (-1, num_windows)).flatten(1, 2) for t in (q, k, v))  # (B, nW * H, N, D)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=attn_drop)
             x = x.unflatten(1, (num_windows, -1)).flatten(0, 1)  # (B * nW, H, N, D)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
+@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class SwinBlock(nn.Module):
     """Window attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    A window that covers a side of the native map covers that side of any map. One that does not keeps its size, and
-    maps that it does not divide are padded; padding takes no part in attention.
+    A window that covers a side of the native map covers that side of every map. Otherwise it keeps its size, and a map
+    that it does not divide is padded; padding takes no part in the attention.
     """
 
     def __init__(
@@ -107,7 +136,8 @@ class SwinBlock(nn.Module):
         shifted: bool,
         mlp_ratio: float,
         qkv_bias: bool,
-        drop_rate: float,
+        proj_drop: float,
+        attn_drop: float,
         drop_path: float,
         linear: Mapping,
     ):
@@ -115,27 +145,38 @@ class SwinBlock(nn.Module):
         self.covers = tuple(window_size >= side for side in grid)
         self.window = tuple(min(window_size, side) for side in grid)
         self.grid, self.shifted = grid, shifted
-        options = {"qkv_bias": qkv_bias, "proj_drop": drop_rate}
+        options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop}
         self.norm1 = nn.LayerNorm(dim)
         if attention == "L":
             self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear)
         else:
-            self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, **options)
+            self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, attn_drop=attn_drop, **options)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop_rate)
-        # Known for the native map, so that a step builds no masks.
-        self.register_buffer("native_region", self.regions(grid), persistent=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.register_buffer("native_region", None, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """The regions of the native map are a buffer, so that no training step computes them."""
+        region = self.regions(self.grid)
+        self.native_region = None if region is None else region.to(self.norm1.weight.device)
+
+    def set_map_size(self, grid: tuple[int, int]) -> None:
+        """Change the native map in place."""
+        self.grid, (self.window, _, _) = grid, self.layout(grid)
+        self.attn.set_window(self.window)
+        self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Window, shift and padded map for a map of this size."""
         window = tuple(side if covers else size for side, size, covers in zip(grid, self.window, self.covers, strict=True))
-        padded = tuple(-(-side // size) * size for side, size in zip(grid, window, strict=True))
+        padded = tuple(ceil_divide(side, size) * size for side, size in zip(grid, window, strict=True))
         shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
         return window, shift, padded
 
     def regions(self, grid: tuple[int, int]) -> Tensor | None:
-        """The parts that the blocks' attention keeps apart: linear attention only keeps out padding."""
+        """``window_regions`` of a map; None where the attention needs none. Linear attention excludes padding alone."""
         window, shift, padded = self.layout(grid)
         if padded == grid and isinstance(self.attn, LinearWindowAttention):
             return None
@@ -164,6 +205,7 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class PatchMerging(nn.Module):
     """Halve the map and double the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
@@ -176,17 +218,17 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # Down a column first, then the next: the order in which released weights expect the four.
+        # Column by column: released weights expect the four tokens in this order.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
 
 class SwinStage(nn.Module):
-    """Blocks on one map, then the step down to the next, kept apart so that a feature pyramid gets the finer map."""
+    """The blocks of one map, and the layer that reduces it to the next stage's map. The model calls one after the other."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Stage(*blocks)
         self.downsample = downsample
 
 
@@ -194,84 +236,114 @@ class SwinTransformer(Backbone):
     """FLatten-Swin.
 
     Args:
-        img_size: native input size; the model takes others, resizing its position tables (bicubic).
+        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+            resizes its position tables (bicubic).
+        global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
-        window_size: window of the linear blocks, capped at the map. When not given, the first stage's map: linear
-            attention is then global there and beyond. Softmax blocks use 7, or 12 where this is more than 56.
-        drop_path_rate: stochastic depth of the last block.
+        window_size: window of linear blocks, capped at the map. By default the first stage's map, which makes linear
+            attention global in every stage.
+        softmax_window: window of softmax blocks, capped at the map.
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout of the patch embeddings.
+        proj_drop_rate: dropout of attention projections and MLPs.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
+        drop_path_rate: stochastic-depth rate of the last block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
+        device, dtype: of the parameters; torch's defaults if None.
+
+    Raises:
+        ValueError: an image that is too small, or an option without effect.
     """
+
+    leftovers = re.compile(r".*\.(attn_mask|relative_position_index)")
 
     def __init__(
         self,
         *,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Iterable[int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         attn_type: str = "LLSS",
         window_size: int | None = None,
+        softmax_window: int = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         patch_norm: bool = True,
         drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         linear: Mapping = NO_OPTIONS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        grid = tuple(-(-side // patch_size) for side in to_pair(img_size))
-        if window_size is None:
-            window_size = max(grid)
-        softmax_window = SOFTMAX_WINDOW if window_size <= LARGE_WINDOW else SOFTMAX_WINDOW_LARGE
-        self.num_classes, self.num_features = num_classes, embed_dim * 2 ** (len(depths) - 1)
-        self.patch_embed = PatchEmbed(
-            img_size=None,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            norm_layer=nn.LayerNorm if patch_norm else None,
-            output_fmt="NHWC",
-            strict_img_size=False,
-            dynamic_img_pad=True,
-        )
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.layers = nn.ModuleList()
-        self.feature_info = []
-        rates = drop_path_rates(drop_path_rate, depths)
-        for stage, attention_types in enumerate(parse_attention_types(attn_type, depths)):
-            dim = embed_dim * 2**stage
-            blocks = [
-                SwinBlock(
-                    dim,
-                    num_heads[stage],
-                    grid,
-                    attention=attention,
-                    window_size=window_size if attention == "L" else softmax_window,
-                    shifted=index % 2 == 1,
-                    mlp_ratio=mlp_ratio,
-                    qkv_bias=qkv_bias,
-                    drop_rate=drop_rate,
-                    drop_path=rates[stage][index],
-                    linear=linear,
-                )
-                for index, attention in enumerate(attention_types)
-            ]
-            last = stage == len(depths) - 1
-            self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim)))
-            self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"layers.{stage}"})
-            grid = tuple(-(-side // 2) for side in grid)
-        self.norm = nn.LayerNorm(self.num_features)
-        self.apply(init_weights)
-        self.head = create_classifier(self.num_features, num_classes)
+        super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        self.patch_size, self.num_features = patch_size, embed_dim * 2 ** (len(depths) - 1)
+        self.feature_info = [
+            {"num_chs": embed_dim * 2**stage, "reduction": patch_size * 2**stage, "module": f"layers.{stage}.blocks"}
+            for stage in range(len(depths))
+        ]
+        grids = self.native_grids(img_size)
+        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
+        check_attention_dropout(attn_drop_rate, attention_types)
+        windows = {"L": max(grids[0]) if window_size is None else window_size, "S": softmax_window}
+        with tensor_defaults(device, dtype):
+            self.patch_embed = PatchEmbed(
+                img_size=None,
+                patch_size=patch_size,
+                in_chans=in_chans,
+                embed_dim=embed_dim,
+                norm_layer=nn.LayerNorm if patch_norm else None,
+                output_fmt="NHWC",
+                strict_img_size=False,
+                dynamic_img_pad=True,
+            )
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.layers = nn.ModuleList()
+            for stage, grid in enumerate(grids):
+                dim = embed_dim * 2**stage
+                blocks = [
+                    SwinBlock(
+                        dim,
+                        num_heads[stage],
+                        grid,
+                        attention=attention,
+                        window_size=windows[attention],
+                        shifted=index % 2 == 1,
+                        mlp_ratio=mlp_ratio,
+                        qkv_bias=qkv_bias,
+                        proj_drop=proj_drop_rate,
+                        attn_drop=attn_drop_rate,
+                        drop_path=rates[stage][index],
+                        linear=linear,
+                    )
+                    for index, attention in enumerate(attention_types[stage])
+                ]
+                last = stage == len(grids) - 1
+                self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim)))
+            self.norm = nn.LayerNorm(self.num_features)
+            self.apply(init_weights)
+            self.build_head(drop_rate)
+
+    def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
+        grids = [tuple(ceil_divide(side, self.patch_size) for side in img_size)]
+        while len(grids) < len(self.feature_info):
+            grids.append(tuple(ceil_divide(side, 2) for side in grids[-1]))
+        return grids
+
+    def stage_blocks(self) -> list[Iterable[nn.Module]]:
+        return [stage.blocks for stage in self.layers]
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         x = self.pos_drop(self.patch_embed(x))
         for stage in self.layers:
-            for block in stage.blocks:
-                x = self.run_block(block, x)
+            x = stage.blocks(x)
             yield x
             if stage.downsample is not None:
                 x = stage.downsample(x)
@@ -288,8 +360,14 @@ class SwinTransformer(Backbone):
         }
 
 
+def capped_windows(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """The windows of every window size, each capped at the map: no two have the same number of tokens."""
+    for size in range(1, max(grid) + 1):
+        yield min(size, grid[0]), min(size, grid[1])
+
+
 def relative_position_index(window: tuple[int, int]) -> Tensor:
-    """(N, N): the row of the bias table for each pair of tokens of a window."""
+    """Row of the bias table for each pair of tokens of a window, (N, N)."""
     rows, columns = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + window[0] - 1
@@ -297,13 +375,9 @@ def relative_position_index(window: tuple[int, int]) -> Tensor:
     return row_offset * (2 * window[1] - 1) + column_offset
 
 
-def _offset_grid(window: tuple[int, int]) -> tuple[int, int]:
+def offset_grid(window: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the bias table: one entry per offset between two tokens of a window."""
     return 2 * window[0] - 1, 2 * window[1] - 1
-
-
-def _num_offsets(window: tuple[int, int]) -> int:
-    height, width = _offset_grid(window)
-    return height * width
 
 
 SIZES = {

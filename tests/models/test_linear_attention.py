@@ -212,3 +212,38 @@ def copy_in_double(operator):
 def test_wrong_arguments_are_refused_with_the_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         FocusedLinearAttention(**{"dim": C, "num_heads": H, "grid": GRID, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_without_keys_gives_zeros_and_finite_gradients(kind):
+    operator = random_operator(kind=kind)
+    q, k, v = random_inputs()
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[0] = False
+    out = operator(q, k, v, key_mask=mask)
+    assert not out[0].any()
+    torch.testing.assert_close(out[1], operator(q, k, v)[1])
+    gradients = torch.autograd.grad(out.square().sum(), [q, k, v, *operator.parameters()])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert not any(gradient[0].any() for gradient in gradients[:3])
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "options", "message"),
+    [
+        (N + 1, N, {}, "q has 31 tokens, .* needs 30; pass the grid"),
+        (N, N - 1, {}, "k has 29 tokens, .* needs 30; pass the key_grid"),
+        (N, N, {"key_grid": (2, 3)}, "k has 30 tokens, .* needs 6; pass the key_grid"),
+        (N, N, {"num_prefix_tokens": 1}, "q has 30 tokens, .* 1 prefix tokens needs 31; pass the grid"),
+    ],
+    ids=["queries", "keys", "reduced keys", "prefix"],
+)
+def test_a_wrong_number_of_tokens_is_refused_with_both_numbers(num_queries, num_keys, options, message):
+    with pytest.raises(ValueError, match=message):
+        random_operator(**options)(*random_inputs(num_queries, num_keys))
+
+
+def test_values_of_another_number_than_keys_are_refused():
+    q, k, v = random_inputs()
+    with pytest.raises(ValueError, match="v has 29 tokens"):
+        random_operator()(q, k, v[:, 1:])

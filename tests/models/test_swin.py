@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from models import create_model
+from models import build_model, create_model
 from models.layers import parse_attention_types
 from models.swin import SwinTransformer, merge, partition, window_regions
+from tests.conftest import CONFIGS
+from utils.config import load_config
 
 
 def toy(**options):
@@ -149,3 +151,27 @@ def test_reset_classifier_gives_another_head():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
     model.reset_classifier(0)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 32)
+
+
+def test_the_softmax_window_is_an_argument_and_not_a_function_of_the_map():
+    """7, and 12 for the model of 384 pixels, as in the reference."""
+    model = create_model("flatten_swin_t", img_size=256, device="meta")
+    assert {block.window for block in model.layers[2].blocks} == {(7, 7)}
+    large = create_model("flatten_swin_b_384", device="meta")
+    assert {block.window for block in large.layers[2].blocks} == {(12, 12)}
+    assert {block.window for block in toy(softmax_window=5, img_size=128).layers[1].blocks} == {(5, 5)}
+
+
+@pytest.mark.parametrize(("window", "softmax_window"), [(56, 7), (57, 12)])
+def test_a_config_widens_the_softmax_window_where_the_reference_does(window, softmax_window):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.SWIN.WINDOW_SIZE", window])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert {block.window for block in model.layers[2].blocks} == {(softmax_window, softmax_window)}
+
+
+def test_a_model_built_at_another_size_computes_what_a_model_called_there_computes():
+    source, target = toy(img_size=224), toy(img_size=256)
+    target.load_state_dict(source.state_dict() | target.resize_position_tables(source.state_dict(), img_size=224))
+    images = torch.randn(1, 3, 256, 256)
+    torch.testing.assert_close(target(images), source(images), rtol=1e-4, atol=1e-4)

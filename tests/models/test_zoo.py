@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,41 @@ def test_layers_are_numbered_from_the_stem_to_the_head(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_coarse_layers_are_the_stem_the_stages_and_the_head(name):
+    from timm.models import group_parameters
+
+    model = create_model(name, device="meta")
+    layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    num_stages = 12 if "deit" in name else 4
+    assert set(layers.values()) == set(range(1 + num_stages + 1))
+    per_stage = {index: [name for name in layers if layers[name] == index] for index in range(1, num_stages + 1)}
+    for index, info in enumerate(model.feature_info, start=1):
+        assert any(name.startswith(info["module"]) for name in per_stage[index])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inference_frees_the_maps_of_earlier_stages(name):
+    """When a block of the last stage runs, the outputs of at most two other blocks or stages are alive."""
+    model = small(name)
+    outputs, alive = [], []
+    for info in model.feature_info:
+        model.get_submodule(info["module"]).register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out)))
+    last = model.stage_blocks()[-1][-1]
+    last.register_forward_pre_hook(lambda module, args: alive.extend(ref() is not None for ref in outputs))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert len(outputs) == len(model.feature_info)
+    assert sum(alive) <= 2
+
+
+def test_a_model_without_a_head_changes_its_mode():
+    model = small("flatten_swin_t")
+    model.head = None
+    assert model.train().training
+    assert not model.eval().norm.training
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_layer_decay_gives_every_parameter_timm_s_rate(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.LAYER_DECAY", 0.7])
     with torch.device("meta"):
@@ -222,7 +258,7 @@ def test_layer_decay_gives_every_parameter_timm_s_rate(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_linear_probe_trains_the_head_alone_on_features_as_in_evaluation(name):
     torch.manual_seed(0)
-    options = {"num_classes": 3, "img_size": 64, "drop_path_rate": 0.5, "drop_rate": 0.5}
+    options = {"num_classes": 3, "img_size": 64, "drop_path_rate": 0.5, "proj_drop_rate": 0.5}
     model = create_model(name, **options)
     model.freeze_features()
     cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.FREEZE_BACKBONE", True, "TRAIN.HEAD_LR_SCALE", 3.0])

@@ -1,0 +1,245 @@
+"""timm's registry: importing this module makes every model known to ``timm.create_model`` and to timm's own scripts."""
+
+from collections.abc import Mapping
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from models.cswin import CSwinTransformer
+from models.deit import DeiT
+from models.layers import Backbone
+from models.pvt import PyramidVisionTransformer
+from models.pvt_v2 import PyramidVisionTransformerV2
+from models.registry import MODELS
+from models.released import RELEASED
+from models.swin import SwinTransformer
+from weights.download import fetch
+from weights.reader import choose_weights, read_checkpoint
+
+FIRST_CONVOLUTIONS = {
+    SwinTransformer: "patch_embed.proj",
+    PyramidVisionTransformer: "patch_embed1.proj",
+    PyramidVisionTransformerV2: "patch_embed1.proj",
+    CSwinTransformer: "stage1_conv_embed.0",
+    DeiT: "patch_embed.proj",
+}
+
+
+def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
+    """timm's description of a model and its evaluation; released accuracies were measured on squashed squares."""
+    family = MODELS[name].func
+    return {
+        "url": RELEASED[name].url if name in RELEASED else "",
+        "num_classes": 1000,
+        "input_size": (3, img_size, img_size),
+        "fixed_input_size": False,
+        "pool_size": None if family is DeiT else (img_size // 32, img_size // 32),
+        "crop_pct": crop_pct,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": FIRST_CONVOLUTIONS[family],
+        "classifier": "head",
+        "license": "mit",
+        "paper_ids": "arXiv:2308.00442",
+        "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
+        "origin_url": "https://github.com/LeapLabTHU/FLatten-Transformer",
+    }
+
+
+# Models whose evaluation differs from the defaults of ``_cfg``, as in the reference's recipes.
+EVALUATIONS = {
+    "flatten_swin_b_384": {"img_size": 384, "crop_pct": 1.0},
+    "flatten_cswin_b_384": {"img_size": 384},
+}
+
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.get(name, {})) for name in MODELS})
+
+
+def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
+    """timm's filter of checkpoints: unwrap, drop entries that nothing reads, resize position tables.
+
+    The source size is that of ``model.pretrained_model_args`` or ``model.pretrained_cfg``, which timm sets, if every stored
+    table belongs to it; otherwise tables are interpreted as those of square images.
+
+    Args:
+        state_dict: of the reference, of this project or of timm, also within its container ("model" or "state_dict").
+    """
+    for container in ("model", "state_dict"):
+        state_dict = state_dict.get(container, state_dict)
+    declared = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][-2:]
+    try:
+        return model.adapt_state_dict(state_dict, img_size=declared)
+    except ValueError:
+        return model.adapt_state_dict(state_dict)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
+    """Build a model as timm does, with the released checkpoint if ``pretrained`` asks for it.
+
+    The weights of released files are read here, because they hold a config object that timm's reader refuses.
+    """
+    overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
+    if pretrained and _is_released_file(name, kwargs.get("pretrained_cfg"), overlay):
+        overlay = {**overlay, "state_dict": _read_released(name)}
+    model = build_model_with_cfg(
+        MODELS[name],
+        name,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(_num_maps(name, kwargs))), "feature_cls": "getter"},
+        **kwargs,
+    )
+    for module in model.modules():  # a feature extractor holds the config, and so does the model inside
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+    return model
+
+
+def _is_released_file(name: str, pretrained_cfg: str | dict | None, overlay: Mapping) -> bool:
+    """Whether timm would load the weights of this model from the released URL."""
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    elsewhere = cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir")
+    return name in RELEASED and cfg.url == RELEASED[name].url and not elsewhere
+
+
+def _read_released(name: str) -> dict[str, Tensor]:
+    path = fetch(RELEASED[name].url, name)
+    _, state_dict = choose_weights(read_checkpoint(path), "auto", path)
+    return state_dict
+
+
+def _num_maps(name: str, kwargs: Mapping) -> int:
+    """Number of feature maps: blocks of DeiT, stages of the others."""
+    arguments = {**MODELS[name].keywords, **kwargs}
+    return arguments["depth"] if "depth" in arguments else len(arguments["depths"])
+
+
+__all__ = ["checkpoint_filter_fn", "default_cfgs"]
+
+
+@register_model
+def flatten_swin_t(pretrained: bool = False, **kwargs) -> SwinTransformer:
+    """FLatten-Swin-T."""
+    return _create("flatten_swin_t", pretrained, **kwargs)
+
+
+@register_model
+def flatten_swin_s(pretrained: bool = False, **kwargs) -> SwinTransformer:
+    """FLatten-Swin-S."""
+    return _create("flatten_swin_s", pretrained, **kwargs)
+
+
+@register_model
+def flatten_swin_b(pretrained: bool = False, **kwargs) -> SwinTransformer:
+    """FLatten-Swin-B."""
+    return _create("flatten_swin_b", pretrained, **kwargs)
+
+
+@register_model
+def flatten_swin_b_384(pretrained: bool = False, **kwargs) -> SwinTransformer:
+    """FLatten-Swin-B at 384 x 384 pixels."""
+    return _create("flatten_swin_b_384", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_t(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    """FLatten-PVT-T."""
+    return _create("flatten_pvt_t", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_s(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    """FLatten-PVT-S."""
+    return _create("flatten_pvt_s", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_m(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    """FLatten-PVT-M."""
+    return _create("flatten_pvt_m", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_b(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
+    """FLatten-PVT-B, the reference's PVT-Large."""
+    return _create("flatten_pvt_b", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b0(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B0."""
+    return _create("flatten_pvt_v2_b0", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b1(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B1."""
+    return _create("flatten_pvt_v2_b1", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B2."""
+    return _create("flatten_pvt_v2_b2", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b3(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B3."""
+    return _create("flatten_pvt_v2_b3", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b4(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B4."""
+    return _create("flatten_pvt_v2_b4", pretrained, **kwargs)
+
+
+@register_model
+def flatten_pvt_v2_b5(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """FLatten-PVTv2-B5."""
+    return _create("flatten_pvt_v2_b5", pretrained, **kwargs)
+
+
+@register_model
+def flatten_cswin_t(pretrained: bool = False, **kwargs) -> CSwinTransformer:
+    """FLatten-CSwin-T."""
+    return _create("flatten_cswin_t", pretrained, **kwargs)
+
+
+@register_model
+def flatten_cswin_s(pretrained: bool = False, **kwargs) -> CSwinTransformer:
+    """FLatten-CSwin-S."""
+    return _create("flatten_cswin_s", pretrained, **kwargs)
+
+
+@register_model
+def flatten_cswin_b(pretrained: bool = False, **kwargs) -> CSwinTransformer:
+    """FLatten-CSwin-B."""
+    return _create("flatten_cswin_b", pretrained, **kwargs)
+
+
+@register_model
+def flatten_cswin_b_384(pretrained: bool = False, **kwargs) -> CSwinTransformer:
+    """FLatten-CSwin-B at 384 x 384 pixels."""
+    return _create("flatten_cswin_b_384", pretrained, **kwargs)
+
+
+@register_model
+def flatten_deit_t(pretrained: bool = False, **kwargs) -> DeiT:
+    """FLatten-DeiT-T."""
+    return _create("flatten_deit_t", pretrained, **kwargs)
+
+
+@register_model
+def flatten_deit_s(pretrained: bool = False, **kwargs) -> DeiT:
+    """FLatten-DeiT-S."""
+    return _create("flatten_deit_s", pretrained, **kwargs)
+
+
+@register_model
+def flatten_deit_b(pretrained: bool = False, **kwargs) -> DeiT:
+    """FLatten-DeiT-B."""
+    return _create("flatten_deit_b", pretrained, **kwargs)

@@ -1,0 +1,201 @@
+"""Image sizes: non-square ones, changed ones, checkpoints from other ones, and those that are too small."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.cswin import CSwinTransformer
+from models.deit import DeiT
+from models.pvt import PyramidVisionTransformer
+from models.pvt_v2 import PyramidVisionTransformerV2
+from models.swin import SwinTransformer
+
+PYRAMID = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
+HIERARCHY = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+TOY_DEIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+# Constructor and options of one small model per kind of position table.
+KINDS = {
+    "swin, global": (SwinTransformer, {**HIERARCHY, "attn_type": "LL"}),
+    "swin, linear windows": (SwinTransformer, {**HIERARCHY, "attn_type": "LL", "window_size": 3}),
+    "swin, softmax windows": (SwinTransformer, {**HIERARCHY, "attn_type": "SS", "softmax_window": 3}),
+    "pvt": (PyramidVisionTransformer, {**PYRAMID, "attn_type": "LL"}),
+    "pvt, reduced keys": (PyramidVisionTransformer, {**PYRAMID, "attn_type": "LS", "linear_reductions": (2, 1)}),
+    "pvt v2": (PyramidVisionTransformerV2, {**PYRAMID, "attn_type": "LL"}),
+    "cswin, global": (CSwinTransformer, {**HIERARCHY, "attn_type": "LL"}),
+    "cswin, linear stripes": (CSwinTransformer, {**HIERARCHY, "attn_type": "LL", "linear_splits": (3, None)}),
+    "cswin, softmax stripes": (CSwinTransformer, {**HIERARCHY, "attn_type": "SS", "softmax_splits": (3, 3)}),
+    "deit": (DeiT, {**TOY_DEIT, "patch_size": 8}),
+}
+
+
+def build(kind: str, img_size) -> torch.nn.Module:
+    """A model in evaluation mode with random values in every parameter."""
+    constructor, options = KINDS[kind]
+    model = constructor(**options, img_size=img_size).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def assert_same_logits(one, other, size):
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(one(images), other(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_any_size_loads_at_any_other_size_exactly(kind, source_size, size):
+    """Loading with the size of the checkpoint equals calling the source model at the new size."""
+    source, target = build(kind, source_size), build(kind, size)
+    state_dict = source.state_dict()
+    target.load_state_dict(state_dict | target.resize_position_tables(state_dict, img_size=source_size))
+    assert_same_logits(target, source, size)
+
+
+def test_the_sizes_of_the_paper_convert_to_non_square_ones():
+    """224 x 224 to 160 x 320, with stripes of 28 x 7 tokens."""
+    options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (14, 7), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
+    options |= {"attn_type": "LLL", "linear_splits": (14, 7, None)}
+    source, target = (CSwinTransformer(**options, img_size=size).eval() for size in (224, (160, 320)))
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state_dict = source.state_dict()
+    assert state_dict["stage2.0.attns.0.positional_encoding"].shape == (1, 28 * 7, 16)
+    target.load_state_dict(state_dict | target.resize_position_tables(state_dict, img_size=224))
+    assert_same_logits(target, source, (160, 320))
+
+
+def test_a_stripe_keeps_its_width():
+    """196 positions are a stripe of 28 x 7, not a square of 14 x 14: resized by hand to 56 x 7."""
+    options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (7, None)}
+    source, target = (CSwinTransformer(**options, img_size=size, device="meta") for size in (112, 224))
+    shapes = {name: value.shape for name, value in source.state_dict().items()}
+    names = [f"stage1.{block}.attns.{axis}.positional_encoding" for block in (0, 1) for axis in (0, 1)]
+    assert {tuple(shapes[name]) for name in names} == {(1, 196, 8)}
+    state_dict = {name: torch.randn(shapes[name]) for name in names}
+    resized = target.resize_position_tables(state_dict, img_size=112)
+    for name in names:
+        old, new = ((28, 7), (56, 7)) if ".attns.0." in name else ((7, 28), (7, 56))
+        table = state_dict[name].view(1, *old, 8).permute(0, 3, 1, 2)
+        expected = F.interpolate(table, size=new, mode="bicubic").permute(0, 2, 3, 1).reshape(1, -1, 8)
+        torch.testing.assert_close(resized[name], expected)
+
+
+def test_a_relative_table_of_a_non_square_window_is_resized_as_a_map():
+    """A stage of 2 x 4 tokens has windows of 2 x 4, so 3 x 7 offsets."""
+    options = {**HIERARCHY, "attn_type": "SS", "patch_size": 16, "depths": (1, 1)}
+    source, target = SwinTransformer(**options, img_size=(32, 64)), SwinTransformer(**options, img_size=64)
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    table = torch.randn(3 * 7, 2)
+    resized = target.resize_position_tables(source.state_dict() | {name: table}, img_size=(32, 64))
+    expected = F.interpolate(table.view(1, 3, 7, 2).permute(0, 3, 1, 2), size=(7, 7), mode="bicubic")
+    torch.testing.assert_close(resized[name], expected.permute(0, 2, 3, 1).reshape(49, 2))
+
+
+def test_a_table_of_equal_shape_and_another_grid_is_resized_if_the_size_is_known():
+    source, target = (DeiT(**TOY_DEIT, img_size=size).eval() for size in ((32, 128), (64, 64)))
+    assert source.pos_embed.shape == target.pos_embed.shape  # 2 x 8 and 4 x 4 patches
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state_dict = source.state_dict()
+    assert target.resize_position_tables(state_dict) == {}
+    resized = target.resize_position_tables(state_dict, img_size=(32, 128))
+    assert set(resized) == {"pos_embed", "blocks.0.attn.positional_encoding", "blocks.1.attn.positional_encoding"}
+    target.load_state_dict(state_dict | resized)
+    assert_same_logits(target, source, (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "message"),
+    [
+        (
+            DeiT(**TOY_DEIT, img_size=64),
+            DeiT(**TOY_DEIT, img_size=(32, 96)),
+            "pos_embed: the checkpoint's 12 positions .* img_size",
+        ),
+        (
+            CSwinTransformer(**HIERARCHY, attn_type="LL", linear_splits=(4, None), img_size=64),
+            CSwinTransformer(**HIERARCHY, attn_type="LL", linear_splits=(4, None), img_size=96),
+            "stage1.0.attns.0.positional_encoding: the checkpoint's 96 positions .* img_size",
+        ),
+    ],
+    ids=["not a square", "a stripe"],
+)
+def test_an_ambiguous_table_is_refused_without_the_size_of_the_checkpoint(model, source, message):
+    with pytest.raises(ValueError, match=message):
+        model.resize_position_tables(source.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(source.state_dict())
+
+
+def test_a_table_that_does_not_belong_to_the_given_size_is_refused():
+    source, target = DeiT(**TOY_DEIT, img_size=64), DeiT(**TOY_DEIT, img_size=96)
+    with pytest.raises(ValueError, match=r"pos_embed: 16 positions .* 32 x 96 pixels"):
+        target.resize_position_tables(source.state_dict(), img_size=(32, 96))
+
+
+@pytest.mark.parametrize("size", [(48, 96), (96, 96), (40, 32)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_set_input_size_changes_no_logits_at_the_new_size(kind, size):
+    model, changed = build(kind, 64), build(kind, 64)
+    changed.set_input_size(img_size=size)
+    assert_same_logits(changed, model, size)
+    for _, table in changed.named_position_tables():
+        num_rows = changed.get_parameter(table.name).flatten(0, -2).shape[0]
+        assert num_rows == table.grid[0] * table.grid[1] + table.num_prefix_tokens
+    changed.set_input_size(img_size=64)
+    assert {name: value.shape for name, value in changed.state_dict().items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "windows" not in kind and "softmax" not in kind])
+def test_set_input_size_gives_the_tables_of_a_model_that_was_built_at_that_size(kind):
+    changed = build(kind, 64)
+    changed.set_input_size(img_size=(48, 96))
+    built = build(kind, (48, 96))
+    assert {name: value.shape for name, value in changed.state_dict().items()} == {
+        name: value.shape for name, value in built.state_dict().items()
+    }
+    assert all(parameter.requires_grad for parameter in changed.parameters())
+
+
+@pytest.mark.parametrize(
+    "size", [np.int64(64), torch.Size((64, 64)), [64, 64], (np.int32(64), 64)], ids=lambda size: str(type(size))
+)
+def test_sizes_are_integers_of_any_type(size):
+    assert DeiT(**TOY_DEIT, img_size=size).pos_embed.shape == (1, 17, 16)
+
+
+# Smallest side by hand: PVT halves four times after patches of 4 pixels; CSwin's first patch needs 7 pixels, 4 of them
+# padding; softmax blocks of PVTv2 reduce the first map, of ceil(side / 4) tokens, by 8.
+SMALLEST = {
+    "swin": (SwinTransformer, {}, 1),
+    "pvt": (PyramidVisionTransformer, {}, 32),
+    "pvt v2": (PyramidVisionTransformerV2, {}, 1),
+    "pvt v2, softmax": (PyramidVisionTransformerV2, {"attn_type": "SSSS"}, 29),
+    "cswin": (CSwinTransformer, {}, 3),
+    "deit": (DeiT, {}, 16),
+}
+
+
+@pytest.mark.parametrize(("constructor", "options", "smallest"), SMALLEST.values(), ids=SMALLEST)
+def test_images_below_the_smallest_size_are_refused_with_that_size(constructor, options, smallest):
+    small = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
+    model = constructor(img_size=smallest, num_classes=3, **small, **options).eval()
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(1, 3, smallest, smallest + 5))).all()
+    too_small = (smallest - 1, smallest + 5)
+    message = f"{too_small[0]} x {too_small[1]} pixels .* {smallest} x {smallest}"
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(1, 3, *too_small))
+    with pytest.raises(ValueError, match=message):
+        model.forward_intermediates(torch.randn(1, 3, *too_small))
+    with pytest.raises(ValueError, match=message):
+        model.set_input_size(too_small)
+    with pytest.raises(ValueError, match=message):
+        constructor(img_size=too_small, **small, **options)
