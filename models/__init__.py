@@ -1,12 +1,13 @@
 """FLatten Transformers: ``build_model`` from a config, ``create_model`` by name, ``list_models``, ``nearest_model``."""
 
 from models.entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
-from models.registry import build_model, create_model, list_models, nearest_model
+from models.registry import build_arguments, build_model, create_model, list_models, nearest_model
 from models.released import RELEASED, Released, released
 
 __all__ = [
     "RELEASED",
     "Released",
+    "build_arguments",
     "build_model",
     "checkpoint_filter_fn",
     "create_model",

@@ -61,10 +61,21 @@ def build_model(cfg: CfgNode) -> nn.Module:
     Raises:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
     """
+    name, arguments = build_arguments(cfg)
+    return MODELS[name](**arguments)
+
+
+def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
+    """The registered name and the keyword arguments of ``create_model`` that give the model of a config, as plain data.
+
+    Raises:
+        ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
+    """
     model_type = cfg.MODEL.TYPE
-    if model_type not in BUILDERS:
-        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_nearest(model_type, BUILDERS)}")
-    return BUILDERS[model_type](cfg)
+    if model_type not in NAMES:
+        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_nearest(model_type, NAMES)}")
+    name = NAMES[model_type]
+    return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
 
 
 def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
@@ -83,7 +94,7 @@ def _nearest(name: str, names) -> str:
     return f": did you mean {matches[0]!r}?" if matches else ""
 
 
-def _shared(cfg: CfgNode) -> dict:
+def _shared_arguments(cfg: CfgNode) -> dict:
     return {
         "img_size": cfg.DATA.IMG_SIZE,
         "num_classes": cfg.MODEL.NUM_CLASSES,
@@ -104,49 +115,57 @@ def _shared(cfg: CfgNode) -> dict:
 LARGEST_WINDOW_AT_224 = 56
 
 
-def _build_swin(cfg: CfgNode) -> nn.Module:
-    return swin.SwinTransformer(
-        **_shared(cfg),
-        pos_drop_rate=cfg.MODEL.DROP_RATE,
-        patch_size=cfg.MODEL.SWIN.PATCH_SIZE,
-        embed_dim=cfg.MODEL.SWIN.EMBED_DIM,
-        depths=cfg.MODEL.SWIN.DEPTHS,
-        num_heads=cfg.MODEL.SWIN.NUM_HEADS,
-        window_size=cfg.MODEL.SWIN.WINDOW_SIZE,
-        softmax_window=7 if cfg.MODEL.SWIN.WINDOW_SIZE <= LARGEST_WINDOW_AT_224 else 12,
-        mlp_ratio=cfg.MODEL.SWIN.MLP_RATIO,
-        qkv_bias=cfg.MODEL.SWIN.QKV_BIAS,
-        patch_norm=cfg.MODEL.SWIN.PATCH_NORM,
-    )
+def _swin_arguments(cfg: CfgNode) -> dict:
+    return {
+        "pos_drop_rate": cfg.MODEL.DROP_RATE,
+        "patch_size": cfg.MODEL.SWIN.PATCH_SIZE,
+        "embed_dim": cfg.MODEL.SWIN.EMBED_DIM,
+        "depths": cfg.MODEL.SWIN.DEPTHS,
+        "num_heads": cfg.MODEL.SWIN.NUM_HEADS,
+        "window_size": cfg.MODEL.SWIN.WINDOW_SIZE,
+        "softmax_window": 7 if cfg.MODEL.SWIN.WINDOW_SIZE <= LARGEST_WINDOW_AT_224 else 12,
+        "mlp_ratio": cfg.MODEL.SWIN.MLP_RATIO,
+        "qkv_bias": cfg.MODEL.SWIN.QKV_BIAS,
+        "patch_norm": cfg.MODEL.SWIN.PATCH_NORM,
+    }
 
 
-def _build_pvt(constructor: Constructor, cfg: CfgNode) -> nn.Module:
-    return _build_pvt_v2(partial(constructor, pos_drop_rate=cfg.MODEL.DROP_RATE), cfg)
+def _pvt_arguments(cfg: CfgNode) -> dict:
+    return _pvt_v2_arguments(cfg) | {"pos_drop_rate": cfg.MODEL.DROP_RATE}
 
 
-def _build_pvt_v2(constructor: Constructor, cfg: CfgNode) -> nn.Module:
-    return constructor(**_shared(cfg), linear_reductions=[int(digit) for digit in cfg.MODEL.LA.PVT_LA_SR_RATIOS])
+def _pvt_v2_arguments(cfg: CfgNode) -> dict:
+    return {"linear_reductions": [int(digit) for digit in cfg.MODEL.LA.PVT_LA_SR_RATIOS]}
 
 
-def _build_cswin(constructor: Constructor, cfg: CfgNode) -> nn.Module:
-    return constructor(**_shared(cfg), linear_splits=[int(size) for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")])
+def _cswin_arguments(cfg: CfgNode) -> dict:
+    return {"linear_splits": [int(size) for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")]}
 
 
-def _build_deit(constructor: Constructor, cfg: CfgNode) -> nn.Module:
-    return constructor(**_shared(cfg), pos_drop_rate=cfg.MODEL.DROP_RATE)
+def _deit_arguments(cfg: CfgNode) -> dict:
+    return {"pos_drop_rate": cfg.MODEL.DROP_RATE}
 
 
-# MODEL.TYPE -> its builder.
-BUILDERS: dict[str, Callable[[CfgNode], nn.Module]] = {
-    "flatten_swin": _build_swin,
-    "flatten_pvt_tiny": partial(_build_pvt, MODELS["flatten_pvt_t"]),
-    "flatten_pvt_small": partial(_build_pvt, MODELS["flatten_pvt_s"]),
-    "flatten_pvt_medium": partial(_build_pvt, MODELS["flatten_pvt_m"]),
-    "flatten_pvt_large": partial(_build_pvt, MODELS["flatten_pvt_b"]),
-    **{name: partial(_build_pvt_v2, MODELS[name]) for name in pvt_v2.SIZES},
-    "FLatten_CSWin_64_24181_tiny_224": partial(_build_cswin, MODELS["flatten_cswin_t"]),
-    "FLatten_CSWin_64_24322_small_224": partial(_build_cswin, MODELS["flatten_cswin_s"]),
-    "FLatten_CSWin_96_36292_base_224": partial(_build_cswin, MODELS["flatten_cswin_b"]),
-    "FLatten_CSWin_96_36292_base_384": partial(_build_cswin, MODELS["flatten_cswin_b_384"]),
-    **{name: partial(_build_deit, MODELS[name]) for name in deit.SIZES},
+# Constructor -> the arguments that only its family has.
+FAMILY_ARGUMENTS: dict[Constructor, Callable[[CfgNode], dict]] = {
+    swin.SwinTransformer: _swin_arguments,
+    pvt.PyramidVisionTransformer: _pvt_arguments,
+    pvt_v2.PyramidVisionTransformerV2: _pvt_v2_arguments,
+    cswin.CSwinTransformer: _cswin_arguments,
+    deit.DeiT: _deit_arguments,
+}
+
+# MODEL.TYPE -> registered name. The keys of MODEL.SWIN give every size of flatten_swin.
+NAMES: dict[str, str] = {
+    "flatten_swin": "flatten_swin_t",
+    "flatten_pvt_tiny": "flatten_pvt_t",
+    "flatten_pvt_small": "flatten_pvt_s",
+    "flatten_pvt_medium": "flatten_pvt_m",
+    "flatten_pvt_large": "flatten_pvt_b",
+    **{name: name for name in pvt_v2.SIZES},
+    "FLatten_CSWin_64_24181_tiny_224": "flatten_cswin_t",
+    "FLatten_CSWin_64_24322_small_224": "flatten_cswin_s",
+    "FLatten_CSWin_96_36292_base_224": "flatten_cswin_b",
+    "FLatten_CSWin_96_36292_base_384": "flatten_cswin_b_384",
+    **{name: name for name in deit.SIZES},
 }

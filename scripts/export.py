@@ -1,28 +1,35 @@
-"""Take a trained model out: safetensors with a model card, torch.export (.pt2), ONNX.
+"""Export a trained model: safetensors with timm's config.json and a model card, torch.export (.pt2), ONNX.
 
-Whatever computes is loaded back and held against the model itself; an error above the bound ends with status 1. ONNX needs
-three more packages: pip install onnx onnxscript onnxruntime.
+The folder loads in timm: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. What computes is
+loaded back and compared with the model itself; an error above the bound ends with status 1. ONNX needs three more packages:
+pip install onnx onnxscript onnxruntime.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.transforms import resized_side
-from models import build_model
-from utils.checkpoint import load_weights
-from utils.config import ConfigError, load_config
-from weights.reader import WEIGHTS, CheckpointError, sha256
+from data.build import build_preprocessing
+from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
+from jobs.evaluation import load_models
+from jobs.training import check_model
+from models import build_arguments
+from utils.config import ConfigError, image_size, load_config, to_dict
+from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
 LARGEST_ERROR = 1e-4  # of a logit, over the largest logit or 1
+MOST_NAMES = 50  # class names in the model card
 BATCHES = (1, 3)  # images that exported models are tried on
 
 
@@ -37,8 +44,12 @@ def export_torch(model: nn.Module, images: Tensor, path: Path) -> float:
     return _largest_error(model, torch.export.load(path).module(), images, path)
 
 
-def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
-    """A file for onnxruntime, input ``images`` and output ``logits``, with any batch size. Returns its largest error."""
+def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str] | None = None) -> float:
+    """A file for onnxruntime, input ``images`` and output ``logits``, with any batch size. Returns its largest error.
+
+    Args:
+        metadata: entries of the file's ``metadata_props``.
+    """
     try:
         import onnx
         import onnxruntime
@@ -56,6 +67,10 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path) -> float:
             verbose=False,
         )
     program.save(path)
+    if metadata:
+        proto = onnx.load(path)
+        onnx.helper.set_model_props(proto, metadata)
+        onnx.save(proto, path)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return _largest_error(
@@ -81,37 +96,89 @@ def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> fl
     return error
 
 
-def model_card(cfg, report, files: dict[str, str], evaluation: dict | None) -> str:
-    """What was exported, from what, how it was trained, and what it was measured to do."""
+def timm_config(cfg: CfgNode, num_features: int, class_names: Sequence[str]) -> dict:
+    """timm's ``config.json``: architecture, its arguments, and how images are prepared."""
+    name, arguments = build_arguments(cfg)
+    preprocessing = build_preprocessing(cfg)
+    described = timm.get_pretrained_cfg(name).to_dict(remove_source=True, remove_null=True)
+    described |= {
+        "input_size": (3, *preprocessing.img_size),
+        "crop_pct": preprocessing.effective_crop_pct,
+        "crop_mode": preprocessing.timm_crop_mode,
+        "interpolation": preprocessing.to_dict()["interpolation"],
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "num_classes": cfg.MODEL.NUM_CLASSES,
+    }
+    for entry in ("architecture", "pool_size", "tag"):  # of the registered model, not of this one
+        described.pop(entry, None)
+    config = {
+        "architecture": name,
+        "num_classes": cfg.MODEL.NUM_CLASSES,
+        "num_features": num_features,
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": described,
+    }
+    if class_names:
+        config["label_names"] = list(class_names)
+    return config
+
+
+def model_card(
+    cfg: CfgNode, checkpoint: Checkpoint, label: str, files: dict[str, str], evaluation: dict | None, *, in_timm: bool
+) -> str:
+    """A README: the files, the input, the classes, the measured accuracy, how to load it and how it was trained."""
     lines = [f"# {cfg.MODEL.NAME}", ""]
-    lines += [f"{report.weights} weights of `{Path(report.path).name}`, sha256 `{sha256(Path(report.path))}`.", ""]
+    lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
     lines += ["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items()), ""]
-    resized = resized_side(cfg.DATA.IMG_SIZE, crop=cfg.TEST.CROP)
+    preprocessing = build_preprocessing(cfg)
     lines += [
-        f"Input: RGB, {cfg.DATA.IMG_SIZE} x {cfg.DATA.IMG_SIZE} pixels (the centre of the image resized to "
-        f"{resized} x {resized}, {cfg.DATA.INTERPOLATION}), values in [0, 1], "
-        f"less {cfg.DATA.MEAN}, over {cfg.DATA.STD}. Output: logits of {cfg.MODEL.NUM_CLASSES} classes.",
-        "",
-        "## Accuracy",
+        f"Input: RGB, {preprocessing}, values in [0, 1], less {list(preprocessing.mean)}, over {list(preprocessing.std)}. "
+        f"Output: logits of {cfg.MODEL.NUM_CLASSES} classes.",
         "",
     ]
+    if checkpoint.class_names:
+        shown = ", ".join(checkpoint.class_names[:MOST_NAMES])
+        more = len(checkpoint.class_names) - MOST_NAMES
+        lines += ["## Classes", "", shown + (f", and {more} more in `config.json`" if more > 0 else ""), ""]
+    lines += ["## Accuracy", ""]
     if evaluation is None:
         lines += ["Not measured: evaluate the checkpoint (`--eval`), and give its `eval.json`."]
     else:
-        result = evaluation["results"][report.weights]
+        result = evaluation["results"][label]
         low, high = result["acc1_interval_95"]
         lines += [
             f"Top-1 {result['acc1']:.3f} % (95 %: {low:.2f} to {high:.2f}), top-5 {result['acc5']:.3f} %: "
             f"{result['correct1']} and {result['correct5']} of {result['num_images']} images of "
             f"`{Path(evaluation['data']).name}`, in {evaluation['precision']}, torch {evaluation['versions']['torch']}."
         ]
-    lines += ["", "## Use", "", "```python", "from models import build_model", "from utils.checkpoint import load_weights"]
-    lines += ["from utils.config import load_config", "", 'model = build_model(load_config("config.yaml"))']
-    lines += ['load_weights(model, "model.safetensors")', "```", "", "## Recipe", "", "```yaml", cfg.dump().rstrip(), "```", ""]
+    lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
+    if in_timm:
+        lines += ["import models  # makes the architecture known to timm", "import timm", ""]
+        lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
+        lines += ["transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"]
+    else:
+        lines += ["from models import build_model", "from utils.config import load_config", ""]
+        lines += ['model = build_model(load_config("config.yaml"))']
+    lines += ["```", "", "## Recipe", "", "```yaml", cfg.dump().rstrip(), "```", ""]
     return "\n".join(lines)
 
 
-def read_evaluation(path: Path, checkpoint: Path, weights: str) -> dict:
+def find_evaluation(given: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
+    """The given ``eval.json``, else the one beside the checkpoint if it is of this file; None where there is neither.
+
+    Raises:
+        ExportError: the given one is of another file or of other weights.
+    """
+    if given is not None:
+        return read_evaluation(given, checkpoint.digest, label)
+    try:
+        return read_evaluation(checkpoint.path.with_name("eval.json"), checkpoint.digest, label)
+    except ExportError:
+        return None
+
+
+def read_evaluation(path: Path, digest: str, label: str) -> dict:
     """An ``eval.json``, which must be of the checkpoint.
 
     Raises:
@@ -121,45 +188,72 @@ def read_evaluation(path: Path, checkpoint: Path, weights: str) -> dict:
         evaluation = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); --eval-json names the eval.json of an evaluation") from None
-    if evaluation["sha256"] != sha256(checkpoint) or weights not in evaluation["results"]:
-        raise ExportError(f"{path}: is of another file than {checkpoint}, or of other weights; evaluate this one")
+    if evaluation["sha256"] != digest or label not in evaluation["results"]:
+        raise ExportError(f"{path}: is the result of another file or of other weights; evaluate this checkpoint")
     return evaluation
+
+
+def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, class_names: Sequence[str]) -> None:
+    """Weights, with config and class names as metadata, so that the file describes itself."""
+    described = {"config": to_dict(cfg), "class_names": list(class_names)}
+    metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(described)}
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    path.write_bytes(save(state, metadata=metadata))
+
+
+def export(args: argparse.Namespace) -> dict[str, str]:
+    """Write every file. Returns a description by file name.
+
+    Raises:
+        ExportError: an exported file computes something else.
+        ConfigError, CheckpointError: config and checkpoint do not fit each other.
+    """
+    if args.folder.is_dir() and any(args.folder.iterdir()):
+        raise ConfigError(f"{args.folder}: is not empty; choose another folder")
+    checkpoint = open_checkpoint(args.checkpoint)
+    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
+    check_model(cfg)
+    label, _ = choose_weights(checkpoint.state, args.weights, checkpoint.path)
+    model = load_models(checkpoint, cfg, labels=[label], device=torch.device("cpu"))[label].eval()
+    evaluation, names = find_evaluation(args.eval_json, checkpoint, label), checkpoint.class_names
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    files = {"config.yaml": "the resolved config"}
+    (args.folder / "config.yaml").write_text(cfg.dump())
+    if "safetensors" in args.formats:
+        path = args.folder / "model.safetensors"
+        write_safetensors(model, path, cfg, label, names)
+        files[path.name] = f"weights, sha256 `{sha256(path)}`"
+        (args.folder / "config.json").write_text(json.dumps(timm_config(cfg, model.num_features, names), indent=2) + "\n")
+        files["config.json"] = "architecture and preprocessing, as timm reads them"
+    images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
+    if "torch" in args.formats:
+        path = args.folder / "model.pt2"
+        error = export_torch(model, images, path)
+        files[path.name] = f"largest error {error:.1e}, sha256 `{sha256(path)}`"
+    if "onnx" in args.formats:
+        path = args.folder / "model.onnx"
+        metadata = {"model": cfg.MODEL.NAME, "weights": label, "class_names": json.dumps(names)}
+        metadata["preprocessing"] = json.dumps(build_preprocessing(cfg).to_dict())
+        error = export_onnx(model, images, path, metadata)
+        files[path.name] = f"largest error {error:.1e}, sha256 `{sha256(path)}`"
+    card = model_card(cfg, checkpoint, label, files, evaluation, in_timm="safetensors" in args.formats)
+    (args.folder / "README.md").write_text(card)
+    return files
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help="file, folder of a run, URL, or released model")
     parser.add_argument("folder", type=Path, help="to write to; must be empty or new")
-    parser.add_argument("--cfg", nargs="+", required=True, metavar="FILE", help="the config that it was trained with")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config; by default the checkpoint's own")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the EMA where there is one")
-    parser.add_argument("--eval-json", type=Path, metavar="FILE", help="of this checkpoint's evaluation, for the model card")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the best accuracy in training")
+    parser.add_argument("--eval-json", type=Path, metavar="FILE", help="for the card; by default the one beside the checkpoint")
     args = parser.parse_args()
     try:
-        cfg = load_config(args.cfg, args.opts)
-        if args.folder.is_dir() and any(args.folder.iterdir()):
-            raise ConfigError(f"{args.folder}: is not empty; choose another folder")
-        model = build_model(cfg).eval()
-        report = load_weights(model, args.checkpoint, weights=args.weights)
-        if report.missing or report.reinitialised:
-            raise CheckpointError(f"{report}; choose the config that this file was trained with")
-        evaluation = read_evaluation(args.eval_json, args.checkpoint, report.weights) if args.eval_json else None
-        files = {"config.yaml": "the resolved config"}
-        args.folder.mkdir(parents=True, exist_ok=True)
-        (args.folder / "config.yaml").write_text(cfg.dump())
-        if "safetensors" in args.formats:
-            path = args.folder / "model.safetensors"
-            state = {name: value.contiguous() for name, value in model.state_dict().items()}
-            path.write_bytes(save(state, metadata={"format": "pt", "model": cfg.MODEL.NAME, "weights": report.weights}))
-            files[path.name] = f"weights, sha256 `{sha256(path)}`"
-        images = torch.randn(max(BATCHES), 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, generator=torch.Generator().manual_seed(0))
-        for name, suffix, export in (("torch", "pt2", export_torch), ("onnx", "onnx", export_onnx)):
-            if name in args.formats:
-                path = args.folder / f"model.{suffix}"
-                error = export(model, images, path)
-                files[path.name] = f"largest error {error:.1e}, sha256 `{sha256(path)}`"
-        (args.folder / "README.md").write_text(model_card(cfg, report, files, evaluation))
+        files = export(args)
     except ExportError as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,16 +1,19 @@
 """What leaves the project computes what the model computes."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from jobs.checkpoints import open_checkpoint, stored_config
 from models import build_model, create_model
 from scripts import export
 from utils.checkpoint import load_weights
-from utils.config import load_config
+from utils.config import load_config, to_dict
 from weights.reader import sha256
 
 # torch 2.11 warns of what it does itself.
@@ -25,12 +28,16 @@ def run(monkeypatch, *arguments):
     export.main()
 
 
+NAMES = ["cat", "small dog", "été"]
+
+
 @pytest.fixture
 def checkpoint(toy_config, tmp_path):
     torch.manual_seed(0)
     raw, average = (build_model(load_config(toy_config)) for _ in range(2))
     path = tmp_path / "best.pth"
-    torch.save({"model": raw.state_dict(), "state_dict_ema": average.state_dict()}, path)
+    content = {"model": raw.state_dict(), "state_dict_ema": average.state_dict(), "class_names": NAMES}
+    torch.save(content | {"config": to_dict(load_config(toy_config))}, path)
     return path, average
 
 
@@ -44,10 +51,11 @@ def evaluation_of(path, folder, digest=None):
 def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoint, toy_config, tmp_path, monkeypatch):
     path, average = checkpoint
     folder = tmp_path / "out"
-    options = ["--cfg", toy_config, "--formats", "safetensors", "torch", "onnx"]
-    run(monkeypatch, path, folder, *options, "--eval-json", evaluation_of(path, tmp_path))
+    evaluation_of(path, tmp_path)  # beside the checkpoint, where it is found
+    run(monkeypatch, path, folder, "--formats", "safetensors", "torch", "onnx")
     assert {file.name for file in folder.iterdir()} == {
         "README.md",
+        "config.json",
         "config.yaml",
         "model.safetensors",
         "model.pt2",
@@ -60,6 +68,11 @@ def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoi
     assert "Top-1 60.606 % (95 %: 43.70 to 75.30)" in card
     assert "20 and 33 of 33 images of `toy`" in card
     assert f"sha256 `{sha256(path)}`" in card
+    assert "cat, small dog, été" in card
+    assert "whatever the aspect ratio (bicubic), centre crop of 40 x 40" in card
+    onnx = pytest.importorskip("onnx")
+    properties = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+    assert json.loads(properties["class_names"]) == NAMES
     for name in ("model.safetensors", "model.pt2", "model.onnx"):
         assert sha256(folder / name) in card
     images = torch.randn(5, 3, 40, 40)  # another batch size than it was exported and tried with
@@ -80,12 +93,67 @@ def test_a_card_takes_no_figures_of_another_file(checkpoint, toy_config, tmp_pat
     foreign = evaluation_of(path, tmp_path, digest="0" * 64)
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", foreign)
-    assert "is of another file" in capsys.readouterr().err
-    run(monkeypatch, path, tmp_path / "bare", "--cfg", toy_config, "--weights", "raw")
+    assert "is the result of another file" in capsys.readouterr().err
+    run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the one beside the checkpoint does not fit either
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "bare", "--cfg", toy_config)
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_exported_weights_describe_themselves(checkpoint, tmp_path, monkeypatch):
+    """Evaluated, predicted with or exported again without a config."""
+    path, average = checkpoint
+    run(monkeypatch, path, tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out/model.safetensors")
+    assert opened.class_names == tuple(NAMES)
+    cfg = stored_config(opened)
+    assert (cfg.MODEL.NAME, cfg.DATA.IMG_SIZE, cfg.TRAIN.EPOCHS) == ("toy", 40, 3)
+    run(monkeypatch, tmp_path / "out/model.safetensors", tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "out/config.json").read_text()
+
+
+LOADS_IN_TIMM = """
+import sys, torch, timm, models
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+data = timm.data.resolve_model_data_config(model)
+torch.save({"logits": model(torch.load(sys.argv[2])), "data": data, "labels": model.pretrained_cfg.get("label_names")}, sys.argv[3])
+features = timm.create_model("local-dir:" + sys.argv[1], pretrained=True, features_only=True)
+assert len(features(torch.load(sys.argv[2]))) == 3
+other = timm.create_model("local-dir:" + sys.argv[1], pretrained=True, num_classes=7)
+assert other(torch.load(sys.argv[2])).shape[1] == 7
+"""
+
+
+def test_an_exported_folder_is_a_timm_model(checkpoint, tmp_path, monkeypatch):
+    """In a fresh process: equal logits, the preprocessing of the config, features, another head."""
+    path, average = checkpoint
+    options = [
+        "TEST.CROP_MODE",
+        "short",
+        "TEST.CROP_PCT",
+        "0.8",
+        "DATA.MEAN",
+        "[0.5, 0.4, 0.3]",
+        "TEST.INTERPOLATION",
+        "bilinear",
+    ]
+    run(monkeypatch, path, tmp_path / "out", "--opts", *options)
+    images = torch.randn(2, 3, 40, 40)
+    torch.save(images, tmp_path / "images.pt")
+    arguments = [str(tmp_path / name) for name in ("out", "images.pt", "found.pt")]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_IN_TIMM, *arguments], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pt")
+    with torch.no_grad():
+        assert torch.equal(found["logits"], average.eval()(images))
+    expected = {"input_size": (3, 40, 40), "crop_mode": "center", "crop_pct": 0.8, "interpolation": "bilinear"}
+    assert {key: found["data"][key] for key in expected} == expected
+    assert tuple(found["data"]["mean"]) == (0.5, 0.4, 0.3)
+    assert found["labels"] == NAMES
 
 
 @pytest.mark.slow

@@ -154,26 +154,28 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
-    fitting, report = _match(model, stored, LoadReport(str(path), label), origin=_origin(state))
+    origin, img_size = _stored_value(state, "MODEL", "NAME"), _stored_value(state, "DATA", "IMG_SIZE")
+    fitting, report = _match(model, stored, LoadReport(str(path), label), origin=origin, img_size=img_size)
     model.load_state_dict(fitting, strict=False)
     logger.info("%s", report)
     return report
 
 
-def _origin(state: Mapping) -> str:
-    """The name of the model that a checkpoint's own config gives; "" where it has none."""
+def _stored_value(state: Mapping, section: str, key: str) -> object:
+    """A value of the config that a checkpoint carries; None where it has none."""
     config = state.get("config")
-    section = config.get("MODEL") if isinstance(config, Mapping) else None
-    return str(section.get("NAME", "")) if isinstance(section, Mapping) else ""
+    node = config.get(section) if isinstance(config, Mapping) else None
+    return node.get(key) if isinstance(node, Mapping) else None
 
 
 def _match(
-    model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str
+    model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str | None, img_size: int | list[int] | None
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The weights of a file that fit a model, and the report of all of them.
 
     Args:
         origin: name of the model that the file's config gives, for messages.
+        img_size: input size that it gives, which says how the file's position tables are laid out.
     """
     own, head = model.state_dict(), _head_names(model)
 
@@ -182,7 +184,7 @@ def _match(
         return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
 
     try:
-        resized = model.resize_position_tables(stored)
+        resized = model.resize_position_tables(stored, img_size=img_size)
     except ValueError as error:
         raise refuse(str(error)) from None
     fitting, untouched = {}, 0

@@ -379,7 +379,7 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
 def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
     known = flatten(cfg)
     for key, value in _pairs(opts):
-        if value in known:
+        if isinstance(value, str) and value in known:
             raise ConfigError(f"--opts: {key!r} has no value: the next word is the key {value}; give KEY VALUE pairs")
         _set(cfg, key, value, "--opts")
 

@@ -224,7 +224,8 @@ RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "f
 def test_a_higher_resolution_takes_every_entry_of_every_family(name, size, tmp_path):
     source = create_model(name, num_classes=10)
     torch.save({"model": source.state_dict()}, tmp_path / "224.pth")
-    model = create_model(name, num_classes=10, img_size=size)
+    options = {"softmax_window": 12} if "swin_t" in name and "cswin" not in name else {}  # as 384 px configs of Swin have
+    model = create_model(name, num_classes=10, img_size=size, **options)
     own = model.state_dict()
     report = load_weights(model, tmp_path / "224.pth")
     grown = [entry for entry, value in source.state_dict().items() if value.shape != own[entry].shape]
@@ -287,5 +288,5 @@ def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
 )
 def test_a_refused_file_is_told_which_model_it_is_of(source, target, tmp_path):
     torch.save({"model": create_model(source).state_dict()}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=f"most like those of {source}"):
+    with pytest.raises(CheckpointError, match=f"most similar to those of {source}"):
         load_weights(create_model(target), tmp_path / "file.pth")

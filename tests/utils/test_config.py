@@ -6,7 +6,7 @@ import yaml
 
 from models import build_model
 from models.linear_attention import KINDS
-from models.registry import BUILDERS
+from models.registry import NAMES
 from tests.conftest import CONFIGS
 from utils.config import _CHOICES, ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 
@@ -178,7 +178,7 @@ def test_an_unknown_model_type_is_refused_and_never_evaluated(tmp_path):
 
 
 def test_the_choices_are_what_the_models_offer():
-    assert set(_CHOICES["MODEL.TYPE"]) == set(BUILDERS)
+    assert set(_CHOICES["MODEL.TYPE"]) == set(NAMES)
     assert set(_CHOICES["MODEL.LA.KIND"]) == set(KINDS)
 
 
