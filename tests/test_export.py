@@ -141,6 +141,7 @@ def test_an_exported_folder_is_a_timm_model(checkpoint, tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(found["logits"], average.eval()(images), rtol=0, atol=1e-6)  # other threads, other sums
     expected = {"input_size": (3, 40, 40), "crop_mode": "center", "crop_pct": 0.8, "interpolation": "bilinear"}
+    found["data"]["input_size"] = tuple(found["data"]["input_size"])
     assert {key: found["data"][key] for key in expected} == expected
     assert tuple(found["data"]["mean"]) == (0.5, 0.4, 0.3)
     assert found["labels"] == NAMES
