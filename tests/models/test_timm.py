@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from timm.layers import get_spatial_dim
 from timm.models import is_model, list_pretrained, model_entrypoint
 
-from models import RELEASED, checkpoint_filter_fn, create_model, entrypoints, list_models, released
-from tests.conftest import reference
+from models import RELEASED, build_model, checkpoint_filter_fn, create_model, entrypoints, list_models, released
+from tests.conftest import CONFIGS, reference
+from utils.config import load_config
 
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
@@ -401,6 +402,30 @@ def test_nested_models_load_their_own_entries():
     assert torch.equal(twin["norm"].weight, source["norm"].weight)
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(twin["backbone"](images), source["backbone"](images))
+
+
+# Models of a config.
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ([], {"crop_mode": "squash", "crop_pct": 0.875, "interpolation": "bicubic", "input_size": (3, 224, 224)}),
+        (["TEST.CROP", False], {"crop_mode": "squash", "crop_pct": 1.0}),
+        (["TEST.CROP_MODE", "none"], {"crop_mode": "squash", "crop_pct": 1.0}),
+        (["TEST.CROP_MODE", "short", "TEST.CROP_PCT", 0.9], {"crop_mode": "center", "crop_pct": 0.9}),
+        (["TEST.INTERPOLATION", "bilinear"], {"interpolation": "bilinear"}),
+        (["DATA.INTERPOLATION", "random"], {"interpolation": "bilinear"}),
+        (["DATA.MEAN", "[0.5,0.5,0.5]", "DATA.STD", "[0.1,0.2,0.3]"], {"mean": (0.5,) * 3, "std": (0.1, 0.2, 0.3)}),
+        (["DATA.IMG_SIZE", "[160,320]"], {"input_size": (3, 160, 320)}),
+    ],
+    ids=str,
+)
+def test_the_model_of_a_config_carries_its_evaluation_transform(opts, expected):
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / "flatten_pvt_v2_b0.yaml", opts))
+    data = timm.data.resolve_model_data_config(model)
+    assert {key: data[key] for key in expected} == expected
 
 
 # Released files.
