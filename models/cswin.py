@@ -242,6 +242,8 @@ class CSwinTransformer(Backbone):
         ValueError: an image that is too small, or an option without effect.
     """
 
+    first_conv = "stage1_conv_embed.0"
+
     def __init__(
         self,
         *,

@@ -106,6 +106,7 @@ class DeiT(Backbone):
     """
 
     output_fmt = "NLC"
+    first_conv = "patch_embed.proj"
     global_pools = ("token", "avg", "")
     num_prefix_tokens = 1
 

@@ -16,14 +16,6 @@ from models.swin import SwinTransformer
 from weights.download import fetch
 from weights.reader import choose_weights, read_checkpoint
 
-FIRST_CONVOLUTIONS = {
-    SwinTransformer: "patch_embed.proj",
-    PyramidVisionTransformer: "patch_embed1.proj",
-    PyramidVisionTransformerV2: "patch_embed1.proj",
-    CSwinTransformer: "stage1_conv_embed.0",
-    DeiT: "patch_embed.proj",
-}
-
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
     """timm's description of a model and its evaluation; released accuracies were measured on squashed squares."""
@@ -39,7 +31,7 @@ def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": FIRST_CONVOLUTIONS[family],
+        "first_conv": family.first_conv,
         "classifier": "head",
         "license": "mit",
         "paper_ids": "arXiv:2308.00442",
@@ -60,15 +52,19 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.g
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
     """timm's filter of checkpoints: unwrap, drop entries that nothing reads, resize position tables.
 
-    The source size is that of ``model.pretrained_model_args`` or ``model.pretrained_cfg``, which timm sets, if every stored
-    table belongs to it; otherwise tables are interpreted as those of square images.
+    timm declares the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the stored
+    tables do not belong to that size, they are interpreted as those of square images.
 
     Args:
-        state_dict: of the reference, of this project or of timm, also within its container ("model" or "state_dict").
+        state_dict: of the reference, of this project or of timm, with or without its container "model" or "state_dict".
+
+    Raises:
+        ValueError: the shape of a table is ambiguous.
     """
     for container in ("model", "state_dict"):
         state_dict = state_dict.get(container, state_dict)
-    declared = getattr(model, "pretrained_model_args", {}).get("img_size") or model.pretrained_cfg["input_size"][-2:]
+    arguments, config = getattr(model, "pretrained_model_args", {}), getattr(model, "pretrained_cfg", {})
+    declared = arguments.get("img_size") or config.get("input_size", ())[1:] or None
     try:
         return model.adapt_state_dict(state_dict, img_size=declared)
     except ValueError:

@@ -224,12 +224,14 @@ class Backbone(nn.Module):
     Attributes:
         output_fmt: layout of the features inside the model and of forward hooks.
         global_pools: values of ``global_pool`` that the family takes; "" disables pooling.
+        first_conv: name of the convolution that reads the image.
         leftovers: matches the names of entries that the reference saves and never reads.
         min_img_size: smallest image side that the model takes, in pixels.
     """
 
     output_fmt = "NHWC"
     global_pools: tuple[str, ...] = ("avg", "")
+    first_conv: str
     leftovers = re.compile("(?!)")  # matches no name
     grad_checkpointing = False
     features_frozen = False

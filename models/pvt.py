@@ -164,6 +164,7 @@ class PyramidBackbone(Backbone):
         ValueError: an image that is too small, or an option without effect.
     """
 
+    first_conv = "patch_embed1.proj"
     kernel_sizes: tuple[int, ...]  # of the patch embeddings
     own_part: str  # name of the part that the version adds
     map_part: str  # name of the part whose output is the stage's map

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models import cswin, deit, pvt, pvt_v2, swin
+from models.layers import Backbone, to_pair
 
 Constructor = Callable[..., nn.Module]
 
@@ -58,11 +59,16 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
 def build_model(cfg: CfgNode) -> nn.Module:
     """Create the model that a config describes: MODEL.TYPE and the keys of its family.
 
+    The evaluation transform of the config becomes the model's ``pretrained_cfg``, so that
+    ``timm.data.resolve_model_data_config(model)`` returns it.
+
     Raises:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
     """
     name, arguments = build_arguments(cfg)
-    return MODELS[name](**arguments)
+    model = MODELS[name](**arguments)
+    model.pretrained_cfg = model.default_cfg = _build_data_config(model, cfg)
+    return model
 
 
 def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
@@ -76,6 +82,29 @@ def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
         raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_nearest(model_type, NAMES)}")
     name = NAMES[model_type]
     return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
+
+
+LARGEST_UNCROPPED = 32  # pixels; evaluation does not crop smaller images
+
+
+def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
+    """timm's description of a model and of the evaluation transform of its config."""
+    size = to_pair(cfg.DATA.IMG_SIZE)
+    uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= LARGEST_UNCROPPED
+    interpolation = cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION
+    return {
+        "architecture": cfg.MODEL.NAME,
+        "num_classes": cfg.MODEL.NUM_CLASSES,
+        "input_size": (model.in_chans, *size),
+        "fixed_input_size": False,
+        "mean": tuple(cfg.DATA.MEAN),
+        "std": tuple(cfg.DATA.STD),
+        "interpolation": "bilinear" if interpolation == "random" else interpolation,
+        "crop_mode": "center" if cfg.TEST.CROP_MODE == "short" else "squash",
+        "crop_pct": 1.0 if uncropped else cfg.TEST.CROP_PCT,
+        "first_conv": model.first_conv,
+        "classifier": "head",
+    }
 
 
 def nearest_model(state_dict: Mapping[str, Tensor]) -> str:

@@ -255,6 +255,7 @@ class SwinTransformer(Backbone):
         ValueError: an image that is too small, or an option without effect.
     """
 
+    first_conv = "patch_embed.proj"
     leftovers = re.compile(r".*\.(attn_mask|relative_position_index)")
 
     def __init__(

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -96,28 +95,19 @@ def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> fl
     return error
 
 
-def timm_config(cfg: CfgNode, num_features: int, class_names: Sequence[str]) -> dict:
-    """timm's ``config.json``: architecture, its arguments, and how images are prepared."""
+def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> dict:
+    """timm's ``config.json``: architecture, its arguments, and how images are prepared.
+
+    Args:
+        model: of ``build_model(cfg)``.
+    """
     name, arguments = build_arguments(cfg)
-    preprocessing = build_preprocessing(cfg)
-    described = timm.get_pretrained_cfg(name).to_dict(remove_source=True, remove_null=True)
-    described |= {
-        "input_size": (3, *preprocessing.img_size),
-        "crop_pct": preprocessing.effective_crop_pct,
-        "crop_mode": preprocessing.timm_crop_mode,
-        "interpolation": preprocessing.to_dict()["interpolation"],
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
-        "num_classes": cfg.MODEL.NUM_CLASSES,
-    }
-    for entry in ("architecture", "pool_size", "tag"):  # of the registered model, not of this one
-        described.pop(entry, None)
     config = {
         "architecture": name,
         "num_classes": cfg.MODEL.NUM_CLASSES,
-        "num_features": num_features,
+        "num_features": model.num_features,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": described,
+        "pretrained_cfg": {key: value for key, value in model.pretrained_cfg.items() if key != "architecture"},
     }
     if class_names:
         config["label_names"] = list(class_names)
@@ -224,7 +214,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         path = args.folder / "model.safetensors"
         write_safetensors(model, path, cfg, label, names)
         files[path.name] = f"weights, sha256 `{sha256(path)}`"
-        (args.folder / "config.json").write_text(json.dumps(timm_config(cfg, model.num_features, names), indent=2) + "\n")
+        (args.folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2) + "\n")
         files["config.json"] = "architecture and preprocessing, as timm reads them"
     images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
     if "torch" in args.formats:

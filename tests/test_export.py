@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+from data.build import build_preprocessing
 from jobs.checkpoints import open_checkpoint, stored_config
 from models import build_model, create_model
 from scripts import export
+from tests.conftest import CONFIGS
 from utils.checkpoint import load_weights
 from utils.config import load_config, to_dict
 from weights.reader import sha256
@@ -145,6 +148,25 @@ def test_an_exported_folder_is_a_timm_model(checkpoint, tmp_path, monkeypatch):
     assert {key: found["data"][key] for key in expected} == expected
     assert tuple(found["data"]["mean"]) == (0.5, 0.4, 0.3)
     assert found["labels"] == NAMES
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("options", [[], ["TEST.CROP_MODE=short", "DATA.INTERPOLATION=random"]], ids=["squash", "short"])
+def test_a_model_tells_timm_the_preprocessing_of_its_config(path, options):
+    cfg = load_config(path)
+    if options and cfg.TEST.CROP:
+        cfg = load_config(path, options)
+    with torch.device("meta"):
+        data = timm.data.resolve_model_data_config(build_model(cfg))
+    ours = build_preprocessing(cfg)
+    assert data == {
+        "input_size": (3, *ours.img_size),
+        "crop_pct": ours.effective_crop_pct,
+        "crop_mode": ours.timm_crop_mode,
+        "interpolation": ours.to_dict()["interpolation"],
+        "mean": ours.mean,
+        "std": ours.std,
+    }
 
 
 @pytest.mark.slow

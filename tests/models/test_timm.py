@@ -1,0 +1,509 @@
+"""What timm's own test suite requires of a model, over every registered name, and what timm's users rely on.
+
+Checks of shapes and names run on the meta device at the native size; checks of values run at 64 x 64 pixels.
+"""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import get_spatial_dim
+from timm.models import is_model, list_pretrained, model_entrypoint
+
+from models import RELEASED, build_model, checkpoint_filter_fn, create_model, entrypoints, list_models, released
+from tests.conftest import CONFIGS, reference
+from utils.config import load_config
+
+FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
+HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
+ALL_HIERARCHICAL = [name for name in list_models() if "deit" not in name]
+# Every kind of attention with masks and tables, small.
+MIXED = {
+    "flatten_swin_t": {"attn_type": "LMSS1", "depths": (2, 2, 1, 1), "window_size": 5, "softmax_window": 3},
+    "flatten_pvt_t": {"attn_type": "LSLS", "depths": (1, 1, 1, 1)},
+    "flatten_pvt_v2_b0": {"attn_type": "LSLS", "depths": (1, 1, 1, 1)},
+    "flatten_cswin_t": {"attn_type": "LSSL", "depths": (1, 1, 1, 1), "linear_splits": (3, 2, 1, 1)},
+    "flatten_deit_t": {"attn_type": "M1", "depth": 2},
+}
+
+
+def mixed(name: str, **options) -> torch.nn.Module:
+    """A small model with linear and softmax blocks and random tables, in evaluation mode."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 5, "img_size": 64, **MIXED[name], **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_meta and not parameter.any():  # zero-initialised tables and biases hide mistakes
+                parameter.copy_(torch.sin(torch.arange(parameter.numel()).float()).view_as(parameter) * 0.2)
+    return model
+
+
+def to_channels_first(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, h, w, C) maps and (B, 1 + h * w, C) tokens as (B, C, h, w)."""
+    if features.ndim == 3:
+        features = features[:, 1:].unflatten(1, (height, width))
+    return features.permute(0, 3, 1, 2)
+
+
+# Over every name.
+
+
+def test_every_name_has_one_entry_point_and_one_description():
+    names = list_models()
+    assert len(names) == 21
+    assert {name for name in names if is_model(name) and model_entrypoint(name).__name__ == name} == set(names)
+    assert set(entrypoints.default_cfgs) == set(names)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_description_fits_the_model(name):
+    """timm's test_model_default_cfgs."""
+    model = timm.create_model(name, device="meta").eval()
+    cfg, state_dict = model.default_cfg, model.state_dict()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert f"{cfg['classifier']}.weight" in state_dict
+    assert f"{cfg['first_conv']}.weight" in state_dict
+    assert (cfg["tag"], cfg["paper_ids"], cfg["crop_mode"]) == ("in1k", "arXiv:2308.00442", "squash")
+    features = model.forward_features(torch.empty(2, *cfg["input_size"], device="meta"))
+    assert features.shape[-1] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model.forward_head(features).shape == (2, 1000)
+    if "deit" not in name:
+        height, width = get_spatial_dim(model.output_fmt)
+        assert (features.shape[height], features.shape[width]) == cfg["pool_size"]
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert model.forward_head(features).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
+    assert model.forward_head(features).shape == features.shape
+    model.reset_classifier(7, model.global_pools[0])
+    assert model.forward_head(features).shape == (2, 7)
+    unpooled = timm.create_model(name, num_classes=0, global_pool="", device="meta")
+    assert unpooled.forward_head(features).shape == features.shape
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_evaluation_follows_the_recipe_of_the_reference(name):
+    data = timm.data.resolve_model_data_config(timm.create_model(name, device="meta"))
+    side = 384 if name.endswith("_384") else 224
+    assert data["input_size"] == (3, side, side)
+    recipe = reference("recipes")["recipes"].get(name)
+    if recipe is not None:
+        assert data["crop_pct"] == (0.875 if recipe["TEST.CROP"] else 1.0)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
+    """timm's test_model_forward_features, with the getter and with hooks."""
+    for feature_cls in ("getter", "hook"):
+        features = timm.create_model(name, features_only=True, feature_cls=feature_cls, img_size=64, device="meta")
+        channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
+        side = 64
+        maps = features(torch.empty(2, 3, side, side, device="meta"))
+        assert len(maps) == len(channels) == (12 if "deit" in name else 4)
+        for features_map, num_channels, reduction in zip(maps, channels, reductions, strict=True):
+            if feature_cls == "hook":
+                features_map = to_channels_first(features_map, side // reduction, side // reduction)
+            assert features_map.shape == (2, num_channels, side // reduction, side // reduction)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_takes_channels_a_type_and_a_device(name):
+    model = timm.create_model(name, in_chans=5, dtype=torch.bfloat16, device="meta")
+    assert {(tensor.dtype, tensor.device.type) for tensor in model.parameters()} == {(torch.bfloat16, "meta")}
+    assert model.in_chans == model.state_dict()[f"{model.default_cfg['first_conv']}.weight"].shape[1] == 5
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.empty(0).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_intermediates_of_every_model_fit_the_forward_pass(name):
+    """timm's test_model_forward_intermediates, on values."""
+    model, images = timm.create_model(name, img_size=64, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        final, maps = model.forward_intermediates(images, norm=True)
+        torch.testing.assert_close(final, features)
+        torch.testing.assert_close(maps[-1], to_channels_first(features, *maps[-1].shape[-2:]))
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+        (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+    if "deit" not in name:  # whose maps are all normed
+        torch.testing.assert_close(first, maps[0])
+
+
+# One model per family: features.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("feature_cls", ["hook", "fx"])
+def test_hooks_and_fx_give_the_maps_of_the_getter(name, feature_cls):
+    getter = mixed(name, features_only=True)
+    other = mixed(name, features_only=True, feature_cls=feature_cls)
+    images = torch.randn(2, 3, 64, 64)
+    expected, found = getter(images), other(images)
+    assert len(found) == len(expected) == (2 if "deit" in name else 4)
+    assert other.output_fmt == ("NLC" if "deit" in name else "NHWC")
+    for one, features in zip(expected, found, strict=True):
+        torch.testing.assert_close(to_channels_first(features, *one.shape[-2:]), one)
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_hierarchical_maps_come_in_both_layouts_and_the_last_one_normed(name):
+    model, images = mixed(name), torch.randn(2, 3, 64, 64)
+    rows = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
+    raw = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+    maps = model.forward_intermediates(images, norm=True, intermediates_only=True)
+    for one, other in zip(rows, maps, strict=True):
+        torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
+    torch.testing.assert_close(rows[-1], model.norm(raw[-1]))
+    for one, other in zip(rows[:-1], raw[:-1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("indices", [0, 6, 13, [4, 99], [-13], []], ids=str)
+def test_indices_out_of_range_are_refused(name, indices):
+    with pytest.raises(ValueError, match="feature maps"):
+        create_model(name, device="meta").take_indices(indices if "deit" not in name or indices != 6 else 13)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feature_extractors_follow_the_depth_of_the_model(name):
+    options = {"depth": 3} if "deit" in name else {"depths": (1, 1, 1), "attn_type": "LLL"}
+    features = timm.create_model(name, features_only=True, img_size=64, **options)
+    assert len(features(torch.randn(1, 3, 64, 64))) == 3
+
+
+# DeiT as timm's VisionTransformer.
+
+
+def vit_and_deit():
+    """timm's ViT and our DeiT with softmax attention: the same function of the same weights."""
+    options = {"img_size": 64, "num_classes": 5, "depth": 3}
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    deit = timm.create_model("flatten_deit_t", attn_type="S", **options).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    deit.load_state_dict(vit.state_dict())
+    return vit, deit, torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": True}, {"output_fmt": "NLC"}, {"return_prefix_tokens": True, "norm": True}], ids=str
+)
+@pytest.mark.parametrize("indices", [None, 2, [0, -1]], ids=str)
+def test_deit_has_the_intermediates_of_timm_s_vit(options, indices):
+    vit, deit, images = vit_and_deit()
+    expected, found = (model.forward_intermediates(images, indices=indices, **options) for model in (vit, deit))
+    torch.testing.assert_close(found, expected)
+    stopped = deit.forward_intermediates(images, indices=[1], stop_early=True, **options)
+    torch.testing.assert_close(stopped, vit.forward_intermediates(images, indices=[1], stop_early=True, **options))
+
+
+@pytest.mark.parametrize("reshape", [False, True])
+def test_deit_has_the_dino_interface_of_timm_s_vit(reshape):
+    vit, deit, images = vit_and_deit()
+    options = {"n": 2, "reshape": reshape, "return_prefix_tokens": True, "norm": True}
+    torch.testing.assert_close(deit.get_intermediate_layers(images, **options), vit.get_intermediate_layers(images, **options))
+    assert deit.num_prefix_tokens == vit.num_prefix_tokens
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg", ""])
+def test_deit_pools_as_timm_s_vit(global_pool):
+    vit, deit, images = vit_and_deit()
+    for model in (vit, deit):
+        model.reset_classifier(5, global_pool)
+    deit.head.load_state_dict(vit.head.state_dict())
+    torch.testing.assert_close(deit(images), vit(images))
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg", ""])
+def test_deit_places_its_norm_as_timm_s_vit(global_pool):
+    options = {"global_pool": global_pool, "depth": 1, "img_size": 32, "num_classes": 5}
+    vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    deit = timm.create_model("flatten_deit_t", attn_type="S", **options).eval()
+    deit.load_state_dict(vit.state_dict())  # strict: norm or fc_norm in both
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(deit(images), vit(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unknown_poolings_are_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match=r"global_pool='max': choose one of .*'avg', ''"):
+        create_model(name, global_pool="max", device="meta")
+    with pytest.raises(ValueError, match="global_pool='max'"):
+        create_model(name, device="meta").reset_classifier(3, "max")
+
+
+# Dropout rates.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drop_rate_is_the_dropout_before_the_classifier(name):
+    model = mixed(name, drop_rate=0.5, drop_path_rate=0.0).train()
+    images = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(images)
+    torch.testing.assert_close(model.forward_features(images), features)  # nothing random before the head
+    torch.manual_seed(1)
+    logits = model.forward_head(features)
+    torch.manual_seed(1)
+    torch.testing.assert_close(logits, model.head(F.dropout(model.pool(features), 0.5)))
+    assert not torch.equal(logits, model.head(model.pool(features)))
+
+
+RATES = [(name, rate) for name in FAMILIES for rate in ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate")]
+# Without a table or an embedding to drop from.
+NO_POSITIONS = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
+
+
+@pytest.mark.parametrize(("name", "rate"), RATES)
+def test_every_dropout_rate_has_an_effect_in_training_alone(name, rate):
+    if (name, rate) in NO_POSITIONS:
+        with pytest.raises(TypeError, match=rate):
+            create_model(name, **{rate: 0.5})
+        return
+    model = mixed(name, drop_path_rate=0.0, **{rate: 0.5})
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model.forward_features(images), model.forward_features(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_dropout_without_an_attention_matrix_is_refused(name):
+    linear = {"attn_type": "L" if "deit" in name else "LLLL"}
+    with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1: has no effect"):
+        create_model(name, attn_drop_rate=0.1, device="meta", **linear)
+
+
+# Construction on meta, types and state.
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_from_meta_equals_its_source(name):
+    source, images = mixed(name), torch.randn(2, 3, 64, 64)
+    expected = source(images)
+    emptied = mixed(name, device="meta").to_empty(device="cpu")
+    for buffer in emptied.buffers():
+        buffer.fill_(1)  # what to_empty leaves is undefined
+    state = source.state_dict()
+    with torch.no_grad():
+        for parameter_name, parameter in emptied.named_parameters():
+            parameter.copy_(state[parameter_name])
+    emptied.init_non_persistent_buffers()
+    assert torch.equal(emptied(images), expected)
+
+    loaded = mixed(name, device="meta").to_empty(device="cpu")
+    for buffer in loaded.buffers():
+        buffer.fill_(1)
+    loaded.load_state_dict(state)
+    assert torch.equal(loaded(images), expected)
+
+    assigned = mixed(name, device="meta")
+    assigned.load_state_dict(state, assign=True)
+    assert torch.equal(assigned(images), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_of_another_type_computes_in_it(name, dtype):
+    model = mixed(name, dtype=dtype)
+    source = mixed(name)
+    source.load_state_dict({entry: value.float() for entry, value in model.state_dict().items()})
+    images = torch.randn(2, 3, 64, 64)
+    logits = model(images.to(dtype))
+    assert logits.dtype == dtype
+    error = (logits.float() - source(images)).abs().max() / source(images).abs().max()
+    assert error < {torch.float64: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_and_pickles_compute_and_load_as_the_model(name):
+    model, images = mixed(name), torch.randn(1, 3, 64, 64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), model(images))
+        for parameter in twin.parameters():
+            torch.nn.init.zeros_(parameter)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(images), model(images))
+
+
+# Checkpoints.
+
+
+def with_leftovers(name: str, state_dict: dict) -> dict:
+    """A state dict as the reference saves it, with the entries that it never reads."""
+    if "swin_t" in name and "cswin" not in name:
+        tables = [entry for entry in state_dict if entry.endswith("relative_position_bias_table")]
+        for entry in tables:
+            block = entry.removesuffix("attn.relative_position_bias_table")
+            state_dict |= {f"{block}attn.relative_position_index": torch.zeros(9, 9), f"{block}attn_mask": torch.zeros(4, 9, 9)}
+    if name == "flatten_pvt_t":
+        state_dict |= {"norm.weight": torch.ones(512), "norm.bias": torch.zeros(512)}
+    return state_dict
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("size", [64, 96])
+def test_timm_loads_files_of_the_reference_at_any_size(name, size, tmp_path):
+    options = {"num_classes": 5} | ({"attn_type": "LLLL"} if "deit" not in name else {})
+    torch.manual_seed(0)
+    source = create_model(name, img_size=64, **options).eval()
+    for entry, parameter in source.named_parameters():
+        if "positional_encoding" in entry:
+            torch.nn.init.normal_(parameter, std=0.2)
+    state = with_leftovers(name, dict(source.state_dict()))
+    torch.save({"model": state, "epoch": 3}, tmp_path / "reference.pth")
+    images = torch.randn(1, 3, size, size)
+    loaded = timm.create_model(name, checkpoint_path=tmp_path / "reference.pth", img_size=size, **options).eval()
+    torch.testing.assert_close(loaded(images), source(images), rtol=1e-4, atol=1e-4)
+    overlay = {"file": str(tmp_path / "reference.pth"), "num_classes": 5}
+    pretrained = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size, **options).eval()
+    torch.testing.assert_close(pretrained(images), source(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_filter_drops_leftovers_and_nothing_else():
+    swin, pvt = create_model("flatten_swin_t", device="meta"), create_model("flatten_pvt_t", device="meta")
+    for model, case in ((swin, "flatten_swin_t"), (pvt, "flatten_pvt_t")):
+        model.pretrained_cfg = {"input_size": (3, 224, 224)}
+        entries = {entry: torch.empty(shape, device="meta") for entry, shape, _ in reference(case)["state_dict"]}
+        assert checkpoint_filter_fn({"model": entries}, model).keys() == model.state_dict().keys()
+        assert checkpoint_filter_fn({"state_dict": entries}, model).keys() == model.state_dict().keys()
+        assert "stray" in checkpoint_filter_fn({**entries, "stray": torch.zeros(1)}, model)
+        with pytest.raises(RuntimeError, match="stray"):
+            model.load_state_dict({**entries, "stray": torch.zeros(1)})
+
+
+def test_the_filter_uses_the_size_that_the_source_declares():
+    """Stripes of 28 x 7 tokens, from a file of 112 pixels, in a model of 224."""
+    options = {"linear_splits": (7, 3, 3, None), "attn_type": "LLLL", "depths": (1, 1, 1, 1), "num_classes": 5}
+    source = timm.create_model("flatten_cswin_t", img_size=112, **options).eval()
+    for entry, parameter in source.named_parameters():
+        if "positional_encoding" in entry:
+            torch.nn.init.normal_(parameter, std=0.2)
+    overlay = {"state_dict": source.state_dict(), "input_size": (3, 112, 112), "num_classes": 5}
+    model = timm.create_model("flatten_cswin_t", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    table, name = source.stage1[0].attns[0].positional_encoding, "stage1.0.attns.0.positional_encoding"
+    expected = F.interpolate(table.view(1, 28, 7, -1).permute(0, 3, 1, 2), size=(56, 7), mode="bicubic")
+    torch.testing.assert_close(model.state_dict()[name], expected.permute(0, 2, 3, 1).reshape(1, 56 * 7, -1))
+
+
+def test_nested_models_load_their_own_entries():
+    """The hooks of loading see only the entries of their model."""
+    source = torch.nn.ModuleDict({"backbone": mixed("flatten_pvt_t"), "norm": torch.nn.LayerNorm(3)})
+    twin = copy.deepcopy(source)
+    for parameter in twin.parameters():
+        torch.nn.init.zeros_(parameter)
+    twin.load_state_dict(source.state_dict() | {"backbone.norm.weight": torch.ones(512)})
+    assert torch.equal(twin["norm"].weight, source["norm"].weight)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(twin["backbone"](images), source["backbone"](images))
+
+
+# Models of a config.
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ([], {"crop_mode": "squash", "crop_pct": 0.875, "interpolation": "bicubic", "input_size": (3, 224, 224)}),
+        (["TEST.CROP", False], {"crop_mode": "squash", "crop_pct": 1.0}),
+        (["TEST.CROP_MODE", "none"], {"crop_mode": "squash", "crop_pct": 1.0}),
+        (["TEST.CROP_MODE", "short", "TEST.CROP_PCT", 0.9], {"crop_mode": "center", "crop_pct": 0.9}),
+        (["TEST.INTERPOLATION", "bilinear"], {"interpolation": "bilinear"}),
+        (["DATA.INTERPOLATION", "random"], {"interpolation": "bilinear"}),
+        (["DATA.MEAN", "[0.5,0.5,0.5]", "DATA.STD", "[0.1,0.2,0.3]"], {"mean": (0.5,) * 3, "std": (0.1, 0.2, 0.3)}),
+        (["DATA.IMG_SIZE", "[160,320]"], {"input_size": (3, 160, 320)}),
+    ],
+    ids=str,
+)
+def test_the_model_of_a_config_carries_its_evaluation_transform(opts, expected):
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / "flatten_pvt_v2_b0.yaml", opts))
+    data = timm.data.resolve_model_data_config(model)
+    assert {key: data[key] for key in expected} == expected
+
+
+# Released files.
+
+
+@pytest.fixture
+def released_file(tmp_path, monkeypatch):
+    """Serve a local file in the layout of released ones instead of a download; the URLs asked for are recorded."""
+    torch.manual_seed(0)
+    source = create_model("flatten_pvt_t").eval()
+    path = tmp_path / "released.pth"
+    torch.save({"model": with_leftovers("flatten_pvt_t", dict(source.state_dict())), "epoch": 299}, path)
+    asked = []
+
+    def fetch(url: str, name: str):
+        asked.append((url, name))
+        return path
+
+    monkeypatch.setattr(entrypoints, "fetch", fetch)
+    return source, asked
+
+
+def test_pretrained_models_come_from_the_released_file(released_file):
+    source, asked = released_file
+    images = torch.randn(1, 3, 64, 64)
+    for name in ("flatten_pvt_t", "flatten_pvt_t.in1k"):
+        model = timm.create_model(name, pretrained=True).eval()
+        assert torch.equal(model(images), source(images))
+        assert "state_dict" not in model.pretrained_cfg
+    assert asked == [(RELEASED["flatten_pvt_t"].url, "flatten_pvt_t")] * 2
+
+
+def test_pretrained_models_adapt_to_classes_channels_and_size(released_file):
+    source, _ = released_file
+    model = timm.create_model("flatten_pvt_t", pretrained=True, num_classes=7, in_chans=1, img_size=96).eval()
+    red, green, blue = source.patch_embed1.proj.weight.unbind(1)
+    torch.testing.assert_close(model.patch_embed1.proj.weight[:, 0], red + green + blue)  # as timm converts RGB to grey
+    images = torch.randn(1, 1, 96, 96)
+    features = source.forward_features(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(model.forward_features(images), features, rtol=1e-4, atol=1e-4)
+    assert model(images).shape == (1, 7)
+
+
+def test_pretrained_feature_extractors_keep_no_state_dict(released_file):
+    source, _ = released_file
+    features = timm.create_model("flatten_pvt_t", pretrained=True, features_only=True).eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(features(images)[-1], source.forward_intermediates(images, intermediates_only=True)[-1])
+    assert not any("state_dict" in getattr(module, "pretrained_cfg", {}) for module in features.modules())
+
+
+@pytest.mark.parametrize("key", ["file", "state_dict"])
+def test_another_source_of_weights_prevents_the_download(released_file, tmp_path, key):
+    source, asked = released_file
+    value = source.state_dict() if key == "state_dict" else str(tmp_path / "released.pth")
+    model = timm.create_model("flatten_pvt_t", pretrained=True, pretrained_cfg_overlay={key: value}).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(images), source(images))
+    assert asked == []
+
+
+def test_a_model_without_a_released_file_gives_timm_s_error(released_file):
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for flatten_deit_t"):
+        timm.create_model("flatten_deit_t", pretrained=True)
+    assert released_file[1] == []
+
+
+def test_released_checkpoints_are_those_of_the_reference_s_table():
+    assert {name: checkpoint.acc1 for name, checkpoint in RELEASED.items()} == {
+        "flatten_pvt_t": 77.758,
+        "flatten_pvt_v2_b0": 71.098,
+        "flatten_swin_t": 82.106,
+        "flatten_swin_s": 83.5,
+        "flatten_swin_b": 83.8,
+        "flatten_swin_b_384": 85.0,
+        "flatten_cswin_t": 83.130,
+    }
+    assert released("flatten_swin_b_384").img_size == 384
+    assert {name.split(".")[0] for name in list_pretrained("flatten_*")} == set(RELEASED)
+    with pytest.raises(ValueError, match=r"'flatten_deit_t' has no published weights; .*flatten_cswin_t, flatten_pvt_t"):
+        released("flatten_deit_t")
