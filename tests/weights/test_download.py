@@ -1,15 +1,13 @@
 """Downloads against a server on this machine."""
 
 import hashlib
-import http.server
 import io
 import multiprocessing
-import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.server import serve
 from weights.download import cached_path, fetch, is_url
 from weights.reader import CheckpointError, read_checkpoint
 
@@ -22,42 +20,18 @@ def checkpoint_bytes() -> bytes:
 
 GOOD = checkpoint_bytes()
 BODIES = {
+    **dict.fromkeys(("good", "good.pth", "cut", "once"), GOOD),
     "page": b"<!DOCTYPE html><html><body>Please log in</body></html>",
     "damaged": GOOD[:900] + bytes([GOOD[900] ^ 1]) + GOOD[901:],
     "text": b"no weights",
 }
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        name = self.path.split("?")[0].strip("/").split("/")[-1]
-        body = BODIES.get(name, GOOD)
-        if name == "missing":
-            self.send_error(404, "Not Found")
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        cut = name == "cut" or (name == "once" and self.server.requests.count(self.path) == 1)
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(tmp_path, monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
+def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = []
-    server.url = f"http://127.0.0.1:{server.server_port}/f"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve(BODIES) as server:
+        yield server
 
 
 def names(path):

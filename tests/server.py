@@ -1,0 +1,40 @@
+"""A web server on this machine, for tests of downloads."""
+
+import http.server
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        """The last part of the path names the body. ``cut`` sends half of it, ``once`` does so at its first request."""
+        self.server.requests.append(self.path)
+        name = self.path.split("?")[0].strip("/").split("/")[-1]
+        if name not in self.server.bodies:
+            self.send_error(404, "Not Found")
+            return
+        body = self.server.bodies[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cut = name == "cut" or (name == "once" and self.server.requests.count(self.path) == 1)
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server with ``url`` (to which "/NAME" is appended) and the list of its ``requests``."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.bodies, server.requests, server.url = bodies, [], f"http://127.0.0.1:{server.server_port}/f"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
