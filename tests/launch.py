@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -53,6 +54,20 @@ def run_main(
     for child in children:
         child.join()
     return Outcome([child.exitcode for child in children], log.read_text())
+
+
+def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 120) -> Outcome:
+    """Run ``main`` of a script in a process of its own, as if from the command line."""
+    log.write_text("")
+    name = Path(script.__file__).name
+    child = multiprocessing.get_context("fork").Process(
+        target=_call_script, args=(script.main, [name, *map(str, arguments)], log)
+    )
+    child.start()
+    child.join(timeout)
+    child.kill()
+    child.join()
+    return Outcome([child.exitcode], log.read_text())
 
 
 def run_in_processes(task: Callable, *arguments, processes: int, timeout: float = 120) -> None:
@@ -102,13 +117,25 @@ def _kill(children, kill_signal: int = signal.SIGKILL) -> None:
             child.kill()
 
 
-def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path) -> None:
-    os.setpgid(0, 0)
+def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
+    _redirect(log)
+    torch.set_num_threads(1)
+    warnings.resetwarnings()
+    sys.argv = arguments
+    task()
+
+
+def _redirect(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+
+
+def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+    os.setpgid(0, 0)
+    _redirect(log)
     torch.set_num_threads(1)
     warnings.resetwarnings()
     if processes > 1:

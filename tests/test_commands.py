@@ -152,6 +152,29 @@ def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_d
     assert read_checkpoint(list_checkpoints(tmp_path / "toy/second")[0])["num_updates"] == 12
 
 
+def test_images_need_not_be_square(toy_config, toy_data, trained, tmp_path):
+    """Train, evaluate, fine-tune from squares to a wide size and from there to a tall one, measure."""
+    common = ["--data-path", toy_data, "--output", tmp_path]
+    short = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.BASE_LR=1e-3"]
+    wide, tall = tmp_path / "toy/wide/best.pth", tmp_path / "toy/tall/best.pth"
+    for arguments, said in (
+        (["--cfg", toy_config, "--tag", "scratch", "--opts", "DATA.IMG_SIZE", "[32, 48]", *short], "done in"),
+        (["--cfg", toy_config, "--tag", "wide", "--pretrained", trained, "--opts", "DATA.IMG_SIZE=[32,64]", *short], "done in"),
+        (["--eval", "--resume", wide], " * Acc@1 "),
+        (["--cfg", toy_config, "--tag", "tall", "--pretrained", wide, "--opts", "DATA.IMG_SIZE=[56,32]", *short], "done in"),
+        (["--eval", "--resume", tall], " * Acc@1 "),
+        (["--cfg", toy_config, "--throughput", "--opts", "DATA.IMG_SIZE=[32,48]", "DATA.BATCH_SIZE=2"], "toy at 32 x 48"),
+    ):
+        outcome = run_main([*common, *arguments] if "--throughput" not in arguments else arguments, tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert said in outcome.output
+    assert json.loads((wide.parent / "eval.json").read_text())["preprocessing"]["img_size"] == [32, 64]
+    state = read_checkpoint(tall)["model"]
+    assert state["layers.0.blocks.0.attn.positional_encoding"].shape[1] == 14 * 8  # 56 x 32 pixels in patches of 4
+    encoding = read_checkpoint(wide)["model"]["layers.0.blocks.0.attn.positional_encoding"]
+    assert encoding.shape[1] == 8 * 16
+
+
 def test_main_ema_is_main_with_an_average():
     tree = ast.parse((ROOT / "main_ema.py").read_text())
     (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call))

@@ -1,0 +1,175 @@
+"""Predictions for images without labels, and many checkpoints evaluated into one table."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from data.index import DataError
+from jobs.checkpoints import Checkpoint, Location, open_checkpoint
+from jobs.prediction import class_names, find_images
+from models import build_model
+from scripts import average_checkpoints, evaluate_all, predict
+from tests.launch import run_script
+from utils.config import load_config
+from weights.reader import read_checkpoint
+
+
+@pytest.fixture
+def images(toy_data, tmp_path):
+    """Two folders of readable images, and three files that are none."""
+    folder = tmp_path / "images"
+    for label in range(3):
+        (folder / f"of class{label}").mkdir(parents=True)
+        for index in range(3):
+            shutil.copy(toy_data / f"val/class{label}/{index:03d}.png", folder / f"of class{label}/$été{index}.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image")
+    whole = (folder / "of class0/$été0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def predict_by_hand(checkpoint, toy_config, path):
+    """Class and confidence of one image: Pillow's resize to 45 pixels, the centre 40, the model on a batch of one."""
+    state = read_checkpoint(checkpoint)
+    model = build_model(load_config(toy_config)).eval()
+    model.load_state_dict(state["model" if state["best"]["weights"] == "raw" else "state_dict_ema"])
+    with Image.open(path) as file:
+        image = file.convert("RGB").resize((45, 45), Image.Resampling.BICUBIC).crop((2, 2, 42, 42))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 40, 3).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        probabilities = model(((pixels - mean[:, None, None]) / std[:, None, None])[None]).softmax(dim=1)[0]
+    return probabilities.max().item(), probabilities.argmax().item()
+
+
+def test_predictions_are_the_model_s_and_unreadable_images_are_listed(trained, toy_config, images, tmp_path):
+    output = tmp_path / "out"
+    outcome = run_script(predict, [images, "--resume", trained, "--output", output, "--batch-size", 4], tmp_path / "log")
+    assert outcome.exit_codes == [1], outcome.output  # for what could not be read
+    assert "9 of 12 images predicted, 3 unreadable" in outcome.output
+    assert "Traceback" not in outcome.output
+    record = json.loads((output / "predictions.json").read_text())
+    found = {entry["image"]: entry for entry in record["images"]}
+    assert list(found) == [str(path) for path in sorted(images.rglob("*")) if path.suffix in (".png", ".jpg")]
+    for name in ("empty.png", "text.jpg"):
+        assert found[str(images / name)]["error"] == "not an image of a known format"
+    assert found[str(images / "cut.png")]["error"]
+    for path in (images / "of class0/$été0.png", images / "of class2/$été2.png"):
+        confidence, class_id = predict_by_hand(trained, toy_config, path)
+        top = found[str(path)]["predictions"]
+        assert (top[0]["class_id"], top[0]["class"]) == (class_id, f"class{class_id}")
+        assert top[0]["confidence"] == pytest.approx(confidence, abs=1e-4)
+        assert sum(entry["confidence"] for entry in top) == pytest.approx(1)  # all three classes
+        assert [entry["confidence"] for entry in top] == sorted((entry["confidence"] for entry in top), reverse=True)
+    assert record["weights"] == read_checkpoint(trained)["best"]["weights"]
+    with open(output / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == found.keys()
+    for name, entry in found.items():
+        assert rows[name]["error"] == entry.get("error", "")
+        if "predictions" in entry:
+            assert rows[name]["class_2"] == entry["predictions"][1]["class"]
+            assert float(rows[name]["confidence_1"]) == pytest.approx(entry["predictions"][0]["confidence"], abs=1e-4)
+    with Image.open(output / "predictions.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_a_file_and_fewer_predictions_may_be_asked_for(trained, images, tmp_path):
+    path = images / "of class1/$été1.png"
+    arguments = [path, "--resume", trained.parent, "--output", tmp_path / "out", "--top-k", 1, "--workers", 1]
+    outcome = run_script(predict, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    assert entry["image"] == str(path)
+    assert len(entry["predictions"]) == 1
+
+
+def test_images_are_found_by_suffix_in_folders_and_taken_as_named(images, tmp_path):
+    assert len(find_images([images])) == 12
+    assert find_images([images / "notes.txt"]) == [images / "notes.txt"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        find_images([tmp_path / "none"])
+    with pytest.raises(DataError, match="no such file or folder"):
+        find_images([tmp_path / "gone"])
+
+
+def checkpoint_of(tmp_path, *names):
+    return Checkpoint(Location(tmp_path / "x.pth"), {}, "", names)
+
+
+def test_class_names_come_from_the_checkpoint_then_from_imagenet(tmp_path):
+    assert class_names(checkpoint_of(tmp_path, "cat", "dog"), 2) == ["cat", "dog"]
+    assert class_names(checkpoint_of(tmp_path, "n01440764", "other"), 2) == ["tench, Tinca tinca", "other"]
+    imagenet = class_names(checkpoint_of(tmp_path), 1000)
+    assert (imagenet[0], imagenet[207], len(imagenet)) == ("tench, Tinca tinca", "golden retriever", 1000)
+    assert class_names(checkpoint_of(tmp_path), 3) == ["0", "1", "2"]
+    assert class_names(checkpoint_of(tmp_path, "cat"), 3) == ["0", "1", "2"]  # not those of this head
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_many_checkpoints_make_one_table_sorted_by_accuracy(trained, toy_data, tmp_path):
+    """A trained model, one of random weights at another size, an average, and a file that is none."""
+    state = read_checkpoint(trained)
+    torch.manual_seed(1)
+    fresh = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state["model"].items()}
+    config = json.loads(json.dumps(state["config"]))
+    config["DATA"]["IMG_SIZE"], config["MODEL"]["NAME"] = 48, "fresh"
+    resized = {key: value for key, value in fresh.items() if "positional" not in key}
+    model = build_model(load_config([], ["DATA.IMG_SIZE", 48, *pairs(config)]))
+    resized = model.state_dict() | resized
+    torch.save({"model": resized, "config": config, "class_names": state["class_names"]}, tmp_path / "fresh.pth")
+    average = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
+    assert run_script(average_checkpoints, average, tmp_path / "log").exit_codes == [0]
+    (tmp_path / "broken.pth").write_bytes(b"none")
+    files = [tmp_path / "fresh.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "mean.pth"]
+    arguments = [*files, "--data-path", toy_data, "--csv", tmp_path / "table.csv", "--batch-size", 2]
+    outcome = run_script(evaluate_all, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert f"evaluate_all.py: error: {tmp_path / 'broken.pth'}" in outcome.output
+    assert "Traceback" not in outcome.output
+    rows = read_csv(tmp_path / "table.csv")
+    assert len(rows) == 3
+    assert [float(row["acc1"]) for row in rows] == sorted((float(row["acc1"]) for row in rows), reverse=True)
+    by_file = {row["checkpoint"]: row for row in rows}
+    first = by_file[str(trained)]
+    assert float(first["acc1"]) == pytest.approx(state["best"]["acc1"], abs=1e-3)
+    assert (first["weights"], first["num_images"], first["crop_mode"]) == (state["best"]["weights"], "33", "squash")
+    assert int(first["parameters"]) == sum(value.numel() for name, value in state["model"].items() if "index" not in name)
+    assert float(first["images_per_second"]) > 0
+    assert (by_file[str(tmp_path / "fresh.pth")]["img_size"], by_file[str(tmp_path / "fresh.pth")]["model"]) == ("48", "fresh")
+
+
+def pairs(config):
+    """KEY, VALUE, ... of the model in a stored config."""
+    return [word for key in ("TYPE", "NUM_CLASSES") for word in (f"MODEL.{key}", config["MODEL"][key])] + [
+        word
+        for section in ("SWIN", "LA")
+        for key, value in config["MODEL"][section].items()
+        for word in (f"MODEL.{section}.{key}", value)
+    ]
+
+
+def test_an_average_keeps_config_and_classes_and_refuses_other_classes(trained, tmp_path):
+    state = read_checkpoint(trained)
+    torch.save(state | {"class_names": ["a", "b", "c"]}, tmp_path / "other.pth")
+    arguments = [trained, tmp_path / "other.pth", "--output", tmp_path / "mean.pth"]
+    outcome = run_script(average_checkpoints, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "was trained on other classes" in outcome.output
+    shutil.copy(trained, tmp_path / "copy.pth")
+    arguments = [trained, tmp_path / "copy.pth", "--output", tmp_path / "mean.pth"]
+    assert run_script(average_checkpoints, arguments, tmp_path / "log").exit_codes == [0]
+    mean = open_checkpoint(tmp_path / "mean.pth")
+    assert mean.class_names == tuple(state["class_names"])
+    assert mean.state["config"] == state["config"]
