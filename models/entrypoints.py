@@ -50,19 +50,18 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.g
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
-    """timm's filter of checkpoints: unwrap, drop entries that nothing reads, resize position tables.
+    """timm's filter of checkpoints: unwrap containers, drop entries that nothing reads, resize position tables.
 
     timm declares the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the stored
     tables do not belong to that size, they are interpreted as those of square images.
 
     Args:
-        state_dict: of the reference, of this project or of timm, with or without its container "model" or "state_dict".
+        state_dict: a state dict or a checkpoint of the reference, of this project or of timm; its EMA weights if present.
 
     Raises:
-        ValueError: the shape of a table is ambiguous.
+        ValueError: no weights, or a table whose shape is ambiguous.
     """
-    for container in ("model", "state_dict"):
-        state_dict = state_dict.get(container, state_dict)
+    _, state_dict = choose_weights(state_dict, "auto", "state dict")
     arguments, config = getattr(model, "pretrained_model_args", {}), getattr(model, "pretrained_cfg", {})
     declared = arguments.get("img_size") or config.get("input_size", ())[1:] or None
     try:

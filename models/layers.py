@@ -3,6 +3,7 @@
 Shapes: B images, N tokens, C channels, H x W a token map.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -226,7 +227,6 @@ class Backbone(nn.Module):
         global_pools: values of ``global_pool`` that the family takes; "" disables pooling.
         first_conv: name of the convolution that reads the image.
         leftovers: matches the names of entries that the reference saves and never reads.
-        min_img_size: smallest image side that the model takes, in pixels.
     """
 
     output_fmt = "NHWC"
@@ -241,7 +241,6 @@ class Backbone(nn.Module):
     norm: nn.Module
     head_drop: nn.Module
     head: nn.Module
-    min_img_size: int
 
     def __init__(self, *, in_chans: int, num_classes: int, global_pool: str):
         super().__init__()
@@ -279,23 +278,26 @@ class Backbone(nn.Module):
 
     # Input size.
 
+    @functools.cached_property
+    def min_img_size(self) -> int:
+        """Smallest image side that the model takes, in pixels: below it the map of some stage would vanish."""
+
+        def fits(side: int) -> bool:
+            maps = zip(self.stage_grids((side, side)), self.smallest_maps(), strict=True)
+            return all(min(grid) >= smallest for grid, smallest in maps)
+
+        return next(side for side in itertools.count(1) if fits(side))
+
     def smallest_maps(self) -> list[int]:
         """Smallest side of every stage's token map, in the order of ``stage_grids``."""
         return [1] * len(self.stage_grids((1, 1)))
 
     def native_grids(self, img_size: int | Iterable[int]) -> list[tuple[int, int]]:
-        """``stage_grids`` of the native image size; also determines ``min_img_size``.
+        """``stage_grids`` of the native image size.
 
         Raises:
             ValueError: the image is smaller than the model takes.
         """
-        smallest = self.smallest_maps()
-
-        def fits(side: int) -> bool:
-            grids = self.stage_grids((side, side))
-            return all(min(grid) >= needed for grid, needed in zip(grids, smallest, strict=True))
-
-        self.min_img_size = next(side for side in itertools.count(1) if fits(side))
         size = to_pair(img_size)
         check_image_size(size[0], size[1], self.min_img_size)
         return self.stage_grids(size)
@@ -435,6 +437,7 @@ class Backbone(nn.Module):
         if num_kept < len(self.feature_info):
             self.drop_stages(num_kept)
             self.feature_info = self.feature_info[:num_kept]
+            del self.min_img_size  # fewer stages take smaller images
         width = self.feature_info[-1]["num_chs"]
         changes_width, self.num_features = width != self.num_features, width
         if prune_norm or changes_width:

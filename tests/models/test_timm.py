@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import get_spatial_dim
 from timm.models import is_model, list_pretrained, model_entrypoint
+from yacs.config import CfgNode
 
 from models import RELEASED, build_model, checkpoint_filter_fn, create_model, entrypoints, list_models, released
 from tests.conftest import CONFIGS, reference
@@ -392,6 +393,21 @@ def test_the_filter_uses_the_size_that_the_source_declares():
     torch.testing.assert_close(model.state_dict()[name], expected.permute(0, 2, 3, 1).reshape(1, 56 * 7, -1))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_saved_for_the_hub_loads_from_its_folder(name, tmp_path):
+    """timm rebuilds the model from the arguments that it recorded."""
+    model, images = mixed(name, img_size=(64, 96), global_pool="avg"), torch.randn(1, 3, 64, 96)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_features_of_early_stages_take_smaller_images():
+    """PVT's first stage needs 4 pixels, all four need 32."""
+    features = timm.create_model("flatten_pvt_t", features_only=True, out_indices=(0,))
+    assert features(torch.randn(1, 3, 8, 4))[0].shape == (1, 64, 2, 1)
+
+
 def test_nested_models_load_their_own_entries():
     """The hooks of loading see only the entries of their model."""
     source = torch.nn.ModuleDict({"backbone": mixed("flatten_pvt_t"), "norm": torch.nn.LayerNorm(3)})
@@ -437,7 +453,8 @@ def released_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     source = create_model("flatten_pvt_t").eval()
     path = tmp_path / "released.pth"
-    torch.save({"model": with_leftovers("flatten_pvt_t", dict(source.state_dict())), "epoch": 299}, path)
+    state = with_leftovers("flatten_pvt_t", dict(source.state_dict()))
+    torch.save({"model": state, "epoch": 299, "config": CfgNode({"MODEL": CfgNode({"TYPE": "flatten_pvt_tiny"})})}, path)
     asked = []
 
     def fetch(url: str, name: str):
@@ -448,8 +465,10 @@ def released_file(tmp_path, monkeypatch):
     return source, asked
 
 
-def test_pretrained_models_come_from_the_released_file(released_file):
+def test_pretrained_models_come_from_the_released_file(released_file, tmp_path):
     source, asked = released_file
+    with pytest.raises(RuntimeError, match="non-allowlisted"):  # why timm cannot read the file by itself
+        timm.models.load_state_dict(tmp_path / "released.pth")
     images = torch.randn(1, 3, 64, 64)
     for name in ("flatten_pvt_t", "flatten_pvt_t.in1k"):
         model = timm.create_model(name, pretrained=True).eval()
@@ -480,7 +499,8 @@ def test_pretrained_feature_extractors_keep_no_state_dict(released_file):
 @pytest.mark.parametrize("key", ["file", "state_dict"])
 def test_another_source_of_weights_prevents_the_download(released_file, tmp_path, key):
     source, asked = released_file
-    value = source.state_dict() if key == "state_dict" else str(tmp_path / "released.pth")
+    torch.save(source.state_dict(), tmp_path / "own.pth")
+    value = source.state_dict() if key == "state_dict" else str(tmp_path / "own.pth")
     model = timm.create_model("flatten_pvt_t", pretrained=True, pretrained_cfg_overlay={key: value}).eval()
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(images), source(images))
