@@ -1,7 +1,7 @@
 """Classify images without labels: top predictions as CSV and JSON, and a picture of the images with theirs.
 
 The model, its input size and its class names come from the checkpoint. Images that cannot be read are listed with the reason,
-in the CSV, the JSON and the log.
+in the CSV, the JSON and the log; the exit status is then 1.
 """
 
 import argparse

@@ -155,6 +155,9 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
     origin, img_size = _stored_value(state, "MODEL", "NAME"), _stored_value(state, "DATA", "IMG_SIZE")
+    sides = img_size if isinstance(img_size, (list, tuple)) else [img_size]
+    if not all(isinstance(side, int) for side in sides) or len(sides) > 2:
+        img_size = None  # none, or not a size
     fitting, report = _match(model, stored, LoadReport(str(path), label), origin=origin, img_size=img_size)
     model.load_state_dict(fitting, strict=False)
     logger.info("%s", report)

@@ -153,13 +153,12 @@ def _check_format(url: str, path: Path, by_hand: str) -> None:
 def _compare_digest(url: str, path: Path) -> None:
     """Record the sha256 of a new file, and compare it with the recorded one later."""
     record, digest = path.with_name(path.name + ".sha256"), sha256(path)
-    if not record.is_file():
+    recorded = record.read_text().split() if record.is_file() else []
+    if not recorded:
         record.write_text(f"{digest}  {path.name}\n")
         logger.info("%s: sha256 %s recorded", path, digest)
-        return
-    recorded = record.read_text().split(maxsplit=1)[0]
-    if recorded != digest:
+    elif recorded[0] != digest:
         raise CheckpointError(
-            f"{path}: its sha256 is {digest}, but {recorded} was recorded at its first download from {url}; the file has "
+            f"{path}: its sha256 is {digest}, but {recorded[0]} was recorded at its first download from {url}; the file has "
             f"changed. Delete it to download it again, and {record.name} too if the new file is meant"
         )

@@ -141,7 +141,7 @@ def preferred_weights(state: Mapping) -> str:
     stored = stored_weights(state)
     best = state.get("best")
     recorded = best.get("weights") if isinstance(best, dict) else None
-    if recorded in stored:
+    if isinstance(recorded, str) and recorded in stored:
         return recorded
     return "ema" if "ema" in stored else "raw"
 
