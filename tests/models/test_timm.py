@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import get_spatial_dim
-from timm.models import is_model, list_pretrained, model_entrypoint
+from timm.models import create_feature_extractor, get_graph_node_names, is_model, list_pretrained, model_entrypoint
 from yacs.config import CfgNode
 
 from models import RELEASED, build_model, checkpoint_filter_fn, create_model, entrypoints, list_models, released
@@ -135,6 +135,14 @@ def test_intermediates_of_every_model_fit_the_forward_pass(name):
         torch.testing.assert_close(first, maps[0])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_failed_constructor_leaves_torch_s_defaults_unchanged(name):
+    with pytest.raises(ValueError, match="choose one of focused"):
+        create_model(name, dtype=torch.float64, device="meta", linear={"kind": "fokused"})
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.empty(0).device.type == "cpu"
+
+
 # One model per family: features.
 
 
@@ -149,6 +157,19 @@ def test_hooks_and_fx_give_the_maps_of_the_getter(name, feature_cls):
     assert other.output_fmt == ("NLC" if "deit" in name else "NHWC")
     for one, features in zip(expected, found, strict=True):
         torch.testing.assert_close(to_channels_first(features, *one.shape[-2:]), one)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_fx_graph_computes_logits_and_gradients_as_the_model(name):
+    """timm's test_model_forward_fx and test_model_backward_fx, also at a size other than that of the trace."""
+    model = mixed(name)
+    _, nodes = get_graph_node_names(model)
+    graph = create_feature_extractor(model, [nodes[-1]]).eval()
+    for size in ((64, 64), (96, 64)):
+        images = torch.randn(2, 3, *size)
+        torch.testing.assert_close(graph(images)[nodes[-1]], model(images))
+    graph(images)[nodes[-1]].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in graph.parameters())
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
@@ -325,12 +346,12 @@ def test_a_model_of_another_type_computes_in_it(name, dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_copies_and_pickles_compute_and_load_as_the_model(name):
     model, images = mixed(name), torch.randn(1, 3, 64, 64)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(images), model(images))
-        for parameter in twin.parameters():
+    for restored in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(restored(images), model(images))
+        for parameter in restored.parameters():
             torch.nn.init.zeros_(parameter)
-        twin.load_state_dict(model.state_dict())
-        assert torch.equal(twin(images), model(images))
+        restored.load_state_dict(model.state_dict())
+        assert torch.equal(restored(images), model(images))
 
 
 # Checkpoints.
@@ -411,13 +432,13 @@ def test_features_of_early_stages_take_smaller_images():
 def test_nested_models_load_their_own_entries():
     """The hooks of loading see only the entries of their model."""
     source = torch.nn.ModuleDict({"backbone": mixed("flatten_pvt_t"), "norm": torch.nn.LayerNorm(3)})
-    twin = copy.deepcopy(source)
-    for parameter in twin.parameters():
+    target = copy.deepcopy(source)
+    for parameter in target.parameters():
         torch.nn.init.zeros_(parameter)
-    twin.load_state_dict(source.state_dict() | {"backbone.norm.weight": torch.ones(512)})
-    assert torch.equal(twin["norm"].weight, source["norm"].weight)
+    target.load_state_dict(source.state_dict() | {"backbone.norm.weight": torch.ones(512)})
+    assert torch.equal(target["norm"].weight, source["norm"].weight)
     images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(twin["backbone"](images), source["backbone"](images))
+    assert torch.equal(target["backbone"](images), source["backbone"](images))
 
 
 # Models of a config.
