@@ -437,7 +437,7 @@ class Backbone(nn.Module):
         if num_kept < len(self.feature_info):
             self.drop_stages(num_kept)
             self.feature_info = self.feature_info[:num_kept]
-            del self.min_img_size  # fewer stages take smaller images
+            self.__dict__.pop("min_img_size", None)  # fewer stages take smaller images
         width = self.feature_info[-1]["num_chs"]
         changes_width, self.num_features = width != self.num_features, width
         if prune_norm or changes_width:

@@ -424,9 +424,13 @@ def test_a_model_saved_for_the_hub_loads_from_its_folder(name, tmp_path):
 
 
 def test_features_of_early_stages_take_smaller_images():
-    """PVT's first stage needs 4 pixels, all four need 32."""
-    features = timm.create_model("flatten_pvt_t", features_only=True, out_indices=(0,))
-    assert features(torch.randn(1, 3, 8, 4))[0].shape == (1, 64, 2, 1)
+    """PVT's first stage needs 4 pixels, two need 8, all four need 32."""
+    model = create_model("flatten_pvt_t", img_size=64)
+    for num_kept, smallest in ((4, 32), (2, 8), (1, 4)):
+        model.prune_intermediate_layers([num_kept - 1])
+        assert model.min_img_size == smallest
+        (features_map,) = model.forward_intermediates(torch.randn(1, 3, smallest, smallest), 1, intermediates_only=True)
+        assert features_map.shape[-2:] == (1, 1)
 
 
 def test_nested_models_load_their_own_entries():
