@@ -11,7 +11,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torchvision.ops import FeaturePyramidNetwork
 
-from models import create_model, list_models, nearest_model
+from models import build_model, create_model, list_models, nearest_model
 from models.cswin import CSwinTransformer
 from models.linear_attention import KINDS
 from scripts.complexity import PAPER, measure
@@ -324,6 +324,18 @@ def test_narrow_stripes_equal_stripes_one_by_one(attn_type, side):
             attention.grid = attention.key_grid = tuple(table[:, :side, :side].shape[1:3])
         with torch.no_grad():
             torch.testing.assert_close(attention(q, k, v), naive_stripes(attention, q, k, v, window), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_whatever_the_stripe_width():
+    """As in the reference: one attention over all channels, with a table of 7 x 7 positions."""
+    opts = ["MODEL.LA.ATTN_TYPE", "LLLL", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "7-7-7-1"]
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / "flatten_cswin_t.yaml", opts))
+    tables = {entry: value.shape for entry, value in model.state_dict().items() if entry.endswith("positional_encoding")}
+    assert {entry: shape for entry, shape in tables.items() if entry.startswith("stage4")} == {
+        "stage4.0.attns.0.positional_encoding": (1, 49, 512)
+    }
+    assert tables["stage3.0.attns.1.positional_encoding"] == (1, 7 * 14, 128)
 
 
 def test_the_operator_swaps_into_a_stock_timm_model():
