@@ -22,8 +22,6 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint_(\d+)\.pth")
-# Buffers of the reference that are computed here, and the norm that its PVT builds and never uses.
-_LEFTOVERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$|^norm\.(weight|bias)$")
 _TEMPORARY = ".incomplete"
 MIN_COVERAGE = 0.8  # share of the model that a file must fill, and of the file that must find a place, to be of this model
 
@@ -193,7 +191,7 @@ def _match(
     fitting, untouched = {}, 0
     for name, value in (stored | resized).items():
         if name not in own:
-            if not _LEFTOVERS.search(name):
+            if not model.leftovers.fullmatch(name):
                 report.unused.append(name)
         elif value.shape == own[name].shape:
             fitting[name] = value
