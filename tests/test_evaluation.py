@@ -273,7 +273,7 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
         paths.append(tmp_path / f"{number}.pth")
         torch.save({"model": state, "state_dict_ema": {name: value + 10 for name, value in state.items()}}, paths[-1])
     for weights, offset in (("raw", 0), ("ema", 10), ("auto", 10)):
-        mean = average(paths, weights)
+        mean = average(paths, weights)["model"]
         assert mean["w"].tolist() == [1 + offset] * 2
         assert mean["h"].dtype == torch.float16
         assert mean["h"].item() == 2 + offset

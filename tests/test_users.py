@@ -347,11 +347,6 @@ def test_the_benchmark_offers_no_flag_that_it_ignores():
     assert not [flag for flag in ("--eval", "--resume", "--throughput", "--check", "--tag") if f"\n  {flag}" in text]
 
 
-def test_the_example_runs_as_a_file():
-    done = call("examples/vit_with_linear_attention.py")
-    assert done.returncode == 0, done.stderr
-
-
 def test_throughput_names_the_model_and_the_device(toy_config, tmp_path):
     outcome = run("--cfg", toy_config, "--throughput", log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
