@@ -8,6 +8,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from models.released import RELEASED, Released
+from utils.checkpoint import BEST
 from utils.config import ConfigError, flatten, load_config, load_stored_config
 from weights.download import fetch, is_url
 from weights.reader import CheckpointError, read_checkpoint, sha256
@@ -67,7 +68,7 @@ def locate(reference: str | Path) -> Location:
     if path.is_file():
         return Location(path)
     if path.is_dir():
-        return Location(path / "best.pth")
+        return Location(path / BEST)
     if text in RELEASED:
         return Location(fetch(RELEASED[text].url, text), RELEASED[text], in_cache=True)
     raise CheckpointError(f"{text}: no such file, and no released model; released are {', '.join(RELEASED)}")

@@ -14,10 +14,10 @@ from yacs.config import CfgNode
 from data.build import Datasets, build_datasets, build_eval_loader, build_mixup, build_train_loader
 from jobs.checkpoints import locate, log_differences
 from models import build_model
-from utils.checkpoint import load_weights, newest_whole_checkpoint
+from utils.checkpoint import BEST, load_weights, newest_whole_checkpoint, repair_best
 from utils.config import ConfigError, flatten, to_dict
 from utils.distributed import World, on_main, wrap
-from utils.engine import Recipe, Stopped, Trainer, TrainState
+from utils.engine import NO_BEST, Recipe, Stopped, Trainer, TrainState
 from utils.log import MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
@@ -80,6 +80,9 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         lock.acquire()
 
     on_main(world, open_output)
+    if saved is not None and not on_main(world, lambda: repair_best(output / BEST, saved, Path(start.checkpoint))):
+        logger.warning("%s: its best state is not in this folder; the best is counted anew", start.checkpoint)
+        saved["best"] = dict(NO_BEST)
     setup_logging(world.rank, output)
     logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
     trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)

@@ -95,6 +95,67 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
     assert [step for step, kind in points if kind == "train"] == sorted({step for step, kind in points if kind == "train"})
 
 
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-3000] + b"\xff" + path.read_bytes()[-2999:]),
+    "empty": lambda path: path.write_bytes(b""),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "dangling link": lambda path: (path.unlink(), path.symlink_to("gone")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
+    damage, uninterrupted, toy_config, toy_data, tmp_path
+):
+    """The same command ends as an undisturbed run, and keeps the damaged file under another name (R13)."""
+    folder, processes = tmp_path / "toy/default", 1
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
+    killed = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, processes=processes)
+    assert killed.exit_codes == [-9]
+    newest, before = list_checkpoints(folder)[:2]
+    DAMAGES[damage](newest)
+    resumed = run_main(arguments, tmp_path / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert f"{newest.name}: damaged, renamed to {newest.name}.damaged" in resumed.output
+    assert f"start: resume {before}" in resumed.output
+    assert os.path.lexists(f"{newest}.damaged")
+    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+
+
+def test_a_best_checkpoint_that_a_kill_prevented_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
+    """As after a kill between the rename of a checkpoint and its link: best.pth is missing, or of an evaluation before."""
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    for content in (None, "older"):
+        for path in (*list_checkpoints(folder), folder / "best.pth"):
+            path.unlink(missing_ok=True)
+        # The run stopped after the first epoch, whose evaluation was the best so far.
+        stopped = state | {"num_updates": 12, "best": {"acc1": 99.0, "weights": "raw", "epoch": 0, "num_updates": 12}}
+        torch.save(stopped, folder / "checkpoint_000000012.pth")
+        if content == "older":
+            torch.save(state | {"num_updates": 6}, folder / "best.pth")
+        arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert "best.pth: restored from checkpoint_000000012.pth" in outcome.output
+        assert read_checkpoint(folder / "best.pth")["num_updates"] == 12
+
+
+def test_a_best_state_of_another_folder_is_not_reported(uninterrupted, toy_config, toy_data, tmp_path):
+    start = next(path for path in list_checkpoints(uninterrupted(1)) if path.name != "best.pth")
+    state = read_checkpoint(start)
+    torch.save(state | {"num_updates": 12, "best": state["best"] | {"acc1": 99.0, "num_updates": 6}}, tmp_path / "other.pth")
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
+    outcome = run_main([*arguments, "--resume", tmp_path / "other.pth"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "the best is counted anew" in outcome.output
+    assert "best Acc@1 99" not in outcome.output
+    best = read_checkpoint(tmp_path / "toy/default/best.pth")
+    assert best["best"]["num_updates"] == best["num_updates"]
+
+
 def kill_all_that_name(folder: Path) -> None:
     """SIGKILL every other process with this folder in its command line."""
     for process in Path("/proc").glob("[0-9]*"):

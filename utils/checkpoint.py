@@ -22,7 +22,9 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint_(\d+)\.pth")
+BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
 _TEMPORARY = ".incomplete"
+_DAMAGED = ".damaged"
 MIN_COVERAGE = 0.8  # share of the model that a file must fill, and of the file that must find a place, to be of this model
 
 
@@ -119,15 +121,45 @@ def link_best(path: Path, best: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that passes verification; damaged ones are named in the log and passed over."""
+    """The newest checkpoint that can be read completely; damaged ones are named in the log and passed over."""
     for path in list_checkpoints(folder):
         try:
-            verify(path)
+            read_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s; going back to the one before", error)
+            logger.warning("%s; trying the one before", error)
         else:
             return path
     return None
+
+
+def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
+    """Rename the damaged checkpoints of later updates to ``*.damaged``, so that neither resume nor rotation counts them."""
+    for path in list_checkpoints(folder):
+        if path <= checkpoint_path(folder, num_updates):
+            return
+        try:
+            read_checkpoint(path)
+        except CheckpointError:
+            damaged = path.with_name(path.name + _DAMAGED)
+            os.replace(path, damaged)
+            logger.warning("%s: damaged, renamed to %s", path, damaged.name)
+
+
+def repair_best(best: Path, state: dict, path: Path) -> bool:
+    """Restore ``best.pth`` where a kill prevented its link to the checkpoint that a run resumes from.
+
+    Args:
+        state: the checkpoint at ``path``.
+
+    Returns:
+        False if the best state that the checkpoint records is in no file of the run.
+    """
+    if state["best"].get("num_updates") == state["num_updates"]:
+        if not best.is_file() or sha256(best) != sha256(path):
+            link_best(path, best)
+            logger.warning("%s: restored from %s", best, path.name)
+        return True
+    return best.is_file()
 
 
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from utils.checkpoint import checkpoint_path, link_best, remove_surplus, save_checkpoint
+from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint
 from utils.distributed import World, gather_on_main, on_main, sum_over_processes
 from utils.log import MetricsWriter, progress
 from utils.schedule import Schedule
@@ -38,6 +38,10 @@ class Stopped(Exception):  # noqa: N818 - an event, not an error
     """Training was stopped from outside. The message tells where, and how it resumes."""
 
 
+# The best evaluation of a run: accuracy in percent, raw or ema weights, its epoch and its number of updates.
+NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
+
+
 @dataclass
 class TrainState:
     """All that the next update needs. ``num_updates`` are done."""
@@ -47,7 +51,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None
     num_updates: int = 0
-    best: dict = field(default_factory=lambda: {"acc1": -1.0, "weights": "", "epoch": -1})
+    best: dict = field(default_factory=lambda: dict(NO_BEST))
 
     def to_dict(self) -> dict:
         """Plain data for a checkpoint, parameters under their bare names."""
@@ -406,7 +410,8 @@ class Trainer:
                 self.metrics.scalars(self.state.num_updates, f"eval_{weights}", _record(result, epoch))
             if result.acc1 >= self.state.best["acc1"]:  # on ties, prefer the later epoch
                 improved = True
-                self.state.best = {"acc1": result.acc1, "weights": weights, "epoch": epoch}
+                position = {"epoch": epoch, "num_updates": self.state.num_updates}
+                self.state.best = {"acc1": result.acc1, "weights": weights, **position}
         return improved
 
     def save(self, *, best: bool = False) -> None:
@@ -417,7 +422,7 @@ class Trainer:
             started = time.monotonic()
             save_checkpoint(self.state.to_dict() | self.header, path)
             if best:
-                link_best(path, self.output / "best.pth")
+                link_best(path, self.output / BEST)
             remove_surplus(self.output, self.recipe.keep_checkpoints)
             logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
 

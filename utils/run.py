@@ -8,7 +8,7 @@ from typing import IO
 
 from yacs.config import CfgNode
 
-from utils.checkpoint import checkpoint_path, list_checkpoints
+from utils.checkpoint import checkpoint_path, list_checkpoints, set_damaged_aside
 from utils.config import ConfigError
 
 LOCK = ".lock"
@@ -34,11 +34,14 @@ def make_folder(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Refuse a start that is behind the newest checkpoint of the folder: two branches of a run would mix.
+    """Refuse a start that is behind the newest intact checkpoint of the folder: two branches of a run would mix.
+
+    Damaged checkpoints are renamed.
 
     Raises:
         ConfigError: the folder has a checkpoint of a later update.
     """
+    set_damaged_aside(output, num_updates=num_updates)
     newest = next(iter(list_checkpoints(output)), None)
     if newest is not None and newest > checkpoint_path(output, num_updates):
         raise ConfigError(
