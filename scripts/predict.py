@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     readable = [prediction for prediction in predictions if not prediction.error]
     written = ["predictions.csv", "predictions.json"]
     if readable:
-        captions = [f"{names[p.class_ids[0]]} {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in readable[:GRID]]
-        pictures = [decode_image(p.image.read_bytes()) for p in readable[:GRID]]
+        step = max(len(readable) / GRID, 1)  # evenly spaced: images often come in the order of their classes
+        shown = [readable[int(position * step)] for position in range(min(GRID, len(readable)))]
+        captions = [f"{names[p.class_ids[0]]}: {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in shown]
+        pictures = [decode_image(p.image.read_bytes()) for p in shown]
         draw_predictions(pictures, captions, args.output / "predictions.png")
         written.append("predictions.png")
     for prediction in readable[:10]:
