@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FAILED = 1  # exit status: training cannot continue
 USAGE_ERROR = 2  # exit status: config, data, checkpoint or disk
+STOPPED = 75  # exit status: a signal stopped training; the same command resumes (EX_TEMPFAIL of sysexits.h)
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
@@ -70,9 +71,13 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
         leave(world, FAILED)
     except RankZeroError:  # rank 0 reports the reason itself
         leave(world, USAGE_ERROR)
-    except (Stopped, KeyboardInterrupt) as stop:
+    except Stopped as stop:
         if world.is_main:
-            logger.warning("%s", stop if isinstance(stop, Stopped) else "stopped")
+            logger.warning("%s", stop)
+        leave(world, STOPPED)
+    except KeyboardInterrupt:
+        if world.is_main:
+            logger.warning("stopped")
         leave(world, 128 + (signal.SIGINT if _received is None else _received))
     cleanup()
 
@@ -93,13 +98,13 @@ def leave(world: World, status: int) -> None:
     With several processes at once, since threads of the process group may wait for ranks that do not come; joining or
     destroying them would block or abort.
     """
+    for child in multiprocessing.active_children():
+        child.kill()  # loader workers, which ignore the signals that stop training
     if world.size == 1:
         sys.exit(status)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    for child in multiprocessing.active_children():
-        child.terminate()
     os._exit(status)
 
 

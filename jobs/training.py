@@ -17,12 +17,13 @@ from models import build_model
 from utils.checkpoint import BEST, load_weights, newest_whole_checkpoint, repair_best
 from utils.config import ConfigError, flatten, to_dict
 from utils.distributed import World, on_main, wrap
-from utils.engine import NO_BEST, Recipe, Stopped, Trainer, TrainState
+from utils.engine import NO_BEST, NUM_REQUESTS, Recipe, Trainer, TrainState
 from utils.log import MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
 from utils.run import RunLock, build_output_folder, check_is_newest, make_folder
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
+from utils.stop import StopRequest
 from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,16 @@ def choose_start(cfg: CfgNode, world: World) -> Start:
 
 
 def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
-    """Train to the end."""
+    """Train to the end, or until a signal asks to stop.
+
+    Raises:
+        Stopped: the state is saved, and the same command resumes.
+    """
+    with StopRequest() as stop:
+        _train(cfg, world, stop, find_unused_parameters=find_unused_parameters)
+
+
+def _train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     saved = read_run(cfg, world, start)
     if saved is not None and finished(saved, cfg):
@@ -80,31 +90,31 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
         lock.acquire()
 
     on_main(world, open_output)
-    if saved is not None and not on_main(world, lambda: repair_best(output / BEST, saved, Path(start.checkpoint))):
-        logger.warning("%s: its best state is not in this folder; the best is counted anew", start.checkpoint)
-        saved["best"] = dict(NO_BEST)
+    if saved is not None:
+        restore_best(saved, world, output, start.checkpoint)
     setup_logging(world.rank, output)
     logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
     trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+    trainer.stop = stop.requested
     del saved  # a copy of everything, in host memory
     if world.is_main:
         (output / "config.yaml").write_text(cfg.dump())
-        trainer.metrics = MetricsWriter(output, trainer.state.num_updates)
+        state = trainer.state
+        trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=state.last_evaluation == state.num_updates)
         trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
     try:
         trainer.fit()
-    except KeyboardInterrupt:
-        raise Stopped(describe_stop(trainer.state.num_updates, output)) from None
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
         lock.release()
 
 
-def describe_stop(num_updates: int, output: Path) -> str:
-    newest = newest_whole_checkpoint(output)
-    source = f"resumes from {newest.name}" if newest else "starts again, since no checkpoint was saved yet (SAVE_STEPS)"
-    return f"stopped after update {num_updates}; the same command {source}"
+def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
+    """Repair ``best.pth`` of the run to resume; where no file of its folder has the best state, the best is counted anew."""
+    if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
+        logger.warning("%s: its best state is not in this folder; the best is counted anew", path)
+        saved["best"] = dict(NO_BEST)
 
 
 def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
@@ -142,7 +152,13 @@ def build_trainer(
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()
-    state = TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, world.device), build_ema(cfg, model))
+    state = TrainState(
+        model,
+        build_optimizer(cfg, model),
+        build_scaler(cfg, world.device),
+        build_ema(cfg, model),
+        scales_loss=amp_dtype(cfg) == torch.float16,
+    )
     if saved is not None:
         resume(state, saved, cfg, train_loader.updates_per_epoch, start.checkpoint)
 
@@ -150,7 +166,12 @@ def build_trainer(
     log_recipe(cfg, world, model, schedule.base_lr, train_loader)
     return Trainer(
         state=state,
-        model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
+        model=wrap(
+            torch.compile(model) if cfg.TRAIN.COMPILE else model,
+            world,
+            num_values=1 + NUM_REQUESTS,
+            find_unused_parameters=find_unused_parameters,
+        ),
         criterion=build_criterion(cfg, mixed=mixup is not None),
         schedule=schedule,
         train_loader=train_loader,
@@ -220,7 +241,8 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
 
 def finished(saved: dict, cfg: CfgNode) -> bool:
     num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
-    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"]
+    evaluated = saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"]
+    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"] and evaluated
 
 
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
@@ -330,6 +352,7 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
         print_freq=cfg.PRINT_FREQ,
         save_freq=cfg.SAVE_FREQ,
         save_steps=cfg.SAVE_STEPS,
+        save_minutes=cfg.SAVE_MINUTES,
         eval_freq=cfg.EVAL_FREQ,
         keep_checkpoints=cfg.KEEP_CHECKPOINTS,
     )

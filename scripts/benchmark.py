@@ -35,8 +35,8 @@ def measure(cfg: CfgNode) -> None:
 
     from data.build import build_datasets, build_mixup, build_train_loader
     from models import build_model
-    from utils.distributed import setup
-    from utils.engine import train_step
+    from utils.distributed import setup, wrap
+    from utils.engine import NUM_REQUESTS, train_step
     from utils.optim import amp_dtype, build_criterion, build_optimizer, build_scaler
 
     world = setup()
@@ -44,7 +44,7 @@ def measure(cfg: CfgNode) -> None:
     mixup = build_mixup(cfg)
     model = build_model(cfg).to(world.device)
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, world.device)
-    criterion = build_criterion(cfg, mixed=mixup is not None)
+    criterion, wrapped = build_criterion(cfg, mixed=mixup is not None), wrap(model, world, num_values=1 + NUM_REQUESTS)
 
     def epochs():
         for epoch in range(10**6):
@@ -60,7 +60,7 @@ def measure(cfg: CfgNode) -> None:
             if mixup is not None:
                 images, targets = mixup(images.clone(), targets, step)
             options = {"num_batches": 1, "amp_dtype": amp_dtype(cfg), "max_grad_norm": cfg.TRAIN.CLIP_GRAD or float("inf")}
-            train_step(model, criterion, optimizer, scaler, [(images, targets)], **options)
+            train_step(wrapped, criterion, optimizer, scaler, [(images, targets)], **options)
         synchronise()
         return (time.perf_counter() - started) / UPDATES
 

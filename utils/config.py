@@ -143,6 +143,7 @@ def _defaults() -> CfgNode:
     cfg.PRINT_FREQ = 10  # updates between log lines
     cfg.SAVE_FREQ = 1  # epochs between checkpoints
     cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
+    cfg.SAVE_MINUTES = 15.0  # minutes after the last checkpoint at which another one is saved within an epoch; 0 for none
     cfg.EVAL_FREQ = 1  # epochs between evaluations
     cfg.KEEP_CHECKPOINTS = 2  # newest checkpoints to keep, beside the best
     return cfg
@@ -227,6 +228,7 @@ _RANGES = {
             "DATA.NUM_WORKERS",
             "DATA.MAX_UNREADABLE",
             "SAVE_STEPS",
+            "SAVE_MINUTES",
             "TEST.BATCH_SIZE",
             "TRAIN.WARMUP_EPOCHS",
             "TRAIN.COOLDOWN_EPOCHS",

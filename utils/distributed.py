@@ -60,8 +60,41 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
-    """The model for training: with gradients averaged over all processes where there are several."""
+class SideChannel(nn.Module):
+    """A model with one more parameter, whose gradient carries numbers through DDP's reduction of the gradients.
+
+    Add ``channel @ numbers`` to the loss: its value is 0, and after the backward pass the gradient of the channel is the mean
+    of the numbers over all processes, or NaN if a number was not finite in any. That takes no further collective.
+
+    Args:
+        model: images (B, 3, H, W) to logits.
+        length: count of the numbers.
+    """
+
+    def __init__(self, model: nn.Module, length: int, device: torch.device):
+        super().__init__()
+        self.model = model
+        self.channel = nn.Parameter(torch.zeros(length, device=device))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and the channel, (length,)."""
+        return self.model(images), self.channel.view_as(self.channel)
+
+    def take(self) -> Tensor:
+        """(length,) means over all processes of what was sent since the last call."""
+        means = self.channel.grad.clone()
+        self.channel.grad = None
+        return means
+
+
+def side_channel(model: nn.Module) -> SideChannel:
+    """The side channel of a model from ``wrap``."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def wrap(model: nn.Module, world: World, *, num_values: int, find_unused_parameters: bool = False) -> nn.Module:
+    """The model for training, with a side channel of ``num_values``, and gradients averaged over several processes."""
+    model = SideChannel(model, num_values, world.device)
     if world.size == 1:
         return model
     return DistributedDataParallel(

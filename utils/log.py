@@ -79,15 +79,16 @@ class MetricsWriter:
 
     Args:
         output: the run's folder.
-        step: updates done so far; whatever was written of later ones is taken back.
+        step: updates done so far; whatever was written of later ones is removed.
+        evaluated: whether the evaluation after ``step`` is done; otherwise its records are removed too.
     """
 
-    def __init__(self, output: Path, step: int):
+    def __init__(self, output: Path, step: int, *, evaluated: bool = True):
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         path = output / "metrics.jsonl"
         if path.exists():
-            _cut_after(path, step)
+            _cut_after(path, step, evaluated=evaluated)
         self._lines = path.open("a", buffering=1)
         self._board = SummaryWriter(str(output), purge_step=step + 1)
 
@@ -111,14 +112,15 @@ class MetricsWriter:
         self._board.close()
 
 
-def _cut_after(path: Path, step: int) -> None:
+def _cut_after(path: Path, step: int, *, evaluated: bool) -> None:
     kept = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that a kill cut short
             continue
-        if record["step"] <= step:
+        pending = record["step"] == step and not evaluated and record["kind"].startswith("eval")
+        if record["step"] <= step and not pending:
             kept.append(line)
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept))

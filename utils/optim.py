@@ -56,8 +56,10 @@ def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss in fp16; passes everything through otherwise."""
-    return torch.amp.GradScaler(device.type, enabled=amp_dtype(cfg) == torch.float16)
+    """Scales the loss in fp16. Otherwise its scale is 1, and it only skips steps with gradients that are not finite."""
+    if amp_dtype(cfg) == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
 def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEmaV3 | None:

@@ -45,8 +45,10 @@ def rehearse(trainer: Trainer) -> None:
     # Rank 0 decides how many: all have to take part in each.
     count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
     computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
-    losses, grad_norms = meter.check()
-    logger.info("training: loss %.4f, gradient norm %.3f after %d updates on one batch", losses[-1], grad_norms[-1], count + 2)
+    report = trainer.receive(keep=0)[-1]
+    logger.info(
+        "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
+    )
     loading = _time_loading(trainer, epoch) * recipe.accumulation
 
     evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=recipe.eval_dtype, world=world)
@@ -76,7 +78,7 @@ def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None
     trainer.model.train()
     mixed = trainer.mixed_batches(batches, meter)
     while True:
-        meter.add(*trainer.update(mixed))
+        trainer.update(mixed)
         yield
 
 

@@ -8,8 +8,9 @@ from models import build_model
 from tests.conftest import CONFIGS, REFERENCE, fill_by_formula, formula_image, reference
 from utils.checkpoint import load_weights
 from utils.config import load_config
+from utils.distributed import World, wrap
 from utils.engine import train_step
-from utils.optim import build_ema, build_optimizer
+from utils.optim import build_ema, build_optimizer, build_scaler
 
 CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
 TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))
@@ -50,17 +51,18 @@ def test_eight_steps_of_training_follow_the_reference(case):
     model = fill_by_formula(build_model(cfg))
     optimizer, ema = build_optimizer(cfg, model), build_ema(cfg, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=figures["label_smoothing"])
+    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), num_values=3)
     side = cfg.DATA.IMG_SIZE
     for step in range(figures["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = figures["lr_used"][step]
         images = formula_image(100 + step, (figures["batch"], 3, side, side))
         labels = torch.from_numpy(labels_of(step, figures["batch"]))
-        loss, grad_norm = train_step(
-            model,
+        loss, grad_norm, _, _ = train_step(
+            wrapped,
             criterion,
             optimizer,
-            torch.amp.GradScaler("cpu", enabled=False),
+            build_scaler(cfg, torch.device("cpu")),
             [(images, labels)],
             num_batches=1,
             amp_dtype=torch.float32,

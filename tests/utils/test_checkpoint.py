@@ -78,7 +78,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
     with pytest.raises(CheckpointError, match=newer.name):
         read_checkpoint(newer)
     assert newest_whole_checkpoint(saved.parent) == saved
-    assert "going back to the one before" in caplog.text
+    assert "trying the one before" in caplog.text
 
 
 def test_retention_keeps_the_newest_and_the_best(saved):

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.conftest import CONFIGS
 from utils.config import load_config
-from utils.distributed import World
+from utils.distributed import World, wrap
 from utils.engine import TrainState, evaluate, train_step
 from utils.optim import build_criterion, build_ema, build_optimizer, build_scaler
 
@@ -29,8 +29,8 @@ def setup(*opts):
 
 
 def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=torch.float32):
-    return train_step(
-        model,
+    loss, grad_norm, _, _ = train_step(
+        wrap(model, CPU_WORLD, num_values=3),
         nn.CrossEntropyLoss(),
         optimizer,
         scaler,
@@ -39,6 +39,7 @@ def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=to
         amp_dtype=dtype,
         max_grad_norm=max_grad_norm,
     )
+    return loss, grad_norm
 
 
 @pytest.mark.parametrize("parts", [2, 4])
