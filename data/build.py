@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,8 +279,16 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=cfg.DATA.PIN_MEMORY and device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
         persistent_workers=num_workers > 0,
     )
+
+
+def ignore_stop_signals(_worker: int) -> None:
+    """Loader workers end when their training process does, which decides what a signal means."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:

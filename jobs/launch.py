@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from data.index import DataError
 from jobs.evaluation import evaluate_checkpoint
+from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
 from jobs.training import check_model, rehearse_run, train
 from utils.config import ConfigError
@@ -36,7 +37,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
     """Run the job that the command line asks for.
 
     Args:
-        cfg: None for --eval without --cfg.
+        cfg: None for --replay, and for --eval without --cfg.
         pairs: KEY, VALUE, ... of the command line.
     """
     try:
@@ -56,12 +57,15 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
             measure_throughput(cfg, world)
         elif args.eval:
             evaluate_checkpoint(args, cfg, pairs, world)
+        elif args.replay:
+            replay_update(args.replay, pairs, world)
         elif args.check:
             rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
         else:
             train(cfg, world, find_unused_parameters=args.find_unused_params)
     except USER_ERRORS as error:  # the message names the remedy: no traceback
-        logger.error("%s", without_traceback(error))
+        if world.is_main or not isinstance(error, TrainingError):  # every process raises that
+            logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
     except torch.OutOfMemoryError as error:
         logger.error(
@@ -98,6 +102,8 @@ def leave(world: World, status: int) -> None:
     With several processes at once, since threads of the process group may wait for ranks that do not come; joining or
     destroying them would block or abort.
     """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the workers as lost
     for child in multiprocessing.active_children():
         child.kill()  # loader workers, which ignore the signals that stop training
     if world.size == 1:

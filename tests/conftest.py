@@ -98,3 +98,23 @@ def trained(toy_config, toy_data, tmp_path_factory) -> Path:
     outcome = run_main(arguments, output / "log")
     assert outcome.exit_codes == [0], outcome.output
     return output / "toy/default/best.pth"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(toy_config, toy_data, tmp_path_factory):
+    """Number of processes -> output folder of a run left alone."""
+    folders = {}
+
+    from tests.launch import run_main
+    from tests.runs import toy_arguments
+
+    def run(processes: int) -> Path:
+        if processes not in folders:
+            output = tmp_path_factory.mktemp(f"uninterrupted{processes}")
+            arguments = toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8 // processes)
+            outcome = run_main(arguments, output / "log", processes=processes)
+            assert set(outcome.exit_codes) == {0}, outcome.output
+            folders[processes] = output / "toy" / "default"
+        return folders[processes]
+
+    return run

@@ -35,11 +35,18 @@ def run_main(
     kill_when: Callable[[], bool] | None = None,
     kill_signal: int = signal.SIGKILL,
     timeout: float = 120,
+    prepare: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them as soon as ``kill_when`` is true."""
+    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them as soon as ``kill_when`` is true.
+
+    Args:
+        prepare: called with its rank in every process before ``main``.
+    """
     context, port = multiprocessing.get_context("fork"), free_port()
     log.write_text("")
-    children = [context.Process(target=_child, args=(arguments, rank, processes, port, log)) for rank in range(processes)]
+    children = [
+        context.Process(target=_child, args=(arguments, rank, processes, port, log, prepare)) for rank in range(processes)
+    ]
     for child in children:
         child.start()
     deadline = time.monotonic() + timeout
@@ -133,7 +140,9 @@ def _redirect(log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
 
 
-def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+def _child(
+    arguments: list[str], rank: int, processes: int, port: int, log: Path, prepare: Callable[[int], None] | None
+) -> None:
     os.setpgid(0, 0)
     _redirect(log)
     torch.set_num_threads(1)
@@ -141,4 +150,6 @@ def _child(arguments: list[str], rank: int, processes: int, port: int, log: Path
     if processes > 1:
         os.environ.update(_environment(rank, processes, port))
     sys.argv = ["main.py", *map(str, arguments)]
+    if prepare is not None:
+        prepare(rank)
     main.main()

@@ -15,6 +15,7 @@ from jobs.evaluation import choose_reference
 from jobs.training import choose_start
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
+from tests.runs import assert_equal, comparable, toy_arguments
 from utils.arguments import check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
@@ -23,50 +24,6 @@ from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SOME_FILE = str(ROOT / "README.md")  # any file: it is not read
-
-
-def assert_equal(one, other, where="checkpoint"):
-    """Two states are bit-equal, tensors and all."""
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{where}.{index}")
-    else:
-        assert one == other, where
-
-
-def comparable(folder: Path) -> dict:
-    state = read_checkpoint(list_checkpoints(folder)[0])
-    return {key: value for key, value in state.items() if key != "config"}
-
-
-def toy_arguments(toy_config, toy_data, output, *opts):
-    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output]
-    return [*arguments, "--opts", *map(str, opts)] if opts else arguments
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(toy_config, toy_data, tmp_path_factory):
-    """Number of processes -> output folder of a run left alone."""
-    folders = {}
-
-    def run(processes: int) -> Path:
-        if processes not in folders:
-            output = tmp_path_factory.mktemp(f"uninterrupted{processes}")
-            arguments = toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8 // processes)
-            outcome = run_main(arguments, output / "log", processes=processes)
-            assert set(outcome.exit_codes) == {0}, outcome.output
-            folders[processes] = output / "toy" / "default"
-        return folders[processes]
-
-    return run
 
 
 @pytest.mark.parametrize("workers", [0, 2])

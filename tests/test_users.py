@@ -14,6 +14,7 @@ import torch
 import yaml
 from yacs.config import CfgNode
 
+import jobs.evaluation
 from data.build import build_num_workers
 from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
 from jobs.training import _batch_advice, log_ema
@@ -198,13 +199,25 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_writes_there(to
 def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "SAVE_STEPS", "2"]
     folder = tmp_path / "toy/default"
-    for kill_signal, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for kill_signal in (signal.SIGINT, signal.SIGTERM):
         shutil.rmtree(folder, ignore_errors=True)
         options = {"kill_when": lambda: any(folder.glob("checkpoint_*.pth")), "kill_signal": kill_signal}
         outcome = run(*arguments, log=tmp_path, **options)
-        assert outcome.exit_codes == [status], outcome.output
+        assert outcome.exit_codes == [75], outcome.output
         assert "Traceback" not in outcome.output
-        assert "the same command resumes from checkpoint_0000000" in outcome.output.splitlines()[-1]
+        assert outcome.output.splitlines()[-1].endswith("which is saved; the same command resumes there")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_an_evaluation_in_one_line(number, status, trained, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), number)
+
+    arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]
+    outcome = run(*arguments, log=tmp_path, prepare=prepare)
+    assert outcome.exit_codes == [status], outcome.output
+    assert "Traceback" not in outcome.output
+    assert outcome.output.splitlines()[-1].endswith("WARNING stopped")
 
 
 def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_data, tmp_path):

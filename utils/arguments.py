@@ -84,6 +84,7 @@ FLAGS = {
     "--tag": ("TAG", {"help": "name of the run"}),
     "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint that --resume names"}),
     "--check": (None, {"action": "store_true", "help": "run each part of training once: what fails, what bounds the speed"}),
+    "--replay": (None, {"metavar": "FILE", "help": "repeat the update that was not finite, from a run's replay_*.pth"}),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
     "--find-unused-params": (None, {"action": "store_true", "help": "for DDP; no model here needs it"}),
     "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # older launchers append it; LOCAL_RANK counts
@@ -118,15 +119,21 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     """Refuse flags that exclude each other and files that do not exist.
 
     Args:
-        cfg: None with --eval alone, which takes the checkpoint's own.
+        cfg: None with --eval alone, which takes the checkpoint's own, and with --replay.
         configs: folder of the shipped configs, whose names are the names of models.
 
     Raises:
         ConfigError: with the flag or key, and the remedy.
     """
-    jobs = [f"--{job}" for job in ("throughput", "eval", "check") if getattr(args, job)]
+    jobs = [f"--{job}" for job in ("throughput", "eval", "check", "replay") if getattr(args, job)]
     if len(jobs) > 1:
         raise ConfigError(f"{' and '.join(jobs)}: give one of them")
+    if args.replay:
+        if cfg is not None:
+            raise ConfigError("--replay: repeats an update with the config of its run; leave out --cfg")
+        if not Path(args.replay).is_file():
+            raise ConfigError(f"--replay {args.replay}: no such file")
+        return
     if cfg is None:
         if not args.eval:
             raise ConfigError("--cfg is missing: name a config, such as configs/flatten_swin_t.yaml")

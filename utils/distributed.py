@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,6 +98,8 @@ def wrap(model: nn.Module, world: World, *, num_values: int, find_unused_paramet
     model = SideChannel(model, num_values, world.device)
     if world.size == 1:
         return model
+    # Gradients of depthwise kernels may have other strides than their parameters; they are small.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,

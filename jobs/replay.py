@@ -1,0 +1,130 @@
+"""Repeat an update that was not finite, and name the first module whose output is not finite."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from data.build import build_datasets, build_mixup, build_train_loader
+from models import build_model
+from utils.config import load_stored_config
+from utils.distributed import World
+from utils.engine import prepare_batch
+from utils.optim import amp_dtype, build_criterion
+from utils.schedule import accumulation_steps
+from weights.reader import CheckpointError, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def replay_update(path: str, pairs: Sequence, world: World) -> None:
+    """Repeat the forward and backward passes of every process of the run, one after the other, on one device.
+
+    Args:
+        path: ``replay_*.pth``, which training writes.
+        pairs: KEY, VALUE, ... of the command line, such as another DATA.DATA_PATH.
+
+    Raises:
+        CheckpointError: not such a file.
+    """
+    if world.size > 1:
+        raise CheckpointError(f"{path}: an update is repeated by one process; start without torchrun")
+    state = read_checkpoint(path)
+    if "replay" not in state:
+        raise CheckpointError(f"{path}: holds no update to repeat; give the replay_*.pth that training wrote")
+    cfg, update = load_stored_config(state["config"], pairs, source=path), state["replay"]["update"]
+    dataset = build_datasets(cfg, training=True).train
+    model = build_model(cfg).to(world.device).train()
+    model.load_state_dict(state["model"])
+    criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None)
+    for rank, names in enumerate(state["replay"]["images"]):
+        batches = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
+        for (images, targets), image_names in zip(batches, names, strict=True):
+            logger.info("rank %d: %d images, %s", rank, len(image_names), ", ".join(image_names[:3]) + ", ...")
+            fault = find_fault(model, criterion, images, targets, amp_dtype(cfg))
+            if fault:
+                logger.info("update %d, rank %d: %s", update, rank, fault)
+                logger.info("its images: %s", ", ".join(image_names))
+                return
+    logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
+
+
+def read_update(
+    cfg: CfgNode, dataset, update: int, *, rank: int, world_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of one update of one process, augmented and mixed as in training."""
+    accumulation = accumulation_steps(cfg, world_size)
+    loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
+    loader.set_position(*divmod(update, loader.updates_per_epoch))
+    mixup = build_mixup(cfg)
+    for index, batch in enumerate(islice(loader, accumulation)):
+        yield prepare_batch(batch, mixup, seed=cfg.SEED, forward_pass=update * accumulation + index, rank=rank)
+
+
+def find_fault(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
+    """The first value that is not finite in a forward and backward pass, in words; "" if there is none.
+
+    Args:
+        images: (B, 3, H, W).
+        targets: (B,) class ids, or (B, num_classes) probabilities.
+        dtype: of autocast; float32 for none.
+    """
+    faults: list[str] = []
+    handles = [
+        module.register_forward_hook(_check_output(name or "the model", faults), with_kwargs=True)
+        for name, module in model.named_modules()
+    ]
+    handles += [parameter.register_hook(_check_gradient(name, faults)) for name, parameter in model.named_parameters()]
+    try:
+        if not images.isfinite().all():
+            faults.append(f"the input images are not finite ({count(images)})")
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = criterion(model(images), targets)
+        if not loss.isfinite():
+            faults.append(f"the loss is {loss.item()}, of finite logits")
+        loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    return faults[0] if faults else ""
+
+
+def count(values: Tensor) -> str:
+    return f"{int((~values.isfinite()).sum())} of {values.numel()} values"
+
+
+def _check_output(name: str, faults: list[str]):
+    """A forward hook. Submodules end before the module that contains them, so that the innermost one comes first."""
+
+    def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
+        outputs = [value for value in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(value, Tensor)]
+        bad = next((value for value in outputs if not value.isfinite().all()), None)
+        if bad is None:
+            return
+        given = [v for v in (*inputs, *named_inputs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        if not all(value.isfinite().all() for value in given):
+            parent, _, child = name.rpartition(".")
+            faults.append(f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}")
+            return
+        largest = max((value.detach().abs().max().item() for value in given), default=float("nan"))
+        weights = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
+        faults.append(
+            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {count(bad)} of shape "
+            f"{tuple(bad.shape)}; its largest input is {largest:.3g}, its largest weight {weights:.3g}"
+        )
+
+    return check
+
+
+def _check_gradient(name: str, faults: list[str]):
+    def check(gradient: Tensor) -> None:
+        if not gradient.isfinite().all():
+            faults.append(
+                f"the gradient of {name} is the first that is not finite: {count(gradient)}; outputs and loss are finite"
+            )
+
+    return check

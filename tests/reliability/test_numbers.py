@@ -1,0 +1,171 @@
+"""Numbers that are not finite (N rows of docs/reliability.md)."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import jobs.training
+from tests.conftest import CONFIGS
+from tests.launch import run_main
+from tests.runs import toy_arguments
+from utils.checkpoint import list_checkpoints
+from utils.config import load_config
+from utils.distributed import World, wrap
+from utils.engine import train_step
+from utils.optim import build_optimizer, build_scaler
+from weights.reader import read_checkpoint
+
+pytestmark = pytest.mark.reliability
+UPDATE = 3  # at which a fault is injected, counted from 0
+
+
+class FaultyLoss(nn.CrossEntropyLoss):
+    """Cross entropy whose value or gradient is NaN at one update."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault, self.calls = fault, 0
+
+    def forward(self, logits, targets):
+        loss = super().forward(logits, targets)
+        self.calls += 1
+        if self.calls == UPDATE + 1:
+            if self.fault == "loss":
+                return loss + math.nan  # the gradient stays finite
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_n1_a_nan_in_one_rank_stops_all_with_the_weights_before_it(fault, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            jobs.training.build_criterion = lambda *_, **__: FaultyLoss(fault)
+
+    options = ["SAVE_STEPS", 1, "DATA.BATCH_SIZE", 4, "KEEP_CHECKPOINTS", 9]
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)
+    assert outcome.exit_codes == [1, 1], outcome.output
+    assert f"at update {UPDATE} (epoch 0" in outcome.output
+    folder = tmp_path / "toy/default"
+    newest, bundle = list_checkpoints(folder)[0], folder / f"replay_{UPDATE:09d}.pth"
+    before, kept = read_checkpoint(newest), read_checkpoint(bundle)
+    assert before["num_updates"] == UPDATE
+    assert all(torch.equal(value, before["model"][name]) for name, value in kept["model"].items())
+    images = kept["replay"]["images"]
+    assert [len(names) for passes in images for names in passes] == [4, 4]
+    assert kept["config"]["SEED"] == 0
+    # The fault was in the test's loss, not in the update: repeated, it is finite.
+    replayed = run_main(["--replay", bundle], tmp_path / "log")
+    assert replayed.exit_codes == [0], replayed.output
+    assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
+
+
+@pytest.mark.parametrize("print_freq", [1, 5])
+def test_n1_the_update_is_named_however_late_it_is_read(print_freq, toy_config, toy_data, tmp_path):
+    """The update after it has been launched by then, and has changed nothing."""
+
+    def prepare(rank: int) -> None:
+        jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "PRINT_FREQ", print_freq)
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [1], outcome.output
+    assert f"at update {UPDATE} (epoch 0" in outcome.output
+    bundle = read_checkpoint(tmp_path / f"toy/default/replay_{UPDATE:09d}.pth")
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path / "undisturbed", "SAVE_STEPS", UPDATE, "KEEP_CHECKPOINTS", 99)
+    assert run_main(arguments, tmp_path / "log").exit_codes == [0]
+    expected = read_checkpoint(tmp_path / f"undisturbed/toy/default/checkpoint_{UPDATE:09d}.pth")["model"]
+    assert all(torch.equal(value, expected[name]) for name, value in bundle["model"].items())
+
+
+def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_data, tmp_path):
+    options = ["TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 1e20, "TRAIN.CLIP_GRAD", 0, "DATA.BATCH_SIZE", 4]
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
+    outcome = run_main(arguments, tmp_path / "log", processes=2)
+    assert outcome.exit_codes == [1, 1], outcome.output
+    bundle = tmp_path / "toy/default/replay_000000001.pth"
+    replayed = run_main(["--replay", bundle], tmp_path / "log")
+    assert replayed.exit_codes == [0], replayed.output
+    assert "layers.0.blocks.0.attn computes the first values that are not finite" in replayed.output
+    first_image = read_checkpoint(bundle)["replay"]["images"][0][0][0]
+    assert f"its images: {first_image}" in replayed.output
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_n1_nothing_changes_from_an_update_on_that_is_not_finite(name):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.OPTIMIZER.NAME", name])
+    world = World(0, 0, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Linear(6, 3)
+    optimizer, scaler, failed = build_optimizer(cfg, model), build_scaler(cfg, world.device), torch.zeros(())
+    wrapped, reports, states = wrap(model, world, num_values=3), [], []
+    for update in range(4):
+        images = torch.randn(8, 6) * (math.inf if update == 2 else 1)
+        batch = [(images, torch.randint(0, 3, (8,)))]
+        options = {"num_batches": 1, "amp_dtype": torch.float32, "max_grad_norm": 1.0, "failed": failed}
+        reports.append(train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, batch, **options))
+        states.append(copy.deepcopy(model.state_dict()))
+    assert [bool(report.isfinite().all()) for report in reports] == [True, True, False, True]
+    assert not torch.equal(states[0]["weight"], states[1]["weight"])
+    for later in states[2:]:
+        assert all(torch.equal(value, states[1][key]) for key, value in later.items())
+
+
+class Linear(nn.Linear):
+    def no_weight_decay(self):
+        return {"bias"}
+
+    def get_classifier(self):
+        return self
+
+
+def overflow_in(first: int, last: int):
+    """Gradients that fp16 cannot represent in some forward passes, counted from 1."""
+
+    class Overflowing(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, logits, targets):
+            Overflowing.calls += 1
+            if first <= Overflowing.calls <= last:
+                logits.register_hook(lambda gradient: gradient * math.inf)
+            return super().forward(logits, targets)
+
+    def prepare(rank: int) -> None:
+        jobs.training.build_criterion = lambda *_, **__: Overflowing()
+
+    return prepare
+
+
+FP16 = ["AMP", True, "AMP_DTYPE", "fp16", "PRINT_FREQ", 1, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
+
+
+def test_n2_fp16_skips_update_schedule_and_ema_together(toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *FP16, "SAVE_STEPS", 1, "KEEP_CHECKPOINTS", 99)
+    outcome = run_main(arguments, tmp_path / "log", prepare=overflow_in(4, 6))
+    assert outcome.exit_codes == [0], outcome.output
+    states = {(state := read_checkpoint(path))["num_updates"]: state for path in list_checkpoints(tmp_path / "toy/default")}
+    before = states[3]
+    for skipped, update in enumerate((4, 5, 6), start=1):
+        after = states[update]
+        assert after["num_skipped"] == skipped
+        for weights in ("model", "state_dict_ema"):
+            assert all(torch.equal(value, before[weights][name]) for name, value in after[weights].items())
+        assert after["scaler"]["scale"] < before["scaler"]["scale"]
+    assert not torch.equal(states[7]["model"]["head.weight"], before["model"]["head.weight"])
+    rates = {number: state["optimizer"]["param_groups"][0]["lr"] for number, state in states.items()}
+    assert rates[7] == rates[4] != rates[3]  # the update that succeeds takes the rate that the first skipped one had
+
+
+def test_n2_twenty_skipped_updates_in_a_row_end_the_run(toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *FP16, "TRAIN.EPOCHS", 3, "DATA.BATCH_SIZE", 4)
+    outcome = run_main(arguments, tmp_path / "log", prepare=overflow_in(3, 99))
+    assert outcome.exit_codes == [1], outcome.output
+    assert "20 updates in a row" in outcome.output
+    assert "the last at update 21 " in outcome.output
+    assert "AMP_DTYPE bf16" in outcome.output

@@ -1,0 +1,153 @@
+"""Signals that stop training (S rows of docs/reliability.md)."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+import jobs.training
+import utils.engine
+from tests.launch import run_main
+from tests.runs import assert_equal, comparable, toy_arguments
+from utils.checkpoint import list_checkpoints
+from weights.reader import read_checkpoint
+
+pytestmark = pytest.mark.reliability
+STOPPED = 75  # exit status that the README documents
+
+
+def call_before(module, name: str, number: int, action) -> None:
+    """Replace a function of a module by one that calls ``action`` before the call of that number, counted from 1."""
+    original, calls = getattr(module, name), []
+
+    def replacement(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        return original(*arguments, **options)
+
+    setattr(module, name, replacement)
+
+
+class Functional:
+    """Stands for ``torch.nn.functional`` in ``utils.engine``, where evaluation takes its loss from it."""
+
+    cross_entropy = staticmethod(utils.engine.F.cross_entropy)
+
+
+def signal_in(phase: str, number: int):
+    """What a process does before ``main``: signal itself in a phase."""
+
+    def send() -> None:
+        os.kill(os.getpid(), number)
+
+    def prepare(rank: int) -> None:
+        if phase == "save" and rank == 0:
+            call_before(utils.engine, "save_checkpoint", 2, send)
+        if phase != "save" and rank == 1:
+            if phase == "start-up":
+                call_before(jobs.training, "build_trainer", 1, send)
+            elif phase == "step":
+                call_before(utils.engine, "train_step", 5, send)
+            else:
+                utils.engine.F = Functional
+                # Each batch takes the loss of the raw weights, then that of the EMA.
+                call_before(Functional, "cross_entropy", 1 if phase == "evaluation" else 2, send)
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("start-up", signal.SIGTERM),
+        ("step", signal.SIGUSR1),
+        ("save", signal.SIGTERM),
+        ("evaluation", signal.SIGINT),
+        ("EMA evaluation", signal.SIGTERM),
+    ],
+)
+def test_s1_a_signal_to_one_rank_stops_all_with_their_state_saved(phase, number, uninterrupted, toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
+    folder = tmp_path / "toy/default"
+    stopped = run_main(arguments, tmp_path / "log", processes=2, prepare=signal_in(phase, number))
+    assert stopped.exit_codes == [STOPPED, STOPPED], stopped.output
+    if phase == "start-up":
+        assert "stopped before the first update" in stopped.output
+        assert not list_checkpoints(folder)
+    else:
+        assert "the same command resumes there" in stopped.output
+        newest = list_checkpoints(folder)[0]
+        assert f"after update {read_checkpoint(newest)['num_updates']}, which is saved" in stopped.output
+    resumed = run_main(arguments, tmp_path / "log", processes=2)
+    assert resumed.exit_codes == [0, 0], resumed.output
+    assert_equal(comparable(folder), comparable(uninterrupted(2)))
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = [(point["kind"], point["step"]) for point in points]
+    assert len(keys) == len(set(keys))
+    assert {key for key in keys if key[0].startswith("eval")} == {
+        (f"eval_{w}", s) for w in ("raw", "ema") for s in (12, 24, 36)
+    }
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGKILL])
+def test_s2_a_second_signal_ends_the_process_at_once_and_leaves_a_valid_checkpoint(second, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        def hang() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), second)
+            time.sleep(60)
+
+        call_before(utils.engine, "save_checkpoint", 3, hang)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2)
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare, timeout=30)
+    assert outcome.exit_codes == [128 + second if second == signal.SIGTERM else -second]
+    checkpoints = list_checkpoints(tmp_path / "toy/default")
+    assert [read_checkpoint(path)["num_updates"] for path in checkpoints] == [4, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_s3_loader_workers_ignore_a_signal_to_their_process_group(number, uninterrupted, toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
+    folder = tmp_path / "toy/default"
+    stopped = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, kill_signal=number)
+    assert stopped.exit_codes == [STOPPED], stopped.output
+    assert "Traceback" not in stopped.output
+    assert stopped.output.count("which is saved") == 1
+    resumed = run_main(arguments, tmp_path / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+
+
+def test_checkpoints_are_saved_by_time_within_an_epoch(toy_config, toy_data, tmp_path):
+    """SAVE_MINUTES of rank 0's clock: all processes save at the same update."""
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_MINUTES", 1e-9, "KEEP_CHECKPOINTS", 99, "TRAIN.EPOCHS", 1)
+    outcome = run_main([*arguments, "DATA.BATCH_SIZE", 4], tmp_path / "log", processes=2)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    saved = {read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")}
+    assert len(saved) > 3
+    assert 12 in saved
+    without = tmp_path / "without"
+    outcome = run_main(
+        [*toy_arguments(toy_config, toy_data, without, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8)], tmp_path / "log"
+    )
+    assert [path.name for path in list_checkpoints(without / "toy/default")] == ["checkpoint_000000012.pth"]
+
+
+def test_a_run_stopped_beyond_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):
+    """TRAIN.EPOCHS is lowered below the position of a stopped run."""
+    folder = tmp_path / "toy/default"
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
+
+    def in_second_epoch() -> bool:
+        return any(int(path.stem.split("_")[1]) > 12 for path in list_checkpoints(folder))
+
+    assert run_main(arguments, tmp_path / "log", kill_when=in_second_epoch).exit_codes == [-9]
+    outcome = run_main([*arguments, "TRAIN.EPOCHS", 1], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    assert state["last_evaluation"] == state["num_updates"] > 12
+    assert "this run is finished" in run_main([*arguments, "TRAIN.EPOCHS", 1], tmp_path / "log").output
