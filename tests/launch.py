@@ -1,5 +1,6 @@
 """Whole runs of ``main.py`` in processes of their own, forked from the test so that nothing is imported again."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -129,7 +130,10 @@ def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
     torch.set_num_threads(1)
     warnings.resetwarnings()
     sys.argv = arguments
-    task()
+    try:
+        task()
+    finally:
+        logging.shutdown()  # as at the exit of an interpreter
 
 
 def _redirect(log: Path) -> None:
@@ -152,4 +156,7 @@ def _child(
     sys.argv = ["main.py", *map(str, arguments)]
     if prepare is not None:
         prepare(rank)
-    main.main()
+    try:
+        main.main()
+    finally:
+        logging.shutdown()  # as at the exit of an interpreter

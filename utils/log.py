@@ -1,17 +1,24 @@
-"""What people see: log lines, a progress bar, metrics as JSON lines, TensorBoard."""
+"""What people see: log lines, a progress bar, metrics as JSON lines, TensorBoard.
 
+Every output is written in the background, see ``utils.background``.
+"""
+
+import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from termcolor import colored
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.background import Sink
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -19,12 +26,55 @@ logger = logging.getLogger(__name__)
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
-class _Console(logging.Handler):
-    """Lines on standard output that leave a progress bar whole."""
+class _Stream:
+    """A console stream without Python's buffer, whose lock a blocked write would hold at exit.
+
+    Characters that the console cannot show are escaped.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> None:
+        data = text.encode(self.encoding, errors="backslashreplace")
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError):  # a stream in memory
+            self._stream.write(data.decode(self.encoding))
+            return
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+class _Handler(logging.Handler):
+    """Formats records and writes them in the background."""
+
+    def __init__(self, sink: Sink, write: Callable[[str], None]):
+        super().__init__()
+        self._sink, self._write = sink, write
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            self._sink(self._write, self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        self._sink.flush()
+
+    def close(self) -> None:
+        self.flush()
+        super().close()
 
 
 class _ColoredFormatter(logging.Formatter):
@@ -48,14 +98,53 @@ def setup_logging(rank: int, output: Path | None = None) -> None:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    console = _Console()
-    console.setFormatter(_ColoredFormatter())
-    root.addHandler(console)
+    if sys.stdout is not None:
+        console = _Handler(_console().sink, _console().write_line)
+        console.setFormatter(_ColoredFormatter())
+        root.addHandler(console)
     if output is not None:
-        file = logging.FileHandler(output / f"log_rank{rank}.txt", delay=rank != 0)
-        file.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        root.addHandler(file)
+        root.addHandler(_log_file(output / f"log_rank{rank}.txt"))
     logging.captureWarnings(True)
+
+
+class _Console:
+    """Lines on standard output and a progress bar on standard error, written by one thread so that they do not mix."""
+
+    def __init__(self) -> None:
+        self.sink = Sink("console")
+        self._bar: tqdm | None = None
+
+    def write_line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        _Stream(sys.stdout).write(text + "\n")
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def open_bar(self, total: int, title: str) -> None:
+        self._bar = tqdm(total=total, desc=title, leave=False, dynamic_ncols=True, file=_Stream(sys.stderr))
+
+    def advance_bar(self, done: int) -> None:
+        self._bar.update(done - self._bar.n)
+
+    def close_bar(self) -> None:
+        self._bar.close()
+        self._bar = None
+
+
+@functools.cache
+def _console() -> _Console:
+    return _Console()
+
+
+def _log_file(path: Path) -> _Handler:
+    def write(text: str) -> None:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+
+    handler = _Handler(Sink(str(path)), write)
+    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler
 
 
 def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: float = 30.0) -> Iterator:
@@ -63,8 +152,8 @@ def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: 
     if not logger.isEnabledFor(logging.INFO):
         yield from items
         return
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=title, leave=False, dynamic_ncols=True)
+    if sys.stderr is not None and sys.stderr.isatty():
+        yield from _with_bar(items, total, title)
         return
     last = time.monotonic()
     for done, item in enumerate(items):
@@ -72,6 +161,17 @@ def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: 
             last = time.monotonic()
             logger.info("%s: %d of %d", title, done, total)
         yield item
+
+
+def _with_bar(items: Iterable, total: int, title: str) -> Iterator:
+    console = _console()
+    console.sink(console.open_bar, total, title)
+    try:
+        for done, item in enumerate(items):
+            console.sink(console.advance_bar, done)
+            yield item
+    finally:
+        console.sink(console.close_bar)
 
 
 class MetricsWriter:
@@ -84,43 +184,58 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path, step: int, *, evaluated: bool = True):
+        self._path, self._folder = output / "metrics.jsonl", output
+        self._write_line, self._write_event = Sink(str(self._path)), Sink(f"{output}: TensorBoard events")
+        self._board = None
+        self._write_line(_cut_after, self._path, step, evaluated)
+        self._write_event(self._open_board, step)
+
+    def _open_board(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-        path = output / "metrics.jsonl"
-        if path.exists():
-            _cut_after(path, step, evaluated=evaluated)
-        self._lines = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(output), purge_step=step + 1)
+        self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
+
+    def _append(self, line: str) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _event(self, method: str, *arguments: object) -> None:
+        if self._board is not None:
+            getattr(self._board, method)(*arguments)
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
         """One point: a JSON line with ``step`` and ``kind``, and a curve ``kind/name`` for every number."""
         # JSON has no infinity and no NaN, which a norm may be in fp16.
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "kind": kind, **record}) + "\n")
+        self._write_line(self._append, json.dumps({"step": step, "kind": kind, **record}))
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._write_event(self._event, "add_scalar", f"{kind}/{name}", value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._board.add_text(name, text, step)
+        self._write_event(self._event, "add_text", name, text, step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """image: (3, H, W) in [0, 1]."""
-        self._board.add_image(name, image, step)
+        self._write_event(self._event, "add_image", name, image, step)
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        self._write_event(self._event, "close")
+        self._write_line.flush()
+        self._write_event.flush()
 
 
-def _cut_after(path: Path, step: int, *, evaluated: bool) -> None:
+def _cut_after(path: Path, step: int, evaluated: bool) -> None:
+    """Remove records of later steps, and those that a kill cut short."""
+    if not path.exists():
+        return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
+            pending = record["step"] == step and not evaluated and record["kind"].startswith("eval")
+            if record["step"] <= step and not pending:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError, AttributeError):  # not a record
             continue
-        pending = record["step"] == step and not evaluated and record["kind"].startswith("eval")
-        if record["step"] <= step and not pending:
-            kept.append(line)
     with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

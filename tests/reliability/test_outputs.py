@@ -1,0 +1,123 @@
+"""Consoles, disks and curves that fail or block (R16 of docs/reliability.md)."""
+
+import errno
+import json
+import os
+import sys
+import time
+
+import pytest
+
+import utils.log
+from tests.launch import run_main
+from tests.runs import assert_equal, comparable, toy_arguments
+
+pytestmark = pytest.mark.reliability
+
+
+def arguments_of(toy_config, toy_data, output) -> list:
+    return toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "PRINT_FREQ", 1)
+
+
+def broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_pipe() -> int:
+    """A pipe that nobody reads; its other end stays open."""
+    _, writer = os.pipe()
+    os.set_blocking(writer, False)
+    os.write(writer, bytes(1 << 20))  # as much as it takes
+    os.set_blocking(writer, True)
+    return writer
+
+
+def redirect(descriptor: int) -> None:
+    os.dup2(descriptor, 1)
+
+
+def close_console() -> None:
+    os.close(1)
+    sys.stdout = None
+
+
+CONSOLES = {
+    "broken pipe": lambda: redirect(broken_pipe()),
+    "blocked pipe": lambda: redirect(full_pipe()),
+    "full disk": lambda: redirect(os.open("/dev/full", os.O_WRONLY)),
+    "closed": close_console,
+    "not UTF-8": lambda: sys.stdout.reconfigure(encoding="ascii"),
+}
+
+
+@pytest.mark.parametrize("console", CONSOLES)
+def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterrupted, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        utils.log._console.cache_clear()
+        CONSOLES[console]()
+
+    output = tmp_path / "Ausgabe \N{LATIN SMALL LETTER U WITH DIAERESIS}"
+    outcome = run_main(arguments_of(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [0], outcome.output
+    folder = output / "toy/default"
+    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+    log = (folder / "log_rank0.txt").read_text()
+    assert "best Acc@1" in log
+    if console in ("broken pipe", "full disk"):
+        assert log.count("console: not written") == 1
+    if console == "not UTF-8":
+        assert "Ausgabe \\xfc" in outcome.output
+
+
+@pytest.mark.parametrize("output", ["log_rank0.txt", "metrics.jsonl", "events"])
+def test_r16_a_full_disk_for_logs_and_curves_ends_no_run(output, uninterrupted, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        """Every write to that output fails with ENOSPC, from the second epoch on."""
+        original_open, original_event = open, utils.log.MetricsWriter._event
+
+        def refuse() -> None:
+            if (tmp_path / "toy/default/checkpoint_000000012.pth").exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def opened(file, *rest, **options):
+            if str(file).endswith(output):
+                refuse()
+            return original_open(file, *rest, **options)
+
+        def event(self, *rest):
+            if output == "events":
+                refuse()
+            return original_event(self, *rest)
+
+        utils.log.open = opened
+        utils.log.MetricsWriter._event = event
+
+    arguments = [*arguments_of(toy_config, toy_data, tmp_path), "KEEP_CHECKPOINTS", 99]
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [0], outcome.output
+    assert outcome.output.count("No space left on device); the run continues without it") == 1
+    assert_equal(comparable(tmp_path / "toy/default"), comparable(uninterrupted(1)))
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", '{"step": "x"}', "{}", '{"step": 3, "ki', "\x00\xff"])
+def test_a_metrics_file_with_other_content_ends_no_run(line, toy_config, toy_data, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(f"{line}\n", encoding="latin-1")
+    outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1)], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"train", "eval_raw", "eval_ema"}
+
+
+def test_a_blocked_output_takes_no_time_of_the_caller(tmp_path):
+    sink = utils.log.Sink("blocked")
+    blocked = time.monotonic()
+    sink(time.sleep, 0.5)
+    for _ in range(20_000):
+        sink(int)
+    assert time.monotonic() - blocked < 0.4
+    sink.flush()
+    assert time.monotonic() - blocked > 0.4
