@@ -1,5 +1,6 @@
 """From a config to batches on the device."""
 
+import itertools
 import logging
 import os
 import signal
@@ -20,6 +21,10 @@ from data.samplers import EvalBatches, TrainBatches
 from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, create_train_transform
 
 logger = logging.getLogger(__name__)
+
+
+class StalledWorkerError(RuntimeError):
+    """A loader worker delivers no batch. The message names it, the images and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,36 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets, keys, faults in self.loader:
+        for images, targets, keys, faults in self._loaded():
             self.count(faults)
             images = self.normalize(images.to(self.device, non_blocking=True))
             if self.erase is not None:
                 images = self.erase(images, keys)
             yield Batch(images, targets.to(self.device, non_blocking=True), keys)
+
+    def _loaded(self) -> Iterator:
+        """Batches of the workers.
+
+        Raises:
+            StalledWorkerError: none within DATA.WORKER_TIMEOUT.
+        """
+        batches = iter(self.loader)
+        for number in itertools.count():
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                keys = next(itertools.islice(self.loader.batch_sampler, number, None))
+                names = [self.loader.dataset.index.name(index) for _, index in keys]
+                worker, source = number % self.loader.num_workers, self.loader.dataset.index.source
+                raise StalledWorkerError(
+                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s. It reads {len(names)} images "
+                    f"in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same command "
+                    "resumes"
+                ) from None
 
     def count(self, faults: list[tuple[int, str]]) -> None:
         """Tell of unreadable images, each once.
@@ -280,6 +309,7 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
         num_workers=num_workers,
         pin_memory=cfg.DATA.PIN_MEMORY and device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
+        timeout=cfg.DATA.WORKER_TIMEOUT if num_workers else 0,
         persistent_workers=num_workers > 0,
     )
 

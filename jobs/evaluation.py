@@ -104,7 +104,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         training=False,
         rank=world.rank,
         world_size=world.size,
-        share=partial(on_main, world),
+        share=partial(on_main, world, patient=True),
         model_classes=checkpoint.class_names,
     )
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)

@@ -12,13 +12,14 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from yacs.config import CfgNode
 
+from data.build import StalledWorkerError
 from data.index import DataError
 from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
 from jobs.training import check_model, rehearse_run, train
 from utils.config import ConfigError
-from utils.distributed import RankZeroError, World, cleanup, setup
+from utils.distributed import LostRankError, RankZeroError, World, cleanup, is_lost_connection, lost_rank_error, setup
 from utils.engine import Stopped, TrainingError
 from utils.log import setup_logging
 from utils.schedule import accumulation_steps
@@ -43,7 +44,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
     try:
         if cfg is not None:
             check_model(cfg)
-        world = setup()
+        world = setup(cfg.COLLECTIVE_TIMEOUT) if cfg is not None else setup()
         if cfg is not None:
             accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
     except ValueError as error:  # logging is not set up yet
@@ -67,14 +68,26 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
         if world.is_main or not isinstance(error, TrainingError):  # every process raises that
             logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
+    except RankZeroError:  # rank 0 reports the reason itself
+        leave(world, USAGE_ERROR)
+    except (LostRankError, StalledWorkerError) as error:
+        logger.error("%s", error)
+        leave(world, FAILED)
     except torch.OutOfMemoryError as error:
         logger.error(
             "%s; lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp",
             str(error).splitlines()[0],
         )
         leave(world, FAILED)
-    except RankZeroError:  # rank 0 reports the reason itself
-        leave(world, USAGE_ERROR)
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            logger.error("%s", lost_rank_error(world, error, "start-up or evaluation"))
+        elif "DataLoader worker" in str(error):
+            reason = str(error).splitlines()[0].strip().rstrip(".")
+            logger.error("%s. Lower DATA.NUM_WORKERS if memory is short; the same command resumes", reason)
+        else:
+            raise
+        leave(world, FAILED)
     except Stopped as stop:
         if world.is_main:
             logger.warning("%s", stop)

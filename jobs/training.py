@@ -16,7 +16,7 @@ from jobs.checkpoints import locate, log_differences
 from models import build_model
 from utils.checkpoint import BEST, load_weights, newest_whole_checkpoint, repair_best
 from utils.config import ConfigError, flatten, to_dict
-from utils.distributed import World, on_main, wrap
+from utils.distributed import World, is_lost_connection, lost_rank_error, on_main, wrap
 from utils.engine import NO_BEST, NUM_REQUESTS, Recipe, Trainer, TrainState
 from utils.log import MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
@@ -104,6 +104,11 @@ def _train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramet
         trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
     try:
         trainer.fit()
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        where = f"{trainer.phase} after update {trainer.state.num_updates}"
+        raise lost_rank_error(world, error, where) from None
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
@@ -138,7 +143,9 @@ def build_trainer(
     cfg: CfgNode, world: World, start: Start, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
     """The trainer of a run, in the state that it starts from."""
-    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world))
+    datasets = build_datasets(
+        cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world, patient=True)
+    )
     check_class_names(saved, datasets, start.checkpoint)
     mixup = build_mixup(cfg)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}

@@ -40,6 +40,7 @@ def _defaults() -> CfgNode:
     cfg.DATA.MEAN = IMAGENET_MEAN  # per channel, of values in [0, 1]
     cfg.DATA.STD = IMAGENET_STD  # likewise
     cfg.DATA.NUM_WORKERS = 8  # loader processes per training process; at most its share of the machine's cores is used
+    cfg.DATA.WORKER_TIMEOUT = 30.0  # seconds after which a loader worker without a batch is an error; 0 to wait for ever
     cfg.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to a GPU
 
     cfg.MODEL = CfgNode()
@@ -140,6 +141,7 @@ def _defaults() -> CfgNode:
     cfg.OUTPUT = "output"  # runs go to <OUTPUT>/<MODEL.NAME>/<TAG>
     cfg.TAG = "default"  # names the run (--tag)
     cfg.SEED = 0  # of weights, order, augmentation, mixing and drop path
+    cfg.COLLECTIVE_TIMEOUT = 600.0  # seconds after which a process that the others wait for is an error
     cfg.PRINT_FREQ = 10  # updates between log lines
     cfg.SAVE_FREQ = 1  # epochs between checkpoints
     cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
@@ -229,6 +231,7 @@ _RANGES = {
             "DATA.MAX_UNREADABLE",
             "SAVE_STEPS",
             "SAVE_MINUTES",
+            "DATA.WORKER_TIMEOUT",
             "TEST.BATCH_SIZE",
             "TRAIN.WARMUP_EPOCHS",
             "TRAIN.COOLDOWN_EPOCHS",
@@ -238,6 +241,7 @@ _RANGES = {
     **dict.fromkeys(("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY"), (0, float("inf"))),
     **dict.fromkeys(("TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS", "AUG.MIXUP", "AUG.CUTMIX"), (0, float("inf"))),
     **dict.fromkeys(("AUG.HFLIP", "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "EMA.DECAY"), (0, 1)),
+    "COLLECTIVE_TIMEOUT": (1, 86400),
     "TRAIN.LAYER_DECAY": (1e-6, 1),
     "TRAIN.HEAD_LR_SCALE": (0, float("inf")),
     **dict.fromkeys(("DATA.GLOBAL_BATCH_SIZE", "TRAIN.RECIPE_BATCH_SIZE"), (0, float("inf"))),

@@ -2,9 +2,10 @@
 
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,29 +15,49 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
-LONGEST_WAIT = timedelta(hours=1)  # for another process: rank 0 may have a million files on a slow disk to list
+COLLECTIVE_TIMEOUT = 600.0  # seconds
+LONGEST_WAIT = timedelta(hours=1)  # for rank 0 while it lists a data set: that may be a million files on a slow disk
+SECONDS_FOR_ROLL_CALL = 5.0
 
 
 class RankZeroError(RuntimeError):
-    """Rank 0 could not do what all wait for; it says why itself."""
+    """Rank 0 failed at a task that all processes wait for; it reports the reason itself."""
+
+
+class LostRankError(RuntimeError):
+    """A process no longer takes part in collectives. The message names its rank, the phase and the last update."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` of them, ``device`` being its own."""
+    """This process among ``size`` of them, ``device`` being its own.
+
+    Args:
+        store: key-value store of all processes; None for one process.
+        patient: process group with a long timeout, see ``on_main``; None for one process.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    patient: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def setup() -> World:
-    """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere."""
+def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
+    """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere.
+
+    Args:
+        timeout_seconds: after which a collective that a process does not join is an error.
+
+    Raises:
+        ValueError: fewer GPUs than processes.
+    """
     launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if not launched:
@@ -50,10 +71,20 @@ def setup() -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if launched:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=LONGEST_WAIT)
-    return World(rank, local_rank, size, device)
+    if not launched:
+        return World(rank, local_rank, size, device)
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=LONGEST_WAIT))
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("collectives", store),
+        rank=rank,
+        world_size=size,
+        device_id=device if on_gpu else None,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return World(rank, local_rank, size, device, store, patient)
 
 
 def cleanup() -> None:
@@ -133,8 +164,11 @@ def gather_on_main(world: World, value: Result) -> list[Result] | None:
     return values
 
 
-def on_main(world: World, task: Callable[[], Result]) -> Result:
-    """What rank 0 gets from ``task``, in every process; where it fails, all fail.
+def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) -> Result:
+    """The result of ``task`` on rank 0, in every process; if it fails, all fail.
+
+    Args:
+        patient: let the other processes wait for ``LONGEST_WAIT`` instead of the timeout of collectives.
 
     Raises:
         RankZeroError: in the other processes, with rank 0's message; rank 0 raises its own error.
@@ -147,9 +181,45 @@ def on_main(world: World, task: Callable[[], Result]) -> Result:
         except Exception as caught:
             error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=world.patient if patient else None)
     if error is not None:
         raise error
     if outcome[1] is not None:
         raise RankZeroError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed, rather than the computation."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:
+    """The error to report after a collective failed.
+
+    The processes whose collective failed call this and enter their ranks in the store; those that are missing are lost.
+
+    Args:
+        where: phase and last update of this process.
+    """
+    missing = _call_roll(world)
+    what = f"rank {', '.join(map(str, missing))} is lost" if missing else "the connection between the processes is lost"
+    reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
+    return LostRankError(
+        f"{what}: it ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). The reason is in its own "
+        "output above, if it ended by itself. The same command resumes from the newest checkpoint"
+    )
+
+
+def _call_roll(world: World) -> list[int]:
+    """Ranks that do not answer within ``SECONDS_FOR_ROLL_CALL``."""
+    missing = set(range(world.size))
+    deadline = time.monotonic() + SECONDS_FOR_ROLL_CALL
+    try:
+        world.store.set(f"alive/{world.rank}", "")
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
+            time.sleep(0.05)
+    except (dist.DistError, RuntimeError):  # rank 0 has the store, unless torchrun has it
+        return [0]
+    return sorted(missing)

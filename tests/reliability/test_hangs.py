@@ -1,0 +1,85 @@
+"""Processes and loader workers that die or hang (S4 and D8 of docs/reliability.md)."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+import utils.engine
+from data.datasets import ImageDataset
+from tests.launch import run_main
+from tests.reliability.test_signals import call_before
+from tests.runs import toy_arguments
+
+pytestmark = pytest.mark.reliability
+
+
+def fail() -> None:
+    raise ValueError("injected")
+
+
+RANK_FAULTS = {
+    "raises": fail,
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hangs": lambda: time.sleep(60),
+}
+
+
+@pytest.mark.parametrize("fault", RANK_FAULTS)
+@pytest.mark.parametrize("function", ["train_step", "evaluate"])
+def test_s4_a_lost_rank_ends_the_others_with_its_name(fault, function, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            call_before(utils.engine, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
+            if fault == "hangs":  # the test ends it
+                signal.alarm(14)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 3)
+    started = time.monotonic()
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
+    assert outcome.exit_codes[0] == 1, outcome.output
+    assert time.monotonic() - started < 45
+    phase = "training after update 4" if function == "train_step" else "evaluation after update 12"
+    report = next(line for line in outcome.output.splitlines() if "rank 1 is lost" in line)
+    assert re.search(rf"did not take part in {phase}", report)
+    seconds = report_time(report) - report_time(outcome.output.splitlines()[0])
+    assert seconds <= 3 + 10
+
+
+def report_time(line: str) -> float:
+    return time.mktime(time.strptime(re.search(r"\[(.{19})\]", line).group(1), "%Y-%m-%d %H:%M:%S"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("killed", r"DataLoader worker \(pid.*\d+\)"),
+        ("stalled", r"loader worker 1 has delivered no batch for 2 s\. It reads 8 images in .*, class"),
+    ],
+)
+def test_d8_a_lost_loader_worker_is_named(fault, message, toy_config, toy_data, tmp_path):
+    process = os.getpid()
+
+    def prepare(rank: int) -> None:
+        original, parent = ImageDataset.__getitem__, os.getpid()
+
+        def read(self, key):
+            from torch.utils.data import get_worker_info
+
+            if get_worker_info() and get_worker_info().id == 1:
+                assert os.getpid() not in (parent, process)
+                os.kill(os.getpid(), signal.SIGKILL) if fault == "killed" else time.sleep(60)
+            return original(self, key)
+
+        ImageDataset.__getitem__ = read
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.NUM_WORKERS", 2, "DATA.WORKER_TIMEOUT", 2)
+    started = time.monotonic()
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [1], outcome.output
+    assert re.search(message, outcome.output.splitlines()[-1])
+    assert "the same command resumes" in outcome.output.lower()
+    assert "Traceback" not in outcome.output
+    assert time.monotonic() - started < 30
