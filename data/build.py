@@ -89,8 +89,8 @@ class DeviceLoader:
                 names = [self.loader.dataset.index.name(index) for _, index in keys]
                 worker, source = number % self.loader.num_workers, self.loader.dataset.index.source
                 raise StalledWorkerError(
-                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s. It reads {len(names)} images "
-                    f"in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same command "
+                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s. It reads {len(names)} "
+                    f"images in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same command "
                     "resumes"
                 ) from None
 
