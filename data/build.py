@@ -90,8 +90,8 @@ class DeviceLoader:
                 worker, source = number % self.loader.num_workers, self.loader.dataset.index.source
                 raise StalledWorkerError(
                     f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s. It reads {len(names)} "
-                    f"images in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same command "
-                    "resumes"
+                    f"images in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same "
+                    "command resumes"
                 ) from None
 
     def count(self, faults: list[tuple[int, str]]) -> None:
