@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
-from data.datasets import ImageDataset, Key, Sample
+from data.datasets import ImageDataset, Key, Sample, kept_generators
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
-from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, create_train_transform
+from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ def build_datasets(
 def build_index(cfg: CfgNode, split: str) -> Index:
     """Folders, or the reference's archives with --zip, or tar shards where they lie instead of the split's folder."""
     root = Path(cfg.DATA.DATA_PATH)
-    cache = Path(cfg.DATA.INDEX_CACHE).expanduser() if cfg.DATA.INDEX_CACHE else None
+    # Without a home directory, ~ stays as it is: there is no cache then.
+    cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
     if not (root / split).is_dir() and list_shards(root, split):
@@ -219,8 +221,10 @@ def build_train_transform(cfg: CfgNode) -> Transform:
     Raises:
         DataError: a policy that timm does not know.
     """
+    policy = cfg.AUG.AUTO_AUGMENT
     try:
-        return create_train_transform(
+        check_policy(policy)
+        transform = create_train_transform(
             as_pair(cfg.DATA.IMG_SIZE),
             interpolation=cfg.DATA.INTERPOLATION,
             mean=cfg.DATA.MEAN,
@@ -228,13 +232,15 @@ def build_train_transform(cfg: CfgNode) -> Transform:
             ratio=cfg.AUG.RATIO,
             hflip=cfg.AUG.HFLIP,
             color_jitter=cfg.AUG.COLOR_JITTER,
-            auto_augment=cfg.AUG.AUTO_AUGMENT,
+            auto_augment=policy,
         )
+        with kept_generators():
+            transform(Image.new("RGB", (64, 64)))
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
-            f"AUG.AUTO_AUGMENT={cfg.AUG.AUTO_AUGMENT!r}: is no policy of timm ({error}); use one like "
-            "rand-m9-mstd0.5-inc1, or none"
+            f"AUG.AUTO_AUGMENT={policy!r}: is no policy of timm ({error}); use one like rand-m9-mstd0.5-inc1, or none"
         ) from None
+    return transform
 
 
 def build_train_loader(
@@ -274,12 +280,13 @@ def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_s
     return DeviceLoader(loader, Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device), device)
 
 
-def build_mixup(cfg: CfgNode) -> StepMixup | None:
+def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
     """None where batches are not mixed, so that targets stay class ids."""
     if not (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None):
         return None
     return StepMixup(
         seed=cfg.SEED,
+        rank=rank,
         mixup_alpha=cfg.AUG.MIXUP,
         cutmix_alpha=cfg.AUG.CUTMIX,
         cutmix_minmax=cfg.AUG.CUTMIX_MINMAX,

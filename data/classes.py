@@ -125,7 +125,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
 
 def _read_ids(path: Path) -> dict[str, int]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); name a file, or imagenet") from None
     ids = {}
@@ -135,7 +135,8 @@ def _read_ids(path: Path) -> dict[str, int]:
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
         if not name or not (label.isascii() and label.isdecimal()):
             raise DataError(f"{path}:{number}: {line!r} is not a folder's name, white space and a class id")
-        ids[name.strip()] = int(label)
+        if ids.setdefault(name.strip(), int(label)) != int(label):
+            raise DataError(f"{path}:{number}: gives {name.strip()} another class id than an earlier line; remove one of them")
     return ids
 
 

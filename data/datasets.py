@@ -3,10 +3,10 @@
 import io
 import os
 import random
-import struct
+import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +14,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from data.index import LARGEST_FILE, LARGEST_RATIO, DataError, Index
 
-# What reading and decoding raise on damaged files, by their kind.
-_UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, TypeError, EOFError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
+# Pillow chooses a decoder by content: those of the accepted extensions, and GIF, which is often named like one of them.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MOST_OPEN_ARCHIVES = 128
 MOST_REPLACEMENTS = 100  # tries to find a readable image in another's place
 SEED_OF_REPLACEMENT = 4  # apart from the seeds of the image's own draws
@@ -47,10 +44,10 @@ class ImageDataset(Dataset):
 
     Args:
         transform: PIL image to (3, H, W) uint8.
-        seed: of the run.
+        seed: of the run; None for a transform without draws.
         unreadable: what becomes of an image that cannot be read: ``error``, ``skip``, or ``replace`` by another one, drawn
             from (seed, epoch, index).
-        in_memory: indices whose bytes to keep.
+        in_memory: indices of an archive's images whose bytes to keep.
     """
 
     def __init__(
@@ -58,14 +55,23 @@ class ImageDataset(Dataset):
         index: Index,
         transform: Callable[[Image.Image], Tensor],
         *,
-        seed: int = 0,
+        seed: int | None = None,
         unreadable: str = "error",
-        in_memory: Iterable[int] = (),
+        in_memory: range = range(0),
     ):
-        self.index, self.transform, self.seed, self.unreadable = index, transform, seed, unreadable
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self.unreadable = unreadable
         self._archives: dict[int, int] = {}
-        self._in_memory: dict[int, bytes] = {}
-        self._in_memory = {position: self.read(position) for position in in_memory}
+        self._in_memory = in_memory
+        # One array: workers share its memory, since nothing counts references to its parts.
+        sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._memory = np.empty(self._starts[-1], dtype=np.uint8)
+        for slot, position in enumerate(in_memory):
+            data = self._read_archive(position)  # short where the archive is: the checksum tells when it is used
+            self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_archives": {}}  # open files do not travel to workers that are spawned
@@ -79,14 +85,15 @@ class ImageDataset(Dataset):
         Raises:
             OSError, ValueError, zlib.error: they cannot be read, or are damaged.
         """
-        if position in self._in_memory:
-            return self._in_memory[position]
         index = self.index
         if not index.archives:
-            return (index.source / index.name(position)).read_bytes()
+            return read_file(index.source / index.name(position))
         size = int(index.sizes[position])
-        # Reads at a position move nothing that workers share.
-        data = os.pread(self._open(int(index.archive[position])), size, int(index.offsets[position]))
+        if position in self._in_memory:
+            start = self._starts[self._in_memory.index(position)]
+            data = self._memory[start : start + size].tobytes()
+        else:
+            data = self._read_archive(position)
         if len(data) < size:
             raise ValueError("the archive ends before it")
         if index.deflated[position]:
@@ -98,8 +105,13 @@ class ImageDataset(Dataset):
             raise ValueError("it fails its checksum in the archive")
         return data
 
+    def _read_archive(self, position: int) -> bytes:
+        """The bytes as they are stored. Reads at an offset, which move no file position that workers share."""
+        archive, size, offset = (int(values[position]) for values in (self.index.archive, self.index.sizes, self.index.offsets))
+        return os.pread(self._open(archive), size, offset)
+
     def _open(self, archive: int) -> int:
-        """File descriptor of an archive; the one opened first is closed where there are many."""
+        """File descriptor of an archive; the one opened first is closed when there are too many."""
         if archive not in self._archives:
             if len(self._archives) >= MOST_OPEN_ARCHIVES:
                 os.close(self._archives.pop(next(iter(self._archives))))
@@ -114,7 +126,7 @@ class ImageDataset(Dataset):
         """
         try:
             return decode_image(self.read(position))
-        except _UNREADABLE as error:
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             place = f"{self.index.source}/{self.index.name(position)}"
             raise DataError(f"{place}: is no readable image ({_reason(error)}); repair or remove it") from error
 
@@ -131,21 +143,48 @@ class ImageDataset(Dataset):
                     return Sample(None, -1, key, faults)
                 if self.unreadable == "error" or len(faults) > MOST_REPLACEMENTS:
                     raise
-                position = draw_seed(self.seed, *key, SEED_OF_REPLACEMENT, len(faults)) % len(self)
-        with kept_generators():
+                position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(faults)) % len(self)
+        return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), faults)
+
+    def _augment(self, image: Image.Image, key: Key) -> Tensor:
+        if self.seed is None:
+            return self.transform(image)
+        # In a worker nothing else draws, so that there is no state to restore.
+        with kept_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
-            return Sample(self.transform(image), int(self.index.labels[position]), (epoch, position), faults)
+            return self.transform(image)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file of at most ``LARGEST_FILE`` bytes.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is another kind of file, which may block or never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > LARGEST_FILE:
+            raise ValueError(f"{status.st_size} bytes, more than an image has")
+        return file.read()
 
 
 def decode_image(data: bytes) -> Image.Image:
     """The image in a file's bytes, as RGB.
 
     Raises:
-        one of ``_UNREADABLE``: it is damaged or no image.
+        Exception: of any kind that Pillow raises; it is damaged or no image.
     """
-    with Image.open(io.BytesIO(data)) as file:
-        if file.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-            return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        if file.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+        if file.mode == "I" or file.mode.startswith("I;16"):  # 16 bits: Pillow would clip values above 255
+            pixels = np.asarray(file)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("its pixels have 32 bits; convert it to 8 bits")
+            return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
         if "transparency" in file.info:  # a palette's, which Pillow wants to see named
             return file.convert("RGBA").convert("RGB")
         return file.convert("RGB")
@@ -171,8 +210,8 @@ class FileDataset(Dataset):
 
     def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
         try:
-            return position, self.transform(decode_image(self.paths[position].read_bytes())), ""
-        except _UNREADABLE as error:
+            return position, self.transform(decode_image(read_file(self.paths[position]))), ""
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             return position, None, _reason(error)
 
 

@@ -5,6 +5,7 @@ tar shards in webdataset's naming (``<split>-*.tar``, an image ``<key>.jpg`` and
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ LARGEST_FILE = 2**28  # bytes of one compressed image
 LARGEST_RATIO = 1000  # of an archive's entry: what it unpacks to over what it takes
 SMALLEST_CACHED = 10_000  # images; fewer are found faster than a cache is read
 SECONDS_BETWEEN_LINES = 30
+CACHE_FORMAT = 2  # of kept indices
 _LOCAL_HEADER = 30  # bytes, and behind them the name and the extra field
 
 
@@ -80,18 +82,19 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
         cache: folder that keeps the index of a large split for the next start; None for none.
 
     Raises:
-        DataError: no such folder, no class folders, or a class without images.
+        DataError: no such folder, no class folders, a class without images, or a folder that cannot be listed.
     """
     root = Path(root)
     classes = _list_classes(root)
 
     def scan() -> tuple[Index, list[Path]]:
-        names, labels, folders = [], [], [root]
+        names, labels, folders, others = [], [], [root], []
         for label, name in enumerate(_telling(classes, root, names)):
-            found, below = _list_images(root / name)
-            folders += below
+            found = _list_images(root / name, folders, others)
             names += [f"{name}/{image}" for image in found]
             labels += [label] * len(found)
+        if others:
+            logger.info("%s: ignored %d files that are no images, %s for one", root, len(others), others[0])
         return _create(root, classes, names, labels), folders
 
     return _cached(scan, root, [], cache)
@@ -112,7 +115,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         classes = _class_names(root, labels, listing)
         try:
             with zipfile.ZipFile(archive) as opened, open(archive, "rb") as file:
-                entries = {entry.filename: entry for entry in opened.infolist()}
+                entries = {name: entry for entry in opened.infolist() for name in _entry_names(entry)}
                 if lacking := next((name for name in names if name not in entries), None):
                     raise DataError(f"{archive}: lacks {lacking}, which {listing.name} lists; pack it again")
                 chosen = [entries[name] for name in names]
@@ -167,6 +170,41 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 def list_shards(root: Path, split: str) -> list[Path]:
     """Tar shards of a split, in the order of their names."""
     return sorted(root.glob(f"{split}-*.tar"))
+
+
+def describe_index(index: Index) -> dict:
+    """What identifies a split, as plain data for a checkpoint: per class the number of its images and a digest.
+
+    The digest covers names, and in archives also sizes and checksums. See ``compare_descriptions``.
+    """
+    text, digests, counts = index.text.tobytes(), {}, {}
+    start = 0
+    for position, (label, end) in enumerate(zip(index.labels.tolist(), index.ends.tolist(), strict=True)):
+        digest = digests.setdefault(label, hashlib.sha256())
+        digest.update(text[start:end] + b"\0")
+        counts[label] = counts.get(label, 0) + 1
+        start = end
+        if index.archives:
+            checksum = index.checksums[position] if len(index.checksums) else 0
+            digest.update(f"{index.sizes[position]} {checksum}\0".encode())
+    classes = [[name, counts[label], digests[label].hexdigest()[:16]] for label, name in enumerate(index.classes)]
+    return {"num_images": len(index), "classes": classes}
+
+
+def compare_descriptions(before: dict, now: dict) -> str:
+    """The first difference between two descriptions of a split, in words; "" if there is none."""
+    first, second = ({name: (count, digest) for name, count, digest in about["classes"]} for about in (before, now))
+    if gone := [name for name in first if name not in second]:
+        new = [name for name in second if name not in first]
+        return f"class {gone[0]} is missing" + (f", class {new[0]} is new" if new else "")
+    if new := [name for name in second if name not in first]:
+        return f"class {new[0]} is new"
+    for name, (count, digest) in second.items():
+        if count != first[name][0]:
+            return f"class {name} had {first[name][0]} images, now it has {count}"
+        if digest != first[name][1]:
+            return f"class {name} has other images, as many as before"
+    return "" if list(first) == list(second) else "the classes have another order"
 
 
 def _create(
@@ -225,7 +263,7 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
     if kept is None or len(index) < SMALLEST_CACHED:
         return index
     stamps = _stamps(paths)
-    if max(stamps.values()) >= started - 2 * 10**9:  # a change within a clock's tick could go unseen
+    if max(changed for _, changed, *_ in stamps.values()) >= started - 2 * 10**9:  # a change within a tick could go unseen
         return index
     try:
         _write_cache(kept, index, stamps)
@@ -237,10 +275,10 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
 _ARRAYS = ("labels", "text", "ends", "archive", "offsets", "sizes", "deflated", "checksums")
 
 
-def _write_cache(path: Path, index: Index, stamps: dict[str, int]) -> None:
+def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     archives = [str(Path(archive).absolute()) for archive in index.archives]
-    header = json.dumps({"classes": index.classes, "archives": archives, "stamps": stamps})
+    header = json.dumps({"format": CACHE_FORMAT, "classes": index.classes, "archives": archives, "stamps": stamps})
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -253,6 +291,8 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, int]) -> None:
 def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
         header = json.loads(str(kept["header"]))
+        if header.get("format") != CACHE_FORMAT:
+            raise ValueError("it was written by another version")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
             raise ValueError("the data have changed")
         if [str(archive.absolute()) for archive in archives] != header["archives"]:
@@ -268,16 +308,25 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
     return index
 
 
-def _stamps(paths: Iterable[Path]) -> dict[str, int]:
-    """Time of the last change, in nanoseconds, 0 for what is not there: a folder's changes with what it lists."""
-    return {str(path.absolute()): path.stat().st_mtime_ns if path.exists() else 0 for path in paths}
+def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size, times of the last change of content and of status in nanoseconds, and inode, of each path; zeros where it is not.
+
+    A folder's times change with what it lists.
+    """
+
+    def stamp(path: Path) -> list[int]:
+        if not path.exists():
+            return [0, 0, 0, 0]
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+    return {str(path.absolute()): stamp(path) for path in paths}
 
 
 def _list_classes(root: Path) -> list[str]:
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/")
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/{_archive_hint(root)}")
+    classes = sorted(entry.name for entry in _list_folder(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise DataError(
             f"{root}: has no class folders; put every image into a folder named after its class, {root.name}/<class>/"
@@ -285,20 +334,60 @@ def _list_classes(root: Path) -> list[str]:
     return classes
 
 
-def _list_images(folder: Path) -> tuple[list[str], list[Path]]:
-    """Names of the images below a class folder, and the folders that list them."""
-    names, folders = [], []
-    for parent, _, files in os.walk(folder, followlinks=True):
-        folders.append(Path(parent))
-        below = os.path.relpath(parent, folder)
-        names += [
-            os.path.normpath(os.path.join(below, name))
-            for name in files
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+def _archive_hint(split: Path) -> str:
+    """What to do with archives that lie where the folder of a split is missing, but have other names."""
+    found = sorted(
+        path for pattern in ("*.tar*", "*.tgz", "*.zip", f"{split.name}/*.tar*") for path in split.parent.glob(pattern)
+    )
+    if not found:
+        return ""
+    return (
+        f". There is {found[0].name}: tar shards are read as {split.name}-*.tar, not compressed, and zip archives as "
+        f"{split.name}.zip with --zip"
+    )
+
+
+def _list_folder(folder: Path) -> list[os.DirEntry]:
+    """
+    Raises:
+        DataError: the folder cannot be listed completely.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions and its disk") from None
+
+
+def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[str]:
+    """Names of the images below a class folder, relative to it; hidden files and folders are skipped.
+
+    Args:
+        folders: the folders that list them are added here.
+        others: paths of files of other kinds are added here.
+    """
+    names = []
+
+    def walk(parent: Path, prefix: str, ancestors: frozenset) -> None:
+        status = os.stat(parent)
+        identity = status.st_dev, status.st_ino
+        if identity in ancestors:  # a link to a folder that contains it
+            return
+        folders.append(parent)
+        for entry in _list_folder(parent):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(parent / entry.name, f"{prefix}{entry.name}/", ancestors | {identity})
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                names.append(prefix + entry.name)
+            else:
+                others.append(str(parent / entry.name))
+
+    walk(folder, "", frozenset())
     if not names:
         raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
-    return sorted(names), folders
+    return sorted(names)
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
@@ -308,8 +397,9 @@ def _read_map(path: Path) -> tuple[list[str], list[int]]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
-        name, tab, label = line.rpartition("\t")
-        if not tab or not (label.isascii() and label.isdecimal()):
+        name, *columns = line.strip().split("\t")  # further columns are ignored, as in the reference
+        label = columns[0].strip() if columns else ""
+        if not (label.isascii() and label.isdecimal()):
             raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
         names.append(name)
         labels.append(int(label))
@@ -320,6 +410,10 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     """Names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
         raise DataError(f"{source}: has no images; pack them again")
+    present = set(labels)
+    missing = next(class_id for class_id in itertools.count() if class_id not in present)
+    if missing < max(present):  # found before lists of that length are built
+        raise DataError(f"{source}: has no image of class {missing}; class ids go from 0 without gaps")
     listing = root / CLASS_NAMES
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
@@ -337,6 +431,16 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
 def _check_name(archive: Path, name: str) -> None:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
         raise DataError(f"{archive}: {name!r} leads out of the archive; pack it again without such names")
+
+
+def _entry_names(entry: zipfile.ZipInfo) -> list[str]:
+    """Names that a map may give an entry: some writers leave out the flag that marks UTF-8."""
+    if entry.flag_bits & 0x800:
+        return [entry.filename]
+    try:
+        return [entry.filename, entry.filename.encode("cp437").decode("utf-8")]
+    except UnicodeError:
+        return [entry.filename]
 
 
 def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
@@ -363,19 +467,25 @@ def _data_offset(file, header_offset: int) -> int:
 
 
 def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Name, class id, offset and size of every image of a tar file."""
+    """Name, class id, offset and size of every image of a tar file.
+
+    Raises:
+        DataError: the file is damaged, cut or compressed, or an entry is not a plain image or class id.
+    """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members = []  # it would keep a million of them
-                if entry.isdir():
+                end = entry.offset_data + (-(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if entry.isreg() else 0)
+                folder, _, base = entry.name.rpartition("/")
+                if entry.isdir() or base.startswith("._"):  # macOS puts ._NAME beside NAME
                     continue
                 _check_name(shard, entry.name)
                 if not entry.isreg():
                     raise DataError(f"{shard}: {entry.name} is a link or no plain file; pack the image itself")
-                folder, _, base = entry.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}"
                 if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
@@ -392,11 +502,44 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                     if not text.isdigit():  # bytes: 0 to 9 alone
                         raise DataError(f"{shard}: {entry.name} holds {text!r}, not a class id")
                     labels[key] = int(text)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard}: cannot be read ({error}); shards are plain tar files, not compressed") from None
+        _check_end(shard, end)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{shard}: cannot be read ({error}), after byte {end}; shards are plain tar files, not compressed"
+        ) from None
     if not images:
         raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
+    if alone := next((key for key in labels if key not in images), None):
+        raise DataError(
+            f"{shard}: {alone.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}) beside it; pack it again with one"
+        )
     for key, (name, offset, size) in images.items():
         if key not in labels:
             raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls beside it")
         yield name, labels[key], offset, size
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """Check that only zeros follow the last entry of a tar file, at least two blocks of them; ``tarfile`` stops in silence.
+
+    Raises:
+        DataError: with the byte.
+    """
+    size = shard.stat().st_size
+    if size < end + 2 * tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{shard}: is cut: it ends at byte {size}, without the two blocks of zeros that end a tar file; pack or download "
+            "it again"
+        )
+    with open(shard, "rb") as file:
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.count(0) < len(block):
+                first = end + next(position for position, value in enumerate(block) if value)
+                raise DataError(
+                    f"{shard}: is damaged, or several archives in one file: there are data at byte {first}, after its end; "
+                    "pack or download it again"
+                )
+            end += len(block)

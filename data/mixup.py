@@ -1,4 +1,4 @@
-"""Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), drawn from (seed, step)."""
+"""Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), drawn from (seed, step, rank)."""
 
 import torch
 from timm.data import Mixup
@@ -10,15 +10,16 @@ SEED_OF_MIXUP = 2  # apart from the seeds of images
 
 
 class StepMixup:
-    """timm's Mixup with the draws of one forward pass a function of (seed, step), the same in every process.
+    """timm's Mixup with the draws of one forward pass a function of (seed, step, rank): each process draws its own.
 
     Args:
         seed: of the run.
+        rank: of this process.
         options: of ``timm.data.Mixup``.
     """
 
-    def __init__(self, *, seed: int, **options):
-        self.seed, self.mixup = seed, Mixup(**options)
+    def __init__(self, *, seed: int, rank: int = 0, **options):
+        self.seed, self.rank, self.mixup = seed, rank, Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mix a batch with itself, in place where B is even; else the first image takes part twice.
@@ -35,6 +36,6 @@ class StepMixup:
         if count % 2:  # timm mixes the first with the last, the second with the last but one ...
             images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
         with kept_generators():
-            seed_generators(draw_seed(self.seed, step, 0, SEED_OF_MIXUP))
+            seed_generators(draw_seed(self.seed, step, self.rank, SEED_OF_MIXUP))
             images, targets = self.mixup(images, targets)
         return images[:count], targets[:count]

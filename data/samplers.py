@@ -22,8 +22,8 @@ class TrainBatches(Sampler[list[Key]]):
     processes divide those among themselves. So the images of an update do not depend on how many processes there are.
 
     With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes so often in a row, every time
-    drawn anew, and an epoch, as long as before, sees that much fewer images; the copies of an update are set apart, so
-    that mixup does not mix an image with itself.
+    drawn anew, and an epoch, as long as before, sees that much fewer images; the copies of an image are set apart, so
+    that mixup, which mixes the first image of a batch with the last one, never mixes an image with itself.
 
     Args:
         num_samples: size of the dataset.
@@ -60,16 +60,39 @@ class TrainBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = epoch_order(self.num_samples, self.seed, self.epoch)
-        positions = torch.arange(self.updates_per_epoch * self.global_batch_size).view(-1, self.global_batch_size)
-        apart = (positions % self.repeats).argsort(dim=1, stable=True)
-        positions = positions.gather(1, apart).flatten()
-        indices = order[positions // self.repeats].tolist()
-        rounds = (self.epoch * self.repeats + positions % self.repeats).tolist()  # what an image's draws are seeded from
-        first_pass = self.first_update * self.accumulation
-        for forward_pass in range(first_pass, self.updates_per_epoch * self.accumulation):
-            start = (forward_pass * self.world_size + self.rank) * self.batch_size
-            batch = slice(start, start + self.batch_size)
-            yield list(zip(rounds[batch], indices[batch], strict=True))
+        for update in range(self.first_update, self.updates_per_epoch):
+            positions = update * self.global_batch_size + torch.arange(self.global_batch_size)
+            positions = positions[(positions % self.repeats).argsort(stable=True)]
+            for forward_pass in range(self.accumulation):
+                start = (forward_pass * self.world_size + self.rank) * self.batch_size
+                mine = positions[start : start + self.batch_size]
+                indices = order[mine // self.repeats].tolist()
+                rounds = (self.epoch * self.repeats + mine % self.repeats).tolist()  # what an image's draws are seeded from
+                batch = list(zip(rounds, indices, strict=True))
+                yield batch if self.repeats == 1 else separate_copies(batch)
+
+
+def separate_copies(batch: list[Key]) -> list[Key]:
+    """The batch with copies moved, so that no image is as far from the start as a copy of it is from the end.
+
+    Where that is impossible, in batches of one or two images, the batch stays as it is.
+    """
+    batch, count = list(batch), len(batch)
+
+    def collides(position: int) -> bool:
+        return position != count - 1 - position and batch[position][1] == batch[count - 1 - position][1]
+
+    for first in range(count // 2):
+        if not collides(first):
+            continue
+        for other in range(count):
+            if other in (first, count - 1 - first):
+                continue
+            batch[first], batch[other] = batch[other], batch[first]
+            if not collides(first) and not collides(other):
+                break
+            batch[first], batch[other] = batch[other], batch[first]
+    return batch
 
 
 class EvalBatches(Sampler[list[Key]]):

@@ -1,6 +1,7 @@
 """From a decoded image to a uint8 tensor in the loader, and from there to the normalised input of the model."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,21 @@ def create_train_transform(
         transforms.RandomCrop(size, padding=4),
     ]
     return transforms.Compose([*crop, *augment.transforms[1:]])
+
+
+_POLICY = re.compile(
+    r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*|augmix(-(m|mstd|w|d|a|b)\d[\d.]*)*|(original|originalr|v0|v0r|3a)(-mstd\d[\d.]*)*"
+)
+
+
+def check_policy(policy: str) -> None:
+    """Check a policy of timm section by section; timm itself asserts, which ``python -O`` removes.
+
+    Raises:
+        ValueError: an unknown section.
+    """
+    if policy not in ("", "none", "None") and not _POLICY.fullmatch(policy):
+        raise ValueError("unknown section")
 
 
 def _deterministic(interpolation: str) -> str:

@@ -59,7 +59,7 @@ def read_update(
     accumulation = accumulation_steps(cfg, world_size)
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
-    mixup = build_mixup(cfg)
+    mixup = build_mixup(cfg, rank=rank)
     for index, batch in enumerate(islice(loader, accumulation)):
         yield prepare_batch(batch, mixup, seed=cfg.SEED, forward_pass=update * accumulation + index, rank=rank)
 

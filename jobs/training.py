@@ -147,7 +147,7 @@ def build_trainer(
         cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world, patient=True)
     )
     check_class_names(saved, datasets, start.checkpoint)
-    mixup = build_mixup(cfg)
+    mixup = build_mixup(cfg, rank=world.rank)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)

@@ -1,0 +1,389 @@
+"""Damaged, hostile and changed data (D and X rows of docs/reliability.md)."""
+
+import errno
+import io
+import itertools
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.index
+from data.build import build_datasets, build_mixup, build_train_transform
+from data.classes import read_class_map
+from data.datasets import FORMATS, FileDataset, ImageDataset, decode_image
+from data.index import DataError, compare_descriptions, describe_index, index_folder, index_tar, index_zip
+from data.samplers import TrainBatches
+from tests.conftest import CONFIGS, write_images
+from utils.config import load_config
+
+pytestmark = pytest.mark.reliability
+ROOT = Path(__file__).parent.parent.parent
+
+
+def png(value: int = 0, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in entries.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def samples(count: int) -> dict[str, bytes]:
+    """Images of three classes, with their class ids."""
+    return {
+        name: content
+        for number in range(count)
+        for name, content in ((f"{number}.png", png(number)), (f"{number}.cls", str(number % 3).encode()))
+    }
+
+
+# --- Tar shards
+
+
+def test_d9_a_shard_damaged_at_a_hundred_places_is_never_read_as_a_smaller_one(tmp_path):
+    """Cut anywhere, or a byte of a header changed."""
+    shard = write_tar(tmp_path / "train-0.tar", samples(30))
+    whole, rng = shard.read_bytes(), random.Random(0)
+    with tarfile.open(shard) as archive:
+        headers = [entry.offset for entry in archive]
+        end = archive.getmembers()[-1].offset_data + tarfile.BLOCKSIZE
+    found = 0
+    for trial in range(100):
+        if trial % 2:
+            damaged = whole[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
+        else:
+            position = rng.choice(headers) + rng.randrange(154)  # name, mode, owner, size, time, digits of the checksum
+            damaged = whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(7)]) + whole[position + 1 :]
+        shard.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
+            index_tar(tmp_path, "train")
+        found += 1
+    assert found == 100
+    shard.write_bytes(whole)
+    assert len(index_tar(tmp_path, "train")) == 30
+
+
+def test_d9_data_after_the_end_of_a_shard_are_refused(tmp_path):
+    first, second = (write_tar(tmp_path / name, samples(3)).read_bytes() for name in ("a.tar", "b.tar"))
+    (tmp_path / "train-0.tar").write_bytes(first + second)
+    with pytest.raises(DataError, match=f"there are data at byte {len(first)}, after its end"):
+        index_tar(tmp_path, "train")
+
+
+def test_a_class_id_whose_image_has_another_extension_is_refused(tmp_path):
+    write_tar(tmp_path / "train-0.tar", samples(3) | {"9.heic": b"", "9.cls": b"0"})
+    with pytest.raises(DataError, match=r"9\.cls has no image"):
+        index_tar(tmp_path, "train")
+
+
+def test_files_that_macos_adds_to_an_archive_are_ignored(tmp_path):
+    write_tar(tmp_path / "train-0.tar", samples(3) | {"._0.png": b"x"})
+    assert len(index_tar(tmp_path, "train")) == 3
+
+
+@pytest.mark.parametrize("class_id", [15_075_141, 999_999_999_999])
+def test_a_huge_class_id_is_refused_before_memory_is_taken(class_id, tmp_path):
+    write_tar(tmp_path / "train-0.tar", samples(3) | {"9.png": png(), "9.cls": str(class_id).encode()})
+    with pytest.raises(DataError, match="has no image of class 3"):
+        index_tar(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip"])
+def test_archives_of_other_names_are_mentioned(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"There is {name}: tar shards are read as train-\*\.tar"):
+        index_folder(tmp_path / "train")
+
+
+# --- Zip archives
+
+
+def write_zip(root: Path, contents: list[bytes]) -> None:
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for number, content in enumerate(contents):
+            archive.writestr(f"{number}.png", content)
+    (root / "train_map.txt").write_text("".join(f"{n}.png\t{n % 2}\n" for n in range(len(contents))))
+
+
+@pytest.mark.parametrize("in_memory", [range(0), range(4)], ids=["from disk", "in memory"])
+def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path):
+    write_zip(tmp_path, [png(n) for n in range(4)])
+    content = (tmp_path / "train.zip").read_bytes()
+    position = content.index(png(2)) + 30
+    (tmp_path / "train.zip").write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+    index = index_zip(tmp_path, "train")
+    options = {"in_memory": in_memory, "seed": 0}
+    with pytest.raises(DataError, match=r"2\.png: is no readable image"):
+        ImageDataset(index, np.asarray, **options)[0, 2]
+    skipped = ImageDataset(index, np.asarray, unreadable="skip", **options)[0, 2]
+    assert skipped.image is None
+    replaced = ImageDataset(index, np.asarray, unreadable="replace", **options)[0, 2]
+    assert replaced.key[1] != 2
+    for number in (0, 1, 3):
+        assert (ImageDataset(index, np.asarray, **options)[0, number].image == number).all()
+
+
+def test_maps_with_further_columns_and_names_without_the_utf8_flag_are_read(tmp_path):
+    name = "Stra\N{LATIN SMALL LETTER SHARP S}e.png"
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("0.png", png())
+        archive.writestr("xxxxxxx.png", png())
+    content = (tmp_path / "train.zip").read_bytes()
+    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # as Info-ZIP writes it
+    (tmp_path / "train_map.txt").write_text(f"0.png\t0\t \n{name}\t1 \textra\n", encoding="utf-8")
+    index = index_zip(tmp_path, "train")
+    assert [index.name(position) for position in range(2)] == ["0.png", name]
+
+
+def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
+    write_zip(tmp_path, [png(n) for n in range(4)])
+    past = 1_600_000_000 * 10**9
+    for path in (tmp_path / "train.zip", tmp_path / "train_map.txt"):
+        os.utime(path, ns=(past, past))
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # the times of status are new
+    index_zip(tmp_path, "train", cache=tmp_path / "cache")
+    write_zip(tmp_path, [png(n) for n in range(6)])
+    for path in (tmp_path / "train.zip", tmp_path / "train_map.txt"):
+        os.utime(path, ns=(past, past))
+    assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == 6
+
+
+# --- Folders
+
+
+def test_d11_errors_of_listing_are_errors_and_never_fewer_images(tmp_path, monkeypatch):
+    write_images(tmp_path, "train", classes=2, per_class=3, size=8)
+    (tmp_path / "train/class1/below").mkdir()
+    (tmp_path / "train/class1/below/x.png").write_bytes(png())
+    original = os.scandir
+    for fails in ("train", "class1", "below"):
+
+        def scandir(path, fails=fails):
+            if Path(path).name == fails:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return original(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=f"{fails}: cannot be listed"):
+            index_folder(tmp_path / "train")
+    monkeypatch.setattr(os, "scandir", original)
+    assert len(index_folder(tmp_path / "train")) == 7
+
+
+def test_hidden_folders_and_links_to_a_parent_give_no_images(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_images(tmp_path, "train", classes=2, per_class=3, size=8)
+    hidden = tmp_path / "train/class0/.ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "000.png").write_bytes(png())
+    (tmp_path / "train/class0/loop").symlink_to(tmp_path / "train/class0")
+    (tmp_path / "train/class1/notes.txt").write_text("")
+    assert len(index_folder(tmp_path / "train")) == 6
+    assert "ignored 1 files that are no images" in caplog.text
+
+
+# --- Images
+
+
+def encode(kind: str, mode: str = "RGB", **options) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """Cut, changed in some bytes, or both."""
+    content = bytearray(content)
+    for _ in range(rng.randrange(1, 8)):
+        content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content[: rng.randrange(1, len(content) + 1)] if rng.random() < 0.3 else content)
+
+
+def count_damaged(trials: int, tmp_path) -> int:
+    """Damaged files of every format: readable all the same, or our own error. Returns those that are unreadable."""
+    write_images(tmp_path, "train", classes=1, per_class=1, size=8)
+    dataset, rng, unreadable = ImageDataset(index_folder(tmp_path / "train"), np.asarray), random.Random(0), 0
+    contents = [encode(kind) for kind in FORMATS] + [encode("JPEG", "CMYK"), encode("PNG", "P")]
+    contents += [encode("TIFF", compression=how) for how in ("tiff_lzw", "tiff_deflate", "jpeg")]
+    for trial in range(trials):
+        content = damage(contents[trial % len(contents)], rng)
+        dataset.read = lambda position, content=content: content
+        try:
+            dataset.decode(0)
+        except DataError:
+            unreadable += 1
+    return unreadable
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, of damaged files
+def test_d10_damaged_files_of_every_format_give_our_own_error_alone(tmp_path):
+    assert count_damaged(600, tmp_path) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_d10_twenty_thousand_damaged_files_give_our_own_error_alone(tmp_path):
+    assert count_damaged(20_000, tmp_path) > 3_000
+
+
+def test_d1_other_formats_are_not_opened_whatever_the_name(tmp_path):
+    """Pillow goes by content: PostScript would start an interpreter, and other decoders raise what nobody expects."""
+    Image.init()
+    for kind in ("EPS", "ICNS", "TGA", "DDS", "QOI"):
+        if kind in Image.SAVE:
+            with pytest.raises(Image.UnidentifiedImageError):
+                decode_image(encode(kind))
+
+
+def test_d1_sixteen_bits_are_scaled_and_more_are_refused(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = (values >> 8).astype(np.uint8)
+    for kind in ("PNG", "TIFF"):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, kind)
+        assert (np.asarray(decode_image(buffer.getvalue()))[..., 0] == expected).all()
+    header = b"P5 8 8 65535\n"
+    assert (np.asarray(decode_image(header + values.astype(">u2").tobytes()))[..., 0] == expected).all()
+    for pixels in (values.astype(np.int32) * 1000, values.astype(np.float32)):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "TIFF")
+        with pytest.raises(ValueError, match="convert it to 8 bits"):
+            decode_image(buffer.getvalue())
+
+
+def test_d1_a_pipe_and_a_huge_file_are_no_images(tmp_path):
+    write_images(tmp_path, "train", classes=1, per_class=1, size=8)
+    os.mkfifo(tmp_path / "train/class0/pipe.jpg")
+    with open(tmp_path / "train/class0/sparse.jpg", "wb") as file:
+        file.truncate(20 * 2**30)
+    dataset = ImageDataset(index_folder(tmp_path / "train"), np.asarray)
+    with pytest.raises(DataError, match=r"pipe\.jpg: is no readable image .not a regular file"):
+        dataset[0, 1]
+    with pytest.raises(DataError, match=r"sparse\.jpg: is no readable image .21474836480 bytes"):
+        dataset[0, 2]
+    listed = FileDataset([tmp_path / "train/class0/pipe.jpg"], np.asarray)
+    assert listed[0][2] == "not a regular file"
+
+
+# --- Augmentation
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 64, 127, 128])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats):
+    """Mixup pairs the first image of a batch with the last one, and so on."""
+    batches = TrainBatches(1000, batch_size, accumulation=1, repeats=repeats, rank=0, world_size=1, seed=0)
+    seen = []
+    for batch in itertools.islice(batches, 50):
+        indices = [index for _, index in batch]
+        if batch_size > repeats:
+            assert all(first != second for first, second in zip(indices[: batch_size // 2], indices[::-1], strict=False))
+        seen += batch
+    assert len(set(seen)) == len(seen)
+
+
+def test_processes_draw_their_own_mixing():
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml")
+    images, targets = torch.rand(8, 3, 32, 32), torch.arange(8)
+    draws = [build_mixup(cfg, rank=rank)(images.clone(), targets, 5) for rank in (0, 0, 1)]
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert not torch.equal(draws[0][1], draws[2][1])
+
+
+def test_a_policy_is_checked_at_the_start_even_without_assertions():
+    for policy in ("rand-m9-foo1", "rand-m9-mstd0.5-inc1x", "augmix-z3", "foo"):
+        with pytest.raises(DataError, match="is no policy of timm"):
+            build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
+    code = (
+        "from data.build import build_train_transform as build; from utils.config import load_config as load\n"
+        "import sys\n"
+        "try: build(load('configs/flatten_swin_t.yaml', ['AUG.AUTO_AUGMENT', 'rand-m9-foo1']))\n"
+        "except ValueError as error: sys.exit(0 if 'is no policy' in str(error) else 1)\n"
+        "sys.exit(1)"
+    )
+    assert subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "3a"]
+)
+def test_policies_of_timm_are_accepted(policy):
+    build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
+
+
+# --- Class maps
+
+
+def test_a_class_map_may_have_a_byte_order_mark_but_no_contradiction(tmp_path):
+    path = tmp_path / "map.txt"
+    path.write_bytes(b"\xef\xbb\xbfcats 3\ndogs 5\n")
+    assert read_class_map(str(path), ["cats", "dogs"], 10) == [3, 5]
+    path.write_text("cats 3\ndogs 5\ncats 4\n")
+    with pytest.raises(DataError, match=r"map\.txt:3: gives cats another class id"):
+        read_class_map(str(path), ["cats", "dogs"], 10)
+
+
+def test_without_a_home_directory_there_is_no_cache(toy_config, toy_data, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
+    assert not Path("~").exists()
+
+
+# --- Changed data
+
+
+def test_r17_descriptions_name_what_changed(tmp_path):
+    write_images(tmp_path, "train", classes=3, per_class=3, size=8)
+    folder = tmp_path / "train"
+    before = describe_index(index_folder(folder))
+    assert compare_descriptions(before, describe_index(index_folder(folder))) == ""
+    assert before["num_images"] == 9
+
+    def changed(change) -> str:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        return compare_descriptions(before, describe_index(index_folder(copy)))
+
+    assert changed(lambda root: (root / "class1/001.png").unlink()) == "class class1 had 3 images, now it has 2"
+    assert changed(lambda root: (root / "class1/9.png").write_bytes(png())) == "class class1 had 3 images, now it has 4"
+    renamed = changed(lambda root: (root / "class1/001.png").rename(root / "class1/9.png"))
+    assert renamed == "class class1 has other images, as many as before"
+    assert changed(lambda root: (root / "class1").rename(root / "other")) == "class class1 is missing, class other is new"
+    assert changed(lambda root: shutil.copytree(root / "class1", root / "more")) == "class more is new"
+    write_zip(tmp_path, [png(n) for n in range(4)])
+    archive = describe_index(index_zip(tmp_path, "train"))
+    write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])
+    assert "class 0 has other images" in compare_descriptions(archive, describe_index(index_zip(tmp_path, "train")))
+
+
+def test_only_plain_files_are_followed_by_the_mode_of_their_entry(tmp_path):
+    entry = zipfile.ZipInfo("link.png")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr(entry, "/etc/passwd")
+    (tmp_path / "train_map.txt").write_text("link.png\t0\n")
+    with pytest.raises(DataError, match="is a link"):
+        index_zip(tmp_path, "train")
