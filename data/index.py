@@ -392,7 +392,8 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        # Names may have other characters that splitlines takes for line breaks.
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
     names, labels = [], []

@@ -8,6 +8,7 @@ the second's further from a half than chance makes it (McNemar's exact test)?
 import argparse
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from utils.metrics import mcnemar_test, paired_interval, wilson_interval
 from utils.report import PREDICTION_COLUMNS
 
 
-def read(path: Path, weights: str | None) -> tuple[Path, dict[str, bool]]:
-    """The predictions file, and whether the prediction of each image is correct.
+def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
+    """The predictions file, and prediction and target of each image.
 
     Args:
         path: the file, or the folder of an evaluation.
@@ -36,18 +37,31 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, bool]]:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or not set(PREDICTION_COLUMNS[:4]) <= set(rows.fieldnames):
             raise ValueError(f"{path}: is no predictions file; its first line names {', '.join(PREDICTION_COLUMNS)}")
-        return path, {row["image"]: row["answer"] == row["target"] for row in rows}
+        pairs = {row["image"]: (row["answer"], row["target"]) for row in rows}
+    if not pairs:
+        raise ValueError(f"{path}: has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
+    return path, pairs
 
 
-def compare(first: dict[str, bool], second: dict[str, bool]) -> str:
+def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]]) -> str:
     """The comparison in words and numbers.
 
+    Args:
+        first, second: prediction and target of each image.
+
     Raises:
-        ValueError: other images.
+        ValueError: other images or targets.
     """
+    first, second = (_by_key(pairs, other) for pairs, other in ((first, second), (second, first)))
     if first.keys() != second.keys():
         apart = sorted(first.keys() ^ second.keys())
         raise ValueError(f"{len(apart)} images are in one file alone ({apart[0]}, ...); evaluate both on the same data")
+    if other := next((name for name in first if first[name][1] != second[name][1]), None):
+        raise ValueError(
+            f"{other}: has target {first[other][1]} in the first file and {second[other][1]} in the second; evaluate both on "
+            "the same classes"
+        )
+    first, second = ({name: answer == target for name, (answer, target) in pairs.items()} for pairs in (first, second))
     total = len(first)
     only_first = sum(first[name] and not second[name] for name in first)
     only_second = sum(second[name] and not first[name] for name in first)
@@ -64,6 +78,14 @@ def compare(first: dict[str, bool], second: dict[str, bool]) -> str:
     verdict = "differ" if p < 0.05 else "may be equally good"
     lines.append(f"McNemar's exact test: p = {p:.3g}; at 5 % the two {verdict}")
     return "\n".join(lines)
+
+
+def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
+    """Names without the shard of a tar file and the extension, where the other file has other names: a folder, say."""
+    if pairs.keys() == other.keys():
+        return pairs
+    short = {re.sub(r"^[^/]*\.tar/", "", name).rsplit(".", 1)[0]: pair for name, pair in pairs.items()}
+    return short if len(short) == len(pairs) else pairs
 
 
 def main() -> None:

@@ -8,13 +8,18 @@ import argparse
 import hashlib
 import io
 import os
+import re
+import signal
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
@@ -24,7 +29,6 @@ from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, i
 from utils.log import progress, setup_logging
 
 ROUND = 1024  # images that workers are given at once
-INCOMPLETE = ".incomplete"  # ends the name of a file that is being written
 
 
 def pack(
@@ -50,12 +54,12 @@ def pack(
         The index of what was written, every image of which was read back.
 
     Raises:
-        DataError: nothing to pack, something in the way, or an image that cannot be read.
-        OSError: the disk is full, or not writable.
+        DataError: nothing to pack, something in the way, an image that cannot be read, or a disk that is full.
     """
     index = index_folder(source / split)
+    check_names(index, archive)
     target.mkdir(parents=True, exist_ok=True)
-    if present := [*target.glob(f"{split}.zip"), *list_shards(target, split)]:
+    if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
         raise DataError(f"{present[0]}: is there already; remove it, or choose another folder")
     if (target / split).is_dir():
         raise DataError(f"{target / split}: is a folder of the same split; choose another folder for the archives")
@@ -63,28 +67,61 @@ def pack(
     if listing.is_file() and listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() != index.classes:
         raise DataError(f"{listing}: names other classes than {source / split}; choose another folder")
     dataset = ImageDataset(index, None)
+    # Written and read back in a folder of their own, so that nothing incomplete ever has a name that is read.
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix=".packing-", dir=target)))
         if workers:
             # The dataset goes to the workers once; what crosses at each image is its position, and its bytes.
-            pool = stack.enter_context(get_context("fork").Pool(workers, _receive, (dataset, short_side, quality)))
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, get_context("fork"), _receive, (dataset, short_side, quality))
+            )
             files = _in_rounds(pool, len(index))
         else:
             files = (_read(dataset, short_side, quality, position) for position in range(len(index)))
-        written, digests = _write(archive, target, split, index, files, shard_size)
+        try:
+            digests = _write(archive, folder, split, index, files, shard_size)
+            (folder / CLASS_NAMES).write_text(
+                "".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape"
+            )
+        except BrokenProcessPool:
+            raise DataError(
+                f"{source / split}: a process that makes images smaller was killed; lower --workers if memory is short"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{target}: not written ({error.strerror}); the archives need {_size(index)}") from None
+        _compare((index_zip if archive == "zip" else index_tar)(folder, split), index, digests, f"check {split}")
+        for path in sorted(folder.iterdir()):
+            os.replace(path, target / path.name)
+    return (index_zip if archive == "zip" else index_tar)(target, split)
+
+
+def check_names(index: Index, archive: str) -> None:
+    """Refuse names that an archive or its map cannot have.
+
+    Raises:
+        DataError: the first of them.
+    """
+    for position in range(len(index)):
+        name = index.name(position)
+        if archive == "zip" and re.search(r"[\n\r\t]", name):
+            raise DataError(f"{index.source}/{name!r}: a map cannot have a name with a tab or a line break; rename it")
+        if archive == "zip" and not _is_unicode(name):
+            raise DataError(
+                f"{index.source}/{name!r}: a zip archive cannot have a name that is not UTF-8; rename it, or pack tar"
+            )
+
+
+def _is_unicode(name: str) -> bool:
     try:
-        listing.write_text("".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape")
-        for path in written:
-            os.replace(path, path.with_name(path.name.removesuffix(INCOMPLETE)))
-        packed = (index_zip if archive == "zip" else index_tar)(target, split)
-        _compare(packed, index, digests, f"check {split}")
-    except BaseException:
-        for path in written:
-            path.with_name(path.name.removesuffix(INCOMPLETE)).unlink(missing_ok=True)
-        raise
-    finally:
-        for path in written:
-            path.unlink(missing_ok=True)
-    return packed
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _size(index: Index) -> str:
+    """Of all images of a folder."""
+    return f"{sum((index.source / index.name(position)).stat().st_size for position in range(len(index))) / 2**20:.1f} MiB"
 
 
 _received: tuple = ()  # in a worker: dataset, short_side, quality
@@ -102,7 +139,7 @@ def _read_received(position: int) -> bytes:
 def _in_rounds(pool, count: int) -> Iterator[bytes]:
     """Every image in order, never more than a round ahead of the writing."""
     for start in range(0, count, ROUND):
-        yield from pool.imap(_read_received, range(start, min(start + ROUND, count)), chunksize=16)
+        yield from pool.map(_read_received, range(start, min(start + ROUND, count)), chunksize=16)
 
 
 def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
@@ -121,42 +158,34 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     return buffer.getvalue()
 
 
-def _write(
-    archive: str, target: Path, split: str, index: Index, files: Iterable[bytes], shard_size: int
-) -> tuple[list[Path], list[bytes]]:
-    """The files, under names that say that they are incomplete, and the sha256 of every image."""
-    digests, written = [], []
+def _write(archive: str, folder: Path, split: str, index: Index, files: Iterable[bytes], shard_size: int) -> list[bytes]:
+    """Write the archives of a split. Returns the sha256 of every image."""
+    digests = []
 
     def counted() -> Iterator[bytes]:
         for data in progress(files, len(index), f"pack {split}"):
             digests.append(hashlib.sha256(data).digest())
             yield data
 
-    try:
-        if archive == "zip":
-            written += [target / f"{split}.zip{INCOMPLETE}", target / f"{split}_map.txt{INCOMPLETE}"]
-            with zipfile.ZipFile(written[0], "w", zipfile.ZIP_STORED) as opened:
-                for position, data in enumerate(counted()):
-                    opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # of 1980: the same bytes every time
-            lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
-            written[1].write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-            return written, digests
-        keys, images = set(), counted()
-        for shard, start in enumerate(range(0, len(index), shard_size)):
-            written.append(target / f"{split}-{shard:06d}.tar{INCOMPLETE}")
-            with tarfile.open(written[-1], "w") as opened:
-                for position in range(start, min(start + shard_size, len(index))):
-                    path = PurePosixPath(index.name(position))
-                    key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset's key ends at the first dot
-                    key = key if key not in keys else f"{key}-{position}"
-                    keys.add(key)
-                    _add(opened, f"{key}{path.suffix}", next(images))
-                    _add(opened, f"{key}.cls", str(index.labels[position]).encode())
-        return written, digests
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
+    if archive == "zip":
+        with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as opened:
+            for position, data in enumerate(counted()):
+                opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # dated 1980: the same bytes every time
+        lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
+        (folder / f"{split}_map.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+        return digests
+    keys, images = set(), counted()
+    for shard, start in enumerate(range(0, len(index), shard_size)):
+        with tarfile.open(folder / f"{split}-{shard:06d}.tar", "w") as opened:
+            for position in range(start, min(start + shard_size, len(index))):
+                path = PurePosixPath(index.name(position))
+                key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset's key ends at the first dot
+                while key in keys:
+                    key = f"{key}-{position}"
+                keys.add(key)
+                _add(opened, f"{key}{path.suffix}", next(images))
+                _add(opened, f"{key}.cls", str(index.labels[position]).encode())
+    return digests
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -188,6 +217,7 @@ def main() -> None:
     if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
         parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
     setup_logging(rank=0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary folders are removed then
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
     for split in args.splits:
         try:

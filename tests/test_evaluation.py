@@ -103,8 +103,16 @@ def test_intervals_and_tests_have_the_textbooks_values():
     assert mcnemar_test(0, 0) == 1
     assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(199 / math.sqrt(2 * 4200)), rel=0.01)  # normal, continuity
     low, high = paired_interval(10, 30, 100)
-    assert (low + high) / 2 == pytest.approx(20)
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(40 - 4), rel=1e-4)
+    # Clopper and Pearson: 30 of 40 lie within 58.80 to 87.31 %.
+    assert (low, high) == pytest.approx((100 * (2 * 0.5880 - 1) * 0.4, 100 * (2 * 0.8731 - 1) * 0.4), abs=0.01)
+    assert paired_interval(0, 0, 100) == (0, 0)
+
+
+def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
+    for total in range(1, 25):
+        for second in range(total + 1):
+            low, high = paired_interval(total - second, second, 100)
+            assert (mcnemar_test(total - second, second) < 0.05) == (low > 0 or high < 0)
 
 
 def result_of(targets, answers, num_classes=3):
@@ -147,22 +155,32 @@ def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
     results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}
     write_evaluation(tmp_path, results, preferred="ema", predictions=True, **options)
-    assert read(tmp_path, None)[1] == {"1": False, "2": False, "3": False}
+    assert [answer == target for answer, target in read(tmp_path, None)[1].values()] == [False, False, False]
     write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=True, **options)
-    assert read(tmp_path, None)[1] == {"1": True, "2": True, "3": True}
+    assert [answer == target for answer, target in read(tmp_path, None)[1].values()] == [True, True, True]
     write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=False, **options)
     assert not list(tmp_path.glob("predictions*"))
 
 
 def test_two_evaluations_are_compared_on_the_same_images():
-    first = {f"{number}": number < 60 for number in range(100)}
-    second = {f"{number}": 10 <= number < 85 for number in range(100)}
+    first = {f"{number}": ("cat" if number < 60 else "dog", "cat") for number in range(100)}
+    second = {f"{number}": ("cat" if 10 <= number < 85 else "dog", "cat") for number in range(100)}
     text = compare(first, second)
     assert "right in the first alone 10, in the second alone 25" in text
     assert "second - first +15.00 points" in text
     assert f"p = {mcnemar_test(10, 25):.3g}; at 5 % the two differ" in text
     with pytest.raises(ValueError, match="1 images are in one file alone"):
-        compare(first, {name: right for name, right in second.items() if name != "7"})
+        compare(first, {name: pair for name, pair in second.items() if name != "7"})
+    with pytest.raises(ValueError, match="3: has target cat in the first file and dog in the second"):
+        compare(first, second | {"3": ("cat", "dog")})
+    as_shards = {f"val-000000.tar/{name}.png": pair for name, pair in second.items()}
+    assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
+
+
+def test_an_empty_predictions_file_is_refused(tmp_path):
+    (tmp_path / "predictions_raw.csv").write_text("image,target,confidence,answer\n")
+    with pytest.raises(ValueError, match="has no predictions"):
+        read(tmp_path / "predictions_raw.csv", None)
 
 
 def run_evaluation(checkpoint, toy_config, data, output, *arguments, processes=1):
@@ -217,10 +235,10 @@ def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_con
         texts.append([[*row[:2], *row[3:]] for row in rows])
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 34
-    file, right = read(folder, None)
+    file, pairs = read(folder, None)
     preferred = read_checkpoint(trained)["best"]["weights"]
     assert file.name == f"predictions_{preferred}.csv"
-    assert sum(right.values()) == counts_of(folder)[preferred][0]
+    assert sum(answer == target for answer, target in pairs.values()) == counts_of(folder)[preferred][0]
 
 
 def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):

@@ -211,6 +211,7 @@ def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_an_evaluation_in_one_line(number, status, trained, toy_data, tmp_path):
     def prepare(rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), number)
 
     arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]

@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 import data.index
+import scripts.pack_dataset
 from data.build import build_datasets, build_mixup, build_train_transform
 from data.classes import read_class_map
 from data.datasets import FORMATS, FileDataset, ImageDataset, decode_image
 from data.index import DataError, compare_descriptions, describe_index, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches
+from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
 from utils.config import load_config
 
@@ -236,12 +238,6 @@ def count_damaged(trials: int, tmp_path) -> int:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's own, of damaged files
-def test_d10_damaged_files_of_every_format_give_our_own_error_alone(tmp_path):
-    assert count_damaged(600, tmp_path) > 100
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_d10_twenty_thousand_damaged_files_give_our_own_error_alone(tmp_path):
     assert count_damaged(20_000, tmp_path) > 3_000
 
@@ -348,6 +344,53 @@ def test_without_a_home_directory_there_is_no_cache(toy_config, toy_data, monkey
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
     assert not Path("~").exists()
+
+
+# --- Packing
+
+
+def test_a_killed_process_ends_packing_with_the_reason(tmp_path, monkeypatch):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+    monkeypatch.setattr(scripts.pack_dataset, "_read", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(DataError, match="was killed; lower --workers"):
+        pack(tmp_path, tmp_path / "zip", "val", archive="zip", short_side=16, workers=2)
+    assert list((tmp_path / "zip").iterdir()) == []
+
+
+def test_a_map_that_lies_there_is_not_overwritten(tmp_path):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+    (tmp_path / "val_map.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"val_map\.txt: is there already"):
+        pack(tmp_path, tmp_path, "val", archive="zip")
+    assert (tmp_path / "val_map.txt").read_text() == "mine"
+
+
+def test_a_full_disk_ends_packing_with_the_size_that_it_needs(tmp_path, monkeypatch):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
+    with pytest.raises(DataError, match=r"No space left on device.*the archives need 0"):
+        pack(tmp_path, tmp_path / "zip", "val", archive="zip")
+    assert list((tmp_path / "zip").iterdir()) == []
+
+
+@pytest.mark.parametrize("archive", ["zip", "tar"])
+def test_odd_names_are_packed_and_read_back(archive, tmp_path):
+    folder = tmp_path / "val/a"
+    folder.mkdir(parents=True)
+    names = ["a.jpg", "a.png", "a-2.png", "a-1.jpg", "x\x85y.png", "\N{LINE SEPARATOR}.png", "s p.png"]
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(png(number))
+    packed = ImageDataset(pack(tmp_path, tmp_path / "packed", "val", archive=archive), np.asarray)
+    values = sorted(int(np.asarray(packed.decode(position))[0, 0, 0]) for position in range(len(packed)))
+    assert values == list(range(len(names)))
+    (folder / "tab\t.png").write_bytes(png())
+    if archive == "zip":
+        with pytest.raises(DataError, match="a tab or a line break; rename it"):
+            pack(tmp_path, tmp_path / "again", "val", archive=archive)
 
 
 # --- Changed data
