@@ -21,6 +21,7 @@ from utils.checkpoint import fill_model
 from utils.config import option_keys
 from utils.distributed import World, on_main
 from utils.engine import EvalResult, evaluate, log_results
+from utils.environment import build_arithmetic
 from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
 from utils.report import write_evaluation
@@ -99,6 +100,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         ConfigError, DataError, CheckpointError: config, data and file do not fit each other.
     """
     check_model(cfg)
+    build_arithmetic(cfg)
     datasets = build_datasets(
         cfg,
         training=False,
@@ -168,5 +170,6 @@ def describe_evaluation(cfg: CfgNode, checkpoint: Checkpoint) -> dict:
         "data": cfg.DATA.DATA_PATH,
         "class_map": cfg.TEST.CLASS_MAP,
         "precision": str(eval_dtype(cfg)).removeprefix("torch."),
+        "tf32": cfg.TF32,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }

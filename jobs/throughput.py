@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from models import build_model
 from utils.config import image_size
 from utils.distributed import World
+from utils.environment import build_arithmetic
 from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def images_per_second(
 
 def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log images per second of the forward pass on random images, with the model and the device."""
+    build_arithmetic(cfg)
     model = build_model(cfg).to(world.device).eval()
     height, width = image_size(cfg)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, height, width, device=world.device)

@@ -6,64 +6,31 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from yacs.config import CfgNode
 
-from data.build import Datasets, build_datasets, build_eval_loader, build_mixup, build_train_loader
-from jobs.checkpoints import locate, log_differences
+from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
+from data.index import DataError
+from jobs.start import Start, check_data, choose_start, describe_data, finished, read_run, restore_best, resume
 from models import build_model
-from utils.checkpoint import BEST, load_weights, newest_whole_checkpoint, repair_best
-from utils.config import ConfigError, flatten, to_dict
+from utils.checkpoint import load_weights
+from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_main, wrap
-from utils.engine import NO_BEST, NUM_REQUESTS, Recipe, Trainer, TrainState
-from utils.log import MetricsWriter, setup_logging
+from utils.engine import NUM_REQUESTS, Recipe, Trainer, TrainState
+from utils.environment import build_arithmetic, describe_environment
+from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
-from utils.run import RunLock, build_output_folder, check_is_newest, make_folder
+from utils.run import RunDirectory, build_output_folder, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.stop import StopRequest
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
 SECONDS_UNTIL_STALE = 3600  # age at which a temporary directory counts as left over
-# Keys that decide the shape of the model: a run that resumes keeps them.
-MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.LA.", "DATA.IMG_SIZE")
-
-
-class Start(NamedTuple):
-    """kind: resume, pretrained or scratch; checkpoint: the file, "" for none."""
-
-    kind: str
-    checkpoint: str
-
-
-def choose_start(cfg: CfgNode, world: World) -> Start:
-    """What training starts from, in this order.
-
-    1. ``resume``: the checkpoint that --resume names.
-    2. ``resume``: the newest whole checkpoint of the output folder, with TRAIN.AUTO_RESUME: the same command, given
-       again, continues, one with --pretrained too.
-    3. ``pretrained``: the weights that --pretrained names.
-    4. ``scratch``.
-
-    --resume and --pretrained together are refused, see ``utils.config``. --eval reads the file that --resume or
-    --pretrained names and nothing else, see ``jobs.evaluation``.
-    """
-    if cfg.MODEL.RESUME:
-        return Start("resume", str(locate(cfg.MODEL.RESUME).path))
-    if cfg.TRAIN.AUTO_RESUME:
-        newest = on_main(world, lambda: newest_whole_checkpoint(build_output_folder(cfg)))
-        if newest is not None:
-            return Start("resume", str(newest))
-    if cfg.MODEL.PRETRAINED:
-        return Start("pretrained", str(locate(cfg.MODEL.PRETRAINED).path))
-    if cfg.TRAIN.FREEZE_BACKBONE:
-        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; name weights, --pretrained")
-    return Start("scratch", "")
 
 
 def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
@@ -77,28 +44,32 @@ def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
 
 
 def _train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
+    build_arithmetic(cfg)
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     saved = read_run(cfg, world, start)
     if saved is not None and finished(saved, cfg):
         logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
         return
-    lock, num_updates = RunLock(output), saved["num_updates"] if saved else 0
-
-    def open_output() -> None:
-        make_folder(output)
-        check_is_newest(output, num_updates=num_updates)
-        lock.acquire()
-
-    on_main(world, open_output)
-    if saved is not None:
-        restore_best(saved, world, output, start.checkpoint)
-    setup_logging(world.rank, output)
-    logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
-    trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+    directory = RunDirectory(output)
+    on_main(world, partial(directory.open, num_updates=saved["num_updates"] if saved else 0))
+    try:
+        if saved is not None:
+            restore_best(saved, world, output, start.checkpoint)
+        setup_logging(world.rank, output)
+        logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
+        environment = describe_environment(world.device, world.size)
+        logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
+        logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
+        trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+        trainer.header["environment"] = environment
+    except (ConfigError, DataError, CheckpointError):
+        setup_logging(world.rank)
+        directory.discard()
+        raise
     trainer.stop = stop.requested
     del saved  # a copy of everything, in host memory
     if world.is_main:
-        (output / "config.yaml").write_text(cfg.dump())
+        directory.write_config(cfg.dump())
         state = trainer.state
         trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=state.last_evaluation == state.num_updates)
         trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
@@ -112,18 +83,12 @@ def _train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramet
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
-        lock.release()
-
-
-def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume; where no file of its folder has the best state, the best is counted anew."""
-    if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
-        logger.warning("%s: its best state is not in this folder; the best is counted anew", path)
-        saved["best"] = dict(NO_BEST)
+        directory.close()
 
 
 def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     """Run each part of training once, with a temporary directory as output, and report what bounds its speed."""
+    build_arithmetic(cfg)
     start, root = choose_start(cfg, world), Path(cfg.OUTPUT)
     parent = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
     folder = on_main(world, lambda: make_temporary_folder(parent))
@@ -132,6 +97,8 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
         saved = read_run(cfg, world, start)
         if saved is not None and finished(saved, cfg):
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        num_updates = saved["num_updates"] if saved else 0
+        on_main(world, lambda: check_is_newest(build_output_folder(cfg), num_updates=num_updates))
         rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:
@@ -146,7 +113,8 @@ def build_trainer(
     datasets = build_datasets(
         cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world, patient=True)
     )
-    check_class_names(saved, datasets, start.checkpoint)
+    data = describe_data(datasets, world)
+    check_data(saved, data, start.checkpoint)
     mixup = build_mixup(cfg, rank=world.rank)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
@@ -190,6 +158,7 @@ def build_trainer(
         header={
             "config": to_dict(cfg),
             "class_names": list(datasets.train.index.classes),
+            "data": data,
             "updates_per_epoch": train_loader.updates_per_epoch,
             "global_batch_size": global_batch_size(cfg, world.size),
         },
@@ -207,78 +176,6 @@ def check_model(cfg: CfgNode) -> None:
             build_model(cfg)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
-
-
-def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
-    """The state of the run to resume, compared with what is asked for now; None for another start."""
-    if start.kind != "resume":
-        return None
-    saved = read_checkpoint(start.checkpoint)
-    check_resumable(saved, cfg, world, start.checkpoint)
-    log_differences(saved["config"], cfg, start.checkpoint, level=logging.INFO)
-    return saved
-
-
-def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
-    """Refuse a file that is not the state of a run, or a config that would make another run of it."""
-    if "num_updates" not in saved:
-        raise CheckpointError(f"{path}: holds weights, but no state of a run; start from them with --pretrained")
-    configured, stored = flatten(cfg), flatten(saved["config"])
-    for key, now in configured.items():
-        before = stored.get(key, now)
-        changed = before != now and (key.startswith(MODEL_KEYS) or (key == "MODEL.PRETRAINED" and now))
-        if changed:
-            raise ConfigError(
-                f"{path}: the run in this folder has {key}={before!r}, now it is {now!r}: that is another run; give it another "
-                "--tag, and start from these weights with --pretrained if you like"
-            )
-    before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
-    if before != now:
-        raise ConfigError(
-            f"{path}: was saved with {before} images per update, now there would be {now}. Keep the product of processes, "
-            "--batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
-        )
-    before, now = saved["config"]["TRAIN"]["OPTIMIZER"]["NAME"], cfg.TRAIN.OPTIMIZER.NAME
-    if before != now:
-        raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot take over; keep it, or start anew with "
-            "--pretrained and another --tag"
-        )
-
-
-def finished(saved: dict, cfg: CfgNode) -> bool:
-    num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
-    evaluated = saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"]
-    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"] and evaluated
-
-
-def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Put a run's state back."""
-    if saved["updates_per_epoch"] != updates_per_epoch:
-        raise ConfigError(
-            f"{path}: was saved with {saved['updates_per_epoch']} updates per epoch, now there are {updates_per_epoch}: the "
-            "data have changed. Put them back, or start anew with --pretrained and another --tag"
-        )
-    try:
-        state.load_dict(saved)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not of this model and optimizer ({error})") from None
-    logger.info("resumed after update %d", state.num_updates)
-
-
-def check_class_names(saved: dict | None, datasets: Datasets, path: str) -> None:
-    """Refuse to resume on other classes: labels would have changed their meaning.
-
-    Raises:
-        ConfigError: with the first class that differs.
-    """
-    before, now = list((saved or {}).get("class_names") or []), list(datasets.train.index.classes)
-    if before and before != now:
-        first = next(pair for pair in zip(before, now, strict=True) if pair[0] != pair[1])
-        raise ConfigError(
-            f"{path}: the classes of the data have changed: {first[0]!r} is now {first[1]!r}. Put them back, or start anew "
-            "with --pretrained and another --tag"
-        )
 
 
 def count_processes(world: World) -> str:

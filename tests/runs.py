@@ -27,7 +27,7 @@ def assert_equal(one, other, where="checkpoint"):
 
 def comparable(folder: Path) -> dict:
     state = read_checkpoint(list_checkpoints(folder)[0])
-    return {key: value for key, value in state.items() if key != "config"}
+    return {key: value for key, value in state.items() if key not in ("config", "environment")}
 
 
 def toy_arguments(toy_config, toy_data, output, *opts):

@@ -10,7 +10,8 @@ import torch
 
 import main
 import main_ema
-from jobs.training import check_model, choose_start
+from jobs.start import choose_start
+from jobs.training import check_model
 from models import build_model
 from tests.conftest import CONFIGS
 from tests.launch import run_main

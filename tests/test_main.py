@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs.evaluation import choose_reference
-from jobs.training import choose_start
+from jobs.start import choose_start
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
 from tests.runs import assert_equal, comparable, toy_arguments

@@ -148,7 +148,9 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect with --eval alone; add it, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
-    for key in ("RESUME", "PRETRAINED"):
+    # A run that resumes from its own folder does not read --pretrained again.
+    resumes = cfg.TRAIN.AUTO_RESUME and any((Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG).glob("checkpoint_*.pth"))
+    for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key]:
             _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
     for key in ("REAL_LABELS", "CLASS_MAP"):

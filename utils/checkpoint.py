@@ -9,9 +9,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -21,7 +22,9 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"checkpoint_(\d+)\.pth")
+Result = TypeVar("Result")
+
+_NAME = re.compile(r"checkpoint_(\d{9,})\.pth")
 BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
 _TEMPORARY = ".incomplete"
 _DAMAGED = ".damaged"
@@ -68,29 +71,65 @@ def save_checkpoint(state: dict, path: Path) -> str:
     Raises:
         CheckpointError: the disk is full or not writable; what was at ``path`` is untouched.
     """
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
+    state = _to_cpu(state)
+
+    def write(temporary: Path) -> str:
         with open(temporary, "wb") as file:
-            torch.save(_to_cpu(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         verify(temporary)
-        digest = sha256(temporary)
+        return sha256(temporary)
+
+    return _replace(path, write, size=_num_bytes(state))
+
+
+def _replace(path: Path, write: Callable[[Path], Result], *, size: int) -> Result:
+    """Let ``write`` make a file beside ``path``, then move it there.
+
+    Args:
+        write: gets the temporary path; its result is returned.
+        size: bytes that it needs, for the message.
+
+    Raises:
+        CheckpointError: it failed; what was at ``path`` is untouched, and no temporary file is left.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        temporary.unlink(missing_ok=True)
+        result = write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns some failed writes into RuntimeError
+        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
-            f"{path}: checkpoint not written, the old ones are untouched: {error} ({free} bytes free)"
+            f"{path}: checkpoint not written, the old ones are untouched: {error} (it needs {size} bytes, {free} are free); "
+            "make room, or lower KEEP_CHECKPOINTS; the same command resumes"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return digest
+    return result
+
+
+def _num_bytes(value: object) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_num_bytes, value)) if isinstance(value, list) else 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
-    return sorted((path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)), reverse=True)
+    found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=num_updates_of, reverse=True)
+
+
+def num_updates_of(path: Path) -> int:
+    """Updates done, which the name of a numbered checkpoint gives."""
+    return int(_NAME.fullmatch(path.name).group(1))
 
 
 def checkpoint_path(folder: Path, num_updates: int) -> Path:
@@ -98,26 +137,28 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
 
 
 def remove_surplus(folder: Path, keep: int) -> None:
-    """Delete all but the newest; call it when the newest is verified. ``best.pth`` is no numbered one and stays.
+    """Delete all numbered checkpoints but the newest; call it when the newest is verified. ``best.pth`` has no number.
 
-    What a kill left half written goes too.
+    Files that a kill left incomplete are deleted too.
     """
-    for path in folder.glob(f"*.pth{_TEMPORARY}"):
-        path.unlink()
-    for path in list_checkpoints(folder)[keep:]:
-        path.unlink()
+    incomplete = folder.glob(f"checkpoint_*.pth{_TEMPORARY}")
+    for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *list_checkpoints(folder)[keep:]]:
+        path.unlink(missing_ok=True)
 
 
 def link_best(path: Path, best: Path) -> None:
     """Make ``best`` the same file as ``path``, without writing it again where the disk can link."""
-    temporary = best.with_name(best.name + _TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, best)
-    _sync_folder(best.parent)
+
+    def write(temporary: Path) -> None:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            verify(temporary)
+
+    _replace(best, write, size=path.stat().st_size)
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
@@ -135,7 +176,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
     """Rename the damaged checkpoints of later updates to ``*.damaged``, so that neither resume nor rotation counts them."""
     for path in list_checkpoints(folder):
-        if path <= checkpoint_path(folder, num_updates):
+        if num_updates_of(path) <= num_updates:
             return
         try:
             read_checkpoint(path)
@@ -247,12 +288,12 @@ def _match(
     report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
     body = [name for name in own if name not in head]
     numbers = {name: value.numel() for name, value in own.items()}
-    unused = sum(stored[name].numel() for name in report.unused)
+    unused, placed = sum(stored[name].numel() for name in report.unused), sum(numbers[name] for name in fitting)
     shares = {
         "fills only {:.0%} of the model": sum(name in fitting for name in body) / len(body),
         "fills only {:.0%} of the model's numbers": sum(numbers[name] for name in body if name in fitting)
         / sum(numbers[name] for name in body),
-        "only {:.0%} of the file finds a place in the model": 1 - unused / (unused + sum(numbers[name] for name in fitting)),
+        "only {:.0%} of the file finds a place in the model": placed / max(unused + placed, 1),
     }
     reason, share = min(shares.items(), key=lambda item: item[1])
     if share < MIN_COVERAGE:
@@ -287,12 +328,16 @@ def _to_cpu(value: object) -> object:
         return {key: _to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_cpu(item) for item in value]
+    assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: the safe reader refuses it"
     return value
 
 
 def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk, on file systems that can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        logger.debug("%s: no fsync of folders (%s)", folder, error)
     finally:
         os.close(descriptor)

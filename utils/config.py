@@ -140,6 +140,9 @@ def _defaults() -> CfgNode:
     cfg.AMP_DTYPE = "bf16"  # bf16, or fp16 with a loss scaler
     cfg.OUTPUT = "output"  # runs go to <OUTPUT>/<MODEL.NAME>/<TAG>
     cfg.TAG = "default"  # names the run (--tag)
+    cfg.DETERMINISTIC = "off"  # deterministic algorithms: off, warn (where an operation has none) or error
+    cfg.TF32 = True  # fp32 products of GPUs in TF32, as the reference trained
+    cfg.CUDNN_BENCHMARK = True  # let cuDNN time its algorithms for each new shape; without effect with DETERMINISTIC
     cfg.SEED = 0  # of weights, order, augmentation, mixing and drop path
     cfg.COLLECTIVE_TIMEOUT = 600.0  # seconds after which a process that the others wait for is an error
     cfg.PRINT_FREQ = 10  # updates between log lines
@@ -213,6 +216,7 @@ _CHOICES = {
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "TEST.PRECISION": ("fp32", "train"),
     "AMP_DTYPE": ("bf16", "fp16"),
+    "DETERMINISTIC": ("off", "warn", "error"),
 }
 
 # Key -> smallest and largest legal value.
@@ -363,6 +367,8 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not keys and values")
     bases = tree.pop("BASE", None) or []
+    if not isinstance(bases, (str, list)):
+        raise ConfigError(f"{path}: BASE={bases!r}: give a file, or a list of files")
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
             _merge_file(cfg, path.parent / str(base), (*chain, path))

@@ -77,6 +77,9 @@ class _Handler(logging.Handler):
         super().close()
 
 
+FILE_ONLY = {"file_only": True}  # extra= of a record that is too long for the console
+
+
 class _ColoredFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = colored(self.formatTime(record, "%Y-%m-%d %H:%M:%S"), "green")
@@ -101,6 +104,7 @@ def setup_logging(rank: int, output: Path | None = None) -> None:
     if sys.stdout is not None:
         console = _Handler(_console().sink, _console().write_line)
         console.setFormatter(_ColoredFormatter())
+        console.addFilter(lambda record: not getattr(record, "file_only", False))
         root.addHandler(console)
     if output is not None:
         root.addHandler(_log_file(output / f"log_rank{rank}.txt"))

@@ -1,6 +1,8 @@
 """The directory of a run: where it is, whether it can be written, and the lock that keeps a second run out of it."""
 
+import logging
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -8,8 +10,11 @@ from typing import IO
 
 from yacs.config import CfgNode
 
-from utils.checkpoint import checkpoint_path, list_checkpoints, set_damaged_aside
+from utils.checkpoint import list_checkpoints, num_updates_of, set_damaged_aside
 from utils.config import ConfigError
+from utils.files import replacing
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -34,20 +39,62 @@ def make_folder(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Refuse a start that is behind the newest intact checkpoint of the folder: two branches of a run would mix.
-
-    Damaged checkpoints are renamed.
+    """Refuse a start that is behind the newest checkpoint of the folder: two branches of a run would mix.
 
     Raises:
-        ConfigError: the folder has a checkpoint of a later update.
+        ConfigError: the folder has a checkpoint of a later update, or is a file.
     """
-    set_damaged_aside(output, num_updates=num_updates)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: is a file; choose another --output or --tag")
     newest = next(iter(list_checkpoints(output)), None)
-    if newest is not None and newest > checkpoint_path(output, num_updates):
+    if newest is not None and num_updates_of(newest) > num_updates:
         raise ConfigError(
             f"{output}: holds {newest.name}, further than this start (update {num_updates}): checkpoints would mix. Resume "
             "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
         )
+
+
+class RunDirectory:
+    """The directory of a run that writes there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = RunLock(path)
+        self._is_new = False
+
+    def open(self, *, num_updates: int) -> None:
+        """Create and lock it, and rename damaged checkpoints of later updates than the run starts from.
+
+        Args:
+            num_updates: updates done at the start.
+
+        Raises:
+            ConfigError: it cannot be written, another run writes there, or it has a checkpoint of a later update.
+        """
+        is_new = not self.path.exists()
+        make_folder(self.path)
+        self._is_new = is_new
+        self._lock.acquire()
+        set_damaged_aside(self.path, num_updates=num_updates)
+        check_is_newest(self.path, num_updates=num_updates)
+
+    def write_config(self, text: str) -> None:
+        """Write ``config.yaml``; checkpoints have the config too, so that a failure ends no run."""
+        path = self.path / "config.yaml"
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s: not written (%s)", path, error)
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def discard(self) -> None:
+        """Remove the directory if this run created it: it was refused before its first update."""
+        self._lock.release()
+        if self._is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class RunLock:

@@ -1,0 +1,59 @@
+"""The software and hardware of a run, for its log and its checkpoints, and the settings that decide how exact they compute."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from yacs.config import CfgNode
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe_environment(device: torch.device, world_size: int) -> dict[str, str | int]:
+    """Versions, device, command line and commit, as plain data."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
+        "processes": world_size,
+        "command": shlex.join(sys.argv),
+        "commit": find_commit(),
+    }
+
+
+def find_commit() -> str:
+    """Commit of this project, with ``+changes`` if files differ from it; "" outside a git repository."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
+
+
+def build_arithmetic(cfg: CfgNode) -> None:
+    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process."""
+    if cfg.DETERMINISTIC != "off":
+        torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
+    torch.set_float32_matmul_precision("high" if cfg.TF32 else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if cfg.TF32 else "ieee"
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"
+    torch.backends.cudnn.deterministic = cfg.DETERMINISTIC != "off"
