@@ -15,7 +15,7 @@ wanted="$(cat requirements.txt; echo "$@")"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing requirements.txt $*"
   if .venv/bin/python -m pip install --quiet uv; then
-    .venv/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt "$@" ||
+    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.txt "$@" ||
       .venv/bin/python -m pip install --quiet -r requirements.txt "$@"
   else
     .venv/bin/python -m pip install --quiet -r requirements.txt "$@"

@@ -1,23 +1,34 @@
 #!/usr/bin/env bash
-# Train on several nodes under SLURM, one torchrun a node: sbatch --nodes=2 scripts/slurm.sh --cfg configs/X.yaml ...
-# Arguments go to main.py. Run from the project's folder, on a file system that all nodes share. Preempted jobs are put
-# into the queue again and go on from their newest checkpoint.
+# Train on several nodes under SLURM: sbatch --nodes=2 scripts/slurm.sh --cfg configs/X.yaml ...
+# Arguments go to main.py. Submit from the project's directory, on a file system that all nodes share.
+#
+# SLURM starts one process per GPU and signals them all two minutes before the time limit, or at preemption. They save their
+# state at the same update and exit with status 75; the job is then requeued and resumes from that checkpoint.
 #SBATCH --job-name=flatten
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=64
+#SBATCH --cpus-per-task=8
+#SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-gpus="${SLURM_GPUS_PER_NODE##*:}"
+readonly STOPPED=75 # exit status of main.py: stopped by a signal, with its state saved
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-srun --kill-on-bad-exit=1 torchrun \
-  --nnodes="$SLURM_NNODES" \
-  --nproc_per_node="$gpus" \
-  --rdzv_id="$SLURM_JOB_ID" \
-  --rdzv_backend=c10d \
-  --rdzv_endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))" \
-  main.py "$@"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+export MASTER_ADDR MASTER_PORT
+trap : TERM # a signal to this script must not end it before its processes have saved
+
+status=0
+# shellcheck disable=SC2016 # the variables are those of each process
+srun --kill-on-bad-exit=0 --wait=60 bash -c '
+  export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+  export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-1}"
+  exec python main.py "$@"
+' main.py "$@" || status=$?
+if [ "$status" -eq "$STOPPED" ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -195,7 +195,10 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
     Returns:
         False if the best state that the checkpoint records is in no file of the run.
     """
-    if state["best"].get("num_updates") == state["num_updates"]:
+    num_updates = state["best"].get("num_updates", -1)
+    if num_updates < 0:  # not evaluated yet
+        return True
+    if num_updates == state["num_updates"]:
         if not best.is_file() or sha256(best) != sha256(path):
             link_best(path, best)
             logger.warning("%s: restored from %s", best, path.name)

@@ -1,0 +1,385 @@
+"""Checkpoints under kills, full disks and damage (R rows of docs/reliability.md)."""
+
+import builtins
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils.checkpoint
+import utils.engine
+from tests.conftest import write_images
+from tests.launch import run_main
+from tests.reliability.test_signals import call_before
+from tests.runs import assert_equal, comparable, toy_arguments
+from tests.utils.test_checkpoint import toy
+from utils.checkpoint import (
+    BEST,
+    checkpoint_path,
+    link_best,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    remove_surplus,
+    save_checkpoint,
+)
+from weights.reader import CheckpointError, read_checkpoint, sha256
+
+pytestmark = pytest.mark.reliability
+
+
+# --- Kills
+
+
+@pytest.mark.parametrize("num_kills", [pytest.param(3, id="3 kills"), pytest.param(25, id="25 kills", marks=pytest.mark.slow)])
+def test_r1_a_run_killed_at_random_times_ends_equal_to_the_undisturbed_one(
+    num_kills, uninterrupted, toy_config, toy_data, tmp_path
+):
+    expected = uninterrupted(2)
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
+    seed = int.from_bytes(os.urandom(4), "little")
+    rng, kills = random.Random(seed), 0
+    while kills < num_kills:
+        at = time.monotonic() + rng.uniform(0, 3)
+        outcome = run_main(arguments, tmp_path / "log", processes=2, kill_when=lambda at=at: time.monotonic() > at, timeout=60)
+        kills += 1
+        if outcome.exit_codes == [0, 0]:  # the end came first: the next kills hit a new run
+            assert_equal(comparable(tmp_path / "toy/default"), comparable(expected), f"seed {seed}")
+            shutil.rmtree(tmp_path / "toy")
+    outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
+    assert outcome.exit_codes == [0, 0], f"seed {seed}: {outcome.output}"
+    assert_equal(comparable(tmp_path / "toy/default"), comparable(expected), f"seed {seed}")
+
+
+FILE_OPERATIONS = [
+    (builtins, "open"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "link"),
+    (os, "open"),
+    (os, "close"),
+    (os, "unlink"),
+    (Path, "unlink"),
+]
+
+
+def save_and_die(folder: Path, number: int, state: dict, *, best: bool) -> bool:
+    """Save in a process that is killed before the file operation of that number. True if it ended before that operation."""
+    process = os.fork()
+    if process == 0:
+        count = 0
+
+        def guard(original):
+            def call(*arguments, **options):
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **options)
+
+            return call
+
+        for module, name in FILE_OPERATIONS:
+            setattr(module, name, guard(getattr(module, name)))
+        path = checkpoint_path(folder, state["num_updates"])
+        save_checkpoint(state, path)
+        if best:
+            link_best(path, folder / BEST)
+        remove_surplus(folder, keep=1)
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    return os.WIFEXITED(status)
+
+
+def state_of(num_updates: int) -> dict:
+    best = {"acc1": 50.0, "weights": "raw", "epoch": 0, "num_updates": num_updates}
+    return {"model": toy().state_dict(), "num_updates": num_updates, "best": best}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first save", "later save"])
+def test_r2_r12_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(first, tmp_path):
+    """With KEEP_CHECKPOINTS 1: never without a whole file, and never one older than before."""
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if not first:
+            save_checkpoint(state_of(1), checkpoint_path(folder, 1))
+        ended = save_and_die(folder, number, state_of(2), best=False)
+        newest = newest_whole_checkpoint(folder)
+        if first and newest is None:
+            assert not list_checkpoints(folder)  # nothing was there, and nothing half-written counts
+        else:
+            assert read_checkpoint(newest)["num_updates"] in (1, 2)
+        if ended:
+            break
+        # The next save of the same run succeeds and clears what the kill left.
+        save_checkpoint(state_of(3), checkpoint_path(folder, 3))
+        remove_surplus(folder, keep=1)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint_000000003.pth"]
+    assert ended
+    assert number > 6
+
+
+def test_r14_a_kill_at_any_file_operation_of_a_best_save_is_repaired_on_resume(tmp_path):
+    """``best.pth`` is the state that the log calls best: after the kill, or once the run resumes."""
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_checkpoint(state_of(1), checkpoint_path(folder, 1))
+        link_best(checkpoint_path(folder, 1), folder / BEST)
+        ended = save_and_die(folder, number, state_of(2), best=True)
+        newest = newest_whole_checkpoint(folder)
+        state = read_checkpoint(newest)
+        assert utils.checkpoint.repair_best(folder / BEST, state, newest)
+        best = read_checkpoint(folder / BEST)
+        assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
+        if ended:
+            break
+    assert ended
+    assert number > 10
+
+
+def test_r14_a_killed_best_save_of_a_whole_run_is_repaired(uninterrupted, toy_config, toy_data, tmp_path):
+    """SIGKILL between the rename of the checkpoint and its link as ``best.pth``."""
+
+    def prepare(rank: int) -> None:
+        call_before(utils.engine, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
+    folder = tmp_path / "toy/default"
+    assert run_main(arguments, tmp_path / "log", prepare=prepare).exit_codes == [-9]
+    assert not (folder / BEST).exists()
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "best.pth: restored" in outcome.output
+    expected = uninterrupted(1)
+    assert_equal(comparable(folder), comparable(expected))
+    assert read_checkpoint(folder / BEST)["num_updates"] == read_checkpoint(expected / BEST)["num_updates"]
+
+
+# --- Disks
+
+
+def test_r3_a_disk_that_is_full_after_any_number_of_bytes_leaves_the_old_file(tmp_path):
+    path = checkpoint_path(tmp_path, 1)
+    save_checkpoint(state_of(1), path)
+    digest, size = sha256(path), path.stat().st_size
+    for part in range(20):
+        process = os.fork()
+        if process == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size * part // 20, resource.RLIM_INFINITY))
+            try:
+                save_checkpoint(state_of(2), path)
+            except CheckpointError as error:
+                named = "the old ones are untouched" in str(error) and "bytes, " in str(error) and "are free" in str(error)
+                os._exit(0 if named else 1)
+            os._exit(2)
+        assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 0
+        assert sha256(path) == digest
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        def fill() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+        if rank == 0:
+            call_before(utils.engine, "save_checkpoint", 3, fill)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "checkpoint not written, the old ones are untouched" in outcome.output
+    assert [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")] == [4, 2]
+    assert not list((tmp_path / "toy/default").glob("*.incomplete"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to every folder")
+def test_r10_a_folder_that_cannot_be_written_is_refused_before_training(toy_config, toy_data, tmp_path):
+    (tmp_path / "toy").mkdir(mode=0o500)
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log")
+    assert outcome.exit_codes == [2], outcome.output
+    assert "cannot be written to" in outcome.output
+
+
+def test_r10_an_output_that_is_a_file_is_refused_before_training_and_by_check(toy_config, toy_data, tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/default").write_text("")
+    for flags in ([], ["--check"]):
+        outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *flags], tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "choose another --output" in outcome.output
+
+
+# --- Damage
+
+
+def damages(content: bytes):
+    """Descriptions and contents: 20 cuts, 64 flips of one bit, nothing."""
+    rng = random.Random(0)
+    for part in range(20):
+        yield f"cut {part}", content[: len(content) * part // 20]
+    for number in range(64):
+        position = rng.randrange(len(content))
+        yield (
+            f"flip {number}",
+            content[:position] + bytes([content[position] ^ 1 << rng.randrange(8)]) + content[position + 1 :],
+        )
+
+
+def test_r4_every_damage_of_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
+    """A flip in a field of the archive that no reader uses leaves the state as it was."""
+    older, newer, state = checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2), state_of(2)
+    save_checkpoint(state_of(1), older)
+    save_checkpoint(state, newer)
+    content, detected = newer.read_bytes(), 0
+    expected = read_checkpoint(newer)
+    for what, damaged in damages(content):
+        newer.write_bytes(damaged)
+        found = newest_whole_checkpoint(tmp_path)
+        if found == newer:
+            assert what.startswith("flip")
+            assert_equal(read_checkpoint(newer), expected, what)
+        else:
+            assert found == older, what
+            detected += 1
+    assert detected >= 20 + 64 // 2
+
+
+# --- Two processes in one folder
+
+
+def test_r15_evaluation_beside_training_and_a_second_evaluation_work(trained, toy_config, toy_data, tmp_path):
+    """Two evaluations write their results into one folder while a run trains in it."""
+    from multiprocessing import get_context
+
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    shutil.copy(trained, tmp_path / "weights.pth")
+    evaluation = [*toy_arguments(toy_config, toy_data, tmp_path), "--eval", "--resume", tmp_path / "weights.pth"]
+    training = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "SAVE_STEPS", 2)
+    codes = get_context("fork").SimpleQueue()
+
+    def run(number: int, arguments: list) -> None:
+        codes.put((number, run_main(arguments, tmp_path / f"log{number}").exit_codes))
+
+    children = [
+        get_context("fork").Process(target=run, args=(number, arguments))
+        for number, arguments in enumerate((training, evaluation, evaluation))
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert sorted(codes.get() for _ in children) == [(0, [0]), (1, [0]), (2, [0])]
+    assert json.loads((folder / "eval.json").read_text())["results"]
+    assert not list(folder.glob("*incomplete*"))
+
+
+# --- Changed data
+
+
+def add_image(root: Path) -> None:
+    shutil.copy(root / "train/class1/000.png", root / "train/class1/extra.png")
+
+
+R17_CHANGES = {
+    "added": (add_image, "class class1 had 34 images, now it has 35"),
+    "removed": (lambda root: (root / "train/class1/003.png").unlink(), "class class1 had 34 images, now it has 33"),
+    "renamed": (
+        lambda root: [(root / split / "class0").rename(root / split / "class9") for split in ("train", "val")],
+        "class class0 is missing, class class9 is new",
+    ),
+    "validation": (lambda root: (root / "val/class1/003.png").unlink(), "val/: class class1 had 11 images, now it has 10"),
+}
+
+
+@pytest.mark.parametrize("change", R17_CHANGES)
+def test_r17_a_run_whose_data_changed_is_refused_with_what_changed(change, toy_config, tmp_path):
+    data = tmp_path / "data"
+    for split, per_class in (("train", 34), ("val", 11)):
+        write_images(data, split, classes=3, per_class=per_class)
+    arguments = toy_arguments(toy_config, data, tmp_path, "SAVE_STEPS", 2)
+    folder = tmp_path / "toy/default"
+    run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
+    apply, message = R17_CHANGES[change]
+    apply(data)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2], outcome.output
+    assert message in outcome.output
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
+
+
+# --- Resume in other surroundings
+
+
+def test_r5_a_run_saved_with_workers_resumes_with_another_number(uninterrupted, toy_config, toy_data, tmp_path):
+    folder = tmp_path / "toy/default"
+
+    def arguments(workers: int) -> list:
+        return toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", workers)
+
+    for workers in (2, 1):
+        count = len(list_checkpoints(folder)) and int(list_checkpoints(folder)[0].stem.split("_")[1])
+        outcome = run_main(
+            arguments(workers),
+            tmp_path / "log",
+            kill_when=lambda count=count: any(int(p.stem.split("_")[1]) > count + 3 for p in list_checkpoints(folder)),
+        )
+        assert outcome.exit_codes == [-9], outcome.output
+    assert run_main(arguments(0), tmp_path / "log").exit_codes == [0]
+    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+
+
+def test_r6_other_numbers_of_processes_resume_with_the_same_images_per_update(toy_config, toy_data, tmp_path):
+    """Nothing drawn per process: the loss of a run that went from 2 processes to 1 and 4 agrees with that of one left alone."""
+    still = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
+    options = [*still, "DATA.GLOBAL_BATCH_SIZE", 8, "DATA.BATCH_SIZE", 2, "PRINT_FREQ", 1, "SAVE_STEPS", 3, "EVAL_FREQ", 9]
+    losses = {}
+    for name, counts in (("alone", (1,)), ("changing", (2, 4, 1))):
+        arguments = toy_arguments(toy_config, toy_data, tmp_path / name, *options)
+        folder = tmp_path / name / "toy/default"
+        for position, processes in enumerate(counts):
+            last = position + 1 == len(counts)
+
+            def stop_after_save(rank: int, last: bool = last) -> None:
+                if not last and rank == 0:
+                    call_before(utils.engine, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+            outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_after_save)
+            assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    assert losses["changing"].keys() == losses["alone"].keys() == set(range(1, 13))
+    assert list(losses["changing"].values()) == pytest.approx(list(losses["alone"].values()), rel=1e-5)
+
+
+def test_r9_files_carry_bare_names_whatever_wraps_the_model(toy_config, toy_data, tmp_path):
+    for name, options, processes in (("ddp", [], 2), ("compiled", ["TRAIN.COMPILE", True], 1)):
+        if name == "compiled" and shutil.which("g++") is None:
+            continue
+        arguments = toy_arguments(toy_config, toy_data, tmp_path / name, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8, *options)
+        if name == "compiled":
+
+            def prepare(rank: int) -> None:
+                original = torch.compile
+                torch.compile = lambda model: original(model, backend="eager")
+
+        else:
+            prepare = None
+        outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=prepare)
+        assert set(outcome.exit_codes) == {0}, outcome.output
+        state = read_checkpoint(list_checkpoints(tmp_path / name / "toy/default")[0])
+        for weights in ("model", "state_dict_ema"):
+            assert not any(key.startswith(("module.", "_orig_mod.", "model.")) for key in state[weights])
+        assert not torch.equal(state["model"]["head.weight"], state["state_dict_ema"]["head.weight"])
