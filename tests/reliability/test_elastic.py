@@ -1,0 +1,181 @@
+"""Preempted jobs and elastic restarts (S5 and S6 of docs/reliability.md), through the programs that users start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch import free_port
+from tests.runs import assert_equal, comparable, toy_arguments
+from utils.checkpoint import list_checkpoints, num_updates_of
+
+pytestmark = pytest.mark.reliability
+ROOT = Path(__file__).parent.parent.parent
+
+SRUN = f"""#!{sys.executable}
+import os, pathlib, signal, subprocess, sys, time
+
+command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")):]
+folder = pathlib.Path(os.environ["RUN_FOLDER"])
+done = lambda: max([int(path.stem[11:]) for path in folder.glob("checkpoint_*.pth")], default=0)
+start, tasks = done(), []
+for rank in range(2):
+    numbers = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}}
+    tasks.append(subprocess.Popen(command, env=os.environ | numbers))
+preempted = os.environ["PREEMPT"] == "no"
+while any(task.poll() is None for task in tasks):
+    if not preempted and done() > start:
+        for task in tasks:
+            task.send_signal(signal.SIGUSR1)
+        preempted = True
+    time.sleep(0.005)
+sys.exit(max(task.returncode for task in tasks))
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1" in
+  show) echo 127.0.0.1 ;;
+  requeue) echo "$2" >> "$REQUEUED" ;;
+esac
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "preemptions", [pytest.param(1, id="1 preemption"), pytest.param(5, id="5 preemptions", marks=pytest.mark.slow)]
+)
+def test_s5_a_job_that_slurm_preempts_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
+    """``scripts/slurm.sh`` with stand-ins for ``srun``, which signals its tasks after a checkpoint, and ``scontrol``."""
+    expected = uninterrupted(2)
+    programs, requeued = tmp_path / "bin", tmp_path / "requeued"
+    programs.mkdir()
+    write_program(programs / "srun", SRUN)
+    write_program(programs / "scontrol", SCONTROL)
+    write_program(programs / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node0",
+        "SLURM_JOB_ID": "7",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "RUN_FOLDER": str(tmp_path / "toy/default"),
+        "REQUEUED": str(requeued),
+    }
+    for number in range(preemptions + 1):
+        last = number == preemptions
+        job = subprocess.run(
+            ["bash", ROOT / "scripts/slurm.sh", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment | {"PREEMPT": "no" if last else "yes", "MASTER_PORT": str(free_port())},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert job.returncode == (0 if last else 75), job.stdout + job.stderr
+    assert requeued.read_text().split() == ["7"] * preemptions
+    assert_equal(comparable(tmp_path / "toy/default"), comparable(expected))
+
+
+# --- torchrun
+
+
+def torchrun(arguments: list, log: Path, *options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), "main.py", *map(str, arguments)]
+    with open(log, "a") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def find_workers(output: Path, **variables: str) -> list[int]:
+    """Processes of ``main.py`` with this folder in their command line and these environment variables."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        wanted = [f"{name}={value}".encode() for name, value in variables.items()]
+        if str(output).encode() in command and b"RANK=" in b"".join(environment) and all(w in environment for w in wanted):
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
+
+
+def newest(folder: Path) -> int:
+    return max(map(num_updates_of, list_checkpoints(folder)), default=0)
+
+
+@pytest.mark.parametrize("kills", [pytest.param(1, id="1 kill"), pytest.param(3, id="3 kills", marks=pytest.mark.slow)])
+def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, toy_config, toy_data, tmp_path):
+    expected, folder, log = uninterrupted(2), tmp_path / "toy/default", tmp_path / "log"
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 10)
+    job = torchrun(arguments, log, "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    try:
+        for number in range(kills):
+            start = newest(folder)
+            wait_for(lambda start=start: newest(folder) > start, job, log)
+            (worker,) = find_workers(tmp_path, RANK="1", TORCHELASTIC_RESTART_COUNT=str(number))
+            os.kill(worker, signal.SIGKILL)
+        assert job.wait(300) == 0, log.read_text()
+    finally:
+        for process in [job.pid, *find_workers(tmp_path)]:
+            if job.poll() is None:
+                os.kill(process, signal.SIGKILL)
+    assert log.read_text().count("resumed after update") == kills
+    assert_equal(comparable(folder), comparable(expected))
+
+
+@pytest.mark.slow
+def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, toy_data, tmp_path):
+    """Two agents with a c10d rendezvous play two nodes; one is killed with its worker, the job resumes on the other."""
+    folder, logs = tmp_path / "toy/default", [tmp_path / "log0", tmp_path / "log1"]
+    options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "DATA.GLOBAL_BATCH_SIZE", 8, "COLLECTIVE_TIMEOUT", 10]
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = []
+    for number, log in enumerate(logs):
+        rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=1")
+        rendezvous += (f"--rdzv_conf=is_host={number == 0},last_call_timeout=2,keep_alive_interval=1",)
+        agents.append(torchrun(arguments, log, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", *rendezvous))
+        if number == 0:
+            time.sleep(1)  # the first agent has the store
+    try:
+        wait_for(lambda: newest(folder) > 0, agents[0], logs[0])
+        assert len(find_workers(tmp_path, WORLD_SIZE="2")) == 2
+        os.killpg(agents[1].pid, signal.SIGKILL)
+        for worker in find_workers(tmp_path, WORLD_SIZE="2"):
+            parent = (Path("/proc") / str(worker) / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if int(parent) != agents[0].pid:
+                os.kill(worker, signal.SIGKILL)
+        assert agents[0].wait(180) == 0, logs[0].read_text()
+    finally:
+        for process in [agent.pid for agent in agents if agent.poll() is None] + find_workers(tmp_path):
+            os.kill(process, signal.SIGKILL)
+    text = "".join(log.read_text() for log in logs)
+    assert "resumed after update" in text
+    assert newest(folder) == 36
