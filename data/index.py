@@ -125,7 +125,9 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
                 ends = [offset + entry.compress_size for offset, entry in zip(offsets, chosen, strict=True)]
                 if max(ends) > os.fstat(file.fileno()).st_size:
                     raise zipfile.BadZipFile("an entry goes beyond its end")
-        except (OSError, zipfile.BadZipFile) as error:
+        except DataError:
+            raise
+        except Exception as error:  # zipfile raises many kinds on damaged archives
             raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
         where = {
             "offsets": offsets,

@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path):
+    if _is_archive(path):
         verify(path)
     try:
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
@@ -96,6 +96,14 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, intact or damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its directory is damaged
+        return True
 
 
 def _read_safetensors(path: Path) -> dict:
