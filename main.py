@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.arguments import check_usage, overrides, parse_arguments
 from utils.config import ConfigError, load_config
+from utils.stop import StopRequest
 
 CONFIGS = Path(__file__).parent / "configs"
 USAGE_ERROR = 2  # exit status
@@ -30,10 +31,11 @@ def main(*, ema: bool = False) -> None:
             print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 
+    stop = StopRequest()
     # torch and timm take seconds to import: mistakes above are reported without them.
     from jobs.launch import launch
 
-    launch(args, cfg, pairs)
+    launch(args, cfg, pairs, stop)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from utils.distributed import LostRankError, RankZeroError, World, cleanup, is_l
 from utils.engine import Stopped, TrainingError
 from utils.log import setup_logging
 from utils.schedule import accumulation_steps
+from utils.stop import StopRequest
 from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,13 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 @record
-def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> None:
+def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop: StopRequest) -> None:
     """Run the job that the command line asks for.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
         pairs: KEY, VALUE, ... of the command line.
+        stop: set by signals since the program started. Only training finishes its update and saves; other jobs end at once.
     """
     try:
         if cfg is not None:
@@ -51,9 +53,14 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"main.py: error: {error}\n")
         sys.exit(USAGE_ERROR)
+    except LostRankError as error:
+        sys.stderr.write(f"main.py: error: {error}\n")
+        sys.exit(FAILED)
     setup_logging(world.rank)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if args.throughput or args.eval or args.replay or args.check:  # nothing to save
+            stop.cancel()
+            signal.signal(signal.SIGTERM, _interrupt)
         if args.throughput:
             measure_throughput(cfg, world)
         elif args.eval:
@@ -63,7 +70,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
         elif args.check:
             rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
         else:
-            train(cfg, world, find_unused_parameters=args.find_unused_params)
+            train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
     except USER_ERRORS as error:  # the message names the remedy: no traceback
         if world.is_main or not isinstance(error, TrainingError):  # every process raises that
             logger.error("%s", without_traceback(error))
@@ -88,9 +95,9 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence) -> No
         else:
             raise
         leave(world, FAILED)
-    except Stopped as stop:
+    except Stopped as reason:
         if world.is_main:
-            logger.warning("%s", stop)
+            logger.warning("%s", reason)
         leave(world, STOPPED)
     except KeyboardInterrupt:
         if world.is_main:

@@ -33,17 +33,12 @@ REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
 SECONDS_UNTIL_STALE = 3600  # age at which a temporary directory counts as left over
 
 
-def train(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
+def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
     """Train to the end, or until a signal asks to stop.
 
     Raises:
         Stopped: the state is saved, and the same command resumes.
     """
-    with StopRequest() as stop:
-        _train(cfg, world, stop, find_unused_parameters=find_unused_parameters)
-
-
-def _train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
     build_arithmetic(cfg)
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     saved = read_run(cfg, world, start)

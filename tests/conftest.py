@@ -13,6 +13,11 @@ REFERENCE = Path(__file__).parent / "reference"
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first: they are forked from this process, and take twice as long once large models have filled its memory."""
+    items.sort(key=lambda item: not hasattr(item.module, "run_main"))
+
+
 def reference(name: str):
     return json.loads((REFERENCE / f"{name}.json").read_text())
 

@@ -152,7 +152,7 @@ def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data,
     arguments = ["--cfg", toy_config, "--data-path", others, "--output", tmp_path]
     outcome = run(*arguments, log=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "'class2' is now 'class3'" in outcome.output
+    assert "class class2 is missing, class class3 is new" in outcome.output
 
 
 def test_another_number_of_classes_asks_for_a_class_map_in_evaluation_alone(trained, toy_config, toy_data, tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
 LONGEST_WAIT = timedelta(hours=1)  # for rank 0 while it lists a data set: that may be a million files on a slow disk
 SECONDS_FOR_ROLL_CALL = 5.0
+SECONDS_BETWEEN_CHECKS = 0.02  # of the store, while processes start
 
 
 class RankZeroError(RuntimeError):
@@ -33,7 +35,7 @@ class World:
     """This process among ``size`` of them, ``device`` being its own.
 
     Args:
-        store: key-value store of all processes; None for one process.
+        store: key-value store of all processes, of this start alone; None for one process.
         patient: process group with a long timeout, see ``on_main``; None for one process.
     """
 
@@ -53,10 +55,11 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere.
 
     Args:
-        timeout_seconds: after which a collective that a process does not join is an error.
+        timeout_seconds: after which a process that does not start, or does not join a collective, is an error.
 
     Raises:
         ValueError: fewer GPUs than processes.
+        LostRankError: a process did not start.
     """
     launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -73,18 +76,63 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         device = torch.device("cpu")
     if not launched:
         return World(rank, local_rank, size, device)
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=LONGEST_WAIT))
-    on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("collectives", store),
-        rank=rank,
-        world_size=size,
-        device_id=device if on_gpu else None,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    timeout, on_gpu = timedelta(seconds=timeout_seconds), device.type == "cuda"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = dist.PrefixStore(meet(store, rank, size, timeout_seconds=timeout_seconds), store)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("collectives", store),
+            rank=rank,
+            world_size=size,
+            device_id=device if on_gpu else None,
+            timeout=timeout,
+        )
+    except RuntimeError as error:  # dist.DistError too
+        if not is_lost_connection(error):
+            raise
+        raise LostRankError(
+            f"rank {rank} has no connection to the others within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
+        ) from None
     patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return World(rank, local_rank, size, device, store, patient)
+
+
+def meet(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
+    """Wait for all processes of this start, and agree on a name for it.
+
+    torchrun keeps its store when it restarts the processes. Without a prefix of their own, they would find the addresses of
+    processes that have ended.
+
+    Rank 0 announces a name. Each other rank registers a token under the name that it reads, which may be that of an earlier
+    start, until it finds its token among those that rank 0 confirms.
+
+    Raises:
+        LostRankError: with the ranks that did not start in time.
+    """
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    if rank == 0:
+        store.set("start", token)
+        missing = set(range(1, size))
+        while missing:
+            missing = {other for other in missing if not store.check([f"{token}/{other}"])}
+            if missing and time.monotonic() > deadline:
+                ranks = ", ".join(map(str, sorted(missing)))
+                raise LostRankError(f"rank {ranks} did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
+            time.sleep(SECONDS_BETWEEN_CHECKS)
+        store.set(f"{token}/confirmed", ",".join(store.get(f"{token}/{other}").decode() for other in range(1, size)))
+        return token
+    registered = None
+    while time.monotonic() < deadline:
+        if store.check(["start"]):
+            start = store.get("start").decode()
+            if start != registered:
+                store.set(f"{start}/{rank}", token)
+                registered = start
+            if store.check([f"{start}/confirmed"]) and token in store.get(f"{start}/confirmed").decode().split(","):
+                return start
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    raise LostRankError(f"rank 0, or another rank, did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
 
 
 def cleanup() -> None:

@@ -4,12 +4,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
-import torchvision
 from yacs.config import CfgNode
 
 ROOT = Path(__file__).parent.parent
@@ -19,10 +17,7 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
     """Versions, device, command line and commit, as plain data."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": np.__version__,
+        **{package: version(package) for package in ("torch", "torchvision", "timm", "numpy")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",

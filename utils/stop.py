@@ -8,26 +8,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 
 
 
 class StopRequest:
-    """A flag that SIGTERM, SIGINT and SIGUSR1 set within its ``with`` block; a second signal ends the process at once.
+    """A flag that SIGTERM, SIGINT and SIGUSR1 set, from construction on; a second signal ends the process at once.
 
-    Loader workers that are forked within the block ignore the signals.
+    Loader workers, which are forked, ignore the signals.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._process = os.getpid()
-        self._previous: dict = {}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def requested(self) -> bool:
         return self.signal is not None
 
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_error: object) -> None:
+    def cancel(self) -> None:
+        """Restore the handlers before this object, and deliver to them the signal that has come meanwhile, if any."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.signal is not None:
+            signal.raise_signal(self.signal)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:

@@ -15,10 +15,11 @@ import torch
 
 import utils.checkpoint
 import utils.engine
+from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, comparable, toy_arguments
+from tests.runs import assert_equal, toy_arguments
 from tests.utils.test_checkpoint import toy
 from utils.checkpoint import (
     BEST,
@@ -50,11 +51,11 @@ def test_r1_a_run_killed_at_random_times_ends_equal_to_the_undisturbed_one(
         outcome = run_main(arguments, tmp_path / "log", processes=2, kill_when=lambda at=at: time.monotonic() > at, timeout=60)
         kills += 1
         if outcome.exit_codes == [0, 0]:  # the end came first: the next kills hit a new run
-            assert_equal(comparable(tmp_path / "toy/default"), comparable(expected), f"seed {seed}")
+            assert_equal(read_state(tmp_path / "toy/default"), read_state(expected), f"seed {seed}")
             shutil.rmtree(tmp_path / "toy")
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
     assert outcome.exit_codes == [0, 0], f"seed {seed}: {outcome.output}"
-    assert_equal(comparable(tmp_path / "toy/default"), comparable(expected), f"seed {seed}")
+    assert_equal(read_state(tmp_path / "toy/default"), read_state(expected), f"seed {seed}")
 
 
 FILE_OPERATIONS = [
@@ -159,7 +160,7 @@ def test_r14_a_killed_best_save_of_a_whole_run_is_repaired(uninterrupted, toy_co
     assert outcome.exit_codes == [0], outcome.output
     assert "best.pth: restored" in outcome.output
     expected = uninterrupted(1)
-    assert_equal(comparable(folder), comparable(expected))
+    assert_equal(read_state(folder), read_state(expected))
     assert read_checkpoint(folder / BEST)["num_updates"] == read_checkpoint(expected / BEST)["num_updates"]
 
 
@@ -338,7 +339,7 @@ def test_r5_a_run_saved_with_workers_resumes_with_another_number(uninterrupted, 
         )
         assert outcome.exit_codes == [-9], outcome.output
     assert run_main(arguments(0), tmp_path / "log").exit_codes == [0]
-    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+    assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
 def test_r6_other_numbers_of_processes_resume_with_the_same_images_per_update(toy_config, toy_data, tmp_path):
@@ -383,3 +384,63 @@ def test_r9_files_carry_bare_names_whatever_wraps_the_model(toy_config, toy_data
         for weights in ("model", "state_dict_ema"):
             assert not any(key.startswith(("module.", "_orig_mod.", "model.")) for key in state[weights])
         assert not torch.equal(state["model"]["head.weight"], state["state_dict_ema"]["head.weight"])
+
+
+def test_r8_a_run_stopped_while_it_accumulates_saves_at_an_update_and_ends_equal(toy_config, toy_data, tmp_path):
+    options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
+
+    def prepare(rank: int) -> None:  # in the third forward pass of the eighth update
+        call_before(utils.engine, "prepare_batch", 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
+    assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
+    folder = tmp_path / "stopped/toy/default"
+    assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 10
+    assert run_main(stopped, tmp_path / "log").exit_codes == [0]
+    assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "alone", *options), tmp_path / "log").exit_codes == [0]
+    assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))
+
+
+def test_g1_the_same_seed_gives_the_same_run_and_another_one_does_not(uninterrupted, toy_config, toy_data, tmp_path):
+    states = {}
+    for seed in (0, 1):
+        output = tmp_path / str(seed)
+        arguments = toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "SEED", seed)
+        assert run_main(arguments, tmp_path / "log").exit_codes == [0]
+        states[seed] = read_state(output / "toy/default")
+    assert_equal(states[0], read_state(uninterrupted(1)))
+    assert not torch.equal(states[0]["model"]["head.weight"], states[1]["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "train"])
+def test_e3_results_name_their_weights_and_precision_and_repeat_exactly(precision, trained, toy_config, toy_data, tmp_path):
+    results = []
+    for number in range(2):
+        arguments = toy_arguments(toy_config, toy_data, tmp_path / str(number), "AMP", True, "TEST.PRECISION", precision)
+        outcome = run_main([*arguments, "--eval", "--resume", trained], tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert "raw weights: " in outcome.output
+        assert "ema weights: " in outcome.output
+        result = json.loads((tmp_path / str(number) / "toy/default/eval.json").read_text())
+        assert result["precision"] == {"fp32": "float32", "train": "bfloat16"}[precision]
+        results.append(result["results"])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("num_stops", [pytest.param(2, id="2 stops"), pytest.param(10, id="10 stops", marks=pytest.mark.slow)])
+def test_r7_a_run_stopped_many_times_within_an_epoch_ends_equal(num_stops, toy_config, toy_data, tmp_path):
+    def arguments(output: Path) -> list:
+        return toy_arguments(toy_config, toy_data, output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2)
+
+    def stop_at_first_update(rank: int) -> None:
+        call_before(utils.engine, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    folder, position = tmp_path / "stopped/toy/default", 0
+    for _ in range(num_stops):
+        outcome = run_main(arguments(tmp_path / "stopped"), tmp_path / "log", prepare=stop_at_first_update)
+        assert outcome.exit_codes == [75], outcome.output
+        before, position = position, read_checkpoint(list_checkpoints(folder)[0])["num_updates"]
+        assert before < position < 50
+    for output in (tmp_path / "stopped", tmp_path / "alone"):
+        assert run_main(arguments(output), tmp_path / "log").exit_codes == [0]
+    assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))

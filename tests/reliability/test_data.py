@@ -1,8 +1,10 @@
 """Damaged, hostile and changed data (D and X rows of docs/reliability.md)."""
 
 import errno
+import gc
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import scripts.pack_dataset
 from data.build import build_datasets, build_mixup, build_train_transform
 from data.classes import read_class_map
 from data.datasets import FORMATS, FileDataset, ImageDataset, decode_image
-from data.index import DataError, compare_descriptions, describe_index, index_folder, index_tar, index_zip
+from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches
 from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
@@ -430,3 +433,53 @@ def test_only_plain_files_are_followed_by_the_mode_of_their_entry(tmp_path):
     (tmp_path / "train_map.txt").write_text("link.png\t0\n")
     with pytest.raises(DataError, match="is a link"):
         index_zip(tmp_path, "train")
+
+
+# --- Large indices
+
+
+def make_large_index(source: Path, num_images: int) -> Index:
+    """An index like ImageNet's: equally long names, 1,000 classes."""
+    name = b"n01440764/n01440764_10026.JPEG"
+    return Index(
+        source=source,
+        classes=[f"class{label}" for label in range(1000)],
+        labels=(np.arange(num_images) % 1000).astype(np.int32),
+        text=np.frombuffer(name * num_images, dtype=np.uint8),
+        ends=np.arange(1, num_images + 1, dtype=np.int64) * len(name),
+        archives=[],
+        **{name: np.empty(0, dtype=np.int64) for name in ("archive", "offsets", "sizes", "deflated", "checksums")},
+    )
+
+
+def private_bytes() -> int:
+    """Memory of this process that no other one shares."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+def read_many_names(worker: int, index: Index, results) -> None:
+    gc.freeze()
+    before = private_bytes()
+    for position in np.random.default_rng(worker).integers(0, len(index), 20_000):
+        assert index.name(int(position)).endswith(".JPEG")
+    results.put(private_bytes() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux accounts private memory")
+@pytest.mark.parametrize("num_images", [1_280_000, pytest.param(14_000_000, marks=pytest.mark.slow)])
+def test_d5_workers_share_a_large_index_that_loads_from_its_cache_in_a_second(num_images, tmp_path):
+    data.index._write_cache(tmp_path / "index.npz", make_large_index(tmp_path, num_images), {})
+    started = time.process_time()
+    index = data.index._read_cache(tmp_path / "index.npz", tmp_path, [])
+    assert time.process_time() - started < 1
+    assert len(index) == num_images
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=read_many_names, args=(number, index, results)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    growth = [results.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert max(growth) < 20 * 2**20

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.soak import read_state
 from tests.launch import free_port
-from tests.runs import assert_equal, comparable, toy_arguments
+from tests.runs import assert_equal, toy_arguments
 from utils.checkpoint import list_checkpoints, num_updates_of
 
 pytestmark = pytest.mark.reliability
@@ -83,19 +84,19 @@ def test_s5_a_job_that_slurm_preempts_is_requeued_and_ends_equal(preemptions, un
         )
         assert job.returncode == (0 if last else 75), job.stdout + job.stderr
     assert requeued.read_text().split() == ["7"] * preemptions
-    assert_equal(comparable(tmp_path / "toy/default"), comparable(expected))
+    assert_equal(read_state(tmp_path / "toy/default"), read_state(expected))
 
 
 # --- torchrun
 
 
-def torchrun(arguments: list, log: Path, *options: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), "main.py", *map(str, arguments)]
+def torchrun(arguments: list, log: Path, *options: object, program: str | Path = "main.py") -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, [*options, program, *arguments])]
     with open(log, "a") as file:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,
@@ -147,7 +148,7 @@ def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, t
             if job.poll() is None:
                 os.kill(process, signal.SIGKILL)
     assert log.read_text().count("resumed after update") == kills
-    assert_equal(comparable(folder), comparable(expected))
+    assert_equal(read_state(folder), read_state(expected))
 
 
 @pytest.mark.slow
@@ -179,3 +180,28 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
     text = "".join(log.read_text() for log in logs)
     assert "resumed after update" in text
     assert newest(folder) == 36
+
+
+FAILING_MAIN = """
+import os
+import utils.engine
+from main import main
+
+def fail(*arguments, **options):
+    raise ValueError("a mistake of rank 1")
+
+if os.environ["RANK"] == "1":
+    utils.engine.train_step = fail
+main()
+"""
+
+
+def test_u1_the_traceback_of_any_rank_is_on_the_console_of_torchrun(toy_config, toy_data, tmp_path):
+    program, log = tmp_path / "failing_main.py", tmp_path / "log"
+    program.write_text(FAILING_MAIN)
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 10)
+    job = torchrun(arguments, log, "--standalone", "--nproc_per_node=2", program=program)
+    assert job.wait(120) == 1
+    text = log.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert "ValueError: a mistake of rank 1" in text

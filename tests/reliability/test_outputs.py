@@ -9,8 +9,9 @@ import time
 import pytest
 
 import utils.log
+from scripts.soak import read_state
 from tests.launch import run_main
-from tests.runs import assert_equal, comparable, toy_arguments
+from tests.runs import assert_equal, toy_arguments
 
 pytestmark = pytest.mark.reliability
 
@@ -62,7 +63,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
     outcome = run_main(arguments_of(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
     folder = output / "toy/default"
-    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+    assert_equal(read_state(folder), read_state(uninterrupted(1)))
     log = (folder / "log_rank0.txt").read_text()
     assert "best Acc@1" in log
     if console in ("broken pipe", "full disk"):
@@ -98,7 +99,7 @@ def test_r16_a_full_disk_for_logs_and_curves_ends_no_run(output, uninterrupted, 
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
     assert outcome.output.count("No space left on device); the run continues without it") == 1
-    assert_equal(comparable(tmp_path / "toy/default"), comparable(uninterrupted(1)))
+    assert_equal(read_state(tmp_path / "toy/default"), read_state(uninterrupted(1)))
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", '{"step": "x"}', "{}", '{"step": 3, "ki', "\x00\xff"])

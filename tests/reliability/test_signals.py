@@ -9,8 +9,9 @@ import pytest
 
 import jobs.training
 import utils.engine
+from scripts.soak import read_state
 from tests.launch import run_main
-from tests.runs import assert_equal, comparable, toy_arguments
+from tests.runs import assert_equal, toy_arguments
 from utils.checkpoint import list_checkpoints
 from weights.reader import read_checkpoint
 
@@ -83,7 +84,7 @@ def test_s1_a_signal_to_one_rank_stops_all_with_their_state_saved(phase, number,
         assert f"after update {read_checkpoint(newest)['num_updates']}, which is saved" in stopped.output
     resumed = run_main(arguments, tmp_path / "log", processes=2)
     assert resumed.exit_codes == [0, 0], resumed.output
-    assert_equal(comparable(folder), comparable(uninterrupted(2)))
+    assert_equal(read_state(folder), read_state(uninterrupted(2)))
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [(point["kind"], point["step"]) for point in points]
     assert len(keys) == len(set(keys))
@@ -119,7 +120,7 @@ def test_s3_loader_workers_ignore_a_signal_to_their_process_group(number, uninte
     assert stopped.output.count("which is saved") == 1
     resumed = run_main(arguments, tmp_path / "log")
     assert resumed.exit_codes == [0], resumed.output
-    assert_equal(comparable(folder), comparable(uninterrupted(1)))
+    assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
 def test_checkpoints_are_saved_by_time_within_an_epoch(toy_config, toy_data, tmp_path):

@@ -1,0 +1,372 @@
+"""Train under random faults for a given time, and compare each finished run with an undisturbed one.
+
+A small model is trained on handwritten digits. Each start of the training command gets one fault at a random time: SIGKILL of
+one process or of all, a stop signal to one process, a full disk, or damage to the newest checkpoint; sometimes a second run is
+started in the same directory as well. Then the same command is given again. All runs, the undisturbed one too, meet the same
+unreadable training images (DATA.UNREADABLE skip).
+
+After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless it is
+the one that was damaged. At its end, a run must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
+
+The seed determines kinds and times of the faults; which update they hit depends on the speed of the machine. Linux only.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+
+from utils.checkpoint import BEST, list_checkpoints, newest_whole_checkpoint, num_updates_of
+from utils.files import replacing
+from weights.reader import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/quickstart.yaml"
+GLOBAL_BATCH_SIZE = 64
+UNREADABLE_IMAGES = 3
+COLLECTIVE_TIMEOUT = 20  # seconds
+SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # after a fault
+BYTES_OF_FULL_DISK = 20_000  # less than a checkpoint
+DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py
+
+
+class SoakError(Exception):
+    """A broken promise: what was lost, or did not end."""
+
+
+def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
+    """The first place where two nested states are not bit-equal, types included; None if they are."""
+    if type(one) is not type(other):
+        return f"{where}: {type(one).__name__} and {type(other).__name__}"
+    if isinstance(one, torch.Tensor):
+        return None if torch.equal(one, other) else where
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return f"{where}: keys {sorted(map(str, one.keys() ^ other.keys()))}"
+        pairs = [(str(key), one[key], other[key]) for key in one]
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{where}: lengths {len(one)} and {len(other)}"
+        pairs = [(str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return None if one == other else f"{where}: {one!r} and {other!r}"
+    return next((found for key, *pair in pairs if (found := find_difference(*pair, f"{where}.{key}"))), None)
+
+
+def read_state(folder: Path) -> dict:
+    """The newest checkpoint of a run, without what names its command and machine."""
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    return {key: value for key, value in state.items() if key not in ("config", "environment")}
+
+
+def newest_update(folder: Path) -> int:
+    """Updates done at the newest checkpoint, by its name; 0 if there is none."""
+    return max(map(num_updates_of, list_checkpoints(folder)), default=0)
+
+
+class Job:
+    """One start of the training command: one process of ``main.py`` per rank."""
+
+    def __init__(self, data: Path, output: Path, *, num_processes: int, batch_size: int, num_workers: int, log: Path):
+        self.folder = output / "quickstart/default"
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        options = {
+            "DATA.GLOBAL_BATCH_SIZE": GLOBAL_BATCH_SIZE,
+            "DATA.NUM_WORKERS": num_workers,
+            "DATA.UNREADABLE": "skip",
+            "TRAIN.EPOCHS": 12,
+            "SAVE_STEPS": 5,
+            "COLLECTIVE_TIMEOUT": COLLECTIVE_TIMEOUT,
+        }
+        command = [sys.executable, "main.py", "--cfg", CONFIG, "--data-path", data.absolute(), "--output", output.absolute()]
+        command += ["--batch-size", batch_size, "--opts", *(word for pair in options.items() for word in pair)]
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        if num_processes > 1:
+            environment |= {"WORLD_SIZE": str(num_processes)}
+        self.processes = []
+        with open(log, "a", encoding="utf-8") as file:
+            for rank in range(num_processes):
+                numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+                self.processes.append(
+                    subprocess.Popen(
+                        list(map(str, command)),
+                        cwd=ROOT,
+                        env=environment | numbers,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                        start_new_session=True,
+                    )
+                )
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        """Return after a time, when all processes have ended, or when ``until`` is true."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.running() and not until():
+            time.sleep(0.01)
+
+    def end(self, seconds: float) -> list[int]:
+        """Wait for the exit statuses.
+
+        Raises:
+            SoakError: a process still runs after that time.
+        """
+        self.wait(seconds)
+        if self.running():
+            self.kill()
+            raise SoakError(f"a process did not end within {seconds} s; see {self.log}")
+        return [process.returncode for process in self.processes]
+
+    def kill(self) -> None:
+        """SIGKILL to all processes and their loader workers."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+# --- Faults: each gets a running job, and returns a description
+
+
+def kill_one(job: Job, rng: random.Random) -> str:
+    rank = rng.randrange(len(job.processes))
+    os.kill(job.processes[rank].pid, signal.SIGKILL)
+    return f"SIGKILL to rank {rank}"
+
+
+def kill_all(job: Job, _rng: random.Random) -> str:
+    job.kill()
+    return "SIGKILL to all processes"
+
+
+def stop(job: Job, rng: random.Random) -> str:
+    rank, number = rng.randrange(len(job.processes)), rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    os.kill(job.processes[rank].pid, number)
+    return f"{number.name} to rank {rank}"
+
+
+def fill_disk(job: Job, _rng: random.Random) -> str:
+    _, hard = resource.prlimit(job.processes[0].pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(job.processes[0].pid, resource.RLIMIT_FSIZE, (BYTES_OF_FULL_DISK, hard))
+    return "disk full for rank 0"
+
+
+def damage(job: Job, rng: random.Random) -> str:
+    job.kill()
+    newest = next(iter(list_checkpoints(job.folder)), None)
+    if newest is None:
+        return "SIGKILL to all processes, no checkpoint to damage"
+    kind, content = rng.choice(["cut", "overwritten", "empty", "a directory"]), newest.read_bytes()
+    newest.unlink()  # best.pth may be the same file: damage the name alone
+    if kind == "cut":
+        newest.write_bytes(content[: rng.randrange(len(content))])
+    elif kind == "overwritten":
+        middle = len(content) // 2
+        newest.write_bytes(content[:middle] + rng.randbytes(1000) + content[middle + 1000 :])
+    elif kind == "empty":
+        newest.touch()
+    else:
+        newest.mkdir()
+    return f"SIGKILL to all processes, {newest.name} {kind}"
+
+
+FAULTS = {"kill one": kill_one, "kill all": kill_all, "stop": stop, "full disk": fill_disk, "damage": damage}
+SECOND_RUN = "second run"
+
+
+class Soak:
+    """Runs under faults, what they survived, and where they stand."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.rng = random.Random(args.seed)
+        self.survived: Counter = Counter()
+        self.num_runs = 0
+        self.jobs: list[Job] = []
+        self.begin = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begin:6.1f} s] {text}", flush=True)
+
+    def minutes(self) -> float:
+        return (time.monotonic() - self.begin) / 60
+
+    def kill_jobs(self) -> None:
+        for job in self.jobs:
+            job.kill()
+
+    def job(self, name: str, *, num_processes: int, num_workers: int = 0, log: str = "") -> Job:
+        output = self.args.output
+        job = Job(
+            output / "digits",
+            output / name,
+            num_processes=num_processes,
+            batch_size=GLOBAL_BATCH_SIZE // self.args.processes,
+            num_workers=num_workers,
+            log=output / f"{log or name}.txt",
+        )
+        self.jobs = [*(other for other in self.jobs if other.running()), job]
+        return job
+
+    def make_data(self) -> None:
+        """Handwritten digits, a few of them cut in half."""
+        data = self.args.output / "digits"
+        subprocess.run([sys.executable, ROOT / "scripts/make_digits.py", data], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        images = sorted((data / "train").rglob("*.png"))
+        for image in self.rng.sample(images, UNREADABLE_IMAGES):
+            image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+
+    def train_undisturbed(self) -> dict:
+        """
+        Returns:
+            The final state.
+        """
+        begin = time.monotonic()
+        job = self.job("undisturbed", num_processes=self.args.processes)
+        statuses = job.end(seconds=3600)
+        if set(statuses) != {DONE}:
+            raise SoakError(f"the undisturbed run ended with {statuses}; see {job.log}")
+        self.seconds_undisturbed = time.monotonic() - begin
+        self.say(f"undisturbed run: {newest_update(job.folder)} updates in {self.seconds_undisturbed:.0f} s")
+        return read_state(job.folder)
+
+    def train_disturbed(self, expected: dict) -> None:
+        """One run under faults until it finishes or the time is up; then it is left alone to finish, and compared.
+
+        Raises:
+            SoakError: something was lost.
+        """
+        self.num_runs += 1
+        name = f"run{self.num_runs}"
+        while True:
+            job = self.job(name, num_processes=self.args.processes, num_workers=self.rng.choice([0, 0, 2]))
+            statuses = self.disturb(job) if self.minutes() < self.args.minutes else job.end(20 * self.seconds_undisturbed)
+            if set(statuses) == {DONE}:
+                break
+            if self.minutes() > self.args.minutes + 1 + 20 * self.seconds_undisturbed / 60:
+                raise SoakError(f"{name}: does not finish, exit statuses {statuses}; see {job.log}")
+        if difference := find_difference(read_state(job.folder), expected):
+            raise SoakError(f"{name}: final state differs from the undisturbed run at {difference}")
+        best = read_checkpoint(job.folder / BEST)
+        if best["num_updates"] != expected["best"]["num_updates"]:
+            raise SoakError(f"{name}: best.pth is of update {best['num_updates']}, not {expected['best']['num_updates']}")
+        self.say(f"{name}: finished, equal to the undisturbed run")
+        shutil.rmtree(job.folder.parent.parent)
+
+    def disturb(self, job: Job) -> list[int]:
+        """Apply one fault to a job at a random time.
+
+        Returns:
+            The exit statuses of its processes.
+
+        Raises:
+            SoakError: a process does not end, a stop was not clean, or a checkpoint is lost.
+        """
+        start = newest_update(job.folder)
+        delay = self.rng.uniform(0, self.args.longest_delay)
+        kind = self.rng.choice([*FAULTS, SECOND_RUN])
+        if kind == SECOND_RUN:
+            return self.start_second_run(job)
+        job.wait(delay)
+        if not job.running():
+            return job.end(0)
+        before, trains = newest_update(job.folder), newest_update(job.folder) > start
+        what = FAULTS[kind](job, self.rng)
+        statuses = job.end(SECONDS_TO_END)
+        if set(statuses) == {DONE}:  # it came after the last save
+            return statuses
+        if kind == "stop" and trains and set(statuses) != {STOPPED}:
+            raise SoakError(f"{what}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
+        if DONE in statuses:
+            raise SoakError(f"{what}: exit statuses {statuses}; see {job.log}")
+        whole = newest_whole_checkpoint(job.folder)
+        kept = num_updates_of(whole) if whole is not None else 0
+        if kind != "damage" and kept < before:
+            raise SoakError(f"{what}: the newest intact checkpoint is of update {kept}, before it was of {before}")
+        self.survived[kind] += 1
+        self.say(f"{job.folder.parent.parent.name}: {what} after {delay:.1f} s; exit statuses {statuses}, update {kept}")
+        return statuses
+
+    def start_second_run(self, job: Job) -> list[int]:
+        """Start the command again while the job trains: it has to be refused, and the job undisturbed."""
+        start = newest_update(job.folder)
+        job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > start)
+        if not job.running():
+            return job.end(0)
+        second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")
+        statuses, alone = second.end(SECONDS_TO_END), job.running()
+        if alone and statuses != [MISTAKE]:
+            raise SoakError(f"a second run in the directory of a running one ended with {statuses}; see {second.log}")
+        if statuses == [MISTAKE]:
+            self.survived[SECOND_RUN] += 1
+            self.say(f"{job.folder.parent.parent.name}: second run refused at update {newest_update(job.folder)}")
+        return self.disturb(job) if job.running() else job.end(0)
+
+    def report(self) -> dict:
+        return {
+            "seed": self.args.seed,
+            "minutes": round(self.minutes(), 1),
+            "processes": self.args.processes,
+            "runs": self.num_runs,
+            "faults": dict(sorted(self.survived.items())),
+            "total_faults": self.survived.total(),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=15.0, help="time with faults; the last run then finishes without")
+    parser.add_argument("--seed", type=int, default=0, help="of the kinds and times of faults")
+    parser.add_argument("--processes", type=int, default=2, help="processes of the training job")
+    parser.add_argument("--longest-delay", type=float, default=20.0, help="seconds from a start to its fault, at most")
+    parser.add_argument("--output", type=Path, default=Path("soak"), help="directory for data, runs, logs and soak.json")
+    args = parser.parse_args()
+    if GLOBAL_BATCH_SIZE % args.processes:
+        parser.error(f"--processes {args.processes}: does not divide the {GLOBAL_BATCH_SIZE} images per update")
+    if args.output.exists():
+        parser.error(f"--output {args.output}: exists; remove it, or choose another")
+    args.output.mkdir(parents=True)
+
+    logging.getLogger("utils.checkpoint").setLevel(logging.ERROR)  # damage is expected
+    soak = Soak(args)
+    failure = None
+    try:
+        soak.make_data()
+        expected = soak.train_undisturbed()
+        while soak.minutes() < args.minutes:
+            soak.train_disturbed(expected)
+    except SoakError as error:
+        failure = str(error)
+    finally:
+        soak.kill_jobs()
+    report = soak.report() | {"failure": failure}
+    with replacing(args.output / "soak.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    soak.say(f"{report['total_faults']} faults in {report['runs']} runs: {report['faults']}")
+    if failure:
+        sys.exit(f"soak.py: {failure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""How processes find each other."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.runs import toy_arguments
+from utils.distributed import LostRankError, meet, setup, sum_over_processes
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
+    """A process of torchrun, whose store outlives it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+    time.sleep(delay)
+    setup(20)
+    total = sum_over_processes(torch.tensor(float(rank + 1)))
+    os._exit(0 if total == 3 else 1)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_restart_finds_no_address_of_the_start_before_it(late):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    for restart in range(3):
+        delays = [0.5 * (rank == late) for rank in range(2)]
+        processes = [context.Process(target=join_and_sum, args=(rank, store.port, delays[rank], restart)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_ranks_that_do_not_start_are_named():
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    with pytest.raises(LostRankError, match=r"rank 1, 2 did not start within COLLECTIVE_TIMEOUT=0\.1 s"):
+        meet(store, 0, 3, timeout_seconds=0.1)
+    with pytest.raises(LostRankError, match="did not start within"):
+        meet(store, 1, 3, timeout_seconds=0.1)
+
+
+def test_a_signal_while_packages_are_imported_stops_training_before_its_first_update(toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "main.py", *map(str, arguments)], cwd=ROOT, stdout=log, stderr=log)
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(120) == 75
+    assert "stopped before the first update" in (tmp_path / "log").read_text()
