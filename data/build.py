@@ -18,7 +18,7 @@ from data.classes import check_class_names, check_classes, read_class_map, read_
 from data.datasets import ImageDataset, Key, Sample, kept_generators
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
-from data.samplers import EvalBatches, TrainBatches
+from data.samplers import EvalBatches, TrainBatches, separate_copies
 from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 
 logger = logging.getLogger(__name__)
@@ -329,7 +329,7 @@ def ignore_stop_signals(_worker: int) -> None:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Images, targets, keys and faults of a batch, without the images that were skipped.
+    """Images, targets, keys and faults of a batch, without the images that were skipped, copies apart.
 
     Raises:
         DataError: none is left.
@@ -338,5 +338,6 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tupl
     kept = [sample for sample in samples if sample.image is not None]
     if not kept:
         raise DataError(f"{faults[0][1]}; no image of its batch can be read: raise --batch-size, or DATA.UNREADABLE replace")
+    kept = [kept[position] for position in separate_copies([sample.key[1] for sample in kept])]
     images, targets = default_collate([(sample.image, sample.label) for sample in kept])
     return images, targets, [sample.key for sample in kept], faults

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data.index import DataError
+from data.index import DataError, is_class_id
 
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
@@ -133,7 +133,7 @@ def _read_ids(path: Path) -> dict[str, int]:
         if not line.strip():
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not name or not (label.isascii() and label.isdecimal()):
+        if not name or not is_class_id(label):
             raise DataError(f"{path}:{number}: {line!r} is not a folder's name, white space and a class id")
         if ids.setdefault(name.strip(), int(label)) != int(label):
             raise DataError(f"{path}:{number}: gives {name.strip()} another class id than an earlier line; remove one of them")

@@ -68,9 +68,12 @@ class ImageDataset(Dataset):
         # One array: workers share its memory, since nothing counts references to its parts.
         sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._memory = np.empty(self._starts[-1], dtype=np.uint8)
+        self._memory = np.zeros(self._starts[-1], dtype=np.uint8)
         for slot, position in enumerate(in_memory):
-            data = self._read_archive(position)  # short where the archive is: the checksum tells when it is used
+            try:
+                data = self._read_archive(position)  # may be short, as the archive may be
+            except OSError:
+                data = b""  # like a short one, it fails its checksum when it is used
             self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def __getstate__(self) -> dict:
@@ -127,8 +130,12 @@ class ImageDataset(Dataset):
         try:
             return decode_image(self.read(position))
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-            place = f"{self.index.source}/{self.index.name(position)}"
-            raise DataError(f"{place}: is no readable image ({_reason(error)}); repair or remove it") from error
+            raise self.unreadable_error(position, error) from error
+
+    def unreadable_error(self, position: int, error: Exception) -> DataError:
+        """The error to report for an image that cannot be read or decoded."""
+        place = f"{self.index.source}/{self.index.name(position)}"
+        return DataError(f"{place}: is no readable image ({_reason(error)}); repair or remove it")
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key
@@ -180,10 +187,10 @@ def decode_image(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         if file.mode == "F":
             raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+        if file.mode == "I" and file.format == "TIFF":
+            raise ValueError("its pixels have 32 bits; convert it to 8 bits")
         if file.mode == "I" or file.mode.startswith("I;16"):  # 16 bits: Pillow would clip values above 255
             pixels = np.asarray(file)
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError("its pixels have 32 bits; convert it to 8 bits")
             return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
         if "transparency" in file.info:  # a palette's, which Pillow wants to see named
             return file.convert("RGBA").convert("RGB")

@@ -4,11 +4,13 @@ Layouts: folders (``<split>/<class>/<image>``), the reference's zip archives (``
 tar shards in webdataset's naming (``<split>-*.tar``, an image ``<key>.jpg`` and its class id in ``<key>.cls``).
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
+import re
 import stat
 import tarfile
 import time
@@ -179,16 +181,16 @@ def describe_index(index: Index) -> dict:
 
     The digest covers names, and in archives also sizes and checksums. See ``compare_descriptions``.
     """
-    text, digests, counts = index.text.tobytes(), {}, {}
-    start = 0
-    for position, (label, end) in enumerate(zip(index.labels.tolist(), index.ends.tolist(), strict=True)):
-        digest = digests.setdefault(label, hashlib.sha256())
-        digest.update(text[start:end] + b"\0")
-        counts[label] = counts.get(label, 0) + 1
-        start = end
-        if index.archives:
-            checksum = index.checksums[position] if len(index.checksums) else 0
-            digest.update(f"{index.sizes[position]} {checksum}\0".encode())
+    counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
+    digests = [hashlib.sha256() for _ in index.classes]
+    lengths = np.diff(index.ends, prepend=0)
+    # Consecutive images of a class are hashed together: in folders, and wherever the images are not shuffled, all of them.
+    changes = np.flatnonzero(np.diff(index.labels)) + 1
+    for start, end in zip(np.r_[0, changes], np.r_[changes, len(index)], strict=True):
+        digest = digests[index.labels[start]]
+        digest.update(index.text[index.ends[start] - lengths[start] : index.ends[end - 1]])
+        for values in (lengths, index.sizes, index.checksums):
+            digest.update(np.ascontiguousarray(values[start:end]))
     classes = [[name, counts[label], digests[label].hexdigest()[:16]] for label, name in enumerate(index.classes)]
     return {"num_images": len(index), "classes": classes}
 
@@ -255,11 +257,11 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
     their times tell.
     """
     kept = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
-    if kept is not None and kept.is_file():
-        try:
+    try:
+        if kept is not None and kept.is_file():
             return _read_cache(kept, source, archives)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logger.info("%s: the kept index is not used (%s); scanning again", source, error)
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        logger.info("%s: the kept index is not used (%s); scanning again", source, error)
     started = time.time_ns()
     index, paths = scan()
     if kept is None or len(index) < SMALLEST_CACHED:
@@ -326,12 +328,13 @@ def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def _list_classes(root: Path) -> list[str]:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/{_archive_hint(root)}")
-    classes = sorted(entry.name for entry in _list_folder(root) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in _list_folder(root) if not entry.name.startswith(".") and _is_folder(entry))
     if not classes:
         raise DataError(
             f"{root}: has no class folders; put every image into a folder named after its class, {root.name}/<class>/"
+            f"{_archive_hint(root)}"
         )
     return classes
 
@@ -358,11 +361,44 @@ def _list_folder(folder: Path) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions and its disk") from None
+        raise _listing_error(folder, error) from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one.
+
+    Raises:
+        DataError: that cannot be found out.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise _listing_error(entry.path, error) from None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Device and inode, by which links to the same folder are recognised.
+
+    Raises:
+        DataError: the folder cannot be entered.
+    """
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _listing_error(folder, error) from None
+    return status.st_dev, status.st_ino
+
+
+def _listing_error(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and its disk")
 
 
 def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[str]:
     """Names of the images below a class folder, relative to it; hidden files and folders are skipped.
+
+    Links to a folder that contains them are skipped too, the folder of the split among them.
 
     Args:
         folders: the folders that list them are added here.
@@ -371,22 +407,21 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
     names = []
 
     def walk(parent: Path, prefix: str, ancestors: frozenset) -> None:
-        status = os.stat(parent)
-        identity = status.st_dev, status.st_ino
-        if identity in ancestors:  # a link to a folder that contains it
+        identity = _identity(parent)
+        if identity in ancestors:
             return
         folders.append(parent)
         for entry in _list_folder(parent):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 walk(parent / entry.name, f"{prefix}{entry.name}/", ancestors | {identity})
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
                 names.append(prefix + entry.name)
             else:
                 others.append(str(parent / entry.name))
 
-    walk(folder, "", frozenset())
+    walk(folder, "", frozenset([_identity(folder.parent)]))
     if not names:
         raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
     return sorted(names)
@@ -395,18 +430,28 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     try:
         # Names may have other characters that splitlines takes for line breaks.
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
-        name, *columns = line.strip().split("\t")  # further columns are ignored, as in the reference
+        name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference
         label = columns[0].strip() if columns else ""
-        if not (label.isascii() and label.isdecimal()):
+        if not is_class_id(label):
             raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
         names.append(name)
         labels.append(int(label))
     return names, labels
+
+
+def is_class_id(text: str) -> bool:
+    """Whether a text is a decimal number of a length that any class id has."""
+    return re.fullmatch(r"[0-9]{1,18}", text) is not None
+
+
+def read_class_names(listing: Path) -> list[str]:
+    """The lines of ``classes.txt``. Names may have other characters that ``splitlines`` takes for line breaks."""
+    return listing.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
@@ -420,7 +465,7 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     listing = root / CLASS_NAMES
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
-        classes = listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        classes = read_class_names(listing)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
         raise DataError(f"{listing}: names {twice} twice; give every class a name of its own")

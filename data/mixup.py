@@ -22,7 +22,7 @@ class StepMixup:
         self.seed, self.rank, self.mixup = seed, rank, Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch with itself, in place where B is even; else the first image takes part twice.
+        """Mix a batch with itself, in place where B is even; else the first image is also mixed with the one in the middle.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -33,9 +33,14 @@ class StepMixup:
             images and (B, num_classes) probabilities, label smoothing included.
         """
         count = len(images)
-        if count % 2:  # timm mixes the first with the last, the second with the last but one ...
-            images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
+        middle = count // 2
+        if count % 2:  # timm mixes the first with the last, the second with the last but one ..., see partner
+            images, targets = (
+                torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
+            )
         with kept_generators():
             seed_generators(draw_seed(self.seed, step, self.rank, SEED_OF_MIXUP))
             images, targets = self.mixup(images, targets)
-        return images[:count], targets[:count]
+        if count % 2:
+            images, targets = (torch.cat([values[: middle + 1], values[middle + 2 :]]) for values in (images, targets))
+        return images, targets

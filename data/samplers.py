@@ -22,8 +22,8 @@ class TrainBatches(Sampler[list[Key]]):
     processes divide those among themselves. So the images of an update do not depend on how many processes there are.
 
     With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes so often in a row, every time
-    drawn anew, and an epoch, as long as before, sees that much fewer images; the copies of an image are set apart, so
-    that mixup, which mixes the first image of a batch with the last one, never mixes an image with itself.
+    drawn anew, and an epoch, as long as before, sees that much fewer images. ``separate_copies`` keeps mixup from mixing an
+    image with itself.
 
     Args:
         num_samples: size of the dataset.
@@ -68,31 +68,44 @@ class TrainBatches(Sampler[list[Key]]):
                 mine = positions[start : start + self.batch_size]
                 indices = order[mine // self.repeats].tolist()
                 rounds = (self.epoch * self.repeats + mine % self.repeats).tolist()  # what an image's draws are seeded from
-                batch = list(zip(rounds, indices, strict=True))
-                yield batch if self.repeats == 1 else separate_copies(batch)
+                yield list(zip(rounds, indices, strict=True))
 
 
-def separate_copies(batch: list[Key]) -> list[Key]:
-    """The batch with copies moved, so that no image is as far from the start as a copy of it is from the end.
+def partner(position: int, count: int) -> int:
+    """The image that mixup mixes with the one at ``position``: the first with the last, the second with the last but one ...
 
-    Where that is impossible, in batches of one or two images, the batch stays as it is.
+    In batches of an odd number the one in the middle is mixed with the first, see ``data.mixup``.
     """
-    batch, count = list(batch), len(batch)
+    opposite = count - 1 - position
+    return opposite if opposite != position else 0
 
-    def collides(position: int) -> bool:
-        return position != count - 1 - position and batch[position][1] == batch[count - 1 - position][1]
 
-    for first in range(count // 2):
+def separate_copies(indices: list[int]) -> list[int]:
+    """An order of a batch in which mixup mixes no image with a copy of itself.
+
+    Where that is impossible, as in batches of one image, copies may meet.
+
+    Args:
+        indices: (B,) index of each image; equal ones are copies.
+
+    Returns:
+        (B,) positions, from 0 to B - 1 if there is nothing to change.
+    """
+    count, order = len(indices), list(range(len(indices)))
+
+    def collides(*positions: int) -> bool:
+        return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
+
+    middle = [count // 2] * (count % 2)  # it is mixed with the first, which may move
+    for first in range((count + 1) // 2):
         if not collides(first):
             continue
         for other in range(count):
-            if other in (first, count - 1 - first):
-                continue
-            batch[first], batch[other] = batch[other], batch[first]
-            if not collides(first) and not collides(other):
+            order[first], order[other] = order[other], order[first]
+            if not collides(first, other, *middle):
                 break
-            batch[first], batch[other] = batch[other], batch[first]
-    return batch
+            order[first], order[other] = order[other], order[first]
+    return order
 
 
 class EvalBatches(Sampler[list[Key]]):

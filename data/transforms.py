@@ -66,7 +66,7 @@ def create_train_transform(
 
 
 _POLICY = re.compile(
-    r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t\w+)*|augmix(-(m|mstd|w|d|a|b)\d[\d.]*)*|(original|originalr|v0|v0r|3a)(-mstd\d[\d.]*)*"
+    r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t(weights|3aw?))*|augmix(-(m|mstd|w|d|a|b)\d[\d.]*)*|(original|originalr|v0|v0r|3a)(-mstd\d[\d.]*)*"
 )
 
 

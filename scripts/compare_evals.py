@@ -29,7 +29,8 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
     """
     if path.is_dir():
         record = path / "eval.json"
-        preferred = json.loads(record.read_text()).get("preferred", "raw") if record.is_file() else "raw"
+        evaluation = json.loads(record.read_text()) if record.is_file() else {}
+        preferred = evaluation.get("preferred", "raw") if isinstance(evaluation, dict) else "raw"
         path = path / f"predictions_{weights or preferred}.csv"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; evaluate with --opts TEST.PREDICTIONS True")
@@ -37,7 +38,11 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
         rows = csv.DictReader(file)
         if rows.fieldnames is None or not set(PREDICTION_COLUMNS[:4]) <= set(rows.fieldnames):
             raise ValueError(f"{path}: is no predictions file; its first line names {', '.join(PREDICTION_COLUMNS)}")
-        pairs = {row["image"]: (row["answer"], row["target"]) for row in rows}
+        pairs = {}
+        for row in rows:
+            if None in (row[column] for column in PREDICTION_COLUMNS[:4]) or row["image"] in pairs:
+                raise ValueError(f"{path}:{rows.line_num}: is cut, or an image that is there twice; evaluate again")
+            pairs[row["image"]] = row["answer"], row["target"]
     if not pairs:
         raise ValueError(f"{path}: has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
     return path, pairs
@@ -55,7 +60,10 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     first, second = (_by_key(pairs, other) for pairs, other in ((first, second), (second, first)))
     if first.keys() != second.keys():
         apart = sorted(first.keys() ^ second.keys())
-        raise ValueError(f"{len(apart)} images are in one file alone ({apart[0]}, ...); evaluate both on the same data")
+        raise ValueError(
+            f"{len(apart)} images are in one file alone ({apart[0]}, ...); evaluate both on the same data. Tar shards give "
+            "images of equal stem other names"
+        )
     if other := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(
             f"{other}: has target {first[other][1]} in the first file and {second[other][1]} in the second; evaluate both on "
@@ -81,10 +89,15 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
 
 
 def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
-    """Names without the shard of a tar file and the extension, where the other file has other names: a folder, say."""
+    """Names as tar shards have them, without shard and extension, where the other file has other names: a folder, say."""
     if pairs.keys() == other.keys():
         return pairs
-    short = {re.sub(r"^[^/]*\.tar/", "", name).rsplit(".", 1)[0]: pair for name, pair in pairs.items()}
+
+    def key(name: str) -> str:
+        folder, _, file = re.sub(r"^[^/]*\.tar/", "", name).rpartition("/")
+        return f"{folder}/{file.rsplit('.', 1)[0].replace('.', '_')}"  # webdataset's key ends at the first dot
+
+    short = {key(name): pair for name, pair in pairs.items()}
     return short if len(short) == len(pairs) else pairs
 
 

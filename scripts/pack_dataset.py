@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset
-from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, index_zip, list_shards
+from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
 from utils.log import progress, setup_logging
 
 ROUND = 1024  # images that workers are given at once
@@ -64,7 +64,7 @@ def pack(
     if (target / split).is_dir():
         raise DataError(f"{target / split}: is a folder of the same split; choose another folder for the archives")
     listing = target / CLASS_NAMES
-    if listing.is_file() and listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines() != index.classes:
+    if listing.is_file() and read_class_names(listing) != index.classes:
         raise DataError(f"{listing}: names other classes than {source / split}; choose another folder")
     dataset = ImageDataset(index, None)
     # Written and read back in a folder of their own, so that nothing incomplete ever has a name that is read.
@@ -101,6 +101,8 @@ def check_names(index: Index, archive: str) -> None:
     Raises:
         DataError: the first of them.
     """
+    if wrong := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
+        raise DataError(f"{index.source}/{wrong!r}: {CLASS_NAMES} cannot have a class with a line break; rename it")
     for position in range(len(index)):
         name = index.name(position)
         if archive == "zip" and re.search(r"[\n\r\t]", name):
@@ -143,7 +145,10 @@ def _in_rounds(pool, count: int) -> Iterator[bytes]:
 
 
 def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
-    data = dataset.read(position)
+    try:
+        data = dataset.read(position)
+    except (OSError, ValueError) as error:
+        raise dataset.unreadable_error(position, error) from error
     if not short_side:
         return data
     image = dataset.decode(position)
@@ -217,7 +222,8 @@ def main() -> None:
     if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
         parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
     setup_logging(rank=0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # temporary folders are removed then
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # temporary folders are removed then
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
     for split in args.splits:
         try:

@@ -78,6 +78,12 @@ def newest_update(folder: Path) -> int:
     return max(map(num_updates_of, list_checkpoints(folder)), default=0)
 
 
+def newest_intact_update(folder: Path) -> int:
+    """Updates done at the newest checkpoint that can be read completely; 0 if there is none."""
+    path = newest_whole_checkpoint(folder)
+    return 0 if path is None else num_updates_of(path)
+
+
 class Job:
     """One start of the training command: one process of ``main.py`` per rank."""
 
@@ -291,7 +297,7 @@ class Soak:
         job.wait(delay)
         if not job.running():
             return job.end(0)
-        before, trains = newest_update(job.folder), newest_update(job.folder) > start
+        before, trains = newest_intact_update(job.folder), newest_update(job.folder) > start
         what = FAULTS[kind](job, self.rng)
         statuses = job.end(SECONDS_TO_END)
         if set(statuses) == {DONE}:  # it came after the last save
@@ -300,8 +306,7 @@ class Soak:
             raise SoakError(f"{what}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
         if DONE in statuses:
             raise SoakError(f"{what}: exit statuses {statuses}; see {job.log}")
-        whole = newest_whole_checkpoint(job.folder)
-        kept = num_updates_of(whole) if whole is not None else 0
+        kept = newest_intact_update(job.folder)
         if kind != "damage" and kept < before:
             raise SoakError(f"{what}: the newest intact checkpoint is of update {kept}, before it was of {before}")
         self.survived[kind] += 1

@@ -4,6 +4,7 @@ Imports nothing heavy, so that mistakes are reported at once.
 """
 
 import argparse
+import os
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -164,7 +165,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _check_folder(name: str, path: str) -> None:
-    if not Path(path).expanduser().is_dir():
+    if not os.path.isdir(Path(path).expanduser()):
         raise ConfigError(f"{name}={path}: no such folder; name the one that holds train/ and val/")
 
 

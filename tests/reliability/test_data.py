@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +24,18 @@ import torch
 from PIL import Image
 
 import data.index
+import jobs.training
 import scripts.pack_dataset
-from data.build import build_datasets, build_mixup, build_train_transform
+from data.build import build_datasets, build_mixup, build_train_transform, collate
 from data.classes import read_class_map
-from data.datasets import FORMATS, FileDataset, ImageDataset, decode_image
+from data.datasets import FORMATS, FileDataset, ImageDataset, Sample, decode_image
 from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
+from data.mixup import StepMixup
 from data.samplers import TrainBatches
 from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
+from tests.launch import run_main, run_script
+from tests.runs import toy_arguments
 from utils.config import load_config
 
 pytestmark = pytest.mark.reliability
@@ -82,6 +88,10 @@ def test_d9_a_shard_damaged_at_a_hundred_places_is_never_read_as_a_smaller_one(t
             index_tar(tmp_path, "train")
         found += 1
     assert found == 100
+    for position in headers[1:]:  # between two members, where tarfile reports no error
+        shard.write_bytes(whole[:position])
+        with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
+            index_tar(tmp_path, "train")
     shard.write_bytes(whole)
     assert len(index_tar(tmp_path, "train")) == 30
 
@@ -111,10 +121,22 @@ def test_a_huge_class_id_is_refused_before_memory_is_taken(class_id, tmp_path):
         index_tar(tmp_path, "train")
 
 
-@pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip"])
+def test_a_class_id_of_thousands_of_digits_is_refused(tmp_path):
+    write_zip(tmp_path, [png()])
+    (tmp_path / "train_map.txt").write_text("0.png\t" + "9" * 5000)
+    with pytest.raises(DataError, match="is not a name, a tab and a class id"):
+        index_zip(tmp_path, "train")
+    (tmp_path / "classes").write_text("cats " + "9" * 5000)
+    with pytest.raises(DataError, match="is not a folder's name, white space and a class id"):
+        read_class_map(str(tmp_path / "classes"), ["cats"], 10)
+
+
+@pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip", "train/000000.tar"])
 def test_archives_of_other_names_are_mentioned(name, tmp_path):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"There is {name}: tar shards are read as train-\*\.tar"):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"There is {path.name}: tar shards are read as train-\*\.tar"):
         index_folder(tmp_path / "train")
 
 
@@ -129,7 +151,7 @@ def write_zip(root: Path, contents: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [range(0), range(4)], ids=["from disk", "in memory"])
-def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path):
+def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path, monkeypatch):
     write_zip(tmp_path, [png(n) for n in range(4)])
     content = (tmp_path / "train.zip").read_bytes()
     position = content.index(png(2)) + 30
@@ -145,6 +167,17 @@ def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path):
     for number in (0, 1, 3):
         assert (ImageDataset(index, np.asarray, **options)[0, number].image == number).all()
 
+    original = os.pread
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if offset == index.offsets[1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    dataset = ImageDataset(index, np.asarray, unreadable="skip", **options)
+    assert [dataset[0, number].image is None for number in range(4)] == [False, True, True, False]
+
 
 def test_maps_with_further_columns_and_names_without_the_utf8_flag_are_read(tmp_path):
     name = "Stra\N{LATIN SMALL LETTER SHARP S}e.png"
@@ -158,18 +191,41 @@ def test_maps_with_further_columns_and_names_without_the_utf8_flag_are_read(tmp_
     assert [index.name(position) for position in range(2)] == ["0.png", name]
 
 
-def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", ["size", "content", "format"])
+def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(change, tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
-    write_zip(tmp_path, [png(n) for n in range(4)])
     past = 1_600_000_000 * 10**9
-    for path in (tmp_path / "train.zip", tmp_path / "train_map.txt"):
-        os.utime(path, ns=(past, past))
+
+    def write(contents: list[bytes]) -> None:
+        write_zip(tmp_path, contents)
+        for path in (tmp_path / "train.zip", tmp_path / "train_map.txt"):
+            os.utime(path, ns=(past, past))
+
+    write([png(n) for n in range(4)])
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # the times of status are new
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
-    write_zip(tmp_path, [png(n) for n in range(6)])
-    for path in (tmp_path / "train.zip", tmp_path / "train_map.txt"):
-        os.utime(path, ns=(past, past))
-    assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == 6
+    scans, original = [], data.index._read_map
+    monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
+    index_zip(tmp_path, "train", cache=tmp_path / "cache")
+    assert not scans
+    if change == "format":
+        monkeypatch.setattr(data.index, "CACHE_FORMAT", 99)
+    else:
+        write([png(n) for n in range(6)] if change == "size" else [png(n) for n in (3, 2, 1, 0)])
+    assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == (6 if change == "size" else 4)
+    assert scans
+
+
+def test_a_damaged_kept_index_is_scanned_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
+    write_zip(tmp_path, [png(n) for n in range(4)])
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
+    index_zip(tmp_path, "train", cache=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    content, rng = kept.read_bytes(), random.Random(0)
+    for _ in range(300):
+        kept.write_bytes(damage(content, rng))
+        assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == 4
 
 
 # --- Folders
@@ -191,6 +247,17 @@ def test_d11_errors_of_listing_are_errors_and_never_fewer_images(tmp_path, monke
         with pytest.raises(DataError, match=f"{fails}: cannot be listed"):
             index_folder(tmp_path / "train")
     monkeypatch.setattr(os, "scandir", original)
+    stat_original = os.stat
+
+    def stat(path, *arguments, **options):
+        if str(path).endswith("class1"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat_original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(DataError, match=r"class1: cannot be listed .Permission denied"):
+        index_folder(tmp_path / "train")
+    monkeypatch.setattr(os, "stat", stat_original)
     assert len(index_folder(tmp_path / "train")) == 7
 
 
@@ -201,9 +268,12 @@ def test_hidden_folders_and_links_to_a_parent_give_no_images(tmp_path, caplog):
     hidden.mkdir()
     (hidden / "000.png").write_bytes(png())
     (tmp_path / "train/class0/loop").symlink_to(tmp_path / "train/class0")
+    (tmp_path / "train/class0/split").symlink_to(tmp_path / "train")
+    (tmp_path / "train/class0/itself").symlink_to("itself")
+    (tmp_path / "train/itself").symlink_to("itself")
     (tmp_path / "train/class1/notes.txt").write_text("")
     assert len(index_folder(tmp_path / "train")) == 6
-    assert "ignored 1 files that are no images" in caplog.text
+    assert "files that are no images" in caplog.text
 
 
 # --- Images
@@ -254,6 +324,15 @@ def test_d1_other_formats_are_not_opened_whatever_the_name(tmp_path):
                 decode_image(encode(kind))
 
 
+def test_d1_the_accepted_formats_are_read():
+    """A file of two images (MPO), as some cameras write JPEG, gives the first one."""
+    for kind in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
+        assert decode_image(encode(kind)).size == (24, 24)
+    buffer, image = io.BytesIO(), Image.new("RGB", (24, 24), "red")
+    image.save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (24, 24), "blue")])
+    assert np.asarray(decode_image(buffer.getvalue()))[0, 0, 0] > 250
+
+
 def test_d1_sixteen_bits_are_scaled_and_more_are_refused(tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     expected = (values >> 8).astype(np.uint8)
@@ -263,7 +342,8 @@ def test_d1_sixteen_bits_are_scaled_and_more_are_refused(tmp_path):
         assert (np.asarray(decode_image(buffer.getvalue()))[..., 0] == expected).all()
     header = b"P5 8 8 65535\n"
     assert (np.asarray(decode_image(header + values.astype(">u2").tobytes()))[..., 0] == expected).all()
-    for pixels in (values.astype(np.int32) * 1000, values.astype(np.float32)):
+    darks = np.full((8, 8), 200, np.int32)
+    for pixels in (values.astype(np.int32) * 1000, darks, -darks, values.astype(np.float32)):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "TIFF")
         with pytest.raises(ValueError, match="convert it to 8 bits"):
@@ -287,18 +367,40 @@ def test_d1_a_pipe_and_a_huge_file_are_no_images(tmp_path):
 # --- Augmentation
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 64, 127, 128])
-@pytest.mark.parametrize("repeats", [2, 3, 4])
-def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats):
-    """Mixup pairs the first image of a batch with the last one, and so on."""
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [64, 127, 128])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4])
+def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats, skipped):
+    """Every image has a class of its own, and two classes after mixing."""
     batches = TrainBatches(1000, batch_size, accumulation=1, repeats=repeats, rank=0, world_size=1, seed=0)
+    mixup = StepMixup(seed=0, num_classes=1000, mixup_alpha=0.8, label_smoothing=0.0)
     seen = []
-    for batch in itertools.islice(batches, 50):
-        indices = [index for _, index in batch]
-        if batch_size > repeats:
-            assert all(first != second for first, second in zip(indices[: batch_size // 2], indices[::-1], strict=False))
+    for step, batch in enumerate(itertools.islice(batches, 7)):
+        samples = [Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), index, (epoch, index), []) for epoch, index in batch]
+        samples[:skipped] = [sample._replace(image=None) for sample in samples[:skipped]]
+        images, targets, keys, _ = collate(samples)
+        assert len(keys) == batch_size - skipped
+        _, mixed = mixup(images.float(), targets, step)
+        own = mixed[torch.arange(len(keys)), targets]
+        assert ((mixed > 0).sum(dim=1) == 2).all()
+        assert (own > 0).all()
         seen += batch
     assert len(set(seen)) == len(seen)
+
+
+def test_every_process_of_a_run_mixes_by_its_own_rank(toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        original = jobs.training.build_mixup
+
+        def build(cfg, *, rank: int):
+            (tmp_path / f"mixup{os.environ['RANK']}").write_text(str(rank))
+            return original(cfg, rank=rank)
+
+        jobs.training.build_mixup = build
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1)
+    assert run_main(arguments, tmp_path / "log", processes=2, prepare=prepare).exit_codes == [0, 0]
+    assert [(tmp_path / f"mixup{rank}").read_text() for rank in range(2)] == ["0", "1"]
 
 
 def test_processes_draw_their_own_mixing():
@@ -310,7 +412,7 @@ def test_processes_draw_their_own_mixing():
 
 
 def test_a_policy_is_checked_at_the_start_even_without_assertions():
-    for policy in ("rand-m9-foo1", "rand-m9-mstd0.5-inc1x", "augmix-z3", "foo"):
+    for policy in ("rand-m9-foo1", "rand-m9-mstd0.5-inc1x", "rand-m9-tfoo", "augmix-z3", "augmix-a0", "foo"):
         with pytest.raises(DataError, match="is no policy of timm"):
             build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
     code = (
@@ -343,10 +445,24 @@ def test_a_class_map_may_have_a_byte_order_mark_but_no_contradiction(tmp_path):
 
 
 def test_without_a_home_directory_there_is_no_cache(toy_config, toy_data, monkeypatch):
+    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
     assert not Path("~").exists()
+
+
+def test_a_cache_that_cannot_be_read_is_not_used(tmp_path, monkeypatch):
+    write_images(tmp_path, "train", classes=2, per_class=3, size=8)
+    original = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.suffix == ".npz":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert len(index_folder(tmp_path / "train", cache=tmp_path / "closed")) == 6
 
 
 # --- Packing
@@ -378,6 +494,76 @@ def test_a_full_disk_ends_packing_with_the_size_that_it_needs(tmp_path, monkeypa
     with pytest.raises(DataError, match=r"No space left on device.*the archives need 0"):
         pack(tmp_path, tmp_path / "zip", "val", archive="zip")
     assert list((tmp_path / "zip").iterdir()) == []
+
+
+def test_packing_reads_back_before_anything_takes_its_place(tmp_path, monkeypatch):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+    original = scripts.pack_dataset._add
+
+    def corrupt(archive, name: str, content: bytes) -> None:
+        original(archive, name, content if name.endswith(".cls") else content[:-1] + b"x")
+
+    monkeypatch.setattr(scripts.pack_dataset, "_add", corrupt)
+    with pytest.raises(DataError, match="reads differently; the disk may be faulty"):
+        pack(tmp_path, tmp_path / "tar", "val", archive="tar")
+    assert list((tmp_path / "tar").iterdir()) == []
+
+
+def test_an_unreadable_image_ends_packing_with_its_name(tmp_path):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+    os.mkfifo(tmp_path / "val/class0/pipe.png")
+    for short_side in (0, 16):
+        with pytest.raises(DataError, match=r"class0/pipe\.png: is no readable image .not a regular file"):
+            pack(tmp_path, tmp_path / "tar", "val", archive="tar", short_side=short_side)
+    assert list((tmp_path / "tar").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_packing_and_leaves_nothing(number, tmp_path):
+    write_images(tmp_path, "val", classes=2, per_class=3)
+
+    def interrupt(*_arguments) -> None:
+        os.kill(os.getpid(), number)
+
+    def interrupted() -> None:
+        scripts.pack_dataset._compare = interrupt
+        scripts.pack_dataset.main()
+
+    script = SimpleNamespace(__file__=scripts.pack_dataset.__file__, main=interrupted)
+    outcome = run_script(script, [tmp_path, tmp_path / "tar", "--splits", "val"], tmp_path / "log")
+    assert outcome.exit_codes == [128 + number]
+    assert list((tmp_path / "tar").iterdir()) == []
+
+
+@pytest.mark.parametrize("archive", ["zip", "tar"])
+def test_classes_with_odd_names_are_packed_and_read_back(archive, tmp_path):
+    names = [" a", "b\x85c", "d\N{LINE SEPARATOR}e", "f\x1cg"]
+    for number, name in enumerate(sorted(names)):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes(png(number))
+    packed = pack(tmp_path, tmp_path / "packed", "val", archive=archive)
+    assert packed.classes == sorted(names)
+    (tmp_path / "val/h\ni").mkdir()
+    (tmp_path / "val/h\ni/0.png").write_bytes(png())
+    with pytest.raises(DataError, match="cannot have a class with a line break; rename it"):
+        pack(tmp_path, tmp_path / "again", "val", archive=archive)
+
+
+def test_names_that_are_not_utf8_are_packed_as_tar_alone(tmp_path):
+    (tmp_path / "val/a").mkdir(parents=True)
+    (tmp_path / "val/a" / os.fsdecode(b"\xff.png")).write_bytes(png(7))
+    packed = ImageDataset(pack(tmp_path, tmp_path / "tar", "val", archive="tar"), np.asarray)
+    assert np.asarray(packed.decode(0))[0, 0, 0] == 7
+    with pytest.raises(DataError, match="cannot have a name that is not UTF-8; rename it, or pack tar"):
+        pack(tmp_path, tmp_path / "zip", "val", archive="zip")
+
+
+def test_images_of_equal_stem_have_keys_of_their_own(tmp_path):
+    (tmp_path / "val/a").mkdir(parents=True)
+    for number, name in enumerate(["a-2.jpg", "a.jpg", "a.png"]):
+        (tmp_path / "val/a" / name).write_bytes(png(number))
+    packed = ImageDataset(pack(tmp_path, tmp_path / "tar", "val", archive="tar"), np.asarray)
+    assert sorted(int(np.asarray(packed.decode(position))[0, 0, 0]) for position in range(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])

@@ -146,6 +146,7 @@ MODEL:
         ("TRAIN: {OPTIMIZER: {EPS: -1}}", [], "TRAIN.OPTIMIZER.EPS=-1.0"),
         ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
         ("AUG: {CUTMIX_MINMAX: [1, 2]}", [], "AUG.CUTMIX_MINMAX=[1.0, 2.0]"),
+        ("AUG: {CUTMIX_MINMAX: [0.8, 0.2]}", [], "AUG.CUTMIX_MINMAX=[0.8, 0.2]"),
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
