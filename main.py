@@ -3,11 +3,10 @@
 Without torchrun it runs as one process.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from utils.arguments import check_usage, overrides, parse_arguments
+from utils.arguments import check_usage, overrides, parse_arguments, prints_mistakes
 from utils.config import ConfigError, load_config
 from utils.stop import StopRequest
 
@@ -27,7 +26,7 @@ def main(*, ema: bool = False) -> None:
         cfg = load_config(args.cfg, pairs) if args.cfg else None
         check_usage(args, cfg, CONFIGS)
     except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process finds the same mistake
+        if prints_mistakes():
             print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 

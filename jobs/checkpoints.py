@@ -1,6 +1,7 @@
 """Open a checkpoint as a user names it, with the config and class names that it carries."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,9 @@ def locate(reference: str | Path) -> Location:
     if is_url(text):
         released = next((file for file in RELEASED.values() if file.url == text), None)
         return Location(fetch(text, released.name if released else ""), released, in_cache=True)
-    if path.is_file():
+    if os.path.isfile(path):
         return Location(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return Location(path / BEST)
     if text in RELEASED:
         return Location(fetch(RELEASED[text].url, text), RELEASED[text], in_cache=True)
@@ -81,7 +82,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         CheckpointError: see ``locate`` and ``read_checkpoint``; or the file was replaced while it was read.
     """
     location = locate(reference)
-    digest = sha256(location.path) if location.path.is_file() else ""
+    digest = sha256(location.path) if os.path.isfile(location.path) else ""
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
         raise CheckpointError(f"{location.path}: was replaced while it was read; evaluate it again, or a copy that stays")

@@ -19,7 +19,7 @@ from models import build_model
 from models.released import Released
 from utils.checkpoint import fill_model
 from utils.config import option_keys
-from utils.distributed import World, on_main
+from utils.distributed import World, on_all, on_main
 from utils.engine import EvalResult, evaluate, log_results
 from utils.environment import build_arithmetic
 from utils.metrics import wilson_interval
@@ -52,9 +52,9 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
         cfg: the config that --cfg gives; None for the one that the checkpoint carries.
         pairs: KEY, VALUE, ... of the command line.
     """
-    checkpoint = open_checkpoint(choose_reference(args, cfg))
-    if checkpoint.digest != on_main(world, lambda: checkpoint.digest):
-        raise CheckpointError(f"{checkpoint.path}: is not the same file for every process; evaluate a copy that they share")
+    checkpoint = on_all(world, lambda: open_checkpoint(choose_reference(args, cfg)))
+    digest = on_main(world, lambda: checkpoint.digest)
+    on_all(world, partial(check_same_file, checkpoint, digest))
     cfg = choose_config(checkpoint, cfg, pairs)
     output = choose_output(cfg, checkpoint, pairs)
     on_main(world, lambda: make_folder(output))
@@ -79,6 +79,16 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
     if checkpoint.location.released is not None:
         log_published(checkpoint.location.released, evaluation.result)
     logger.info("%s", evaluation.result)
+
+
+def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
+    """Refuse a file that is not the one of rank 0.
+
+    Raises:
+        CheckpointError: its digest is another.
+    """
+    if checkpoint.digest != digest:
+        raise CheckpointError(f"{checkpoint.path}: is not the same file for every process; evaluate a copy that they share")
 
 
 def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:

@@ -1,6 +1,7 @@
 """Set up the processes, run one job, and turn errors into an exit status."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -18,8 +19,9 @@ from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
 from jobs.training import check_model, rehearse_run, train
+from utils.arguments import prints_mistakes
 from utils.config import ConfigError
-from utils.distributed import LostRankError, RankZeroError, World, cleanup, is_lost_connection, lost_rank_error, setup
+from utils.distributed import LostRankError, OtherRankError, World, cleanup, is_lost_connection, lost_rank_error, setup
 from utils.engine import Stopped, TrainingError
 from utils.log import setup_logging
 from utils.schedule import accumulation_steps
@@ -50,7 +52,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
         if cfg is not None:
             accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
     except ValueError as error:  # logging is not set up yet
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if prints_mistakes():
             sys.stderr.write(f"main.py: error: {error}\n")
         sys.exit(USAGE_ERROR)
     except LostRankError as error:
@@ -75,7 +77,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
         if world.is_main or not isinstance(error, TrainingError):  # every process raises that
             logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
-    except RankZeroError:  # rank 0 reports the reason itself
+    except OtherRankError:  # that rank reports the reason itself
         leave(world, USAGE_ERROR)
     except (LostRankError, StalledWorkerError) as error:
         logger.error("%s", error)
@@ -129,8 +131,9 @@ def leave(world: World, status: int) -> None:
     if world.size == 1:
         sys.exit(status)
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or never open
+            stream.flush()
     os._exit(status)
 
 

@@ -13,6 +13,7 @@ from models import build_model
 from utils.config import load_stored_config
 from utils.distributed import World
 from utils.engine import prepare_batch
+from utils.environment import build_arithmetic
 from utils.optim import amp_dtype, build_criterion
 from utils.schedule import accumulation_steps
 from weights.reader import CheckpointError, read_checkpoint
@@ -36,6 +37,7 @@ def replay_update(path: str, pairs: Sequence, world: World) -> None:
     if "replay" not in state:
         raise CheckpointError(f"{path}: holds no update to repeat; give the replay_*.pth that training wrote")
     cfg, update = load_stored_config(state["config"], pairs, source=path), state["replay"]["update"]
+    build_arithmetic(cfg)
     dataset = build_datasets(cfg, training=True).train
     model = build_model(cfg).to(world.device).train()
     model.load_state_dict(state["model"])

@@ -73,16 +73,21 @@ def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
     saved = read_checkpoint(start.checkpoint)
     check_resumable(saved, cfg, world, start.checkpoint)
     log_differences(saved["config"], cfg, start.checkpoint, level=logging.INFO)
+    if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:
+        logger.warning(
+            "MODEL.PRETRAINED=%s: not read, since the run resumes from %s; choose another --tag to start from these weights",
+            cfg.MODEL.PRETRAINED,
+            start.checkpoint,
+        )
     return saved
 
 
 def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """Refuse a file that is not the state of a run, or a config that would make another run of it."""
-    unusable = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
-    if unusable or saved["updates_per_epoch"] < 1:
+    if unusable := find_unusable(saved):
         raise CheckpointError(
-            f"{path}: holds no state of a run ({', '.join(unusable) or 'updates_per_epoch'} missing or of another type); start "
-            "from its weights with --pretrained"
+            f"{path}: holds no state of a run ({', '.join(unusable)} missing or of another type); start from its weights with "
+            "--pretrained"
         )
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, now in configured.items():
@@ -104,6 +109,23 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
             f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot take over; keep it, or start anew with "
             "--pretrained and another --tag"
         )
+
+
+def find_unusable(saved: dict) -> list[str]:
+    """Names of the entries of a checkpoint that are missing, or not what a run saves there."""
+    names = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
+    counts = {name: saved.get(name, 0) for name in ("num_updates", "num_skipped", "last_evaluation")}
+    names += [name for name, count in counts.items() if not isinstance(count, int) or count < 0]
+    if "updates_per_epoch" not in names and saved["updates_per_epoch"] < 1:
+        names.append("updates_per_epoch")
+    if "best" not in names and any(
+        not isinstance(saved["best"].get(name), (int, type(value))) for name, value in NO_BEST.items()
+    ):
+        names.append("best")
+    data = saved.get("data", {"train": {}, "val": {}})
+    if not isinstance(data, dict) or not all(isinstance(data.get(split), dict) for split in ("train", "val")):
+        names.append("data")
+    return sorted(set(names))
 
 
 def finished(saved: dict, cfg: CfgNode) -> bool:

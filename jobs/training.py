@@ -22,7 +22,7 @@ from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
-from utils.run import RunDirectory, build_output_folder, check_is_newest
+from utils.run import RunDirectory, build_output_folder, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.stop import StopRequest
 from weights.reader import CheckpointError
@@ -84,16 +84,15 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
 def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     """Run each part of training once, with a temporary directory as output, and report what bounds its speed."""
     build_arithmetic(cfg)
-    start, root = choose_start(cfg, world), Path(cfg.OUTPUT)
-    parent = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    folder = on_main(world, lambda: make_temporary_folder(parent))
+    start, output = choose_start(cfg, world), build_output_folder(cfg)
+    folder = on_main(world, lambda: make_temporary_folder(check_available(output)))
     logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *start)
     try:
         saved = read_run(cfg, world, start)
         if saved is not None and finished(saved, cfg):
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
-        on_main(world, lambda: check_is_newest(build_output_folder(cfg), num_updates=num_updates))
+        on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
         rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:

@@ -180,7 +180,7 @@ def fill_disk(job: Job, _rng: random.Random) -> str:
 
 def damage(job: Job, rng: random.Random) -> str:
     job.kill()
-    newest = next(iter(list_checkpoints(job.folder)), None)
+    newest = newest_whole_checkpoint(job.folder)
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["cut", "overwritten", "empty", "a directory"]), newest.read_bytes()

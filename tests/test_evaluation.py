@@ -18,6 +18,7 @@ from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
 from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main
+from utils.checkpoint import save_checkpoint
 from utils.distributed import World
 from utils.engine import Answers, EvalResult, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
@@ -175,6 +176,46 @@ def test_two_evaluations_are_compared_on_the_same_images():
         compare(first, second | {"3": ("cat", "dog")})
     as_shards = {f"val-000000.tar/{name}.png": pair for name, pair in second.items()}
     assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
+
+
+def test_shards_are_compared_with_folders_whose_names_have_dots():
+    folder = {f"a/x.{number}.png": ("cat", "cat") for number in range(3)}
+    shards = {f"val-000000.tar/a/x_{number}.png": ("cat", "cat") for number in range(3)}
+    assert compare(folder, shards).startswith("3 images")
+
+
+def test_a_cut_or_doubled_predictions_file_is_refused(tmp_path):
+    for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
+        (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,answer\n{rows}")
+        (tmp_path / "eval.json").write_text("[]")
+        with pytest.raises(ValueError, match="is cut, or an image that is there twice"):
+            read(tmp_path, None)
+
+
+def test_weights_that_give_no_numbers_are_refused(trained, toy_config, toy_data, tmp_path):
+    state = read_checkpoint(trained)
+    state["model"]["head.bias"][0] = float("nan")
+    save_checkpoint(state, tmp_path / "nan.pth")
+    command = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--eval", "--resume", tmp_path / "nan.pth"]
+    outcome = run_main(command, tmp_path / "log")
+    assert outcome.exit_codes == [1], outcome.output
+    assert "the raw weights give outputs that are not finite for 33 of 33 images" in outcome.output
+    assert not (tmp_path / "toy/default/eval.json").exists()
+
+
+def test_a_result_without_a_finite_loss_is_valid_json(trained, toy_config, toy_data, tmp_path):
+    state = read_checkpoint(trained)
+    for weights in ("model", "state_dict_ema"):
+        state[weights]["head.bias"] = torch.tensor([3e38, -3e38, 0])
+    save_checkpoint(state, tmp_path / "huge.pth")
+    folder, _ = run_evaluation(tmp_path / "huge.pth", toy_config, toy_data, tmp_path)
+
+    def refuse(text: str):
+        raise AssertionError(text)
+
+    results = json.loads((folder / "eval.json").read_text(), parse_constant=refuse)["results"]
+    assert results["raw"]["loss"] is None
+    assert results["raw"]["correct1"] == 11
 
 
 def test_an_empty_predictions_file_is_refused(tmp_path):

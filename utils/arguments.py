@@ -150,7 +150,8 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     # A run that resumes from its own folder does not read --pretrained again.
-    resumes = cfg.TRAIN.AUTO_RESUME and any((Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG).glob("checkpoint_*.pth"))
+    numbered = f"checkpoint_{'[0-9]' * 9}*.pth"
+    resumes = cfg.TRAIN.AUTO_RESUME and any((Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG).glob(numbered))
     for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key]:
             _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
@@ -164,6 +165,11 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
 
 
+def prints_mistakes() -> bool:
+    """Whether this process prints a mistake that all processes find: one per machine does."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _check_folder(name: str, path: str) -> None:
     if not os.path.isdir(Path(path).expanduser()):
         raise ConfigError(f"{name}={path}: no such folder; name the one that holds train/ and val/")
@@ -174,9 +180,9 @@ def _check_weights(name: str, reference: str, configs: Path) -> None:
     if not reference:
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     path = Path(reference).expanduser()
-    if reference.startswith(("http://", "https://")) or path.is_file():
+    if reference.startswith(("http://", "https://")) or os.path.isfile(path):
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "best.pth").is_file():
             raise ConfigError(f"{name}={reference}: is a folder without best.pth; name a checkpoint file")
         return

@@ -99,7 +99,7 @@ def _replace(path: Path, write: Callable[[Path], Result], *, size: int) -> Resul
         temporary.unlink(missing_ok=True)
         result = write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns some failed writes into RuntimeError
+    except (OSError, RuntimeError, CheckpointError) as error:  # torch turns some failed writes into RuntimeError
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
@@ -141,7 +141,9 @@ def remove_surplus(folder: Path, keep: int) -> None:
 
     Files that a kill left incomplete are deleted too.
     """
-    incomplete = folder.glob(f"checkpoint_*.pth{_TEMPORARY}")
+    incomplete = [
+        path for path in folder.glob(f"*{_TEMPORARY}") if _NAME.fullmatch(path.name.removesuffix(_TEMPORARY)) is not None
+    ]
     for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *list_checkpoints(folder)[keep:]]:
         path.unlink(missing_ok=True)
 
@@ -173,15 +175,24 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint can be read completely."""
+    try:
+        read_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
     """Rename the damaged checkpoints of later updates to ``*.damaged``, so that neither resume nor rotation counts them."""
     for path in list_checkpoints(folder):
         if num_updates_of(path) <= num_updates:
             return
-        try:
-            read_checkpoint(path)
-        except CheckpointError:
+        if not is_whole(path):
             damaged = path.with_name(path.name + _DAMAGED)
+            while os.path.lexists(damaged):
+                damaged = damaged.with_name(damaged.name + _DAMAGED)
             os.replace(path, damaged)
             logger.warning("%s: damaged, renamed to %s", path, damaged.name)
 
@@ -195,7 +206,7 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
     Returns:
         False if the best state that the checkpoint records is in no file of the run.
     """
-    num_updates = state["best"].get("num_updates", -1)
+    num_updates = state["best"]["num_updates"]
     if num_updates < 0:  # not evaluated yet
         return True
     if num_updates == state["num_updates"]:
@@ -203,7 +214,11 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
             link_best(path, best)
             logger.warning("%s: restored from %s", best, path.name)
         return True
-    return best.is_file()
+    try:
+        stored = read_checkpoint(best)
+    except CheckpointError:
+        return False
+    return stored.get("num_updates") == num_updates and stored.get("best") == state["best"]
 
 
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
@@ -337,10 +352,11 @@ def _to_cpu(value: object) -> object:
 
 def _sync_folder(folder: Path) -> None:
     """Write a folder's entries to the disk, on file systems that can."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         logger.debug("%s: no fsync of folders (%s)", folder, error)
-    finally:
-        os.close(descriptor)

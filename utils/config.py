@@ -261,6 +261,7 @@ _RANGES = {
     "MODEL.SWIN.EMBED_DIM": (1, float("inf")),
     "MODEL.SWIN.MLP_RATIO": (0.01, float("inf")),
 }
+LONGEST_NAME = 255  # bytes of a file's name
 REFERENCE_PROCESSES = 8  # GPUs that the reference's recipes were made for
 
 
@@ -371,7 +372,7 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         raise ConfigError(f"{path}: BASE={bases!r}: give a file, or a list of files")
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
-            _merge_file(cfg, path.parent / str(base), (*chain, path))
+            _merge_file(cfg, path.parent / os.path.expanduser(str(base)), (*chain, path))
     for key, value in _leaves_of_file(tree, cfg, str(path)):
         _set(cfg, key, value, str(path))
 
@@ -379,6 +380,8 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
 def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "") -> Iterable[tuple[str, object]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if "." in str(key):
+            raise ConfigError(f"{source}: {name}: write it as a section and a key, {str(key).replace('.', ': {')}: ...}}")
         child = node.get(key)
         if isinstance(child, CfgNode):
             if not isinstance(value, Mapping):
@@ -495,6 +498,8 @@ def _validate(cfg: CfgNode) -> None:
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(f"{key}={leaves[key]!r}: it names a folder; give it a name without slashes")
+        if len(os.fsencode(leaves[key])) > LONGEST_NAME:
+            raise ConfigError(f"{key}={leaves[key]!r}: names a folder; give it at most {LONGEST_NAME} bytes")
     _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)

@@ -22,8 +22,8 @@ SECONDS_FOR_ROLL_CALL = 5.0
 SECONDS_BETWEEN_CHECKS = 0.02  # of the store, while processes start
 
 
-class RankZeroError(RuntimeError):
-    """Rank 0 failed at a task that all processes wait for; it reports the reason itself."""
+class OtherRankError(RuntimeError):
+    """Another process failed at a task that all processes wait for; it reports the reason itself."""
 
 
 class LostRankError(RuntimeError):
@@ -219,7 +219,7 @@ def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) 
         patient: let the other processes wait for ``LONGEST_WAIT`` instead of the timeout of collectives.
 
     Raises:
-        RankZeroError: in the other processes, with rank 0's message; rank 0 raises its own error.
+        OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
     """
     outcome: list = [None, None]
     error = None
@@ -233,8 +233,27 @@ def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) 
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RankZeroError(f"rank 0 failed: {outcome[1]}")
+        raise OtherRankError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]
+
+
+def on_all(world: World, task: Callable[[], Result]) -> Result:
+    """The result of ``task``, which every process does for itself; if it fails in one, all fail.
+
+    Raises:
+        OtherRankError: in the processes where it succeeded, if it failed in another.
+    """
+    error = result = None
+    try:
+        result = task()
+    except Exception as caught:
+        error = caught
+    failures = int(sum_over_processes(torch.tensor(float(error is not None), device=world.device)))
+    if error is not None:
+        raise error
+    if failures:
+        raise OtherRankError(f"{failures} of {world.size} processes failed")
+    return result
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -449,6 +449,8 @@ class Trainer:
             self.finish_epoch(epoch)
         if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was lowered below the position of the run
             self.save(best=self.evaluate(done_epochs))
+        if 0 < state.num_updates == state.num_skipped:
+            raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
         best = state.best
         logger.info(
             "done in %s; best Acc@1 %.3f (%s weights, epoch %d)",

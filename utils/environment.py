@@ -1,5 +1,6 @@
 """The software and hardware of a run, for its log and its checkpoints, and the settings that decide how exact they compute."""
 
+import logging
 import platform
 import shlex
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,7 +20,8 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
     """Versions, device, command line and commit, as plain data."""
     return {
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "torchvision", "timm", "numpy")},
+        "torch": str(torch.__version__),  # with the CUDA version
+        **{package: version(package) for package in ("torchvision", "timm", "numpy")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
@@ -45,10 +49,13 @@ def _git(*arguments: str) -> str:
 
 
 def build_arithmetic(cfg: CfgNode) -> None:
-    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process."""
+    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU has no bf16."""
     if cfg.DETERMINISTIC != "off":
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
     torch.set_float32_matmul_precision("high" if cfg.TF32 else "highest")
     torch.backends.cudnn.conv.fp32_precision = "tf32" if cfg.TF32 else "ieee"
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"
     torch.backends.cudnn.deterministic = cfg.DETERMINISTIC != "off"
+    uses_bf16 = cfg.AMP and cfg.AMP_DTYPE == "bf16"
+    if uses_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        logger.warning("AMP_DTYPE=bf16: this GPU emulates bf16, which is slow; use fp16 (--opts AMP_DTYPE fp16)")

@@ -51,7 +51,7 @@ def write_evaluation(
     for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # of an evaluation before
         stale.unlink(missing_ok=True)
     with replacing(output / "eval.json") as path:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     for weights, values in record["results"].items():
         if "real" in values:
             logger.info(
@@ -106,7 +106,8 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
         for row, column in np.argwhere(matrix):
             color = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
@@ -127,7 +128,8 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         axis.imshow(picture)
         axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
 
 
@@ -145,7 +147,7 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
         "acc1_interval_95": wilson_interval(result.correct1, result.num_images),
         "acc5": result.acc5,
         "acc5_interval_95": wilson_interval(result.correct5, result.num_images),
-        "loss": result.loss,
+        "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no infinity
     }
     if real_labels is not None:
         counted = [(answer, labels) for answer, labels in zip(result.answers.model_classes, real_labels, strict=True) if labels]

@@ -1,5 +1,6 @@
 """The directory of a run: where it is, whether it can be written, and the lock that keeps a second run out of it."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import IO
 
 from yacs.config import CfgNode
 
-from utils.checkpoint import list_checkpoints, num_updates_of, set_damaged_aside
+from utils.checkpoint import is_whole, list_checkpoints, num_updates_of, set_damaged_aside
 from utils.config import ConfigError
 from utils.files import replacing
 
@@ -39,19 +40,35 @@ def make_folder(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Refuse a start that is behind the newest checkpoint of the folder: two branches of a run would mix.
+    """Refuse a start that is behind the newest intact checkpoint of the folder: two branches of a run would mix.
 
     Raises:
-        ConfigError: the folder has a checkpoint of a later update, or is a file.
+        ConfigError: the folder has an intact checkpoint of a later update.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output}: is a file; choose another --output or --tag")
-    newest = next(iter(list_checkpoints(output)), None)
-    if newest is not None and num_updates_of(newest) > num_updates:
-        raise ConfigError(
-            f"{output}: holds {newest.name}, further than this start (update {num_updates}): checkpoints would mix. Resume "
-            "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
-        )
+    for path in list_checkpoints(output):
+        if num_updates_of(path) <= num_updates:
+            return
+        if is_whole(path):
+            raise ConfigError(
+                f"{output}: holds {path.name}, further than this start (update {num_updates}): checkpoints would mix. Resume "
+                "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
+            )
+
+
+def check_available(output: Path) -> Path:
+    """Refuse a directory that a run could not create or lock, without changing it.
+
+    Returns:
+        Its nearest ancestor that exists, or itself.
+
+    Raises:
+        ConfigError: a file is in its place, or another run writes there.
+    """
+    existing = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"{existing}: is a file; choose another --output or --tag")
+    RunLock(output).check()
+    return existing
 
 
 class RunDirectory:
@@ -60,7 +77,7 @@ class RunDirectory:
     def __init__(self, path: Path):
         self.path = path
         self._lock = RunLock(path)
-        self._is_new = False
+        self._created: list[Path] = []
 
     def open(self, *, num_updates: int) -> None:
         """Create and lock it, and rename damaged checkpoints of later updates than the run starts from.
@@ -71,9 +88,9 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written, another run writes there, or it has a checkpoint of a later update.
         """
-        is_new = not self.path.exists()
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         make_folder(self.path)
-        self._is_new = is_new
+        self._created = missing
         self._lock.acquire()
         set_damaged_aside(self.path, num_updates=num_updates)
         check_is_newest(self.path, num_updates=num_updates)
@@ -91,10 +108,13 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Remove the directory if this run created it: it was refused before its first update."""
+        """Remove the directories that this run created: it was refused before its first update."""
         self._lock.release()
-        if self._is_new:
+        if self.path in self._created:
             shutil.rmtree(self.path, ignore_errors=True)
+        for parent in self._created[1:]:
+            with contextlib.suppress(OSError):  # another run is there
+                parent.rmdir()
 
 
 class RunLock:
@@ -110,21 +130,33 @@ class RunLock:
             ConfigError: another run holds it; the message names its process and host.
         """
         self._file = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
+        self._lock(self._file)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConfigError: another run holds it.
+        """
+        if self.path.exists():
+            with open(self.path, "a+") as file:
+                self._lock(file)
+
+    def _lock(self, file: IO) -> None:
         try:
             import fcntl
 
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
         except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown process"
+            file.seek(0)
+            holder = file.read().strip() or "unknown process"
             raise ConfigError(
                 f"{self.path.parent}: another run writes there ({holder}); wait for it, stop it, or choose another --tag"
             ) from None
         except (ImportError, OSError):
             pass  # this platform or file system has no locks
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
 
     def release(self) -> None:
         if self._file is not None:

@@ -9,6 +9,7 @@ import collections
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -79,7 +80,7 @@ def read_checkpoint(path: str | Path) -> dict:
         CheckpointError: missing, damaged, or in need of code that will not be run.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -3,15 +3,19 @@
 import errno
 import json
 import os
+import signal
 import sys
 import time
 
 import pytest
 
+import utils.engine
 import utils.log
 from scripts.soak import read_state
 from tests.launch import run_main
+from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, toy_arguments
+from utils.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.reliability
 
@@ -70,6 +74,38 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
         assert log.count("console: not written") == 1
     if console == "not UTF-8":
         assert "Ausgabe \\xfc" in outcome.output
+
+
+def test_r16_processes_without_a_console_are_stopped_with_their_state_saved(toy_config, toy_data, tmp_path):
+    """The exit status must be 75 all the same, since a scheduler requeues on it."""
+
+    def prepare(rank: int) -> None:
+        utils.log._console.cache_clear()
+        close_console()
+        os.close(2)
+        sys.stderr = None
+        if rank == 1:
+            call_before(utils.engine, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4)
+    assert run_main(arguments, tmp_path / "log", processes=2, prepare=prepare).exit_codes == [75, 75]
+    assert list_checkpoints(tmp_path / "toy/default")
+
+
+def test_r16_a_disk_that_is_full_when_a_run_resumes_ends_no_run(toy_config, toy_data, tmp_path):
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "SAVE_STEPS", 2)
+    folder = tmp_path / "toy/default"
+    run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
+
+    def prepare(rank: int) -> None:
+        def refuse(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        utils.log.replacing = refuse
+
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "metrics.jsonl: not written (OSError: [Errno 28] No space left on device)" in outcome.output
 
 
 @pytest.mark.parametrize("output", ["log_rank0.txt", "metrics.jsonl", "events"])

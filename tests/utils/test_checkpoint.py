@@ -81,6 +81,96 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
     assert "trying the one before" in caplog.text
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_hard_links_the_best_is_a_verified_copy_or_as_it_was(damaged, saved, monkeypatch):
+    best = saved.with_name("best.pth")
+    shutil.copy(saved, best)
+    before, synced, original = best.read_bytes(), [], os.fsync
+
+    def refuse(*_arguments):
+        raise OSError(1, "Operation not permitted")
+
+    def copy_badly(source, target):
+        target.write_bytes(source.read_bytes()[:-100])
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        original(descriptor)
+
+    save_checkpoint({"model": toy().state_dict(), "num_updates": 2}, saved)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fsync", fsync)
+    if damaged:
+        monkeypatch.setattr(shutil, "copyfile", copy_badly)
+        with pytest.raises(CheckpointError, match="the old ones are untouched"):
+            checkpoint.link_best(saved, best)
+        assert best.read_bytes() == before
+    else:
+        checkpoint.link_best(saved, best)
+        assert best.read_bytes() == saved.read_bytes() != before
+        assert os.stat(best).st_ino != os.stat(saved).st_ino
+    assert any(name.endswith("best.pth.incomplete") for name in synced)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["best.pth", saved.name]
+
+
+@pytest.mark.parametrize("operation", ["open", "fsync"])
+def test_a_file_system_without_fsync_of_folders_is_fine(operation, saved, monkeypatch):
+    originals = {"open": os.open, "fsync": os.fsync}
+
+    def refuse(target, *arguments):
+        path = target if operation == "open" else os.readlink(f"/proc/self/fd/{target}")
+        if os.path.isdir(path):
+            raise OSError(22, "Invalid argument")
+        return originals[operation](target, *arguments)
+
+    monkeypatch.setattr(os, operation, refuse)
+    save_checkpoint({"model": {}, "num_updates": 2}, saved)
+    assert read_checkpoint(saved)["num_updates"] == 2
+
+
+def test_free_bytes_are_counted_without_the_unfinished_file(saved, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    def usage(folder):
+        assert [path.name for path in folder.iterdir()] == [saved.name]
+        return shutil._ntuple_diskusage(10, 3, 7)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(CheckpointError, match=r"it needs 40 bytes, 7 are free"):
+        save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
+
+
+def test_files_of_other_names_are_neither_counted_nor_deleted(saved):
+    others = ["checkpoint_12.pth", "checkpoint_mean.pth", "checkpoint_mean.pth.incomplete", "mine.incomplete"]
+    for name in [*others, "checkpoint_000000002.pth.incomplete"]:
+        (saved.parent / name).write_bytes(b"")
+    assert checkpoint.list_checkpoints(saved.parent) == [saved]
+    checkpoint.remove_surplus(saved.parent, keep=1)
+    assert sorted(path.name for path in saved.parent.iterdir()) == sorted([saved.name, *others])
+
+
+def test_a_damaged_file_is_set_aside_beside_earlier_ones(saved):
+    for _ in range(2):
+        newer = saved.with_name("checkpoint_000000002.pth")
+        newer.mkdir()
+        checkpoint.set_damaged_aside(saved.parent, num_updates=1)
+    assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
+
+
+def test_a_best_checkpoint_counts_only_if_it_is_the_best_state(saved):
+    """Damaged, or of another run: the best is counted anew."""
+    best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
+    save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
+    assert checkpoint.repair_best(best, state, saved)
+    for other in ({"num_updates": 5, "best": {"acc1": 40.0, "num_updates": 5}}, {"num_updates": 4, "best": state["best"]}):
+        save_checkpoint(other, best)
+        assert not checkpoint.repair_best(best, state, saved)
+    damage(best, "empty")
+    assert not checkpoint.repair_best(best, state, saved)
+
+
 def test_retention_keeps_the_newest_and_the_best(saved):
     for number in range(2, 6):
         shutil.copy(saved, checkpoint.checkpoint_path(saved.parent, number))

@@ -154,6 +154,10 @@ MODEL:
         ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is str"),
         ("a: !!python/object/apply:os.system [echo]", [], "is no plain YAML"),
         ("- a", [], "holds list, not keys"),
+        ("BASE: 5", [], "BASE=5: give a file, or a list of files"),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: write it as a section and a key, TRAIN: {EPOCHS: ...}"),
+        (f"TAG: {'x' * 256}", [], "give it at most 255 bytes"),
+        (f"MODEL: {{NAME: {'ü' * 128}}}", [], "give it at most 255 bytes"),
     ],
 )
 def test_a_wrong_config_is_refused_by_key_value_and_remedy(tmp_path, text, opts, message):
@@ -198,6 +202,17 @@ def test_an_image_size_is_a_number_or_height_and_width(given, expected, tmp_path
     again = load_config(write(tmp_path, text=cfg.dump()))
     assert image_size(again) == expected
     assert image_size(load_config(write(tmp_path, text=cfg.dump()), ["DATA.IMG_SIZE", 64])) == (64, 64)
+
+
+def test_a_checkpoint_is_saved_every_quarter_of_an_hour_by_default():
+    assert load_config(CONFIGS / "flatten_swin_t.yaml").SAVE_MINUTES == 15
+
+
+def test_a_base_file_may_lie_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/base.yaml").write_text("TAG: base")
+    assert load_config(write(tmp_path, text="BASE: ['~/base.yaml']")).TAG == "base"
 
 
 def test_the_home_directory_may_be_abbreviated(monkeypatch):

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.distributed import LostRankError, meet, setup, sum_over_processes
+from utils.arguments import prints_mistakes
+from utils.distributed import LostRankError, OtherRankError, meet, on_all, setup, sum_over_processes
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,6 +52,30 @@ def test_ranks_that_do_not_start_are_named():
         meet(store, 0, 3, timeout_seconds=0.1)
     with pytest.raises(LostRankError, match="did not start within"):
         meet(store, 1, 3, timeout_seconds=0.1)
+
+
+def test_variables_left_over_from_a_launcher_do_not_count(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    world = setup()
+    assert (world.rank, world.local_rank, world.size) == (0, 0, 1)
+    assert prints_mistakes()
+
+
+def fail_in_rank_one(world) -> None:
+    def task() -> int:
+        if world.rank == 1:
+            raise ValueError("mine")
+        return world.rank
+
+    with pytest.raises(ValueError if world.rank == 1 else OtherRankError):
+        on_all(world, task)
+    assert on_all(world, lambda: world.rank) == world.rank
+
+
+def test_a_task_of_all_processes_fails_in_all_or_in_none():
+    run_in_processes(fail_in_rank_one, processes=2)
 
 
 def test_a_signal_while_packages_are_imported_stops_training_before_its_first_update(toy_config, toy_data, tmp_path):

@@ -1,0 +1,159 @@
+"""Which state a run starts from, what it refuses, and what it records."""
+
+import shutil
+
+import pytest
+import torch
+
+import jobs.training
+from jobs.start import find_unusable
+from tests.launch import run_main
+from tests.runs import toy_arguments
+from utils.checkpoint import list_checkpoints, save_checkpoint
+from utils.config import load_config
+from utils.environment import build_arithmetic
+from utils.run import RunLock, check_available
+from weights.reader import read_checkpoint
+
+CHANGES = {
+    "no config": {"config": None},
+    "negative position": {"num_updates": -5},
+    "no updates": {"updates_per_epoch": 0},
+    "empty best": {"best": {}},
+    "text in best": {"best": {"acc1": "x", "weights": "raw", "epoch": 0, "num_updates": "y"}},
+    "text for a count": {"num_skipped": "x"},
+    "number for data": {"data": 7},
+    "data of one split": {"data": {"train": {}}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_with_other_content_than_a_run_saves_is_refused_by_its_entry(change, trained, toy_config, toy_data, tmp_path):
+    state = read_checkpoint(trained)
+    assert find_unusable(state) == []
+    (name,) = CHANGES[change]
+    assert find_unusable(state | CHANGES[change]) == [name]
+    if change == "text in best":
+        save_checkpoint(state | CHANGES[change], tmp_path / "file.pth")
+        outcome = run_main(
+            [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
+        )
+        assert outcome.exit_codes == [2]
+        assert "file.pth: holds no state of a run (best missing or of another type)" in outcome.output
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
+def test_files_of_other_kinds_are_refused(content, toy_config, toy_data, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    for flag in ("--resume", "--pretrained"):
+        outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), flag, tmp_path / "file.pth"], tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "Traceback" not in outcome.output
+
+
+# --- The directory of a run
+
+
+def test_a_refused_run_leaves_nothing_behind(toy_config, toy_data, tmp_path):
+    output = tmp_path / "a/b"
+    outcome = run_main(toy_arguments(toy_config, toy_data, output, "MODEL.NUM_CLASSES", 2), tmp_path / "log")
+    assert outcome.exit_codes == [2], outcome.output
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("level", ["output", "output/toy", "output/toy/default"])
+def test_a_file_in_place_of_a_folder_is_refused_by_the_run_and_its_check(level, toy_config, toy_data, tmp_path):
+    (tmp_path / level).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / level).write_text("mine")
+    for flags in ([], ["--check"]):
+        outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path / "output"), *flags], tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "choose another --output" in outcome.output
+    assert (tmp_path / level).read_text() == "mine"
+
+
+def test_the_check_meets_what_the_run_would_meet(uninterrupted, toy_config, toy_data, tmp_path):
+    """A later checkpoint is refused; a damaged one is passed over; the directory of a running run is refused."""
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
+    outcome = run_main(command, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "further than this start" in outcome.output
+    newest, older = list_checkpoints(folder)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    before = {path.name for path in folder.iterdir()}
+    command = [*toy_arguments(toy_config, toy_data, tmp_path), "--check"]
+    outcome = run_main(command, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert f"resumed after update {int(older.stem[11:])}" in outcome.output
+    assert {path.name for path in folder.iterdir()} == before
+    lock = RunLock(folder)
+    lock.acquire()
+    outcome = run_main(command, tmp_path / "log")
+    lock.release()
+    assert outcome.exit_codes == [2]
+    assert "another run writes there" in outcome.output
+    assert check_available(folder) == folder
+
+
+def test_other_weights_to_start_from_do_not_count_where_a_run_resumes_and_are_named(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
+    shutil.copytree(uninterrupted(1), tmp_path / "toy/default")
+    arguments = toy_arguments(toy_config, toy_data, tmp_path)
+    outcome = run_main([*arguments, "--pretrained", tmp_path / "other.pth"], tmp_path / "log")
+    assert outcome.exit_codes == [0]
+    assert "other.pth: not read, since the run resumes from" in outcome.output
+
+
+# --- Records
+
+
+def test_log_and_checkpoint_record_environment_and_config(trained):
+    environment = read_checkpoint(trained)["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["processes"] == 1
+    assert "--cfg" in environment["command"]
+    log = (trained.parent / "log_rank0.txt").read_text()
+    assert f"torch {torch.__version__}" in log
+    assert "ATTN_TYPE: LLS" in log
+
+
+def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeypatch):
+    try:
+        for value, enabled, only_warns in (("error", True, False), ("warn", True, True)):
+            build_arithmetic(load_config(toy_config, ["DETERMINISTIC", value, "TF32", False]))
+            assert torch.are_deterministic_algorithms_enabled() == enabled
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == only_warns
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        build_arithmetic(load_config(toy_config))
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_without_bf16_is_advised_to_use_fp16(supported, toy_config, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    build_arithmetic(load_config(toy_config, ["AMP", True]))
+    assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
+
+
+def test_training_and_its_check_apply_the_arithmetic_of_the_config(toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        original = jobs.training.build_trainer
+
+        def build(*arguments, **options):
+            assert torch.are_deterministic_algorithms_enabled()
+            return original(*arguments, **options)
+
+        jobs.training.build_trainer = build
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DETERMINISTIC", "warn", "TRAIN.EPOCHS", 1)
+    for flags in ([], ["--check"]):
+        outcome = run_main([*arguments, *flags], tmp_path / "log", prepare=prepare)
+        assert outcome.exit_codes == [0], outcome.output
