@@ -411,10 +411,14 @@ def test_processes_draw_their_own_mixing():
     assert not torch.equal(draws[0][1], draws[2][1])
 
 
-def test_a_policy_is_checked_at_the_start_even_without_assertions():
+def test_a_policy_is_checked_at_the_start():
     for policy in ("rand-m9-foo1", "rand-m9-mstd0.5-inc1x", "rand-m9-tfoo", "augmix-z3", "augmix-a0", "foo"):
         with pytest.raises(DataError, match="is no policy of timm"):
             build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
+
+
+@pytest.mark.slow  # Python compiles all packages for -O
+def test_a_policy_is_checked_without_assertions():
     code = (
         "from data.build import build_train_transform as build; from utils.config import load_config as load\n"
         "import sys\n"
