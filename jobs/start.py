@@ -1,6 +1,7 @@
 """Where a run starts from, and whether what it resumes from belongs to it."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from data.index import compare_descriptions, describe_index
 from jobs.checkpoints import locate, log_differences
 from utils.checkpoint import BEST, newest_whole_checkpoint, repair_best
 from utils.config import ConfigError, flatten
-from utils.distributed import World, on_main
+from utils.distributed import World, on_all, on_main
 from utils.engine import NO_BEST, TrainState
 from utils.run import build_output_folder
 from utils.schedule import global_batch_size
@@ -70,7 +71,7 @@ def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
     """The state of the run to resume, compared with what is asked for now; None for another start."""
     if start.kind != "resume":
         return None
-    saved = read_checkpoint(start.checkpoint)
+    saved = on_all(world, partial(read_checkpoint, start.checkpoint))
     check_resumable(saved, cfg, world, start.checkpoint)
     log_differences(saved["config"], cfg, start.checkpoint, level=logging.INFO)
     if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:

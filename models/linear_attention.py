@@ -207,6 +207,34 @@ class FocusedLinearAttention(nn.Module):
 
     forward = attend
 
+    def attention_matrix(
+        self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The weights that ``attend`` gives the keys, without its convolution, for analysis: it is quadratic in the tokens.
+
+        Args: see ``attend``.
+
+        Returns:
+            (B, H, N, M), whose product with the values of each head is the attention; (B, C, N, M) for ``hydra``, where every
+            channel is a head.
+        """
+        num_keys = k.shape[1]
+        one_hot = torch.eye(num_keys, dtype=k.dtype, device=k.device)
+        mask = None
+        if key_mask is not None:
+            one_hot = one_hot * key_mask.unsqueeze(-1)
+            mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, :, None]
+        one_hot = one_hot.expand(k.shape[0], -1, -1)  # (B, M, M)
+        key_grid = key_grid or self.key_grid
+        if self.kind != "focused" and COMPARED[self.kind].single_head:
+            columns = []
+            for column in one_hot.unbind(-1):
+                values = column.unsqueeze(-1).expand(-1, -1, self.dim)
+                columns.append(self._mix(q, k, values, key_grid, mask))
+            return torch.stack(columns, dim=-1).transpose(1, 2)
+        weights = self._mix(q, k, one_hot.repeat(1, 1, self.num_heads), key_grid, mask)  # (B, N, H * M)
+        return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
+
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
         """Change the native token maps in place: resize the positional encoding (bicubic), as a new parameter."""
         key_grid = key_grid or grid

@@ -129,7 +129,7 @@ class RunLock:
         Raises:
             ConfigError: another run holds it; the message names its process and host.
         """
-        self._file = open(self.path, "a+")  # noqa: SIM115 - open for the whole run
+        self._file = self._open()
         self._lock(self._file)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -141,8 +141,14 @@ class RunLock:
             ConfigError: another run holds it.
         """
         if self.path.exists():
-            with open(self.path, "a+") as file:
+            with self._open() as file:
                 self._lock(file)
+
+    def _open(self) -> IO:
+        try:
+            return open(self.path, "a+")
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be opened ({error.strerror}); choose another --tag or --output") from None
 
     def _lock(self, file: IO) -> None:
         try:

@@ -1,0 +1,1 @@
+"""Attention maps of trained models, and measures of how focused they are."""

@@ -1,0 +1,282 @@
+"""Attention maps of a model, rebuilt from the queries and keys of its blocks. The model is not changed.
+
+Shapes: G groups of tokens that attend to each other (images times windows or stripes), N queries, M keys, H heads, C channels,
+D channels per head.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from models import cswin, deit, pvt, swin
+from models.layers import partition
+from models.linear_attention import FocusedLinearAttention, efficient_attention, focus, linear_attention, softmax_attention
+
+SOFTMAX_MODULES = (swin.SoftmaxWindowAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention, deit.SoftmaxAttention)
+FORMS = ("softmax", "linear", "focused", "efficient")  # attentions that are compared on the same queries and keys
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What one attention module computed in a forward pass.
+
+    Args:
+        name: of the module in the model.
+        q: (G, H, N, D).
+        k, v: (G, H, M, D). Masked values are zero.
+        grid, key_grid: token maps of queries and keys.
+        key_mask: (G, M), False for padding; None if there is none. Linear attention only.
+        bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
+        output: (G, N, C), before the projection; in CSwin also before its convolution of v (LePE).
+    """
+
+    name: str
+    module: nn.Module
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, int]
+    key_grid: tuple[int, int]
+    output: Tensor
+    num_prefix_tokens: int = 0
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.module, FocusedLinearAttention)
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """(G, H, N, M) weights of the attention, without the convolution. For ``hydra``, every channel is a head."""
+        if not self.is_linear:
+            similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
+            return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
+        q, k = (x.transpose(1, 2).flatten(2) for x in (self.q, self.k))
+        return self.module.attention_matrix(q, k, key_grid=self.key_grid, key_mask=self.key_mask)
+
+    def convolution(self, queries: Sequence[int] | None = None) -> Tensor | None:
+        """(D, R, M) weights of the depthwise convolution for R queries, all by default; the same for all heads.
+
+        None for an attention without convolution.
+        """
+        convolution = getattr(self.module, "dwc", None)
+        if convolution is None:
+            return None
+        return convolution_matrix(
+            convolution, self.grid, self.k.shape[2], queries=queries, num_prefix_tokens=self.num_prefix_tokens
+        )
+
+    @torch.no_grad()
+    def twin(self, form: str) -> Tensor:
+        """(G, H, N, M) weights that another attention computes from the same queries and keys, without masks or biases.
+
+        Args:
+            form: one of ``FORMS``. ``linear`` and ``focused`` use relu; ``focused`` has p = 3 and no learned scale.
+
+        Raises:
+            ValueError: an unknown form.
+        """
+        return compare(form, self.q, self.k)
+
+
+def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
+    """(..., N, M) weights of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
+
+    ``focused`` sharpens the channels of each head by itself.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
+    keys = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
+    if form == "softmax":
+        return softmax_attention(q, k, keys)
+    if form == "efficient":
+        return efficient_attention(q, k, keys)
+    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+    return linear_attention(*((q, k) if form == "linear" else (focus(q, power), focus(k, power))), keys)
+
+
+def convolution_matrix(
+    convolution: nn.Conv2d,
+    grid: tuple[int, int],
+    num_keys: int,
+    *,
+    queries: Sequence[int] | None = None,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """A depthwise convolution of a token map as a matrix: its output is the product with the tokens, plus the bias.
+
+    Args:
+        convolution: depthwise, of stride 1.
+        grid: token map of the queries.
+        num_keys: tokens M of the values, prefix tokens included; the map is interpolated along the tokens if it is smaller.
+        queries: positions among all queries, prefix tokens included; all by default.
+
+    Returns:
+        (channels, R, M). Rows and columns of prefix tokens are zero.
+    """
+    height, width = grid
+    queries = range(num_prefix_tokens + height * width) if queries is None else queries
+    weight = convolution.weight.detach()
+    rows = torch.zeros(len(queries), len(weight), height * width, dtype=weight.dtype, device=weight.device)
+    for row, query in enumerate(queries):
+        if query >= num_prefix_tokens:
+            rows[row, :, query - num_prefix_tokens] = 1
+    # The transpose of a convolution maps an output token to the input tokens that it is computed from.
+    maps = F.conv_transpose2d(rows.unflatten(-1, grid), weight, padding=convolution.padding, groups=len(weight)).flatten(2)
+    if (stored := num_keys - num_prefix_tokens) != height * width:
+        eye = torch.eye(stored, dtype=weight.dtype, device=weight.device).unsqueeze(0)
+        maps = maps @ F.interpolate(eye, size=height * width, mode="linear", align_corners=False)[0].T
+    return F.pad(maps.transpose(0, 1), (num_prefix_tokens, 0))
+
+
+# --- Capture
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention modules of a model by name, in the order of the network."""
+    kinds = (FocusedLinearAttention, *SOFTMAX_MODULES)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+@dataclass
+class _Recorder(TorchFunctionMode):
+    """Records the inputs of softmax attention while one of the chosen modules runs."""
+
+    found: list[Attention] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.running: tuple[str, nn.Module, dict] | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and self.running is not None:
+            self.record(out, *args, **(kwargs or {}))
+        return out
+
+    def record(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_options) -> None:
+        name, module, maps = self.running
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+        if q.shape[1] != module.num_heads:  # windows as heads, see models.swin
+            windows = (-1, module.num_heads)
+            q, k, v, out = (x.unflatten(1, windows).flatten(0, 1) for x in (q, k, v, out))
+            attn_mask = attn_mask.unflatten(1, windows).flatten(0, 1)
+            attn_mask = attn_mask.repeat(len(q) // len(attn_mask), 1, 1, 1)
+        self.found.append(Attention(name, module, q, k, v, output=out.transpose(1, 2).flatten(2), bias=attn_mask, **maps))
+
+
+def _maps_of(module: nn.Module, inputs: tuple) -> dict:
+    """Token maps of a softmax module for the inputs of its forward pass."""
+    if isinstance(module, swin.SoftmaxWindowAttention):
+        return {"grid": inputs[1], "key_grid": inputs[1]}
+    if isinstance(module, cswin.SoftmaxStripes):
+        stripe, _ = module.layout(tuple(inputs[0].shape[1:3]))
+        return {"grid": stripe, "key_grid": stripe}
+    if isinstance(module, pvt.SoftmaxAttention):
+        grid = tuple(inputs[0].shape[1:3])
+        return {"grid": grid, "key_grid": pvt.reduce_grid(grid, module.reduction)}
+    return {"grid": inputs[1], "key_grid": inputs[1], "num_prefix_tokens": 1}
+
+
+@contextmanager
+def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[list[Attention]]:
+    """Record what the attention modules of a model compute within the ``with`` block.
+
+    Args:
+        names: of the modules, see ``attention_modules``; all by default.
+
+    Yields:
+        A list that the forward passes fill, in the order of the network.
+
+    Raises:
+        ValueError: a name that is not an attention module of the model.
+    """
+    modules = attention_modules(model)
+    if unknown := [name for name in names or () if name not in modules]:
+        raise ValueError(f"{unknown[0]}: is no attention module; choose among {', '.join(modules)}")
+    chosen = {name: modules[name] for name in names or modules}
+    recorder, handles, wrapped = _Recorder(), [], []
+
+    def start(name: str, module: nn.Module, inputs: tuple) -> None:
+        recorder.running = name, module, _maps_of(module, inputs)
+
+    def stop(*_arguments: object) -> None:
+        recorder.running = None
+
+    for name, module in chosen.items():
+        if isinstance(module, FocusedLinearAttention):
+            module.attend = functools.partial(_record_linear, recorder.found, name, module, module.attend)
+            wrapped.append(module)
+        else:
+            handles.append(module.register_forward_pre_hook(functools.partial(start, name)))
+            handles.append(module.register_forward_hook(stop))
+    try:
+        with recorder:
+            yield recorder.found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in wrapped:
+            del module.attend  # the method of the class again
+
+
+def _record_linear(
+    found: list, name: str, module: FocusedLinearAttention, attend, q, k, v, *, key_mask=None, **grids
+) -> Tensor:
+    out = attend(q, k, v, key_mask=key_mask, **grids)
+    grid = grids.get("grid") or module.grid
+    key_grid = grids.get("key_grid") or (grid if module.key_grid == module.grid else module.key_grid)
+    if key_mask is not None:
+        v = v * key_mask.unsqueeze(-1)
+    split = [x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    found.append(
+        Attention(
+            name,
+            module,
+            *split,
+            grid=grid,
+            key_grid=key_grid,
+            output=out,
+            num_prefix_tokens=module.num_prefix_tokens,
+            key_mask=key_mask,
+        )
+    )
+    return out
+
+
+# --- Positions on the image
+
+
+def token_positions(block: nn.Module, module: nn.Module, grid: tuple[int, int]) -> Tensor:
+    """Where the tokens of each window or stripe of a block lie on the map.
+
+    Args:
+        block: that contains the attention ``module``.
+        grid: the map of the block.
+
+    Returns:
+        (windows, N) positions on the flattened map, -1 for padding. Prefix tokens are left out.
+    """
+    height, width = grid
+    positions = torch.arange(1, height * width + 1).view(1, height, width, 1)
+    shift, size = (0, 0), grid
+    if isinstance(block, swin.SwinBlock):
+        size, shift, padded = block.layout(grid)
+    elif isinstance(block, cswin.Block):
+        size, padded = module.layout(grid)
+    else:
+        padded = grid
+    positions = F.pad(positions, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
+    positions = positions.roll((-shift[0], -shift[1]), dims=(1, 2))
+    return partition(positions, size)[..., 0] - 1

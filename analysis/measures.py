@@ -1,0 +1,89 @@
+"""Measures of focus and diversity of attention matrices.
+
+Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights may be negative where a convolution takes part;
+measures of a distribution then use absolute values, normalised per query.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def distribution(weights: Tensor) -> Tensor:
+    """Absolute weights, normalised per query. (..., N, M) -> the same."""
+    absolute = weights.abs()
+    return absolute / absolute.sum(dim=-1, keepdim=True)
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Shannon entropy per query over its maximum log M: 0 for a single key, 1 for uniform weights. (..., N, M) -> (..., N)."""
+    return torch.special.entr(distribution(weights)).sum(dim=-1) / math.log(weights.shape[-1])
+
+
+def top_mass(weights: Tensor, share: float) -> Tensor:
+    """Mass per query on the largest ``share`` of the keys, at least one. (..., N, M) -> (..., N), in [0, 1]."""
+    count = max(1, round(share * weights.shape[-1]))
+    return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
+
+
+def gini(weights: Tensor) -> Tensor:
+    """Gini index per query (https://arxiv.org/abs/0811.4706): 0 for uniform weights, 1 - 1 / M for a single key.
+
+    (..., N, M) -> (..., N).
+    """
+    num_keys = weights.shape[-1]
+    ordered = distribution(weights).sort(dim=-1).values
+    ranks = torch.arange(1, num_keys + 1, dtype=ordered.dtype, device=ordered.device)
+    return 1 - 2 * (ordered * (num_keys - ranks + 0.5)).sum(dim=-1) / num_keys
+
+
+def token_centres(grid: tuple[int, int], query_grid: tuple[int, int]) -> Tensor:
+    """Centres (y, x) of a map's tokens in units of the query map's tokens. (height * width, 2)."""
+    axes = [(torch.arange(side) + 0.5) * (queries / side) for side, queries in zip(grid, query_grid, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[int, int]) -> Tensor:
+    """Mean distance in patches between a query and its keys, by weight (https://arxiv.org/abs/2010.11929, figure 7).
+
+    Args:
+        weights: (..., N, M), without prefix tokens.
+        grid, key_grid: token maps of queries and keys.
+
+    Returns:
+        (..., N).
+    """
+    distances = torch.cdist(token_centres(grid, grid), token_centres(key_grid, grid)).to(weights)  # (N, M)
+    return (distribution(weights) * distances).sum(dim=-1)
+
+
+def numerical_rank(weights: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """Number of singular values above ``tolerance`` times the largest. (..., N, M) -> (...)."""
+    values = torch.linalg.svdvals(weights.double())
+    return (values > tolerance * values[..., :1]).sum(dim=-1)
+
+
+def effective_rank(weights: Tensor) -> Tensor:
+    """Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007). (..., N, M) -> (...)."""
+    values = torch.linalg.svdvals(weights.double())
+    return torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
+
+
+def row_similarity(weights: Tensor) -> Tensor:
+    """Mean cosine between the rows of different queries: 1 if all queries attend alike. (..., N, M) -> (...)."""
+    rows = torch.nn.functional.normalize(weights, dim=-1)
+    num_queries = rows.shape[-2]
+    total = rows.sum(dim=-2).square().sum(dim=-1)  # of all pairs, those of a row with itself included
+    return (total - rows.square().sum(dim=(-2, -1))) / (num_queries * (num_queries - 1))
+
+
+def negative_share(weights: Tensor) -> Tensor:
+    """Share of the negative weights in the total absolute weight. (..., N, M) -> (...)."""
+    return weights.clamp(max=0).abs().sum(dim=(-2, -1)) / weights.abs().sum(dim=(-2, -1))
+
+
+def mass_share(part: Tensor, other: Tensor) -> Tensor:
+    """Share of one matrix in the absolute weight of two, such as that of the convolution. (..., N, M) twice -> (...)."""
+    part, other = (matrix.abs().sum(dim=(-2, -1)) for matrix in (part, other))
+    return part / (part + other)

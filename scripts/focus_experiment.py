@@ -1,0 +1,122 @@
+"""Is focused linear attention sharper than softmax attention? The experiment that users asked the paper's authors for.
+
+One query and five keys of four positive integers: the weights of softmax, linear and focused linear attention, for the vectors
+as they are and times 0.2. --plot draws the entropy of the weights over the magnitude of the vectors and the focusing factor.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from torch import Tensor
+
+from analysis.maps import compare
+from analysis.measures import entropy
+from utils.files import replacing
+
+SCALES = (1.0, 0.2)
+FORMS = ("softmax", "softmax, scaled", "linear", "focused")
+NUM_KEYS, DIM = 49, 32  # random vectors of the plot: a window and a head of Swin-T
+
+
+def make_vectors() -> tuple[Tensor, Tensor]:
+    """The query (1, 4) and the keys (5, 4) of the experiment."""
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.randint(1, 9, (4, 5), generator=generator).T
+    return torch.tensor([[1.0, 2.0, 4.0, 9.0]]).double(), keys.double()
+
+
+def attention_weights(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
+    """(N, M) weights for q (N, D) and k (M, D).
+
+    Args:
+        form: one of ``FORMS``; ``softmax`` does not divide the similarities by the square root of D.
+    """
+    if form == "softmax":
+        return compare("softmax", q * q.shape[-1] ** 0.5, k)
+    return compare(form.removesuffix(", scaled"), q, k, power=power)
+
+
+def table() -> str:
+    q, k = make_vectors()
+    lines = []
+    for scale in SCALES:
+        lines.append(f"q and K times {scale:g}")
+        for form in FORMS:
+            weights = attention_weights(form, scale * q, scale * k)
+            values = ", ".join(f"{weight:.4f}" for weight in weights[0])
+            lines.append(f"  {form:<16} [{values}]  entropy / log 5: {entropy(weights).item():.3f}")
+    return "\n".join(lines)
+
+
+def random_vectors() -> tuple[Tensor, Tensor]:
+    """64 queries and 49 keys from a normal distribution."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(64, DIM, generator=generator), torch.randn(NUM_KEYS, DIM, generator=generator)
+    return q.double(), k.double()
+
+
+def mean_entropy(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> float:
+    return entropy(attention_weights(form, q, k, power=power)).mean().item()
+
+
+def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
+    """The magnitude at which softmax becomes as sharp as focused linear attention; None if there is none from 0.01 to 10."""
+    target = mean_entropy("focused", q, k)
+    low, high = 0.01, 10.0
+    if not mean_entropy(form, low * q, low * k) > target > mean_entropy(form, high * q, high * k):
+        return None
+    for _ in range(50):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if mean_entropy(form, middle * q, middle * k) > target else (low, middle)
+    return low
+
+
+def draw(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    magnitudes, powers = torch.logspace(-2, 1, 61).tolist(), torch.linspace(1, 32, 63).tolist()
+    cases = {"the experiment": make_vectors(), f"normal q and k, {DIM} channels, {NUM_KEYS} keys": random_vectors()}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row", constrained_layout=True)
+    styles = dict(zip(FORMS, ("C0-", "C0--", "C2-", "C3-"), strict=True))
+    for (title, (q, k)), (left, right) in zip(cases.items(), axes, strict=True):
+        for form, style in styles.items():
+            left.semilogx(magnitudes, [mean_entropy(form, s * q, s * k) for s in magnitudes], style, label=form)
+        right.plot(powers, [mean_entropy("focused", q, k, power=p) for p in powers], "C3-", label="focused")
+        for form in FORMS[:3]:
+            right.axhline(
+                mean_entropy(form, q, k), color=styles[form][:2], linestyle=styles[form][2:], label=f"{form}, magnitude 1"
+            )
+        right.axvline(3, color="grey", linewidth=0.5)
+        left.set(title=title, xlabel="magnitude of q and k", ylabel="entropy / log of the number of keys")
+        right.set(title=f"{title}, magnitude 1", xlabel="focusing factor p (the paper: 3)")
+        for axis in (left, right):
+            axis.set_ylim(0, 1.02)
+            axis.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw entropy over magnitude and focusing factor")
+    args = parser.parse_args()
+    print(table())
+    for title, (q, k) in {"the experiment": make_vectors(), "normal q and k": random_vectors()}.items():
+        for form in FORMS[:2]:
+            magnitude = crossing(q, k, form)
+            if magnitude is not None:
+                print(f"{title}: {form} is as sharp as focused at magnitude {magnitude:.3f}, and sharper above")
+    if args.plot is not None:
+        draw(args.plot)
+        print(f"drawn: {args.plot}")
+
+
+if __name__ == "__main__":
+    main()

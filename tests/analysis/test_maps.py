@@ -1,0 +1,164 @@
+"""Attention maps equal what the modules compute: weights times values is their output."""
+
+import pytest
+import torch
+
+from analysis.maps import attention_modules, capture, compare, convolution_matrix, token_positions
+from models import create_model
+from models.cswin import CSwinTransformer
+from models.deit import DeiT
+from models.linear_attention import KINDS, FocusedLinearAttention
+from models.pvt import PyramidVisionTransformer
+from models.swin import SwinTransformer
+
+SMALL_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 3}
+SMALL_PVT = {"dims": (16, 32, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "num_classes": 3}
+SMALL_CSWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 4, 8), "num_classes": 3}
+SMALL_DEIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3, "patch_size": 8}
+
+CASES = {
+    "swin global": lambda: (SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN), 32),
+    "swin windows, shifted and padded": lambda: (
+        SwinTransformer(img_size=56, attn_type="LS", window_size=5, softmax_window=4, **SMALL_SWIN),
+        56,
+    ),
+    "swin softmax, shifted": lambda: (SwinTransformer(img_size=64, attn_type="SS", softmax_window=4, **SMALL_SWIN), 64),
+    "swin at another size": lambda: (SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN), (40, 48)),
+    "pvt with reduction": lambda: (
+        PyramidVisionTransformer(img_size=64, attn_type="LLSS", linear_reductions=(8, 4, 2, 1), **SMALL_PVT),
+        64,
+    ),
+    "pvt without reduction": lambda: (PyramidVisionTransformer(img_size=64, attn_type="LSLS", **SMALL_PVT), 64),
+    "cswin stripes": lambda: (
+        CSwinTransformer(img_size=64, attn_type="LSLS", linear_splits=(3, 2, 7, 7), **SMALL_CSWIN),
+        64,
+    ),
+    "deit linear": lambda: (DeiT(img_size=32, attn_type="L", **SMALL_DEIT), 32),
+    "deit softmax": lambda: (DeiT(img_size=32, attn_type="S", **SMALL_DEIT), (32, 48)),
+    **{
+        f"swin {kind}": lambda kind=kind: (
+            SwinTransformer(img_size=32, attn_type="LL", linear={"kind": kind}, **SMALL_SWIN),
+            32,
+        )
+        for kind in KINDS
+    },
+    "swin without focusing": lambda: (
+        SwinTransformer(img_size=32, attn_type="LL", linear={"focusing": False, "rank_restoration": False}, **SMALL_SWIN),
+        32,
+    ),
+}
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Parameters as after training: none is zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.double().eval()
+
+
+def capture_case(case: str) -> list:
+    model, size = CASES[case]()
+    model = randomise(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        expected = model(images)
+        with capture(model) as found:
+            assert torch.equal(model(images), expected)
+        assert torch.equal(model(images), expected)
+    assert [attention.name for attention in found] == list(attention_modules(model))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_times_values_are_the_output_of_the_module(case):
+    for attention in capture_case(case):
+        matrix = attention.matrix()
+        if matrix.shape[1] == attention.v.shape[1]:
+            out = matrix @ attention.v  # (G, H, N, D)
+        else:  # every channel is a head
+            values = attention.v.transpose(-2, -1).flatten(1, 2)  # (G, C, M)
+            out = (matrix @ values.unsqueeze(-1)).squeeze(-1).unflatten(1, attention.v.shape[1::2]).transpose(-2, -1)
+        if (convolution := attention.convolution()) is not None:
+            local = torch.einsum("dnm,ghmd->ghnd", convolution, attention.v)
+            local[:, :, attention.num_prefix_tokens :] += attention.module.dwc.bias.detach()
+            out = out + local
+        out = out.transpose(1, 2).flatten(2)
+        if attention.key_mask is not None:
+            out = out * attention.key_mask.any(dim=1)[:, None, None]
+        torch.testing.assert_close(out, attention.output, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_sum_to_one_where_they_are_normalised():
+    for case in ("swin relu", "swin angular", "swin efficient", "swin softmax", "deit softmax"):
+        for attention in capture_case(case):
+            sums = attention.matrix().sum(dim=-1)
+            torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-4, atol=1e-4)
+    for attention in capture_case("deit linear"):  # the normaliser has an epsilon: queries with hardly any similarity have less
+        sums = attention.matrix().sum(dim=-1)
+        assert sums.max() < 1 + 1e-6
+        assert (sums > 0.999).double().mean() > 0.9
+
+
+def test_rows_of_the_convolution_may_be_chosen():
+    convolution = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3)
+    whole = convolution_matrix(convolution, (4, 6), 24)
+    torch.testing.assert_close(convolution_matrix(convolution, (4, 6), 24, queries=[7, 3]), whole[:, [7, 3]])
+    values = torch.randn(1, 3, 4, 6)
+    expected = convolution(values) - convolution.bias[:, None, None]
+    torch.testing.assert_close((whole @ values.flatten(2)[0].unsqueeze(-1))[..., 0], expected[0].flatten(1))
+
+
+def test_the_matrix_of_masked_keys_is_zero_there():
+    module = FocusedLinearAttention(8, 2, (2, 3)).double()
+    q, k, v = (torch.randn(2, 6, 8).double() for _ in range(3))
+    mask = torch.tensor([[True, True, True, True, False, False], [False] * 6])
+    matrix = module.attention_matrix(q, k, key_mask=mask)
+    assert (matrix[0, :, :, 4:] == 0).all()
+    assert (matrix[1] == 0).all()
+    heads = (matrix @ v.unflatten(-1, (2, 4)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    module.dwc = None
+    torch.testing.assert_close(module.attend(q, k, v, key_mask=mask), heads)
+
+
+@pytest.mark.parametrize("form", ["softmax", "linear", "focused", "efficient"])
+def test_twins_are_computed_as_the_compared_attentions_are(form):
+    q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 7, 4).double()
+    weights = compare(form, q, k)
+    if form == "softmax":
+        expected = (q @ k.transpose(-2, -1) / 2).softmax(dim=-1)
+    elif form == "efficient":
+        expected = q.softmax(dim=-1) @ k.softmax(dim=-2).transpose(-2, -1)
+    else:
+        q, k = q.relu() + 1e-6, k.relu() + 1e-6
+        if form == "focused":
+            q, k = (x**3 * (x.norm(dim=-1, keepdim=True) / (x**3).norm(dim=-1, keepdim=True)) for x in (q, k))
+        similarity = q @ k.transpose(-2, -1)
+        expected = similarity / similarity.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_unknown_names_and_forms_are_refused():
+    model = create_model("flatten_swin_t", device="meta")
+    with pytest.raises(ValueError, match="is no attention module; choose among"), capture(model, ["layers.9"]):
+        pass
+    with pytest.raises(ValueError, match="choose one of softmax"):
+        compare("sharp", torch.randn(1, 2, 3), torch.randn(1, 2, 3))
+
+
+@pytest.mark.parametrize("case", ["swin windows, shifted and padded", "swin softmax, shifted", "cswin stripes", "deit linear"])
+def test_positions_name_each_token_of_the_map_once(case):
+    model, size = CASES[case]()
+    with torch.no_grad(), capture(model.eval()) as found:
+        model(torch.randn(1, 3, size, size))
+    blocks = dict(model.named_modules())
+    for attention in found:
+        parent = attention.name.split(".attn")[0]
+        block = blocks[parent]
+        groups, tokens = attention.q.shape[0], attention.q.shape[2] - attention.num_prefix_tokens
+        grid = getattr(block, "grid", None) or getattr(attention.module, "native", None) or attention.grid
+        positions = token_positions(block, attention.module, grid)
+        assert positions.shape == (groups, tokens)
+        assert sorted(positions[positions >= 0].tolist()) == list(range(grid[0] * grid[1]))
