@@ -5,7 +5,7 @@ D channels per head.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,7 @@ class Attention:
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
         output: (G, N, C), before the projection; in CSwin also before its convolution of v (LePE).
+        map_grid: token map of the block, which the groups divide.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Attention:
     grid: tuple[int, int]
     key_grid: tuple[int, int]
     output: Tensor
+    map_grid: tuple[int, int]
     num_prefix_tokens: int = 0
     key_mask: Tensor | None = None
     bias: Tensor | None = None
@@ -148,6 +150,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def block_name(name: str) -> str:
+    """Name of the block that contains an attention module."""
+    return name.split(".attn")[0]
+
+
 @dataclass
 class _Recorder(TorchFunctionMode):
     """Records the inputs of softmax attention while one of the chosen modules runs."""
@@ -157,6 +164,7 @@ class _Recorder(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.running: tuple[str, nn.Module, dict] | None = None
+        self.map_grid = (0, 0)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -173,7 +181,8 @@ class _Recorder(TorchFunctionMode):
             q, k, v, out = (x.unflatten(1, windows).flatten(0, 1) for x in (q, k, v, out))
             attn_mask = attn_mask.unflatten(1, windows).flatten(0, 1)
             attn_mask = attn_mask.repeat(len(q) // len(attn_mask), 1, 1, 1)
-        self.found.append(Attention(name, module, q, k, v, output=out.transpose(1, 2).flatten(2), bias=attn_mask, **maps))
+        out = out.transpose(1, 2).flatten(2)
+        self.found.append(Attention(name, module, q, k, v, output=out, map_grid=self.map_grid, bias=attn_mask, **maps))
 
 
 def _maps_of(module: nn.Module, inputs: tuple) -> dict:
@@ -208,15 +217,20 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
     chosen = {name: modules[name] for name in names or modules}
     recorder, handles, wrapped = _Recorder(), [], []
 
+    def enter(_block: nn.Module, inputs: tuple) -> None:
+        recorder.map_grid = tuple(inputs[0].shape[1:3]) if inputs[0].ndim == 4 else inputs[1]
+
     def start(name: str, module: nn.Module, inputs: tuple) -> None:
         recorder.running = name, module, _maps_of(module, inputs)
 
     def stop(*_arguments: object) -> None:
         recorder.running = None
 
+    for block in {block_name(name): None for name in chosen}:
+        handles.append(model.get_submodule(block).register_forward_pre_hook(enter))
     for name, module in chosen.items():
         if isinstance(module, FocusedLinearAttention):
-            module.attend = functools.partial(_record_linear, recorder.found, name, module, module.attend)
+            module.attend = functools.partial(_record_linear, recorder, name, module, module.attend)
             wrapped.append(module)
         else:
             handles.append(module.register_forward_pre_hook(functools.partial(start, name)))
@@ -232,7 +246,16 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
 
 
 def _record_linear(
-    found: list, name: str, module: FocusedLinearAttention, attend, q, k, v, *, key_mask=None, **grids
+    recorder: _Recorder,
+    name: str,
+    module: FocusedLinearAttention,
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    **grids: tuple[int, int],
 ) -> Tensor:
     out = attend(q, k, v, key_mask=key_mask, **grids)
     grid = grids.get("grid") or module.grid
@@ -240,7 +263,7 @@ def _record_linear(
     if key_mask is not None:
         v = v * key_mask.unsqueeze(-1)
     split = [x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    found.append(
+    recorder.found.append(
         Attention(
             name,
             module,
@@ -248,6 +271,7 @@ def _record_linear(
             grid=grid,
             key_grid=key_grid,
             output=out,
+            map_grid=recorder.map_grid,
             num_prefix_tokens=module.num_prefix_tokens,
             key_mask=key_mask,
         )
@@ -258,23 +282,20 @@ def _record_linear(
 # --- Positions on the image
 
 
-def token_positions(block: nn.Module, module: nn.Module, grid: tuple[int, int]) -> Tensor:
-    """Where the tokens of each window or stripe of a block lie on the map.
-
-    Args:
-        block: that contains the attention ``module``.
-        grid: the map of the block.
+def token_positions(model: nn.Module, attention: Attention) -> Tensor:
+    """Where the tokens of each window or stripe lie on the block's map.
 
     Returns:
         (windows, N) positions on the flattened map, -1 for padding. Prefix tokens are left out.
     """
+    block, grid = model.get_submodule(block_name(attention.name)), attention.map_grid
     height, width = grid
     positions = torch.arange(1, height * width + 1).view(1, height, width, 1)
     shift, size = (0, 0), grid
     if isinstance(block, swin.SwinBlock):
         size, shift, padded = block.layout(grid)
     elif isinstance(block, cswin.Block):
-        size, padded = module.layout(grid)
+        size, padded = attention.module.layout(grid)
     else:
         padded = grid
     positions = F.pad(positions, (0, 0, 0, padded[1] - width, 0, padded[0] - height))

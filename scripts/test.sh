@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Lint and test, in an environment that it makes itself. Arguments go to pytest: bash scripts/test.sh -k swin
+# Lint and test, in an environment that it makes itself, with two test processes. Arguments go to pytest:
+# bash scripts/test.sh -k swin; -n 0 for one process.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" pytest hypothesis ruff onnx onnxscript onnxruntime
+source "$(dirname "$0")/environment.sh" pytest pytest-xdist hypothesis ruff onnx onnxscript onnxruntime
 ruff check .
 ruff format --check .
-# Two cores' worth of threads, so that timings and sums do not depend on the machine.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-python -m pytest "$@"
+# One thread per test process, so that timings and sums do not depend on the machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -m pytest -n 2 --dist worksteal "$@"

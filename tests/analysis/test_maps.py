@@ -153,12 +153,8 @@ def test_positions_name_each_token_of_the_map_once(case):
     model, size = CASES[case]()
     with torch.no_grad(), capture(model.eval()) as found:
         model(torch.randn(1, 3, size, size))
-    blocks = dict(model.named_modules())
     for attention in found:
-        parent = attention.name.split(".attn")[0]
-        block = blocks[parent]
-        groups, tokens = attention.q.shape[0], attention.q.shape[2] - attention.num_prefix_tokens
-        grid = getattr(block, "grid", None) or getattr(attention.module, "native", None) or attention.grid
-        positions = token_positions(block, attention.module, grid)
+        groups, tokens, grid = attention.q.shape[0], attention.q.shape[2] - attention.num_prefix_tokens, attention.map_grid
+        positions = token_positions(model, attention)
         assert positions.shape == (groups, tokens)
         assert sorted(positions[positions >= 0].tolist()) == list(range(grid[0] * grid[1]))

@@ -1,0 +1,167 @@
+"""Attention of one image as data for pictures, and as an HTML page that works from a file, without a network.
+
+Shapes: Q chosen queries, H heads, kh x kw the keys' picture.
+"""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from analysis.maps import FORMS, Attention, attention_modules, capture, token_positions
+
+MOST_QUERIES = 14  # per side; larger maps are sampled
+MOST_KEYS = 28  # pixels per side of a key picture; larger ones are averaged
+TEMPLATE = Path(__file__).parent / "page.html"
+CONVOLUTION, SUM = "convolution", "attention + convolution"
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMaps:
+    """Attention of one module for one image.
+
+    Args:
+        name: of the module.
+        queries: (Q, 2) row and column of the queries on the map.
+        grid: height and width of the block's token map.
+        maps: form of attention -> (H, Q, kh, kw); the convolution, which all heads share, has one head.
+    """
+
+    name: str
+    queries: Tensor
+    grid: tuple[int, int]
+    maps: dict[str, Tensor]
+
+
+def trace(model: nn.Module, image: Tensor, names: list[str] | None = None) -> list[BlockMaps]:
+    """The maps of an image's attention, of every chosen module.
+
+    Args:
+        model: in evaluation mode.
+        image: (3, height, width), normalised.
+        names: of attention modules; all by default.
+    """
+    with torch.no_grad(), capture(model, names) as found:
+        model(image.unsqueeze(0))
+    return [trace_module(model, attention) for attention in found]
+
+
+def trace_module(model: nn.Module, attention: Attention) -> BlockMaps:
+    """The maps of one module; ``attention`` is of one image."""
+    grid = attention.map_grid
+    positions = token_positions(model, attention)  # (windows, N)
+    queries = sample_queries(grid)
+    flat = queries[:, 0] * grid[1] + queries[:, 1]
+    places = (positions.unsqueeze(0) == flat[:, None, None]).flatten(1).int().argmax(dim=1)
+    windows, tokens = places // positions.shape[1], places % positions.shape[1] + attention.num_prefix_tokens
+    matrix = attention.matrix()
+    own = "linear attention" if attention.is_linear else "softmax attention"
+    maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
+    for form in FORMS:
+        maps[f"{form}, same q and k"] = attention.twin(form)[windows, :, tokens].transpose(0, 1)
+    rows = [attention.convolution([token])[:, 0].mean(dim=0) for token in tokens.tolist()] if has_convolution(attention) else []
+    if rows:
+        maps[CONVOLUTION] = torch.stack(rows).unsqueeze(0)
+        maps[SUM] = maps[own] + maps[CONVOLUTION]
+    pictures = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
+    return BlockMaps(attention.name, queries, grid, pictures)
+
+
+def has_convolution(attention: Attention) -> bool:
+    return getattr(attention.module, "dwc", None) is not None
+
+
+def sample_queries(grid: tuple[int, int]) -> Tensor:
+    """(Q, 2) rows and columns of at most ``MOST_QUERIES`` queries per side, evenly spread."""
+    axes = [torch.linspace(0, side - 1, min(side, MOST_QUERIES)).round().long() for side in grid]
+    return torch.cartesian_prod(*axes)
+
+
+def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weights (H, Q, M) on the image: (H, Q, kh, kw), zero outside the window of the query.
+
+    Args:
+        positions: (Q, N) of the tokens of each query's window, -1 for padding.
+    """
+    weights = weights[..., attention.num_prefix_tokens :]
+    if attention.key_grid != attention.grid:  # spatially reduced keys have a map of their own
+        canvas = weights.unflatten(-1, attention.key_grid)
+    else:
+        canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
+        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # the last cell takes padding
+        canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
+        canvas = canvas[..., :-1].unflatten(-1, grid)
+    size = [min(side, MOST_KEYS) for side in canvas.shape[-2:]]
+    return F.adaptive_avg_pool2d(canvas, size) if list(canvas.shape[-2:]) != size else canvas
+
+
+# --- The page
+
+
+def encode_maps(maps: Tensor) -> dict:
+    """(H, Q, kh, kw) as bytes: each map in 127 steps of its largest absolute weight, which is kept as well."""
+    largest = maps.abs().amax(dim=(-2, -1)).clamp(min=1e-30)
+    steps = (maps / largest[..., None, None] * 127).round().to(torch.int8)
+    return {
+        "heads": len(maps),
+        "size": list(maps.shape[-2:]),
+        "steps": _base64(steps.cpu().numpy()),
+        "largest": _base64(largest.float().cpu().numpy()),
+    }
+
+
+def _base64(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def image_url(image: Image.Image) -> str:
+    """A picture as a data URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: str) -> None:
+    """An HTML page to look at the maps of one image.
+
+    Args:
+        image: as the model saw it.
+        title: model, weights and image.
+    """
+    content = {
+        "title": title,
+        "image": image_url(image),
+        "blocks": [
+            {
+                "name": block.name,
+                "grid": list(block.grid),
+                "queries": block.queries.tolist(),
+                "maps": {form: encode_maps(maps) for form, maps in block.maps.items()},
+            }
+            for block in blocks
+        ],
+    }
+    text = json.dumps(content).replace("</", "<\\/")  # no text may end the script
+    path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/null", text), encoding="utf-8")
+
+
+def names_of(model: nn.Module, blocks: list[str] | None) -> list[str]:
+    """Attention modules that begin with one of the given names; all without any.
+
+    Raises:
+        ValueError: a name that none begins with.
+    """
+    names = list(attention_modules(model))
+    if not blocks:
+        return names
+    for block in blocks:
+        if not any(name.startswith(block) for name in names):
+            raise ValueError(f"{block}: no attention module has this name; choose among {', '.join(names)}")
+    return [name for name in names if name.startswith(tuple(blocks))]
