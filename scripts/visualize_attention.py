@@ -68,7 +68,9 @@ def visualize(reference: str, config: Sequence[str], images: Sequence[str], outp
     normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
     paths = find_images([Path(image) for image in images])
     output.mkdir(parents=True, exist_ok=True)
-    for path, (_, pixels, fault) in zip(paths, FileDataset(paths, preprocessing.create_transform()), strict=True):
+    dataset = FileDataset(paths, preprocessing.create_transform())
+    for position, path in enumerate(paths):
+        _, pixels, fault = dataset[position]
         if pixels is None:
             raise DataError(f"{path}: is no readable image ({fault})")
         seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
