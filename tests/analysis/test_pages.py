@@ -1,0 +1,160 @@
+"""The page of an image's attention: its data, and its behaviour in a browser."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scripts.visualize_attention
+from analysis.maps import capture
+from analysis.pages import CONVOLUTION, SUM, encode_maps, names_of, sample_queries, trace, write_page
+from models.cswin import CSwinTransformer
+from tests.analysis.test_maps import CASES, SMALL_CSWIN
+from tests.launch import run_script
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def make(case: str):
+    model, size = CASES[case]()
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.eval(), torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
+def test_maps_are_the_rows_of_the_matrices(case):
+    """Each query keeps the mass of its row, without the class token; a global map is the row itself."""
+    model, image = make(case)
+    with torch.no_grad(), capture(model) as found:
+        model(image.unsqueeze(0))
+    for attention, block in zip(found, trace(model, image), strict=True):
+        own = next(iter(block.maps))
+        maps, prefix = block.maps[own], attention.num_prefix_tokens
+        assert own == ("linear attention" if attention.is_linear else "softmax attention")
+        assert maps.shape[:2] == (attention.q.shape[1], len(block.queries))
+        matrix = attention.matrix()
+        if len(matrix) > 1 or matrix.shape[2] > 14 * 14 + prefix:
+            continue
+        rows = matrix[0, :, prefix:, prefix:]
+        torch.testing.assert_close(maps.flatten(2), rows)
+        if attention.is_linear:
+            local = attention.convolution()[:, prefix:, prefix:].mean(dim=0)
+            torch.testing.assert_close(block.maps[CONVOLUTION][0].flatten(1), local)
+            torch.testing.assert_close(block.maps[SUM], maps + block.maps[CONVOLUTION])
+
+
+def test_keys_outside_the_stripe_of_a_query_have_no_weight():
+    model = CSwinTransformer(img_size=64, attn_type="LLLL", linear_splits=(2, 2, 7, 7), **SMALL_CSWIN).eval()
+    upright = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
+    weights = upright.maps["linear attention"][0].unflatten(0, (14, 14))  # of a 16 x 16 map
+    columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
+    assert (columns == 2).all()
+    totals = weights.sum(dim=(-2, -1))
+    torch.testing.assert_close(totals, torch.ones_like(totals), rtol=1e-3, atol=1e-3)
+
+
+def test_large_maps_are_sampled_and_averaged():
+    assert sample_queries((56, 7)).shape == (14 * 7, 2)
+    assert sample_queries((56, 7))[-1].tolist() == [55, 6]
+    model, image = make("swin softmax, shifted")
+    assert max(max(maps.shape[-2:]) for block in trace(model, image) for maps in block.maps.values()) <= 28
+
+
+def test_encoded_maps_are_exact_to_a_step():
+    maps = torch.randn(2, 3, 4, 5)
+    encoded = encode_maps(maps)
+    steps = np.frombuffer(base64.b64decode(encoded["steps"]), dtype=np.int8).reshape(maps.shape)
+    largest = np.frombuffer(base64.b64decode(encoded["largest"]), dtype=np.float32).reshape(2, 3, 1, 1)
+    error = np.abs(steps / 127 * largest - maps.numpy())
+    assert (error <= largest / 127 / 2 + 1e-6).all()
+
+
+def test_unknown_blocks_are_refused():
+    model, _ = make("deit linear")
+    assert names_of(model, ["blocks.1"]) == ["blocks.1.attn"]
+    with pytest.raises(ValueError, match=r"no attention module has this name; choose among blocks\.0\.attn"):
+        names_of(model, ["layers"])
+
+
+PROBE = """
+<script>
+window.faults = [];
+window.addEventListener("error", (event) => window.faults.push(event.message));
+</script>
+"""
+ACTIONS = """
+<script>
+function sum() {
+  const pixels = element("map").getContext("2d").getImageData(0, 0, 448, 448).data;
+  return pixels.reduce((total, value, index) => (total + value * (index % 97 + 1)) % 1000003, 0);
+}
+setTimeout(() => {
+  const seen = [[sum(), element("where").textContent]];
+  const box = element("image").getBoundingClientRect();
+  element("image").dispatchEvent(new MouseEvent("click", { clientX: box.left + 20, clientY: box.top + 20, bubbles: true }));
+  seen.push([sum(), element("where").textContent]);
+  document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  seen.push([sum(), element("where").textContent]);
+  element("form").value = element("form").options[1].value;
+  element("form").dispatchEvent(new Event("change"));
+  seen.push([sum(), element("form").value]);
+  element("block").value = 1;
+  element("block").dispatchEvent(new Event("change"));
+  seen.push([sum(), element("where").textContent]);
+  document.body.innerHTML = "<pre id=report>" + JSON.stringify({ seen, faults: window.faults }) + "</pre>";
+}, 500);
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
+    model, image = make("swin global")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
+    page = tmp_path / "page.html"
+    write_page(page, picture, trace(model, image), "a </script> title")
+    text = page.read_text()
+    page.write_text(text.replace("<head>", f"<head>{PROBE}").replace("</body>", f"{ACTIONS}</body>"))
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout).group(1)))
+    assert report["faults"] == []
+    (start, where), (clicked, corner), (moved, right), (other_form, form), (other_block, _) = report["seen"]
+    assert where == "query: row 3, column 3 of a 8 x 8 map"
+    assert corner == "query: row 0, column 0 of a 8 x 8 map"
+    assert right == "query: row 0, column 1 of a 8 x 8 map"
+    assert form == "softmax, same q and k"
+    assert len({start, clicked, moved, other_form, other_block}) == 5
+
+
+def test_a_page_needs_no_network(tmp_path):
+    model, image = make("deit softmax")
+    write_page(tmp_path / "page.html", Image.new("RGB", (48, 32)), trace(model, image), "title")
+    text = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=|https?://|import\(", text)
+
+
+def test_one_command_draws_pages_and_pictures(trained, toy_data, tmp_path):
+    arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--blocks", "layers.0"]
+    outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "toy, auto weights of best.pth, 000.png" in (tmp_path / "000.html").read_text()
+    assert (tmp_path / "000_layers.0.blocks.0.attn.png").read_bytes().startswith(b"\x89PNG")
+    outcome = run_script(scripts.visualize_attention, [*arguments[:2], "--images", "nothing.png"], tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "nothing.png: no such file or folder" in outcome.output
