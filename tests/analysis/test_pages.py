@@ -51,13 +51,17 @@ def test_maps_are_the_rows_of_the_matrices(case):
 
 
 def test_keys_outside_the_stripe_of_a_query_have_no_weight():
+    torch.manual_seed(0)
     model = CSwinTransformer(img_size=64, attn_type="LLLL", linear_splits=(2, 2, 7, 7), **SMALL_CSWIN).eval()
     upright = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
     weights = upright.maps["linear attention"][0].unflatten(0, (14, 14))  # of a 16 x 16 map
     columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
     assert (columns == 2).all()
-    totals = weights.sum(dim=(-2, -1))
-    torch.testing.assert_close(totals, torch.ones_like(totals), rtol=1e-3, atol=1e-3)
+    totals = weights.sum(
+        dim=(-2, -1)
+    )  # less than 1 where a query has hardly any similarity, since the normaliser has an epsilon
+    assert totals.max() < 1.001
+    assert totals.median() > 0.999
 
 
 def test_large_maps_are_sampled_and_averaged():

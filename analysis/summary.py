@@ -1,0 +1,161 @@
+"""Measures of focus of a model over images, per block, head and form of attention."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from analysis.maps import FORMS, Attention, capture
+from analysis.measures import (
+    attention_distance,
+    effective_rank,
+    entropy,
+    gini,
+    mass_share,
+    negative_share,
+    numerical_rank,
+    row_similarity,
+    top_mass,
+)
+
+OWN, WITH_CONVOLUTION = "own", "own + convolution"
+MOST_RANKED = 784  # queries and keys whose singular values are computed; of larger matrices, that many evenly spread ones
+MEASURES = (
+    "entropy",
+    "top 1 %",
+    "top 5 %",
+    "top 10 %",
+    "gini",
+    "distance",
+    "rank",
+    "effective rank",
+    "row similarity",
+    "negative share",
+    "convolution share",
+)
+
+
+@dataclass
+class Row:
+    """One form of attention in one head of one block: the values of each measure, one per image."""
+
+    block: str
+    is_linear: bool
+    form: str
+    head: int
+    head_dim: int
+    num_keys: int
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def mean(self, measure: str) -> float:
+        values = self.values[measure]
+        return sum(values) / len(values)
+
+
+def matrices(attention: Attention) -> dict[str, Tensor]:
+    """(G, H, N, M) weights by form, without prefix tokens.
+
+    ``own`` is what the module computes; the convolution is added as the mean over the channels of a head. The other forms are
+    computed from the same queries and keys.
+    """
+    prefix = attention.num_prefix_tokens
+    found = {OWN: attention.matrix()[..., prefix:, prefix:]}
+    if (convolution := attention.convolution()) is not None:
+        found[WITH_CONVOLUTION] = found[OWN] + convolution[:, prefix:, prefix:].mean(dim=0)
+    return found | {form: attention.twin(form)[..., prefix:, prefix:] for form in FORMS}
+
+
+def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
+    """Each of ``MEASURES`` of (G, H, N, M) weights: (H,) means over groups and queries."""
+    ranked = weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])]
+    per_query = {
+        "entropy": entropy(weights),
+        "top 1 %": top_mass(weights, 0.01),
+        "top 5 %": top_mass(weights, 0.05),
+        "top 10 %": top_mass(weights, 0.1),
+        "gini": gini(weights),
+        "distance": attention_distance(weights, attention.grid, attention.key_grid),
+    }
+    per_matrix = {
+        "rank": numerical_rank(ranked),
+        "effective rank": effective_rank(ranked),
+        "row similarity": row_similarity(weights),
+        "negative share": negative_share(weights),
+        "convolution share": mass_share(weights - own, own),
+    }
+    return {name: values.mean(dim=(0, 2)) for name, values in per_query.items()} | {
+        name: values.double().mean(dim=0) for name, values in per_matrix.items()
+    }
+
+
+def spread(count: int) -> Tensor:
+    """At most ``MOST_RANKED`` positions, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, MOST_RANKED)).round().long()
+
+
+def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] | None = None) -> list[Row]:
+    """Measure every chosen attention module of a model on every image.
+
+    Args:
+        model: in evaluation mode.
+        images: each (3, height, width), normalised.
+        names: of attention modules; all by default.
+    """
+    rows: dict[tuple[str, str, int], Row] = {}
+    for image in images:
+        with torch.no_grad(), capture(model, names) as found:
+            model(image.unsqueeze(0))
+        for attention in found:
+            weights = matrices(attention)
+            for form, matrix in weights.items():
+                values = measure(matrix, weights[OWN] if form == WITH_CONVOLUTION else matrix, attention)
+                for head in range(matrix.shape[1]):
+                    row = rows.setdefault(
+                        (attention.name, form, head),
+                        Row(attention.name, attention.is_linear, form, head, attention.q.shape[-1], matrix.shape[-1]),
+                    )
+                    for name in MEASURES:
+                        row.values.setdefault(name, []).append(values[name][head].item())
+    return list(rows.values())
+
+
+def mean_over_heads(rows: Sequence[Row], block: str, form: str, name: str) -> float | None:
+    """Mean of a measure over heads and images; None if the block has no such form."""
+    values = [row.mean(name) for row in rows if row.block == block and row.form == form]
+    return sum(values) / len(values) if values else None
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line per block, form and head: the mean of each measure over the images."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["block", "attention", "form", "head", "head_dim", "num_keys", *MEASURES])
+        for row in rows:
+            kind = "linear" if row.is_linear else "softmax"
+            means = [f"{row.mean(name):.6g}" for name in MEASURES]
+            writer.writerow([row.block, kind, row.form, row.head, row.head_dim, row.num_keys, *means])
+
+
+def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
+    """The values of every image, with what they were measured on."""
+    content = about | {"rows": [vars(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def report(rows: Sequence[Row], about: dict) -> str:
+    """What was measured, and a table per measure: blocks in rows, forms in columns, means over heads and images."""
+    blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
+    lines = ["# Focus of attention", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    kinds = {row.block: "linear" if row.is_linear else "softmax" for row in rows}
+    for name in MEASURES:
+        lines += [f"## {name}", "", "| block | attention | " + " | ".join(forms) + " |", "|---" * (2 + len(forms)) + "|"]
+        for block in blocks:
+            values = [mean_over_heads(rows, block, form, name) for form in forms]
+            cells = ["" if value is None else f"{value:.3g}" for value in values]
+            lines.append(f"| `{block}` | {kinds[block]} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""Train the arms of an ablation with several seeds, and tell differences from noise.
+
+A YAML file names the configs, options that all arms share, the seeds, and the options of each arm:
+
+    cfg: [configs/quickstart.yaml]
+    opts: {TRAIN.EPOCHS: 12}
+    seeds: [0, 1, 2]
+    baseline: softmax
+    arms:
+      softmax: {MODEL.LA.KIND: softmax}
+      focused: {}
+
+Each arm and seed is an ordinary run in <output>/<MODEL.NAME>/<arm>_<seed>. The same command again continues: finished runs are
+kept, others resume. Writes table.md and table.json: mean and standard deviation over seeds, and the difference of each arm from
+the baseline, paired by seed, with its 95 % interval.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import yaml
+
+from utils.config import ConfigError, load_config
+from utils.files import replacing
+
+ROOT = Path(__file__).parent.parent
+KEYS = {"cfg": list, "opts": dict, "seeds": list, "baseline": str, "arms": dict}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    tag: str
+    opts: list[str]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What a file describes. arms: options by name."""
+
+    cfg: list[str]
+    opts: dict
+    seeds: list[int]
+    baseline: str
+    arms: dict[str, dict]
+
+    def runs(self, output: Path) -> list[Run]:
+        """All runs, seed by seed, so that an interrupted ablation has complete seeds.
+
+        Raises:
+            ConfigError: an arm with an illegal option.
+        """
+        found = []
+        for seed in self.seeds:
+            for arm, options in self.arms.items():
+                tag = f"{arm.replace(' ', '_')}_{seed}"
+                pairs = self.opts | options | {"SEED": seed, "TAG": tag, "OUTPUT": str(output)}
+                opts = [str(word) for pair in pairs.items() for word in pair]
+                cfg = load_config([ROOT / path for path in self.cfg], opts)
+                found.append(Run(arm, seed, tag, opts, output / cfg.MODEL.NAME / tag))
+        return found
+
+
+def read_ablation(path: Path) -> Ablation:
+    """
+    Raises:
+        ConfigError: a missing file, or a key that is missing, unknown or of another type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: give the keys {', '.join(KEYS)}")
+    content = {"opts": {}} | content
+    if unknown := content.keys() ^ KEYS.keys():
+        raise ConfigError(f"{path}: {', '.join(sorted(unknown))}: unknown or missing; the keys are {', '.join(KEYS)}")
+    for key, kind in KEYS.items():
+        if not isinstance(content[key], kind):
+            raise ConfigError(f"{path}: {key}={content[key]!r}: give {kind.__name__}")
+    if content["baseline"] not in content["arms"]:
+        raise ConfigError(f"{path}: baseline={content['baseline']!r}: is no arm; choose one of {', '.join(content['arms'])}")
+    if len(content["seeds"]) < 2 or not all(isinstance(seed, int) for seed in content["seeds"]):
+        raise ConfigError(f"{path}: seeds={content['seeds']}: give at least two numbers; one says nothing about noise")
+    return Ablation(**content | {"arms": {str(arm): options or {} for arm, options in content["arms"].items()}})
+
+
+def final_accuracy(run: Run, num_epochs: int) -> float | None:
+    """Top-1 accuracy in percent after the last epoch, of averaged weights if there are any; None before the run's end."""
+    path = run.folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [r for r in records if r["kind"].startswith("eval_") and r["epoch"] == num_epochs - 1]
+    by_kind = {record["kind"]: record["acc1"] for record in last}
+    return by_kind.get("eval_ema", by_kind.get("eval_raw"))
+
+
+def start(ablation: Ablation, run: Run, data: Path, *, slot: int, num_slots: int) -> subprocess.Popen:
+    """Start ``main.py`` for a run; its output goes to a file beside the run's directory."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots)))
+    if num_gpus := count_gpus():
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % num_gpus)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "main.py", "--cfg", *ablation.cfg, "--data-path", str(data.absolute()), "--opts", *run.opts]
+    with open(run.folder.parent / f"{run.tag}.txt", "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) -> None:
+    """Train the runs that are not finished, ``num_slots`` at a time.
+
+    Raises:
+        RuntimeError: a run failed; the others are stopped with their state saved.
+    """
+    waiting, running, started = deque(runs), {}, time.monotonic()
+    try:
+        while waiting or running:
+            for slot in [slot for slot in range(num_slots) if slot not in running]:
+                if waiting:
+                    run = waiting.popleft()
+                    running[slot] = run, start(ablation, run, data, slot=slot, num_slots=num_slots)
+            time.sleep(0.2)
+            for slot, (run, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                if process.returncode:
+                    log = run.folder.parent / f"{run.tag}.txt"
+                    raise RuntimeError(f"{run.tag}: exit status {process.returncode}; see {log}")
+                minutes = (time.monotonic() - started) / 60
+                print(f"[{minutes:5.1f} min] {run.tag} finished, {len(waiting) + len(running)} to go", flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+# --- The table
+
+
+def paired_difference(first: list[float], second: list[float]) -> tuple[float, float]:
+    """Mean of second - first, and half the width of its 95 % interval (Student's t, paired)."""
+    from scipy.stats import t
+
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    count = len(differences)
+    return statistics.mean(differences), float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+
+
+def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
+    """One row per arm, highest mean first; with several arms, intervals are not corrected for their number."""
+    rows = []
+    for arm, values in accuracies.items():
+        row = {"arm": arm, "mean": statistics.mean(values), "deviation": statistics.stdev(values), "accuracies": values}
+        if arm != baseline:
+            row["difference"], row["interval"] = paired_difference(accuracies[baseline], values)
+            row["beyond_noise"] = abs(row["difference"]) > row["interval"]
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def to_markdown(rows: list[dict], baseline: str) -> str:
+    lines = [f"| arm | top-1, mean ± deviation | minus {baseline}, 95 % interval | beyond noise |", "|---|---|---|---|"]
+    for row in rows:
+        difference, verdict = "", ""
+        if "difference" in row:
+            difference = f"{row['difference']:+.2f} ± {row['interval']:.2f}"
+            verdict = "yes" if row["beyond_noise"] else "no"
+        lines.append(f"| {row['arm']} | {row['mean']:.2f} ± {row['deviation']:.2f} | {difference} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="YAML file of the ablation")
+    parser.add_argument("--data-path", type=Path, required=True, help="folder that holds train/ and val/")
+    parser.add_argument("--output", type=Path, required=True, help="root of the runs' directories")
+    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="runs at a time; one per GPU or two cores if 0")
+    args = parser.parse_args()
+    try:
+        ablation = read_ablation(args.file)
+        runs = ablation.runs(args.output.absolute())
+        cfg = load_config([ROOT / path for path in ablation.cfg], runs[0].opts)
+        num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+        if not args.data_path.is_dir():
+            raise ConfigError(f"--data-path {args.data_path}: no such folder")
+        unfinished = [run for run in runs if final_accuracy(run, num_epochs) is None]
+        print(f"{len(runs)} runs of {num_epochs} epochs, {len(runs) - len(unfinished)} of them finished", flush=True)
+        slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
+        train(ablation, unfinished, args.data_path, num_slots=slots)
+    except (ConfigError, RuntimeError) as error:
+        sys.exit(f"ablate.py: error: {error}")
+    accuracies = {arm: [final_accuracy(run, num_epochs) for run in runs if run.arm == arm] for arm in ablation.arms}
+    rows = tabulate(accuracies, ablation.baseline)
+    with replacing(args.output / "table.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    with replacing(args.output / "table.md") as temporary:
+        temporary.write_text(to_markdown(rows, ablation.baseline), encoding="utf-8")
+    print(to_markdown(rows, ablation.baseline))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Measure how focused a model's attention is: per block, head and form of attention, over a folder of images.
+
+Forms: the model's own attention, the same with its convolution, and what softmax, linear, focused and Efficient attention
+compute from the same queries and keys. Writes focus.json (every image), focus.csv (means per head), report.md, and two plots:
+the measures over the blocks, and the singular values of each block, as in the paper's figure of ranks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from utils.config import ConfigError, load_config
+from utils.files import replacing
+
+DRAWN = ("entropy", "top 5 %", "distance", "effective rank")
+
+
+def draw_measures(rows, path: Path) -> None:
+    """Four measures over the blocks, a line per form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from analysis.summary import mean_over_heads
+
+    blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    for axis, name in zip(axes.flat, DRAWN, strict=True):
+        for form in forms:
+            values = [mean_over_heads(rows, block, form, name) for block in blocks]
+            values = [float("nan") if value is None else value for value in values]
+            axis.plot(values, "o-", label=form, markersize=4, linewidth=2 if form.startswith("own") else 1)
+        axis.set(title=name, xlabel="block")
+        axis.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=6)
+    axes[0, 0].legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def draw_ranks(model, image, names, path: Path) -> None:
+    """Singular values of each block's first head and window, over the largest: attention alone, and with the convolution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    from analysis.maps import capture
+    from analysis.summary import OWN, WITH_CONVOLUTION, matrices, spread
+
+    with torch.no_grad(), capture(model, names) as found:
+        model(image.unsqueeze(0))
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    for axis, attention in zip(axes.flat, found, strict=False):
+        weights = matrices(attention)
+        for form in (OWN, WITH_CONVOLUTION):
+            if form in weights:
+                matrix = weights[form][0, 0].double()
+                values = torch.linalg.svdvals(matrix[spread(len(matrix))][:, spread(matrix.shape[1])])
+                axis.semilogy(range(1, len(values) + 1), (values / values[0]).clamp(min=1e-9), label=form)
+        if attention.is_linear:
+            axis.axvline(attention.q.shape[-1], color="grey", linewidth=0.8, linestyle="--", label="head dimension")
+        axis.set_title(attention.name, fontsize=7)
+    axes[0, 0].legend(fontsize=6)
+    figure.supylabel("singular value over the largest")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def analyze(args: argparse.Namespace) -> None:
+    import torch
+
+    from analysis.pages import names_of
+    from analysis.summary import report, summarise, write_csv, write_json
+    from data.build import build_preprocessing
+    from data.datasets import FileDataset
+    from data.index import DataError
+    from data.transforms import Normalize
+    from jobs.checkpoints import choose_config, open_checkpoint
+    from jobs.evaluation import load_models
+    from jobs.prediction import find_images
+    from utils.log import progress, setup_logging
+
+    setup_logging(rank=0)
+    checkpoint = open_checkpoint(args.resume)
+    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
+    (model,) = load_models(checkpoint, cfg, labels=(args.weights,), device=torch.device("cpu")).values()
+    model.eval()
+    names = names_of(model, args.blocks)
+    paths = find_images(args.images)[:: args.every]
+    preprocessing = build_preprocessing(cfg)
+    dataset = FileDataset(paths, preprocessing.create_transform())
+    normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
+
+    def read(position: int):
+        _, pixels, fault = dataset[position]
+        if pixels is None:
+            raise DataError(f"{paths[position]}: is no readable image ({fault})")
+        return normalize(pixels.unsqueeze(0))[0]
+
+    rows = summarise(model, progress(map(read, range(len(paths))), len(paths), "images"), names)
+    about = {
+        "model": cfg.MODEL.NAME,
+        "weights": f"{args.weights} of {checkpoint.path}, sha256 {checkpoint.digest}",
+        "images": f"{len(paths)} below {', '.join(map(str, args.images))}",
+        "input size": str(cfg.DATA.IMG_SIZE),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(args.output / "focus.json", rows, about)
+    write_csv(args.output / "focus.csv", rows)
+    (args.output / "report.md").write_text(report(rows, about), encoding="utf-8")
+    draw_measures(rows, args.output / "measures.png")
+    draw_ranks(model, read(0), names, args.output / "ranks.png")
+    print(f"{args.output}: focus.json, focus.csv, report.md, measures.png, ranks.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, given as to main.py")
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, if the checkpoint carries none")
+    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th image")
+    parser.add_argument("--output", type=Path, default=Path("focus"), help="folder for the results")
+    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="beginnings of module names; all by default")
+    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    args = parser.parse_args()
+    if args.every < 1:
+        parser.error(f"--every {args.every}: give 1 or more")
+    from data.index import DataError
+    from weights.reader import CheckpointError
+
+    try:
+        analyze(args)
+    except (ConfigError, CheckpointError, DataError, ValueError) as error:
+        print(f"analyze_focus.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Measures over images, and the command that writes them."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import scripts.analyze_focus
+from analysis.maps import capture
+from analysis.measures import entropy
+from analysis.summary import MEASURES, OWN, WITH_CONVOLUTION, matrices, mean_over_heads, report, spread, summarise
+from models.deit import DeiT
+from models.swin import SwinTransformer
+from tests.analysis.test_maps import SMALL_DEIT, SMALL_SWIN, randomise
+from tests.launch import run_script
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["initialised", "random parameters"])
+def test_linear_attention_has_at_most_the_rank_of_a_head_and_more_with_its_convolution(trained):
+    model = SwinTransformer(img_size=48, attn_type="LL", **SMALL_SWIN).double().eval()
+    if trained:
+        model = randomise(model)
+    rows = summarise(model, [torch.randn(3, 48, 48).double() for _ in range(2)])
+    for row in rows:
+        if row.form == OWN:
+            assert max(row.values["rank"]) <= row.head_dim
+        if row.form == WITH_CONVOLUTION:
+            assert min(row.values["rank"]) > row.head_dim
+
+
+def test_measures_are_means_over_windows_and_queries():
+    model = DeiT(img_size=32, attn_type="M1", **SMALL_DEIT).eval()
+    images = [torch.randn(3, 32, 32) for _ in range(2)]
+    rows = summarise(model, images)
+    with torch.no_grad(), capture(model) as found:
+        model(images[0].unsqueeze(0))
+    for attention in found:
+        expected = entropy(attention.matrix()[0, :, 1:, 1:]).mean(dim=-1)
+        for head in range(2):
+            (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
+            assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
+            assert len(row.values["entropy"]) == 2
+    softmax = [row for row in rows if row.block == "blocks.1.attn"]
+    assert {row.form for row in softmax} == {OWN, "softmax", "linear", "focused", "efficient"}
+    assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
+    own, twin = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
+    assert own == pytest.approx(twin, abs=1e-5)  # a softmax block is its own twin, but for masks and biases
+
+
+def test_the_convolution_s_share_is_zero_without_it():
+    model = SwinTransformer(img_size=32, attn_type="LL", **SMALL_SWIN).eval()
+    rows = summarise(model, [torch.randn(3, 32, 32)], ["layers.0.blocks.0.attn"])
+    assert {row.block for row in rows} == {"layers.0.blocks.0.attn"}
+    shares = {row.form: row.mean("convolution share") for row in rows}
+    assert shares[OWN] == 0
+    assert 0 < shares[WITH_CONVOLUTION] < 1
+
+
+def test_many_positions_are_spread_evenly():
+    assert spread(5).tolist() == [0, 1, 2, 3, 4]
+    assert len(spread(3136)) == 784
+    assert spread(3136)[-1] == 3135
+
+
+def test_windows_and_keys_of_the_matrices_have_no_class_token():
+    model = DeiT(img_size=32, attn_type="L", **SMALL_DEIT).eval()
+    with torch.no_grad(), capture(model) as found:
+        model(torch.randn(1, 3, 32, 32))
+    assert {matrix.shape for matrix in matrices(found[0]).values()} == {(1, 2, 16, 16)}
+
+
+def test_one_command_writes_tables_plots_and_a_report(trained, toy_data, tmp_path):
+    arguments = ["--resume", trained, "--images", toy_data / "val", "--every", 11, "--output", tmp_path]
+    outcome = run_script(scripts.analyze_focus, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    content = json.loads((tmp_path / "focus.json").read_text())
+    assert content["images"].startswith("3 below")
+    assert all(len(row["values"]["entropy"]) == 3 for row in content["rows"])
+    with open(tmp_path / "focus.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(content["rows"])
+    assert float(lines[0]["entropy"]) == pytest.approx(sum(content["rows"][0]["values"]["entropy"]) / 3, rel=1e-4)
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"## {name}" in text for name in MEASURES)
+    assert "toy" in text
+    for name in ("measures.png", "ranks.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_has_a_row_per_block():
+    model = SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN).eval()
+    text = report(summarise(model, [torch.randn(3, 32, 32)]), {"model": "small"})
+    assert text.count("| `layers.0.blocks.0.attn` | linear |") == len(MEASURES)
+    assert text.count("| `layers.1.blocks.1.attn` | softmax |") == len(MEASURES)
