@@ -83,7 +83,7 @@ def partner(position: int, count: int) -> int:
 def separate_copies(indices: list[int]) -> list[int]:
     """An order of a batch in which mixup mixes no image with a copy of itself.
 
-    Where that is impossible, as in batches of one image, copies may meet.
+    In batches of a few images, copies may meet: the search is greedy, and there may be no such order.
 
     Args:
         indices: (B,) index of each image; equal ones are copies.

@@ -21,7 +21,16 @@ from jobs.throughput import measure_throughput
 from jobs.training import check_model, rehearse_run, train
 from utils.arguments import prints_mistakes
 from utils.config import ConfigError
-from utils.distributed import LostRankError, OtherRankError, World, cleanup, is_lost_connection, lost_rank_error, setup
+from utils.distributed import (
+    LostRankError,
+    MissingDeviceError,
+    OtherRankError,
+    World,
+    cleanup,
+    is_lost_connection,
+    lost_rank_error,
+    setup,
+)
 from utils.engine import Stopped, TrainingError
 from utils.log import setup_logging
 from utils.schedule import accumulation_steps
@@ -52,7 +61,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
         if cfg is not None:
             accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
     except ValueError as error:  # logging is not set up yet
-        if prints_mistakes():
+        if prints_mistakes() or isinstance(error, MissingDeviceError):
             sys.stderr.write(f"main.py: error: {error}\n")
         sys.exit(USAGE_ERROR)
     except LostRankError as error:

@@ -55,13 +55,13 @@ def choose_start(cfg: CfgNode, world: World) -> Start:
     --pretrained names and nothing else, see ``jobs.evaluation``.
     """
     if cfg.MODEL.RESUME:
-        return Start("resume", str(locate(cfg.MODEL.RESUME).path))
+        return Start("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
     if cfg.TRAIN.AUTO_RESUME:
         newest = on_main(world, lambda: newest_whole_checkpoint(build_output_folder(cfg)))
         if newest is not None:
             return Start("resume", str(newest))
     if cfg.MODEL.PRETRAINED:
-        return Start("pretrained", str(locate(cfg.MODEL.PRETRAINED).path))
+        return Start("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
     if cfg.TRAIN.FREEZE_BACKBONE:
         raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; name weights, --pretrained")
     return Start("scratch", "")
@@ -164,7 +164,10 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     Raises:
         ConfigError: with what has changed.
     """
-    before = (saved or {}).get("data")
+    before, names = (saved or {}).get("data"), (saved or {}).get("class_names")
+    current = [name for name, *_ in data["train"]["classes"]]
+    if not before and names and list(names) != current:  # saved before checkpoints recorded their data
+        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Put them back")
     for split in ("train", "val") if before else ():
         if change := compare_descriptions(before[split], data[split]):
             raise ConfigError(

@@ -16,13 +16,13 @@ from jobs.start import Start, check_data, choose_start, describe_data, finished,
 from models import build_model
 from utils.checkpoint import load_weights
 from utils.config import ConfigError, to_dict
-from utils.distributed import World, is_lost_connection, lost_rank_error, on_main, wrap
-from utils.engine import NUM_REQUESTS, Recipe, Trainer, TrainState
+from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
+from utils.engine import NUM_REQUESTS, Recipe, Trainer, TrainState, check_trained
 from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
-from utils.run import RunDirectory, build_output_folder, check_available, check_is_newest
+from utils.run import SECONDS_UNTIL_STALE, RunDirectory, build_output_folder, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.stop import StopRequest
 from weights.reader import CheckpointError
@@ -30,7 +30,6 @@ from weights.reader import CheckpointError
 logger = logging.getLogger(__name__)
 
 REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
-SECONDS_UNTIL_STALE = 3600  # age at which a temporary directory counts as left over
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
@@ -43,6 +42,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     saved = read_run(cfg, world, start)
     if saved is not None and finished(saved, cfg):
+        check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
         logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
         return
     directory = RunDirectory(output)
@@ -52,7 +52,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
             restore_best(saved, world, output, start.checkpoint)
         setup_logging(world.rank, output)
         logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
-        environment = describe_environment(world.device, world.size)
+        environment = on_main(world, partial(describe_environment, world.device, world.size))
         logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
         logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
         trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
@@ -117,7 +117,7 @@ def build_trainer(
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
     if start.kind == "pretrained":
-        load_weights(model, start.checkpoint)
+        on_all(world, partial(load_weights, model, start.checkpoint))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()

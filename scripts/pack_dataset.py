@@ -222,8 +222,9 @@ def main() -> None:
     if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
         parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
     setup_logging(rank=0)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # temporary folders are removed then
+    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # temporary folders are removed then
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
     for split in args.splits:
         try:

@@ -23,7 +23,8 @@ trap : TERM # a signal to this script must not end it before its processes have 
 
 status=0
 # shellcheck disable=SC2016 # the variables are those of each process
-srun --kill-on-bad-exit=0 --wait=60 bash -c '
+# srun does not take --cpus-per-task from sbatch: without it, all threads of a process would share one core.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 bash -c '
   export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
   export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-1}"
   exec python main.py "$@"

@@ -1,16 +1,20 @@
 """Which state a run starts from, what it refuses, and what it records."""
 
+import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import jobs.training
-from jobs.start import find_unusable
+from jobs.start import check_data, find_unusable
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints, save_checkpoint
-from utils.config import load_config
+from utils.config import ConfigError, load_config
+from utils.engine import TrainingError, check_trained
 from utils.environment import build_arithmetic
 from utils.run import RunLock, check_available
 from weights.reader import read_checkpoint
@@ -107,6 +111,50 @@ def test_other_weights_to_start_from_do_not_count_where_a_run_resumes_and_are_na
     assert "other.pth: not read, since the run resumes from" in outcome.output
 
 
+def test_files_that_a_kill_left_incomplete_are_removed_when_they_are_old(toy_config, toy_data, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    old, new = folder / ".metrics.0123abcd.incomplete.jsonl", folder / ".eval.0123abcd.incomplete.json"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 7200,) * 2)
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1), tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_an_output_below_a_folder_that_cannot_be_entered_is_refused(toy_config, toy_data, tmp_path, monkeypatch):
+    def prepare(rank: int) -> None:
+        """As for a user without rights: root may enter every folder."""
+        original_glob, original_mkdir = Path.glob, Path.mkdir
+
+        def refuse(path: Path) -> None:
+            if "closed" in path.parts:
+                raise PermissionError(13, "Permission denied", str(path))
+
+        Path.glob = lambda path, pattern: refuse(path) or original_glob(path, pattern)
+        Path.mkdir = lambda path, *arguments, **options: refuse(path) or original_mkdir(path, *arguments, **options)
+
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path / "closed"), tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [2], outcome.output
+    assert "cannot be written to (Permission denied); choose another --output" in outcome.output
+
+
+def test_a_run_of_an_earlier_version_does_not_resume_on_renamed_classes():
+    saved, data = {"class_names": ["a", "b"]}, {"train": {"classes": [["a", 1, ""], ["c", 1, ""]]}, "val": {}}
+    with pytest.raises(ConfigError, match=r"was saved with the classes \['a', 'b'\]"):
+        check_data(saved, data, "file.pth")
+    check_data({"class_names": ["a", "c"]}, data, "file.pth")
+
+
+def test_a_finished_run_whose_updates_were_all_skipped_is_no_success():
+    check_trained(num_updates=0, num_skipped=0)
+    check_trained(num_updates=5, num_skipped=4)
+    with pytest.raises(TrainingError, match="fp16 skipped every update"):
+        check_trained(num_updates=5, num_skipped=5)
+
+
 # --- Records
 
 
@@ -121,17 +169,23 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
 
 
 def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         for value, enabled, only_warns in (("error", True, False), ("warn", True, True)):
             build_arithmetic(load_config(toy_config, ["DETERMINISTIC", value, "TF32", False]))
             assert torch.are_deterministic_algorithms_enabled() == enabled
             assert torch.is_deterministic_algorithms_warn_only_enabled() == only_warns
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
             assert not torch.backends.cudnn.benchmark
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+        build_arithmetic(load_config(toy_config, ["TF32", True]))
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
         build_arithmetic(load_config(toy_config))
-    assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.benchmark
 
 

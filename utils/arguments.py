@@ -150,8 +150,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     # A run that resumes from its own folder does not read --pretrained again.
-    numbered = f"checkpoint_{'[0-9]' * 9}*.pth"
-    resumes = cfg.TRAIN.AUTO_RESUME and any((Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG).glob(numbered))
+    resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
     for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key]:
             _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
@@ -163,6 +162,14 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         if not cfg.DATA.DATA_PATH:
             raise ConfigError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    """Whether a run's folder has numbered checkpoints; see ``utils.checkpoint``, which takes seconds to import."""
+    try:
+        return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
+    except OSError:
+        return False
 
 
 def prints_mistakes() -> bool:

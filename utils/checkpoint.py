@@ -123,7 +123,10 @@ def _num_bytes(value: object) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
-    found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+    try:
+        found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+    except OSError:  # a folder that cannot be entered; who writes there reports it
+        return []
     return sorted(found, key=num_updates_of, reverse=True)
 
 

@@ -26,6 +26,10 @@ class OtherRankError(RuntimeError):
     """Another process failed at a task that all processes wait for; it reports the reason itself."""
 
 
+class MissingDeviceError(ValueError):
+    """This process has no GPU, although others of its machine may have one."""
+
+
 class LostRankError(RuntimeError):
     """A process no longer takes part in collectives. The message names its rank, the phase and the last update."""
 
@@ -58,7 +62,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         timeout_seconds: after which a process that does not start, or does not join a collective, is an error.
 
     Raises:
-        ValueError: fewer GPUs than processes.
+        MissingDeviceError: fewer GPUs than processes.
         LostRankError: a process did not start.
     """
     launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
@@ -67,7 +71,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         rank, local_rank, size = 0, 0, 1
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise MissingDeviceError(
                 f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
@@ -88,13 +92,13 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             device_id=device if on_gpu else None,
             timeout=timeout,
         )
+        patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     except RuntimeError as error:  # dist.DistError too
         if not is_lost_connection(error):
             raise
         raise LostRankError(
             f"rank {rank} has no connection to the others within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
         ) from None
-    patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return World(rank, local_rank, size, device, store, patient)
 
 

@@ -42,6 +42,15 @@ class Stopped(Exception):  # noqa: N818 - an event, not an error
     """Training was stopped from outside. The message tells where, and how it resumes."""
 
 
+def check_trained(*, num_updates: int, num_skipped: int) -> None:
+    """
+    Raises:
+        TrainingError: the weights were never changed.
+    """
+    if 0 < num_updates == num_skipped:
+        raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
+
+
 # The best evaluation of a run: accuracy in percent, raw or ema weights, its epoch and its number of updates.
 NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
 
@@ -449,8 +458,7 @@ class Trainer:
             self.finish_epoch(epoch)
         if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was lowered below the position of the run
             self.save(best=self.evaluate(done_epochs))
-        if 0 < state.num_updates == state.num_skipped:
-            raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
+        check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         best = state.best
         logger.info(
             "done in %s; best Acc@1 %.3f (%s weights, epoch %d)",

@@ -1,6 +1,7 @@
 """The software and hardware of a run, for its log and its checkpoints, and the settings that decide how exact they compute."""
 
 import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -44,16 +45,16 @@ def find_commit() -> str:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ["git", "--no-optional-locks", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
     ).stdout.strip()
 
 
 def build_arithmetic(cfg: CfgNode) -> None:
     """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU has no bf16."""
     if cfg.DETERMINISTIC != "off":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; cuBLAS needs it
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
-    torch.set_float32_matmul_precision("high" if cfg.TF32 else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if cfg.TF32 else "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.TF32
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"
     torch.backends.cudnn.deterministic = cfg.DETERMINISTIC != "off"
     uses_bf16 = cfg.AMP and cfg.AMP_DTYPE == "bf16"

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+SECONDS_UNTIL_STALE = 3600  # age at which an incomplete file or directory counts as left over
 
 
 def build_output_folder(cfg: CfgNode) -> Path:
@@ -88,12 +90,20 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written, another run writes there, or it has a checkpoint of a later update.
         """
-        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        missing = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
         make_folder(self.path)
         self._created = missing
         self._lock.acquire()
+        self._remove_leftovers()
         set_damaged_aside(self.path, num_updates=num_updates)
         check_is_newest(self.path, num_updates=num_updates)
+
+    def _remove_leftovers(self) -> None:
+        """Delete files that a kill left incomplete, but none that an evaluation may be writing now."""
+        for path in self.path.glob(".*.incomplete*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > SECONDS_UNTIL_STALE:
+                    path.unlink()
 
     def write_config(self, text: str) -> None:
         """Write ``config.yaml``; checkpoints have the config too, so that a failure ends no run."""
@@ -140,7 +150,7 @@ class RunLock:
         Raises:
             ConfigError: another run holds it.
         """
-        if self.path.exists():
+        if os.path.exists(self.path):
             with self._open() as file:
                 self._lock(file)
 
