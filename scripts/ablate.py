@@ -18,6 +18,7 @@ the baseline, paired by seed, with its 95 % interval.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="root of the runs' directories")
     parser.add_argument("--parallel", type=int, default=0, metavar="N", help="runs at a time; one per GPU or two cores if 0")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the runs are stopped then
     try:
         ablation = read_ablation(args.file)
         runs = ablation.runs(args.output.absolute())

@@ -530,6 +530,7 @@ def test_a_signal_ends_packing_and_leaves_nothing(number, tmp_path):
         os.kill(os.getpid(), number)
 
     def interrupted() -> None:
+        signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
         scripts.pack_dataset._compare = interrupt
         scripts.pack_dataset.main()
 
