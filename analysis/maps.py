@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from models import cswin, deit, pvt, swin
 from models.layers import partition
-from models.linear_attention import FocusedLinearAttention, efficient_attention, focus, linear_attention, softmax_attention
+from models.linear_attention import (
+    EPS,
+    FocusedLinearAttention,
+    efficient_attention,
+    focus,
+    linear_attention,
+    relu_attention,
+    softmax_attention,
+)
 
 SOFTMAX_MODULES = (swin.SoftmaxWindowAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention, deit.SoftmaxAttention)
 FORMS = ("softmax", "linear", "focused", "efficient")  # attentions that are compared on the same queries and keys
@@ -103,8 +111,9 @@ def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
         return softmax_attention(q, k, keys)
     if form == "efficient":
         return efficient_attention(q, k, keys)
-    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
-    return linear_attention(*((q, k) if form == "linear" else (focus(q, power), focus(k, power))), keys)
+    if form == "linear":
+        return relu_attention(q, k, keys)
+    return linear_attention(focus(F.relu(q) + EPS, power), focus(F.relu(k) + EPS, power), keys)
 
 
 def convolution_matrix(

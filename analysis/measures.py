@@ -58,15 +58,18 @@ def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[i
     return (distribution(weights) * distances).sum(dim=-1)
 
 
-def numerical_rank(weights: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """Number of singular values above ``tolerance`` times the largest. (..., N, M) -> (...)."""
-    values = torch.linalg.svdvals(weights.double())
+def singular_values(weights: Tensor) -> Tensor:
+    """Largest first, in double precision. (..., N, M) -> (..., min(N, M))."""
+    return torch.linalg.svdvals(weights.double())
+
+
+def numerical_rank(values: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """Number of singular values above ``tolerance`` times the largest. (..., K) -> (...)."""
     return (values > tolerance * values[..., :1]).sum(dim=-1)
 
 
-def effective_rank(weights: Tensor) -> Tensor:
-    """Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007). (..., N, M) -> (...)."""
-    values = torch.linalg.svdvals(weights.double())
+def effective_rank(values: Tensor) -> Tensor:
+    """Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007). (..., K) -> (...)."""
     return torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
 
 

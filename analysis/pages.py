@@ -66,16 +66,11 @@ def trace_module(model: nn.Module, attention: Attention) -> BlockMaps:
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
     for form in FORMS:
         maps[f"{form}, same q and k"] = attention.twin(form)[windows, :, tokens].transpose(0, 1)
-    rows = [attention.convolution([token])[:, 0].mean(dim=0) for token in tokens.tolist()] if has_convolution(attention) else []
-    if rows:
-        maps[CONVOLUTION] = torch.stack(rows).unsqueeze(0)
+    if (convolution := attention.convolution(tokens.tolist())) is not None:
+        maps[CONVOLUTION] = convolution.mean(dim=0, keepdim=True)
         maps[SUM] = maps[own] + maps[CONVOLUTION]
     pictures = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
     return BlockMaps(attention.name, queries, grid, pictures)
-
-
-def has_convolution(attention: Attention) -> bool:
-    return getattr(attention.module, "dwc", None) is not None
 
 
 def sample_queries(grid: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from analysis.measures import (
     negative_share,
     numerical_rank,
     row_similarity,
+    singular_values,
     top_mass,
 )
 
@@ -71,7 +72,7 @@ def matrices(attention: Attention) -> dict[str, Tensor]:
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
     """Each of ``MEASURES`` of (G, H, N, M) weights: (H,) means over groups and queries."""
-    ranked = weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])]
+    values = singular_values(weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])])
     per_query = {
         "entropy": entropy(weights),
         "top 1 %": top_mass(weights, 0.01),
@@ -81,14 +82,14 @@ def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Ten
         "distance": attention_distance(weights, attention.grid, attention.key_grid),
     }
     per_matrix = {
-        "rank": numerical_rank(ranked),
-        "effective rank": effective_rank(ranked),
+        "rank": numerical_rank(values),
+        "effective rank": effective_rank(values),
         "row similarity": row_similarity(weights),
         "negative share": negative_share(weights),
         "convolution share": mass_share(weights - own, own),
     }
-    return {name: values.mean(dim=(0, 2)) for name, values in per_query.items()} | {
-        name: values.double().mean(dim=0) for name, values in per_matrix.items()
+    return {name: found.mean(dim=(0, 2)) for name, found in per_query.items()} | {
+        name: found.double().mean(dim=0) for name, found in per_matrix.items()
     }
 
 

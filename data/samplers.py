@@ -21,9 +21,9 @@ class TrainBatches(Sampler[list[Key]]):
     Update u takes images u * G to (u + 1) * G of the epoch's order, G being the global batch; its forward passes and
     processes divide those among themselves. So the images of an update do not depend on how many processes there are.
 
-    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes so often in a row, every time
-    drawn anew, and an epoch, as long as before, sees that much fewer images. ``separate_copies`` keeps mixup from mixing an
-    image with itself.
+    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes ``repeats`` times in a row, augmented
+    anew each time. An epoch keeps its number of updates, so it uses fewer images. ``separate_copies`` keeps mixup from mixing
+    an image with itself.
 
     Args:
         num_samples: size of the dataset.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
 from utils.files import replacing
 
 DRAWN = ("entropy", "top 5 %", "distance", "effective rank")
@@ -49,6 +49,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
     import torch
 
     from analysis.maps import capture
+    from analysis.measures import singular_values
     from analysis.summary import OWN, WITH_CONVOLUTION, matrices, spread
 
     with torch.no_grad(), capture(model, names) as found:
@@ -62,8 +63,8 @@ def draw_ranks(model, image, names, path: Path) -> None:
         weights = matrices(attention)
         for form in (OWN, WITH_CONVOLUTION):
             if form in weights:
-                matrix = weights[form][0, 0].double()
-                values = torch.linalg.svdvals(matrix[spread(len(matrix))][:, spread(matrix.shape[1])])
+                matrix = weights[form][0, 0]
+                values = singular_values(matrix[spread(len(matrix))][:, spread(matrix.shape[1])])
                 axis.semilogy(range(1, len(values) + 1), (values / values[0]).clamp(min=1e-9), label=form)
         if attention.is_linear:
             axis.axvline(attention.q.shape[-1], color="grey", linewidth=0.8, linestyle="--", label="head dimension")
@@ -76,41 +77,22 @@ def draw_ranks(model, image, names, path: Path) -> None:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    import torch
-
     from analysis.pages import names_of
     from analysis.summary import report, summarise, write_csv, write_json
-    from data.build import build_preprocessing
-    from data.datasets import FileDataset
-    from data.index import DataError
-    from data.transforms import Normalize
-    from jobs.checkpoints import choose_config, open_checkpoint
-    from jobs.evaluation import load_models
+    from jobs.inspection import InspectedImages, open_model
     from jobs.prediction import find_images
     from utils.log import progress, setup_logging
 
     setup_logging(rank=0)
-    checkpoint = open_checkpoint(args.resume)
-    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
-    (model,) = load_models(checkpoint, cfg, labels=(args.weights,), device=torch.device("cpu")).values()
-    model.eval()
+    model, checkpoint, cfg = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     names = names_of(model, args.blocks)
-    paths = find_images(args.images)[:: args.every]
-    preprocessing = build_preprocessing(cfg)
-    dataset = FileDataset(paths, preprocessing.create_transform())
-    normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
-
-    def read(position: int):
-        _, pixels, fault = dataset[position]
-        if pixels is None:
-            raise DataError(f"{paths[position]}: is no readable image ({fault})")
-        return normalize(pixels.unsqueeze(0))[0]
-
-    rows = summarise(model, progress(map(read, range(len(paths))), len(paths), "images"), names)
+    images = InspectedImages(find_images(args.images)[:: args.every], cfg)
+    normalised = (images.read(position)[1] for position in range(len(images)))
+    rows = summarise(model, progress(normalised, len(images), "images"), names)
     about = {
         "model": cfg.MODEL.NAME,
         "weights": f"{args.weights} of {checkpoint.path}, sha256 {checkpoint.digest}",
-        "images": f"{len(paths)} below {', '.join(map(str, args.images))}",
+        "images": f"{len(images)} below {', '.join(map(str, args.images))}",
         "input size": str(cfg.DATA.IMG_SIZE),
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -118,7 +100,7 @@ def analyze(args: argparse.Namespace) -> None:
     write_csv(args.output / "focus.csv", rows)
     (args.output / "report.md").write_text(report(rows, about), encoding="utf-8")
     draw_measures(rows, args.output / "measures.png")
-    draw_ranks(model, read(0), names, args.output / "ranks.png")
+    draw_ranks(model, images.read(0)[1], names, args.output / "ranks.png")
     print(f"{args.output}: focus.json, focus.csv, report.md, measures.png, ranks.png")
 
 

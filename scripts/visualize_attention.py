@@ -7,11 +7,10 @@ the same queries and keys. It needs no network. The pictures show some queries o
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
 
 
 def draw_maps(image, block, path: Path, num_queries: int = 4) -> None:
@@ -45,41 +44,27 @@ def draw_maps(image, block, path: Path, num_queries: int = 4) -> None:
     plt.close(figure)
 
 
-def visualize(reference: str, config: Sequence[str], images: Sequence[str], output: Path, args: argparse.Namespace) -> None:
-    import torch
+def visualize(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from analysis.pages import names_of, trace, write_page
-    from data.build import build_preprocessing
-    from data.datasets import FileDataset
-    from data.index import DataError
-    from data.transforms import Normalize
-    from jobs.checkpoints import choose_config, open_checkpoint
-    from jobs.evaluation import load_models
+    from jobs.inspection import InspectedImages, open_model
     from jobs.prediction import find_images
 
     opts = [*args.opts, *(["DATA.IMG_SIZE", f"[{args.size}, {args.size}]"] if args.size else [])]
-    checkpoint = open_checkpoint(reference)
-    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
-    (label, model), *_ = load_models(checkpoint, cfg, labels=(args.weights,), device=torch.device("cpu")).items()
-    model.eval()
+    model, checkpoint, cfg = open_model(args.resume, args.cfg, opts, weights=args.weights)
     names = names_of(model, args.blocks)
-    preprocessing = build_preprocessing(cfg)
-    normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
-    paths = find_images([Path(image) for image in images])
-    output.mkdir(parents=True, exist_ok=True)
-    dataset = FileDataset(paths, preprocessing.create_transform())
-    for position, path in enumerate(paths):
-        _, pixels, fault = dataset[position]
-        if pixels is None:
-            raise DataError(f"{path}: is no readable image ({fault})")
+    images = InspectedImages(find_images(args.images), cfg)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for position, path in enumerate(images.paths):
+        pixels, image = images.read(position)
         seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        blocks = trace(model, normalize(pixels.unsqueeze(0))[0], names)
-        title = f"{cfg.MODEL.NAME}, {label} weights of {checkpoint.path.name}, {path.name}"
-        page = output / f"{path.stem}.html"
+        blocks = trace(model, image, names)
+        title = f"{cfg.MODEL.NAME}, {args.weights} weights of {checkpoint.path.name}, {path.name}"
+        page = args.output / f"{path.stem}.html"
         write_page(page, seen, blocks, title)
         for block in blocks:
-            draw_maps(seen, block, output / f"{path.stem}_{block.name}.png")
+            draw_maps(seen, block, args.output / f"{path.stem}_{block.name}.png")
         print(f"{page}: {len(blocks)} blocks, {page.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -87,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, given as to main.py")
     parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, if the checkpoint carries none")
-    parser.add_argument("--images", nargs="+", required=True, metavar="PATH", help="images, or folders of images")
+    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
     parser.add_argument("--output", type=Path, default=Path("attention"), help="folder for pages and pictures")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="beginnings of module names; all by default")
     parser.add_argument("--size", type=int, default=0, metavar="PIXELS", help="input size; that of the config by default")
@@ -98,7 +83,7 @@ def main() -> None:
     from weights.reader import CheckpointError
 
     try:
-        visualize(args.resume, args.cfg, args.images, args.output, args)
+        visualize(args)
     except (ConfigError, CheckpointError, DataError, ValueError) as error:
         print(f"visualize_attention.py: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.soak import read_state
+from scripts.soak import newest_update, read_state
 from tests.launch import free_port
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import list_checkpoints, num_updates_of
 
 pytestmark = pytest.mark.reliability
 ROOT = Path(__file__).parent.parent.parent
@@ -127,10 +126,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
         time.sleep(0.005)
 
 
-def newest(folder: Path) -> int:
-    return max(map(num_updates_of, list_checkpoints(folder)), default=0)
-
-
 @pytest.mark.parametrize("kills", [pytest.param(1, id="1 kill"), pytest.param(3, id="3 kills", marks=pytest.mark.slow)])
 def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, toy_config, toy_data, tmp_path):
     expected, folder, log = uninterrupted(2), tmp_path / "toy/default", tmp_path / "log"
@@ -138,8 +133,8 @@ def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, t
     job = torchrun(arguments, log, "--standalone", "--nproc_per_node=2", "--max-restarts=3")
     try:
         for number in range(kills):
-            start = newest(folder)
-            wait_for(lambda start=start: newest(folder) > start, job, log)
+            start = newest_update(folder)
+            wait_for(lambda start=start: newest_update(folder) > start, job, log)
             (worker,) = find_workers(tmp_path, RANK="1", TORCHELASTIC_RESTART_COUNT=str(number))
             os.kill(worker, signal.SIGKILL)
         assert job.wait(300) == 0, log.read_text()
@@ -166,7 +161,7 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
         if number == 0:
             time.sleep(1)  # the first agent has the store
     try:
-        wait_for(lambda: newest(folder) > 0, agents[0], logs[0])
+        wait_for(lambda: newest_update(folder) > 0, agents[0], logs[0])
         assert len(find_workers(tmp_path, WORLD_SIZE="2")) == 2
         os.killpg(agents[1].pid, signal.SIGKILL)
         for worker in find_workers(tmp_path, WORLD_SIZE="2"):
@@ -179,7 +174,7 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
             os.kill(process, signal.SIGKILL)
     text = "".join(log.read_text() for log in logs)
     assert "resumed after update" in text
-    assert newest(folder) == 36
+    assert newest_update(folder) == 36
 
 
 FAILING_MAIN = """

@@ -1,0 +1,65 @@
+"""Open a model and images to look at its attention."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from data.build import build_preprocessing
+from data.datasets import FileDataset
+from data.index import DataError
+from data.transforms import Normalize
+from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
+from jobs.evaluation import load_models
+from utils.config import load_config
+
+
+class Inspected(NamedTuple):
+    """A model in evaluation mode on the CPU, its checkpoint, and the config that it was built from."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    cfg: CfgNode
+
+
+def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> Inspected:
+    """
+    Args:
+        reference: checkpoint, as --resume takes it.
+        config: files; none given: the checkpoint's own.
+        opts: KEY, VALUE, ... that override them.
+        weights: raw, ema or auto.
+
+    Raises:
+        ConfigError, CheckpointError: config and file do not fit each other.
+    """
+    checkpoint = open_checkpoint(reference)
+    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
+    (model,) = load_models(checkpoint, cfg, labels=(weights,), device=torch.device("cpu")).values()
+    return Inspected(model.eval(), checkpoint, cfg)
+
+
+class InspectedImages:
+    """Image files as evaluation prepares them. An item is the pixels (3, H, W) uint8 and the same normalised.
+
+    Raises:
+        DataError: on access, for a file that cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[Path], cfg: CfgNode):
+        preprocessing = build_preprocessing(cfg)
+        self.paths = paths
+        self._files = FileDataset(paths, preprocessing.create_transform())
+        self._normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, position: int) -> tuple[Tensor, Tensor]:
+        _, pixels, fault = self._files[position]
+        if pixels is None:
+            raise DataError(f"{self.paths[position]}: is no readable image ({fault})")
+        return pixels, self._normalize(pixels.unsqueeze(0))[0]
