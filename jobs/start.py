@@ -21,7 +21,7 @@ from weights.reader import CheckpointError, read_checkpoint
 logger = logging.getLogger(__name__)
 
 # Keys that decide the shape of the model: a run that resumes keeps them.
-MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.LA.", "DATA.IMG_SIZE")
+MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
 # What the state of a run consists of, and its types.
 STATE_TYPES = {
     "model": dict,

@@ -172,7 +172,15 @@ def _cswin_arguments(cfg: CfgNode) -> dict:
 
 
 def _deit_arguments(cfg: CfgNode) -> dict:
-    return {"pos_drop_rate": cfg.MODEL.DROP_RATE}
+    arguments = {"pos_drop_rate": cfg.MODEL.DROP_RATE}
+    if cfg.MODEL.TYPE != "flatten_deit":  # a named size
+        return arguments
+    return arguments | {
+        "patch_size": cfg.MODEL.DEIT.PATCH_SIZE,
+        "embed_dim": cfg.MODEL.DEIT.EMBED_DIM,
+        "depth": cfg.MODEL.DEIT.DEPTH,
+        "num_heads": cfg.MODEL.DEIT.NUM_HEADS,
+    }
 
 
 # Constructor -> the arguments that only its family has.
@@ -184,7 +192,7 @@ FAMILY_ARGUMENTS: dict[Constructor, Callable[[CfgNode], dict]] = {
     deit.DeiT: _deit_arguments,
 }
 
-# MODEL.TYPE -> registered name. The keys of MODEL.SWIN give every size of flatten_swin.
+# MODEL.TYPE -> registered name. The keys of MODEL.SWIN set the size of flatten_swin, those of MODEL.DEIT that of flatten_deit.
 NAMES: dict[str, str] = {
     "flatten_swin": "flatten_swin_t",
     "flatten_pvt_tiny": "flatten_pvt_t",
@@ -196,5 +204,6 @@ NAMES: dict[str, str] = {
     "FLatten_CSWin_64_24322_small_224": "flatten_cswin_s",
     "FLatten_CSWin_96_36292_base_224": "flatten_cswin_b",
     "FLatten_CSWin_96_36292_base_384": "flatten_cswin_b_384",
+    "flatten_deit": "flatten_deit_t",
     **{name: name for name in deit.SIZES},
 }

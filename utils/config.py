@@ -63,6 +63,12 @@ def _defaults() -> CfgNode:
     cfg.MODEL.SWIN.QKV_BIAS = True  # the projections to q, k and v have biases
     cfg.MODEL.SWIN.PATCH_NORM = True  # norm after the patch embedding
 
+    cfg.MODEL.DEIT = CfgNode()  # for MODEL.TYPE flatten_deit; flatten_deit_t, _s and _b have sizes of their own
+    cfg.MODEL.DEIT.PATCH_SIZE = 16  # pixels
+    cfg.MODEL.DEIT.EMBED_DIM = 192  # channels of every block
+    cfg.MODEL.DEIT.DEPTH = 12  # number of blocks
+    cfg.MODEL.DEIT.NUM_HEADS = 3  # attention heads of every block; must divide EMBED_DIM
+
     cfg.MODEL.LA = CfgNode()
     cfg.MODEL.LA.FOCUSING_FACTOR = 3  # p of the paper's eq. 6
     cfg.MODEL.LA.KERNEL_SIZE = 5  # of the depthwise convolution; odd
@@ -175,13 +181,15 @@ MODEL_TYPES = (
     "FLatten_CSWin_64_24322_small_224",
     "FLatten_CSWin_96_36292_base_224",
     "FLatten_CSWin_96_36292_base_384",
+    "flatten_deit",
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
-# Keys of one family alone -> how its MODEL.TYPE begins. Another family refuses them at other values than the default.
+# Beginning of a key -> the values of MODEL.TYPE that read it. Other types reject a value that is not the default.
 _FAMILY_KEYS = {
-    "MODEL.SWIN.": "flatten_swin",
-    "MODEL.LA.PVT_LA_SR_RATIOS": "flatten_pvt",
-    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": "FLatten_CSWin",
+    "MODEL.SWIN.": ("flatten_swin",),
+    "MODEL.DEIT.": ("flatten_deit",),
+    "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
+    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
 # Keys that hold a path: ~ is expanded.
 _PATHS = ("DATA.DATA_PATH", "DATA.INDEX_CACHE", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
@@ -229,6 +237,7 @@ _RANGES = {
         ("EVAL_FREQ", "KEEP_CHECKPOINTS", "AUG.RECOUNT", "AUG.REPEATS", "MODEL.SWIN.PATCH_SIZE"), (1, float("inf"))
     ),
     **dict.fromkeys(("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "MODEL.SWIN.WINDOW_SIZE"), (1, float("inf"))),
+    **dict.fromkeys((f"MODEL.DEIT.{key}" for key in ("PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS")), (1, float("inf"))),
     **dict.fromkeys(
         (
             "DATA.NUM_WORKERS",
@@ -520,11 +529,11 @@ def _validate_sizes(cfg: CfgNode) -> None:
 
 
 def _validate_model(cfg: CfgNode) -> None:
-    linear, swin_keys = cfg.MODEL.LA, cfg.MODEL.SWIN
+    linear, swin_keys, deit_keys = cfg.MODEL.LA, cfg.MODEL.SWIN, cfg.MODEL.DEIT
     defaults = flatten(_defaults())
     for key, value in flatten(cfg).items():
-        family = next((family for start, family in _FAMILY_KEYS.items() if key.startswith(start)), None)
-        if family is not None and not cfg.MODEL.TYPE.startswith(family) and value != defaults[key]:
+        types = next((types for start, types in _FAMILY_KEYS.items() if key.startswith(start)), MODEL_TYPES)
+        if cfg.MODEL.TYPE not in types and value != defaults[key]:
             raise ConfigError(f"{key}={value!r}: has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
     if linear.KERNEL_SIZE % 2 == 0:
         raise ConfigError(
@@ -554,6 +563,11 @@ def _validate_model(cfg: CfgNode) -> None:
                 f"MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: {heads} heads do not divide the "
                 f"{swin_keys.EMBED_DIM * 2**stage} channels of stage {stage + 1}; change it or MODEL.SWIN.EMBED_DIM"
             )
+    if deit_keys.EMBED_DIM % deit_keys.NUM_HEADS:
+        raise ConfigError(
+            f"MODEL.DEIT.NUM_HEADS={deit_keys.NUM_HEADS}: does not divide MODEL.DEIT.EMBED_DIM={deit_keys.EMBED_DIM}; "
+            "change one of them"
+        )
 
 
 def _validate_recipe(cfg: CfgNode) -> None:
