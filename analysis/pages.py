@@ -1,11 +1,12 @@
-"""Attention of one image as data for pictures, and as an HTML page that works from a file, without a network.
+"""Attention maps of one image, and an HTML page that shows them. The page is one file and needs no network.
 
-Shapes: Q chosen queries, H heads, kh x kw the keys' picture.
+Shapes: Q chosen queries, H heads, kh x kw token map of the keys.
 """
 
 import base64
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from analysis.maps import FORMS, Attention, attention_modules, capture, token_positions
 
 MOST_QUERIES = 14  # per side; larger maps are sampled
-MOST_KEYS = 28  # pixels per side of a key picture; larger ones are averaged
+MOST_KEYS = 28  # per side on the page; larger maps are averaged
+Point = tuple[float, float]  # (y, x) as fractions of the image's height and width
 TEMPLATE = Path(__file__).parent / "page.html"
 CONVOLUTION, SUM = "convolution", "attention + convolution"
 
@@ -39,32 +41,53 @@ class BlockMaps:
     grid: tuple[int, int]
     maps: dict[str, Tensor]
 
+    def query_at(self, point: Point) -> int:
+        """Index of the chosen query that is nearest to a point of the image."""
+        centres = (self.queries + 0.5) / torch.tensor(self.grid)
+        return int((centres - torch.tensor(point)).square().sum(dim=-1).argmin())
 
-def trace(model: nn.Module, image: Tensor, names: list[str] | None = None) -> list[BlockMaps]:
-    """The maps of an image's attention, of every chosen module.
+    def centre(self, query: int) -> Point:
+        """Point at the centre of a chosen query's token."""
+        y, x = ((self.queries[query] + 0.5) / torch.tensor(self.grid)).tolist()
+        return y, x
+
+
+def trace(
+    model: nn.Module,
+    image: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    points: Sequence[Point] = (),
+    forms: Sequence[str] = FORMS,
+) -> list[BlockMaps]:
+    """Attention maps of one image, for each chosen module.
 
     Args:
         model: in evaluation mode.
-        image: (3, height, width), normalised.
-        names: of attention modules; all by default.
+        image: (3, height, width), normalised, on the model's device.
+        names: names of attention modules; all by default.
+        points: the queries at these points are among the chosen queries.
+        forms: attentions to compute from the same queries and keys, among ``analysis.maps.FORMS``.
     """
     with torch.no_grad(), capture(model, names) as found:
         model(image.unsqueeze(0))
-    return [trace_module(model, attention) for attention in found]
+    return [trace_module(model, attention, points=points, forms=forms) for attention in found]
 
 
-def trace_module(model: nn.Module, attention: Attention) -> BlockMaps:
-    """The maps of one module; ``attention`` is of one image."""
+def trace_module(
+    model: nn.Module, attention: Attention, *, points: Sequence[Point] = (), forms: Sequence[str] = FORMS
+) -> BlockMaps:
+    """Attention maps of one module for one image, see ``trace``."""
     grid = attention.map_grid
     positions = token_positions(model, attention)  # (windows, N)
-    queries = sample_queries(grid)
+    queries = sample_queries(grid, points)
     flat = queries[:, 0] * grid[1] + queries[:, 1]
     places = (positions.unsqueeze(0) == flat[:, None, None]).flatten(1).int().argmax(dim=1)
     windows, tokens = places // positions.shape[1], places % positions.shape[1] + attention.num_prefix_tokens
     matrix = attention.matrix()
     own = "linear attention" if attention.is_linear else "softmax attention"
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
-    for form in FORMS:
+    for form in forms:
         maps[f"{form}, same q and k"] = attention.twin(form)[windows, :, tokens].transpose(0, 1)
     if (convolution := attention.convolution(tokens.tolist())) is not None:
         maps[CONVOLUTION] = convolution.mean(dim=0, keepdim=True)
@@ -73,10 +96,24 @@ def trace_module(model: nn.Module, attention: Attention) -> BlockMaps:
     return BlockMaps(attention.name, queries, grid, pictures)
 
 
-def sample_queries(grid: tuple[int, int]) -> Tensor:
-    """(Q, 2) rows and columns of at most ``MOST_QUERIES`` queries per side, evenly spread."""
-    axes = [torch.linspace(0, side - 1, min(side, MOST_QUERIES)).round().long() for side in grid]
+def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tensor:
+    """Choose at most ``MOST_QUERIES`` evenly spaced rows and columns, and those of the points.
+
+    Returns:
+        (Q, 2) rows and columns: every pair of a chosen row and a chosen column.
+    """
+    chosen = [token_at(point, grid) for point in points]
+    axes = []
+    for axis, side in enumerate(grid):
+        spread = torch.linspace(0, side - 1, min(side, MOST_QUERIES)).round().long()
+        axes.append(torch.cat([spread, torch.tensor([token[axis] for token in chosen], dtype=torch.long)]).unique())
     return torch.cartesian_prod(*axes)
+
+
+def token_at(point: Point, grid: tuple[int, int]) -> tuple[int, int]:
+    """Row and column of the token that covers a point of the image."""
+    row, column = (min(int(place * side), side - 1) for place, side in zip(point, grid, strict=True))
+    return row, column
 
 
 def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -93,15 +130,20 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
         index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # the last cell takes padding
         canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
         canvas = canvas[..., :-1].unflatten(-1, grid)
-    size = [min(side, MOST_KEYS) for side in canvas.shape[-2:]]
-    return F.adaptive_avg_pool2d(canvas, size) if list(canvas.shape[-2:]) != size else canvas
+    return canvas
 
 
 # --- The page
 
 
 def encode_maps(maps: Tensor) -> dict:
-    """(H, Q, kh, kw) as bytes: each map in 127 steps of its largest absolute weight, which is kept as well."""
+    """(H, Q, kh, kw) as bytes: each map in 127 steps of its largest absolute weight, which is kept as well.
+
+    Maps with more than ``MOST_KEYS`` keys per side are averaged.
+    """
+    size = [min(side, MOST_KEYS) for side in maps.shape[-2:]]
+    if list(maps.shape[-2:]) != size:
+        maps = F.adaptive_avg_pool2d(maps, size)
     largest = maps.abs().amax(dim=(-2, -1)).clamp(min=1e-30)
     steps = (maps / largest[..., None, None] * 127).round().to(torch.int8)
     return {

@@ -21,7 +21,15 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # learning rates are scaled already.
 MODEL_SECTIONS = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 # Keys that change what an evaluation computes.
-EVALUATION_SECTIONS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE", "DATA.INTERPOLATION")
+EVALUATION_SECTIONS = (
+    "MODEL.TYPE",
+    "MODEL.NUM_CLASSES",
+    "MODEL.SWIN.",
+    "MODEL.DEIT.",
+    "MODEL.LA.",
+    "DATA.IMG_SIZE",
+    "DATA.INTERPOLATION",
+)
 EVALUATION_SECTIONS += ("DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.INTERPOLATION")
 
 

@@ -1,20 +1,23 @@
-"""Open a model and images to look at its attention."""
+"""Open a model and images to look at its attention, and draw the attention of a model in training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from analysis.pages import trace
+from analysis.pictures import Figure, draw_forms
 from data.build import build_preprocessing
 from data.datasets import FileDataset
 from data.index import DataError
 from data.transforms import Normalize
 from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
 from jobs.evaluation import load_models
-from utils.config import load_config
+from utils.config import ConfigError, load_config
 
 
 class Inspected(NamedTuple):
@@ -63,3 +66,28 @@ class InspectedImages:
         if pixels is None:
             raise DataError(f"{self.paths[position]}: is no readable image ({fault})")
         return pixels, self._normalize(pixels.unsqueeze(0))[0]
+
+
+class AttentionPictures:
+    """Draws the attention of a model to one image (ATTENTION_IMAGE).
+
+    Raises:
+        ConfigError: an image that cannot be read.
+    """
+
+    def __init__(self, cfg: CfgNode, device: torch.device):
+        try:
+            pixels, image = InspectedImages([Path(cfg.ATTENTION_IMAGE)], cfg).read(0)
+        except DataError as error:
+            raise ConfigError(f"ATTENTION_IMAGE={cfg.ATTENTION_IMAGE}: {error}; give an image file") from None
+        self.seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        self.image = image.to(device)
+
+    def __call__(self, model: nn.Module) -> Iterator[tuple[str, Figure]]:
+        """Name and figure of each attention module. The model is in evaluation mode only while it runs."""
+        was_training = model.training
+        model.eval()
+        blocks = trace(model, self.image, forms=())
+        model.train(was_training)
+        for block in blocks:
+            yield f"attention/{block.name}", draw_forms(self.seen, block)

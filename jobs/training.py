@@ -6,6 +6,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from yacs.config import CfgNode
@@ -26,6 +27,9 @@ from utils.run import SECONDS_UNTIL_STALE, RunDirectory, build_output_folder, ch
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.stop import StopRequest
 from weights.reader import CheckpointError
+
+if TYPE_CHECKING:
+    from jobs.inspection import AttentionPictures
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +160,21 @@ def build_trainer(
             "updates_per_epoch": train_loader.updates_per_epoch,
             "global_batch_size": global_batch_size(cfg, world.size),
         },
+        draw=build_attention_pictures(cfg, world),
     )
+
+
+def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":
+    """Pictures of ATTENTION_IMAGE for TensorBoard; None without the key.
+
+    Raises:
+        ConfigError: in every process, if the image cannot be read.
+    """
+    if not cfg.ATTENTION_IMAGE:
+        return None
+    from jobs.inspection import AttentionPictures  # imports matplotlib, which takes a second
+
+    return on_all(world, partial(AttentionPictures, cfg, world.device))
 
 
 def check_model(cfg: CfgNode) -> None:

@@ -1,8 +1,9 @@
-"""Draw what a model attends to: an HTML page to explore, and pictures, for each image.
+"""Draw the attention maps of a model: for each image an HTML page, and two pictures per block.
 
-The page shows the photograph; click a patch or use the arrow keys to choose the query, and choose block, head and form of
-attention: the model's own, the convolution, their sum, and what softmax, linear, focused and Efficient attention compute from
-the same queries and keys. It needs no network. The pictures show some queries of each block side by side.
+The page needs no network. Click a patch or use the arrow keys to choose the query. Choose block, head and form of attention:
+the model's own, the convolution, their sum, and what softmax, linear, focused and Efficient attention compute from the same
+queries and keys. <image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the
+model's own attention and its depthwise kernel over the image.
 """
 
 import argparse
@@ -13,58 +14,65 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
 
 
-def draw_maps(image, block, path: Path, num_queries: int = 4) -> None:
-    """Queries in rows; the image, then each form of attention, averaged over heads, in columns."""
-    import matplotlib
+def open_at_token_grid(args: argparse.Namespace):
+    """The model, with the input size that gives the first block the token map of --token-grid."""
+    from jobs.inspection import open_model
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
+    if not args.token_grid:
+        return inspected
+    stride = inspected.model.feature_info[0]["reduction"]
+    height, width = (stride * args.token_grid[side] for side in (0, -1))
+    return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
 
-    from utils.files import replacing
 
-    rows = [round((row + 0.5) * len(block.queries) / num_queries) for row in range(num_queries)]
-    forms = list(block.maps)
-    figure, axes = plt.subplots(
-        num_queries, 1 + len(forms), figsize=(2 * (1 + len(forms)), 2.1 * num_queries), squeeze=False, constrained_layout=True
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for cells, row in zip(axes, rows, strict=True):
-        y, x = ((place + 0.5) / side for place, side in zip(block.queries[row].tolist(), block.grid, strict=True))
-        cells[0].imshow(image)
-        cells[0].plot(x * image.width, y * image.height, "o", color="lime", markeredgecolor="black")
-        for cell, form in zip(cells[1:], forms, strict=True):
-            weights = block.maps[form][:, row].mean(dim=0)
-            largest = max(weights.abs().max().item(), 1e-30)
-            cell.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest)
-            cell.set_title(f"{form}\nlargest {largest:.2g}", fontsize=7)
-    figure.suptitle(f"{block.name}: mean over heads; red positive, blue negative weights", fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+def parse_point(text: str) -> tuple[int, int]:
+    """Row and column of a pixel, from ``ROW,COLUMN``."""
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give ROW,COLUMN in pixels, such as 112,60") from None
+    return row, column
+
+
+def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list[tuple[float, float]]:
+    """Points of the image as fractions of its sides.
+
+    Raises:
+        ConfigError: a pixel outside the image.
+    """
+    for row, column in pixels:
+        if not (0 <= row < height and 0 <= column < width):
+            raise ConfigError(f"--queries {row},{column}: outside the model's input of {height} x {width} pixels")
+    return [((row + 0.5) / height, (column + 0.5) / width) for row, column in pixels]
 
 
 def visualize(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from analysis.pages import names_of, trace, write_page
-    from jobs.inspection import InspectedImages, open_model
+    from analysis.pictures import POINTS, draw_forms, draw_overlays
+    from jobs.inspection import InspectedImages
     from jobs.prediction import find_images
+    from utils.config import image_size
+    from utils.files import replacing
 
-    opts = [*args.opts, *(["DATA.IMG_SIZE", f"[{args.size}, {args.size}]"] if args.size else [])]
-    model, checkpoint, cfg = open_model(args.resume, args.cfg, opts, weights=args.weights)
+    model, checkpoint, cfg = open_at_token_grid(args)
     names = names_of(model, args.blocks)
     images = InspectedImages(find_images(args.images), cfg)
+    points = as_fractions(args.queries, *image_size(cfg))
     args.output.mkdir(parents=True, exist_ok=True)
     for position, path in enumerate(images.paths):
         pixels, image = images.read(position)
         seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        blocks = trace(model, image, names)
+        blocks = trace(model, image, names, points=points)
         title = f"{cfg.MODEL.NAME}, {args.weights} weights of {checkpoint.path.name}, {path.name}"
         page = args.output / f"{path.stem}.html"
         write_page(page, seen, blocks, title)
         for block in blocks:
-            draw_maps(seen, block, args.output / f"{path.stem}_{block.name}.png")
+            for kind, draw in (("", draw_forms), ("_overlay", draw_overlays)):
+                with replacing(args.output / f"{path.stem}_{block.name}{kind}.png") as temporary:
+                    draw(seen, block, points or POINTS).savefig(temporary)
         print(f"{page}: {len(blocks)} blocks, {page.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -75,10 +83,27 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
     parser.add_argument("--output", type=Path, default=Path("attention"), help="folder for pages and pictures")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="beginnings of module names; all by default")
-    parser.add_argument("--size", type=int, default=0, metavar="PIXELS", help="input size; that of the config by default")
+    parser.add_argument(
+        "--queries",
+        nargs="+",
+        type=parse_point,
+        default=[],
+        metavar="ROW,COLUMN",
+        help="pixels of the model's input whose queries the pictures show; four by default",
+    )
+    parser.add_argument(
+        "--token-grid",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="height and width, or one side, of the first block's token map; sets the input size (default: DATA.IMG_SIZE)",
+    )
     parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
+    if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
+        parser.error(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")
     from data.index import DataError
     from weights.reader import CheckpointError
 

@@ -15,7 +15,7 @@ IMPORTERS = {
     "tqdm": {"utils/log.py", "weights/download.py"},
     "termcolor": {"utils/log.py"},
     "safetensors": {"weights/reader.py"},
-    "matplotlib": {"utils/report.py"},
+    "matplotlib": {"utils/report.py", "analysis/pictures.py"},
     "torchvision": {"data/index.py", "data/transforms.py", "utils/engine.py"},
 }
 

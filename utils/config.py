@@ -156,6 +156,7 @@ def _defaults() -> CfgNode:
     cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
     cfg.SAVE_MINUTES = 15.0  # minutes after the last checkpoint at which another one is saved within an epoch; 0 for none
     cfg.EVAL_FREQ = 1  # epochs between evaluations
+    cfg.ATTENTION_IMAGE = ""  # image file whose attention maps go to TensorBoard after every evaluation; "" for none
     cfg.KEEP_CHECKPOINTS = 2  # newest checkpoints to keep, beside the best
     return cfg
 
@@ -192,7 +193,7 @@ _FAMILY_KEYS = {
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
 # Keys that hold a path: ~ is expanded.
-_PATHS = ("DATA.DATA_PATH", "DATA.INDEX_CACHE", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT")
+_PATHS = ("DATA.DATA_PATH", "DATA.INDEX_CACHE", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "ATTENTION_IMAGE")
 _PATHS += ("TEST.CLASS_MAP", "TEST.REAL_LABELS")
 # What people type -> the key that they mean.
 _ALIASES = {

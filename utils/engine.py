@@ -400,6 +400,7 @@ class Trainer:
         metrics: where numbers are written, on rank 0.
         header: what every checkpoint carries besides the state (the config, the shape of the run).
         stop: whether this process was asked to stop.
+        draw: names and matplotlib figures of a model, which the metrics show after each evaluation; None for no figures.
     """
 
     def __init__(
@@ -418,6 +419,7 @@ class Trainer:
         metrics: MetricsWriter | None = None,
         header: dict,
         stop: Callable[[], bool] = lambda: False,
+        draw: Callable[[nn.Module], Iterable[tuple[str, object]]] | None = None,
     ):
         self.state = state
         self.model = model
@@ -432,6 +434,7 @@ class Trainer:
         self.metrics = metrics
         self.header = header
         self.stop = stop
+        self.draw = draw
         self.updates_per_epoch = train_loader.updates_per_epoch
         self.phase = "start-up"
         self.reports = Reports()
@@ -644,6 +647,9 @@ class Trainer:
                 improved = True
                 position = {"epoch": epoch, "num_updates": state.num_updates}
                 state.best = {"acc1": result.acc1, "weights": weights, **position}
+        if self.metrics is not None and self.draw is not None:
+            for name, figure in self.draw(state.model):
+                self.metrics.figure(name, figure, state.num_updates)
         state.last_evaluation = state.num_updates
         return improved
 

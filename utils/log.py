@@ -222,6 +222,10 @@ class MetricsWriter:
         """image: (3, H, W) in [0, 1]."""
         self._write_event(self._event, "add_image", name, image, step)
 
+    def figure(self, name: str, figure: object, step: int) -> None:
+        """figure: of matplotlib. It is rendered in the background, so the caller must not use it afterwards."""
+        self._write_event(self._event, "add_figure", name, figure, step)
+
     def close(self) -> None:
         self._write_event(self._event, "close")
         self._write_line.flush()

@@ -2,10 +2,12 @@
 
 import base64
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 
 import scripts.visualize_attention
 from analysis.maps import capture
-from analysis.pages import CONVOLUTION, SUM, encode_maps, names_of, sample_queries, trace, write_page
+from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, names_of, sample_queries, trace, write_page
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
 from tests.launch import run_script
@@ -67,8 +69,23 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
 def test_large_maps_are_sampled_and_averaged():
     assert sample_queries((56, 7)).shape == (14 * 7, 2)
     assert sample_queries((56, 7))[-1].tolist() == [55, 6]
-    model, image = make("swin softmax, shifted")
-    assert max(max(maps.shape[-2:]) for block in trace(model, image) for maps in block.maps.values()) <= 28
+    maps = torch.arange(56.0 * 56).view(1, 1, 56, 56)
+    encoded = encode_maps(maps)
+    assert encoded["size"] == [28, 28]
+    corner = np.frombuffer(base64.b64decode(encoded["largest"]), dtype=np.float32)
+    assert corner == np.mean([54 * 56 + 54, 54 * 56 + 55, 55 * 56 + 54, 55 * 56 + 55])
+
+
+def test_the_queries_at_chosen_points_are_exact():
+    """Row 31 and column 9 of 56 are not among the 14 evenly spaced ones."""
+    point = 31.2 / 56, 9.7 / 56
+    queries = sample_queries((56, 56), [point, (1.0, 1.0)])
+    assert len(queries) == 15 * 15
+    assert queries.max() == 55
+    block = BlockMaps("block", queries, (56, 56), {})
+    query = block.query_at(point)
+    assert queries[query].tolist() == [31, 9]
+    assert block.centre(query) == pytest.approx((31.5 / 56, 9.5 / 56))
 
 
 def test_encoded_maps_are_exact_to_a_step():
@@ -158,7 +175,36 @@ def test_one_command_draws_pages_and_pictures(trained, toy_data, tmp_path):
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert "toy, auto weights of best.pth, 000.png" in (tmp_path / "000.html").read_text()
-    assert (tmp_path / "000_layers.0.blocks.0.attn.png").read_bytes().startswith(b"\x89PNG")
-    outcome = run_script(scripts.visualize_attention, [*arguments[:2], "--images", "nothing.png"], tmp_path / "log")
+    for kind in ("", "_overlay"):
+        assert (tmp_path / f"000_layers.0.blocks.0.attn{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def read_content(page: Path) -> dict:
+    return json.loads(re.search(r"const content = (.*);\n", page.read_text()).group(1))
+
+
+def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
+    """The toy model was trained at 40 pixels, a map of 10 x 10; its windows follow the map."""
+    arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--token-grid", 14, 8]
+    outcome = run_script(scripts.visualize_attention, [*arguments, "--queries", "55,31"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    content = read_content(tmp_path / "000.html")
+    assert [block["grid"] for block in content["blocks"]] == [[14, 8], [7, 4], [7, 4], [4, 2]]
+    image = Image.open(io.BytesIO(base64.b64decode(content["image"].partition(",")[2])))
+    assert image.size == (32, 56)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--images", "nothing.png"], "nothing.png: no such file or folder"),
+        (["--queries", "40,0"], "--queries 40,0: outside the model's input of 40 x 40 pixels"),
+        (["--queries", "4"], "'4': give ROW,COLUMN in pixels, such as 112,60"),
+        (["--token-grid", "8", "0"], "--token-grid 8 0: give one or two numbers above 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(trained, toy_data, tmp_path, wrong, message):
+    arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, *wrong]
+    outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "nothing.png: no such file or folder" in outcome.output
+    assert message in outcome.output

@@ -142,6 +142,13 @@ MODEL:
         ("MODEL: {TYPE: flaten_swin}", [], "did you mean 'flatten_swin'"),
         ("MODEL: {TYPE: flatten_pvt_tiny, SWIN: {EMBED_DIM: 48}}", [], "has no effect with MODEL.TYPE=flatten_pvt_tiny"),
         ("MODEL: {LA: {CSWIN_LA_SPLIT_SIZE: 7-7-7-7}}", [], "has no effect with MODEL.TYPE=flatten_swin"),
+        (
+            "MODEL: {TYPE: flatten_deit_t, DEIT: {DEPTH: 6}}",
+            [],
+            "MODEL.DEIT.DEPTH=6: has no effect with MODEL.TYPE=flatten_deit_t",
+        ),
+        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 5}}", [], "does not divide MODEL.DEIT.EMBED_DIM=192"),
+        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number from 1"),
         ("TRAIN: {LR_SCHEDULER: {DECAY_RATE: -1}}", [], "TRAIN.LR_SCHEDULER.DECAY_RATE=-1.0"),
         ("TRAIN: {OPTIMIZER: {EPS: -1}}", [], "TRAIN.OPTIMIZER.EPS=-1.0"),
         ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
@@ -180,6 +187,21 @@ def test_an_unknown_model_type_is_refused_and_never_evaluated(tmp_path):
     path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": "__import__('os')"}}))
     with pytest.raises(ConfigError, match=r"MODEL.TYPE=.*: choose one of flatten_swin"):
         load_config(path)
+
+
+def test_a_deit_takes_its_size_from_the_config(tmp_path):
+    """Parameters by hand, for C channels, N patches and L blocks of linear attention with H heads and a 5 x 5 kernel."""
+    text = """
+DATA: {IMG_SIZE: 32}
+MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24, DEPTH: 3, NUM_HEADS: 2}, LA: {ATTN_TYPE: L}}
+"""
+    model = build_model(load_config(write(tmp_path, text=text)))
+    channels, patches, depth, heads = 24, 16, 3, 2
+    stem = 3 * 8 * 8 * channels + channels + channels + (1 + patches) * channels  # patch embedding, class token, positions
+    attention = 4 * channels**2 + 4 * channels + channels // heads * 26 + channels + (1 + patches) * channels
+    block = attention + 8 * channels**2 + 5 * channels + 4 * channels
+    assert sum(parameter.numel() for parameter in model.parameters()) == stem + depth * block + 2 * channels + 11 * 10 + 14 * 10
+    assert {block.attn.num_heads for block in model.blocks} == {heads}
 
 
 def test_the_choices_are_what_the_models_offer():

@@ -1,0 +1,91 @@
+"""Pictures of attention maps, and their way to TensorBoard during training."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from analysis.pages import CONVOLUTION, SUM, BlockMaps
+from analysis.pictures import draw_forms, draw_overlays
+from tests.launch import run_main
+from tests.runs import assert_equal, toy_arguments
+from utils.checkpoint import read_checkpoint
+
+IMAGE = Image.new("RGB", (30, 20), (10, 200, 30))
+
+
+def make_block(*, is_linear: bool) -> BlockMaps:
+    """A 2 x 3 map with all six queries and two heads."""
+    torch.manual_seed(0)
+    queries = torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    maps = {"linear attention" if is_linear else "softmax attention": torch.rand(2, 6, 2, 3)}
+    if is_linear:
+        maps |= {CONVOLUTION: torch.randn(1, 6, 2, 3), SUM: torch.randn(2, 6, 2, 3)}
+    return BlockMaps("block", queries, (2, 3), maps)
+
+
+def images_of(axis) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for image in axis.get_images()]
+
+
+def test_forms_show_the_mean_over_heads_of_the_query():
+    block = make_block(is_linear=True)
+    figure = draw_forms(IMAGE, block, [(0.9, 0.1)])
+    photograph, *cells = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["query", *block.maps]
+    (marker,) = photograph.get_lines()
+    np.testing.assert_allclose(
+        marker.get_xydata(), [[4.5, 14.5]], rtol=1e-6
+    )  # centre of the token in row 1, column 0, in pixels
+    for cell, maps in zip(cells, block.maps.values(), strict=True):
+        weights = maps[:, 3].mean(dim=0)
+        np.testing.assert_allclose(images_of(cell)[0], weights, rtol=1e-6)
+        largest = weights.abs().max().item()
+        assert cell.get_images()[0].get_clim() == pytest.approx((-largest, largest))
+
+
+@pytest.mark.parametrize(("is_linear", "titles"), [(True, ["linear attention", CONVOLUTION]), (False, ["softmax attention"])])
+def test_overlays_cover_the_image_and_are_opaque_where_weights_are_large(is_linear, titles):
+    block = make_block(is_linear=is_linear)
+    figure = draw_overlays(IMAGE, block, [(0.1, 0.1), (0.9, 0.9)])
+    assert [axis.get_title() for axis in figure.axes[: 1 + len(titles)]] == ["query", *titles]
+    for cell, form in zip(figure.axes[-len(titles) :], titles, strict=True):
+        below, above = cell.get_images()
+        assert below.get_extent() == above.get_extent()
+        weights = block.maps[form][:, 5].mean(dim=0)
+        np.testing.assert_allclose(images_of(cell)[1], weights, rtol=1e-6)
+        np.testing.assert_allclose(above.get_alpha(), 0.75 * weights.abs() / weights.abs().max(), rtol=1e-5)
+
+
+def test_training_logs_the_attention_to_an_image_and_stays_the_same(trained, toy_config, toy_data, tmp_path):
+    image = toy_data / "val/class1/003.png"
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image)
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    folder = tmp_path / "toy/default"
+    with_pictures, without = read_checkpoint(folder / "best.pth"), read_checkpoint(trained)
+    for part in ("model", "optimizer", "best"):
+        assert_equal(with_pictures[part], without[part])
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    blocks = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1", "layers.2.blocks.0"]
+    assert [tag for tag in events.Tags()["images"] if tag.startswith("attention")] == [
+        f"attention/{name}.attn" for name in blocks
+    ]
+    updates = with_pictures["updates_per_epoch"]
+    for name in blocks:
+        assert [event.step for event in events.Images(f"attention/{name}.attn")] == [updates, 2 * updates]
+
+
+@pytest.mark.parametrize("content", [None, b"not an image"])
+def test_an_unreadable_attention_image_is_refused_before_the_run(toy_config, toy_data, tmp_path, content):
+    image = tmp_path / "image.png"
+    if content is not None:
+        image.write_bytes(content)
+    arguments = toy_arguments(toy_config, toy_data, tmp_path / "output", "ATTENTION_IMAGE", image)
+    outcome = run_main(arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert f"ATTENTION_IMAGE={image}: " in outcome.output
+    assert "give an image file" in outcome.output
+    assert not (tmp_path / "output/toy/default/config.yaml").exists()
