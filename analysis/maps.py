@@ -41,7 +41,7 @@ class Attention:
         grid, key_grid: token maps of queries and keys.
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
-        output: (G, N, C), before the projection; in CSwin also before its convolution of v (LePE).
+        output: (G, N, C), before the projection; for softmax attention of CSwin also before its convolution of v (LePE).
         map_grid: token map of the block, which the groups divide.
     """
 
@@ -71,17 +71,20 @@ class Attention:
         q, k = (x.transpose(1, 2).flatten(2) for x in (self.q, self.k))
         return self.module.attention_matrix(q, k, key_grid=self.key_grid, key_mask=self.key_mask)
 
-    def convolution(self, queries: Sequence[int] | None = None) -> Tensor | None:
-        """(D, R, M) weights of the depthwise convolution for R queries, all by default; the same for all heads.
+    @torch.no_grad()
+    def convolution(self, queries: Sequence[int] | None = None, *, mean: bool = False) -> Tensor | None:
+        """(C, R, M) weights of the depthwise convolution for R queries, all by default; None without a convolution.
 
-        None for an attention without convolution.
+        In CSwin, the convolution includes LePE.
+
+        Args:
+            mean: return the mean over channels, (1, R, M).
         """
-        convolution = getattr(self.module, "dwc", None)
-        if convolution is None:
+        kernel = self.module.local_filter()[0] if self.is_linear else None
+        if kernel is None:
             return None
-        return convolution_matrix(
-            convolution, self.grid, self.k.shape[2], queries=queries, num_prefix_tokens=self.num_prefix_tokens
-        )
+        kernel = kernel.mean(dim=0, keepdim=True) if mean else kernel
+        return convolution_matrix(kernel, self.grid, self.k.shape[2], queries=queries, num_prefix_tokens=self.num_prefix_tokens)
 
     @torch.no_grad()
     def twin(self, form: str) -> Tensor:
@@ -117,7 +120,7 @@ def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
 
 
 def convolution_matrix(
-    convolution: nn.Conv2d,
+    kernel: Tensor,
     grid: tuple[int, int],
     num_keys: int,
     *,
@@ -127,7 +130,7 @@ def convolution_matrix(
     """A depthwise convolution of a token map as a matrix: its output is the product with the tokens, plus the bias.
 
     Args:
-        convolution: depthwise, of stride 1.
+        kernel: (channels, 1, side, side).
         grid: token map of the queries.
         num_keys: tokens M of the values, prefix tokens included; the map is interpolated along the tokens if it is smaller.
         queries: positions among all queries, prefix tokens included; all by default.
@@ -137,15 +140,15 @@ def convolution_matrix(
     """
     height, width = grid
     queries = range(num_prefix_tokens + height * width) if queries is None else queries
-    weight = convolution.weight.detach()
-    rows = torch.zeros(len(queries), len(weight), height * width, dtype=weight.dtype, device=weight.device)
+    rows = torch.zeros(len(queries), len(kernel), height * width, dtype=kernel.dtype, device=kernel.device)
     for row, query in enumerate(queries):
         if query >= num_prefix_tokens:
             rows[row, :, query - num_prefix_tokens] = 1
     # The transpose of a convolution maps an output token to the input tokens that it is computed from.
-    maps = F.conv_transpose2d(rows.unflatten(-1, grid), weight, padding=convolution.padding, groups=len(weight)).flatten(2)
+    padding = kernel.shape[-1] // 2
+    maps = F.conv_transpose2d(rows.unflatten(-1, grid), kernel, padding=padding, groups=len(kernel)).flatten(2)
     if (stored := num_keys - num_prefix_tokens) != height * width:
-        eye = torch.eye(stored, dtype=weight.dtype, device=weight.device).unsqueeze(0)
+        eye = torch.eye(stored, dtype=kernel.dtype, device=kernel.device).unsqueeze(0)
         maps = maps @ F.interpolate(eye, size=height * width, mode="linear", align_corners=False)[0].T
     return F.pad(maps.transpose(0, 1), (num_prefix_tokens, 0))
 

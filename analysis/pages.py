@@ -33,7 +33,7 @@ class BlockMaps:
         name: of the module.
         queries: (Q, 2) row and column of the queries on the map.
         grid: height and width of the block's token map.
-        maps: form of attention -> (H, Q, kh, kw); the convolution, which all heads share, has one head.
+        maps: form of attention -> (H, Q, kh, kw); the convolution is averaged over channels and has one head.
     """
 
     name: str
@@ -89,8 +89,8 @@ def trace_module(
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
     for form in forms:
         maps[f"{form}, same q and k"] = attention.twin(form)[windows, :, tokens].transpose(0, 1)
-    if (convolution := attention.convolution(tokens.tolist())) is not None:
-        maps[CONVOLUTION] = convolution.mean(dim=0, keepdim=True)
+    if (convolution := attention.convolution(tokens.tolist(), mean=True)) is not None:
+        maps[CONVOLUTION] = convolution
         maps[SUM] = maps[own] + maps[CONVOLUTION]
     pictures = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
     return BlockMaps(attention.name, queries, grid, pictures)

@@ -60,13 +60,13 @@ class Row:
 def matrices(attention: Attention) -> dict[str, Tensor]:
     """(G, H, N, M) weights by form, without prefix tokens.
 
-    ``own`` is what the module computes; the convolution is added as the mean over the channels of a head. The other forms are
+    ``own`` is what the module computes; the convolution is added as the mean over channels. The other forms are
     computed from the same queries and keys.
     """
     prefix = attention.num_prefix_tokens
     found = {OWN: attention.matrix()[..., prefix:, prefix:]}
-    if (convolution := attention.convolution()) is not None:
-        found[WITH_CONVOLUTION] = found[OWN] + convolution[:, prefix:, prefix:].mean(dim=0)
+    if (convolution := attention.convolution(mean=True)) is not None:
+        found[WITH_CONVOLUTION] = found[OWN] + convolution[0, prefix:, prefix:]
     return found | {form: attention.twin(form)[..., prefix:, prefix:] for form in FORMS}
 
 

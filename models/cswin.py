@@ -11,6 +11,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
     PADDING,
@@ -82,7 +83,7 @@ class StripedAttention(nn.Module):
         return None if region is None else region != PADDING
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
-        """q, k, v: (B * nW, N, C); mask: (B * nW, N), False for padding."""
+        """Attention plus LePE. q, k, v: (B * nW, N, C); mask: (B * nW, N), False for padding."""
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,8 +96,6 @@ class StripedAttention(nn.Module):
             mask = mask.to(q.device).repeat(q.shape[0], 1)
         q, k, v = (partition(t, window) for t in (q, k, v))
         out = self.attend_within(q, k, v, window, mask)
-        value_map = v.transpose(1, 2).unflatten(-1, window)
-        out = out + self.get_v(value_map).flatten(2).transpose(1, 2)
         out = merge(out, window, padded)
         return out[:, : grid[0], : grid[1]] if padded != grid else out
 
@@ -112,6 +111,16 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
         return self.attend(q, k, v, grid=window, key_mask=mask)
+
+    def local_filter(self) -> tuple[Tensor, Tensor]:
+        """One convolution for rank restoration and LePE, whose kernels are added."""
+        kernel, bias = super().local_filter()
+        if kernel is None:
+            return self.get_v.weight, self.get_v.bias
+        margin = (kernel.shape[-1] - self.get_v.kernel_size[0]) // 2
+        if margin >= 0:
+            return kernel + F.pad(self.get_v.weight, (margin,) * 4), bias + self.get_v.bias
+        return F.pad(kernel, (-margin,) * 4) + self.get_v.weight, bias + self.get_v.bias
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         super().set_map_size(grid)
@@ -143,7 +152,8 @@ class SoftmaxStripes(StripedAttention):
         mask = None if mask is None else mask[:, None, None]
         attn_drop = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attn_drop)
-        return x.transpose(1, 2).flatten(2)
+        value_map = v.transpose(-2, -1).flatten(1, 2).unflatten(-1, window)
+        return x.transpose(1, 2).flatten(2) + self.get_v(value_map).flatten(2).transpose(1, 2)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
@@ -187,7 +197,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
     def attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = split_channels(self.qkv(x), 3)
         shares = zip(*(t.chunk(len(self.attns), dim=-1) for t in (q, k, v)), strict=True)
         out = [attend(*share) for attend, share in zip(self.attns, shares, strict=True)]
         return self.proj_drop(self.proj(torch.cat(out, dim=-1)))

@@ -15,6 +15,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
     Backbone,
@@ -42,7 +43,7 @@ class LinearAttention(FocusedLinearAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = split_channels(self.qkv(x), 3)
         return self.proj_drop(self.proj(self.attend(q, k, v, grid=grid)))
 
     def set_map_size(self, grid: tuple[int, int]) -> None:

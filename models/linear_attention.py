@@ -4,16 +4,14 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused_attention import EPS, focused_attention, without_autocast
 from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
-
-EPS = 1e-6
 
 
 def focus(x: Tensor, power: float) -> Tensor:
@@ -200,12 +198,23 @@ class FocusedLinearAttention(nn.Module):
             has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
             # Without any key the normaliser would be 0 / 0: attend to all keys instead, whose values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
-        out = self._mix(q, k, v, key_grid, key_mask)
-        if self.dwc is not None:
-            out = self._restore_rank(out, v, grid)
+        kernel, bias = self.local_filter()
+        if self.kind == "focused" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
+        else:  # compilers fuse the plain form themselves
+            out = self._mix(q, k, v, key_grid, key_mask)
+            if kernel is not None:
+                out = self._restore_rank(out, v, grid, kernel, bias)
         return out if has_keys is None else out * has_keys.unsqueeze(-1)
 
     forward = attend
+
+    def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
+        """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; None twice without it."""
+        if self.dwc is None:
+            return None, None
+        # All heads share the filters. Repeating the filters keeps the map a view; splitting the map would copy it.
+        return self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
 
     def attention_matrix(
         self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
@@ -262,9 +271,7 @@ class FocusedLinearAttention(nn.Module):
             )
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-        # Sums of cubed values over thousands of keys overflow or lose digits in half precision: always compute in fp32.
-        device = q.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(q.device):
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
             if self.kind == "focused":
@@ -289,15 +296,43 @@ class FocusedLinearAttention(nn.Module):
     def _split_heads(x: Tensor, num_heads: int) -> Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
 
-    def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _attend_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        key_grid: tuple[int, int],
+        key_mask: Tensor | None,
+        kernel: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        same_map = q.shape[1] == k.shape[1]
+        out = focused_attention(
+            q,
+            k,
+            v,
+            position=resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens),
+            scale=F.softplus(self.scale),
+            kernel=kernel if same_map else None,
+            bias=bias if same_map else None,
+            key_weight=None if key_mask is None else key_mask / _num_keys(key_mask),
+            num_heads=self.num_heads,
+            power=self.focusing_factor if self.focusing else 1,
+            grid=grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+        return out if same_map or kernel is None else self._restore_rank(out, v, grid, kernel, bias)
+
+    def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int], kernel: Tensor, bias: Tensor) -> Tensor:
         prefix, (height, width) = self.num_prefix_tokens, grid
         value_map = v[:, prefix:].transpose(1, 2)  # (B, C, M)
         if value_map.shape[-1] != height * width:
             # Interpolate along the flattened tokens, not over the map: released weights were trained with that.
             value_map = F.interpolate(value_map, size=height * width, mode="linear", align_corners=False)
-        # All heads share the filters. Repeating the filters keeps the map a view; splitting the map would copy it.
-        weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
-        restored = F.conv2d(value_map.unflatten(-1, (height, width)), weight, bias, padding=self.dwc.padding, groups=self.dim)
+        restored = F.conv2d(
+            value_map.unflatten(-1, (height, width)), kernel, bias, padding=kernel.shape[-1] // 2, groups=self.dim
+        )
         restored = restored.flatten(2).transpose(1, 2)  # (B, N, C)
         if prefix:
             restored = F.pad(restored, (0, 0, prefix, 0))

@@ -13,6 +13,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
     Backbone,
@@ -51,7 +52,7 @@ class Reduction(nn.Module):
         q, keys = self.q(x.flatten(1, 2)), x
         if self.reduction > 1:
             keys = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        k, v = self.kv(keys.flatten(1, 2)).chunk(2, dim=-1)
+        k, v = split_channels(self.kv(keys.flatten(1, 2)), 2)
         return q, k, v, tuple(keys.shape[1:3])
 
 

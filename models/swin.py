@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
     PADDING,
@@ -43,7 +44,7 @@ class LinearWindowAttention(FocusedLinearAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = split_channels(self.qkv(x), 3)
         key_mask = None if region is None else (region != PADDING).repeat(x.shape[0] // region.shape[0], 1)
         x = self.attend(q, k, v, grid=window, key_mask=key_mask)
         return self.proj_drop(self.proj(x))

@@ -82,9 +82,9 @@ def test_weights_times_values_are_the_output_of_the_module(case):
             values = attention.v.transpose(-2, -1).flatten(1, 2)  # (G, C, M)
             out = (matrix @ values.unsqueeze(-1)).squeeze(-1).unflatten(1, attention.v.shape[1::2]).transpose(-2, -1)
         if (convolution := attention.convolution()) is not None:
-            local = torch.einsum("dnm,ghmd->ghnd", convolution, attention.v)
-            local[:, :, attention.num_prefix_tokens :] += attention.module.dwc.bias.detach()
-            out = out + local
+            local = torch.einsum("cnm,gmc->gnc", convolution, attention.v.transpose(1, 2).flatten(2))
+            local[:, attention.num_prefix_tokens :] += attention.module.local_filter()[1].detach()
+            out = out + local.unflatten(-1, attention.v.shape[1::2]).transpose(1, 2)
         out = out.transpose(1, 2).flatten(2)
         if attention.key_mask is not None:
             out = out * attention.key_mask.any(dim=1)[:, None, None]
@@ -104,8 +104,8 @@ def test_rows_sum_to_one_where_they_are_normalised():
 
 def test_rows_of_the_convolution_may_be_chosen():
     convolution = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3)
-    whole = convolution_matrix(convolution, (4, 6), 24)
-    torch.testing.assert_close(convolution_matrix(convolution, (4, 6), 24, queries=[7, 3]), whole[:, [7, 3]])
+    whole = convolution_matrix(convolution.weight.detach(), (4, 6), 24)
+    torch.testing.assert_close(convolution_matrix(convolution.weight.detach(), (4, 6), 24, queries=[7, 3]), whole[:, [7, 3]])
     values = torch.randn(1, 3, 4, 6)
     expected = convolution(values) - convolution.bias[:, None, None]
     torch.testing.assert_close((whole @ values.flatten(2)[0].unsqueeze(-1))[..., 0], expected[0].flatten(1))

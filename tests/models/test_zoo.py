@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
 from models.cswin import CSwinTransformer
-from models.linear_attention import KINDS
+from models.linear_attention import KINDS, focus
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, formula_image
 from utils.checkpoint import load_weights
@@ -278,25 +279,33 @@ def test_input_channels_are_an_argument(name, chans):
 
 
 def naive_stripes(attention, q, k, v, window):
-    """Stripes one by one, the real tokens of each alone."""
+    """Stripes one by one, the real tokens of each alone: attention, rank restoration and LePE, each on its own."""
     out = torch.zeros_like(q)
     height, width = q.shape[1:3]
+    num_heads, head_dim = attention.num_heads, q.shape[-1] // attention.num_heads
     for top in range(0, height, window[0]):
         for left in range(0, width, window[1]):
             box = (slice(None), slice(top, top + window[0]), slice(left, left + window[1]))
             grid = tuple(q[box].shape[1:3])
-            tokens = [t[box].flatten(1, 2) for t in (q, k, v)]
+            queries, keys, values = (t[box].flatten(1, 2) for t in (q, k, v))
+            maps = v[box].permute(0, 3, 1, 2)
             if hasattr(attention, "positional_encoding"):
-                table = attention.positional_encoding.unflatten(1, attention.grid)[:, : grid[0], : grid[1]].flatten(1, 2)
-                tokens[1] = tokens[1] + table
-                saved, attention.positional_encoding.data = attention.positional_encoding.data, torch.zeros_like(table)
-                native, attention.grid, attention.key_grid = attention.grid, grid, grid
-                mixed = attention.attend(*tokens)
-                attention.positional_encoding.data, attention.grid, attention.key_grid = saved, native, native
+                keys = keys + attention.positional_encoding.unflatten(1, attention.grid)[:, : grid[0], : grid[1]].flatten(1, 2)
+            queries, keys, values = (t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in (queries, keys, values))
+            if hasattr(attention, "positional_encoding"):
+                queries, keys = (t.transpose(1, 2).flatten(2) for t in (queries, keys))
+                scale = F.softplus(attention.scale)
+                queries, keys = (focus((F.relu(t) + 1e-6) / scale, 3) for t in (queries, keys))
+                queries, keys = (t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in (queries, keys))
+                similarity = queries @ keys.transpose(-2, -1)
+                mixed = similarity @ values / (similarity.sum(dim=-1, keepdim=True) + 1e-6 * similarity.shape[-1])
+                heads = maps.unflatten(1, (num_heads, head_dim)).flatten(0, 1)
+                restored = attention.dwc(heads).unflatten(0, (-1, num_heads)).flatten(1, 2).permute(0, 2, 3, 1)
             else:
-                mixed = attention.attend_within(*tokens, grid, None)
-            position = attention.get_v(v[box].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            out[box] = mixed.unflatten(1, grid) + position
+                mixed = (queries @ keys.transpose(-2, -1) / head_dim**0.5).softmax(dim=-1) @ values
+                restored = 0
+            position = attention.get_v(maps).permute(0, 2, 3, 1)
+            out[box] = mixed.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + position
     return out
 
 

@@ -1,0 +1,196 @@
+"""The operator's own backward pass against the plain form, which autograd differentiates."""
+
+import contextlib
+
+import pytest
+import torch
+
+import models.fused_attention
+from models.fused_attention import Blocks, split_channels
+from models.linear_attention import FocusedLinearAttention
+
+H, D = 3, 4
+C = H * D
+
+
+def random_operator(grid, **options) -> FocusedLinearAttention:
+    torch.manual_seed(0)
+    operator = FocusedLinearAttention(C, H, grid, **options).double()
+    for parameter in operator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return operator
+
+
+def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(num_images, count, C) for count in (num_queries, num_keys, num_keys)]
+    return [(std * torch.randn(shape, generator=generator).double()).requires_grad_() for shape in shapes]
+
+
+@contextlib.contextmanager
+def plain_form():
+    """The branch that compilers take, without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        yield
+
+
+def outputs_and_gradients(operator, tokens, **options):
+    out = operator(*tokens, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    return out, torch.autograd.grad((out * weights).sum(), [*tokens, *operator.parameters()])
+
+
+def assert_equals_plain_form(operator, tokens, **options):
+    out, gradients = outputs_and_gradients(operator, tokens, **options)
+    with plain_form():
+        expected_out, expected = outputs_and_gradients(operator, tokens, **options)
+    torch.testing.assert_close(out, expected_out)
+    for gradient, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(*tokens, **options), expected_out)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"focusing_factor": 1},
+        {"focusing_factor": 2.5},
+        {"focusing_factor": 32},
+        {"focusing": False},
+        {"rank_restoration": False},
+        {"kernel_size": 3},
+    ],
+    ids=str,
+)
+def test_values_and_gradients_are_those_of_the_plain_form(options, prefix):
+    operator = random_operator((4, 5), num_prefix_tokens=prefix, **options)
+    assert_equals_plain_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
+
+
+@pytest.mark.parametrize("key_grid", [(2, 3), (1, 1)])
+def test_reduced_keys_have_the_same_gradients(key_grid):
+    operator = random_operator((4, 5), key_grid=key_grid)
+    assert_equals_plain_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
+
+
+def test_masked_keys_have_the_same_gradients():
+    operator = random_operator((4, 5))
+    mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[1] = False  # an image without keys
+    assert_equals_plain_form(operator, random_tokens(3, 20, 20), key_mask=mask)
+
+
+def test_another_map_resizes_the_positional_encoding():
+    assert_equals_plain_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
+
+
+@pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
+def test_the_epsilons_have_their_share_in_the_gradients(std):
+    """With tiny inputs the epsilons decide, and where q or k is negative in all channels they alone are left."""
+    operator = random_operator((4, 5))
+    q, k, v = random_tokens(2, 20, 20, std=std)
+    with torch.no_grad():
+        q[:, 3] = -q[:, 3].abs()
+        k[:, 5] = -10 - k[:, 5].abs()
+    assert_equals_plain_form(operator, [q, k, v])
+
+
+@pytest.mark.parametrize("limit", [C, 7 * C, 20 * C, 45 * C])
+@pytest.mark.parametrize("num_keys", [20, 6])
+def test_blocks_of_any_size_give_the_same(monkeypatch, limit, num_keys):
+    """Blocks of a token, of some tokens, of an image and of two images."""
+    monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
+    operator = random_operator((4, 5), key_grid=(4, 5) if num_keys == 20 else (2, 3))
+    assert_equals_plain_form(operator, random_tokens(5, 20, num_keys))
+
+
+@pytest.mark.parametrize(
+    ("limit", "images", "tokens"), [(1, 5, 5), (4, 5, 3), (7, 5, 2), (12, 5, 1), (24, 3, 1), (10**6, 1, 1)]
+)
+def test_blocks_cover_images_and_tokens_once(monkeypatch, limit, images, tokens):
+    monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
+    blocks = Blocks(5, 5, 2, torch.device("cpu"))
+    parts = [list(blocks.images()), list(blocks.tokens(5))]
+    assert [len(part) for part in parts] == [images, tokens]
+    for part in parts:
+        assert [position for piece in part for position in range(5)[piece]] == list(range(5))
+
+
+def test_other_devices_take_all_in_one_block():
+    blocks = Blocks(64, 10_000, 768, torch.device("meta"))
+    assert len(list(blocks.images())) == len(list(blocks.tokens(10_000))) == 1
+
+
+def test_gradients_are_those_of_finite_differences():
+    operator = random_operator((2, 3))
+    tokens = random_tokens(2, 6, 6)
+    names = dict(operator.named_parameters())
+
+    def run(q, k, v, *values):
+        return torch.func.functional_call(operator, dict(zip(names, values, strict=True)), (q, k, v))
+
+    assert torch.autograd.gradcheck(run, [*tokens, *names.values()], fast_mode=False)
+
+
+def test_a_second_derivative_is_refused():
+    operator = random_operator((2, 3))
+    tokens = random_tokens(1, 6, 6)
+    (gradient,) = torch.autograd.grad(operator(*tokens).square().sum(), tokens[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_gradients_of_float32_up_to_its_rounding(dtype):
+    operator = random_operator((8, 8)).float()
+    tokens = [tokens.detach().float().requires_grad_() for tokens in random_tokens(2, 64, 64)]
+    _, exact = outputs_and_gradients(operator, tokens)
+    with torch.autocast("cpu", dtype=dtype):
+        halves = [part.detach().to(dtype).requires_grad_() for part in tokens]
+        out, rounded = outputs_and_gradients(operator, halves)
+    assert out.dtype == dtype
+    assert [gradient.dtype for gradient in rounded] == 3 * [dtype] + [torch.float32] * 4
+    for gradient, expected in zip(rounded, exact, strict=True):
+        error = (gradient.float() - expected).norm() / expected.norm()
+        assert error < 16 * torch.finfo(dtype).eps
+
+
+def test_gradients_of_one_projection_are_not_copied(monkeypatch):
+    operator = random_operator((4, 5)).float()
+    packed = torch.randn(2, 20, 3 * C).requires_grad_()
+
+    def gradient_of(split) -> torch.Tensor:
+        out = operator(*split(packed))
+        return torch.autograd.grad((out * torch.arange(C)).sum(), packed)[0]
+
+    expected = gradient_of(lambda x: x.chunk(3, dim=-1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("copied"))
+        torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
+    # Parts that are used otherwise too have separate gradients, which are joined by a copy.
+    out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
+    assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
+    q, _, v = split_channels(packed, 3)
+    (gradient,) = torch.autograd.grad((q + 3 * v).sum(), packed)
+    assert torch.equal(gradient, torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(C).expand_as(packed))
+
+
+def test_the_forward_pass_keeps_no_map_for_the_backward_pass():
+    """Only inputs and small summaries: not even one more map of the size of q."""
+    operator = random_operator((8, 8))
+    tokens = random_tokens(2, 64, 64)
+    inputs = {part.data_ptr() for part in [*tokens, *operator.parameters()]}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in inputs:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        operator(*tokens)
+    assert sum(kept.values()) < tokens[0].numel()
