@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ class DeviceLoader:
 
     Args:
         max_unreadable: images that may turn out unreadable before an error ends the run.
+
+    Attributes:
+        seconds_waited: time spent waiting for batches of the workers, without copies to the device.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class DeviceLoader:
     ):
         self.loader, self.normalize, self.device, self.erase = loader, normalize, device, erase
         self.max_unreadable, self.unreadable = max_unreadable, set()
+        self.seconds_waited = 0.0
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -79,8 +84,9 @@ class DeviceLoader:
         """
         batches = iter(self.loader)
         for number in itertools.count():
+            started = time.monotonic()
             try:
-                yield next(batches)
+                batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -94,6 +100,8 @@ class DeviceLoader:
                     f"images in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same "
                     "command resumes"
                 ) from None
+            self.seconds_waited += time.monotonic() - started
+            yield batch
 
     def count(self, faults: list[tuple[int, str]]) -> None:
         """Tell of unreadable images, each once.

@@ -44,6 +44,8 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log images per second of the forward pass on random images, with the model and the device."""
     build_arithmetic(cfg)
     model = build_model(cfg).to(world.device).eval()
+    if cfg.TRAIN.COMPILE:
+        model = torch.compile(model)
     height, width = image_size(cfg)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, height, width, device=world.device)
     precision = amp_dtype(cfg)

@@ -228,7 +228,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
             cfg.TRAIN.BASE_LR * recipe / REFERENCE_BATCH,
             _batch_advice(recipe, images // steps, num_images) if images != recipe else "",
         )
-        log_ema(cfg, epochs * updates_per_epoch)
+        log_ema(cfg, epochs * updates_per_epoch, world)
 
 
 def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
@@ -240,9 +240,16 @@ def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
     return f". The learning rate follows; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
 
 
-def log_ema(cfg: CfgNode, num_updates: int) -> None:
-    """Warn of an average over more updates than the run has: it would keep much of the initial weights."""
-    if not cfg.EMA.ENABLED or cfg.EMA.DECAY >= 1:
+def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
+    """Warn of an average that is slow, or that would keep much of the initial weights because the run is short."""
+    if not cfg.EMA.ENABLED:
+        return
+    if cfg.EMA.FORCE_CPU and world.device.type != "cpu":
+        logger.warning(
+            "EMA.FORCE_CPU copies all weights to host memory at every update, which the GPU waits for; use it only if GPU "
+            "memory does not suffice"
+        )
+    if cfg.EMA.DECAY >= 1:
         return
     averaged = 1 / (1 - cfg.EMA.DECAY)
     if averaged > num_updates:

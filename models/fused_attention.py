@@ -357,8 +357,11 @@ class _SplitChannels(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor):
         first, width = gradients[0], gradients[0].shape[-1]
+        storage, offset = first.untyped_storage()._cdata, first.storage_offset()
         adjacent = all(
-            part.stride() == first.stride() and part.data_ptr() == first.data_ptr() + index * width * first.element_size()
+            part.untyped_storage()._cdata == storage
+            and part.storage_offset() == offset + index * width
+            and part.stride() == first.stride()
             for index, part in enumerate(gradients)
         )
         return first.as_strided(ctx.shape, first.stride()) if adjacent else torch.cat(gradients, dim=-1), None

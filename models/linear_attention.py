@@ -88,6 +88,20 @@ def _num_keys(key_mask: Tensor | None) -> Tensor | None:
     return None if key_mask is None else key_mask.sum(dim=-2, keepdim=True)
 
 
+def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
+    """Interpolate linearly along the flattened tokens, not over the map: released weights were trained with that.
+
+    The same as ``F.interpolate(mode="linear")`` of the channels, which is slow on GPUs. (B, M, C) -> (B, num_tokens, C).
+    """
+    num_stored = x.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    position = (torch.arange(num_tokens, device=x.device, dtype=dtype) + 0.5) * (num_stored / num_tokens) - 0.5
+    position = position.clamp(0, num_stored - 1)
+    lower = position.long()
+    upper = (lower + 1).clamp(max=num_stored - 1)
+    return torch.lerp(x[:, lower], x[:, upper], (position - lower).to(x.dtype).unsqueeze(-1))
+
+
 class _Compared(NamedTuple):
     attend: Callable[..., Tensor]
     single_head: bool = False
@@ -326,10 +340,10 @@ class FocusedLinearAttention(nn.Module):
 
     def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int], kernel: Tensor, bias: Tensor) -> Tensor:
         prefix, (height, width) = self.num_prefix_tokens, grid
-        value_map = v[:, prefix:].transpose(1, 2)  # (B, C, M)
-        if value_map.shape[-1] != height * width:
-            # Interpolate along the flattened tokens, not over the map: released weights were trained with that.
-            value_map = F.interpolate(value_map, size=height * width, mode="linear", align_corners=False)
+        values = v[:, prefix:]
+        if values.shape[1] != height * width:
+            values = stretch_tokens(values, height * width)
+        value_map = values.transpose(1, 2)  # (B, C, N)
         restored = F.conv2d(
             value_map.unflatten(-1, (height, width)), kernel, bias, padding=kernel.shape[-1] // 2, groups=self.dim
         )

@@ -1,6 +1,7 @@
 """What several test files share: the reference's formulas, toy data, and whole runs in processes of their own."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if "FLATTEN_TEST_GPU" not in os.environ:
+    # The tests compare numbers of the CPU and start more processes than there may be GPUs, so they do not see any.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 REFERENCE = Path(__file__).parent / "reference"
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -182,10 +182,9 @@ def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeyp
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-        build_arithmetic(load_config(toy_config, ["TF32", True]))
-        assert torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
         build_arithmetic(load_config(toy_config))
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark
 
 

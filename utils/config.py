@@ -123,7 +123,7 @@ def _defaults() -> CfgNode:
     cfg.AUG.CUTMIX_MINMAX = None  # [smallest, largest] side of the patch, instead of CUTMIX
     cfg.AUG.MIXUP_PROB = 1.0  # of mixing a batch at all
     cfg.AUG.MIXUP_SWITCH_PROB = 0.5  # of cutmix where both are on
-    cfg.AUG.MIXUP_MODE = "batch"  # batch, pair or elem
+    cfg.AUG.MIXUP_MODE = "batch"  # batch, pair or elem; pair and elem mix image by image, which is slow on a GPU
 
     cfg.EMA = CfgNode()
     cfg.EMA.ENABLED = False  # keep and evaluate an average of the weights (--model-ema, --no-model-ema)
@@ -147,7 +147,7 @@ def _defaults() -> CfgNode:
     cfg.OUTPUT = "output"  # runs go to <OUTPUT>/<MODEL.NAME>/<TAG>
     cfg.TAG = "default"  # names the run (--tag)
     cfg.DETERMINISTIC = "off"  # deterministic algorithms: off, warn (where an operation has none) or error
-    cfg.TF32 = False  # compute fp32 products and convolutions of GPUs in TF32: faster, with 10 bits of mantissa
+    cfg.TF32 = True  # compute fp32 products and convolutions on GPUs in TF32, as torch 1.11 did: faster, 10 bits of mantissa
     cfg.CUDNN_BENCHMARK = True  # let cuDNN time its algorithms for each new shape; without effect with DETERMINISTIC
     cfg.SEED = 0  # of weights, order, augmentation, mixing and drop path
     cfg.COLLECTIVE_TIMEOUT = 600.0  # seconds after which a process that the others wait for is an error

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -62,7 +63,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         timeout_seconds: after which a process that does not start, or does not join a collective, is an error.
 
     Raises:
-        MissingDeviceError: fewer GPUs than processes.
+        MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
         LostRankError: a process did not start.
     """
     launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
@@ -77,6 +78,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
+        check_driver()
         device = torch.device("cpu")
     if not launched:
         return World(rank, local_rank, size, device)
@@ -100,6 +102,19 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             f"rank {rank} has no connection to the others within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
         ) from None
     return World(rank, local_rank, size, device, store, patient)
+
+
+def check_driver(device_file: Path = Path("/dev/nvidia0")) -> None:
+    """
+    Raises:
+        MissingDeviceError: torch cannot use a GPU of this machine, so training would silently take the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and device_file.exists() and not hidden:
+        raise MissingDeviceError(
+            f"this machine has an NVIDIA GPU ({device_file}), but torch {torch.__version__} cannot use it: check nvidia-smi, "
+            "and update the driver or install a torch for its CUDA version; to use the CPU, set CUDA_VISIBLE_DEVICES=-1"
+        )
 
 
 def meet(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:

@@ -603,9 +603,7 @@ class Trainer:
         """Images and targets of every forward pass, the model's own draws (drop path, dropout) seeded for each."""
         forward_pass = self.state.num_updates * self.recipe.accumulation
         while True:
-            waiting = time.monotonic()
             batch = next(batches, None)
-            meter.wait += time.monotonic() - waiting
             if batch is None:
                 return
             if forward_pass == 0:
@@ -713,7 +711,7 @@ class Meter:
 
     def restart(self) -> None:
         self.started = time.monotonic()
-        self.wait = 0.0
+        self.waited_before = self.trainer.train_loader.seconds_waited
         self.images = 0
         self.reports: list[Report] = []
 
@@ -735,7 +733,7 @@ class Meter:
             "lr": trainer.learning_rate(state.num_updates - 1),
             "grad_norm": self.reports[-1].grad_norm,
             "images_per_second": self.images / seconds,
-            "data_wait": self.wait / seconds,
+            "data_wait": (trainer.train_loader.seconds_waited - self.waited_before) / seconds,
             "memory_mib": _peak_memory(trainer.world.device) / 2**20,
         }
         if state.scales_loss:

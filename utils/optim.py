@@ -37,7 +37,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     # One kernel for all parameters, where the device has it.
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained.values())
     if options.NAME == "sgd":
-        return SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
+        sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
+        if options.MOMENTUM > 0:
+            # At a first step that the scaler skips, fused SGD would leave its momentum uninitialised.
+            for parameter in trained.values():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return AdamW(groups, lr=cfg.TRAIN.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=fused)
 
 

@@ -739,3 +739,30 @@ def test_real_labels_are_looked_up_by_the_images_number(tmp_path):
     assert read_real_labels(tmp_path / "real.json", names) == [[1, 2], []]
     with pytest.raises(DataError, match=r"has no labels of cat\.jpg"):
         read_real_labels(tmp_path / "real.json", ["cat.jpg"])
+
+
+def test_waiting_time_is_that_of_the_loader_alone(toy_config, toy_data, monkeypatch):
+    """Not that of work on the device, which would be the consumer's."""
+    loader = build_eval_loader(
+        config(toy_config, toy_data),
+        build_datasets(config(toy_config, toy_data), training=False).val,
+        rank=0,
+        world_size=1,
+        device=CPU,
+    )
+    read, normalize = type(loader.loader.dataset).__getitem__, loader.normalize
+
+    def slow_read(dataset, key):
+        time.sleep(0.02)
+        return read(dataset, key)
+
+    def slow_normalize(images):
+        time.sleep(0.2)
+        return normalize(images)
+
+    monkeypatch.setattr(type(loader.loader.dataset), "__getitem__", slow_read)
+    loader.normalize = slow_normalize
+    started = time.monotonic()
+    num_batches = sum(1 for _ in loader)
+    elapsed = time.monotonic() - started
+    assert 33 * 0.02 <= loader.seconds_waited < elapsed - 0.2 * num_batches + 0.05

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.linear_attention import KINDS, FocusedLinearAttention, focus, linear_attention
+from models.linear_attention import KINDS, FocusedLinearAttention, focus, linear_attention, stretch_tokens
 
 B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
@@ -247,3 +247,10 @@ def test_values_of_another_number_than_keys_are_refused():
     q, k, v = random_inputs()
     with pytest.raises(ValueError, match="v has 29 tokens"):
         random_operator()(q, k, v[:, 1:])
+
+
+@pytest.mark.parametrize(("num_stored", "num_tokens"), [(49, 3136), (49, 196), (6, 20), (1, 9), (7, 5), (4, 4)])
+def test_stretched_tokens_are_those_of_linear_interpolation(num_stored, num_tokens):
+    x = torch.randn(2, num_stored, 3, dtype=torch.double, requires_grad=True)
+    expected = F.interpolate(x.transpose(1, 2), size=num_tokens, mode="linear", align_corners=False).transpose(1, 2)
+    assert_same_forward_and_backward(stretch_tokens(x, num_tokens), expected, [x])

@@ -16,7 +16,16 @@ import torch.distributed as dist
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
 from utils.arguments import prints_mistakes
-from utils.distributed import LostRankError, OtherRankError, meet, on_all, setup, sum_over_processes
+from utils.distributed import (
+    LostRankError,
+    MissingDeviceError,
+    OtherRankError,
+    check_driver,
+    meet,
+    on_all,
+    setup,
+    sum_over_processes,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -87,3 +96,20 @@ def test_a_signal_while_packages_are_imported_stops_training_before_its_first_up
         process.send_signal(signal.SIGUSR1)
         assert process.wait(120) == 75
     assert "stopped before the first update" in (tmp_path / "log").read_text()
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(monkeypatch, tmp_path):
+    """Otherwise a driver that is too old makes every process train on the CPU."""
+    device_file = tmp_path / "nvidia0"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_driver(device_file)
+    device_file.touch()
+    with pytest.raises(MissingDeviceError, match="update the driver or install a torch for its CUDA version"):
+        check_driver(device_file)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        check_driver(device_file)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)  # a torch for the CPU
+    check_driver(device_file)

@@ -3,7 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from models import create_model
 from tests.conftest import CONFIGS
 from utils.config import load_config
 from utils.distributed import World, wrap
@@ -132,3 +135,66 @@ def test_evaluation_counts_by_hand(num_classes):
     assert result.loss == pytest.approx(expected, rel=1e-6)
     # Among three classes every top-5 is correct: it says nothing, and is left out.
     assert str(result) == {3: " * Acc@1 33.333", 10: " * Acc@1 10.000 Acc@5 50.000"}[num_classes]
+
+
+class HostAccess(TorchDispatchMode):
+    """Records what would make the host wait for a GPU: values that are read, and copies between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        mixed = len({tensor.device.type for tensor in tensors if tensor.numel() > 1}) > 1
+        if mixed or function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.found.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
+def test_no_model_reads_values_or_copies_between_devices_in_training(name):
+    """The meta device has no values: reading one is an error there, and a tensor made on the host would be mixed in."""
+    model = create_model(name, device="meta", drop_path_rate=0.1).train()
+    images, targets = torch.empty(2, 3, 224, 224, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    with HostAccess() as access:
+        nn.CrossEntropyLoss(label_smoothing=0.1)(model(images), targets).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    assert access.found == []
+    with HostAccess() as access:
+        torch.ones(3).max().item()
+        torch.empty(2).to("meta")
+    assert access.found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_reads_no_value(dtype, optimizer_name):
+    model, optimizer, scaler, average = setup("TRAIN.OPTIMIZER.NAME", optimizer_name)
+    batches = [(torch.randn(8, 6), torch.randint(0, 3, (8,)))]
+    step(model, optimizer, scaler, batches, 1.0, dtype)  # creates the state
+    average.update(model)
+    with HostAccess() as access:
+        step(model, optimizer, scaler, batches, 1.0, dtype)
+        average.update(model)
+    assert access.found == []
+
+
+def test_sgd_survives_a_first_update_that_is_skipped():
+    """Its momentum would be uninitialised memory otherwise; filled with NaN here, so that any use of it shows."""
+    torch.use_deterministic_algorithms(True)  # fills empty tensors
+    try:
+        model, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "AMP", True, "AMP_DTYPE", "fp16")
+        expected = copy.deepcopy(model)
+        for gradient in (float("inf"), 1.0):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        for parameter, before in zip(model.parameters(), expected.parameters(), strict=True):
+            assert parameter.isfinite().all()
+            assert not torch.equal(parameter, before)
+    finally:
+        torch.use_deterministic_algorithms(False)
