@@ -7,10 +7,12 @@ the results, not to the features. On a CPU the work is done in blocks that fit i
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
 
-For each token, with x = (relu(input) + EPS) / scale and t = x / max(x), the feature f_p(x) is c * u, where u = t^p and
-c = |x| / |u|. With e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
+For each token, with x = (relu(input) + EPS) / scale, the feature f_p(x) is c * u, where u = x^p and c = |x| / |u|. With
+e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
 
     u_q S / (u_q s + EPS / c).
+
+For large p, where x^p could overflow, t = x / max(x) takes the place of x in u, and c = max(x) |t| / |u|.
 """
 
 from collections.abc import Iterator
@@ -18,26 +20,36 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
 BLOCK_ON_CPU = 2**19  # elements of a map; larger blocks leave the caches, smaller ones spend their time on calls
 
 
+LARGEST_SAFE_POWER = 3  # |x^p| is finite in float32 for x up to 10^(38 / 2p), which is 2e6 for 3
+
+
 class Features(NamedTuple):
-    """Features of a block of tokens, split into heads. Per token: (b, 1, n, 1)."""
+    """Features of a block of tokens, split into heads, and their statistics."""
 
     positive: Tensor  # (b, H, n, D), relu(input)
     unit: Tensor  # (b, H, n, D), t
     powers: Tensor  # (b, H, n, D), u
-    largest: Tensor  # per token: max(x)
-    unit_norm: Tensor  # per token: |t|
-    powers_norm: Tensor  # per token: |u|
+    statistics: Tensor  # (3, b, 1, n, 1), per token: max(x), |t| and |u|
+
+    @property
+    def unit_norm(self) -> Tensor:
+        return self.statistics[1]
+
+    @property
+    def powers_norm(self) -> Tensor:
+        return self.statistics[2]
 
     @property
     def factor(self) -> Tensor:
         """c, per token."""
-        return self.largest * self.unit_norm / self.powers_norm
+        return self.statistics[0] * self.statistics[1] / self.statistics[2]
 
 
 class Scratch:
@@ -98,18 +110,18 @@ class _FocusedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, grid, num_prefix):
         run = _Run(q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix)
         with without_autocast(q.device):
-            out, summary = run.forward(bias)
-        ctx.save_for_backward(q, k, v, position, scale, kernel, key_weight, summary)
+            out, *kept = run.forward(bias)
+        ctx.save_for_backward(q, k, v, position, scale, kernel, key_weight, *kept)
         ctx.options = num_heads, power, grid, num_prefix
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        q, k, v, position, scale, kernel, key_weight, summary = ctx.saved_tensors
+        q, k, v, position, scale, kernel, key_weight, *kept = ctx.saved_tensors
         run = _Run(q, k, v, position, scale, kernel, key_weight, *ctx.options)
         with without_autocast(q.device):
-            gradients = run.backward(gradient, summary)
+            gradients = run.backward(gradient, *kept)
         return *gradients, None, None, None, None, None
 
 
@@ -130,8 +142,13 @@ class _Run:
 
     # Both passes
 
-    def features(self, tokens: Tensor, position: Tensor | None = None) -> Features:
-        """tokens: (b, n, C); position: (1, n, C), added to them."""
+    def features(self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, known: bool) -> Features:
+        """
+        Args:
+            tokens: (b, n, C).
+            statistics: (3, b, 1, n, 1); computed and written unless they are known.
+            position: (1, n, C), added to the tokens.
+        """
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
         if position is None:
@@ -139,13 +156,21 @@ class _Run:
         else:
             torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
-        largest = unit.amax(dim=-1, keepdim=True).amax(dim=1, keepdim=True)
-        unit.div_(largest)
+        if self.power > LARGEST_SAFE_POWER:
+            if not known:
+                torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
+            unit.div_(statistics[0])
         torch.pow(unit, self.power, out=powers)
-        return Features(positive, unit, powers, largest, norm_over_channels(unit), norm_over_channels(powers))
+        if not known:
+            statistics[1] = norm_over_channels(unit)
+            statistics[2] = norm_over_channels(powers)
+        return Features(positive, unit, powers, statistics)
 
-    def key_features(self, images: slice, tokens: slice) -> Features:
-        return self.features(self.k[images, tokens], self.position[:, tokens])
+    def query_features(self, images: slice, tokens: slice, statistics: Tensor, *, known: bool) -> Features:
+        return self.features(self.q[images, tokens], statistics[:, images, :, tokens], known=known)
+
+    def key_features(self, images: slice, tokens: slice, statistics: Tensor, *, known: bool) -> Features:
+        return self.features(self.k[images, tokens], statistics[:, images, :, tokens], self.position[:, tokens], known=known)
 
     def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
         """c / M of each key, 0 for keys to ignore. (b, 1, n, 1)."""
@@ -168,54 +193,52 @@ class _Run:
         product[..., -1:] += EPS / queries.factor
         return product[..., :-1], product[..., -1:]
 
-    def value_maps(self, images: slice) -> Tensor:
-        """(b, C, height, width), dense and channels last."""
-        return self.as_maps(self.v[images])
-
     def as_maps(self, tokens: Tensor) -> Tensor:
         """(b, n, C) -> (b, C, height, width), dense and channels last, without prefix tokens."""
         tokens = tokens[:, self.num_prefix :].contiguous()
         return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
 
+    def as_tokens(self, maps: Tensor) -> Tensor:
+        """The inverse, split into heads, with zeros for prefix tokens: (b, H, n, D)."""
+        tokens = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.dtype)
+        return split_heads(F.pad(tokens, (0, 0, self.num_prefix, 0)) if self.num_prefix else tokens, self.num_heads)
+
     # Forward
 
-    def forward(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output (B, N, C) and summaries (B, H, D, D + 1)."""
+    def forward(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output (B, N, C), summaries (B, H, D, D + 1), and statistics of queries and keys."""
         out = self.v.new_empty(self.num_images, self.num_queries, self.channels)
         summaries = self.q.new_zeros(self.num_images, self.num_heads, self.head_dim, self.head_dim + 1, dtype=self.dtype)
+        of_queries, of_keys = (
+            self.q.new_ones(3, self.num_images, 1, count, 1, dtype=self.dtype) for count in (self.num_queries, self.num_keys)
+        )
         for images in self.blocks.images():
             summary = summaries[images]
             for tokens in self.blocks.tokens(self.num_keys):
-                keys = self.key_features(images, tokens)
+                keys = self.key_features(images, tokens, of_keys, known=False)
                 values = self.weighted_values(self.key_factor(keys, images, tokens), images, tokens)
                 summary += keys.powers.transpose(-2, -1) @ values
-            self.convolve(images, bias, out[images])
+            local = self.convolve(images, bias)
             for tokens in self.blocks.tokens(self.num_queries):
-                numerator, denominator = self.attend(self.features(self.q[images, tokens]), summary)
+                numerator, denominator = self.attend(self.query_features(images, tokens, of_queries, known=False), summary)
                 block = split_heads(out[images, tokens], self.num_heads)
-                if self.kernel is None:
+                if local is None:
                     torch.div(numerator, denominator, out=block)
                 else:
-                    block.add_(numerator.div_(denominator))
-        return out, summaries
+                    torch.addcdiv(local[:, :, tokens], numerator, denominator, out=block)
+        return out, summaries, of_queries, of_keys
 
-    def convolve(self, images: slice, bias: Tensor | None, out: Tensor) -> None:
-        """Write the depthwise convolution of the values to (b, N, C)."""
+    def convolve(self, images: slice, bias: Tensor | None) -> Tensor | None:
+        """The depthwise convolution of the values, (b, H, N, D); None without a kernel."""
         if self.kernel is None:
-            return
-        maps = torch.conv2d(
-            self.value_maps(images),
-            self.kernel.to(self.v.dtype),
-            padding=self.kernel.shape[-1] // 2,
-            groups=self.channels,
-        )
-        out[:, : self.num_prefix] = 0
-        torch.add(maps.flatten(2).transpose(1, 2), bias, out=out[:, self.num_prefix :])
+            return None
+        maps, kernel, bias = self.as_maps(self.v[images]), self.kernel.to(self.v.dtype), bias.to(self.v.dtype)
+        return self.as_tokens(torch.conv2d(maps, kernel, bias, padding=kernel.shape[-1] // 2, groups=self.channels))
 
     # Backward
 
-    def backward(self, gradient: Tensor, summaries: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, position, scale, kernel and bias."""
+    def backward(self, gradient: Tensor, summaries: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, position, scale, kernel and bias; the arguments are what ``forward`` returns."""
         gradient = gradient.contiguous()
         # One buffer for three gradients: where q, k and v are slices of one projection, it is the projection's gradient.
         if self.num_queries == self.num_keys:
@@ -226,20 +249,22 @@ class _Run:
         self.of_log_scale = torch.zeros_like(self.inverse_scale)
         of_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
         for images in self.blocks.images():
-            of_summary = self.query_gradients(images, gradient[images], summaries[images], of_q[images])
+            of_summary = self.query_gradients(images, gradient[images], summaries[images], of_queries, of_q[images])
+            local = None
             if self.kernel is not None:
-                of_kernel += self.convolution_gradients(images, gradient[images], of_v[images])
-            self.key_gradients(images, of_summary, of_k[images], of_v[images])
+                local, of_image_kernel = self.convolution_gradients(images, gradient[images])
+                of_kernel += of_image_kernel
+            self.key_gradients(images, of_summary, of_keys, local, of_k[images], of_v[images])
         of_scale = -(self.of_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
         of_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
         of_position = of_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
         return of_q, of_k, of_v, of_position, of_scale, of_kernel, of_bias
 
-    def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, of_q: Tensor) -> Tensor:
+    def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, statistics: Tensor, of_q: Tensor) -> Tensor:
         """Write the gradient of q; return that of the summaries."""
         of_summary = torch.zeros_like(summary)
         for tokens in self.blocks.tokens(self.num_queries):
-            queries = self.features(self.q[images, tokens])
+            queries = self.query_features(images, tokens, statistics, known=True)
             numerator, denominator = self.attend(queries, summary)
             of_product = self.scratch("values", *numerator.shape[:-1], self.head_dim + 1)
             of_numerator, of_denominator = of_product[..., :-1], of_product[..., -1:]
@@ -254,21 +279,23 @@ class _Run:
             self.feature_gradients(queries, of_powers, of_factor, of_q[:, tokens])
         return of_summary
 
-    def key_gradients(self, images: slice, of_summary: Tensor, of_k: Tensor, of_v: Tensor) -> None:
-        """Write the gradient of k, and that of v, to which it adds if there is a convolution."""
+    def key_gradients(
+        self, images: slice, of_summary: Tensor, statistics: Tensor, local: Tensor | None, of_k: Tensor, of_v: Tensor
+    ) -> None:
+        """Write the gradients of k and v; ``local``, (b, H, N, D), is the part of the convolution in the latter."""
         for tokens in self.blocks.tokens(self.num_keys):
-            keys = self.key_features(images, tokens)
+            keys = self.key_features(images, tokens, statistics, known=True)
             factor = self.key_factor(keys, images, tokens)
             values = self.weighted_values(factor, images, tokens)
             of_values = self.scratch("product", *values.shape)
             torch.matmul(keys.powers, of_summary, out=of_values)
-            of_powers = self.scratch("gradient", *keys.powers.shape)
             of_block = split_heads(of_v[:, tokens], self.num_heads)
-            if self.kernel is None:
+            if local is None:
                 torch.mul(of_values[..., :-1], factor, out=of_block)
             else:
-                of_block.add_(torch.mul(of_values[..., :-1], factor, out=of_powers))
+                torch.addcmul(local[:, :, tokens], of_values[..., :-1], factor, out=of_block)
             of_factor = of_values.mul_(values).sum(dim=(1, 3), keepdim=True)
+            of_powers = self.scratch("gradient", *keys.powers.shape)
             torch.matmul(values, self.power * of_summary.transpose(-2, -1), out=of_powers)
             self.feature_gradients(keys, of_powers, of_factor, of_k[:, tokens])
 
@@ -289,9 +316,9 @@ class _Run:
         torch.ops.aten.threshold_backward.grad_input(of_log, positive, 0, grad_input=of_log)
         torch.div(of_log, positive.add_(EPS), out=split_heads(of_tokens, self.num_heads))
 
-    def convolution_gradients(self, images: slice, gradient: Tensor, of_v: Tensor) -> Tensor:
-        """Write the gradient of v; return that of the kernel."""
-        maps, gradient_maps, padding = self.value_maps(images), self.as_maps(gradient), self.kernel.shape[-1] // 2
+    def convolution_gradients(self, images: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the values, (b, H, N, D), and of the kernel."""
+        maps, gradient_maps, padding = self.as_maps(self.v[images]), self.as_maps(gradient), self.kernel.shape[-1] // 2
         of_maps, of_kernel, _ = torch.ops.aten.convolution_backward(
             gradient_maps,
             maps,
@@ -305,9 +332,7 @@ class _Run:
             groups=self.channels,
             output_mask=[True, True, False],
         )
-        of_v[:, : self.num_prefix] = 0
-        of_v[:, self.num_prefix :] = of_maps.flatten(2).transpose(1, 2)
-        return of_kernel.to(self.kernel.dtype)
+        return self.as_tokens(of_maps), of_kernel.to(self.kernel.dtype)
 
 
 def focused_attention(

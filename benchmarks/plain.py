@@ -1,0 +1,52 @@
+"""Focused linear attention written down as the paper states it: the baseline of the benchmarks."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.cswin import LinearStripes
+from models.linear_attention import FocusedLinearAttention
+
+EPS = 1e-6
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
+    """Eq. 3 to 8 step by step, with the parameters of ``module``. (B, N, C); for maps of the native size, without masks."""
+    num_heads, power = module.num_heads, module.focusing_factor
+    k = k + module.positional_encoding
+    scale = F.softplus(module.scale)
+    q, k = (F.relu(q) + EPS) / scale, (F.relu(k) + EPS) / scale
+    q_norm, k_norm = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
+    q, k = q**power, k**power
+    q = q / q.norm(dim=-1, keepdim=True) * q_norm
+    k = k / k.norm(dim=-1, keepdim=True) * k_norm
+    q, k, values = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    normaliser = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPS)
+    root = k.shape[-2] ** -0.5
+    out = q @ ((k.transpose(-2, -1) * root) @ (values * root)) * normaliser
+    out = out.transpose(1, 2).flatten(2)
+    prefix, num_images = module.num_prefix_tokens, v.shape[0]
+    maps = v[:, prefix:]
+    if maps.shape[1] != grid[0] * grid[1]:
+        maps = F.interpolate(maps.transpose(1, 2), size=grid[0] * grid[1], mode="linear").transpose(1, 2)
+    heads = maps.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)
+    restored = module.dwc(heads.contiguous()).flatten(2).unflatten(0, (num_images, num_heads)).flatten(1, 2).transpose(1, 2)
+    out = out + (F.pad(restored, (0, 0, prefix, 0)) if prefix else restored)
+    if isinstance(module, LinearStripes):
+        positions = module.get_v(v.transpose(1, 2).contiguous().unflatten(-1, grid))
+        out = out + positions.flatten(2).transpose(1, 2)
+    return out
+
+
+def use_plain_attention(model: nn.Module) -> nn.Module:
+    """Replace the linear attention of a model by ``plain_attention``, in place."""
+
+    def replace(module: FocusedLinearAttention) -> None:
+        def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
+            return plain_attention(q, k, v, module, grid or module.grid)
+
+        module.attend = attend
+
+    for module in model.modules():
+        if isinstance(module, FocusedLinearAttention):
+            replace(module)
+    return model
