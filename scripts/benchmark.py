@@ -1,87 +1,216 @@
-"""How much of a training step the data cost: the step with its loader over the step on one batch again and again.
+"""Measure speed, memory and traffic. Every figure compares things that run in turn in one process.
 
-Both are timed in turn in one process, so that the ratio holds on a machine whose speed drifts; 1.00 means that the loader
-keeps up.
+    model       whole models against their softmax twin, timm's model and a plain transcription of the paper's formula
+    attention   the operator alone over the number of tokens, and its traffic
+    data        decoding and augmentation against torchvision's reader and timm's transform
+    epoch       the training job of a config: what loader, average and loop cost beside the bare step
+
+Each mode prints a table. --json keeps its records with versions, device and command; --png draws those of model and attention.
 """
 
-import statistics
+import argparse
+import json
+import platform
+import shlex
 import sys
-import time
 from pathlib import Path
 
-from yacs.config import CfgNode
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.arguments import overrides, parse_arguments
 from utils.config import ConfigError, load_config
 
-FLAGS = ("--cfg", "--data-path", "--opts", "--amp", "--batch-size", "--zip", "--cache-mode")
-ROUNDS, UPDATES = 5, 10  # an odd number of rounds, of so many updates with either source
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--rounds", type=int, default=5, help="measurements of each task, after one to warm up")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    drawn = argparse.ArgumentParser(add_help=False)
+    drawn.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
+
+    model = modes.add_parser("model", parents=[shared, drawn], help="whole models")
+    model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
+    model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which step to measure")
+    model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    model.add_argument("--compile", action="store_true", help="torch.compile all contestants")
+    model.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    model.add_argument("--img-size", type=int, default=224, help="pixels")
+
+    attention = modes.add_parser("attention", parents=[shared, drawn], help="the operator alone")
+    attention.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="square numbers")
+    attention.add_argument("--dim", type=int, default=96, help="channels")
+    attention.add_argument("--heads", type=int, default=3)
+    attention.add_argument("--batch-size", type=int, default=8, help="images, at 3136 tokens; as many tokens in all elsewhere")
+    attention.add_argument("--most-softmax-tokens", type=int, default=4096, help="softmax attention is measured up to there")
+    attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
+
+    data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
+    data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
+    data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="its recipe is used")
+    data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers; default: all cores")
+
+    epoch = modes.add_parser("epoch", parents=[shared], help="the training job")
+    epoch.add_argument("--cfg", nargs="+", required=True, metavar="FILE")
+    epoch.add_argument("--data-path", required=True, help="folder that holds train/ and val/")
+    epoch.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    epoch.add_argument("--updates", type=int, default=10, help="per measurement")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: give 1 or more")
+    return args
+
+
+def measure_models(args: argparse.Namespace, device) -> list[dict]:
+    from benchmarks.networks import measure_model
+    from models import list_models
+    from utils.optim import PRECISIONS as DTYPES
+
+    if unknown := [name for name in args.models if name not in list_models()]:
+        raise ConfigError(f"{unknown[0]}: is not a model; choose among {', '.join(list_models())}")
+    steps = {"inference": (False,), "training": (True,), "both": (False, True)}[args.mode_of]
+    return [
+        record
+        for name in args.models
+        for precision in args.precision
+        for batch_size in args.batch_size
+        for training in steps
+        for record in measure_model(
+            name,
+            img_size=args.img_size,
+            batch_size=batch_size,
+            training=training,
+            compiled=args.compile,
+            dtype=DTYPES[precision],
+            rounds=args.rounds,
+            device=device,
+        )
+    ]
+
+
+def measure_attention(args: argparse.Namespace, device) -> list[dict]:
+    from benchmarks.operator import count_traffic, measure_operator
+    from utils.optim import PRECISIONS as DTYPES
+
+    records = []
+    for num_tokens in args.tokens:
+        records += measure_operator(
+            num_tokens,
+            dim=args.dim,
+            num_heads=args.heads,
+            batch_size=max(1, args.batch_size * 3136 // num_tokens),
+            most_softmax_tokens=args.most_softmax_tokens,
+            rounds=args.rounds,
+            dtype=DTYPES[args.precision],
+            device=device,
+        )
+    return records + count_traffic(3136, dim=args.dim, num_heads=args.heads, batch_size=args.batch_size)
+
+
+def measure_data(args: argparse.Namespace, _device) -> list[dict]:
+    from benchmarks.loading import count_cores, measure_loading, measure_workers
+    from jobs.prediction import find_images
+
+    cfg, paths = load_config(args.cfg), find_images(args.images)
+    workers = count_cores() if args.workers < 0 else args.workers
+    records = measure_loading(paths, cfg, rounds=args.rounds)
+    return records + measure_workers(paths, cfg, batch_size=16, most_workers=workers)
+
+
+def measure_epoch(args: argparse.Namespace, device) -> list[dict]:
+    from benchmarks.loop import measure_loop
+    from utils.distributed import World
+    from utils.log import setup_logging
+
+    setup_logging(rank=0)
+    cfg = load_config(args.cfg, [*args.opts, "DATA.DATA_PATH", args.data_path])
+    return measure_loop(cfg, World(0, 0, 1, device), updates=args.updates, rounds=args.rounds)
+
+
+MEASURES = {"model": measure_models, "attention": measure_attention, "data": measure_data, "epoch": measure_epoch}
+
+
+def to_markdown(records: list[dict]) -> str:
+    """A table for each kind of record."""
+    tables: dict[tuple, list[dict]] = {}
+    for record in records:
+        tables.setdefault(tuple(record), []).append(record)
+    lines = []
+    for names, rows in tables.items():
+        lines += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
+        lines += ["| " + " | ".join(format_cell(value) for value in row.values()) + " |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def format_cell(value: object) -> str:
+    if isinstance(value, list):  # a ratio and its range
+        return "{:.2f} ({:.2f} to {:.2f})".format(*value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def draw_attention(records: list[dict], figure) -> None:
+    """Time per token over the number of tokens."""
+    axes = figure.subplots(1, 2, squeeze=True)
+    for axis, pass_name in zip(axes, ("forward", "forward and backward"), strict=True):
+        rows = [record for record in records if record["pass"] == pass_name and "tokens" in record]
+        for name in dict.fromkeys(row["attention"] for row in rows):
+            own = [row for row in rows if row["attention"] == name]
+            axis.loglog([row["tokens"] for row in own], [row["ns_per_token"] for row in own], "o-", label=name)
+        axis.set(title=pass_name, xlabel="tokens", ylabel="ns per token")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+
+
+def draw_models(records: list[dict], figure) -> None:
+    """Speed-up over the plain transcription, a group of bars per model and mode."""
+    axis = figure.subplots()
+    labels = [f"{row['model']}\n{row['mode']} {row['precision']} {row['batch_size']}" for row in records]
+    groups = list(dict.fromkeys(labels))
+    names = list(dict.fromkeys(row["contestant"].split()[0] for row in records))
+    for position, name in enumerate(names):
+        found = {label: row for label, row in zip(labels, records, strict=True) if row["contestant"].split()[0] == name}
+        places = [groups.index(label) + position * 0.8 / len(names) for label in found]
+        axis.bar(places, [row["speedup_over_plain"][0] for row in found.values()], 0.8 / len(names), align="edge", label=name)
+    axis.set_xticks([place + 0.4 for place in range(len(groups))], groups, fontsize=8)
+    axis.set_ylabel("images per second over those of the plain transcription")
+    axis.legend()
 
 
 def main() -> None:
-    args = parse_arguments(__doc__, FLAGS)
-    if not args.cfg:
-        sys.exit("benchmark.py: error: --cfg is missing: name a config, such as configs/flatten_swin_t.yaml")
+    args = parse()
+    import torch
+
+    from data.index import DataError
+    from utils.files import replacing
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        cfg = load_config(args.cfg, overrides(args))
-    except ConfigError as error:
-        sys.exit(f"benchmark.py: error: {error}")
-    measure(cfg)
+        records = MEASURES[args.mode](args, device)
+    except (ConfigError, DataError, ValueError) as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    about = {
+        "command": shlex.join(sys.argv),
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print(to_markdown(records))
+    if args.json:
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
+    if getattr(args, "png", None):
+        from matplotlib.figure import Figure
 
-
-def measure(cfg: CfgNode) -> None:
-    import torch  # after the arguments are checked
-
-    from data.build import build_datasets, build_mixup, build_train_loader
-    from models import build_model
-    from utils.distributed import setup, wrap
-    from utils.engine import NUM_REQUESTS, train_step
-    from utils.optim import amp_dtype, build_criterion, build_optimizer, build_scaler
-
-    world = setup()
-    loader = build_train_loader(cfg, build_datasets(cfg, training=True).train, rank=0, world_size=1, device=world.device)
-    mixup = build_mixup(cfg)
-    model = build_model(cfg).to(world.device)
-    optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, world.device)
-    criterion, wrapped = build_criterion(cfg, mixed=mixup is not None), wrap(model, world, num_values=1 + NUM_REQUESTS)
-
-    def epochs():
-        for epoch in range(10**6):
-            loader.set_position(epoch)
-            yield from loader
-
-    def time_updates(batches) -> float:
-        synchronise()
-        started = time.perf_counter()
-        for step in range(UPDATES):
-            batch = next(batches)
-            images, targets = batch.images, batch.targets
-            if mixup is not None:
-                images, targets = mixup(images.clone(), targets, step)
-            options = {"num_batches": 1, "amp_dtype": amp_dtype(cfg), "max_grad_norm": cfg.TRAIN.CLIP_GRAD or float("inf")}
-            train_step(wrapped, criterion, optimizer, scaler, [(images, targets)], **options)
-        synchronise()
-        return (time.perf_counter() - started) / UPDATES
-
-    def synchronise() -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def same(batch):
-        while True:
-            yield batch
-
-    fresh = epochs()
-    repeated = same(next(fresh))
-    time_updates(fresh)  # warm up
-    pairs = [(time_updates(fresh), time_updates(repeated)) for _ in range(ROUNDS)]
-    ratios = [with_loader / without for with_loader, without in pairs]
-    print(
-        f"{cfg.MODEL.NAME} on {world.device.type}, torch {torch.__version__}, batch {cfg.DATA.BATCH_SIZE}, "
-        f"{cfg.DATA.NUM_WORKERS} workers: step with loader / without {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f} in {ROUNDS} pairs of {UPDATES} updates)"
-    )
+        figure = Figure(figsize=(12, 5), layout="constrained", dpi=110)
+        (draw_attention if args.mode == "attention" else draw_models)(records, figure)
+        with replacing(args.png) as temporary:
+            figure.savefig(temporary)
 
 
 if __name__ == "__main__":

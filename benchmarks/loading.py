@@ -1,0 +1,91 @@
+"""Decoding, augmentation and loading of images, against torchvision's reader and timm's transform."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import default_loader
+from yacs.config import CfgNode
+
+from benchmarks.timing import Ratio
+from data.build import build_train_transform
+from data.datasets import FileDataset, decode_image, read_file
+
+
+class TimmDataset(Dataset):
+    """torchvision's reader and timm's training transform, up to normalised floats."""
+
+    def __init__(self, paths: Sequence[Path], cfg: CfgNode):
+        self.paths = list(paths)
+        self.transform = create_transform(
+            cfg.DATA.IMG_SIZE,
+            is_training=True,
+            auto_augment=cfg.AUG.AUTO_AUGMENT,
+            color_jitter=cfg.AUG.COLOR_JITTER,
+            interpolation=cfg.DATA.INTERPOLATION,
+            scale=tuple(cfg.AUG.SCALE),
+            re_prob=cfg.AUG.REPROB,
+            mean=tuple(cfg.DATA.MEAN),
+            std=tuple(cfg.DATA.STD),
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return self.transform(default_loader(str(self.paths[position])))
+
+
+def measure_per_cpu_second(tasks: dict[str, Callable[[Path], object]], paths: Sequence[Path], rounds: int) -> list[dict]:
+    """Images per CPU second of each task, in turn, and the ratio to the first one."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_number in range(rounds + 1):
+        for name, task in tasks.items():
+            started = time.process_time()
+            for path in paths:
+                task(path)
+            if round_number:  # the first round warms up
+                seconds[name].append(time.process_time() - started)
+    baseline = next(iter(seconds.values()))
+    records = []
+    for name, values in seconds.items():
+        ratios = sorted(other / own for own, other in zip(values, baseline, strict=True))
+        ratio = Ratio(ratios[len(ratios) // 2], ratios[0], ratios[-1])
+        per_second = len(paths) / sorted(values)[len(values) // 2]
+        records.append({"task": name, "images_per_cpu_second": per_second, "ratio": [ratio.median, ratio.low, ratio.high]})
+    return records
+
+
+def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int) -> list[dict]:
+    """CPU time of decoding and augmentation. The first record is the baseline."""
+    torch.set_num_threads(1)
+    baseline, transform = TimmDataset(paths, cfg), build_train_transform(cfg)
+    tasks = {
+        "torchvision and timm": lambda path: baseline.transform(default_loader(str(path))),
+        "this project": lambda path: transform(decode_image(read_file(path))),
+        "decoding alone": lambda path: decode_image(read_file(path)),
+    }
+    return measure_per_cpu_second(tasks, paths, rounds)
+
+
+def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, most_workers: int) -> list[dict]:
+    """Images per second of a loader with 0 to ``most_workers`` workers."""
+    datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": FileDataset(paths, build_train_transform(cfg))}
+    records = []
+    for (name, dataset), num_workers in itertools.product(datasets.items(), range(most_workers + 1)):
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        started = time.perf_counter()
+        num_images = sum(len(batch) for batch in loader)
+        records.append(
+            {"task": name, "workers": num_workers, "images_per_second": num_images / (time.perf_counter() - started)}
+        )
+    return records
+
+
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,81 @@
+"""The training job: what the loader, the average of the weights and the loop itself cost beside model and optimizer."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from benchmarks.timing import speedup, time_in_turn
+from jobs.start import Start
+from jobs.training import build_trainer
+from utils.distributed import World
+from utils.engine import Meter, Trainer
+from utils.log import MetricsWriter
+from utils.optim import amp_dtype
+
+LOOP, LOADER, WITHOUT_AVERAGE, BARE = "loop on one batch", "loop with the loader", "loop without the average", "bare step"
+
+
+def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> list[dict]:
+    """Times of ``updates`` updates, and each over that of the bare step: forward and backward pass, clipping and optimizer."""
+    folder = Path(tempfile.mkdtemp(prefix="benchmark"))
+    try:
+        trainer = build_trainer(cfg, world, Start("scratch", ""), None, output=folder, find_unused_parameters=False)
+        trainer.metrics = MetricsWriter(folder, 0)
+        tasks = create_tasks(trainer, cfg, updates)
+        timings = time_in_turn(tasks, rounds=rounds, device=world.device)
+        trainer.metrics.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    records = []
+    for name, timing in timings.items():
+        ratio = speedup(timings[BARE], timing)
+        records.append({"task": name, "time_over_bare_step": [ratio.median, ratio.low, ratio.high]})
+    return records
+
+
+def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Callable[[], None]]:
+    loader, state, accumulation = trainer.train_loader, trainer.state, trainer.recipe.accumulation
+
+    def epochs() -> Iterator:
+        for epoch in range(10**6):
+            loader.set_position(epoch)
+            yield from loader
+
+    fresh = epochs()
+    batch = next(fresh)
+    average = state.ema
+
+    def run_loop(batches: Iterator, ema: object) -> None:
+        """As ``Trainer.train_epoch``, with a log line at the end."""
+        trainer.model.train()
+        state.ema, meter = ema, Meter(0, trainer)
+        mixed = trainer.mixed_batches(batches, meter)
+        for _ in range(updates):
+            trainer.update(mixed)
+            meter.add(trainer.receive(keep=1))
+        meter.add(trainer.receive(keep=0))
+        meter.log()
+
+    criterion, dtype = nn.CrossEntropyLoss(label_smoothing=cfg.MODEL.LABEL_SMOOTHING), amp_dtype(cfg)
+
+    def run_bare() -> None:
+        state.model.train()
+        for _ in range(updates):
+            for _ in range(accumulation):
+                with torch.autocast(trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    loss = criterion(state.model(batch.images), batch.targets)
+                loss.backward()
+            nn.utils.clip_grad_norm_(state.model.parameters(), trainer.recipe.max_grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+
+    tasks = {BARE: run_bare, LOOP: lambda: run_loop(repeat(batch), average), LOADER: lambda: run_loop(fresh, average)}
+    if average is not None:
+        tasks[WITHOUT_AVERAGE] = lambda: run_loop(repeat(batch), None)
+    return tasks

@@ -1,0 +1,114 @@
+"""Whole models against their softmax twin, timm's model of the family, and the plain transcription of the paper's formula."""
+
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import nn
+
+from benchmarks.counting import MemoryCounter
+from benchmarks.plain import use_plain_attention
+from benchmarks.timing import speedup, time_in_turn
+from models import create_model
+
+# Our model -> timm's model of the same family and size. PVT and CSwin have none.
+PEERS = {
+    "flatten_swin_t": "swin_tiny_patch4_window7_224",
+    "flatten_swin_s": "swin_small_patch4_window7_224",
+    "flatten_swin_b": "swin_base_patch4_window7_224",
+    "flatten_swin_b_384": "swin_base_patch4_window12_384",
+    "flatten_deit_t": "deit_tiny_patch16_224",
+    "flatten_deit_s": "deit_small_patch16_224",
+    "flatten_deit_b": "deit_base_patch16_224",
+    **{f"flatten_pvt_v2_b{size}": f"pvt_v2_b{size}" for size in range(6)},
+}
+NUM_CLASSES = 1000
+
+
+def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
+    """Models by what they are."""
+    ours = create_model(name, img_size=img_size)
+    contestants = {"focused": ours, "plain transcription": use_plain_attention(create_model(name, img_size=img_size))}
+    contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type="S" * max(1, len(ours.stage_blocks())))
+    if name.startswith("flatten_deit"):
+        contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type="S")
+    if name in PEERS:
+        contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], img_size=img_size)
+    return contestants
+
+
+def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
+    """One forward pass in evaluation, or forward and backward pass with a loss in training."""
+    device = images.device
+    autocast = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}
+    targets = torch.arange(len(images), device=device) % NUM_CLASSES
+
+    def infer() -> None:
+        with torch.inference_mode(), torch.autocast(**autocast):
+            model(images)
+
+    def train() -> None:
+        with torch.autocast(**autocast):
+            loss = nn.functional.cross_entropy(model(images), targets)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return train if training else infer
+
+
+def measure_model(
+    name: str,
+    *,
+    img_size: int,
+    batch_size: int,
+    training: bool,
+    compiled: bool,
+    dtype: torch.dtype,
+    rounds: int,
+    device: torch.device,
+) -> list[dict]:
+    """Images per second, speed-up over the plain transcription, and peak memory of a training step.
+
+    The peak is that of the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
+    """
+    torch.manual_seed(0)
+    contestants = create_contestants(name, img_size)
+    images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+    steps, eager_steps = {}, {}
+    for label, model in contestants.items():
+        model.to(device).train(training)
+        eager_steps[label] = create_step(model, images, training=training, dtype=dtype)
+        steps[label] = eager_steps[label]
+        if compiled:
+            steps[label] = create_step(torch.compile(model), images, training=training, dtype=dtype)
+    timings = time_in_turn(steps, rounds=rounds, device=device)
+    records = []
+    for label, timing in timings.items():
+        ratio = speedup(timing, timings["plain transcription"])
+        records.append(
+            {
+                "model": name,
+                "contestant": label,
+                "mode": "training" if training else "inference",
+                "compiled": compiled,
+                "precision": str(dtype).removeprefix("torch."),
+                "batch_size": batch_size,
+                "images_per_second": batch_size / timing.median,
+                "speedup_over_plain": [ratio.median, ratio.low, ratio.high],
+                "peak_memory_mib": measure_peak(eager_steps[label], device) / 2**20 if training and not compiled else None,
+            }
+        )
+    return records
+
+
+def measure_peak(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that the tensors of a step take at most."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with MemoryCounter() as counter:
+        step()
+    return counter.peak

@@ -1,0 +1,137 @@
+"""The operator alone: time per token over the number of tokens, and traffic."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.counting import TrafficCounter
+from benchmarks.plain import plain_attention
+from benchmarks.timing import speedup, time_in_turn
+from models.fused_attention import split_channels
+from models.layers import merge, partition
+from models.linear_attention import FocusedLinearAttention
+
+OURS, PLAIN, SOFTMAX, WINDOWS = "focused", "plain transcription", "softmax", "softmax in windows of 7"
+WINDOW = 7
+
+Attention = Callable[[Tensor], Tensor]  # (B, N, 3C), the projection to q, k and v -> (B, N, C)
+
+
+def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softmax: bool) -> dict[str, Attention]:
+    """Attentions by name, for maps of side * side tokens."""
+    grid, num_heads = (side, side), operator.num_heads
+
+    def softmax(packed: Tensor) -> Tensor:
+        q, k, v = packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def windows(packed: Tensor) -> Tensor:
+        mixed = softmax(partition(packed.unflatten(1, grid), (WINDOW, WINDOW)))
+        return merge(mixed, (WINDOW, WINDOW), grid).flatten(1, 2)
+
+    attentions = {
+        OURS: lambda packed: operator(*split_channels(packed, 3)),
+        PLAIN: lambda packed: plain_attention(*packed.chunk(3, dim=-1), operator, grid),
+    }
+    if with_softmax:
+        attentions[SOFTMAX] = softmax
+    if side % WINDOW == 0:
+        attentions[WINDOWS] = windows
+    return attentions
+
+
+def forward_and_backward(attend: Attention, packed: Tensor, parameters: list[Tensor], gradient: Tensor) -> None:
+    out = attend(packed)
+    torch.autograd.grad(out, [packed, *parameters], gradient, allow_unused=True)
+
+
+def measure_operator(
+    num_tokens: int,
+    *,
+    dim: int,
+    num_heads: int,
+    batch_size: int,
+    most_softmax_tokens: int,
+    rounds: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[dict]:
+    """Time the attentions on one number of tokens, forward alone and with the backward pass.
+
+    Returns:
+        One record per attention: nanoseconds per token, and the speed-up over the plain transcription with its range.
+
+    Raises:
+        ValueError: a number of tokens that is no square.
+    """
+    side = math.isqrt(num_tokens)
+    if side * side != num_tokens:
+        raise ValueError(f"--tokens {num_tokens}: give a square number, such as {side * side}")
+    torch.manual_seed(0)
+    operator = FocusedLinearAttention(dim, num_heads, (side, side)).to(device, dtype)
+    packed = torch.randn(batch_size, num_tokens, 3 * dim, device=device, dtype=dtype).requires_grad_()
+    gradient, parameters = torch.randn(batch_size, num_tokens, dim, device=device, dtype=dtype), list(operator.parameters())
+    attentions = create_attentions(operator, side, with_softmax=num_tokens <= most_softmax_tokens)
+
+    def infer(attend: Attention) -> None:
+        with torch.no_grad():
+            attend(packed)
+
+    records = []
+    for pass_name, run in (
+        ("forward", infer),
+        ("forward and backward", lambda attend: forward_and_backward(attend, packed, parameters, gradient)),
+    ):
+        tasks = {name: (lambda attend=attend, run=run: run(attend)) for name, attend in attentions.items()}
+        timings = time_in_turn(tasks, rounds=rounds, device=device)
+        for name, timing in timings.items():
+            ratio = speedup(timing, timings[PLAIN])
+            records.append(
+                {
+                    "tokens": num_tokens,
+                    "batch_size": batch_size,
+                    "pass": pass_name,
+                    "attention": name,
+                    "ns_per_token": 1e9 * timing.median / (batch_size * num_tokens),
+                    "speedup_over_plain": [ratio.median, ratio.low, ratio.high],
+                }
+            )
+    return records
+
+
+def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
+    """Kernels and bytes of the operator and the plain transcription in fp32, on the meta device: nothing is computed.
+
+    The minimum reads q, k and v and writes the output; the backward pass reads these and the output's gradient, and writes the
+    gradients of q, k and v.
+    """
+    side = math.isqrt(num_tokens)
+    with torch.device("meta"):
+        operator = FocusedLinearAttention(dim, num_heads, (side, side))
+        packed = torch.empty(batch_size, num_tokens, 3 * dim).requires_grad_()
+        gradient = torch.empty(batch_size, num_tokens, dim)
+    attentions = create_attentions(operator, side, with_softmax=False)
+    map_bytes = 4 * batch_size * num_tokens * dim
+    records = []
+    for name in (OURS, PLAIN):
+        for pass_name, maps in (("forward", 4), ("forward and backward", 4 + 7)):
+            with TrafficCounter() as counter:
+                if pass_name == "forward":
+                    with torch.no_grad():
+                        attentions[name](packed)
+                else:
+                    forward_and_backward(attentions[name], packed, list(operator.parameters()), gradient)
+            records.append(
+                {
+                    "pass": pass_name,
+                    "attention": name,
+                    "kernels": counter.num_kernels,
+                    "bytes": counter.num_bytes,
+                    "maps": counter.num_bytes / map_bytes,
+                    "over_minimum": counter.num_bytes / (maps * map_bytes),
+                }
+            )
+    return records

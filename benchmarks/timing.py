@@ -1,0 +1,61 @@
+"""Time several tasks in turn, so that their ratios hold on a machine whose speed drifts."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a task, one measurement per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratio of two tasks: the median over rounds, and the range."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def time_in_turn(tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Run every task once to warm up, then all of them one after the other, ``rounds`` times."""
+
+    def run(task: Callable[[], object]) -> float:
+        synchronise(device)
+        started = time.perf_counter()
+        task()
+        synchronise(device)
+        return time.perf_counter() - started
+
+    for task in tasks.values():
+        run(task)
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            seconds[name].append(run(task))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def speedup(task: Timing, baseline: Timing) -> Ratio:
+    """How many times as fast as the baseline a task is, compared round by round."""
+    ratios = [other / own for own, other in zip(task.seconds, baseline.seconds, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
