@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from benchmarks.timing import Ratio
 from data.build import build_train_transform
-from data.datasets import FileDataset, decode_image, read_file
+from data.datasets import decode_pixels, read_file
 
 
 class TimmDataset(Dataset):
@@ -41,14 +41,27 @@ class TimmDataset(Dataset):
         return self.transform(default_loader(str(self.paths[position])))
 
 
-def measure_per_cpu_second(tasks: dict[str, Callable[[Path], object]], paths: Sequence[Path], rounds: int) -> list[dict]:
+class OurDataset(Dataset):
+    """Reader and training transform of this project, up to uint8."""
+
+    def __init__(self, paths: Sequence[Path], cfg: CfgNode):
+        self.paths, self.transform = list(paths), build_train_transform(cfg)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return self.transform(decode_pixels(read_file(self.paths[position])))
+
+
+def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
     """Images per CPU second of each task, in turn, and the ratio to the first one."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():
             started = time.process_time()
-            for path in paths:
-                task(path)
+            for position in range(num_images):
+                task(position)
             if round_number:  # the first round warms up
                 seconds[name].append(time.process_time() - started)
     baseline = next(iter(seconds.values()))
@@ -56,7 +69,7 @@ def measure_per_cpu_second(tasks: dict[str, Callable[[Path], object]], paths: Se
     for name, values in seconds.items():
         ratios = sorted(other / own for own, other in zip(values, baseline, strict=True))
         ratio = Ratio(ratios[len(ratios) // 2], ratios[0], ratios[-1])
-        per_second = len(paths) / sorted(values)[len(values) // 2]
+        per_second = num_images / sorted(values)[len(values) // 2]
         records.append({"task": name, "images_per_cpu_second": per_second, "ratio": [ratio.median, ratio.low, ratio.high]})
     return records
 
@@ -64,18 +77,18 @@ def measure_per_cpu_second(tasks: dict[str, Callable[[Path], object]], paths: Se
 def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int) -> list[dict]:
     """CPU time of decoding and augmentation. The first record is the baseline."""
     torch.set_num_threads(1)
-    baseline, transform = TimmDataset(paths, cfg), build_train_transform(cfg)
+    baseline, ours = TimmDataset(paths, cfg), OurDataset(paths, cfg)
     tasks = {
-        "torchvision and timm": lambda path: baseline.transform(default_loader(str(path))),
-        "this project": lambda path: transform(decode_image(read_file(path))),
-        "decoding alone": lambda path: decode_image(read_file(path)),
+        "torchvision and timm": baseline.__getitem__,
+        "this project": ours.__getitem__,
+        "decoding alone": lambda position: decode_pixels(read_file(paths[position])),
     }
-    return measure_per_cpu_second(tasks, paths, rounds)
+    return measure_per_cpu_second(tasks, len(paths), rounds)
 
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, most_workers: int) -> list[dict]:
     """Images per second of a loader with 0 to ``most_workers`` workers."""
-    datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": FileDataset(paths, build_train_transform(cfg))}
+    datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
     for (name, dataset), num_workers in itertools.product(datasets.items(), range(most_workers + 1)):
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
-from data.datasets import ImageDataset, Key, Sample, kept_generators
+from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, kept_generators
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
-from data.transforms import Erase, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
+from data.transforms import SMALL, Erase, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +171,7 @@ def build_datasets(
         index = share(lambda: build_index(cfg, "train"))
         in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
+        options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > SMALL else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = share(lambda: build_index(cfg, "val"))
     in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)

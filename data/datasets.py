@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.index import LARGEST_FILE, LARGEST_RATIO, DataError, Index
 
@@ -43,7 +44,8 @@ class ImageDataset(Dataset):
     (seed, epoch, index), whichever of ``random``, ``numpy`` and ``torch`` they come from.
 
     Args:
-        transform: PIL image to (3, H, W) uint8.
+        transform: an image as ``decoder`` returns it to (3, H, W) uint8.
+        decoder: bytes of a file to an RGB image: ``decode_image`` or ``decode_pixels``.
         seed: of the run; None for a transform without draws.
         unreadable: what becomes of an image that cannot be read: ``error``, ``skip``, or ``replace`` by another one, drawn
             from (seed, epoch, index).
@@ -53,14 +55,16 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         index: Index,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Image.Image | Tensor], Tensor],
         *,
+        decoder: Callable[[bytes], Image.Image | Tensor] | None = None,
         seed: int | None = None,
         unreadable: str = "error",
         in_memory: range = range(0),
     ):
         self.index = index
         self.transform = transform
+        self.decoder = decoder or decode_image
         self.seed = seed
         self.unreadable = unreadable
         self._archives: dict[int, int] = {}
@@ -121,14 +125,14 @@ class ImageDataset(Dataset):
             self._archives[archive] = os.open(self.index.archives[archive], os.O_RDONLY)
         return self._archives[archive]
 
-    def decode(self, position: int) -> Image.Image:
-        """RGB.
+    def decode(self, position: int) -> Image.Image | Tensor:
+        """The image as the decoder returns it.
 
         Raises:
             DataError: it cannot be read.
         """
         try:
-            return decode_image(self.read(position))
+            return self.decoder(self.read(position))
         except Exception as error:  # Pillow's decoders raise many kinds on damaged files
             raise self.unreadable_error(position, error) from error
 
@@ -153,7 +157,7 @@ class ImageDataset(Dataset):
                 position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(faults)) % len(self)
         return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), faults)
 
-    def _augment(self, image: Image.Image, key: Key) -> Tensor:
+    def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
             return self.transform(image)
         # In a worker nothing else draws, so that there is no state to restore.
@@ -194,7 +198,29 @@ def decode_image(data: bytes) -> Image.Image:
             return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
         if "transparency" in file.info:  # a palette's, which Pillow wants to see named
             return file.convert("RGBA").convert("RGB")
-        return file.convert("RGB")
+        if file.mode != "RGB":
+            return file.convert("RGB")
+        file.load()
+        return file  # converting would copy it
+
+
+def decode_pixels(data: bytes) -> Tensor:
+    """The same pixels as ``decode_image``, (3, H, W) uint8 with channels last in memory.
+
+    JPEG files are decoded by torchvision, which saves Pillow's conversions; other formats by Pillow.
+
+    Raises:
+        Exception: of any kind that Pillow raises; it is damaged or no image.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        is_plain_jpeg = file.format == "JPEG" and file.mode == "RGB"
+    if is_plain_jpeg:
+        try:
+            # torchvision's result has its channels last in memory.
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:  # damaged: Pillow tells why
+            pass
+    return torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
 
 
 def _reason(error: Exception) -> str:
