@@ -17,10 +17,11 @@ from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, kept_generators
+from data.erasing import Erase
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
-from data.transforms import SMALL, Erase, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
+from data.transforms import SMALL, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 
 logger = logging.getLogger(__name__)
 

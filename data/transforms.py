@@ -11,17 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
-from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from data.datasets import Key, draw_seed, kept_generators, seed_generators
-
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
 SMALL = 32  # pixels; up to this size training crops from a padded image, and evaluation crops nothing
-SEED_OF_ERASING = 1  # apart from the seed of the same image's other draws
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -190,19 +186,3 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) * self.scale
-
-
-class Erase:
-    """Random erasing (https://arxiv.org/abs/1708.04896) of normalised images, drawn from (seed, epoch, index)."""
-
-    def __init__(self, probability: float, *, mode: str, max_count: int, seed: int, device: torch.device):
-        self.seed, self.device = seed, device
-        self.erase = RandomErasing(probability, mode=mode, max_count=max_count, device=device)
-
-    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """images: (B, 3, H, W), changed in place; keys: (epoch, index) of each."""
-        with kept_generators():
-            for image, key in zip(images, keys, strict=True):
-                seed_generators(draw_seed(self.seed, *key, SEED_OF_ERASING), self.device)
-                self.erase(image)
-        return images

@@ -1,0 +1,102 @@
+"""Random erasing (https://arxiv.org/abs/1708.04896) as timm has it, with the draws of a batch made at once.
+
+Shapes: B images, R rectangles per image at most.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.datasets import Key
+
+AREA = (0.02, 1 / 3)  # of a rectangle over that of the image
+LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # of height over width
+NUM_ATTEMPTS = 10  # to draw a rectangle that fits into the image
+SEED_OF_ERASING = 1  # apart from the seed of the same image's other draws
+GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele et al., OOPSLA 2014), elementwise. uint64 -> uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_keys(seed: int, keys: Sequence[Key]) -> np.ndarray:
+    """(B,) uint64, a function of (seed, epoch, index) alone."""
+    state = mix(np.full(len(keys), (seed + 1) * GOLDEN + SEED_OF_ERASING & (2**64 - 1), dtype=np.uint64))
+    for values in np.array(keys, dtype=np.uint64).reshape(-1, 2).T:
+        state = mix(state + (values + np.uint64(1)) * np.uint64(GOLDEN))
+    return state
+
+
+def draw_uniform(state: np.ndarray, num_draws: int) -> np.ndarray:
+    """(B, num_draws) in [0, 1)."""
+    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return (mix(state[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+
+
+def draw_rectangles(
+    state: np.ndarray, height: int, width: int, *, probability: float, max_count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Args:
+        state: (B,) from ``hash_keys``.
+        height, width: of the images in pixels.
+
+    Returns:
+        (K,) positions in the batch and (K, 4) top, left, height and width of the rectangles to erase.
+    """
+    draws = draw_uniform(state, 2 + max_count * NUM_ATTEMPTS * 4)
+    counts = np.where(draws[:, 0] < probability, 1 + (draws[:, 1] * max_count).astype(int), 0)  # (B,)
+    area, aspect, top, left = np.moveaxis(draws[:, 2:].reshape(-1, max_count, NUM_ATTEMPTS, 4), -1, 0)  # (B, R, attempts)
+    area = (AREA[0] + (AREA[1] - AREA[0]) * area) * (height * width) / np.maximum(counts, 1)[:, None, None]
+    aspect = np.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * aspect)
+    heights, widths = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = (heights < height) & (widths < width)
+    tops, lefts = (top * (height - heights + 1)).astype(int), (left * (width - widths + 1)).astype(int)
+    boxes = np.stack([tops, lefts, heights, widths], axis=-1)
+    first = fits.argmax(axis=-1)[..., None, None]
+    boxes = np.take_along_axis(boxes, first, axis=2)[:, :, 0]  # (B, R, 4)
+    wanted = (np.arange(max_count) < counts[:, None]) & fits.any(axis=-1)
+    return np.nonzero(wanted)[0], boxes[wanted]
+
+
+class Erase:
+    """Erases rectangles of normalised images, drawn from (seed, epoch, index).
+
+    Args:
+        probability: of erasing anything of an image.
+        mode: ``pixel`` fills with normal noise, ``rand`` with one normal draw per channel, ``const`` with 0.
+        max_count: maximum number of rectangles per image; the area is divided among them.
+        seed: of the run.
+        device: of the images.
+    """
+
+    def __init__(self, probability: float, *, mode: str, max_count: int, seed: int, device: torch.device):
+        self.probability, self.mode, self.max_count, self.seed = probability, mode, max_count, seed
+        self.generator = torch.Generator(device)
+
+    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
+        """images: (B, C, H, W), changed in place; keys: (epoch, index) of each."""
+        state = hash_keys(self.seed, keys)
+        options = {"probability": self.probability, "max_count": self.max_count}
+        positions, boxes = draw_rectangles(state, *images.shape[-2:], **options)
+        for number, (position, (top, left, height, width)) in enumerate(zip(positions.tolist(), boxes.tolist(), strict=True)):
+            region = images[position, :, top : top + height, left : left + width]
+            if self.mode == "const":
+                region.zero_()
+                continue
+            # Each rectangle of an image has a seed of its own, below 2^63.
+            rank = number - int(np.searchsorted(positions, position))
+            self.generator.manual_seed(int(state[position] >> np.uint64(1)) ^ rank)
+            if self.mode == "pixel":
+                region.normal_(generator=self.generator)
+            else:
+                color = torch.empty(len(region), 1, 1, dtype=images.dtype, device=images.device)
+                region.copy_(color.normal_(generator=self.generator))
+        return images

@@ -1,0 +1,108 @@
+"""Random erasing: the distribution of timm's, with draws that depend on (seed, epoch, index) alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from timm.data.random_erasing import RandomErasing
+
+from data.erasing import Erase, draw_rectangles, draw_uniform, hash_keys
+
+CPU = torch.device("cpu")
+SIDE = 40
+
+
+def boxes_of_timm(count: int, max_count: int) -> list[tuple[int, int, int, int]]:
+    """Rectangles that timm erases in ``count`` images, recorded where it asks for their content."""
+    found = []
+
+    class Recording(torch.Tensor):
+        def __setitem__(self, key, value):
+            rows, columns = key[1:]
+            found.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+
+    erase = RandomErasing(1.0, mode="const", max_count=max_count, device="cpu")
+    image = torch.zeros(3, SIDE, SIDE).as_subclass(Recording)
+    random.seed(0)
+    for _ in range(count):
+        erase(image)
+    return found
+
+
+@pytest.mark.parametrize("max_count", [1, 3])
+def test_rectangles_are_distributed_as_those_of_timm(max_count):
+    state = hash_keys(0, [(0, index) for index in range(20_000)])
+    _, ours = draw_rectangles(state, SIDE, SIDE, probability=1.0, max_count=max_count)
+    theirs = np.array(boxes_of_timm(20_000, max_count))
+    assert len(ours) == pytest.approx(len(theirs), rel=0.02)
+    for mine, expected in zip(ours.T, theirs.T, strict=True):
+        assert ks_2samp(mine, expected).pvalue > 1e-3
+
+
+def test_the_probability_is_that_of_erasing_an_image():
+    state = hash_keys(3, [(1, index) for index in range(20_000)])
+    positions, boxes = draw_rectangles(state, SIDE, SIDE, probability=0.25, max_count=1)
+    assert len(positions) == pytest.approx(5000, rel=0.05)
+    assert (np.diff(positions) > 0).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= SIDE).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= SIDE).all()
+
+
+def test_uniform_draws_are_uniform_and_independent():
+    draws = draw_uniform(hash_keys(0, [(epoch, index) for epoch in range(4) for index in range(5000)]), 4)
+    assert ((draws >= 0) & (draws < 1)).all()
+    for column in draws.T:
+        counts = np.histogram(column, bins=50, range=(0, 1))[0]
+        assert ((counts - 400) ** 2 / 400).sum() < 94  # chi-square with 49 degrees of freedom, p = 1e-4
+    assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.03
+    assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03
+
+
+def test_splitmix_gives_its_published_sequence():
+    """The first outputs for the seed 1234567, from the reference implementation of Vigna."""
+    draws = draw_uniform(np.array([1234567], dtype=np.uint64), 3)
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert draws[0].tolist() == [(value >> 11) * 2.0**-53 for value in expected]
+
+
+def test_keys_and_seeds_all_matter():
+    states = [hash_keys(seed, [(epoch, index)])[0] for seed in (0, 1, 2**32 - 1) for epoch in range(3) for index in range(3)]
+    assert len(set(states)) == 27
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_an_image_is_erased_alike_in_every_batch(mode):
+    keys = [(2, index) for index in range(16)]
+    erase = Erase(0.5, mode=mode, max_count=2, seed=5, device=CPU)
+    torch.manual_seed(1)
+    images = torch.randn(16, 3, SIDE, SIDE)
+    before = torch.get_rng_state()
+    together = erase(images.clone(), keys)
+    alone = torch.cat([erase(images[i : i + 1].clone(), keys[i : i + 1]) for i in reversed(range(16))]).flip(0)
+    assert torch.equal(together, alone)
+    assert torch.equal(torch.get_rng_state(), before)
+    changed = (together != images).any(dim=1)
+    assert 4 <= changed.flatten(1).any(dim=1).sum() < 16
+    values = together.movedim(1, -1)[changed]  # (pixels, 3)
+    if mode == "const":
+        assert (values == 0).all()
+    elif mode == "rand":
+        assert len(values.unique(dim=0)) <= 32
+        assert len(values.unique(dim=0)) >= 4
+    else:
+        assert abs(values.mean()) < 0.05
+        assert values.std() == pytest.approx(1, abs=0.05)
+
+
+def test_two_rectangles_of_an_image_have_noise_of_their_own():
+    erase = Erase(1.0, mode="rand", max_count=2, seed=0, device=CPU)
+    keys = [(0, index) for index in range(40)]
+    erased = erase(torch.full((40, 3, SIDE, SIDE), 9.0), keys)
+    positions, _ = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=1.0, max_count=2)
+    twice = np.flatnonzero(np.bincount(positions) == 2)
+    assert len(twice) > 5
+    colours = [len(erased[image, 0].unique()) - 1 for image in twice.tolist()]
+    assert max(colours) == 2
