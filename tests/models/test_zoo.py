@@ -127,6 +127,29 @@ def test_compilation_and_export_change_nothing_beyond_rounding(name):
     torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_compiles_to_one_graph_and_never_again(name):
+    """Two epochs of two updates, with an evaluation after each: one graph for training, one for evaluation."""
+    depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
+    model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.2, **depths)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for _ in range(2):
+        compiled.train()
+        for _ in range(2):
+            compiled(torch.randn(2, 3, 64, 64)).square().sum().backward()
+        compiled.eval()
+        with torch.no_grad():
+            compiled(torch.randn(2, 3, 64, 64))
+    assert len(graphs) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_exports(name):
