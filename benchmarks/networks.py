@@ -29,9 +29,8 @@ def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     """Models by what they are."""
     ours = create_model(name, img_size=img_size)
     contestants = {"focused": ours, "plain transcription": use_plain_attention(create_model(name, img_size=img_size))}
-    contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type="S" * max(1, len(ours.stage_blocks())))
-    if name.startswith("flatten_deit"):
-        contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type="S")
+    letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
+    contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type=letters)
     if name in PEERS:
         contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], img_size=img_size)
     return contestants

@@ -21,6 +21,7 @@ from jobs.training import _batch_advice, log_ema
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.config import ConfigError, load_config
+from utils.distributed import World
 from utils.run import RunLock
 from weights.reader import CheckpointError, preferred_weights, read_checkpoint
 
@@ -287,7 +288,7 @@ def test_a_check_of_a_small_set_reports_no_nonsense(toy_config, toy_data, tmp_pa
 def test_an_average_over_more_updates_than_the_run_has_is_warned_of(decay, num_updates, warned, toy_config, caplog):
     cfg = load_config(toy_config, ["EMA.DECAY", decay])
     with caplog.at_level(logging.WARNING):
-        log_ema(cfg, num_updates)
+        log_ema(cfg, num_updates, World(0, 0, 1, torch.device("cpu")))
     assert bool(caplog.records) == warned
 
 
@@ -343,7 +344,11 @@ def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported(argument
     [
         (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: holds no metrics.jsonl"),
         (["scripts/summarise.py", "docs"], "docs: holds no eval.json"),
-        (["scripts/benchmark.py"], "--cfg is missing"),
+        (["scripts/benchmark.py"], "the following arguments are required: mode"),
+        (["scripts/benchmark.py", "model", "flaten_swin_t"], "flaten_swin_t: is not a model; choose among flatten_cswin_b"),
+        (["scripts/benchmark.py", "attention", "--tokens", "200"], "--tokens 200: give a square number, such as 196"),
+        (["scripts/benchmark.py", "data", "--images", "none.jpg"], "none.jpg: no such file or folder"),
+        (["scripts/benchmark.py", "epoch", "--cfg", "configs/small.yaml", "--data-path", "none"], "none/train: no such folder"),
         (["scripts/predict.py", "none.jpg", "--resume", "x"], "none.jpg: no such file or folder"),
         (["scripts/evaluate_all.py", "x.pth", "--data-path", "none", "--csv", "x.csv"], "--data-path none: no such folder"),
     ],
@@ -355,10 +360,13 @@ def test_scripts_answer_a_wrong_argument_with_one_line(command, message):
     assert "Traceback" not in done.stderr
 
 
-def test_the_benchmark_offers_no_flag_that_it_ignores():
-    text = call("scripts/benchmark.py", "--help").stdout
-    assert "\n  --data-path" in text
-    assert not [flag for flag in ("--eval", "--resume", "--throughput", "--check", "--tag") if f"\n  {flag}" in text]
+def test_an_average_in_host_memory_is_warned_of_on_a_gpu(toy_config, caplog):
+    cfg = load_config(toy_config, ["EMA.FORCE_CPU", True])
+    for device, expected in (("cpu", 0), ("cuda", 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            log_ema(cfg, 10**6, World(0, 0, 1, torch.device(device)))
+        assert sum("EMA.FORCE_CPU copies all weights" in record.message for record in caplog.records) == expected
 
 
 def test_throughput_names_the_model_and_the_device(toy_config, tmp_path):

@@ -1,0 +1,106 @@
+"""The benchmarks: counts by hand, the plain transcription, and whole runs of the script."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import scripts.benchmark
+from benchmarks.counting import MemoryCounter, TrafficCounter
+from benchmarks.networks import create_contestants
+from benchmarks.operator import OURS, PLAIN, count_traffic
+from benchmarks.plain import use_plain_attention
+from benchmarks.timing import Timing, speedup
+from models import create_model
+from tests.launch import run_script
+
+FLOAT = 4
+
+
+def test_traffic_is_what_a_kernel_reads_and_writes():
+    x, row = torch.ones(10, 6), torch.ones(6)
+    out = torch.empty(10, 6)
+    with TrafficCounter() as counter:
+        y = x + row  # reads 60 and 6, writes 60
+        y.t().view(6, 2, 5)  # views are free
+        torch.empty_like(y)
+        y += row  # reads 60 and 6, writes 60
+        torch.mul(x, row.expand(10, 6), out=out)  # reads 60 and the 6 that the expanded row has, writes 60
+        out.copy_(y)  # reads 60, writes 60
+        y.square()  # reads its argument once, writes 60
+    assert counter.num_kernels == 5
+    assert (counter.bytes_read, counter.bytes_written) == (FLOAT * (66 + 66 + 66 + 60 + 60), FLOAT * 5 * 60)
+
+
+def test_memory_is_that_of_tensors_alive_at_once():
+    x = torch.ones(100)
+    with MemoryCounter() as counter:
+        y = x + 1
+        z = y + 1
+        del y
+        z = z + 1
+        view = z[:10]
+        del z
+        w = view + 1
+    assert counter.peak == 2 * 100 * FLOAT
+    assert counter.current == (100 + 10) * FLOAT
+    del w
+
+
+def test_speedups_compare_round_by_round():
+    ratio = speedup(Timing((1.0, 2.0, 4.0)), Timing((2.0, 6.0, 4.0)))
+    assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.0, 3.0)
+    assert str(ratio) == "2.00 (1.00 to 3.00)"
+
+
+@pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_cswin_t", "flatten_deit_t"])
+def test_the_plain_transcription_computes_the_same(name):
+    """Values and gradients of the models, so that the benchmark compares equal things."""
+    depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.0, **depths)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(2, 3, 64, 64)
+    found = []
+    for run in (model, use_plain_attention(model)):
+        logits = run(images)
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    for own, plain in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=2e-3, atol=2e-4 * plain.abs().max().item())
+
+
+def test_contestants_are_softmax_timm_and_the_plain_form():
+    contestants = create_contestants("flatten_deit_t", 64)
+    assert list(contestants) == ["focused", "plain transcription", "softmax twin", "timm deit_tiny_patch16_224"]
+    assert {type(block.attn).__name__ for block in contestants["softmax twin"].blocks} == {"SoftmaxAttention"}
+    assert "timm" not in " ".join(create_contestants("flatten_cswin_t", 224))
+
+
+def test_the_operator_moves_about_half_the_bytes_of_the_plain_form():
+    """The promise of docs/performance.md, in maps of the size of q."""
+    records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
+    for pass_name in ("forward", "forward and backward"):
+        assert records[OURS, pass_name]["bytes"] < 0.56 * records[PLAIN, pass_name]["bytes"]
+    assert records[OURS, "forward and backward"]["maps"] < 123
+
+
+def test_every_mode_writes_records_and_pictures(toy_config, toy_data, tmp_path):
+    common = ["--rounds", 1, "--json", tmp_path / "records.json"]
+    runs = {
+        "attention": ["--tokens", 49, 64, "--dim", 8, "--heads", 2, "--batch-size", 1, "--png", tmp_path / "attention.png"],
+        "model": ["flatten_deit_t", "--img-size", 32, "--batch-size", 1, "--png", tmp_path / "model.png"],
+        "data": ["--images", toy_data / "val/class0", "--workers", 1],
+        "epoch": ["--cfg", toy_config, "--data-path", toy_data, "--updates", 2],
+    }
+    for mode, arguments in runs.items():
+        outcome = run_script(scripts.benchmark, [mode, *arguments, *common], tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        content = json.loads((tmp_path / "records.json").read_text())
+        assert content["torch"] == torch.__version__
+        assert content["records"]
+        for record in content["records"]:
+            assert all(value > 0 for value in record.values() if isinstance(value, float))
+    for mode in ("attention", "model"):
+        assert (tmp_path / f"{mode}.png").read_bytes().startswith(b"\x89PNG")
