@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from analysis.maps import attention_modules, capture, compare, convolution_matrix, token_positions
+from analysis.measures import attention_distance
 from models import create_model
 from models.cswin import CSwinTransformer
 from models.deit import DeiT
@@ -158,3 +159,15 @@ def test_positions_name_each_token_of_the_map_once(case):
         positions = token_positions(model, attention)
         assert positions.shape == (groups, tokens)
         assert sorted(positions[positions >= 0].tolist()) == list(range(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
+def test_the_convolution_over_reduced_values_is_not_local(side, distance, uniform):
+    """The figures of docs/focus.md: values are interpolated along the flattened tokens, so that their rows and columns mix."""
+    kernel = torch.ones(1, 1, 5, 5)
+    matrix = convolution_matrix(kernel, (side, side), 49)
+    found = attention_distance(matrix, (side, side), (7, 7)).mean().item()
+    assert found == pytest.approx(distance, abs=0.06)
+    assert attention_distance(torch.ones_like(matrix), (side, side), (7, 7)).mean().item() == pytest.approx(uniform, abs=0.06)
+    local = convolution_matrix(kernel, (side, side), side * side)
+    assert attention_distance(local, (side, side), (side, side)).mean().item() < 1.9
