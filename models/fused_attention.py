@@ -12,7 +12,8 @@ e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's ou
 
     u_q S / (u_q s + EPS / c).
 
-For large p, where x^p could overflow, t = x / max(x) takes the place of x in u, and c = max(x) |t| / |u|.
+For large p, where x^p could overflow, t = x / max(x) takes the place of x in u, and c = max(x) |t| / |u|. In the backward pass,
+``of_x`` is the gradient of x.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,6 @@ from torch import Tensor
 
 EPS = 1e-6
 BLOCK_ON_CPU = 2**19  # elements of a map; larger blocks leave the caches, smaller ones spend their time on calls
-
-
 LARGEST_SAFE_POWER = 3  # |x^p| is finite in float32 for x up to 10^(38 / 2p), which is 2e6 for 3
 
 
@@ -209,24 +208,26 @@ class _Run:
         """Output (B, N, C), summaries (B, H, D, D + 1), and statistics of queries and keys."""
         out = self.v.new_empty(self.num_images, self.num_queries, self.channels)
         summaries = self.q.new_zeros(self.num_images, self.num_heads, self.head_dim, self.head_dim + 1, dtype=self.dtype)
-        of_queries, of_keys = (
+        query_statistics, key_statistics = (
             self.q.new_ones(3, self.num_images, 1, count, 1, dtype=self.dtype) for count in (self.num_queries, self.num_keys)
         )
         for images in self.blocks.images():
             summary = summaries[images]
             for tokens in self.blocks.tokens(self.num_keys):
-                keys = self.key_features(images, tokens, of_keys, known=False)
+                keys = self.key_features(images, tokens, key_statistics, known=False)
                 values = self.weighted_values(self.key_factor(keys, images, tokens), images, tokens)
                 summary += keys.powers.transpose(-2, -1) @ values
             local = self.convolve(images, bias)
             for tokens in self.blocks.tokens(self.num_queries):
-                numerator, denominator = self.attend(self.query_features(images, tokens, of_queries, known=False), summary)
+                numerator, denominator = self.attend(
+                    self.query_features(images, tokens, query_statistics, known=False), summary
+                )
                 block = split_heads(out[images, tokens], self.num_heads)
                 if local is None:
                     torch.div(numerator, denominator, out=block)
                 else:
                     torch.addcdiv(local[:, :, tokens], numerator, denominator, out=block)
-        return out, summaries, of_queries, of_keys
+        return out, summaries, query_statistics, key_statistics
 
     def convolve(self, images: slice, bias: Tensor | None) -> Tensor | None:
         """The depthwise convolution of the values, (b, H, N, D); None without a kernel."""
@@ -237,7 +238,9 @@ class _Run:
 
     # Backward
 
-    def backward(self, gradient: Tensor, summaries: Tensor, of_queries: Tensor, of_keys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, gradient: Tensor, summaries: Tensor, query_statistics: Tensor, key_statistics: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, position, scale, kernel and bias; the arguments are what ``forward`` returns."""
         gradient = gradient.contiguous()
         # One buffer for three gradients: where q, k and v are slices of one projection, it is the projection's gradient.
@@ -249,12 +252,12 @@ class _Run:
         self.of_log_scale = torch.zeros_like(self.inverse_scale)
         of_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
         for images in self.blocks.images():
-            of_summary = self.query_gradients(images, gradient[images], summaries[images], of_queries, of_q[images])
+            of_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, of_q[images])
             local = None
             if self.kernel is not None:
                 local, of_image_kernel = self.convolution_gradients(images, gradient[images])
                 of_kernel += of_image_kernel
-            self.key_gradients(images, of_summary, of_keys, local, of_k[images], of_v[images])
+            self.key_gradients(images, of_summary, key_statistics, local, of_k[images], of_v[images])
         of_scale = -(self.of_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
         of_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
         of_position = of_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
