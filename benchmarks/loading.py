@@ -13,8 +13,9 @@ from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
 from benchmarks.timing import Ratio
-from data.build import build_train_transform
-from data.datasets import decode_pixels, read_file
+from data.build import build_index, build_train_transform
+from data.datasets import ImageDataset, decode_pixels, read_file
+from data.index import DataError
 
 
 class TimmDataset(Dataset):
@@ -74,16 +75,37 @@ def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images
     return records
 
 
-def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int) -> list[dict]:
-    """CPU time of decoding and augmentation. The first record is the baseline."""
+def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed: Path | None = None) -> list[dict]:
+    """CPU time of decoding and augmentation. The first record is the baseline.
+
+    Args:
+        packed: data set of at least as many training images, packed from the same images.
+    """
     torch.set_num_threads(1)
     baseline, ours = TimmDataset(paths, cfg), OurDataset(paths, cfg)
     tasks = {
         "torchvision and timm": baseline.__getitem__,
         "this project": ours.__getitem__,
+        **({"this project, packed": create_packed_reader(packed, cfg, len(paths))} if packed else {}),
         "decoding alone": lambda position: decode_pixels(read_file(paths[position])),
     }
     return measure_per_cpu_second(tasks, len(paths), rounds)
+
+
+def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callable[[int], object]:
+    """Reads and augments a training image of a packed data set by its position.
+
+    Raises:
+        DataError: it cannot be read, or has fewer images.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATA.DATA_PATH = str(packed)
+    index = build_index(cfg, "train")
+    if len(index) < num_images:
+        raise DataError(f"{packed}: has {len(index)} training images, fewer than the {num_images} to compare with")
+    dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
+    return lambda position: dataset[0, position]
 
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, most_workers: int) -> list[dict]:

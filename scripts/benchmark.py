@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
 
     data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
     data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
+    data.add_argument("--packed", type=Path, metavar="FOLDER", help="the same images, packed by scripts/pack_dataset.py")
     data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="its recipe is used")
     data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers; default: all cores")
 
@@ -114,7 +115,7 @@ def measure_data(args: argparse.Namespace, _device) -> list[dict]:
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
     workers = count_cores() if args.workers < 0 else args.workers
-    records = measure_loading(paths, cfg, rounds=args.rounds)
+    records = measure_loading(paths, cfg, rounds=args.rounds, packed=args.packed)
     return records + measure_workers(paths, cfg, batch_size=16, most_workers=workers)
 
 
