@@ -32,7 +32,8 @@ def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
     contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type=letters)
     if name in PEERS:
-        contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], img_size=img_size)
+        options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 takes any size
+        contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)
     return contestants
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import scripts.benchmark
 from benchmarks.counting import MemoryCounter, TrafficCounter
-from benchmarks.networks import create_contestants
+from benchmarks.networks import PEERS, create_contestants
 from benchmarks.operator import OURS, PLAIN, count_traffic
 from benchmarks.plain import use_plain_attention
 from benchmarks.timing import Timing, speedup
@@ -76,6 +76,9 @@ def test_contestants_are_softmax_timm_and_the_plain_form():
     assert list(contestants) == ["focused", "plain transcription", "softmax twin", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax twin"].blocks} == {"SoftmaxAttention"}
     assert "timm" not in " ".join(create_contestants("flatten_cswin_t", 224))
+    for name, peer in PEERS.items():
+        if name.endswith(("_t", "_b0")):
+            assert f"timm {peer}" in create_contestants(name, 224)
 
 
 def test_the_operator_moves_about_half_the_bytes_of_the_plain_form():
