@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import repeat
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,11 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
             state.optimizer.step()
             state.optimizer.zero_grad()
 
-    tasks = {BARE: run_bare, LOOP: lambda: run_loop(repeat(batch), average), LOADER: lambda: run_loop(fresh, average)}
+    def same() -> Iterator:
+        while True:  # mixing changes a batch in place
+            yield replace(batch, images=batch.images.clone())
+
+    tasks = {BARE: run_bare, LOOP: lambda: run_loop(same(), average), LOADER: lambda: run_loop(fresh, average)}
     if average is not None:
-        tasks[WITHOUT_AVERAGE] = lambda: run_loop(repeat(batch), None)
+        tasks[WITHOUT_AVERAGE] = lambda: run_loop(same(), None)
     return tasks

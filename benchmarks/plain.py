@@ -42,6 +42,8 @@ def use_plain_attention(model: nn.Module) -> nn.Module:
 
     def replace(module: FocusedLinearAttention) -> None:
         def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
+            if key_mask is not None:
+                raise ValueError("the plain transcription has no masks: choose an --img-size that the windows divide")
             return plain_attention(q, k, v, module, grid or module.grid)
 
         module.attend = attend

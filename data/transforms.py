@@ -79,6 +79,8 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
+        top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
+        height, width = max(height, 1), max(width, 1)  # of an image of a pixel or two, the crop may round to nothing
         crop = image[None, :, top : top + height, left : left + width]
         resized = F.interpolate(crop, size=self.size, mode=mode.value, antialias=True, align_corners=False)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())

@@ -85,9 +85,12 @@ class AttentionPictures:
 
     def __call__(self, model: nn.Module) -> Iterator[tuple[str, Figure]]:
         """Name and figure of each attention module. The model is in evaluation mode only while it runs."""
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
-        blocks = trace(model, self.image, forms=())
-        model.train(was_training)
+        try:
+            blocks = trace(model, self.image, forms=())
+        finally:
+            for module, training in modes.items():
+                module.training = training
         for block in blocks:
             yield f"attention/{block.name}", draw_forms(self.seen, block)

@@ -7,13 +7,12 @@ the results, not to the features. On a CPU the work is done in blocks that fit i
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
 
-For each token, with x = (relu(input) + EPS) / scale, the feature f_p(x) is c * u, where u = x^p and c = |x| / |u|. With
-e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
+For each token, with x = (relu(input) + EPS) / scale and t = x / max(x), the feature f_p(x) is c * u, where u = t^p and
+c = max(x) |t| / |u|. With e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
 
     u_q S / (u_q s + EPS / c).
 
-For large p, where x^p could overflow, t = x / max(x) takes the place of x in u, and c = max(x) |t| / |u|. In the backward pass,
-``of_x`` is the gradient of x.
+In the backward pass, ``of_x`` is the gradient of x.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from torch import Tensor
 
 EPS = 1e-6
 BLOCK_ON_CPU = 2**19  # elements of a map; larger blocks leave the caches, smaller ones spend their time on calls
-LARGEST_SAFE_POWER = 3  # |x^p| is finite in float32 for x up to 10^(38 / 2p), which is 2e6 for 3
 
 
 class Features(NamedTuple):
@@ -92,6 +90,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
+def is_transformed() -> bool:
+    """Whether a compiler, a tracer or ``torch.func`` sees the operations: they need those that they know."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(b, n, C) -> (b, H, n, D), a view."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -155,10 +158,9 @@ class _Run:
         else:
             torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
-        if self.power > LARGEST_SAFE_POWER:
-            if not known:
-                torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
-            unit.div_(statistics[0])
+        if not known:
+            torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
+        unit.div_(statistics[0])  # so that no power overflows or underflows
         torch.pow(unit, self.power, out=powers)
         if not known:
             statistics[1] = norm_over_channels(unit)
@@ -209,7 +211,7 @@ class _Run:
         out = self.v.new_empty(self.num_images, self.num_queries, self.channels)
         summaries = self.q.new_zeros(self.num_images, self.num_heads, self.head_dim, self.head_dim + 1, dtype=self.dtype)
         query_statistics, key_statistics = (
-            self.q.new_ones(3, self.num_images, 1, count, 1, dtype=self.dtype) for count in (self.num_queries, self.num_keys)
+            self.q.new_empty(3, self.num_images, 1, count, 1, dtype=self.dtype) for count in (self.num_queries, self.num_keys)
         )
         for images in self.blocks.images():
             summary = summaries[images]
@@ -382,11 +384,12 @@ class _SplitChannels(torch.autograd.Function):
         return packed.chunk(num_parts, dim=-1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor):
+        if torch.is_grad_enabled():  # for a second derivative
+            return torch.cat(gradients, dim=-1), None
         first, width = gradients[0], gradients[0].shape[-1]
         storage, offset = first.untyped_storage()._cdata, first.storage_offset()
-        adjacent = all(
+        adjacent = first.stride(-1) == 1 and all(
             part.untyped_storage()._cdata == storage
             and part.storage_offset() == offset + index * width
             and part.stride() == first.stride()
@@ -400,6 +403,6 @@ def split_channels(packed: Tensor, num_parts: int) -> tuple[Tensor, ...]:
 
     The backward pass does not copy gradients that are adjacent in memory, as ``focused_attention`` writes them.
     """
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return packed.chunk(num_parts, dim=-1)
     return _SplitChannels.apply(packed, num_parts)

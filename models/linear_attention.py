@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused_attention import EPS, focused_attention, without_autocast
+from models.fused_attention import EPS, focused_attention, is_transformed, without_autocast
 from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 
 
@@ -138,9 +138,15 @@ class FocusedLinearAttention(nn.Module):
         focusing: apply f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
+    Attributes:
+        fused: compute ``focused`` with its own backward pass, which has no second derivative. Set it to False for the plain
+            form, which autograd differentiates as often as needed, in more time and memory.
+
     Raises:
         ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -213,7 +219,7 @@ class FocusedLinearAttention(nn.Module):
             # Without any key the normaliser would be 0 / 0: attend to all keys instead, whose values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
         kernel, bias = self.local_filter()
-        if self.kind == "focused" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if self.kind == "focused" and self.fused and not is_transformed():
             out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
         else:  # compilers fuse the plain form themselves
             out = self._mix(q, k, v, key_grid, key_mask)

@@ -156,7 +156,7 @@ def _defaults() -> CfgNode:
     cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
     cfg.SAVE_MINUTES = 15.0  # minutes after the last checkpoint at which another one is saved within an epoch; 0 for none
     cfg.EVAL_FREQ = 1  # epochs between evaluations
-    cfg.ATTENTION_IMAGE = ""  # image file whose attention maps go to TensorBoard after every evaluation; "" for none
+    cfg.ATTENTION_IMAGE = ""  # image; TensorBoard shows the raw weights' attention to it after each evaluation; "" for none
     cfg.KEEP_CHECKPOINTS = 2  # newest checkpoints to keep, beside the best
     return cfg
 

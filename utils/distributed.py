@@ -104,16 +104,19 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     return World(rank, local_rank, size, device, store, patient)
 
 
-def check_driver(device_file: Path = Path("/dev/nvidia0")) -> None:
+def check_driver(devices: Path = Path("/dev")) -> None:
     """
     Raises:
         MissingDeviceError: torch cannot use a GPU of this machine, so training would silently take the CPU.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda and device_file.exists() and not hidden:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = sorted(devices.glob("nvidia[0-9]*"))
+    if torch.version.cuda and found and visible not in ("", "-1"):
+        chosen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise MissingDeviceError(
-            f"this machine has an NVIDIA GPU ({device_file}), but torch {torch.__version__} cannot use it: check nvidia-smi, "
-            "and update the driver or install a torch for its CUDA version; to use the CPU, set CUDA_VISIBLE_DEVICES=-1"
+            f"this machine has an NVIDIA GPU ({found[0]}), but torch {torch.__version__} cannot use it{chosen}: check "
+            "nvidia-smi, and update the driver or install a torch for its CUDA version; to use the CPU, set "
+            "CUDA_VISIBLE_DEVICES=-1"
         )
 
 

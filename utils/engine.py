@@ -621,6 +621,15 @@ class Trainer:
         grid = make_grid(images[:16].float().cpu(), nrow=4, normalize=True, scale_each=True)
         self.metrics.image("first_batch", grid, 0)
 
+    def show_figures(self) -> None:
+        """Draw the model; a failure, such as a lack of memory, is logged once and ends nothing."""
+        try:
+            for name, figure in self.draw(self.state.model):
+                self.metrics.figure(name, figure, self.state.num_updates)
+        except Exception as error:
+            logger.warning("no more figures of the model: %s", error)
+            self.draw = None
+
     def evaluate(self, epoch: int) -> bool:
         """Evaluate raw weights and their average. True where one of them is the best so far.
 
@@ -646,8 +655,7 @@ class Trainer:
                 position = {"epoch": epoch, "num_updates": state.num_updates}
                 state.best = {"acc1": result.acc1, "weights": weights, **position}
         if self.metrics is not None and self.draw is not None:
-            for name, figure in self.draw(state.model):
-                self.metrics.figure(name, figure, state.num_updates)
+            self.show_figures()
         state.last_evaluation = state.num_updates
         return improved
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+import jobs.inspection
 from analysis.pages import CONVOLUTION, SUM, BlockMaps
 from analysis.pictures import draw_forms, draw_overlays
 from tests.launch import run_main
@@ -89,3 +91,25 @@ def test_an_unreadable_attention_image_is_refused_before_the_run(toy_config, toy
     assert f"ATTENTION_IMAGE={image}: " in outcome.output
     assert "give an image file" in outcome.output
     assert not (tmp_path / "output/toy/default/config.yaml").exists()
+
+
+def test_a_failure_to_draw_ends_nothing(toy_config, toy_data, tmp_path, monkeypatch):
+    """As a lack of memory would be, and the modes of the modules are restored."""
+
+    def fail(*_arguments, **_options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(jobs.inspection, "trace", fail)
+    image = toy_data / "val/class1/003.png"
+    outcome = run_main(
+        toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image), tmp_path / "log"
+    )
+    assert outcome.exit_codes == [0], outcome.output
+    assert outcome.output.count("no more figures of the model: out of memory") == 1
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout()).train()
+    model[1].eval()
+    pictures = object.__new__(jobs.inspection.AttentionPictures)
+    pictures.image = torch.zeros(3, 4, 4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(pictures(model))
+    assert [module.training for module in model.modules()] == [True, True, False]

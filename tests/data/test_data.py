@@ -838,3 +838,11 @@ def test_random_crops_are_those_of_timm_up_to_two_levels(size, interpolation):
     assert np.abs(flat).max() <= 2
     assert abs(flat.mean()) < 0.01
     assert np.abs(flat).mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 9)])
+def test_crops_of_the_smallest_images_have_a_pixel(size):
+    crop = RandomResizedCrop((8, 6), scale=(0.08, 1.0), ratio=(0.75, 4 / 3), interpolation="bicubic")
+    for seed in range(200):
+        random.seed(seed)
+        assert crop(Image.new("RGB", size, (9, 8, 7))).getcolors() == [(48, (9, 8, 7))]

@@ -99,6 +99,23 @@ def test_the_epsilons_have_their_share_in_the_gradients(std):
     assert_equals_plain_form(operator, [q, k, v])
 
 
+@pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
+@pytest.mark.parametrize("std", [1e-3, 1.0, 1e6])
+def test_single_precision_neither_overflows_nor_underflows(scale, std):
+    """Tokens that are negative in all channels have features of 1e-6 / scale, whose sixth powers float32 does not hold."""
+    operator = random_operator((4, 5), rank_restoration=False)
+    torch.nn.init.constant_(operator.scale, scale)
+    q, k, v = random_tokens(2, 20, 20, std=std)
+    with torch.no_grad():
+        q[:, 3] = -q[:, 3].abs()
+        k[:, 5] = -10 - k[:, 5].abs()
+    exact = outputs_and_gradients(operator, [q, k, v])
+    tokens = [part.detach().float().requires_grad_() for part in (q, k, v)]
+    out, gradients = outputs_and_gradients(operator.float(), tokens)
+    for single, expected in zip([out, *gradients], [exact[0], *exact[1]], strict=True):
+        assert (single - expected).norm() <= 1e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("limit", [C, 7 * C, 20 * C, 45 * C])
 @pytest.mark.parametrize("num_keys", [20, 6])
 def test_blocks_of_any_size_give_the_same(monkeypatch, limit, num_keys):
@@ -136,12 +153,39 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(run, [*tokens, *names.values()], fast_mode=False)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_needs_the_plain_form():
     operator = random_operator((2, 3))
-    tokens = random_tokens(1, 6, 6)
-    (gradient,) = torch.autograd.grad(operator(*tokens).square().sum(), tokens[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    packed = torch.randn(1, 6, 3 * C).double().requires_grad_()
+    second = []
+    for split in (split_channels, lambda x, parts: x.chunk(parts, dim=-1)):
+        operator.fused = False
+        (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
+        second.append(torch.autograd.grad(gradient.square().sum(), packed)[0])
+        operator.fused = True
+        (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+    torch.testing.assert_close(*second)
+
+
+def test_torch_func_takes_the_plain_form():
+    operator = random_operator((2, 3))
+    packed = torch.randn(2, 6, 3 * C).double().requires_grad_()
+
+    def loss(x):
+        return operator(*split_channels(x, 3)).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(packed.detach()), torch.autograd.grad(loss(packed), packed)[0])
+
+
+def test_gradients_that_are_strided_within_a_token_are_joined_by_a_copy():
+    packed = torch.randn(2, 4, 12).requires_grad_()
+    weights = torch.randn(2, 4, 12)
+    found = [
+        torch.autograd.grad((torch.cat([part.transpose(1, 2) for part in parts], dim=-1) * weights).sum(), packed)[0]
+        for parts in (split_channels(packed, 3), packed.chunk(3, dim=-1))
+    ]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

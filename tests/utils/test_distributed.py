@@ -100,16 +100,19 @@ def test_a_signal_while_packages_are_imported_stops_training_before_its_first_up
 
 def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(monkeypatch, tmp_path):
     """Otherwise a driver that is too old makes every process train on the CPU."""
-    device_file = tmp_path / "nvidia0"
+    device_file = tmp_path / "nvidia1"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    check_driver(device_file)
+    check_driver(tmp_path)
     device_file.touch()
     with pytest.raises(MissingDeviceError, match="update the driver or install a torch for its CUDA version"):
-        check_driver(device_file)
+        check_driver(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(MissingDeviceError, match=r"cannot use it \(CUDA_VISIBLE_DEVICES=7\): check nvidia-smi"):
+        check_driver(tmp_path)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        check_driver(device_file)
+        check_driver(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)  # a torch for the CPU
-    check_driver(device_file)
+    check_driver(tmp_path)
