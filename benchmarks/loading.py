@@ -1,7 +1,6 @@
 """Decoding, augmentation and loading of images, against torchvision's reader and timm's transform."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
-from benchmarks.timing import Ratio
+from benchmarks.timing import Timing, speedup
 from data.build import build_index, build_train_transform
 from data.datasets import ImageDataset, decode_pixels, read_file
 from data.index import DataError
@@ -65,12 +64,11 @@ def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images
                 task(position)
             if round_number:  # the first round warms up
                 seconds[name].append(time.process_time() - started)
-    baseline = next(iter(seconds.values()))
+    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
+    baseline = next(iter(timings.values()))
     records = []
-    for name, values in seconds.items():
-        ratios = sorted(other / own for own, other in zip(values, baseline, strict=True))
-        ratio = Ratio(ratios[len(ratios) // 2], ratios[0], ratios[-1])
-        per_second = num_images / sorted(values)[len(values) // 2]
+    for name, timing in timings.items():
+        ratio, per_second = speedup(timing, baseline), num_images / timing.median
         records.append({"task": name, "images_per_cpu_second": per_second, "ratio": [ratio.median, ratio.low, ratio.high]})
     return records
 
@@ -120,7 +118,3 @@ def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, mos
             {"task": name, "workers": num_workers, "images_per_second": num_images / (time.perf_counter() - started)}
         )
     return records
-
-
-def count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

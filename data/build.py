@@ -311,8 +311,12 @@ def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
 def build_num_workers(cfg: CfgNode) -> int:
     """DATA.NUM_WORKERS, at most this process's share of the machine's cores; more would only compete for them."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cfg.DATA.NUM_WORKERS, max(cores // processes, 1))
+    return min(cfg.DATA.NUM_WORKERS, max(count_cores() // processes, 1))
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:

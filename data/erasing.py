@@ -91,7 +91,7 @@ class Erase:
             if self.mode == "const":
                 region.zero_()
                 continue
-            # Each rectangle of an image has a seed of its own, below 2^63.
+            # Derive a separate seed, below 2^63, for each rectangle of an image.
             rank = number - int(np.searchsorted(positions, position))
             self.generator.manual_seed(int(state[position] >> np.uint64(1)) ^ rank)
             if self.mode == "pixel":

@@ -110,7 +110,8 @@ def measure_attention(args: argparse.Namespace, device) -> list[dict]:
 
 
 def measure_data(args: argparse.Namespace, _device) -> list[dict]:
-    from benchmarks.loading import count_cores, measure_loading, measure_workers
+    from benchmarks.loading import measure_loading, measure_workers
+    from data.build import count_cores
     from jobs.prediction import find_images
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
