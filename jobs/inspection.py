@@ -46,7 +46,7 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
 
 
 class InspectedImages:
-    """Image files as evaluation prepares them. An item is the pixels (3, H, W) uint8 and the same normalised.
+    """Image files as evaluation prepares them: each as a picture, and as the normalised input of the model.
 
     Raises:
         DataError: on access, for a file that cannot be read.
@@ -61,11 +61,12 @@ class InspectedImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, position: int) -> tuple[Tensor, Tensor]:
+    def read(self, position: int) -> tuple[Image.Image, Tensor]:
+        """The picture, and the input (3, H, W)."""
         _, pixels, fault = self._files[position]
         if pixels is None:
             raise DataError(f"{self.paths[position]}: is no readable image ({fault})")
-        return pixels, self._normalize(pixels.unsqueeze(0))[0]
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy()), self._normalize(pixels.unsqueeze(0))[0]
 
 
 class AttentionPictures:
@@ -77,10 +78,9 @@ class AttentionPictures:
 
     def __init__(self, cfg: CfgNode, device: torch.device):
         try:
-            pixels, image = InspectedImages([Path(cfg.ATTENTION_IMAGE)], cfg).read(0)
+            self.seen, image = InspectedImages([Path(cfg.ATTENTION_IMAGE)], cfg).read(0)
         except DataError as error:
             raise ConfigError(f"ATTENTION_IMAGE={cfg.ATTENTION_IMAGE}: {error}; give an image file") from None
-        self.seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         self.image = image.to(device)
 
     def __call__(self, model: nn.Module) -> Iterator[tuple[str, Figure]]:

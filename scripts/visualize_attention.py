@@ -48,8 +48,6 @@ def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list
 
 
 def visualize(args: argparse.Namespace) -> None:
-    from PIL import Image
-
     from analysis.pages import names_of, trace, write_page
     from analysis.pictures import POINTS, draw_forms, draw_overlays
     from jobs.inspection import InspectedImages
@@ -63,8 +61,7 @@ def visualize(args: argparse.Namespace) -> None:
     points = as_fractions(args.queries, *image_size(cfg))
     args.output.mkdir(parents=True, exist_ok=True)
     for position, path in enumerate(images.paths):
-        pixels, image = images.read(position)
-        seen = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        seen, image = images.read(position)
         blocks = trace(model, image, names, points=points)
         title = f"{cfg.MODEL.NAME}, {args.weights} weights of {checkpoint.path.name}, {path.name}"
         page = args.output / f"{path.stem}.html"
