@@ -71,7 +71,6 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
     try:
         if args.throughput or args.eval or args.replay or args.check:  # nothing to save
             stop.cancel()
-            signal.signal(signal.SIGTERM, _interrupt)
         if args.throughput:
             measure_throughput(cfg, world)
         elif args.eval:
@@ -113,18 +112,8 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
     except KeyboardInterrupt:
         if world.is_main:
             logger.warning("stopped")
-        leave(world, 128 + (signal.SIGINT if _received is None else _received))
+        leave(world, 128 + signal.SIGINT)
     cleanup()
-
-
-_received: int | None = None  # the signal that stopped this process, if it was not Ctrl-C
-
-
-def _interrupt(number: int, _frame) -> None:
-    """SIGTERM stops a process as Ctrl-C does."""
-    global _received
-    _received = number
-    raise KeyboardInterrupt
 
 
 def leave(world: World, status: int) -> None:

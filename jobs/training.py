@@ -1,9 +1,9 @@
 """Train a model, or run each part of training once (--check)."""
 
+import contextlib
 import logging
 import shutil
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
-from utils.run import SECONDS_UNTIL_STALE, RunDirectory, build_output_folder, check_available, check_is_newest
+from utils.run import RunDirectory, RunLock, build_output_folder, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.stop import StopRequest
 from weights.reader import CheckpointError
@@ -80,6 +80,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         where = f"{trainer.phase} after update {trainer.state.num_updates}"
         raise lost_rank_error(world, error, where) from None
     finally:
+        trainer.writing.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
         directory.close()
@@ -90,6 +91,9 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
     build_arithmetic(cfg)
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     folder = on_main(world, lambda: make_temporary_folder(check_available(output)))
+    lock = RunLock(folder)
+    if world.is_main:
+        lock.acquire()
     logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *start)
     try:
         saved = read_run(cfg, world, start)
@@ -100,6 +104,7 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
         rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:
+        lock.release()
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -282,12 +287,14 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
 
 
 def make_temporary_folder(parent: Path) -> Path:
-    """
+    """Create the temporary directory of --check, and delete those that killed processes left.
+
     Raises:
         ConfigError: ``parent`` cannot be written.
     """
-    for old in parent.glob(f"{REHEARSAL}*"):  # left over by processes that were killed
-        if time.time() - old.stat().st_mtime > SECONDS_UNTIL_STALE:
+    for old in parent.glob(f"{REHEARSAL}*"):
+        with contextlib.suppress(ConfigError):  # in use
+            RunLock(old).check()
             shutil.rmtree(old, ignore_errors=True)
     try:
         return Path(tempfile.mkdtemp(prefix=REHEARSAL, dir=parent))

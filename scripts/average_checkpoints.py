@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.checkpoint import save_checkpoint
-from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint
+from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 
 DESCRIPTION = ("config", "class_names")  # entries that the averaged file takes from the first checkpoint
 
@@ -63,11 +63,11 @@ def main() -> None:
         parser.error(f"{args.checkpoints[0]}: is one checkpoint; give two or more to average")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        digest = save_checkpoint(average(args.checkpoints, args.weights), args.output)
+        save_checkpoint(average(args.checkpoints, args.weights), args.output)
     except CheckpointError as error:
         print(f"average_checkpoints.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {digest}")
+    print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 import jobs.evaluation
+import jobs.training
 from data.build import build_num_workers
 from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
 from jobs.training import _batch_advice, log_ema
@@ -209,17 +210,32 @@ def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
         assert outcome.output.splitlines()[-1].endswith("which is saved; the same command resumes there")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_ends_an_evaluation_in_one_line(number, status, trained, toy_data, tmp_path):
+def test_ctrl_c_ends_an_evaluation_in_one_line(trained, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), number)
+        jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]
     outcome = run(*arguments, log=tmp_path, prepare=prepare)
-    assert outcome.exit_codes == [status], outcome.output
+    assert outcome.exit_codes == [130], outcome.output
     assert "Traceback" not in outcome.output
     assert outcome.output.splitlines()[-1].endswith("WARNING stopped")
+
+
+def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(toy_config, toy_data, tmp_path):
+    """Without a handler of Python, which could not run while the process waits for a GPU."""
+
+    def prepare(rank: int) -> None:
+        jobs.training.rehearse = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+
+    output = tmp_path / "output"
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]
+    outcome = run(*arguments, log=tmp_path, prepare=prepare)
+    assert outcome.exit_codes == [-signal.SIGTERM], outcome.output
+    (left,) = tmp_path.glob(".rehearsal*")
+    outcome = run(*arguments, log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert not list(tmp_path.glob(".rehearsal*"))
 
 
 def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_data, tmp_path):

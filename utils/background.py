@@ -1,9 +1,10 @@
-"""Writes in the background: an output that fails or blocks never reaches the training loop."""
+"""Writes in threads: of logs, whose failure the training loop ignores, and of checkpoints, whose failure ends it."""
 
 import logging
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 logger = logging.getLogger(__name__)
@@ -54,3 +55,38 @@ class Sink:
             if not self._failed:
                 self._failed = True
                 logger.warning("%s: not written (%s: %s); the run continues without it", self.name, type(error).__name__, error)
+
+
+class BackgroundWrite:
+    """Runs one write at a time in a thread, while training continues. The process does not exit before the write ends."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._write: Future | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run a write in the background; call ``wait`` first."""
+        assert self._write is None, "the previous write may have failed"
+        self._write = self._executor.submit(write)
+
+    def wait(self) -> None:
+        """Wait for the write, if there is one.
+
+        Raises:
+            Exception: what it raised.
+        """
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the write has ended with an error, which ``wait`` will raise."""
+        return self._write is not None and self._write.done() and self._write.exception() is not None
+
+    def close(self) -> None:
+        """Wait for the write, and log its error: the caller has a reason of its own to end."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.error("%s", error)

@@ -12,8 +12,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
-
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
@@ -21,8 +19,6 @@ from torch import Tensor, nn
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256, verify
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 _NAME = re.compile(r"checkpoint_(\d{9,})\.pth")
 BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
@@ -62,33 +58,29 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def save_checkpoint(state: dict, path: Path) -> str:
-    """Write a checkpoint beside its place, verify it there, then move it in: a file at ``path`` is always whole.
-
-    Returns:
-        sha256 of the file.
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write a checkpoint to a temporary file, verify it, and rename it: a file at ``path`` is always complete.
 
     Raises:
         CheckpointError: the disk is full or not writable; what was at ``path`` is untouched.
     """
-    state = _to_cpu(state)
+    state = to_host(state)
 
-    def write(temporary: Path) -> str:
+    def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         verify(temporary)
-        return sha256(temporary)
 
-    return _replace(path, write, size=_num_bytes(state))
+    _replace(path, write, size=_num_bytes(state))
 
 
-def _replace(path: Path, write: Callable[[Path], Result], *, size: int) -> Result:
-    """Let ``write`` make a file beside ``path``, then move it there.
+def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
+    """Let ``write`` create a temporary file beside ``path``, then rename it to ``path``.
 
     Args:
-        write: gets the temporary path; its result is returned.
+        write: gets the temporary path.
         size: bytes that it needs, for the message.
 
     Raises:
@@ -97,7 +89,7 @@ def _replace(path: Path, write: Callable[[Path], Result], *, size: int) -> Resul
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         temporary.unlink(missing_ok=True)
-        result = write(temporary)
+        write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, CheckpointError) as error:  # torch turns some failed writes into RuntimeError
         temporary.unlink(missing_ok=True)
@@ -109,7 +101,6 @@ def _replace(path: Path, write: Callable[[Path], Result], *, size: int) -> Resul
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
-    return result
 
 
 def _num_bytes(value: object) -> int:
@@ -342,13 +333,18 @@ def _head_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
 
 
-def _to_cpu(value: object) -> object:
+def to_host(value: object, *, copy: bool = False) -> object:
+    """A state with its tensors in host memory.
+
+    Args:
+        copy: copy the tensors that are there already, so that training may change them.
+    """
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
+        return {key: to_host(item, copy=copy) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_cpu(item) for item in value]
+        return [to_host(item, copy=copy) for item in value]
     assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: the safe reader refuses it"
     return value
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint
+from utils.background import BackgroundWrite
+from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from utils.distributed import World, gather_on_main, on_main, side_channel, sum_over_processes
 from utils.log import MetricsWriter, progress
 from utils.schedule import Schedule
@@ -438,6 +440,7 @@ class Trainer:
         self.updates_per_epoch = train_loader.updates_per_epoch
         self.phase = "start-up"
         self.reports = Reports()
+        self.writing = BackgroundWrite()  # of the newest checkpoint, on rank 0
         self.failed = torch.zeros((), device=world.device)  # see train_step
         self.skipped_in_a_row = 0
         self.last_save = time.monotonic()
@@ -461,6 +464,7 @@ class Trainer:
             self.finish_epoch(epoch)
         if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was lowered below the position of the run
             self.save(best=self.evaluate(done_epochs))
+        self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         best = state.best
         logger.info(
@@ -543,9 +547,12 @@ class Trainer:
         return self.schedule(num_updates - self.state.num_skipped)
 
     def requests(self) -> Tensor:
-        """(2,) what this process asks all others for: to stop, and, on rank 0, for a checkpoint."""
+        """(2,) what this process asks all others for: to stop, and, on rank 0, for a checkpoint.
+
+        The next save reports a failure of the last one to all, so it follows at once.
+        """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
-        saving = due and self.world.is_main
+        saving = (due or self.writing.failed) and self.world.is_main
         if saving:
             self.last_save = time.monotonic()  # ask once
         requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
@@ -660,21 +667,30 @@ class Trainer:
         return improved
 
     def save(self, *, best: bool = False) -> None:
-        """Write the state, then delete surplus checkpoints; every process learns how it went."""
+        """Copy the state to host memory, and write it and delete surplus checkpoints in the background.
+
+        Raises:
+            CheckpointError, OtherRankError: the previous checkpoint could not be written.
+        """
         self.phase = "saving"
-
-        def write() -> None:
-            path = checkpoint_path(self.output, self.state.num_updates)
-            started = time.monotonic()
-            save_checkpoint(self.state.to_dict() | self.header, path)
-            if best:
-                link_best(path, self.output / BEST)
-            remove_surplus(self.output, self.recipe.keep_checkpoints)
-            logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
-
-        on_main(self.world, write)
+        on_main(self.world, lambda: self.start_saving(best=best))
         self.phase = "training"
         self.last_save = time.monotonic()
+
+    def start_saving(self, *, best: bool) -> None:
+        self.writing.wait()
+        state = to_host(self.state.to_dict() | self.header, copy=True)
+        path = checkpoint_path(self.output, self.state.num_updates)
+        self.writing.start(partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints))
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is written.
+
+        Raises:
+            CheckpointError, OtherRankError: it could not be written.
+        """
+        self.phase = "saving"
+        on_main(self.world, self.writing.wait)
 
     def save_and_stop(self, meter: "Meter | None" = None) -> NoReturn:
         """Save the state in the middle of an epoch, or before an evaluation, and end the run.
@@ -687,9 +703,26 @@ class Trainer:
             meter.add(self.receive(keep=0))
             meter.log()
         self.save()
+        self.finish_saving()
         raise Stopped(
             f"stopped in {phase} after update {self.state.num_updates}, which is saved; the same command resumes there"
         )
+
+
+def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
+    """Write a numbered checkpoint, as best.pth too if it is the best, then delete all but the ``keep`` newest.
+
+    It runs in another thread. A reference to the trainer would let that thread destroy it, and with it the loaders.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    started = time.monotonic()
+    save_checkpoint(state, path)
+    if best:
+        link_best(path, path.parent / BEST)
+    remove_surplus(path.parent, keep)
+    logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
 
 
 def prepare_batch(

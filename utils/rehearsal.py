@@ -56,6 +56,7 @@ def rehearse(trainer: Trainer) -> None:
 
     started = time.monotonic()
     trainer.save()
+    trainer.finish_saving()
     path = checkpoint_path(trainer.output, state.num_updates)
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free

@@ -190,10 +190,10 @@ def test_r3_a_disk_that_is_full_after_any_number_of_bytes_leaves_the_old_file(tm
 def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         def fill() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
         if rank == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             call_before(utils.engine, "save_checkpoint", 3, fill)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)

@@ -98,6 +98,7 @@ def test_s2_a_second_signal_ends_the_process_at_once_and_leaves_a_valid_checkpoi
     def prepare(rank: int) -> None:
         def hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # this is the thread that writes; the main thread handles signals
             os.kill(os.getpid(), second)
             time.sleep(60)
 
