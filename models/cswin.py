@@ -20,6 +20,7 @@ from models.layers import (
     Stage,
     ceil_divide,
     check_attention_dropout,
+    constant,
     drop_path_rates,
     init_weights,
     merge,
@@ -63,8 +64,7 @@ class StripedAttention(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """The mask of the native map is a buffer, so that no training step computes it."""
-        mask = self.mask(self.native)
-        self.native_mask = None if mask is None else mask.to(self.get_v.weight.device)
+        self.native_mask = self.mask(self.native, like=self.get_v.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the native map in place."""
@@ -76,10 +76,10 @@ class StripedAttention(nn.Module):
         stripe = stripe_of(grid, self.axis, self.width)
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
-    def mask(self, grid: tuple[int, int]) -> Tensor | None:
-        """(nW, N), False for padding; None if there is none."""
+    def mask(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+        """(nW, N), False for padding, on the device of ``like``; None if there is no padding."""
         window, padded = self.layout(grid)
-        region = window_regions(grid, window, (0, 0), padded)
+        region = constant(window_regions, grid, window, (0, 0), padded, like=like)
         return None if region is None else region != PADDING
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
@@ -89,11 +89,11 @@ class StripedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grid = tuple(q.shape[1:3])
         window, padded = self.layout(grid)
-        mask = self.native_mask if grid == self.native else self.mask(grid)
+        mask = self.native_mask if grid == self.native else self.mask(grid, like=q)
         if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
-            mask = mask.to(q.device).repeat(q.shape[0], 1)
+            mask = mask.repeat(q.shape[0], 1)
         q, k, v = (partition(t, window) for t in (q, k, v))
         out = self.attend_within(q, k, v, window, mask)
         out = merge(out, window, padded)

@@ -20,6 +20,8 @@ from timm.models import named_apply, register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.fused_attention import is_transformed
+
 logger = logging.getLogger(__name__)
 
 NO_OPTIONS: Mapping = MappingProxyType({})
@@ -166,6 +168,21 @@ def window_regions(
     region[:, grid[1] :] = PADDING
     region = region.roll((-shift[0], -shift[1]), dims=(0, 1))
     return partition(region[None, :, :, None], window).squeeze(-1)
+
+
+def constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """``build(*arguments)`` on the device of ``like``. It is built once: a forward pass should not copy it to a GPU again."""
+    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # values of a tracer are not kept
+        value = build(*arguments)
+        return None if value is None else value.to(like.device)
+    return _build_constant(build, arguments, like.device)
+
+
+@functools.lru_cache(maxsize=128)
+def _build_constant(build: Callable[..., Tensor | None], arguments: tuple, device: torch.device) -> Tensor | None:
+    with torch.inference_mode(False):  # a backward pass could not use inference tensors
+        value = build(*arguments)
+        return None if value is None else value.to(device)
 
 
 class PositionTable(NamedTuple):

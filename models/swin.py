@@ -21,6 +21,7 @@ from models.layers import (
     Stage,
     ceil_divide,
     check_attention_dropout,
+    constant,
     drop_path_rates,
     init_weights,
     merge,
@@ -97,7 +98,7 @@ class SoftmaxWindowAttention(nn.Module):
         table, index = self.relative_position_bias_table, self.relative_position_index
         if window != self.window:
             table = resize_grid(table.unsqueeze(0), offset_grid(self.window), offset_grid(window))[0]
-            index = relative_position_index(window).to(table.device)
+            index = constant(relative_position_index, window, like=table)
         num_tokens = window[0] * window[1]
         return table[index.flatten()].view(1, num_tokens, num_tokens, -1).permute(0, 3, 1, 2)
 
@@ -160,8 +161,7 @@ class SwinBlock(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """The regions of the native map are a buffer, so that no training step computes them."""
-        region = self.regions(self.grid)
-        self.native_region = None if region is None else region.to(self.norm1.weight.device)
+        self.native_region = self.regions(self.grid, like=self.norm1.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the native map in place."""
@@ -176,21 +176,20 @@ class SwinBlock(nn.Module):
         shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
         return window, shift, padded
 
-    def regions(self, grid: tuple[int, int]) -> Tensor | None:
-        """``window_regions`` of a map; None where the attention needs none. Linear attention excludes padding alone."""
+    def regions(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+        """``window_regions`` of a map, on the device of ``like``; None if the attention needs no mask.
+
+        Linear attention excludes only padding.
+        """
         window, shift, padded = self.layout(grid)
         if padded == grid and isinstance(self.attn, LinearWindowAttention):
             return None
-        return window_regions(grid, window, shift, padded)
+        return constant(window_regions, grid, window, shift, padded, like=like)
 
     def attention(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
         window, shift, padded = self.layout(grid)
-        if grid == self.grid:
-            region = self.native_region
-        else:
-            region = self.regions(grid)
-            region = None if region is None else region.to(x.device)
+        region = self.native_region if grid == self.grid else self.regions(grid, like=x)
         if padded != grid:
             x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
         if any(shift):

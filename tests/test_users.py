@@ -232,7 +232,7 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]
     outcome = run(*arguments, log=tmp_path, prepare=prepare)
     assert outcome.exit_codes == [-signal.SIGTERM], outcome.output
-    (left,) = tmp_path.glob(".rehearsal*")
+    assert len(list(tmp_path.glob(".rehearsal*"))) == 1
     outcome = run(*arguments, log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert not list(tmp_path.glob(".rehearsal*"))

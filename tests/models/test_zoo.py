@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
@@ -374,3 +375,18 @@ def test_the_operator_swaps_into_a_stock_timm_model():
     command = [sys.executable, "examples/vit_with_linear_attention.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "[2, 10]" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_cswin_t"])
+def test_masks_of_another_size_are_kept_from_inference_to_training_but_not_from_a_tracer(name):
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    images = torch.randn(1, 3, 96, 160)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(model(mode.from_tensor(images)), FakeTensor)
+    with torch.inference_mode():
+        expected = model(images)
+    out = model(images)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

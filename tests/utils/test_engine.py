@@ -154,10 +154,17 @@ class HostAccess(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_no_model_reads_values_or_copies_between_devices_in_training(name):
-    """The meta device has no values: reading one is an error there, and a tensor made on the host would be mixed in."""
+@pytest.mark.parametrize("size", [(224, 224), (160, 192)], ids=["native", "padded"])
+def test_no_model_reads_values_or_copies_between_devices_in_training(name, size):
+    """The meta device has no values: reading one is an error there, and a tensor made on the host would be mixed in.
+
+    At another size the first forward pass builds the masks and indices, and later ones reuse them.
+    """
     model = create_model(name, device="meta", drop_path_rate=0.1).train()
-    images, targets = torch.empty(2, 3, 224, 224, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    images, targets = torch.empty(2, 3, *size, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
+    if size != (224, 224):
+        with torch.inference_mode():
+            model(images)
     with HostAccess() as access:
         nn.CrossEntropyLoss(label_smoothing=0.1)(model(images), targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
