@@ -64,15 +64,19 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
 
     criterion, dtype = nn.CrossEntropyLoss(label_smoothing=cfg.MODEL.LABEL_SMOOTHING), amp_dtype(cfg)
 
+    scaler = torch.amp.GradScaler(trainer.world.device.type, enabled=dtype == torch.float16)
+
     def run_bare() -> None:
         state.model.train()
         for _ in range(updates):
             for _ in range(accumulation):
                 with torch.autocast(trainer.world.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    loss = criterion(state.model(batch.images), batch.targets)
-                loss.backward()
+                    loss = criterion(state.model(batch.images), batch.targets) / accumulation
+                scaler.scale(loss).backward()
+            scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), trainer.recipe.max_grad_norm)
-            state.optimizer.step()
+            scaler.step(state.optimizer)
+            scaler.update()
             state.optimizer.zero_grad()
 
     def same() -> Iterator:
