@@ -133,7 +133,8 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["model"] == "x"
     assert record["results"]["raw"]["real"] == {"correct1": 2, "num_images": 3, "acc1": pytest.approx(200 / 3)}
-    assert record["results"]["raw"]["acc1_interval_95"] == pytest.approx(wilson_interval(2, 4))
+    assert record["results"]["raw"]["acc1_interval_95"] == pytest.approx([15.0, 85.0], abs=0.05)  # 2 of 4
+    assert record["results"]["raw"]["acc5_interval_95"] == pytest.approx([51.01, 100.0], abs=0.05)  # 4 of 4
     with open(tmp_path / "eval_classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["class"], row["num_images"], row["correct1_raw"]) for row in rows] == [

@@ -238,3 +238,31 @@ def test_the_forward_pass_keeps_no_map_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         operator(*tokens)
     assert sum(kept.values()) < tokens[0].numel()
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("grid", [(8, 9), (4, 12)], ids=str)
+def test_the_gradients_of_the_convolution_are_autograd_s(side, grid):
+    """On maps larger than the kernel, and on maps that it exceeds."""
+    operator = random_operator(grid, kernel_size=side)
+    num_tokens = grid[0] * grid[1]
+    assert_equals_plain_form(operator, random_tokens(3, num_tokens, num_tokens))
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 7])
+def test_the_convolution_is_that_of_each_map_by_itself(side):
+    """The output with rank restoration minus that without: the values of a map convolved, with zeros beyond its edges."""
+    operator = random_operator((6, 7), kernel_size=side)
+    tokens = random_tokens(2, 42, 42)
+    with torch.no_grad():
+        with_convolution = operator(*tokens)
+        kernel, bias = operator.local_filter()
+        operator.dwc = None
+        local = with_convolution - operator(*tokens)
+        padded = torch.nn.functional.pad(tokens[2].unflatten(1, (6, 7)), (0, 0, *(side // 2,) * 4))
+        expected = sum(
+            padded[:, row : row + 6, column : column + 7] * kernel[:, 0, row, column]
+            for row in range(side)
+            for column in range(side)
+        )
+    torch.testing.assert_close(local, (expected + bias).flatten(1, 2))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models import build_model, create_model
-from models.layers import parse_attention_types
+from models.layers import drop_path_rates, parse_attention_types
 from models.swin import SwinTransformer, merge, partition, window_regions
 from tests.conftest import CONFIGS
 from utils.config import load_config
@@ -175,3 +175,18 @@ def test_a_model_built_at_another_size_computes_what_a_model_called_there_comput
     target.load_state_dict(source.state_dict() | target.resize_position_tables(source.state_dict(), img_size=224))
     images = torch.randn(1, 3, 256, 256)
     torch.testing.assert_close(target(images), source(images), rtol=1e-4, atol=1e-4)
+
+
+def test_drop_path_rates_are_linear_from_zero_to_the_given_rate():
+    assert drop_path_rates(0.3, (2, 2)) == [pytest.approx([0, 0.1]), pytest.approx([0.2, 0.3])]
+    assert drop_path_rates(0.3, (1,)) == [[0]]
+
+
+def test_fresh_weights_have_a_deviation_of_two_hundredths():
+    """Linear layers and relative-position tables; biases are 0 and norms 1."""
+    model = create_model("flatten_swin_t")
+    assert model.layers[2].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.layers[2].blocks[0].attn.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not model.head.bias.any()
+    assert (model.norm.weight == 1).all()

@@ -390,3 +390,29 @@ def test_masks_of_another_size_are_kept_from_inference_to_training_but_not_from_
     torch.testing.assert_close(out, expected)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["flatten_pvt_t", "flatten_pvt_v2_b1"])
+def test_softmax_blocks_reduce_by_8_4_2_1_and_linear_ones_as_they_are_told(name):
+    softmax = create_model(name, attn_type="SSSS", device="meta")
+    linear = create_model(name, attn_type="LLLL", linear_reductions=(4, 2, 1, 1), device="meta")
+    assert [next(iter(blocks)).attn.reduction for blocks in softmax.stage_blocks()] == [8, 4, 2, 1]
+    assert [next(iter(blocks)).attn.reduction for blocks in linear.stage_blocks()] == [4, 2, 1, 1]
+
+
+def test_the_class_token_of_a_deit_comes_first_and_stays_first_at_another_size():
+    """The input of the first block: its first token is cls_token + pos_embed[0], whatever the image and its size."""
+    model = create_model("flatten_deit_t", img_size=64)
+    captured = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    with torch.no_grad():
+        for size in (64, 96):
+            model(torch.randn(1, 3, size, size))
+            torch.testing.assert_close(captured[-1][0, 0], model.cls_token[0, 0] + model.pos_embed[0, 0])
+            assert captured[-1].shape[1] == 1 + (size // 16) ** 2
+
+
+def test_a_deit_exempts_its_tokens_from_weight_decay():
+    exempt = create_model("flatten_deit_t", device="meta").no_weight_decay()
+    assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias"} <= exempt
+    assert not {"blocks.0.attn.qkv.weight", "head.weight"} & exempt

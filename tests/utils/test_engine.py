@@ -11,7 +11,7 @@ from tests.conftest import CONFIGS
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.engine import TrainState, evaluate, train_step
-from utils.optim import build_criterion, build_ema, build_optimizer, build_scaler
+from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -205,3 +205,59 @@ def test_sgd_survives_a_first_update_that_is_skipped():
             assert not torch.equal(parameter, before)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_fp16_clips_the_true_gradient_and_reports_its_norm():
+    """SGD with rate 1 moves the weights by the maximum norm; the scale of 65,536 plays no part."""
+    model, _, _, _ = setup()
+    reference = copy.deepcopy(model)
+    images, targets = torch.randn(8, 6), torch.randint(0, 3, (8,))
+    _, norm = step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        torch.amp.GradScaler("cpu"),
+        [(images, targets)],
+        0.01,
+        torch.float16,
+    )
+    nn.CrossEntropyLoss()(reference(images), targets).backward()
+    expected = nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
+    torch.testing.assert_close(norm, expected, rtol=1e-2, atol=0)
+    moved = [(new - old).detach().flatten() for new, old in zip(model.parameters(), reference.parameters(), strict=True)]
+    assert torch.cat(moved).norm() == pytest.approx(0.01, rel=1e-2)
+
+
+def test_sgd_uses_nesterov_momentum():
+    """Two steps by hand: v = 0.9 v + g, w = w - rate (g + 0.9 v)."""
+    model, optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.9, "TRAIN.WEIGHT_DECAY", 0.0)
+    expected, velocity = model.weight.detach().clone(), torch.zeros(3, 6)
+    for value in (1.0, 2.0):
+        model.weight.grad, model.bias.grad = torch.full((3, 6), value), torch.zeros(3)
+        optimizer.step()
+        velocity = 0.9 * velocity + value
+        expected -= optimizer.param_groups[0]["lr"] * (value + 0.9 * velocity)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_a_resumed_state_has_the_scale_of_the_file_and_the_options_of_the_config():
+    saved = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.3), scales_loss=True)
+    saved.scaler.scale(torch.ones(()))
+    saved.scaler.update(128.0)
+    state = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.1), scales_loss=True)
+    state.load_dict(copy.deepcopy(saved.to_dict()))
+    assert state.scaler.get_scale() == 128
+    assert {group["weight_decay"] for group in state.optimizer.param_groups} == {0.1, 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "evaluation"),
+    [
+        ([], torch.float32, torch.float32),
+        (["AMP", True, "AMP_DTYPE", "bf16"], torch.bfloat16, torch.float32),
+        (["AMP", True, "AMP_DTYPE", "bf16", "TEST.PRECISION", "train"], torch.bfloat16, torch.bfloat16),
+        (["AMP", True, "AMP_DTYPE", "fp16", "TEST.PRECISION", "fp32"], torch.float16, torch.float32),
+    ],
+)
+def test_evaluation_is_in_fp32_unless_it_is_told_to_follow_training(options, training, evaluation):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
+    assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)

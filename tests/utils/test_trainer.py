@@ -184,3 +184,121 @@ def test_the_best_checkpoint_is_the_later_of_equals(tmp_path, accuracies):
     best = read_checkpoint(tmp_path / BEST)
     assert best["num_updates"] == 3 * UPDATES_PER_EPOCH
     assert best["best"] == trainer.state.best  # saved after its evaluation
+
+
+def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, accuracies):
+    """SAVE_FREQ 2 of 5 epochs. The first evaluation is the best, which is saved too."""
+    accuracies[:] = [9, 1]
+    create_trainer(tmp_path, num_epochs=5, save_freq=2).fit()
+    numbers = sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(tmp_path))
+    assert numbers == [1, 2, 4, 5]
+
+
+def test_evaluations_follow_every_second_epoch_and_the_last(tmp_path, monkeypatch, accuracies):
+    evaluated = []
+    trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
+    evaluate = utils.engine.evaluate
+
+    def note(models, *arguments, **options):
+        evaluated.append(trainer.state.num_updates // UPDATES_PER_EPOCH)
+        return evaluate(models, *arguments, **options)
+
+    monkeypatch.setattr(utils.engine, "evaluate", note)
+    trainer.fit()
+    assert evaluated == [2, 4, 5]
+
+
+# --- The update
+
+
+def test_an_update_uses_its_own_rate_and_then_averages_the_weights(tmp_path):
+    """By hand: SGD with the schedule's rate of update 3, three times that for the head, and e = 0.9 e + 0.1 w afterwards."""
+    rates = []
+    trainer = create_trainer(
+        tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: rates.append(update) or 0.01
+    )
+    state = trainer.state
+    state.num_updates = 3
+    start, average = (parameters(model) for model in (state.model, state.ema.module))
+    batch = next(iter_batches(trainer))
+    expected = [weight.clone().requires_grad_() for weight in start]
+    nn.CrossEntropyLoss()(nn.functional.linear(batch.images, *expected), batch.targets).backward()
+    trainer.update(iter([(batch.images, batch.targets)]))
+    assert rates == [3]
+    for weight, before in zip(parameters(state.model), expected, strict=True):
+        torch.testing.assert_close(weight, (before - 3 * 0.01 * before.grad).detach())  # the whole model is its head
+    for new, old, weight in zip(parameters(state.ema.module), average, parameters(state.model), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * weight)
+        assert not torch.equal(new, weight)
+
+
+def parameters(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in (model.weight, model.bias)]
+
+
+def iter_batches(trainer: Trainer):
+    trainer.train_loader.set_position(0)
+    return iter(trainer.train_loader)
+
+
+def test_the_draws_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
+    """Update 3 with 2 forward passes each begins with forward pass 6, wherever the run was resumed."""
+
+    def draws(num_updates: int, count: int, **changes) -> list[float]:
+        trainer = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0))
+        trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
+        trainer.state.num_updates = num_updates
+        mixed = trainer.mixed_batches(iter_batches(trainer), utils.engine.Meter(0, trainer))
+        return [torch.rand(1).item() for _ in range(count) if next(mixed)]
+
+    whole = draws(0, 8)
+    assert len(set(whole)) == 8
+    assert draws(3, 2) == whole[6:]
+    assert not set(draws(0, 8, rank=1)) & set(whole)
+    assert not set(draws(0, 8, seed=1)) & set(whole)
+
+
+def test_mixing_gets_the_number_of_the_forward_pass(tmp_path):
+    numbers = []
+    trainer = create_trainer(tmp_path, accumulation=2)
+    trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
+    trainer.state.num_updates = 3
+    mixed = trainer.mixed_batches(iter_batches(trainer), utils.engine.Meter(0, trainer))
+    next(mixed), next(mixed)
+    assert numbers == [6, 7]
+
+
+class Metrics:
+    """Records what the trainer writes."""
+
+    def __init__(self):
+        self.points = []
+
+    def scalars(self, step, kind, values):
+        self.points.append((step, kind, values))
+
+    def image(self, *_):
+        pass
+
+
+def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_last_rate(tmp_path, accuracies, monkeypatch):
+    """PRINT_FREQ 3 of 4 updates: points after 3 and 4."""
+    trainer, losses = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
+    trainer.metrics = Metrics()
+    step = utils.engine.train_step
+
+    def note(*arguments, **options):
+        losses.append(step(*arguments, **options))
+        return losses[-1]
+
+    monkeypatch.setattr(utils.engine, "train_step", note)
+    trainer.fit()
+    points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
+    assert [step for step, _ in points] == [3, 4]
+    first, second = (values for _, values in points)
+    loss, norm = (torch.stack(losses)[:, column] for column in (0, 1))
+    assert first["loss"] == pytest.approx(float(loss[:3].mean()))
+    assert second["loss"] == pytest.approx(float(loss[3]))
+    assert first["grad_norm"] == pytest.approx(float(norm[2]))
+    assert (first["lr"], second["lr"]) == (pytest.approx(0.03), pytest.approx(0.04))  # of updates 2 and 3, counted from 0
+    assert first["epoch"] == 0

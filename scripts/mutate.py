@@ -1,0 +1,360 @@
+"""Sample mutants of the code and count how many of them the tests notice: a tool for developers.
+
+A mutant is the code with one small mistake: a comparison, an operator, a constant, a condition, an argument or a statement is
+changed. The tests that execute the changed line run on it; the mutant is killed if one of them fails.
+
+    python scripts/mutate.py record                      # run the tests once and record which lines each of them executes
+    python scripts/mutate.py sample models data --number 60 --seed 0
+
+``record`` takes one run of the tests with coverage, and needs ``coverage`` and ``pytest-cov``. ``sample`` prints every survivor
+with its file, line and change; many are equivalent to the original, so read them.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("main.py", "models", "data", "jobs", "utils", "weights", "analysis")
+RECORD = ".mutation"  # directory of what ``record`` writes
+COVERAGE_CONFIG = """
+[run]
+branch = true
+parallel = true
+source = {source}
+data_file = {data}
+context = ${{PYTEST_CURRENT_TEST-}}
+patch = fork, subprocess, _exit
+"""
+COMPARISONS = {
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.Is: "is not",
+    ast.IsNot: "is",
+    ast.In: "not in",
+    ast.NotIn: "in",
+}
+OPERATORS = {
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "/",
+    ast.Div: "*",
+    ast.FloorDiv: "*",
+    ast.Mod: "*",
+    ast.Pow: "*",
+}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+REPORTING = {"logger", "warnings", "print"}  # calls whose text and presence are not worth a test
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The source between two offsets replaced.
+
+    Args:
+        statement: first line of the statement, by which coverage counts.
+    """
+
+    path: str
+    line: int
+    statement: int
+    start: int
+    end: int
+    replacement: str
+    change: str
+
+    def apply(self, source: str) -> str:
+        return source[: self.start] + self.replacement + source[self.end :]
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.change}"
+
+
+class MutantFinder(ast.NodeVisitor):
+    """All mutants of a file. Docstrings, annotations, messages and log calls are left out."""
+
+    def __init__(self, path: str, source: str):
+        self.path, self.source = path, source
+        starts = [0]
+        for text in source.splitlines(keepends=True):
+            starts.append(starts[-1] + len(text))
+        self.starts, self.lines = starts, source.splitlines()
+        self.statement = 1
+        self.mutants: list[Mutant] = []
+
+    def visit(self, node: ast.AST) -> None:
+        outer = self.statement
+        if isinstance(node, ast.stmt):
+            self.statement = node.lineno
+        super().visit(node)
+        self.statement = outer
+
+    def offset(self, line: int, column: int) -> int:
+        return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
+
+    def text(self, node: ast.AST) -> str:
+        return ast.get_source_segment(self.source, node)
+
+    def add(self, node: ast.AST, replacement: str) -> None:
+        start = self.offset(node.lineno, node.col_offset)
+        end = self.offset(node.end_lineno, node.end_col_offset)
+        before = " ".join(self.source[start:end].split())
+        change = f"{before[:70]} -> {' '.join(replacement.split())[:70]}"
+        self.mutants.append(Mutant(self.path, node.lineno, self.statement, start, end, replacement, change))
+
+    # Nodes that are skipped, or of which parts are.
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        pass
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        pass
+
+    def visit_Import(self, node: ast.Import) -> None:
+        pass
+
+    visit_ImportFrom = visit_Import
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
+            self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Constant):  # a docstring
+            return
+        if isinstance(node.value, ast.Call):
+            root = node.value.func
+            while isinstance(root, (ast.Attribute, ast.Call)):
+                root = root.value if isinstance(root, ast.Attribute) else root.func
+            if isinstance(root, ast.Name) and root.id in REPORTING:
+                return
+            self.add(node, "pass")
+        self.generic_visit(node)
+
+    # Nodes that are changed.
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.ops) == 1:
+            operator = COMPARISONS[type(node.ops[0])]
+            self.add(node, f"({self.text(node.left)} {operator} {self.text(node.comparators[0])})")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        if type(node.op) in OPERATORS and not isinstance(node.left, (ast.JoinedStr, ast.List)):
+            self.add(node, f"({self.text(node.left)} {OPERATORS[type(node.op)]} {self.text(node.right)})")
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.add(node, "pass")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        joined = " or " if isinstance(node.op, ast.And) else " and "
+        self.add(node, "(" + joined.join(f"({self.text(value)})" for value in node.values) + ")")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, (ast.Not, ast.USub)):
+            self.add(node, f"({self.text(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if not isinstance(node.test, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
+            self.add(node.test, f"(not ({self.text(node.test)}))")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        test, body, orelse = (self.text(part) for part in (node.test, node.body, node.orelse))
+        self.add(node, f"(({orelse}) if ({test}) else ({body}))")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self.add(node, str(not node.value))
+        elif isinstance(node.value, int):
+            self.add(node, str(node.value + 1))
+        elif isinstance(node.value, float):
+            self.add(node, repr(2 * node.value if node.value else 1.0))
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in NAMES:
+            self.add(node, NAMES[node.id])
+
+    def visit_Call(self, node: ast.Call) -> None:
+        plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+        if len(plain) == len(node.args) >= 2 and not isinstance(node.args[0], ast.Constant):
+            first, second = node.args[:2]
+            start, end = self.offset(first.lineno, first.col_offset), self.offset(second.end_lineno, second.end_col_offset)
+            swapped = f"{self.text(second)}, {self.text(first)}"
+            change = f"arguments swapped: {' '.join(swapped.split())[:70]}"
+            self.mutants.append(Mutant(self.path, first.lineno, self.statement, start, end, swapped, change))
+        self.generic_visit(node)
+
+
+def find_mutants(paths: list[str]) -> list[Mutant]:
+    files = [
+        file for path in paths for file in (sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path])
+    ]
+    mutants = []
+    for file in files:
+        source = file.read_text()
+        finder = MutantFinder(str(file.relative_to(ROOT)), source)
+        finder.visit(ast.parse(source))
+        mutants += finder.mutants
+    return mutants
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run of the tests showed.
+
+    Args:
+        executed: file -> line -> tests that execute it while they run. Lines that only imports execute have none.
+        seconds: test -> duration.
+    """
+
+    executed: dict[str, dict[int, set[str]]]
+    seconds: dict[str, float]
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """The tests to run, quickest first: those that execute the line, or any line of the file if only imports do."""
+        lines = self.executed.get(mutant.path, {})
+        tests = lines.get(mutant.statement) or set().union(*lines.values())
+        return sorted(tests, key=lambda test: self.seconds.get(test, 0.0))
+
+
+def record(arguments: list[str]) -> None:
+    """Run the tests with coverage, and keep which of them executes which line."""
+    folder = ROOT / RECORD
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    sources = "".join(f"\n    {ROOT / package.removesuffix('.py')}" for package in PACKAGES if package.endswith(".py") is False)
+    config = folder / "coveragerc"
+    config.write_text(COVERAGE_CONFIG.format(source=sources + f"\n    {ROOT}", data=folder / "coverage"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COVERAGE_RCFILE": str(config)}
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junit-xml={folder / 'tests.xml'}"]
+    coverage = ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report="]
+    subprocess.run([*command, *coverage, *arguments], cwd=ROOT, env=environment, check=False)
+    seconds = {}
+    for case in ElementTree.parse(folder / "tests.xml").iter("testcase"):
+        module, name = case.get("classname").replace(".", "/") + ".py", case.get("name")
+        seconds[f"{module}::{name}"] = float(case.get("time"))
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def read_record() -> Record:
+    from coverage import CoverageData
+
+    folder = ROOT / RECORD
+    data = CoverageData(basename=str(folder / "coverage"))
+    data.read()
+    executed = {}
+    for file in data.measured_files():
+        lines = {}
+        for line, contexts in data.contexts_by_lineno(file).items():
+            # "static|dynamic", each like "tests/x.py::test_y (call)" or "tests/x.py::test_y|run"
+            names = {part.split(" (")[0] for context in contexts for part in context.split("|") if "::" in part}
+            lines[line] = names
+        with contextlib.suppress(ValueError):
+            executed[str(Path(file).relative_to(ROOT))] = lines
+    return Record(executed, json.loads((folder / "seconds.json").read_text()))
+
+
+def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
+    """ "killed", "survived" or, if no test executes the line, "not covered"."""
+    if not tests:
+        return "not covered"
+    with tempfile.TemporaryDirectory(prefix="mutant") as folder:
+        for file in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        ):
+            if file and (ROOT / file).is_file():
+                target = Path(folder) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, target)
+        changed = Path(folder) / mutant.path
+        changed.write_text(mutant.apply(changed.read_text()))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--durations=0", f"--basetemp={folder}/tmp"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return "survived" if process.wait(seconds) == 0 else "killed"
+        except subprocess.TimeoutExpired:  # as a run that hangs is noticed
+            return "killed"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.wait()
+
+
+def sample(paths: list[str], number: int, seed: int, budget: float) -> None:
+    kept, mutants = read_record(), find_mutants(paths)
+    chosen = random.Random(seed).sample(mutants, min(number, len(mutants)))
+
+    def judge(mutant: Mutant) -> tuple[Mutant, str]:
+        tests, total = [], 0.0
+        for test in kept.tests_of(mutant):  # quickest first, up to the budget
+            total += kept.seconds.get(test, 0.0)
+            if total > budget and tests:
+                break
+            tests.append(test)
+        outcome = run_tests(mutant, tests, seconds=3 * budget + 60)
+        print(f"{outcome:12} {mutant} ({len(tests)} tests)", flush=True)
+        return mutant, outcome
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(judge, chosen))
+    survivors = [mutant for mutant, outcome in results if outcome != "killed"]
+    print(f"\nkilled {len(results) - len(survivors)} of {len(results)} mutants, drawn from {len(mutants)} with seed {seed}")
+    for mutant in survivors:
+        print(mutant)
+    (ROOT / RECORD / "survivors.json").write_text(json.dumps([asdict(mutant) for mutant in survivors], indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    modes.add_parser("record", help="run the tests once with coverage; further arguments go to pytest")
+    sampling = modes.add_parser("sample", help="draw mutants and run the tests on them")
+    sampling.add_argument("paths", nargs="*", default=list(PACKAGES), help="files or directories; default: all code")
+    sampling.add_argument("--number", type=int, default=60)
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--budget", type=float, default=120, help="seconds of tests per mutant, quickest tests first")
+    args, rest = parser.parse_known_args()
+    if args.mode == "record":
+        record(rest)
+    elif rest:
+        parser.error(f"unknown argument {rest[0]}")
+    else:
+        sample(args.paths, args.number, args.seed, args.budget)
+
+
+if __name__ == "__main__":
+    main()

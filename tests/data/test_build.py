@@ -1,0 +1,170 @@
+"""What the keys of a config become: each value reaches its place, checked against Pillow, timm and hand calculation."""
+
+import io
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.build import (
+    build_datasets,
+    build_eval_loader,
+    build_mixup,
+    build_preprocessing,
+    build_train_loader,
+    build_train_transform,
+)
+from data.datasets import ImageDataset, seed_generators
+from data.index import DataError, index_zip
+from data.samplers import TrainBatches
+from utils.config import load_config
+
+CPU = torch.device("cpu")
+
+
+def config(toy_config, toy_data, *opts):
+    return load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), *opts])
+
+
+@pytest.fixture(scope="module")
+def white(tmp_path_factory):
+    """White images in two classes."""
+    root = tmp_path_factory.mktemp("white")
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (48, 48), "white").save(root / split / name / f"{number}.png")
+    return root
+
+
+def test_white_is_one_minus_the_mean_over_the_deviation_in_training_and_evaluation(toy_config, white):
+    opts = ["DATA.MEAN", [0.5, 0.4, 0.3], "DATA.STD", [0.1, 0.2, 0.25], "MODEL.NUM_CLASSES", 2, "AUG.REPROB", 0.0]
+    cfg = config(toy_config, white, *opts, "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.0, "DATA.BATCH_SIZE", 4)
+    datasets = build_datasets(cfg, training=True)
+    expected = torch.tensor([(1 - 0.5) / 0.1, (1 - 0.4) / 0.2, (1 - 0.3) / 0.25]).view(1, 3, 1, 1).expand(4, 3, 40, 40)
+    for loader in (
+        build_train_loader(cfg, datasets.train, rank=0, world_size=1, device=CPU),
+        build_eval_loader(cfg, datasets.val, rank=0, world_size=1, device=CPU),
+    ):
+        torch.testing.assert_close(next(iter(loader)).images, expected)
+    assert build_preprocessing(cfg).mean == (0.5, 0.4, 0.3)
+    assert build_preprocessing(cfg).std == (0.1, 0.2, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("opts", "mode"),
+    [
+        (["DATA.INTERPOLATION", "bicubic"], Image.Resampling.BICUBIC),
+        (["DATA.INTERPOLATION", "bilinear"], Image.Resampling.BILINEAR),
+        (["DATA.INTERPOLATION", "random"], Image.Resampling.BILINEAR),
+        (["DATA.INTERPOLATION", "bicubic", "TEST.INTERPOLATION", "bilinear"], Image.Resampling.BILINEAR),
+        (["DATA.INTERPOLATION", "bilinear", "TEST.INTERPOLATION", "bicubic"], Image.Resampling.BICUBIC),
+    ],
+)
+def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data):
+    """Against Pillow: 100 x 70 pixels squashed to 45 x 45 (40 / 0.875), then the central 40 x 40."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))
+    transform = build_preprocessing(config(toy_config, toy_data, *opts, "TEST.CROP", True)).create_transform()
+    resized = image.resize((45, 45), mode).crop((2, 2, 42, 42))
+    assert torch.equal(transform(image), torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+
+
+def test_random_crops_take_area_and_aspect_ratio_from_their_own_keys(toy_config, toy_data):
+    """A quarter of the area of 200 x 200 pixels, four times as wide as high: 200 x 50."""
+    cfg = config(toy_config, toy_data, "AUG.SCALE", [0.25, 0.25], "AUG.RATIO", [4.0, 4.0])
+    crop = build_train_transform(cfg).transforms[0]
+    seed_generators(0)
+    for _ in range(5):
+        _, _, height, width = crop.get_params(Image.new("RGB", (200, 200)), crop.scale, crop.ratio)
+        assert (width, height) == (200, 50)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix", "expected"), [(50.0, 0.01, range(20, 41)), (0.01, 50.0, range(3))])
+def test_mixup_and_cutmix_have_their_own_alpha(mixup, cutmix, expected, toy_config, toy_data):
+    """Beta(50, 50) mixes nearly evenly, Beta(0.01, 0.01) hardly at all, and either of them is drawn for half of the batches.
+
+    Of a black and a white image, mixup makes grey everywhere, and CutMix leaves pixels black or white.
+    """
+    mix = build_mixup(config(toy_config, toy_data, "AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix))
+    num_grey = 0
+    for step in range(60):
+        images = torch.cat([torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)])
+        mixed, _ = mix(images, torch.tensor([0, 1]), step)
+        num_grey += bool(((mixed > 0.2) & (mixed < 0.8)).any())
+    assert num_grey in expected
+
+
+def test_the_image_in_the_middle_of_an_odd_batch_is_mixed_with_the_first(toy_config, toy_data):
+    """Seven images, each of its own constant and class: image and targets of every position have the same mixture."""
+    mix = build_mixup(
+        config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
+    )
+    labels, partners = torch.arange(7), [6, 5, 4, 0, 2, 1, 0]
+    for step in range(10):
+        images = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
+        mixed, targets = mix(images, labels, step)
+        assert mixed.shape == (7, 3, 4, 4)
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ labels.float())
+        for position, partner in enumerate(partners):
+            assert set(targets[position].nonzero().flatten().tolist()) == {position, partner}, position
+
+
+def test_another_seed_gives_another_order_and_other_draws(toy_config, toy_data):
+    def first_epoch(seed: int):
+        cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
+        dataset = build_datasets(cfg, training=True).train
+        loader = build_train_loader(cfg, dataset, rank=0, world_size=1, device=CPU)
+        order, images = [], {}
+        for batch in loader:
+            order += batch.indices
+            images |= dict(zip(batch.indices, batch.images, strict=True))
+        return order, images, dataset[(0, 5)].image, build_mixup(cfg)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), 0)[1]
+
+    one, other = first_epoch(0), first_epoch(1)
+    assert one[0] != other[0]
+    assert not torch.equal(one[2], other[2])
+    assert not torch.equal(one[3], other[3])
+    assert not any(torch.equal(one[1][index], other[1][index]) for index in one[1].keys() & other[1].keys())
+
+
+def test_a_position_counts_updates_and_not_forward_passes():
+    """From update 5 of 2 processes with 3 forward passes each: what the whole epoch has from there on."""
+    options = {"accumulation": 3, "world_size": 2, "seed": 0, "rank": 1}
+    batches = TrainBatches(100, 2, **options)
+    assert batches.updates_per_epoch == 8
+    whole = list(batches)
+    assert len(whole) == len(TrainBatches(100, 2, **options)) == 24
+    batches.set_position(0, 5)
+    assert list(batches) == whole[5 * 3 :]
+    assert len(batches) == 9
+
+
+def test_a_pixel_that_changed_in_an_archive_fails_its_checksum(tmp_path):
+    """A BMP file decodes with any pixels, so only the checksum of the archive tells."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "BMP")
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.writestr("a/0.bmp", buffer.getvalue())
+    (tmp_path / "val_map.txt").write_text("a/0.bmp\t0\n")
+    index = index_zip(tmp_path, "val")
+    dataset = ImageDataset(index, lambda image: image)
+    assert dataset[(0, 0)].image.getpixel((0, 0)) == (1, 2, 3)
+    data = bytearray((tmp_path / "val.zip").read_bytes())
+    data[int(index.offsets[0]) + len(buffer.getvalue()) - 1] ^= 1
+    (tmp_path / "val.zip").write_bytes(data)
+    with pytest.raises(DataError, match="fails its checksum"):
+        ImageDataset(index, lambda image: image)[(0, 0)]
+
+
+def test_reading_an_image_leaves_the_generators_of_the_training_process_alone(toy_config, toy_data):
+    dataset = build_datasets(config(toy_config, toy_data), training=True).train
+    for generator in (random.random, np.random.rand, lambda: torch.rand(1).item()):
+        seed_generators(3)
+        expected = generator()
+        seed_generators(3)
+        dataset[(0, 1)]
+        assert generator() == expected
