@@ -33,8 +33,8 @@ COVERAGE_CONFIG = """
 branch = true
 parallel = true
 source = {source}
+omit = */.venv/*, */tests/*
 data_file = {data}
-context = ${{PYTEST_CURRENT_TEST-}}
 patch = fork, subprocess, _exit
 """
 COMPARISONS = {
@@ -128,7 +128,7 @@ class MutantFinder(ast.NodeVisitor):
     def visit_Import(self, node: ast.Import) -> None:
         pass
 
-    visit_ImportFrom = visit_Import
+    visit_ImportFrom = visit_Import  # noqa: N815
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -249,18 +249,28 @@ def record(arguments: list[str]) -> None:
     folder = ROOT / RECORD
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    sources = "".join(f"\n    {ROOT / package.removesuffix('.py')}" for package in PACKAGES if package.endswith(".py") is False)
     config = folder / "coveragerc"
-    config.write_text(COVERAGE_CONFIG.format(source=sources + f"\n    {ROOT}", data=folder / "coverage"))
+    config.write_text(COVERAGE_CONFIG.format(source=ROOT, data=folder / "coverage"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COVERAGE_RCFILE": str(config)}
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junit-xml={folder / 'tests.xml'}"]
-    coverage = ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report="]
-    subprocess.run([*command, *coverage, *arguments], cwd=ROOT, env=environment, check=False)
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "scripts.mutate"]
+    coverage = ["--cov", f"--cov-config={config}", "--cov-context=test", "--cov-report=term", "--cov-branch"]
+    subprocess.run(
+        [*command, *coverage, f"--junit-xml={folder / 'tests.xml'}", *arguments], cwd=ROOT, env=environment, check=False
+    )
     seconds = {}
     for case in ElementTree.parse(folder / "tests.xml").iter("testcase"):
         module, name = case.get("classname").replace(".", "/") + ".py", case.get("name")
         seconds[f"{module}::{name}"] = float(case.get("time"))
     (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def pytest_runtest_protocol(item, nextitem) -> None:
+    """Hook of pytest while ``record`` runs: processes that a test starts record their lines as the test's."""
+    from coverage import Coverage
+
+    if (coverage := Coverage.current()) is not None:
+        coverage.config.context = item.nodeid
+        os.environ["COVERAGE_PROCESS_CONFIG"] = coverage.config.serialize()
 
 
 def read_record() -> Record:
@@ -273,8 +283,8 @@ def read_record() -> Record:
     for file in data.measured_files():
         lines = {}
         for line, contexts in data.contexts_by_lineno(file).items():
-            # "static|dynamic", each like "tests/x.py::test_y (call)" or "tests/x.py::test_y|run"
-            names = {part.split(" (")[0] for context in contexts for part in context.split("|") if "::" in part}
+            # The test, or the test and its phase, as in "tests/x.py::test_y|run".
+            names = {part for context in contexts for part in context.split("|") if "::" in part}
             lines[line] = names
         with contextlib.suppress(ValueError):
             executed[str(Path(file).relative_to(ROOT))] = lines
