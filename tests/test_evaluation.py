@@ -58,7 +58,8 @@ def count_all(world, folder):
         for batch_size in (1, 7, 128):
             result = count(world, num_images, batch_size)
             answers = None if result.answers is None else result.answers.ranked.tolist()
-            found[f"{num_images}-{batch_size}"] = [result.correct1, result.correct5, result.num_images, answers]
+            counts = [result.correct1, result.correct5, result.num_images]
+            found[f"{num_images}-{batch_size}"] = [*counts, answers, result.loss]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -68,14 +69,17 @@ def test_counts_and_answers_are_those_of_one_model_on_all_images(world_size, tmp
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         images, targets = data_of(num_images)
         with torch.no_grad():
-            ranked = linear_model()(images).topk(5, dim=1).indices
+            logits = linear_model()(images)
+        ranked = logits.topk(5, dim=1).indices
+        loss = nn.functional.cross_entropy(logits, targets).item()
         right = ranked == targets.unsqueeze(1)
         expected = [right[:, 0].sum().item(), right.sum().item(), num_images]
         for rank in range(world_size):
             found = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
             for batch_size in (1, 7, 128):
-                *counts, answers = found[f"{num_images}-{batch_size}"]
+                *counts, answers, mean_loss = found[f"{num_images}-{batch_size}"]
                 assert counts == expected
+                assert mean_loss == pytest.approx(loss, rel=1e-5)
                 assert answers == (ranked.tolist() if rank == 0 else None)
 
 

@@ -1,5 +1,6 @@
 """Which state a run starts from, what it refuses, and what it records."""
 
+import json
 import os
 import shutil
 import time
@@ -9,15 +10,19 @@ import pytest
 import torch
 
 import jobs.training
-from jobs.start import check_data, find_unusable
+from jobs.checkpoints import open_checkpoint
+from jobs.start import Start, check_data, find_unusable, finished, resume
+from jobs.training import build_trainer
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints, save_checkpoint
 from utils.config import ConfigError, load_config
+from utils.distributed import World
 from utils.engine import TrainingError, check_trained
 from utils.environment import build_arithmetic
+from utils.log import MetricsWriter
 from utils.run import RunLock, check_available
-from weights.reader import read_checkpoint
+from weights.reader import CheckpointError, read_checkpoint
 
 CHANGES = {
     "no config": {"config": None},
@@ -210,3 +215,70 @@ def test_training_and_its_check_apply_the_arithmetic_of_the_config(toy_config, t
     for flags in ([], ["--check"]):
         outcome = run_main([*arguments, *flags], tmp_path / "log", prepare=prepare)
         assert outcome.exit_codes == [0], outcome.output
+
+
+# --- Resume
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "evaluated", "expected"),
+    [(40, 40, False), (49, 49, False), (50, 40, False), (50, 50, True), (60, 60, True)],
+)
+def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, evaluated, expected, toy_config):
+    """4 epochs and 1 of cooldown, 10 updates each."""
+    cfg = load_config(toy_config, ["TRAIN.EPOCHS", 4, "TRAIN.COOLDOWN_EPOCHS", 1])
+    saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": evaluated}
+    assert finished(saved, cfg) is expected
+
+
+def test_another_number_of_updates_per_epoch_does_not_resume(toy_config):
+    with pytest.raises(ConfigError, match=r"with 10 updates per epoch, now there are 11: the data have changed"):
+        resume(None, {"updates_per_epoch": 10}, load_config(toy_config), 11, "file.pth")
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_those_before_are_kept(tmp_path):
+    """Resumed at step 2, whose evaluation was done, or was not."""
+    for evaluated, expected in ((True, [(1, "train"), (2, "train"), (2, "eval_raw")]), (False, [(1, "train"), (2, "train")])):
+        output = tmp_path / str(evaluated)
+        output.mkdir()
+        written = MetricsWriter(output, 0)
+        for step in (1, 2, 3):
+            written.scalars(step, "train", {"loss": 1.0 / step})
+            if step > 1:
+                written.scalars(step, "eval_raw", {"acc1": step})
+        written.close()
+        MetricsWriter(output, 2, evaluated=evaluated).close()
+        points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert [(point["step"], point["kind"]) for point in points] == expected
+        assert points[1]["loss"] == 0.5
+
+
+# --- Evaluation
+
+
+def test_weights_without_a_head_are_not_evaluated(trained, toy_config, toy_data, tmp_path):
+    """Nor any with entries missing: fresh weights would count."""
+    state = read_checkpoint(trained)
+    for name, dropped in (("headless", ("head.weight", "head.bias")), ("normless", ("norm.weight",))):
+        weights = {key: value for key, value in state["model"].items() if key not in dropped}
+        torch.save({"model": weights}, tmp_path / f"{name}.pth")
+        arguments = [*toy_arguments(toy_config, toy_data, tmp_path), "--eval", "--resume", tmp_path / f"{name}.pth"]
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert dropped[0] in outcome.output
+        assert not list(tmp_path.rglob("eval.json"))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_evaluated(trained, monkeypatch):
+    digests = iter(["first", "second"])
+    monkeypatch.setattr("jobs.checkpoints.sha256", lambda _: next(digests))
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        open_checkpoint(trained)
+
+
+def test_use_checkpoint_recomputes_the_blocks_of_the_model_that_trains(toy_config, toy_data, tmp_path):
+    for enabled in (True, False):
+        cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "TRAIN.USE_CHECKPOINT", enabled])
+        world = World(0, 0, 1, torch.device("cpu"))
+        trainer = build_trainer(cfg, world, Start("scratch", ""), None, output=tmp_path, find_unused_parameters=False)
+        assert trainer.state.model.grad_checkpointing is enabled

@@ -131,8 +131,11 @@ def test_intermediates_of_every_model_fit_the_forward_pass(name):
         torch.testing.assert_close(maps[-1], to_channels_first(features, *maps[-1].shape[-2:]))
         assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
         (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+        two = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
+        assert len(two) == 2
     if "deit" not in name:  # whose maps are all normed
         torch.testing.assert_close(first, maps[0])
+        torch.testing.assert_close(two[1], maps[1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

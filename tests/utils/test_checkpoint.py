@@ -18,7 +18,7 @@ from models import create_model
 from models.swin import SwinTransformer
 from utils import checkpoint
 from utils.checkpoint import load_weights, newest_whole_checkpoint, save_checkpoint
-from weights.reader import CheckpointError, read_checkpoint, verify
+from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
 
 def toy(**options):
@@ -380,3 +380,18 @@ def test_a_refused_file_is_told_which_model_it_is_of(source, target, tmp_path):
     torch.save({"model": create_model(source).state_dict()}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"most similar to those of {source}"):
         load_weights(create_model(target), tmp_path / "file.pth")
+
+
+def test_a_file_that_is_written_damaged_never_gets_the_name_of_a_checkpoint(saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"garbage"))
+    with pytest.raises(CheckpointError, match="checkpoint not written, the old ones are untouched"):
+        save_checkpoint({"model": {}}, saved)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_prefixes_of_wrappers_are_removed(prefix):
+    state = {"model": {f"{prefix}head.weight": torch.ones(2), f"{prefix}module_list.0.weight": torch.ones(3)}}
+    assert set(stored_weights(state)["raw"]) == {"head.weight", "module_list.0.weight"}
