@@ -32,6 +32,7 @@ COVERAGE_CONFIG = """
 [run]
 branch = true
 parallel = true
+relative_files = true
 source = {source}
 omit = */.venv/*, */tests/*
 data_file = {data}
@@ -280,15 +281,21 @@ def read_record() -> Record:
     data = CoverageData(basename=str(folder / "coverage"))
     data.read()
     executed = {}
-    for file in data.measured_files():
+    for file in data.measured_files():  # relative to the project
         lines = {}
         for line, contexts in data.contexts_by_lineno(file).items():
             # The test, or the test and its phase, as in "tests/x.py::test_y|run".
             names = {part for context in contexts for part in context.split("|") if "::" in part}
             lines[line] = names
-        with contextlib.suppress(ValueError):
-            executed[str(Path(file).relative_to(ROOT))] = lines
+        executed[file] = lines
     return Record(executed, json.loads((folder / "seconds.json").read_text()))
+
+
+def collect_tests() -> set[str]:
+    """Identifiers of the tests that are there now; some may have changed since ``record``."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", ""]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {line for line in listed.splitlines() if "::" in line}
 
 
 def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
@@ -325,12 +332,14 @@ def run_tests(mutant: Mutant, tests: list[str], seconds: float) -> str:
 
 
 def sample(paths: list[str], number: int, seed: int, budget: float) -> None:
-    kept, mutants = read_record(), find_mutants(paths)
+    kept, mutants, present = read_record(), find_mutants(paths), collect_tests()
     chosen = random.Random(seed).sample(mutants, min(number, len(mutants)))
 
     def judge(mutant: Mutant) -> tuple[Mutant, str]:
         tests, total = [], 0.0
         for test in kept.tests_of(mutant):  # quickest first, up to the budget
+            if test not in present:
+                continue
             total += kept.seconds.get(test, 0.0)
             if total > budget and tests:
                 break

@@ -1,9 +1,10 @@
 """Configuration: defaults, BASE files, a file, the command line, in this order; then checked and frozen.
 
-Every key, its default and its meaning stand in ``_defaults``, once.
+``utils.config_keys`` defines the keys.
 """
 
 import ast
+import copy
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
+from utils.config_keys import KEYS, MODEL_TYPES
 
 
 class ConfigError(ValueError):
@@ -23,141 +23,12 @@ class ConfigError(ValueError):
 
 def _defaults() -> CfgNode:
     cfg = CfgNode()
-    cfg.BASE = [""]  # files that this one completes, relative to it
-
-    cfg.DATA = CfgNode()
-    cfg.DATA.DATA_PATH = ""  # folder that holds train/ and val/, each with one folder a class
-    cfg.DATA.DATASET = "imagenet"  # the only layout: <split>/<class>/<image>, of any number of classes
-    cfg.DATA.ZIP_MODE = False  # read <split>.zip and <split>_map.txt instead of folders (--zip)
-    cfg.DATA.CACHE_MODE = "part"  # of zip archives: bytes to keep in memory, no, full, or part for every process's share
-    cfg.DATA.INDEX_CACHE = "~/.cache/flatten"  # folder that keeps the list of a large split's images; "" to scan at each start
-    cfg.DATA.UNREADABLE = "error"  # an unreadable training image: error, skip, or replace by another; evaluation: always error
-    cfg.DATA.MAX_UNREADABLE = 100  # of skip and replace: so many a process may meet before the run ends
-    cfg.DATA.BATCH_SIZE = 128  # images per process and forward pass
-    cfg.DATA.GLOBAL_BATCH_SIZE = 0  # images per update, over as many forward passes as it takes; 0: see ACCUMULATION_STEPS
-    cfg.DATA.IMG_SIZE = 224  # input size in pixels: one number for a square, or [height, width]
-    cfg.DATA.INTERPOLATION = "bicubic"  # of resizing: bicubic, bilinear, or random (in training; evaluation: bilinear)
-    cfg.DATA.MEAN = IMAGENET_MEAN  # per channel, of values in [0, 1]
-    cfg.DATA.STD = IMAGENET_STD  # likewise
-    cfg.DATA.NUM_WORKERS = 8  # loader processes per training process; at most its share of the machine's cores is used
-    cfg.DATA.WORKER_TIMEOUT = 30.0  # seconds after which a loader worker without a batch is an error; 0 to wait for ever
-    cfg.DATA.PIN_MEMORY = True  # page-locked batches, for faster copies to a GPU
-
-    cfg.MODEL = CfgNode()
-    cfg.MODEL.TYPE = "flatten_swin"  # the family, see models/registry.py
-    cfg.MODEL.NAME = "flatten_swin_t"  # names the run's folder
-    cfg.MODEL.NUM_CLASSES = 1000  # number of classes; must be that of the data
-    cfg.MODEL.DROP_RATE = 0.0  # dropout of embeddings, projections and MLPs
-    cfg.MODEL.DROP_PATH_RATE = 0.1  # stochastic depth of the last block; grows from 0 over the network
-    cfg.MODEL.LABEL_SMOOTHING = 0.1  # share of the target given to all classes alike
-    cfg.MODEL.RESUME = ""  # checkpoint to resume from, or to evaluate: a file, a run's folder, a URL or a released model's name
-    cfg.MODEL.PRETRAINED = ""  # checkpoint whose weights training starts from; given like RESUME (--pretrained)
-
-    cfg.MODEL.SWIN = CfgNode()
-    cfg.MODEL.SWIN.PATCH_SIZE = 4  # pixels
-    cfg.MODEL.SWIN.EMBED_DIM = 96  # channels of the first stage; each next one has twice as many
-    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # blocks of each stage
-    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]  # of each stage
-    cfg.MODEL.SWIN.WINDOW_SIZE = 7  # of linear blocks, capped at the map; softmax blocks: 7, or 12 where this is > 56
-    cfg.MODEL.SWIN.MLP_RATIO = 4.0  # hidden over outer channels
-    cfg.MODEL.SWIN.QKV_BIAS = True  # the projections to q, k and v have biases
-    cfg.MODEL.SWIN.PATCH_NORM = True  # norm after the patch embedding
-
-    cfg.MODEL.DEIT = CfgNode()  # for MODEL.TYPE flatten_deit; flatten_deit_t, _s and _b have sizes of their own
-    cfg.MODEL.DEIT.PATCH_SIZE = 16  # pixels
-    cfg.MODEL.DEIT.EMBED_DIM = 192  # channels of every block
-    cfg.MODEL.DEIT.DEPTH = 12  # number of blocks
-    cfg.MODEL.DEIT.NUM_HEADS = 3  # attention heads of every block; must divide EMBED_DIM
-
-    cfg.MODEL.LA = CfgNode()
-    cfg.MODEL.LA.FOCUSING_FACTOR = 3  # p of the paper's eq. 6
-    cfg.MODEL.LA.KERNEL_SIZE = 5  # of the depthwise convolution; odd
-    cfg.MODEL.LA.ATTN_TYPE = "LLLL"  # a letter a stage: L linear, S softmax, M the first n blocks L (LLMS3: n = 3)
-    cfg.MODEL.LA.PVT_LA_SR_RATIOS = "1111"  # PVT: spatial reduction of linear blocks, a digit a stage
-    cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE = "56-28-14-7"  # CSwin: stripe width of linear blocks, a number a stage
-    cfg.MODEL.LA.KIND = "focused"  # or relu, efficient, hydra, angular, enhanced, softmax, as the paper compares
-    cfg.MODEL.LA.FOCUSING = True  # False: without the focused function
-    cfg.MODEL.LA.RANK_RESTORATION = True  # False: without the depthwise convolution
-
-    cfg.TRAIN = CfgNode()
-    cfg.TRAIN.EPOCHS = 300  # without those of the cooldown
-    cfg.TRAIN.WARMUP_EPOCHS = 20  # linear from WARMUP_LR; the schedule runs beneath, so they are no extra epochs
-    cfg.TRAIN.COOLDOWN_EPOCHS = 0  # extra epochs at MIN_LR at the end
-    cfg.TRAIN.BASE_LR = 5e-4  # the three rates are per 512 images of the global batch
-    cfg.TRAIN.RECIPE_BATCH_SIZE = 0  # images per update that the recipe was made for; 0: 8 processes of the file's BATCH_SIZE
-    cfg.TRAIN.WARMUP_LR = 5e-7  # at the first update
-    cfg.TRAIN.MIN_LR = 5e-6  # at the end
-    cfg.TRAIN.WEIGHT_DECAY = 0.05  # of matrices and kernels; norms, biases and relative-position tables have none
-    cfg.TRAIN.LAYER_DECAY = 1.0  # a layer's learning rate over that of the layer behind it; 1: all have the same
-    cfg.TRAIN.HEAD_LR_SCALE = 1.0  # the head's learning rate over what it would be
-    cfg.TRAIN.FREEZE_BACKBONE = False  # train the head alone (linear probe), on features as in evaluation
-    cfg.TRAIN.CLIP_GRAD = 5.0  # maximum L2 norm of all gradients together; None or 0: no clipping
-    cfg.TRAIN.ACCUMULATION_STEPS = 0  # forward passes per update; 0 and 1 mean one
-    cfg.TRAIN.USE_CHECKPOINT = False  # recompute activations to save memory (--use-checkpoint)
-    cfg.TRAIN.COMPILE = False  # torch.compile
-    cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint of the output folder
-
-    cfg.TRAIN.LR_SCHEDULER = CfgNode()
-    cfg.TRAIN.LR_SCHEDULER.NAME = "cosine"  # cosine (to MIN_LR), linear (to 1 % of BASE_LR, as the reference) or step
-    cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30  # step: epochs between two decays
-    cfg.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # step: factor of each decay, in (0, 1]
-
-    cfg.TRAIN.OPTIMIZER = CfgNode()
-    cfg.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw or sgd
-    cfg.TRAIN.OPTIMIZER.EPS = 1e-8  # of adamw
-    cfg.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]  # of adamw
-    cfg.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # of sgd
-
-    cfg.AUG = CfgNode()
-    cfg.AUG.COLOR_JITTER = 0.4  # without effect where AUTO_AUGMENT is on, as in timm
-    cfg.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # a timm policy, or none
-    cfg.AUG.SCALE = [0.08, 1.0]  # share of the area that a random crop takes
-    cfg.AUG.RATIO = [3 / 4, 4 / 3]  # its width over height
-    cfg.AUG.HFLIP = 0.5  # probability
-    cfg.AUG.REPROB = 0.25  # random erasing: probability ...
-    cfg.AUG.REMODE = "pixel"  # ... fill: pixel, rand or const ...
-    cfg.AUG.RECOUNT = 1  # ... and at most so many rectangles
-    cfg.AUG.REPEATS = 1  # how often an epoch shows an image, drawn anew each time; it shows that much fewer (DeiT: 3)
-    cfg.AUG.MIXUP = 0.8  # alpha; 0 is off
-    cfg.AUG.CUTMIX = 1.0  # alpha; 0 is off
-    cfg.AUG.CUTMIX_MINMAX = None  # [smallest, largest] side of the patch, instead of CUTMIX
-    cfg.AUG.MIXUP_PROB = 1.0  # of mixing a batch at all
-    cfg.AUG.MIXUP_SWITCH_PROB = 0.5  # of cutmix where both are on
-    cfg.AUG.MIXUP_MODE = "batch"  # batch, pair or elem; pair and elem mix image by image, which is slow on a GPU
-
-    cfg.EMA = CfgNode()
-    cfg.EMA.ENABLED = False  # keep and evaluate an average of the weights (--model-ema, --no-model-ema)
-    cfg.EMA.DECAY = 0.9999  # per update (--model-ema-decay)
-    cfg.EMA.FORCE_CPU = False  # keep it in host memory (--model-ema-force-cpu)
-
-    cfg.TEST = CfgNode()
-    cfg.TEST.CROP = True  # the reference's switch: False means CROP_MODE none
-    cfg.TEST.CROP_MODE = "squash"  # resize to IMG_SIZE / CROP_PCT, then centre crop: squash (both sides, whatever the image's
-    # aspect ratio; published numbers were measured so) or short (the shorter side, keeping it); none: resize to IMG_SIZE
-    cfg.TEST.CROP_PCT = 0.875  # share of the resized image's side that the centre crop keeps, as in timm; in (0, 1]
-    cfg.TEST.INTERPOLATION = ""  # bicubic or bilinear; "": as DATA.INTERPOLATION
-    cfg.TEST.BATCH_SIZE = 0  # images per process; 0 for DATA.BATCH_SIZE
-    cfg.TEST.CLASS_MAP = ""  # --eval on other classes than the model's: imagenet for -A, -R, -V2 and -Sketch, or a file
-    cfg.TEST.REAL_LABELS = ""  # --eval with ImageNet's ReaL labels too: their real.json
-    cfg.TEST.PREDICTIONS = False  # --eval writes every image's answer too, for scripts/compare_evals.py
-    cfg.TEST.PRECISION = "fp32"  # fp32, or train for the precision of training
-
-    cfg.AMP = False  # mixed precision in training (--amp)
-    cfg.AMP_DTYPE = "bf16"  # bf16, or fp16 with a loss scaler
-    cfg.OUTPUT = "output"  # runs go to <OUTPUT>/<MODEL.NAME>/<TAG>
-    cfg.TAG = "default"  # names the run (--tag)
-    cfg.DETERMINISTIC = "off"  # deterministic algorithms: off, warn (where an operation has none) or error
-    cfg.TF32 = True  # compute fp32 products and convolutions on GPUs in TF32, as torch 1.11 did: faster, 10 bits of mantissa
-    cfg.CUDNN_BENCHMARK = True  # let cuDNN time its algorithms for each new shape; without effect with DETERMINISTIC
-    cfg.SEED = 0  # of weights, order, augmentation, mixing and drop path
-    cfg.COLLECTIVE_TIMEOUT = 600.0  # seconds after which a process that the others wait for is an error
-    cfg.PRINT_FREQ = 10  # updates between log lines
-    cfg.SAVE_FREQ = 1  # epochs between checkpoints
-    cfg.SAVE_STEPS = 0  # updates between checkpoints within an epoch; 0 for none
-    cfg.SAVE_MINUTES = 15.0  # minutes after the last checkpoint at which another one is saved within an epoch; 0 for none
-    cfg.EVAL_FREQ = 1  # epochs between evaluations
-    cfg.ATTENTION_IMAGE = ""  # image; TensorBoard shows the raw weights' attention to it after each evaluation; "" for none
-    cfg.KEEP_CHECKPOINTS = 2  # newest checkpoints to keep, beside the best
+    for name, key in KEYS.items():
+        *sections, leaf = name.split(".")
+        node = cfg
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        node[leaf] = copy.copy(key.default)
     return cfg
 
 
@@ -174,17 +45,6 @@ _REFERENCE_ONLY = {
     "TRAIN.START_EPOCH": 0,
 }
 
-MODEL_TYPES = (
-    "flatten_swin",
-    *(f"flatten_pvt_{size}" for size in ("tiny", "small", "medium", "large")),
-    *(f"flatten_pvt_v2_b{size}" for size in range(6)),
-    "FLatten_CSWin_64_24181_tiny_224",
-    "FLatten_CSWin_64_24322_small_224",
-    "FLatten_CSWin_96_36292_base_224",
-    "FLatten_CSWin_96_36292_base_384",
-    "flatten_deit",
-    *(f"flatten_deit_{size}" for size in "tsb"),
-)
 # Beginning of a key -> the values of MODEL.TYPE that read it. Other types reject a value that is not the default.
 _FAMILY_KEYS = {
     "MODEL.SWIN.": ("flatten_swin",),
@@ -192,9 +52,6 @@ _FAMILY_KEYS = {
     "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
-# Keys that hold a path: ~ is expanded.
-_PATHS = ("DATA.DATA_PATH", "DATA.INDEX_CACHE", "MODEL.RESUME", "MODEL.PRETRAINED", "OUTPUT", "ATTENTION_IMAGE")
-_PATHS += ("TEST.CLASS_MAP", "TEST.REAL_LABELS")
 # What people type -> the key that they mean.
 _ALIASES = {
     "LR": "TRAIN.BASE_LR",
@@ -210,67 +67,6 @@ _ALIASES = {
     "CLIP": "TRAIN.CLIP_GRAD",
 }
 
-_CHOICES = {
-    "MODEL.TYPE": MODEL_TYPES,
-    "MODEL.LA.KIND": ("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
-    "DATA.DATASET": ("imagenet",),
-    "TEST.CROP_MODE": ("squash", "short", "none"),
-    "TEST.INTERPOLATION": ("", "bicubic", "bilinear"),
-    "DATA.CACHE_MODE": ("no", "full", "part"),
-    "DATA.UNREADABLE": ("error", "skip", "replace"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
-    "AUG.REMODE": ("pixel", "rand", "const"),
-    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "TEST.PRECISION": ("fp32", "train"),
-    "AMP_DTYPE": ("bf16", "fp16"),
-    "DETERMINISTIC": ("off", "warn", "error"),
-}
-
-# Key -> smallest and largest legal value.
-_RANGES = {
-    **dict.fromkeys(
-        ("DATA.BATCH_SIZE", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "PRINT_FREQ", "SAVE_FREQ"),
-        (1, float("inf")),
-    ),
-    **dict.fromkeys(
-        ("EVAL_FREQ", "KEEP_CHECKPOINTS", "AUG.RECOUNT", "AUG.REPEATS", "MODEL.SWIN.PATCH_SIZE"), (1, float("inf"))
-    ),
-    **dict.fromkeys(("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", "MODEL.SWIN.WINDOW_SIZE"), (1, float("inf"))),
-    **dict.fromkeys((f"MODEL.DEIT.{key}" for key in ("PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS")), (1, float("inf"))),
-    **dict.fromkeys(
-        (
-            "DATA.NUM_WORKERS",
-            "DATA.MAX_UNREADABLE",
-            "SAVE_STEPS",
-            "SAVE_MINUTES",
-            "DATA.WORKER_TIMEOUT",
-            "TEST.BATCH_SIZE",
-            "TRAIN.WARMUP_EPOCHS",
-            "TRAIN.COOLDOWN_EPOCHS",
-        ),
-        (0, float("inf")),
-    ),
-    **dict.fromkeys(("TRAIN.BASE_LR", "TRAIN.WARMUP_LR", "TRAIN.MIN_LR", "TRAIN.WEIGHT_DECAY"), (0, float("inf"))),
-    **dict.fromkeys(("TRAIN.CLIP_GRAD", "TRAIN.ACCUMULATION_STEPS", "AUG.MIXUP", "AUG.CUTMIX"), (0, float("inf"))),
-    **dict.fromkeys(("AUG.HFLIP", "AUG.REPROB", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB", "EMA.DECAY"), (0, 1)),
-    "COLLECTIVE_TIMEOUT": (1, 86400),
-    "TRAIN.LAYER_DECAY": (1e-6, 1),
-    "TRAIN.HEAD_LR_SCALE": (0, float("inf")),
-    **dict.fromkeys(("DATA.GLOBAL_BATCH_SIZE", "TRAIN.RECIPE_BATCH_SIZE"), (0, float("inf"))),
-    **dict.fromkeys(("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"), (0, 0.999)),
-    "SEED": (0, 2**32 - 1),
-    "MODEL.LA.KERNEL_SIZE": (1, float("inf")),
-    "MODEL.LA.FOCUSING_FACTOR": (1, float("inf")),
-    "AUG.COLOR_JITTER": (0, float("inf")),
-    "TRAIN.OPTIMIZER.MOMENTUM": (0, 1),
-    "TRAIN.OPTIMIZER.EPS": (0, float("inf")),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": (1e-9, 1),
-    "TEST.CROP_PCT": (0.01, 1),
-    "MODEL.SWIN.EMBED_DIM": (1, float("inf")),
-    "MODEL.SWIN.MLP_RATIO": (0.01, float("inf")),
-}
 LONGEST_NAME = 255  # bytes of a file's name
 REFERENCE_PROCESSES = 8  # GPUs that the reference's recipes were made for
 
@@ -320,8 +116,8 @@ def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
         cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
     cfg.BASE = [""]  # BASE files are merged: the dump of this config stands alone
-    for key in _PATHS:
-        section, _, leaf = key.rpartition(".")
+    for name in (name for name, key in KEYS.items() if key.is_path):
+        section, _, leaf = name.rpartition(".")
         node = _section(cfg, section)
         node[leaf] = os.path.expanduser(node[leaf])
     _validate(cfg)
@@ -497,14 +293,14 @@ _MAY_BE_PAIR = ("DATA.IMG_SIZE",)
 
 def _validate(cfg: CfgNode) -> None:
     leaves = flatten(cfg)
-    for key, choices in _CHOICES.items():
-        if leaves[key] not in choices:
-            near = get_close_matches(leaves[key], choices, n=1)
+    for name, key in KEYS.items():
+        value = leaves[name]
+        if key.choices and value not in key.choices:
+            near = get_close_matches(value, key.choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{key}={leaves[key]!r}: choose one of {', '.join(filter(None, choices))}{hint}")
-    for key, (low, high) in _RANGES.items():
-        if leaves[key] is not None and not low <= leaves[key] <= high:
-            raise ConfigError(f"{key}={leaves[key]!r}: give a number from {low} to {high}")
+            raise ConfigError(f"{name}={value!r}: choose one of {', '.join(filter(None, key.choices))}{hint}")
+        if key.minimum is not None and value is not None and not key.minimum <= value <= key.maximum:
+            raise ConfigError(f"{name}={value!r}: give a number from {key.minimum} to {key.maximum}")
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(f"{key}={leaves[key]!r}: it names a folder; give it a name without slashes")

@@ -1,0 +1,103 @@
+"""README and docs: links lead somewhere, commands parse, keys exist, and generated pages are current."""
+
+import ast
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import main
+from scripts import document_config
+from tests.launch import run_script
+from utils.arguments import check_usage, overrides, parse_arguments
+from utils.config import flatten, load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command in a bash block."""
+    found = []
+    for page in PAGES:
+        for block in code_blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    found.append((page.name, words))
+    return found
+
+
+COMMANDS = commands()
+TRAINING = [(page, words) for page, words in COMMANDS if any(word in ("main.py", "main_ema.py") for word in words)]
+SCRIPTS = [(page, words) for page, words in COMMANDS if words[0] == "python" and words[1].startswith(("scripts/", "examples/"))]
+
+
+def test_the_commands_are_found():
+    assert len(TRAINING) > 10
+    assert len(SCRIPTS) > 12
+    others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in TRAINING + SCRIPTS}
+    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+@pytest.mark.parametrize(("page", "words"), TRAINING, ids=lambda value: value if isinstance(value, str) else "")
+def test_commands_of_main_parse_and_their_configs_load(page, words, monkeypatch, tmp_path):
+    start = next(index for index, word in enumerate(words) if word in ("main.py", "main_ema.py"))
+    if "..." in words:
+        return  # a template for clusters
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "data").mkdir()
+    arguments = [str(tmp_path / "data") if words[index - 1] == "--data-path" else word for index, word in enumerate(words)]
+    monkeypatch.setattr(sys, "argv", arguments[start:])
+    args = parse_arguments(main.__doc__)
+    if args.replay:
+        return  # names a file of a run
+    cfg = load_config(args.cfg, overrides(args)) if args.cfg else None
+    if args.eval and args.resume.startswith("output/"):
+        args.resume = args.cfg = __file__  # a file that exists
+    check_usage(args, cfg, main.CONFIGS)
+
+
+@pytest.mark.parametrize("script", sorted({words[1] for _, words in SCRIPTS}))
+def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
+    used = {(tuple(words[2:3]), word) for _, words in SCRIPTS if words[1] == script for word in words if word.startswith("--")}
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    for first, flag in used:
+        subcommand = [
+            word for word in first if re.fullmatch(r"[a-z]+", word) and script.endswith(("benchmark.py", "mutate.py"))
+        ]
+        outcome = run_script(module, [*subcommand, "--help"], tmp_path / "log")
+        assert flag in outcome.output, (script, flag)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_exist_and_python_parses(page):
+    known = flatten(load_config(ROOT / "configs/flatten_swin_t.yaml")).keys()
+    sections = {key.rpartition(".")[0] for key in known}
+    for key in re.findall(r"`((?:DATA|MODEL|TRAIN|AUG|EMA|TEST)\.[A-Z_.\d]+)", page.read_text()):
+        assert key in known | sections | {"TRAIN.EPOCH"}, key  # the latter is an example of a mistake
+    for block in code_blocks(page, "python"):
+        ast.parse(block)
+
+
+def test_the_page_of_the_configuration_is_current():
+    assert document_config.PAGE.read_text() == document_config.create_page(), "run python scripts/document_config.py"

@@ -1,0 +1,249 @@
+"""Every config key: default, meaning, and legal values. ``docs/configuration.md`` is generated from this table."""
+
+from dataclasses import dataclass
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+INFINITY = float("inf")
+
+MODEL_TYPES = (
+    "flatten_swin",
+    *(f"flatten_pvt_{size}" for size in ("tiny", "small", "medium", "large")),
+    *(f"flatten_pvt_v2_b{size}" for size in range(6)),
+    "FLatten_CSWin_64_24181_tiny_224",
+    "FLatten_CSWin_64_24322_small_224",
+    "FLatten_CSWin_96_36292_base_224",
+    "FLatten_CSWin_96_36292_base_384",
+    "flatten_deit",
+    *(f"flatten_deit_{size}" for size in "tsb"),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key.
+
+    Args:
+        default: a value of the type that the key takes.
+        meaning: what it does and its unit, for the documentation.
+        choices: legal values; () for no restriction.
+        minimum, maximum: smallest and largest legal number; None for no restriction.
+        is_path: the value is a path, in which ~ is expanded.
+    """
+
+    default: object
+    meaning: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float = INFINITY
+    is_path: bool = False
+
+
+KEYS = {
+    "BASE": Key([""], "config files that this file completes, relative to it; later files override earlier ones"),
+    # Data
+    "DATA.DATA_PATH": Key("", "directory with `train/` and `val/`, or with their archives", is_path=True),
+    "DATA.DATASET": Key("imagenet", "layout of the data: one directory per class and split", choices=("imagenet",)),
+    "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
+    "DATA.CACHE_MODE": Key(
+        "part",
+        "bytes of zip archives to keep in memory: none, all, or the share of each process",
+        choices=("no", "full", "part"),
+    ),
+    "DATA.INDEX_CACHE": Key(
+        "~/.cache/flatten", "directory that caches the list of images of large splits; empty: scan at every start", is_path=True
+    ),
+    "DATA.UNREADABLE": Key(
+        "error",
+        "policy for unreadable training images: end the run, leave them out of their batch, or substitute other images; "
+        "evaluation always ends",
+        choices=("error", "skip", "replace"),
+    ),
+    "DATA.MAX_UNREADABLE": Key(
+        100, "maximum number of unreadable images per process before the run ends, with `skip` or `replace`", minimum=0
+    ),
+    "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1),
+    "DATA.GLOBAL_BATCH_SIZE": Key(
+        0,
+        "images per update, over all processes and as many forward passes as needed; 0: `DATA.BATCH_SIZE` times processes "
+        "times `TRAIN.ACCUMULATION_STEPS`",
+        minimum=0,
+    ),
+    "DATA.IMG_SIZE": Key(224, "input size in pixels: one number for a square, or `[height, width]`"),
+    "DATA.INTERPOLATION": Key(
+        "bicubic",
+        "interpolation for resizing; `random` chooses per image in training, and is bilinear in evaluation",
+        choices=("bicubic", "bilinear", "random"),
+    ),
+    "DATA.MEAN": Key(IMAGENET_MEAN, "mean per channel, of values in [0, 1]"),
+    "DATA.STD": Key(IMAGENET_STD, "standard deviation per channel, of values in [0, 1]; above 0"),
+    "DATA.NUM_WORKERS": Key(
+        8, "loader workers per training process; at most the process's share of the CPU cores is used", minimum=0
+    ),
+    "DATA.WORKER_TIMEOUT": Key(
+        30.0, "seconds after which a loader worker without a batch is an error; 0: wait without limit", minimum=0
+    ),
+    "DATA.PIN_MEMORY": Key(True, "page-locked batches, for faster copies to a GPU"),
+    # Model
+    "MODEL.TYPE": Key("flatten_swin", "model family, for PVT, CSwin and most DeiT models with the size", choices=MODEL_TYPES),
+    "MODEL.NAME": Key("flatten_swin_t", "name of the model's output directory"),
+    "MODEL.NUM_CLASSES": Key(1000, "number of classes; must be that of the data", minimum=1),
+    "MODEL.DROP_RATE": Key(0.0, "dropout rate of embeddings, attention projections and MLPs", minimum=0, maximum=0.999),
+    "MODEL.DROP_PATH_RATE": Key(
+        0.1, "stochastic-depth rate of the last block; it increases linearly from 0 over the blocks", minimum=0, maximum=0.999
+    ),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, "share of the target that is spread over all classes", minimum=0, maximum=0.999),
+    "MODEL.RESUME": Key(
+        "",
+        "checkpoint to resume from, or to evaluate: a file, the directory of a run, a URL, or the name of a released model",
+        is_path=True,
+    ),
+    "MODEL.PRETRAINED": Key("", "checkpoint whose weights training starts from; given like `MODEL.RESUME`", is_path=True),
+    "MODEL.SWIN.PATCH_SIZE": Key(4, "side of a patch in pixels", minimum=1),
+    "MODEL.SWIN.EMBED_DIM": Key(96, "channels of the first stage; each following stage has twice as many", minimum=1),
+    "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], "number of blocks per stage"),
+    "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
+    "MODEL.SWIN.WINDOW_SIZE": Key(
+        7,
+        "window side of linear blocks in tokens, at most the map; softmax blocks have 7, or 12 if this is above 56",
+        minimum=1,
+    ),
+    "MODEL.SWIN.MLP_RATIO": Key(4.0, "hidden channels of the MLP over its input channels", minimum=0.01),
+    "MODEL.SWIN.QKV_BIAS": Key(True, "biases in the projections to q, k and v"),
+    "MODEL.SWIN.PATCH_NORM": Key(True, "layer norm after the patch embedding"),
+    "MODEL.DEIT.PATCH_SIZE": Key(16, "side of a patch in pixels", minimum=1),
+    "MODEL.DEIT.EMBED_DIM": Key(192, "channels of every block", minimum=1),
+    "MODEL.DEIT.DEPTH": Key(12, "number of blocks", minimum=1),
+    "MODEL.DEIT.NUM_HEADS": Key(3, "attention heads per block; must divide `MODEL.DEIT.EMBED_DIM`", minimum=1),
+    "MODEL.LA.FOCUSING_FACTOR": Key(3, "power p of the focused function (eq. 6 of the paper)", minimum=1),
+    "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1),
+    "MODEL.LA.ATTN_TYPE": Key(
+        "LLLL",
+        "one letter per stage: `L` linear, `S` softmax, `M` with a number for that many linear blocks first, as in `LLMS3`",
+    ),
+    "MODEL.LA.PVT_LA_SR_RATIOS": Key("1111", "PVT: spatial reduction of linear blocks, one digit per stage"),
+    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key("56-28-14-7", "CSwin: stripe width of linear blocks in tokens, one number per stage"),
+    "MODEL.LA.KIND": Key(
+        "focused",
+        "attention of the linear blocks: the paper's, or one that it compares with",
+        choices=("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
+    ),
+    "MODEL.LA.FOCUSING": Key(True, "apply the focused function"),
+    "MODEL.LA.RANK_RESTORATION": Key(True, "add the depthwise convolution of the values"),
+    # Training
+    "TRAIN.EPOCHS": Key(300, "epochs, without those of the cooldown", minimum=1),
+    "TRAIN.WARMUP_EPOCHS": Key(
+        20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
+    ),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, "additional epochs at the final learning rate", minimum=0),
+    "TRAIN.BASE_LR": Key(5e-4, "learning rate per 512 images of the global batch, as are the next two", minimum=0),
+    "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update", minimum=0),
+    "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule", minimum=0),
+    "TRAIN.RECIPE_BATCH_SIZE": Key(
+        0,
+        "images per update of the recipe, for comparison in the log; 0: 8 processes with the file's `DATA.BATCH_SIZE`",
+        minimum=0,
+    ),
+    "TRAIN.WEIGHT_DECAY": Key(
+        0.05, "weight decay of matrices and kernels; norms, biases and position tables have none", minimum=0
+    ),
+    "TRAIN.LAYER_DECAY": Key(
+        1.0, "ratio of the learning rates of consecutive layers, from the head to the stem", minimum=1e-6, maximum=1
+    ),
+    "TRAIN.HEAD_LR_SCALE": Key(1.0, "learning-rate multiplier of the classification head", minimum=0),
+    "TRAIN.FREEZE_BACKBONE": Key(False, "train only the head, on features as in evaluation (linear probe)"),
+    "TRAIN.CLIP_GRAD": Key(5.0, "maximum L2 norm of all gradients together; 0 or None: no clipping", minimum=0),
+    "TRAIN.ACCUMULATION_STEPS": Key(0, "forward passes per update; 0 and 1 are one", minimum=0),
+    "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
+    "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
+    "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
+    "TRAIN.LR_SCHEDULER.NAME": Key(
+        "cosine",
+        "learning-rate schedule: `cosine` to `TRAIN.MIN_LR`, `linear` to 1 % of `TRAIN.BASE_LR`, or `step`",
+        choices=("cosine", "linear", "step"),
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "`step`: factor of each decay", minimum=1e-9, maximum=1),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` is with Nesterov momentum", choices=("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
+    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of SGD", minimum=0, maximum=1),
+    # Augmentation
+    "AUG.COLOR_JITTER": Key(
+        0.4, "strength of colour jitter; without effect if `AUG.AUTO_AUGMENT` is on, as in timm", minimum=0
+    ),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy of timm, or `none`"),
+    "AUG.SCALE": Key([0.08, 1.0], "smallest and largest share of the area that a random crop takes"),
+    "AUG.RATIO": Key([3 / 4, 4 / 3], "smallest and largest ratio of width to height of a random crop"),
+    "AUG.HFLIP": Key(0.5, "probability of a horizontal flip", minimum=0, maximum=1),
+    "AUG.REPROB": Key(0.25, "probability of random erasing", minimum=0, maximum=1),
+    "AUG.REMODE": Key(
+        "pixel", "random erasing: noise per pixel, one random colour, or zeros", choices=("pixel", "rand", "const")
+    ),
+    "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles", minimum=1),
+    "AUG.REPEATS": Key(
+        1, "repeated augmentation: times that an epoch uses an image, with new draws; it uses fewer images", minimum=1
+    ),
+    "AUG.MIXUP": Key(0.8, "alpha of mixup; 0: off", minimum=0),
+    "AUG.CUTMIX": Key(1.0, "alpha of CutMix; 0: off", minimum=0),
+    "AUG.CUTMIX_MINMAX": Key(
+        None, "`[smallest, largest]` side of the CutMix rectangle as a share of the image, instead of alpha"
+    ),
+    "AUG.MIXUP_PROB": Key(1.0, "probability that a batch is mixed", minimum=0, maximum=1),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, "probability of CutMix instead of mixup if both are on", minimum=0, maximum=1),
+    "AUG.MIXUP_MODE": Key(
+        "batch",
+        "one mixing ratio per batch, pair or image; `pair` and `elem` are slow on a GPU",
+        choices=("batch", "pair", "elem"),
+    ),
+    # Average of the weights
+    "EMA.ENABLED": Key(False, "average the weights, and evaluate the average too"),
+    "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
+    "EMA.FORCE_CPU": Key(False, "store the average in host memory"),
+    # Evaluation
+    "TEST.CROP": Key(True, "switch of the paper's configs: False is `TEST.CROP_MODE none`"),
+    "TEST.CROP_MODE": Key(
+        "squash",
+        "resize to `DATA.IMG_SIZE / TEST.CROP_PCT`, then crop the centre: `squash` resizes both sides whatever the aspect "
+        "ratio, as for the published accuracies; `short` resizes the shorter side; `none` resizes to `DATA.IMG_SIZE`",
+        choices=("squash", "short", "none"),
+    ),
+    "TEST.CROP_PCT": Key(0.875, "side of the centre crop over that of the resized image", minimum=0.01, maximum=1),
+    "TEST.INTERPOLATION": Key(
+        "", "interpolation in evaluation; empty: that of `DATA.INTERPOLATION`", choices=("", "bicubic", "bilinear")
+    ),
+    "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
+    "TEST.CLASS_MAP": Key(
+        "",
+        "`--eval` on other classes than the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file",
+        is_path=True,
+    ),
+    "TEST.REAL_LABELS": Key("", "`--eval` with ImageNet's ReaL labels as well: their `real.json`", is_path=True),
+    "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
+    "TEST.PRECISION": Key("fp32", "precision of evaluation: fp32, or that of training", choices=("fp32", "train")),
+    # The run
+    "AMP": Key(False, "mixed precision in training"),
+    "AMP_DTYPE": Key("bf16", "precision with `AMP`; fp16 has a loss scaler", choices=("bf16", "fp16")),
+    "OUTPUT": Key("output", "runs are written to `<OUTPUT>/<MODEL.NAME>/<TAG>`", is_path=True),
+    "TAG": Key("default", "name of the run"),
+    "DETERMINISTIC": Key(
+        "off",
+        "deterministic algorithms, with a warning or an error where an operation has none",
+        choices=("off", "warn", "error"),
+    ),
+    "TF32": Key(True, "compute fp32 products and convolutions on GPUs in TF32 (10 bits of mantissa), as torch 1.11 did"),
+    "CUDNN_BENCHMARK": Key(True, "let cuDNN time its algorithms for every new shape; without effect with `DETERMINISTIC`"),
+    "SEED": Key(0, "seed of weights, order, augmentation, mixing and drop path", minimum=0, maximum=2**32 - 1),
+    "COLLECTIVE_TIMEOUT": Key(
+        600.0, "seconds after which a process that the others wait for is an error", minimum=1, maximum=86400
+    ),
+    "PRINT_FREQ": Key(10, "updates between log lines", minimum=1),
+    "SAVE_FREQ": Key(1, "epochs between checkpoints", minimum=1),
+    "SAVE_STEPS": Key(0, "updates between checkpoints within an epoch; 0: none", minimum=0),
+    "SAVE_MINUTES": Key(15.0, "minutes between checkpoints within an epoch; 0: none", minimum=0),
+    "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
+    "ATTENTION_IMAGE": Key(
+        "", "image whose attention maps TensorBoard shows after each evaluation, of the raw weights; empty: none", is_path=True
+    ),
+    "KEEP_CHECKPOINTS": Key(2, "number of the newest checkpoints to keep, besides the best", minimum=1),
+}
