@@ -14,9 +14,9 @@ from benchmarks.timing import speedup, time_in_turn
 from jobs.start import Start
 from jobs.training import build_trainer
 from utils.distributed import World
-from utils.engine import Meter, Trainer
 from utils.log import MetricsWriter
 from utils.optim import amp_dtype
+from utils.trainer import Meter, Trainer
 
 LOOP, LOADER, WITHOUT_AVERAGE, BARE = "loop on one batch", "loop with the loader", "loop without the average", "bare step"
 

@@ -20,8 +20,8 @@ from models.released import Released
 from utils.checkpoint import fill_model
 from utils.config import option_keys
 from utils.distributed import World, on_all, on_main
-from utils.engine import EvalResult, evaluate, log_results
 from utils.environment import build_arithmetic
+from utils.evaluation import EvalResult, evaluate, log_results
 from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
 from utils.report import write_evaluation
@@ -121,7 +121,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     )
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
     models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
-    options = {"class_ids": datasets.class_ids, "keep_answers": True}
+    options = {"class_ids": datasets.class_ids, "keep_predictions": True}
     results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
     log_results(results)
     return Evaluation(results, models, preferred_weights(checkpoint.state), datasets)

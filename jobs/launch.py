@@ -31,7 +31,7 @@ from utils.distributed import (
     lost_rank_error,
     setup,
 )
-from utils.engine import Stopped, TrainingError
+from utils.errors import Stopped, TrainingError
 from utils.log import setup_logging
 from utils.schedule import accumulation_steps
 from utils.stop import StopRequest

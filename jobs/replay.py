@@ -12,10 +12,10 @@ from data.build import build_datasets, build_mixup, build_train_loader
 from models import build_model
 from utils.config import load_stored_config
 from utils.distributed import World
-from utils.engine import prepare_batch
 from utils.environment import build_arithmetic
 from utils.optim import amp_dtype, build_criterion
 from utils.schedule import accumulation_steps
+from utils.trainer import prepare_batch
 from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)

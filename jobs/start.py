@@ -13,9 +13,9 @@ from jobs.checkpoints import locate, log_differences
 from utils.checkpoint import BEST, newest_whole_checkpoint, repair_best
 from utils.config import ConfigError, flatten
 from utils.distributed import World, on_all, on_main
-from utils.engine import NO_BEST, TrainState
 from utils.run import build_output_folder
 from utils.schedule import global_batch_size
+from utils.trainer import NO_BEST, TrainState
 from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,15 @@ from models import build_model
 from utils.checkpoint import load_weights
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
-from utils.engine import NUM_REQUESTS, Recipe, Trainer, TrainState, check_trained
 from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
 from utils.run import RunDirectory, RunLock, build_output_folder, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
+from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
+from utils.trainer import Recipe, Trainer, TrainState, check_trained
 from weights.reader import CheckpointError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Is one model better than another? Their answers to the same images, held against each other.
+"""Test whether one model is better than another, on their predictions for the same images.
 
 Give two predictions files, or the output folders of two evaluations with --opts TEST.PREDICTIONS True. Models that saw the
 same images are not independent, so the test is the paired one: of the images that one model alone got right, is the share of
@@ -42,7 +42,7 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
         for row in rows:
             if None in (row[column] for column in PREDICTION_COLUMNS[:4]) or row["image"] in pairs:
                 raise ValueError(f"{path}:{rows.line_num}: is cut, or an image that is there twice; evaluate again")
-            pairs[row["image"]] = row["answer"], row["target"]
+            pairs[row["image"]] = row["prediction"], row["target"]
     if not pairs:
         raise ValueError(f"{path}: has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
     return path, pairs
@@ -69,7 +69,7 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
             f"{other}: has target {first[other][1]} in the first file and {second[other][1]} in the second; evaluate both on "
             "the same classes"
         )
-    first, second = ({name: answer == target for name, (answer, target) in pairs.items()} for pairs in (first, second))
+    first, second = ({name: prediction == target for name, (prediction, target) in pairs.items()} for pairs in (first, second))
     total = len(first)
     only_first = sum(first[name] and not second[name] for name in first)
     only_second = sum(second[name] and not first[name] for name in first)

@@ -16,7 +16,7 @@ IMPORTERS = {
     "termcolor": {"utils/log.py"},
     "safetensors": {"weights/reader.py"},
     "matplotlib": {"utils/report.py", "analysis/pictures.py"},
-    "torchvision": {"data/datasets.py", "data/index.py", "data/transforms.py", "utils/engine.py"},
+    "torchvision": {"data/datasets.py", "data/index.py", "data/transforms.py", "utils/trainer.py"},
 }
 
 

@@ -20,7 +20,7 @@ from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main
 from utils.checkpoint import save_checkpoint
 from utils.distributed import World
-from utils.engine import Answers, EvalResult, evaluate
+from utils.evaluation import EvalResult, Predictions, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
 from utils.report import confusion_matrix, write_evaluation
 from weights.reader import CheckpointError, read_checkpoint
@@ -48,23 +48,23 @@ def count(world, num_images, batch_size):
     images, targets = data_of(num_images)
     batches = EvalBatches(num_images, batch_size, rank=world.rank, world_size=world.size)
     loader = [Batch([index for _, index in keys], images, targets) for keys in batches]
-    return evaluate({"raw": linear_model()}, loader, amp_dtype=torch.float32, world=world, keep_answers=True)["raw"]
+    return evaluate({"raw": linear_model()}, loader, amp_dtype=torch.float32, world=world, keep_predictions=True)["raw"]
 
 
 def count_all(world, folder):
-    """Integer counts of every case, from every rank; rank 0's answers too."""
+    """Integer counts of every case, from every rank; rank 0's predictions too."""
     found = {}
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         for batch_size in (1, 7, 128):
             result = count(world, num_images, batch_size)
-            answers = None if result.answers is None else result.answers.ranked.tolist()
+            predictions = None if result.predictions is None else result.predictions.ranked.tolist()
             counts = [result.correct1, result.correct5, result.num_images]
-            found[f"{num_images}-{batch_size}"] = [*counts, answers, result.loss]
+            found[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_counts_and_answers_are_those_of_one_model_on_all_images(world_size, tmp_path):
+def test_counts_and_predictions_are_those_of_one_model_on_all_images(world_size, tmp_path):
     run_in_processes(count_all, tmp_path, processes=world_size)
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         images, targets = data_of(num_images)
@@ -77,13 +77,13 @@ def test_counts_and_answers_are_those_of_one_model_on_all_images(world_size, tmp
         for rank in range(world_size):
             found = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
             for batch_size in (1, 7, 128):
-                *counts, answers, mean_loss = found[f"{num_images}-{batch_size}"]
+                *counts, predictions, mean_loss = found[f"{num_images}-{batch_size}"]
                 assert counts == expected
                 assert mean_loss == pytest.approx(loss, rel=1e-5)
-                assert answers == (ranked.tolist() if rank == 0 else None)
+                assert predictions == (ranked.tolist() if rank == 0 else None)
 
 
-def test_answers_are_among_the_classes_that_the_data_have():
+def test_predictions_are_among_the_classes_that_the_data_have():
     """Logits are the class ids: of classes 7, 2, 9 the model prefers 9, the dataset's third."""
     model = nn.Linear(6, 10)
     with torch.no_grad():
@@ -91,12 +91,12 @@ def test_answers_are_among_the_classes_that_the_data_have():
         model.bias.copy_(torch.arange(10.0))
     targets = torch.tensor([0, 1, 2, 2])
     loader = [Batch([0, 1, 2, 3], torch.zeros(4, 6), targets)]
-    result = evaluate({"raw": model}, loader, amp_dtype=torch.float32, world=CPU_WORLD, class_ids=[7, 2, 9], keep_answers=True)[
-        "raw"
-    ]
+    result = evaluate(
+        {"raw": model}, loader, amp_dtype=torch.float32, world=CPU_WORLD, class_ids=[7, 2, 9], keep_predictions=True
+    )["raw"]
     assert (result.correct1, result.correct5) == (2, 4)
-    assert result.answers.ranked.tolist() == [[2, 0, 1]] * 4
-    assert result.answers.model_classes.tolist() == [9] * 4
+    assert result.predictions.ranked.tolist() == [[2, 0, 1]] * 4
+    assert result.predictions.model_classes.tolist() == [9] * 4
 
 
 def test_intervals_and_tests_have_the_textbooks_values():
@@ -120,12 +120,12 @@ def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
             assert (mcnemar_test(total - second, second) < 0.05) == (low > 0 or high < 0)
 
 
-def result_of(targets, answers, num_classes=3):
-    targets, first = np.array(targets), np.array(answers)
+def result_of(targets, predictions, num_classes=3):
+    targets, first = np.array(targets), np.array(predictions)
     ranked = np.stack([first, (first + 1) % num_classes], axis=1)
     correct = int((targets == first).sum())
-    answers = Answers(targets, ranked, np.full(len(targets), 0.5), first)
-    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, answers)
+    predictions = Predictions(targets, ranked, np.full(len(targets), 0.5), first)
+    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
 
 
 def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
@@ -150,7 +150,7 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == sorted(names)
     assert rows[0] == {
-        **{"image": "a.png", "target": "a, b", "answer": "cat", "second": "dog", "confidence": "0.5000"},
+        **{"image": "a.png", "target": "a, b", "prediction": "cat", "second": "dog", "confidence": "0.5000"},
         **dict.fromkeys(("third", "fourth", "fifth")),
     }
     assert (tmp_path / "confusion.png").stat().st_size > 5000
@@ -161,9 +161,9 @@ def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
     results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}
     write_evaluation(tmp_path, results, preferred="ema", predictions=True, **options)
-    assert [answer == target for answer, target in read(tmp_path, None)[1].values()] == [False, False, False]
+    assert [prediction == target for prediction, target in read(tmp_path, None)[1].values()] == [False, False, False]
     write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=True, **options)
-    assert [answer == target for answer, target in read(tmp_path, None)[1].values()] == [True, True, True]
+    assert [prediction == target for prediction, target in read(tmp_path, None)[1].values()] == [True, True, True]
     write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=False, **options)
     assert not list(tmp_path.glob("predictions*"))
 
@@ -191,7 +191,7 @@ def test_shards_are_compared_with_folders_whose_names_have_dots():
 
 def test_a_cut_or_doubled_predictions_file_is_refused(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
-        (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,answer\n{rows}")
+        (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
         (tmp_path / "eval.json").write_text("[]")
         with pytest.raises(ValueError, match="is cut, or an image that is there twice"):
             read(tmp_path, None)
@@ -224,7 +224,7 @@ def test_a_result_without_a_finite_loss_is_valid_json(trained, toy_config, toy_d
 
 
 def test_an_empty_predictions_file_is_refused(tmp_path):
-    (tmp_path / "predictions_raw.csv").write_text("image,target,confidence,answer\n")
+    (tmp_path / "predictions_raw.csv").write_text("image,target,confidence,prediction\n")
     with pytest.raises(ValueError, match="has no predictions"):
         read(tmp_path / "predictions_raw.csv", None)
 
@@ -284,7 +284,7 @@ def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_con
     file, pairs = read(folder, None)
     preferred = read_checkpoint(trained)["best"]["weights"]
     assert file.name == f"predictions_{preferred}.csv"
-    assert sum(answer == target for answer, target in pairs.values()) == counts_of(folder)[preferred][0]
+    assert sum(prediction == target for prediction, target in pairs.values()) == counts_of(folder)[preferred][0]
 
 
 def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):

@@ -9,8 +9,8 @@ from models.linear_attention import FocusedLinearAttention
 from tests.conftest import CONFIGS
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.engine import train_step
 from utils.optim import build_optimizer, build_scaler
+from utils.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: set FLATTEN_TEST_GPU=1")
 GPU = torch.device("cuda", 0)

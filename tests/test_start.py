@@ -18,10 +18,11 @@ from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints, save_checkpoint
 from utils.config import ConfigError, load_config
 from utils.distributed import World
-from utils.engine import TrainingError, check_trained
 from utils.environment import build_arithmetic
+from utils.errors import TrainingError
 from utils.log import MetricsWriter
 from utils.run import RunLock, check_available
+from utils.trainer import check_trained
 from weights.reader import CheckpointError, read_checkpoint
 
 CHANGES = {

@@ -11,7 +11,8 @@ import torch
 
 from utils.checkpoint import checkpoint_path
 from utils.distributed import on_main, sum_over_processes
-from utils.engine import Meter, Trainer, evaluate, format_duration
+from utils.evaluation import evaluate
+from utils.trainer import Meter, Trainer, format_duration
 from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)

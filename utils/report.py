@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: ``eval.json``, accuracies by class, a confusion picture, every image's answer."""
+"""Files of an evaluation: ``eval.json``, accuracies per class, a confusion matrix, and the prediction for every image."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.engine import EvalResult
+from utils.evaluation import EvalResult
 from utils.files import replacing
 from utils.metrics import wilson_interval
 
@@ -36,7 +36,7 @@ def write_evaluation(
     """Write all of it to a folder; each file is whole or as it was.
 
     Args:
-        results: by the label of their weights, with their answers.
+        results: by the label of their weights, with their predictions.
         preferred: label of the weights that count: the confusion picture shows them.
         about: what else ``eval.json`` records: the file, the preprocessing, ...
         classes: names by class id.
@@ -75,13 +75,13 @@ def write_evaluation(
     logger.info("written to %s: %s", output, ", ".join(written))
 
 
-PREDICTION_COLUMNS = ["image", "target", "confidence", "answer", "second", "third", "fourth", "fifth"]
+PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "third", "fourth", "fifth"]
 
 
 def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
-    """(num_classes, num_classes) counts: row the right class, column the answer."""
+    """(num_classes, num_classes) counts: rows are true classes, columns are predictions."""
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(matrix, (result.answers.targets, result.answers.ranked[:, 0]), 1)
+    np.add.at(matrix, (result.predictions.targets, result.predictions.ranked[:, 0]), 1)
     return matrix
 
 
@@ -101,7 +101,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
     labels = [_plain(name) for name in classes]
     axes.set_xticks(range(count), labels, rotation=90)
     axes.set_yticks(range(count), labels)
-    axes.set(xlabel="answer", ylabel="class", title=title)
+    axes.set(xlabel="prediction", ylabel="class", title=title)
     if count <= MOST_CLASSES_WITH_COUNTS:
         for row, column in np.argwhere(matrix):
             color = "white" if shares[row, column] > 50 else "black"
@@ -150,7 +150,9 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
         "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no infinity
     }
     if real_labels is not None:
-        counted = [(answer, labels) for answer, labels in zip(result.answers.model_classes, real_labels, strict=True) if labels]
+        counted = [
+            (answer, labels) for answer, labels in zip(result.predictions.model_classes, real_labels, strict=True) if labels
+        ]
         correct = sum(int(answer) in labels for answer, labels in counted)
         acc1 = 100 * correct / max(len(counted), 1)
         record["real"] = {"correct1": correct, "num_images": len(counted), "acc1": acc1}
@@ -165,10 +167,10 @@ def _class_rows(classes: Sequence[str], matrices: dict[str, np.ndarray]) -> Iter
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:
-    answers = result.answers
+    predictions = result.predictions
     for position in sorted(range(len(names)), key=names.__getitem__):
-        ranked = [classes[label] for label in answers.ranked[position]]
-        yield [names[position], classes[answers.targets[position]], f"{answers.confidence[position]:.4f}", *ranked]
+        ranked = [classes[label] for label in predictions.ranked[position]]
+        yield [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -9,8 +9,8 @@ from tests.conftest import CONFIGS, REFERENCE, fill_by_formula, formula_image, r
 from utils.checkpoint import load_weights
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.engine import train_step
 from utils.optim import build_ema, build_optimizer, build_scaler
+from utils.step import train_step
 
 CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
 TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))

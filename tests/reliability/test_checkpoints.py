@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import utils.checkpoint
-import utils.engine
+import utils.trainer
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -150,7 +150,7 @@ def test_r14_a_killed_best_save_of_a_whole_run_is_repaired(uninterrupted, toy_co
     """SIGKILL between the rename of the checkpoint and its link as ``best.pth``."""
 
     def prepare(rank: int) -> None:
-        call_before(utils.engine, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        call_before(utils.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     folder = tmp_path / "toy/default"
@@ -194,7 +194,7 @@ def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, 
 
         if rank == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            call_before(utils.engine, "save_checkpoint", 3, fill)
+            call_before(utils.trainer, "save_checkpoint", 3, fill)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
@@ -355,7 +355,7 @@ def test_r6_other_numbers_of_processes_resume_with_the_same_images_per_update(to
 
             def stop_after_save(rank: int, last: bool = last) -> None:
                 if not last and rank == 0:
-                    call_before(utils.engine, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                    call_before(utils.trainer, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
             outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_after_save)
             assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output
@@ -390,7 +390,7 @@ def test_r8_a_run_stopped_while_it_accumulates_saves_at_an_update_and_ends_equal
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:  # in the third forward pass of the eighth update
-        call_before(utils.engine, "prepare_batch", 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_before(utils.trainer, "prepare_batch", 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
@@ -433,7 +433,7 @@ def test_r7_a_run_stopped_many_times_within_an_epoch_ends_equal(num_stops, toy_c
         return toy_arguments(toy_config, toy_data, output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2)
 
     def stop_at_first_update(rank: int) -> None:
-        call_before(utils.engine, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_before(utils.trainer, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     folder, position = tmp_path / "stopped/toy/default", 0
     for _ in range(num_stops):

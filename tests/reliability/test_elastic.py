@@ -179,14 +179,14 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
 
 FAILING_MAIN = """
 import os
-import utils.engine
+import utils.trainer
 from main import main
 
 def fail(*arguments, **options):
     raise ValueError("a mistake of rank 1")
 
 if os.environ["RANK"] == "1":
-    utils.engine.train_step = fail
+    utils.trainer.train_step = fail
 main()
 """
 

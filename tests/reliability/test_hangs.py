@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-import utils.engine
+import utils.trainer
 from data.datasets import ImageDataset
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
@@ -32,7 +32,7 @@ RANK_FAULTS = {
 def test_s4_a_lost_rank_ends_the_others_with_its_name(fault, function, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         if rank == 1:
-            call_before(utils.engine, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
+            call_before(utils.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
             if fault == "hangs":  # the test ends it
                 signal.alarm(14)
 

@@ -14,8 +14,8 @@ from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.engine import train_step
 from utils.optim import build_optimizer, build_scaler
+from utils.step import train_step
 from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-import utils.engine
 import utils.log
+import utils.trainer
 from scripts.soak import read_state
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
@@ -85,7 +85,7 @@ def test_r16_processes_without_a_console_are_stopped_with_their_state_saved(toy_
         os.close(2)
         sys.stderr = None
         if rank == 1:
-            call_before(utils.engine, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            call_before(utils.trainer, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4)
     assert run_main(arguments, tmp_path / "log", processes=2, prepare=prepare).exit_codes == [75, 75]

@@ -8,7 +8,8 @@ import time
 import pytest
 
 import jobs.training
-import utils.engine
+import utils.evaluation
+import utils.trainer
 from scripts.soak import read_state
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
@@ -33,9 +34,9 @@ def call_before(module, name: str, number: int, action) -> None:
 
 
 class Functional:
-    """Stands for ``torch.nn.functional`` in ``utils.engine``, where evaluation takes its loss from it."""
+    """Stands for ``torch.nn.functional`` in ``utils.evaluation``, where evaluation takes its loss from it."""
 
-    cross_entropy = staticmethod(utils.engine.F.cross_entropy)
+    cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
 
 
 def signal_in(phase: str, number: int):
@@ -46,14 +47,14 @@ def signal_in(phase: str, number: int):
 
     def prepare(rank: int) -> None:
         if phase == "save" and rank == 0:
-            call_before(utils.engine, "save_checkpoint", 2, send)
+            call_before(utils.trainer, "save_checkpoint", 2, send)
         if phase != "save" and rank == 1:
             if phase == "start-up":
                 call_before(jobs.training, "build_trainer", 1, send)
             elif phase == "step":
-                call_before(utils.engine, "train_step", 5, send)
+                call_before(utils.trainer, "train_step", 5, send)
             else:
-                utils.engine.F = Functional
+                utils.evaluation.F = Functional
                 # Each batch takes the loss of the raw weights, then that of the EMA.
                 call_before(Functional, "cross_entropy", 1 if phase == "evaluation" else 2, send)
 
@@ -102,7 +103,7 @@ def test_s2_a_second_signal_ends_the_process_at_once_and_leaves_a_valid_checkpoi
             os.kill(os.getpid(), second)
             time.sleep(60)
 
-        call_before(utils.engine, "save_checkpoint", 3, hang)
+        call_before(utils.trainer, "save_checkpoint", 3, hang)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare, timeout=30)

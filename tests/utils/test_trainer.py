@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import utils.engine
+import utils.trainer
 from tests.conftest import CONFIGS
 from tests.runs import assert_equal
 from utils.checkpoint import BEST, list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.engine import EvalResult, Recipe, Trainer, TrainState
+from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
+from utils.trainer import Recipe, Trainer, TrainState
 from weights.reader import CheckpointError, read_checkpoint
 
 DEVICE = torch.device("cpu")
@@ -96,7 +97,7 @@ def accuracies(monkeypatch) -> list[int]:
         count = counts.pop(0) if len(counts) > 1 else counts[0]
         return {label: EvalResult(label, count, count, 10, 1.0, 3) for label in models}
 
-    monkeypatch.setattr(utils.engine, "evaluate", evaluate)
+    monkeypatch.setattr(utils.trainer, "evaluate", evaluate)
     return counts
 
 
@@ -110,7 +111,7 @@ def test_a_checkpoint_has_the_state_of_its_update_although_training_continues(tm
     expected.fit()
 
     trainer = create_trainer(tmp_path, save_steps=1)
-    save, trained, seen = utils.engine.save_checkpoint, threading.Event(), []
+    save, trained, seen = utils.trainer.save_checkpoint, threading.Event(), []
 
     def save_late(state, path):
         trained.wait(30)
@@ -122,9 +123,9 @@ def test_a_checkpoint_has_the_state_of_its_update_although_training_continues(tm
             trained.set()
         return step(*arguments, **options)
 
-    step = utils.engine.train_step
-    monkeypatch.setattr(utils.engine, "train_step", step_and_tell)
-    monkeypatch.setattr(utils.engine, "save_checkpoint", save_late)
+    step = utils.trainer.train_step
+    monkeypatch.setattr(utils.trainer, "train_step", step_and_tell)
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", save_late)
     trainer.fit()
     assert len(seen) == 8
     for path in list_checkpoints(tmp_path):
@@ -142,9 +143,9 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, accuracies, m
             time.sleep(0.01)
         return step(*arguments, **options)
 
-    step = utils.engine.train_step
-    monkeypatch.setattr(utils.engine, "train_step", step_after_failure)
-    monkeypatch.setattr(utils.engine, "save_checkpoint", fail)
+    step = utils.trainer.train_step
+    monkeypatch.setattr(utils.trainer, "train_step", step_after_failure)
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
         trainer.fit()
     assert trainer.state.num_updates == 2
@@ -157,7 +158,7 @@ def test_a_failed_write_asks_all_processes_for_a_save(tmp_path, accuracies, monk
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(utils.engine, "save_checkpoint", fail)
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
     trainer.save()
     while not trainer.writing.failed:
         time.sleep(0.01)
@@ -168,7 +169,7 @@ def test_the_last_write_fails_the_run(tmp_path, accuracies, monkeypatch):
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(utils.engine, "save_checkpoint", fail)
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
         create_trainer(tmp_path, num_epochs=1).fit()
 
@@ -197,13 +198,13 @@ def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, a
 def test_evaluations_follow_every_second_epoch_and_the_last(tmp_path, monkeypatch, accuracies):
     evaluated = []
     trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
-    evaluate = utils.engine.evaluate
+    evaluate = utils.trainer.evaluate
 
     def note(models, *arguments, **options):
         evaluated.append(trainer.state.num_updates // UPDATES_PER_EPOCH)
         return evaluate(models, *arguments, **options)
 
-    monkeypatch.setattr(utils.engine, "evaluate", note)
+    monkeypatch.setattr(utils.trainer, "evaluate", note)
     trainer.fit()
     assert evaluated == [2, 4, 5]
 
@@ -248,7 +249,7 @@ def test_the_draws_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
         trainer = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0))
         trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
         trainer.state.num_updates = num_updates
-        mixed = trainer.mixed_batches(iter_batches(trainer), utils.engine.Meter(0, trainer))
+        mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
         return [torch.rand(1).item() for _ in range(count) if next(mixed)]
 
     whole = draws(0, 8)
@@ -263,7 +264,7 @@ def test_mixing_gets_the_number_of_the_forward_pass(tmp_path):
     trainer = create_trainer(tmp_path, accumulation=2)
     trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
     trainer.state.num_updates = 3
-    mixed = trainer.mixed_batches(iter_batches(trainer), utils.engine.Meter(0, trainer))
+    mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
     next(mixed), next(mixed)
     assert numbers == [6, 7]
 
@@ -285,13 +286,13 @@ def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_las
     """PRINT_FREQ 3 of 4 updates: points after 3 and 4."""
     trainer, losses = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()
-    step = utils.engine.train_step
+    step = utils.trainer.train_step
 
     def note(*arguments, **options):
         losses.append(step(*arguments, **options))
         return losses[-1]
 
-    monkeypatch.setattr(utils.engine, "train_step", note)
+    monkeypatch.setattr(utils.trainer, "train_step", note)
     trainer.fit()
     points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
     assert [step for step, _ in points] == [3, 4]

@@ -1,47 +1,35 @@
-"""Training and evaluation: the step, the epoch, the run.
-
-Nothing in a step waits for the device: losses and norms are read when they are logged.
-"""
+"""The training loop: a run from its state to its end."""
 
 import copy
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from utils.background import BackgroundWrite
 from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
-from utils.distributed import World, gather_on_main, on_main, side_channel, sum_over_processes
+from utils.distributed import World, on_main, sum_over_processes
+from utils.errors import Stopped, TrainingError
+from utils.evaluation import EvalResult, evaluate, log_results
 from utils.log import MetricsWriter, progress
 from utils.schedule import Schedule
+from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
 SEED_OF_STEP = 3  # apart from the seeds of images and of mixup
 MAX_SKIPPED = 20  # updates in a row that fp16 may skip
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot continue. The message names the update and the remedy."""
-
-
-class Stopped(Exception):  # noqa: N818 - an event, not an error
-    """Training was stopped from outside. The message tells where, and how it resumes."""
 
 
 def check_trained(*, num_updates: int, num_skipped: int) -> None:
@@ -115,239 +103,6 @@ class TrainState:
         self.best = dict(state["best"])
 
 
-class Report(NamedTuple):
-    """Numbers of one update. loss: mean over its batches and all processes; grad_norm: L2 norm before clipping; stop, save:
-    share of the processes that ask to stop, or for a checkpoint."""
-
-    loss: float
-    grad_norm: float
-    stop: float
-    save: float
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-NUM_REQUESTS = 2  # stop and save
-
-
-def train_step(
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    num_batches: int,
-    amp_dtype: torch.dtype,
-    max_grad_norm: float,
-    requests: Tensor | None = None,
-    failed: Tensor | None = None,
-) -> Tensor:
-    """One optimizer update, for every precision, clipped or not, accumulated or not.
-
-    An update changes nothing if its loss, in any process, or its gradient is not finite. In fp32 and bf16 the device decides
-    that, without the host; in fp16 the host reads the norm in every update, since the loss scaler makes skipped updates
-    ordinary, and EMA and schedule must skip them too.
-
-    Args:
-        model: from ``utils.distributed.wrap``.
-        batches: ``num_batches`` pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,)
-            class ids, or (B, num_classes) probabilities after mixup.
-        scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
-        max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
-        requests: (2,), what this process asks for, stop and save, 0 or 1.
-        failed: (), 0. Becomes NaN at the first update that is not finite in fp32 or bf16; updates change nothing from then on.
-
-    Returns:
-        (4,) numbers of a ``Report``, on the device: reading them stalls it, so the caller decides when.
-    """
-    device = optimizer.param_groups[0]["params"][0].device
-    requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
-    failed = torch.zeros((), device=device) if failed is None else failed
-    for index, (images, targets) in enumerate(batches):
-        # Processes exchange gradients once per update, in the last backward pass.
-        deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
-        with model.no_sync() if deferred else nullcontext():
-            with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                logits, channel = model(images)
-                loss = criterion(logits, targets) / num_batches
-            numbers = torch.cat([loss.detach().view(1), requests / num_batches])
-            (scaler.scale(loss) + channel @ numbers).backward()
-    loss, *asked = side_channel(model).take()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scaled = amp_dtype == torch.float16
-    if scaled:
-        scaler.unscale_(optimizer)
-    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    not_finite = 0 * (loss + grad_norm)  # 0 or NaN
-    if scaled:
-        if bool(not_finite == 0):
-            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-            scaler.step(optimizer)
-        scaler.update()
-    else:
-        failed += not_finite
-        # A norm of NaN makes every gradient NaN, which the scaler sees: its optimizer step then changes nothing.
-        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm + failed)
-        scaler.step(optimizer)
-        scaler.update(1.0)
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm, *asked])
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model said of every image of a dataset, in the dataset's order.
-
-    Args:
-        targets: (N,) class ids.
-        ranked: (N, k) class ids, the k <= 5 likeliest, likeliest first.
-        confidence: (N,) softmax of the first.
-        model_classes: (N,) the first as the model's class id, which a class map makes another one.
-    """
-
-    targets: np.ndarray
-    ranked: np.ndarray
-    confidence: np.ndarray
-    model_classes: np.ndarray
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Counts over a whole dataset.
-
-    Args:
-        weights: raw or ema.
-        num_classes: classes that predictions are among; of five or fewer, every top-5 is correct.
-        answers: on rank 0, where they are kept.
-    """
-
-    weights: str
-    correct1: int
-    correct5: int
-    num_images: int
-    loss: float
-    num_classes: int
-    answers: Answers | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def acc1(self) -> float:
-        """Percent."""
-        return 100 * self.correct1 / self.num_images
-
-    @property
-    def acc5(self) -> float:
-        """Percent."""
-        return 100 * self.correct5 / self.num_images
-
-    def __str__(self) -> str:
-        top5 = f" Acc@5 {self.acc5:.3f}" if self.num_classes > 5 else ""
-        return f" * Acc@1 {self.acc1:.3f}{top5}"
-
-
-@torch.no_grad()
-def evaluate(
-    models: dict[str, nn.Module],
-    loader,
-    *,
-    amp_dtype: torch.dtype,
-    world: World,
-    class_ids: Sequence[int] | None = None,
-    keep_answers: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, EvalResult]:
-    """Count right answers over a dataset that the processes share, every image once; one reduction at the end.
-
-    Args:
-        models: by the label of their weights, raw or ema; all see each batch. Not wrapped: processes may have different
-            numbers of batches.
-        loader: batches of this process's share.
-        class_ids: the model's class for each of the dataset's; answers are among those. None: they are the same.
-        keep_answers: give rank 0 every image's answer too.
-        stop: whether this process was asked to stop.
-
-    Returns:
-        A result for each model, the same in every process, but for the answers.
-
-    Raises:
-        Stopped: in every process, if any was asked to stop.
-        TrainingError: in every process, if a model gives outputs that are not finite.
-    """
-    were_training = {label: model.training for label, model in models.items()}
-    # Correct at 1, correct at 5, sum of losses, images with outputs that are not finite: counts are exact in float64.
-    sums = {label: torch.zeros(4, dtype=torch.float64, device=world.device) for label in models}
-    answers: dict[str, list[Tensor]] = {label: [] for label in models}
-    indices, targets = [], []
-    num_classes = 0
-    chosen = None if class_ids is None else torch.tensor(class_ids, device=world.device)
-    num_images, stopping = 0, False
-    for model in models.values():
-        model.eval()
-    for batch in progress(loader, len(loader), "evaluate"):
-        if stopping := stop():
-            break
-        num_images += len(batch.targets)
-        if keep_answers:
-            indices += batch.indices
-            targets.append(batch.targets)
-        for label, model in models.items():
-            with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                logits = model(batch.images)
-            logits = logits.float() if chosen is None else logits.float().index_select(1, chosen)
-            num_classes = logits.shape[1]
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            right = ranked == batch.targets.unsqueeze(1)  # (B, 5)
-            loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-            not_finite = (~logits.isfinite()).any(dim=1).sum()
-            sums[label] += torch.stack([right[:, 0].sum(), right.sum(), loss, not_finite]).double()
-            if keep_answers:
-                answers[label].append(torch.cat([ranked.double(), logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1))
-    # A process may have no batches, and then does not know the number of classes.
-    counts = torch.tensor([num_images, num_classes, num_classes > 0, stopping], device=world.device)
-    total, class_sum, num_sharing, num_stopping = sum_over_processes(counts).tolist()
-    for label, model in models.items():
-        model.train(were_training[label])
-    if num_stopping:
-        raise Stopped("stopped during evaluation")
-    num_classes = class_sum // num_sharing
-    results = {}
-    for label in models:
-        correct1, correct5, loss, not_finite = sum_over_processes(sums[label]).tolist()
-        if not_finite:
-            raise TrainingError(
-                f"the {label} weights give outputs that are not finite for {int(not_finite)} of {total} images: accuracy is "
-                "undefined; evaluate another checkpoint, or in fp32 (TEST.PRECISION fp32)"
-            )
-        kept = _gather_answers(indices, targets, answers[label], class_ids, world) if keep_answers else None
-        results[label] = EvalResult(label, int(correct1), int(correct5), total, loss / total, num_classes, kept)
-    return results
-
-
-def log_results(results: Mapping[str, EvalResult]) -> None:
-    for label, result in results.items():
-        counts = (result.correct1, result.num_images)
-        logger.info("%s weights: %d of %d correct, loss %.4f,%s", label, *counts, result.loss, result)
-
-
-def _gather_answers(
-    indices: list[int], targets: list[Tensor], answers: list[Tensor], class_ids: Sequence[int] | None, world: World
-) -> Answers | None:
-    """The answers of all processes, in the dataset's order; None but on rank 0."""
-    share = np.empty((0, 0)), np.empty(0), np.empty(0)
-    if indices:
-        share = torch.cat(answers).cpu().numpy(), torch.cat(targets).cpu().numpy(), np.array(indices)
-    shares = gather_on_main(world, share)
-    if shares is None:
-        return None
-    values, truths, positions = (np.concatenate(parts) for parts in zip(*(s for s in shares if len(s[2])), strict=True))
-    order = positions.argsort()
-    values, ranked = values[order], values[order, :-1].astype(np.int64)
-    first = ranked[:, 0] if class_ids is None else np.array(class_ids)[ranked[:, 0]]
-    return Answers(truths[order].astype(np.int64), ranked, values[:, -1], first)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a run trains, and how often it logs, saves and evaluates. Epochs include those of the cooldown."""
@@ -364,33 +119,6 @@ class Recipe:
     save_minutes: float
     eval_freq: int
     keep_checkpoints: int
-
-
-class Reports:
-    """Reports of updates on their way from the device to the host.
-
-    The host reads the report of an update after it has launched the next one, so that the device always has work.
-    """
-
-    def __init__(self) -> None:
-        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-
-    def send(self, update: int, report: Tensor) -> None:
-        """Start to copy the (4,) report of an update, counted from 0."""
-        copied = None
-        if report.device.type == "cuda":
-            report = report.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._sent.append((update, report, copied))
-
-    def receive(self, *, keep: int) -> Iterator[tuple[int, Report]]:
-        """Updates and their reports, but for the newest ``keep``, in the order in which they were sent."""
-        while len(self._sent) > keep:
-            update, report, copied = self._sent.popleft()
-            if copied is not None:
-                copied.synchronize()
-            yield update, Report(*report.tolist())
 
 
 class Trainer:

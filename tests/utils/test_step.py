@@ -10,8 +10,10 @@ from models import create_model
 from tests.conftest import CONFIGS
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.engine import TrainState, evaluate, train_step
+from utils.evaluation import evaluate
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from utils.step import train_step
+from utils.trainer import TrainState
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 

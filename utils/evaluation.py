@@ -1,0 +1,185 @@
+"""Evaluation: counts of correct predictions over a dataset that the processes share."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.distributed import World, gather_on_main, sum_over_processes
+from utils.errors import Stopped, TrainingError
+from utils.log import progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions for every image of a dataset, in the dataset's order.
+
+    Args:
+        targets: (N,) class ids.
+        ranked: (N, k) class ids of the k <= 5 most likely classes, most likely first.
+        confidence: (N,) softmax of the most likely class.
+        model_classes: (N,) the most likely class as the model's class id, which differs with a class map.
+    """
+
+    targets: np.ndarray
+    ranked: np.ndarray
+    confidence: np.ndarray
+    model_classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Counts over a whole dataset.
+
+    Args:
+        weights: raw or ema.
+        num_classes: number of classes that predictions are restricted to; with five or fewer, every top-5 is correct.
+        predictions: on rank 0, if they were kept.
+    """
+
+    weights: str
+    correct1: int
+    correct5: int
+    num_images: int
+    loss: float
+    num_classes: int
+    predictions: Predictions | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def acc1(self) -> float:
+        """Percent."""
+        return 100 * self.correct1 / self.num_images
+
+    @property
+    def acc5(self) -> float:
+        """Percent."""
+        return 100 * self.correct5 / self.num_images
+
+    def __str__(self) -> str:
+        top5 = f" Acc@5 {self.acc5:.3f}" if self.num_classes > 5 else ""
+        return f" * Acc@1 {self.acc1:.3f}{top5}"
+
+
+@torch.no_grad()
+def evaluate(
+    models: dict[str, nn.Module],
+    loader,
+    *,
+    amp_dtype: torch.dtype,
+    world: World,
+    class_ids: Sequence[int] | None = None,
+    keep_predictions: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, EvalResult]:
+    """Count correct predictions over a dataset that the processes share, every image once, with one reduction at the end.
+
+    Args:
+        models: by the label of their weights, raw or ema. They are not wrapped, because processes may have different numbers of
+            batches.
+        loader: batches of this process's share.
+        class_ids: the model's class for each class of the dataset; predictions are restricted to these. None: the same classes.
+        keep_predictions: collect the prediction for every image on rank 0.
+        stop: whether this process was asked to stop.
+
+    Returns:
+        A result for each model, the same in every process except for the predictions.
+
+    Raises:
+        Stopped: in every process, if any of them was asked to stop.
+        TrainingError: in every process, if a model's outputs are not finite.
+    """
+    were_training = {label: model.training for label, model in models.items()}
+    counters = {label: _Counter(world.device, class_ids, keep_predictions) for label in models}
+    indices: list[int] = []
+    stopping = False
+    for model in models.values():
+        model.eval()
+    for batch in progress(loader, len(loader), "evaluate"):
+        if stopping := stop():
+            break
+        if keep_predictions:
+            indices += batch.indices
+        for label, model in models.items():
+            with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+                logits = model(batch.images)
+            counters[label].add(logits.float(), batch.targets)
+    for label, model in models.items():
+        model.train(were_training[label])
+    if sum_over_processes(torch.tensor(int(stopping), device=world.device)):
+        raise Stopped("stopped during evaluation")
+    return {label: counter.result(label, indices, world) for label, counter in counters.items()}
+
+
+class _Counter:
+    """Sums over the images of this process, on the device, for one model."""
+
+    def __init__(self, device: torch.device, class_ids: Sequence[int] | None, keep_predictions: bool):
+        self.class_ids = class_ids
+        self.selected = None if class_ids is None else torch.tensor(class_ids, device=device)
+        # Correct at 1, correct at 5, sum of losses, images with outputs that are not finite: counts are exact in float64.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.num_images, self.num_classes = 0, 0
+        self.predictions: list[Tensor] | None = [] if keep_predictions else None
+        self.targets: list[Tensor] = []
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """logits: (B, num_classes); targets: (B,) class ids."""
+        if self.selected is not None:
+            logits = logits.index_select(1, self.selected)
+        self.num_images += len(targets)
+        self.num_classes = logits.shape[1]
+        ranked = logits.topk(min(5, self.num_classes), dim=1).indices
+        correct = ranked == targets.unsqueeze(1)  # (B, 5)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        not_finite = (~logits.isfinite()).any(dim=1).sum()
+        self.sums += torch.stack([correct[:, 0].sum(), correct.sum(), loss, not_finite]).double()
+        if self.predictions is not None:
+            self.predictions.append(torch.cat([ranked.double(), logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1))
+            self.targets.append(targets)
+
+    def result(self, weights: str, indices: list[int], world: World) -> EvalResult:
+        """The result over all processes.
+
+        Args:
+            indices: positions in the dataset of the images of this process, if predictions are kept.
+        """
+        # A process without batches does not know the number of classes.
+        shared = torch.tensor([self.num_images, self.num_classes, self.num_classes > 0], device=world.device)
+        total, class_sum, num_sharing = sum_over_processes(shared).tolist()
+        correct1, correct5, loss, not_finite = sum_over_processes(self.sums).tolist()
+        if not_finite:
+            raise TrainingError(
+                f"the {weights} weights give outputs that are not finite for {int(not_finite)} of {total} images: accuracy is "
+                "undefined; evaluate another checkpoint, or in fp32 (TEST.PRECISION fp32)"
+            )
+        predictions = None if self.predictions is None else self._gather(indices, world)
+        return EvalResult(weights, int(correct1), int(correct5), total, loss / total, class_sum // num_sharing, predictions)
+
+    def _gather(self, indices: list[int], world: World) -> Predictions | None:
+        """The predictions of all processes, in the dataset's order; None except on rank 0."""
+        share = np.empty((0, 0)), np.empty(0), np.empty(0)
+        if indices:
+            share = torch.cat(self.predictions).cpu().numpy(), torch.cat(self.targets).cpu().numpy(), np.array(indices)
+        shares = gather_on_main(world, share)
+        if shares is None:
+            return None
+        not_empty = (share for share in shares if len(share[2]))
+        values, targets, positions = (np.concatenate(parts) for parts in zip(*not_empty, strict=True))
+        order = positions.argsort()
+        values = values[order]
+        ranked = values[:, :-1].astype(np.int64)
+        first = ranked[:, 0] if self.class_ids is None else np.array(self.class_ids)[ranked[:, 0]]
+        return Predictions(targets[order].astype(np.int64), ranked, values[:, -1], first)
+
+
+def log_results(results: Mapping[str, EvalResult]) -> None:
+    for label, result in results.items():
+        logger.info(
+            "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result
+        )

@@ -1,0 +1,126 @@
+"""One optimizer update, and the report of it.
+
+Nothing in an update waits for the device, except in fp16.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from utils.distributed import side_channel
+
+
+class Report(NamedTuple):
+    """Numbers of one update. loss: mean over its batches and all processes; grad_norm: L2 norm before clipping; stop, save:
+    share of the processes that ask to stop, or for a checkpoint."""
+
+    loss: float
+    grad_norm: float
+    stop: float
+    save: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+NUM_REQUESTS = 2  # stop and save
+
+
+def train_step(
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    num_batches: int,
+    amp_dtype: torch.dtype,
+    max_grad_norm: float,
+    requests: Tensor | None = None,
+    failed: Tensor | None = None,
+) -> Tensor:
+    """One optimizer update, for every precision, clipped or not, accumulated or not.
+
+    An update changes nothing if its loss, in any process, or its gradient is not finite. In fp32 and bf16 the device decides
+    that, without the host; in fp16 the host reads the norm in every update, since the loss scaler makes skipped updates
+    ordinary, and EMA and schedule must skip them too.
+
+    Args:
+        model: from ``utils.distributed.wrap``.
+        batches: ``num_batches`` pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,)
+            class ids, or (B, num_classes) probabilities after mixup.
+        scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
+        max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
+        requests: (2,), what this process asks for, stop and save, 0 or 1.
+        failed: (), 0. Becomes NaN at the first update that is not finite in fp32 or bf16; updates change nothing from then on.
+
+    Returns:
+        (4,) numbers of a ``Report``, on the device: reading them stalls it, so the caller decides when.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
+    failed = torch.zeros((), device=device) if failed is None else failed
+    for index, (images, targets) in enumerate(batches):
+        # Processes exchange gradients once per update, in the last backward pass.
+        deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
+        with model.no_sync() if deferred else nullcontext():
+            with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+                logits, channel = model(images)
+                loss = criterion(logits, targets) / num_batches
+            numbers = torch.cat([loss.detach().view(1), requests / num_batches])
+            (scaler.scale(loss) + channel @ numbers).backward()
+    loss, *asked = side_channel(model).take()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scaled = amp_dtype == torch.float16
+    if scaled:
+        scaler.unscale_(optimizer)
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    not_finite = 0 * (loss + grad_norm)  # 0 or NaN
+    if scaled:
+        if bool(not_finite == 0):
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+            scaler.step(optimizer)
+        scaler.update()
+    else:
+        failed += not_finite
+        # A norm of NaN makes every gradient NaN, which the scaler sees: its optimizer step then changes nothing.
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm + failed)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, grad_norm, *asked])
+
+
+class Reports:
+    """Reports of updates on their way from the device to the host.
+
+    The host reads the report of an update after it has launched the next one, so that the device always has work.
+    """
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self, update: int, report: Tensor) -> None:
+        """Start to copy the (4,) report of an update, counted from 0."""
+        copied = None
+        if report.device.type == "cuda":
+            report = report.to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._sent.append((update, report, copied))
+
+    def receive(self, *, keep: int) -> Iterator[tuple[int, Report]]:
+        """Updates and their reports, but for the newest ``keep``, in the order in which they were sent."""
+        while len(self._sent) > keep:
+            update, report, copied = self._sent.popleft()
+            if copied is not None:
+                copied.synchronize()
+            yield update, Report(*report.tolist())
