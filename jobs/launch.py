@@ -47,41 +47,18 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 @record
 def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop: StopRequest) -> None:
-    """Run the job that the command line asks for.
+    """Set up the processes, run the job that the command line requests, and end with its exit status.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
         pairs: KEY, VALUE, ... of the command line.
         stop: set by signals since the program started. Only training finishes its update and saves; other jobs end at once.
     """
-    try:
-        if cfg is not None:
-            check_model(cfg)
-        world = setup(cfg.COLLECTIVE_TIMEOUT) if cfg is not None else setup()
-        if cfg is not None:
-            accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
-    except ValueError as error:  # logging is not set up yet
-        if prints_mistakes() or isinstance(error, MissingDeviceError):
-            sys.stderr.write(f"main.py: error: {error}\n")
-        sys.exit(USAGE_ERROR)
-    except LostRankError as error:
-        sys.stderr.write(f"main.py: error: {error}\n")
-        sys.exit(FAILED)
+    world = start_processes(cfg)
     setup_logging(world.rank)
     try:
-        if args.throughput or args.eval or args.replay or args.check:  # nothing to save
-            stop.cancel()
-        if args.throughput:
-            measure_throughput(cfg, world)
-        elif args.eval:
-            evaluate_checkpoint(args, cfg, pairs, world)
-        elif args.replay:
-            replay_update(args.replay, pairs, world)
-        elif args.check:
-            rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
-        else:
-            train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
-    except USER_ERRORS as error:  # the message names the remedy: no traceback
+        run_job(args, cfg, pairs, world, stop)
+    except USER_ERRORS as error:  # the message gives the remedy: no traceback
         if world.is_main or not isinstance(error, TrainingError):  # every process raises that
             logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
@@ -90,20 +67,11 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
     except (LostRankError, StalledWorkerError) as error:
         logger.error("%s", error)
         leave(world, FAILED)
-    except torch.OutOfMemoryError as error:
-        logger.error(
-            "%s; lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp",
-            str(error).splitlines()[0],
-        )
-        leave(world, FAILED)
     except RuntimeError as error:
-        if is_lost_connection(error):
-            logger.error("%s", lost_rank_error(world, error, "start-up or evaluation"))
-        elif "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0].strip().rstrip(".")
-            logger.error("%s. Lower DATA.NUM_WORKERS if memory is short; the same command resumes", reason)
-        else:
+        message = explain(error, world)
+        if message is None:
             raise
+        logger.error("%s", message)
         leave(world, FAILED)
     except Stopped as reason:
         if world.is_main:
@@ -114,6 +82,52 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
             logger.warning("stopped")
         leave(world, 128 + signal.SIGINT)
     cleanup()
+
+
+def start_processes(cfg: CfgNode | None) -> World:
+    """Check the model and join the other processes; exit with the reason if that fails. Logging is not set up yet."""
+    try:
+        if cfg is None:
+            return setup()
+        check_model(cfg)
+        world = setup(cfg.COLLECTIVE_TIMEOUT)
+        accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
+        return world
+    except ValueError as error:
+        if prints_mistakes() or isinstance(error, MissingDeviceError):
+            sys.stderr.write(f"main.py: error: {error}\n")
+        sys.exit(USAGE_ERROR)
+    except LostRankError as error:
+        sys.stderr.write(f"main.py: error: {error}\n")
+        sys.exit(FAILED)
+
+
+def run_job(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World, stop: StopRequest) -> None:
+    if args.throughput or args.eval or args.replay or args.check:  # nothing to save
+        stop.cancel()
+    if args.throughput:
+        measure_throughput(cfg, world)
+    elif args.eval:
+        evaluate_checkpoint(args, cfg, pairs, world)
+    elif args.replay:
+        replay_update(args.replay, pairs, world)
+    elif args.check:
+        rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
+    else:
+        train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
+
+
+def explain(error: RuntimeError, world: World) -> str | None:
+    """The message for an error of torch that has a known remedy; None for any other."""
+    first_line = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        remedy = "lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp"
+        return f"{first_line}; {remedy}"
+    if is_lost_connection(error):
+        return str(lost_rank_error(world, error, "start-up or evaluation"))
+    if "DataLoader worker" in str(error):
+        return f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if memory is short; the same command resumes"
+    return None
 
 
 def leave(world: World, status: int) -> None:

@@ -38,7 +38,7 @@ REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
-    """Train to the end, or until a signal asks to stop.
+    """Train to the end, or until a signal requests a stop.
 
     Raises:
         Stopped: the state is saved, and the same command resumes.
@@ -67,7 +67,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         directory.discard()
         raise
     trainer.stop = stop.requested
-    del saved  # a copy of everything, in host memory
+    del saved  # a second copy of the state, in host memory
     if world.is_main:
         directory.write_config(cfg.dump())
         state = trainer.state
@@ -88,7 +88,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
 
 
 def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
-    """Run each part of training once, with a temporary directory as output, and report what bounds its speed."""
+    """Run each part of training once in a temporary output directory, and report the bottleneck."""
     build_arithmetic(cfg)
     start, output = choose_start(cfg, world), build_output_folder(cfg)
     folder = on_main(world, lambda: make_temporary_folder(check_available(output)))
@@ -113,7 +113,7 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
 def build_trainer(
     cfg: CfgNode, world: World, start: Start, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
-    """The trainer of a run, in the state that it starts from."""
+    """Build the trainer of a run in its initial or resumed state."""
     datasets = build_datasets(
         cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world, patient=True)
     )
@@ -171,7 +171,7 @@ def build_trainer(
 
 
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":
-    """Pictures of ATTENTION_IMAGE for TensorBoard; None without the key.
+    """Attention maps of ATTENTION_IMAGE for TensorBoard; None if the key is empty.
 
     Raises:
         ConfigError: in every process, if the image cannot be read.
@@ -184,10 +184,10 @@ def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures |
 
 
 def check_model(cfg: CfgNode) -> None:
-    """Refuse a model that cannot be built, without allocating it.
+    """Check that the model can be built, without allocating memory.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: it cannot.
     """
     try:
         with torch.device("meta"):
@@ -201,7 +201,7 @@ def count_processes(world: World) -> str:
 
 
 def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, loader) -> None:
-    """Log what is trained at which batch size and learning rate, compared with the recipe."""
+    """Log model size, epochs, batch size and learning rate, compared with the recipe."""
     updates_per_epoch, num_images = loader.updates_per_epoch, len(loader.loader.dataset)
     images, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -238,7 +238,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
 
 
 def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
-    """How to get the recipe's batch, where these data and processes can."""
+    """How to obtain the recipe's batch with these data and processes."""
     if recipe > num_images:
         return f". The learning rate follows; {num_images} images are too few for the recipe's batch"
     if recipe % images_per_pass:
@@ -247,7 +247,7 @@ def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
 
 
 def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
-    """Warn of an average that is slow, or that would keep much of the initial weights because the run is short."""
+    """Warn if the EMA is slow, or if it would keep much of the initial weights because the run is short."""
     if not cfg.EMA.ENABLED:
         return
     if cfg.EMA.FORCE_CPU and world.device.type != "cpu":

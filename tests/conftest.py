@@ -18,8 +18,23 @@ REFERENCE = Path(__file__).parent / "reference"
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+# Modules for ``-m fast``: they test every package, and take less than a minute together.
+FAST = """
+    analysis.test_focus_experiment analysis.test_maps analysis.test_measures
+    data.test_build data.test_erasing
+    models.test_fused_attention models.test_linear_attention models.test_sizes models.test_swin
+    reliability.test_table
+    test_architecture test_documentation test_recipes
+    utils.test_config utils.test_schedule utils.test_trainer
+    weights.test_download
+""".split()
+
+
 def pytest_collection_modifyitems(items):
-    """Whole runs first: they are forked from this process, and take twice as long once large models have filled its memory."""
+    for item in items:
+        if item.module.__name__.removeprefix("tests.") in FAST and item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
+    # Whole runs first: they are forked from this process, and take twice as long once large models have filled its memory.
     items.sort(key=lambda item: not hasattr(item.module, "run_main"))
 
 

@@ -18,8 +18,13 @@ from utils.distributed import side_channel
 
 
 class Report(NamedTuple):
-    """Numbers of one update. loss: mean over its batches and all processes; grad_norm: L2 norm before clipping; stop, save:
-    share of the processes that ask to stop, or for a checkpoint."""
+    """Numbers of one update.
+
+    Args:
+        loss: mean over the update's batches and all processes.
+        grad_norm: L2 norm before clipping.
+        stop, save: fraction of the processes that request a stop, or a checkpoint.
+    """
 
     loss: float
     grad_norm: float
@@ -49,9 +54,9 @@ def train_step(
 ) -> Tensor:
     """One optimizer update, for every precision, clipped or not, accumulated or not.
 
-    An update changes nothing if its loss, in any process, or its gradient is not finite. In fp32 and bf16 the device decides
-    that, without the host; in fp16 the host reads the norm in every update, since the loss scaler makes skipped updates
-    ordinary, and EMA and schedule must skip them too.
+    An update changes nothing if its loss (in any process) or its gradient is not finite. In fp32 and bf16 the device decides
+    that, without the host. In fp16 the host reads the norm in every update: the loss scaler makes skipped updates ordinary, and
+    EMA and schedule must skip them too.
 
     Args:
         model: from ``utils.distributed.wrap``.
@@ -59,11 +64,11 @@ def train_step(
             class ids, or (B, num_classes) probabilities after mixup.
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
-        requests: (2,), what this process asks for, stop and save, 0 or 1.
-        failed: (), 0. Becomes NaN at the first update that is not finite in fp32 or bf16; updates change nothing from then on.
+        requests: (2,) requests of this process to stop and to save, each 0 or 1.
+        failed: () initially 0. Becomes NaN at the first update in fp32 or bf16 that is not finite; later updates change nothing.
 
     Returns:
-        (4,) numbers of a ``Report``, on the device: reading them stalls it, so the caller decides when.
+        (4,) numbers of a ``Report``, on the device. Reading them stalls the device, so the caller decides when.
     """
     device = optimizer.param_groups[0]["params"][0].device
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
@@ -100,7 +105,7 @@ def train_step(
 
 
 class Reports:
-    """Reports of updates on their way from the device to the host.
+    """Queue of reports that are copied from the device to the host.
 
     The host reads the report of an update after it has launched the next one, so that the device always has work.
     """
@@ -109,7 +114,7 @@ class Reports:
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, update: int, report: Tensor) -> None:
-        """Start to copy the (4,) report of an update, counted from 0."""
+        """Start to copy the (4,) report of an update; updates are counted from 0."""
         copied = None
         if report.device.type == "cuda":
             report = report.to("cpu", non_blocking=True)
@@ -118,7 +123,7 @@ class Reports:
         self._sent.append((update, report, copied))
 
     def receive(self, *, keep: int) -> Iterator[tuple[int, Report]]:
-        """Updates and their reports, but for the newest ``keep``, in the order in which they were sent."""
+        """Updates and their reports in order, except for the newest ``keep``."""
         while len(self._sent) > keep:
             update, report, copied = self._sent.popleft()
             if copied is not None:

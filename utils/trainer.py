@@ -28,31 +28,32 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-SEED_OF_STEP = 3  # apart from the seeds of images and of mixup
-MAX_SKIPPED = 20  # updates in a row that fp16 may skip
+SEED_OF_STEP = 3  # differs from the seeds of images and of mixup
+MAX_SKIPPED = 20  # maximum number of consecutive updates that fp16 may skip
 
 
 def check_trained(*, num_updates: int, num_skipped: int) -> None:
-    """
+    """Check that training changed the weights.
+
     Raises:
-        TrainingError: the weights were never changed.
+        TrainingError: fp16 skipped every update.
     """
     if 0 < num_updates == num_skipped:
         raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
 
 
-# The best evaluation of a run: accuracy in percent, raw or ema weights, its epoch and its number of updates.
+# The best evaluation of a run: accuracy in percent, label of the weights (raw or ema), epoch, and number of updates.
 NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
 
 
 @dataclass
 class TrainState:
-    """All that the next update needs.
+    """Complete state of a run at the end of an update.
 
     Args:
         scales_loss: whether ``scaler`` has a state, as in fp16.
-        num_updates: updates done, skipped ones included: the position in the data.
-        num_skipped: updates that fp16 skipped; the learning rate schedule does not count them.
+        num_updates: number of updates, skipped ones included; it gives the position in the data.
+        num_skipped: number of updates that fp16 skipped; the learning-rate schedule does not count them.
         last_evaluation: ``num_updates`` at the last evaluation.
         best: see ``NO_BEST``.
     """
@@ -68,7 +69,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: dict(NO_BEST))
 
     def to_dict(self) -> dict:
-        """Plain data for a checkpoint, parameters under their bare names."""
+        """Plain data for a checkpoint; parameter names have no prefixes of wrappers."""
         return {
             "model": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
@@ -81,12 +82,12 @@ class TrainState:
         }
 
     def load_dict(self, state: dict) -> None:
-        """Resume from a checkpoint, with the optimizer's options as they are configured now.
+        """Restore a checkpoint. The options of the optimizer stay those of the current config.
 
-        An average that the checkpoint lacks starts from its weights.
+        If the checkpoint has no EMA weights, they are initialised from the model weights.
 
         Raises:
-            KeyError, RuntimeError: a checkpoint of another model or optimizer.
+            KeyError, RuntimeError: the checkpoint belongs to another model or optimizer.
         """
         self.model.load_state_dict(state["model"])
         options = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
@@ -105,7 +106,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a run trains, and how often it logs, saves and evaluates. Epochs include those of the cooldown."""
+    """Settings of the training loop. Epochs include those of the cooldown; frequencies are those of the config keys."""
 
     num_epochs: int
     accumulation: int
@@ -122,15 +123,15 @@ class Recipe:
 
 
 class Trainer:
-    """A run from where its state stands to its end.
+    """Trains from the current state to the end of the run.
 
     Args:
-        model: ``state.model`` as it trains: from ``utils.distributed.wrap``, or compiled.
-        mixup: mixes a batch by the number of its forward pass; None for no mixing.
-        metrics: where numbers are written, on rank 0.
-        header: what every checkpoint carries besides the state (the config, the shape of the run).
-        stop: whether this process was asked to stop.
-        draw: names and matplotlib figures of a model, which the metrics show after each evaluation; None for no figures.
+        model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
+        mixup: mixes a batch, given the number of its forward pass; None for no mixing.
+        metrics: writer of curves, on rank 0.
+        header: entries of every checkpoint besides the state (config, class names, data).
+        stop: returns whether a signal requested a stop of this process.
+        draw: returns names and matplotlib figures of a model, which are written after each evaluation; None for no figures.
     """
 
     def __init__(
@@ -174,11 +175,11 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def fit(self) -> None:
-        """Train what is left of the run, evaluating and saving on the way.
+        """Train the remaining epochs, with evaluation and checkpoints.
 
         Raises:
-            Stopped: in every process, if one was asked to stop; the state is saved.
-            TrainingError: an update that is not finite, or too many that fp16 skipped.
+            Stopped: in every process, if a signal requested a stop of one of them; the state is saved.
+            TrainingError: an update is not finite, or fp16 skipped too many updates.
         """
         state = self.state
         if sum_over_processes(torch.tensor(float(self.stop()), device=self.world.device)) > 0:
@@ -186,7 +187,7 @@ class Trainer:
         self.last_save = started = time.monotonic()
         done_epochs, in_epoch = divmod(state.num_updates, self.updates_per_epoch)
         if done_epochs and not in_epoch:
-            self.finish_epoch(done_epochs - 1)  # what a stop at the end of the epoch left undone
+            self.finish_epoch(done_epochs - 1)  # a stop at the end of the epoch may have prevented it
         for epoch in range(done_epochs, self.recipe.num_epochs):
             self.train_epoch(epoch)
             self.finish_epoch(epoch)
@@ -204,7 +205,7 @@ class Trainer:
         )
 
     def finish_epoch(self, epoch: int) -> None:
-        """Evaluate and save at the end of an epoch, as often as the recipe asks, and once only."""
+        """Evaluate and save at the end of an epoch if the recipe requires it, unless that was done before a resume."""
         last = epoch + 1 >= self.recipe.num_epochs
         saving = last or (epoch + 1) % self.recipe.save_freq == 0
         if last or (epoch + 1) % self.recipe.eval_freq == 0:
@@ -216,7 +217,7 @@ class Trainer:
             self.save()
 
     def train_epoch(self, epoch: int) -> None:
-        """The updates of one epoch that are still to do."""
+        """Run the remaining updates of an epoch."""
         state, recipe = self.state, self.recipe
         self.phase = "training"
         first_update = state.num_updates - epoch * self.updates_per_epoch
@@ -243,7 +244,7 @@ class Trainer:
                 meter.restart()
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Launch one update, with as many of the batches as it takes."""
+        """Launch one update on the next batches."""
         state, recipe = self.state, self.recipe
         learning_rate = self.learning_rate(state.num_updates)
         for group in state.optimizer.param_groups:
@@ -271,18 +272,18 @@ class Trainer:
             state.ema.update(state.model)
 
     def learning_rate(self, num_updates: int) -> float:
-        """The rate of the update after ``num_updates``, for parameter groups without a multiplier."""
+        """Learning rate of the update after ``num_updates``, for parameter groups without a multiplier."""
         return self.schedule(num_updates - self.state.num_skipped)
 
     def requests(self) -> Tensor:
-        """(2,) what this process asks all others for: to stop, and, on rank 0, for a checkpoint.
+        """(2,) requests of this process to all others: to stop, and (on rank 0) to save a checkpoint.
 
-        The next save reports a failure of the last one to all, so it follows at once.
+        If the last write failed, a save is requested at once, because it reports the failure to all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
         saving = (due or self.writing.failed) and self.world.is_main
         if saving:
-            self.last_save = time.monotonic()  # ask once
+            self.last_save = time.monotonic()  # one request
         requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
         for position, asked in enumerate((self.stop(), saving)):
             if asked:
@@ -290,10 +291,10 @@ class Trainer:
         return requests
 
     def receive(self, *, keep: int) -> list[Report]:
-        """Reports of the updates so far, but for the newest ``keep``.
+        """Reports of the updates so far, except for the newest ``keep``.
 
         Raises:
-            TrainingError: in every process, for an update that is not finite, with the file that repeats it.
+            TrainingError: in every process, if an update is not finite; the message names the replay file.
         """
         reports = []
         for update, report in self.reports.receive(keep=keep):
@@ -303,7 +304,7 @@ class Trainer:
         return reports
 
     def fail(self, update: int, report: Report) -> None:
-        """Save what repeats an update that is not finite, and end the run."""
+        """Write the replay file of an update that is not finite, and end the run."""
         epoch = update // self.updates_per_epoch
         path = self.output / f"replay_{update:09d}.pth"
         on_main(self.world, lambda: save_checkpoint(self.describe_update(update), path))
@@ -319,7 +320,7 @@ class Trainer:
         )
 
     def describe_update(self, update: int) -> dict:
-        """Weights, position and images of an update: what ``--replay`` needs."""
+        """Weights, position and images of an update, for ``--replay``."""
         name = self.train_loader.loader.dataset.index.name
         epoch, first_update = divmod(update, self.updates_per_epoch)
         images = []  # names by process and forward pass
@@ -335,7 +336,7 @@ class Trainer:
         }
 
     def mixed_batches(self, batches: Iterator, meter: "Meter") -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and targets of every forward pass, the model's own draws (drop path, dropout) seeded for each."""
+        """Yield images and targets of every forward pass, and seed the model's draws (drop path, dropout) for each."""
         forward_pass = self.state.num_updates * self.recipe.accumulation
         while True:
             batch = next(batches, None)
@@ -348,7 +349,7 @@ class Trainer:
             forward_pass += 1
 
     def show_batch(self, images: Tensor) -> None:
-        """The first images after augmentation, as a grid, each stretched to its own range."""
+        """Write the first augmented images as a grid, each scaled to its own range."""
         if self.metrics is None:
             return
         from torchvision.utils import make_grid
@@ -357,7 +358,7 @@ class Trainer:
         self.metrics.image("first_batch", grid, 0)
 
     def show_figures(self) -> None:
-        """Draw the model; a failure, such as a lack of memory, is logged once and ends nothing."""
+        """Write the figures of the model. A failure, such as a lack of memory, is logged once and does not end the run."""
         try:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)
@@ -366,10 +367,10 @@ class Trainer:
             self.draw = None
 
     def evaluate(self, epoch: int) -> bool:
-        """Evaluate raw weights and their average. True where one of them is the best so far.
+        """Evaluate raw and averaged weights. Returns whether one of them is the best so far.
 
         Raises:
-            Stopped: in every process, if one was asked to stop; the state before the evaluation is saved.
+            Stopped: in every process, if a signal requested a stop of one of them; the state before the evaluation is saved.
         """
         state = self.state
         self.phase = "evaluation"
@@ -471,7 +472,7 @@ def prepare_batch(
 
 
 class Meter:
-    """What happened since the last line of the log."""
+    """Statistics since the last log line."""
 
     def __init__(self, epoch: int, trainer: Trainer):
         self.epoch = epoch
@@ -488,14 +489,14 @@ class Meter:
         self.reports += reports
 
     def log(self) -> None:
-        """Write what was gathered to the log and the metrics, and start again."""
+        """Write the statistics to the log and the metrics, and restart."""
         trainer, state = self.trainer, self.trainer.state
         if not self.reports:
             return
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
         left = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
-        finite = [report.loss for report in self.reports if report.is_finite]  # the others were skipped, in fp16
+        finite = [report.loss for report in self.reports if report.is_finite]  # fp16 skipped the others
         values = {
             "epoch": self.epoch,
             "loss": sum(finite) / len(finite) if finite else math.nan,
@@ -540,12 +541,12 @@ def _record(result: EvalResult, epoch: int) -> dict[str, float | int]:
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """An average kept in host memory is copied over for its evaluation."""
+    """The model, or a copy on the device if it is in host memory."""
     return model if next(model.parameters()).device.type == device.type else copy.deepcopy(model).to(device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process."""
+    """Peak memory in bytes of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -109,6 +109,7 @@ def test_the_image_in_the_middle_of_an_odd_batch_is_mixed_with_the_first(toy_con
         mixed, targets = mix(images, labels, step)
         assert mixed.shape == (7, 3, 4, 4)
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ labels.float())
+        torch.testing.assert_close(targets.diagonal(), targets[0, 0].expand(7))  # one share of their own images
         for position, partner in enumerate(partners):
             assert set(targets[position].nonzero().flatten().tolist()) == {position, partner}, position
 
