@@ -72,11 +72,13 @@ class Mutant:
 
     Args:
         statement: first line of the statement, by which coverage counts.
+        in_function: whether tests execute it, and not only imports.
     """
 
     path: str
     line: int
     statement: int
+    in_function: bool
     start: int
     end: int
     replacement: str
@@ -98,7 +100,7 @@ class MutantFinder(ast.NodeVisitor):
         for text in source.splitlines(keepends=True):
             starts.append(starts[-1] + len(text))
         self.starts, self.lines = starts, source.splitlines()
-        self.statement = 1
+        self.statement, self.depth = 1, 0
         self.mutants: list[Mutant] = []
 
     def visit(self, node: ast.AST) -> None:
@@ -119,7 +121,7 @@ class MutantFinder(ast.NodeVisitor):
         end = self.offset(node.end_lineno, node.end_col_offset)
         before = " ".join(self.source[start:end].split())
         change = f"{before[:70]} -> {' '.join(replacement.split())[:70]}"
-        self.mutants.append(Mutant(self.path, node.lineno, self.statement, start, end, replacement, change))
+        self.mutants.append(Mutant(self.path, node.lineno, self.statement, self.depth > 0, start, end, replacement, change))
 
     # Nodes that are skipped, or of which parts are.
 
@@ -141,8 +143,10 @@ class MutantFinder(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         for default in [*node.args.defaults, *filter(None, node.args.kw_defaults)]:
             self.visit(default)
+        self.depth += 1
         for statement in node.body:
             self.visit(statement)
+        self.depth -= 1
 
     def visit_Expr(self, node: ast.Expr) -> None:
         if isinstance(node.value, ast.Constant):  # a docstring
@@ -212,7 +216,7 @@ class MutantFinder(ast.NodeVisitor):
             start, end = self.offset(first.lineno, first.col_offset), self.offset(second.end_lineno, second.end_col_offset)
             swapped = f"{self.text(second)}, {self.text(first)}"
             change = f"arguments swapped: {' '.join(swapped.split())[:70]}"
-            self.mutants.append(Mutant(self.path, first.lineno, self.statement, start, end, swapped, change))
+            self.mutants.append(Mutant(self.path, first.lineno, self.statement, self.depth > 0, start, end, swapped, change))
         self.generic_visit(node)
 
 
@@ -244,7 +248,8 @@ class Record:
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests to run, quickest first: those that execute the line, or any line of the file if only imports do."""
         lines = self.executed.get(mutant.path, {})
-        tests = lines.get(mutant.statement) or set().union(*lines.values())
+        tests = lines.get(mutant.statement) if mutant.in_function else None
+        tests = set().union(*lines.values()) if tests is None else tests
         return sorted(tests, key=lambda test: self.seconds.get(test, 0.0))
 
 

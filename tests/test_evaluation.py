@@ -157,6 +157,16 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
     assert not list(tmp_path.glob(".*incomplete*"))
 
 
+def test_real_labels_are_class_ids_of_the_model(tmp_path):
+    """With a class map: the first and second class of the data are the model's classes 7 and 9."""
+    predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
+    result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
+    options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
+    write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=False, **options)
+    real = json.loads((tmp_path / "eval.json").read_text())["results"]["raw"]["real"]
+    assert real == {"correct1": 1, "num_images": 2, "acc1": 50.0}
+
+
 def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
     results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}

@@ -65,7 +65,7 @@ def train_step(
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
         requests: (2,) requests of this process to stop and to save, each 0 or 1.
-        failed: () initially 0. Becomes NaN at the first update in fp32 or bf16 that is not finite; later updates change nothing.
+        failed: () initially 0. Becomes NaN at the first update in fp32 or bf16 that is not finite; later ones change nothing.
 
     Returns:
         (4,) numbers of a ``Report``, on the device. Reading them stalls the device, so the caller decides when.
