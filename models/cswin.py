@@ -31,30 +31,30 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-UPRIGHT, LYING = 1, 0  # the axis that a stripe divides: upright stripes divide the width
+UPRIGHT, LYING = 1, 0  # the axis divided into stripes: vertical stripes divide the width
 
 
 def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width of a stripe: the whole map, except ``width`` tokens along ``axis``."""
+    """Height and width of a stripe: ``width`` tokens along ``axis``, all along the other axis."""
     if axis is None or width is None:
         return grid
     return (min(width, grid[0]), grid[1]) if axis == LYING else (grid[0], min(width, grid[1]))
 
 
 class StripedAttention(nn.Module):
-    """Mixin: attention within stripes, plus a depthwise convolution of v there (LePE). q, k, v (B, H, W, C) -> the same.
+    """Mixin: attention and a depthwise convolution of v (LePE) within stripes. q, k, v (B, H, W, C) -> the same.
 
-    A stripe that covers the divided side of the native map covers that side of every map. Otherwise it keeps its width,
-    and a map that it does not divide is padded; padding takes no part in the attention.
+    If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it keeps its width,
+    and maps that it does not divide are padded; the attention masks the padding.
     """
 
     def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
-        """Create what the mixin needs.
+        """Create the layers and buffers of the mixin.
 
         Args:
             grid: the native map.
             axis: ``UPRIGHT`` or ``LYING``; None for attention over the whole map.
-            width: of a stripe along that axis; None, or at least the side, for the whole side.
+            width: stripe width along that axis; None or a width of at least the side covers the whole side.
         """
         self.axis, self.native = axis, grid
         self.width = None if stripe_of(grid, axis, width) == grid else width
@@ -63,7 +63,7 @@ class StripedAttention(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """The mask of the native map is a buffer, so that no training step computes it."""
+        """Store the mask of the native map in a buffer, so that training steps do not compute it."""
         self.native_mask = self.mask(self.native, like=self.get_v.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
@@ -77,7 +77,7 @@ class StripedAttention(nn.Module):
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
     def mask(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-        """(nW, N), False for padding, on the device of ``like``; None if there is no padding."""
+        """Key mask (nW, N), False for padding, on the device of ``like``; None if there is no padding."""
         window, padded = self.layout(grid)
         region = constant(window_regions, grid, window, (0, 0), padded, like=like)
         return None if region is None else region != PADDING
@@ -113,7 +113,7 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         return self.attend(q, k, v, grid=window, key_mask=mask)
 
     def local_filter(self) -> tuple[Tensor, Tensor]:
-        """One convolution for rank restoration and LePE, whose kernels are added."""
+        """One filter for rank restoration and LePE: the sum of their kernels."""
         kernel, bias = super().local_filter()
         if kernel is None:
             return self.get_v.weight, self.get_v.bias
@@ -160,8 +160,8 @@ class SoftmaxStripes(StripedAttention):
 class Block(nn.Module):
     """Cross-shaped attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    One half of the channels attends in upright stripes and the other half in lying stripes. If the stripe covers the
-    native map in both directions, all channels attend over the whole map.
+    One half of the channels attends within vertical stripes and the other half within horizontal ones. If the stripe covers
+    the native map in both directions, all channels attend over the whole map.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Block(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """(B, C, H, W) -> (B, H, W, C)."""
+    """Move the channels last. (B, C, H, W) -> (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
@@ -229,11 +229,11 @@ class Merge(nn.Module):
 class CSwinTransformer(Backbone):
     """FLatten-CSwin.
 
-    ``proj_drop_rate`` also drops from the attention's projection. The reference builds that dropout and never calls it, so
+    ``proj_drop_rate`` also applies to the attention's projection. The reference builds that dropout but never calls it, so
     the two differ at rates above 0; every recipe of the paper uses 0.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
             resizes its position tables (bicubic).
         global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
@@ -246,7 +246,7 @@ class CSwinTransformer(Backbone):
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: of the parameters; torch's defaults if None.
+        device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
         ValueError: an image that is too small, or an option without effect.

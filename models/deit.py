@@ -1,8 +1,8 @@
 """FLatten-DeiT: DeiT (https://arxiv.org/abs/2012.12877) with focused linear attention in every block.
 
-The paper reports it, but its code was never published. Here the class token stays, attention is over all tokens, and the
-depthwise convolution covers the patch tokens. With ``global_pool`` "token", the convolution of the last block therefore has
-no influence on the logits and a zero gradient.
+The paper reports results, but the code was never published. This implementation keeps the class token, attends over all
+tokens, and convolves only the patch tokens. With ``global_pool`` "token", the convolution of the last block therefore does not
+influence the logits and has a zero gradient.
 
 Shapes: B images, N = 1 + H * W tokens, C channels.
 """
@@ -88,7 +88,7 @@ class DeiT(Backbone):
     """FLatten-DeiT, with the interface of timm's VisionTransformer. Its feature maps are the outputs of its blocks.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
             resizes its position tables (bicubic).
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
         attn_type: one letter, L for linear attention in every block or S for softmax; or M with the number of linear
@@ -100,7 +100,7 @@ class DeiT(Backbone):
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: of the parameters; torch's defaults if None.
+        device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
         ValueError: an image that is too small, or an option without effect.
@@ -197,7 +197,7 @@ class DeiT(Backbone):
         return super().no_weight_decay() | {"cls_token", "pos_embed"}
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """(B, 3, H, W) -> the tokens after each block, (B, N, C)."""
+        """Yield the tokens after each block. (B, 3, H, W) -> (B, N, C)."""
         grid = self.grid_of(x.shape[-2], x.shape[-1])
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -207,7 +207,7 @@ class DeiT(Backbone):
             yield x
 
     def pool(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, C); all tokens if ``global_pool`` is ""."""
+        """Pool the tokens. (B, N, C) -> (B, C); all tokens if ``global_pool`` is ""."""
         if self.global_pool == "token":
             return x[:, 0]
         return x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool else x
@@ -233,18 +233,18 @@ class DeiT(Backbone):
         """The outputs of selected blocks, as timm's VisionTransformer returns them.
 
         Args:
-            indices: into the blocks; an integer selects that many from the end, None selects all.
+            indices: indices of blocks; an integer n selects the last n, None selects all.
             return_prefix_tokens: pair every output with its class token, (B, 1, C).
             norm: apply the final norm to every output.
             stop_early: skip the blocks after the last selected one.
             output_fmt: NCHW for maps, or NLC for patch tokens.
-            intermediates_only: return the outputs alone.
+            intermediates_only: return only the outputs.
 
         Returns:
-            The final features, (B, N, C), and the selected outputs in the order of the blocks, or the outputs alone.
+            The final features, (B, N, C), and the selected outputs in the order of the blocks, or only the outputs.
 
         Raises:
-            ValueError: an index out of range, an unknown format, or an image smaller than the model takes.
+            ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.
         """
         check_output_fmt(output_fmt, ("NCHW", "NLC"))
         grid = self.grid_of(x.shape[-2], x.shape[-1])
@@ -267,7 +267,7 @@ class DeiT(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """``forward_intermediates`` with the arguments of DINO, as timm's VisionTransformer has it.
+        """``forward_intermediates`` with DINO's arguments, as in timm's VisionTransformer.
 
         Args:
             n: number of blocks from the end, or indices of blocks.

@@ -1,4 +1,4 @@
-"""timm's registry: importing this module makes every model known to ``timm.create_model`` and to timm's own scripts."""
+"""Registration with timm: importing this module makes every model available to ``timm.create_model`` and timm's scripts."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ from weights.reader import choose_weights, read_checkpoint
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
-    """timm's description of a model and its evaluation; released accuracies were measured on squashed squares."""
+    """timm config of a model and its evaluation; released accuracies were measured on images squashed to a square."""
     family = MODELS[name].func
     return {
         "url": RELEASED[name].url if name in RELEASED else "",
@@ -50,10 +50,10 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.g
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
-    """timm's filter of checkpoints: unwrap containers, drop entries that nothing reads, resize position tables.
+    """Checkpoint filter for timm: unwrap containers, drop unused entries, resize position tables.
 
     timm declares the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the stored
-    tables do not belong to that size, they are interpreted as those of square images.
+    tables do not match that size, they are assumed to come from square images.
 
     Args:
         state_dict: a state dict or a checkpoint of the reference, of this project or of timm; its EMA weights if present.
@@ -71,9 +71,9 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
-    """Build a model as timm does, with the released checkpoint if ``pretrained`` asks for it.
+    """Build a model as timm does, with the released checkpoint if ``pretrained``.
 
-    The weights of released files are read here, because they hold a config object that timm's reader refuses.
+    Released files are read here, because they contain a config object that timm's loader rejects.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
     if pretrained and _is_released_file(name, kwargs.get("pretrained_cfg"), overlay):
@@ -87,7 +87,7 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
         feature_cfg={"out_indices": tuple(range(_num_maps(name, kwargs))), "feature_cls": "getter"},
         **kwargs,
     )
-    for module in model.modules():  # a feature extractor holds the config, and so does the model inside
+    for module in model.modules():  # a feature extractor and the model inside it both have the config
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
@@ -106,7 +106,7 @@ def _read_released(name: str) -> dict[str, Tensor]:
 
 
 def _num_maps(name: str, kwargs: Mapping) -> int:
-    """Number of feature maps: blocks of DeiT, stages of the others."""
+    """Number of feature maps: blocks of DeiT, stages of other families."""
     arguments = {**MODELS[name].keywords, **kwargs}
     return arguments["depth"] if "depth" in arguments else len(arguments["depths"])
 

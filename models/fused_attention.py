@@ -1,9 +1,9 @@
-"""Focused linear attention with its own backward pass: the same values as the plain form in ``linear_attention``, in less time
-and memory.
+"""Focused linear attention with a custom backward pass that needs less time and memory than autograd.
 
-Autograd keeps every intermediate of the plain form, a dozen maps of the size of q. Here only q, k, v and the (D, D + 1)
-summaries of the keys are kept, and the backward pass recomputes the rest. Factors per token are applied to the values and to
-the results, not to the features. On a CPU the work is done in blocks that fit its caches.
+The values equal those of the plain form in ``linear_attention``, for which autograd stores every intermediate, a dozen maps of
+the size of q. Here only q, k, v and the (D, D + 1) summaries of the keys are stored, and the backward pass recomputes the rest.
+Per-token factors are applied to the values and the results, not to the features. On a CPU, the maps are processed in blocks
+that fit the caches.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-BLOCK_ON_CPU = 2**19  # elements of a map; larger blocks leave the caches, smaller ones spend their time on calls
+BLOCK_ON_CPU = 2**19  # elements of a map per block; larger blocks exceed the caches, smaller ones add call overhead
 
 
 class Features(NamedTuple):
@@ -45,12 +45,12 @@ class Features(NamedTuple):
 
     @property
     def factor(self) -> Tensor:
-        """c, per token."""
+        """The factor c of each token."""
         return self.statistics[0] * self.statistics[1] / self.statistics[2]
 
 
 class Scratch:
-    """Buffers that blocks use one after the other."""
+    """Buffers reused by successive blocks."""
 
     def __init__(self, num_elements: int, like: Tensor, dtype: torch.dtype):
         self._size, self._options = num_elements, {"dtype": dtype, "device": like.device}
@@ -66,7 +66,7 @@ class Scratch:
 
 
 class Blocks:
-    """Division of B images of ``num_tokens`` tokens into blocks of images, and of tokens where one image is too large."""
+    """Division of images of ``num_tokens`` tokens into blocks of images, and of tokens if one image is too large."""
 
     def __init__(self, num_images: int, num_tokens: int, channels: int, device: torch.device):
         limit = BLOCK_ON_CPU if device.type == "cpu" else num_images * num_tokens * channels
@@ -85,23 +85,23 @@ class Blocks:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Sums over thousands of keys overflow or lose digits in half precision: compute in the dtype of the operands."""
+    """Disable autocast: sums over thousands of keys would overflow or lose digits in half precision."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def is_transformed() -> bool:
-    """Whether a compiler, a tracer or ``torch.func`` sees the operations: they need those that they know."""
+    """Whether a compiler, a tracer or ``torch.func`` is active, which requires standard operations."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(b, n, C) -> (b, H, n, D), a view."""
+    """View of the channels as heads. (b, n, C) -> (b, H, n, D)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def norm_over_channels(x: Tensor) -> Tensor:
-    """(b, H, n, D) -> (b, 1, n, 1)."""
+    """L2 norm of each token over all heads. (b, H, n, D) -> (b, 1, n, 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().sum(dim=1, keepdim=True).sqrt_()
 
 
@@ -128,7 +128,7 @@ class _FocusedAttention(torch.autograd.Function):
 
 
 class _Run:
-    """One call: its tensors as blocks see them."""
+    """Tensors and options of one call, with the computations on its blocks."""
 
     def __init__(self, q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix):
         self.q, self.k, self.v, self.position = q, k, v, position
@@ -145,22 +145,23 @@ class _Run:
     # Both passes
 
     def features(self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, known: bool) -> Features:
-        """
+        """Features of a block of tokens.
+
         Args:
             tokens: (b, n, C).
-            statistics: (3, b, 1, n, 1); computed and written unless they are known.
+            statistics: (3, b, 1, n, 1); computed in place unless ``known``.
             position: (1, n, C), added to the tokens.
         """
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
         if position is None:
-            torch.maximum(tokens, self.zero, out=positive)  # of two tensors, since clamp does not change the dtype
+            torch.maximum(tokens, self.zero, out=positive)  # promotes the dtype, unlike clamp
         else:
             torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
         if not known:
             torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
-        unit.div_(statistics[0])  # so that no power overflows or underflows
+        unit.div_(statistics[0])  # prevents overflow and underflow of the powers
         torch.pow(unit, self.power, out=powers)
         if not known:
             statistics[1] = norm_over_channels(unit)
@@ -174,13 +175,13 @@ class _Run:
         return self.features(self.k[images, tokens], statistics[:, images, :, tokens], self.position[:, tokens], known=known)
 
     def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
-        """c / M of each key, 0 for keys to ignore. (b, 1, n, 1)."""
+        """Factor c / M of each key, 0 for masked keys. (b, 1, n, 1)."""
         if self.key_weight is None:
             return keys.factor / self.num_keys
         return keys.factor * self.key_weight[images, :, tokens]
 
     def weighted_values(self, factor: Tensor, images: slice, tokens: slice) -> Tensor:
-        """e = [c * v, c] / M. (b, H, n, D + 1)."""
+        """Weighted values e = [c * v, c] / M. (b, H, n, D + 1)."""
         values = split_heads(self.v[images, tokens], self.num_heads)
         weighted = self.scratch("values", *values.shape[:-1], self.head_dim + 1)
         torch.mul(values, factor, out=weighted[..., :-1])
@@ -195,12 +196,12 @@ class _Run:
         return product[..., :-1], product[..., -1:]
 
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """(b, n, C) -> (b, C, height, width), dense and channels last, without prefix tokens."""
+        """Dense, channels-last maps without prefix tokens. (b, n, C) -> (b, C, height, width)."""
         tokens = tokens[:, self.num_prefix :].contiguous()
         return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
 
     def as_tokens(self, maps: Tensor) -> Tensor:
-        """The inverse, split into heads, with zeros for prefix tokens: (b, H, n, D)."""
+        """Inverse of ``as_maps``, split into heads, with zeros for prefix tokens: (b, H, n, D)."""
         tokens = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.dtype)
         return split_heads(F.pad(tokens, (0, 0, self.num_prefix, 0)) if self.num_prefix else tokens, self.num_heads)
 
@@ -243,9 +244,9 @@ class _Run:
     def backward(
         self, gradient: Tensor, summaries: Tensor, query_statistics: Tensor, key_statistics: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, position, scale, kernel and bias; the arguments are what ``forward`` returns."""
+        """Gradients of q, k, v, position, scale, kernel and bias from the outputs of ``forward``."""
         gradient = gradient.contiguous()
-        # One buffer for three gradients: where q, k and v are slices of one projection, it is the projection's gradient.
+        # One buffer for three gradients: if q, k and v are slices of one projection, it is the projection's gradient.
         if self.num_queries == self.num_keys:
             of_q, of_k, of_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
         else:
@@ -287,7 +288,7 @@ class _Run:
     def key_gradients(
         self, images: slice, of_summary: Tensor, statistics: Tensor, local: Tensor | None, of_k: Tensor, of_v: Tensor
     ) -> None:
-        """Write the gradients of k and v; ``local``, (b, H, N, D), is the part of the convolution in the latter."""
+        """Write the gradients of k and v; ``local``, (b, H, N, D), is the convolution's contribution to the latter."""
         for tokens in self.blocks.tokens(self.num_keys):
             keys = self.key_features(images, tokens, statistics, known=True)
             factor = self.key_factor(keys, images, tokens)
@@ -346,10 +347,10 @@ class _Run:
 def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:
     """Gradient of a depthwise kernel, (C, 1, side, side): the maps convolved with the gradient as the kernel.
 
-    On a CPU it takes a third of the time of torch's own gradient of kernels larger than 3 x 3, and a tenth in bfloat16.
+    On a CPU and for kernels larger than 3 x 3, it needs a third of the time of torch's gradient, and a tenth in bfloat16.
 
     Args:
-        maps, gradient: (b, C, height, width) of the convolution's input, and gradient of its output.
+        maps, gradient: input of the convolution and gradient of its output, (b, C, height, width).
         padding: side // 2.
     """
     num_images, channels, height, width = maps.shape
@@ -379,18 +380,18 @@ def focused_attention(
 ) -> Tensor:
     """Focused linear attention plus a depthwise convolution of the values, (B, N, C) in the dtype of ``v``.
 
-    It has a first derivative only. Computes in float32 at least, except for the convolution.
+    It supports only first derivatives and computes at least in float32, except for the convolution.
 
     Args:
         q: (B, N, C).
         k, v: (B, M, C).
         position: (1, M, C), added to k.
-        scale: (1, 1, C), positive: divides q and k.
-        kernel, bias: (C, 1, side, side) and (C,) of the convolution, which needs M = N; None for no convolution.
+        scale: (1, 1, C), positive; divides q and k.
+        kernel, bias: (C, 1, side, side) and (C,) of the convolution, which requires M = N; None omits it.
         key_weight: (B, 1, M, 1), weight of each key in the means over keys; 1 / M by default.
         power: p of eq. 6; 1 for plain linear attention.
         grid: height and width of the token map.
-        num_prefix_tokens: tokens before the map, which are not convolved.
+        num_prefix_tokens: tokens before the map, excluded from the convolution.
     """
     return _FocusedAttention.apply(
         q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, grid, num_prefix_tokens

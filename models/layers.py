@@ -1,4 +1,4 @@
-"""Parts that several backbones share: token-map helpers, position tables, and the base class with timm's interface.
+"""Components shared by the backbones: token-map helpers, position tables, and the base class with timm's interface.
 
 Shapes: B images, N tokens, C channels, H x W a token map.
 """
@@ -28,7 +28,7 @@ NO_OPTIONS: Mapping = MappingProxyType({})
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one integer, of any integer type, or as two."""
+    """Convert a size, given as one integer (of any integer type) or two, to (height, width)."""
     if hasattr(size, "__index__"):
         side = operator.index(size)
         return side, side
@@ -76,7 +76,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_p
 def resized_parameter(
     table: nn.Parameter, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0
 ) -> nn.Parameter:
-    """``resize_grid`` of a parameter (..., rows, C), as a new parameter; the same object if both maps are equal."""
+    """Resize a parameter (..., rows, C) with ``resize_grid`` to a new parameter; ``table`` itself if both maps are equal."""
     if old == new:
         return table
     rows = resize_grid(table.detach().flatten(0, -2).unsqueeze(0), old, new, num_prefix_tokens)
@@ -112,7 +112,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     """Expand an attention type to one letter per block: ``L`` for linear, ``S`` for softmax attention.
 
     Args:
-        attn_type: one letter per stage. ``M`` makes the first n blocks of its stage ``L`` and the others ``S``; n is the
+        attn_type: one letter per stage. ``M`` makes the first n blocks of its stage ``L`` and the rest ``S``; n is the
             number after the letters: ``LLMS3`` with depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
 
     Raises:
@@ -124,7 +124,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
     if ("M" in letters) != bool(digits):
-        raise ValueError(f"attention type {attn_type!r}: a number follows the letters where M is among them, as in LLMS3")
+        raise ValueError(f"attention type {attn_type!r}: M requires a number after the letters, as in LLMS3, and vice versa")
     num_linear = int(digits or 0)
     return [
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
@@ -133,7 +133,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
 
 
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) -> (B * nW, h * w, C)."""
+    """Split maps into windows. (B, H, W, C) -> (B * nW, h * w, C)."""
     x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
@@ -171,8 +171,8 @@ def window_regions(
 
 
 def constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``build(*arguments)`` on the device of ``like``. It is built once: a forward pass should not copy it to a GPU again."""
-    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # values of a tracer are not kept
+    """``build(*arguments)`` on the device of ``like``, cached so that forward passes do not copy it to a GPU again."""
+    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # a tracer's values must not be cached
         value = build(*arguments)
         return None if value is None else value.to(like.device)
     return _build_constant(build, arguments, like.device)
@@ -186,13 +186,13 @@ def _build_constant(build: Callable[..., Tensor | None], arguments: tuple, devic
 
 
 class PositionTable(NamedTuple):
-    """A parameter with one row per position, which another input size resizes.
+    """A parameter with one row per position, resized for other input sizes.
 
     Attributes:
-        name: of the parameter, relative to the module that lists the table.
+        name: parameter name, relative to the module that lists the table.
         grid: height and width of the table at the model's native size.
-        source_grid: (token map of the stage, number of rows) -> height and width of this table in a model whose stage
-            has that map and whose table has that many rows; None if no table of that shape exists.
+        source_grid: maps (token map of the stage, number of rows) of another model to the height and width of its
+            table; None if no such table exists.
         num_prefix_tokens: leading rows without a position.
         assume_square: if the image size of a checkpoint is unknown, interpret a square number of rows as a square.
     """
@@ -228,22 +228,22 @@ class Stage(nn.Sequential):
 
 
 class Backbone(nn.Module):
-    """Base class of the classifiers: features, then a head, with the interface of timm's models.
+    """Base class of the classifiers (feature extractor and head), with the interface of timm's models.
 
-    timm's FX feature extractor (``feature_cls="fx"``) takes the blocks as leaves. ``torch.fx.symbolic_trace`` and
+    timm's FX feature extractor (``feature_cls="fx"``) treats the blocks as leaf modules. ``torch.fx.symbolic_trace`` and
     ``torch.jit.script`` do not work, because windows, padding and masks depend on the size of the map in Python code; use
     ``torch.export`` instead. An export with a dynamic height or width is specialised to the branches of its example image
-    and fails with an error for sizes that would need others.
+    and raises an error for sizes that take other branches.
 
-    A family sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
+    A subclass sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
     ``module`` of every map), implements ``forward_stages``, ``stage_grids``, ``stage_blocks``, ``drop_stages`` and
     ``group_matcher``, and calls ``build_head`` at the end of its constructor.
 
     Attributes:
         output_fmt: layout of the features inside the model and of forward hooks.
-        global_pools: values of ``global_pool`` that the family takes; "" disables pooling.
-        first_conv: name of the convolution that reads the image.
-        leftovers: matches the names of entries that the reference saves and never reads.
+        global_pools: accepted values of ``global_pool``; "" disables pooling.
+        first_conv: name of the model's first convolution.
+        leftovers: matches the names of state-dict entries that the reference saves but never uses.
     """
 
     output_fmt = "NHWC"
@@ -267,7 +267,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(_refresh_buffers_after_loading)
 
     def build_head(self, drop_rate: float) -> None:
-        """Dropout and classifier; ``num_features`` must be set."""
+        """Create the dropout and the classifier; ``num_features`` must be set."""
         self.head_drop = nn.Dropout(drop_rate)
         self.head = create_classifier(self.num_features, self.num_classes)
 
@@ -275,10 +275,10 @@ class Backbone(nn.Module):
     def head_hidden_size(self) -> int:
         return self.num_features
 
-    # What a family implements.
+    # Implemented by subclasses.
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
-        """(B, 3, H, W) -> the map of each stage, (B, h, w, C), before the final norm."""
+        """Yield the map of each stage before the final norm. (B, 3, H, W) -> (B, h, w, C)."""
         raise NotImplementedError
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -297,7 +297,7 @@ class Backbone(nn.Module):
 
     @functools.cached_property
     def min_img_size(self) -> int:
-        """Smallest image side that the model takes, in pixels: below it the map of some stage would vanish."""
+        """Smallest supported image side in pixels; below it, a stage would have no tokens or no keys."""
 
         def fits(side: int) -> bool:
             maps = zip(self.stage_grids((side, side)), self.smallest_maps(), strict=True)
@@ -306,14 +306,14 @@ class Backbone(nn.Module):
         return next(side for side in itertools.count(1) if fits(side))
 
     def smallest_maps(self) -> list[int]:
-        """Smallest side of every stage's token map, in the order of ``stage_grids``."""
+        """Minimum side of every stage's token map, in the order of ``stage_grids``."""
         return [1] * len(self.stage_grids((1, 1)))
 
     def native_grids(self, img_size: int | Iterable[int]) -> list[tuple[int, int]]:
-        """``stage_grids`` of the native image size.
+        """``stage_grids`` of a native image size.
 
         Raises:
-            ValueError: the image is smaller than the model takes.
+            ValueError: a side is smaller than ``min_img_size``.
         """
         size = to_pair(img_size)
         check_image_size(size[0], size[1], self.min_img_size)
@@ -322,14 +322,14 @@ class Backbone(nn.Module):
     def set_input_size(self, img_size: int | Iterable[int]) -> None:
         """Change the native input size in place: resize position tables (bicubic) and rebuild the attention masks.
 
-        The logits at the new size stay those of the model called at that size. The parameters of resized tables are new
-        objects, so create the optimizer afterwards.
+        The logits for images of the new size do not change. The parameters of resized tables are new objects, so create the
+        optimizer afterwards.
 
         Args:
             img_size: pixels, one side or (height, width).
 
         Raises:
-            ValueError: the image is smaller than the model takes.
+            ValueError: a side is smaller than ``min_img_size``.
         """
         for blocks, grid in zip(self.stage_blocks(), self.native_grids(img_size), strict=True):
             for module in itertools.chain.from_iterable(block.modules() for block in blocks):
@@ -337,33 +337,33 @@ class Backbone(nn.Module):
                     module.set_map_size(grid)
 
     def init_non_persistent_buffers(self) -> None:
-        """Recompute the buffers that no checkpoint holds, on the device of the parameters.
+        """Recompute the non-persistent buffers on the device of the parameters.
 
-        Required after ``to_empty`` of a model that was constructed on ``meta``; loading a state dict does it as well.
+        Required after ``to_empty`` on a model constructed on ``meta``; ``load_state_dict`` does this automatically.
         """
         named_apply(_init_buffers_of, self)
 
     # Forward passes.
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> (B, num_classes)."""
+        """Logits of a batch of images. (B, 3, H, W), normalised -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised -> the last stage's map after the final norm, (B, h, w, C).
+        """The last stage's map after the final norm. (B, 3, H, W), normalised -> (B, h, w, C).
 
         Raises:
-            ValueError: the image is smaller than the model takes.
+            ValueError: a side is smaller than ``min_img_size``.
         """
         check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
         for features in self.forward_stages(x):
-            x = features  # not a list: the maps of earlier stages are freed
+            x = features  # keep only the last map, so that earlier ones are freed
         return self.norm(x)
 
     def resized_positions(
         self, table: Tensor, native: tuple[int, int], grid: tuple[int, int], num_prefix_tokens: int = 0
     ) -> Tensor:
-        """``resize_grid`` of a position table in a forward pass; a method of this module, so that timm's FX wraps it."""
+        """Apply ``resize_grid`` in a forward pass; a method of this module, so that timm's FX extractor wraps it."""
         return resize_grid(table, native, grid, num_prefix_tokens)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -390,17 +390,17 @@ class Backbone(nn.Module):
         """The maps of selected stages, as timm's hierarchical models return them.
 
         Args:
-            indices: into ``feature_info``; an integer selects that many from the end, None selects all.
+            indices: indices into ``feature_info``; an integer n selects the last n, None selects all.
             norm: apply the final norm to the last stage's map; other stages have other widths.
             stop_early: skip the stages after the last selected one.
             output_fmt: NCHW or NHWC.
-            intermediates_only: return the maps alone.
+            intermediates_only: return only the maps.
 
         Returns:
-            The features of the last computed stage and the selected maps in the order of the stages, or the maps alone.
+            The features of the last computed stage and the selected maps in the order of the stages, or only the maps.
 
         Raises:
-            ValueError: an index out of range, an unknown format, or an image smaller than the model takes.
+            ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.
         """
         check_output_fmt(output_fmt, ("NCHW", "NHWC"))
         taken = self.take_indices(indices)
@@ -426,7 +426,7 @@ class Backbone(nn.Module):
         return features, selected
 
     def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Indices into ``feature_info``, counted from the first stage.
+        """Resolve ``indices`` to non-negative indices into ``feature_info``.
 
         Raises:
             ValueError: an index out of range.
@@ -454,7 +454,7 @@ class Backbone(nn.Module):
         if num_kept < len(self.feature_info):
             self.drop_stages(num_kept)
             self.feature_info = self.feature_info[:num_kept]
-            self.__dict__.pop("min_img_size", None)  # fewer stages take smaller images
+            self.__dict__.pop("min_img_size", None)  # fewer stages allow smaller images
         width = self.feature_info[-1]["num_chs"]
         changes_width, self.num_features = width != self.num_features, width
         if prune_norm or changes_width:
@@ -475,13 +475,13 @@ class Backbone(nn.Module):
         return global_pool
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one for ``num_classes`` classes, or by the identity for 0 classes.
+        """Replace the head with a new one for ``num_classes`` classes, or with the identity for 0 classes.
 
         Args:
             global_pool: see the constructor; None keeps the current pooling.
 
         Raises:
-            ValueError: a pooling that the model does not have.
+            ValueError: an unsupported ``global_pool``.
         """
         if global_pool is not None:
             self.global_pool = self.check_global_pool(global_pool)
@@ -501,7 +501,7 @@ class Backbone(nn.Module):
                 module.grad_checkpointing = enable
 
     def freeze_features(self) -> None:
-        """Train the head alone: the other parameters are frozen, and their modules run in evaluation mode."""
+        """Train only the head: freeze all other parameters and run their modules in evaluation mode."""
         self.features_frozen = True
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -528,7 +528,7 @@ class Backbone(nn.Module):
     # Checkpoints.
 
     def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
-        """Every position table with the index of its stage; its name is that of the state dict."""
+        """Every position table with the index of its stage, named as in the state dict."""
         names = {module: name for name, module in self.named_modules()}
         for stage, blocks in enumerate(self.stage_blocks()):
             for module in itertools.chain.from_iterable(block.modules() for block in blocks):
@@ -542,15 +542,15 @@ class Backbone(nn.Module):
 
         Args:
             state_dict: entries of a model of the same family and size.
-            img_size: pixels, one side or (height, width), that the checkpoint was trained at: DATA.IMG_SIZE of its config.
-                With it the shape of every stored table is known exactly. Without it, a table of the model's own shape is
-                taken unchanged, and any other table must belong to square images.
+            img_size: training image size of the checkpoint in pixels, one side or (height, width): DATA.IMG_SIZE of its
+                config. It determines the shape of every stored table. Without it, a table of the model's own shape is
+                left unchanged, and any other table must come from square images.
 
         Returns:
-            Name to resized table, only for the tables that change.
+            Resized tables by name; unchanged tables are omitted.
 
         Raises:
-            ValueError: a table does not belong to ``img_size``, or its shape is ambiguous without it.
+            ValueError: a table does not match ``img_size``, or its shape is ambiguous without it.
         """
         grids = None if img_size is None else self.stage_grids(to_pair(img_size))
         resized = {}
@@ -569,7 +569,7 @@ class Backbone(nn.Module):
                 if grid is None or math.prod(grid) != num_positions:
                     height, width = to_pair(img_size)
                     raise ValueError(
-                        f"{table.name}: {num_positions} positions in the checkpoint do not belong to images of "
+                        f"{table.name}: {num_positions} positions in the checkpoint do not match images of "
                         f"{height} x {width} pixels; give the img_size that the checkpoint was trained at"
                     )
             if grid != table.grid:
@@ -580,9 +580,9 @@ class Backbone(nn.Module):
     def adapt_state_dict(
         self, state_dict: Mapping[str, Tensor], img_size: int | Iterable[int] | None = None
     ) -> dict[str, Tensor]:
-        """A state dict without the entries that the reference saves and never reads, with position tables resized.
+        """Drop the entries that the reference saves but never uses, and resize position tables.
 
-        Loading a state dict does this by itself, without an ``img_size``. See ``resize_position_tables``.
+        ``load_state_dict`` calls this automatically, without an ``img_size``. See ``resize_position_tables``.
         """
         kept = {name: value for name, value in state_dict.items() if not self.leftovers.fullmatch(name)}
         resized = self.resize_position_tables(kept, img_size)
@@ -591,8 +591,8 @@ class Backbone(nn.Module):
         return kept | resized
 
     def nearest_model(self, state_dict: Mapping[str, Tensor]) -> str:
-        """The end of an error message about weights that do not fit: the model whose entries are most similar."""
-        from models.registry import nearest_model  # which imports every family
+        """Suffix of an error message about incompatible weights: the model with the most similar entries."""
+        from models.registry import nearest_model  # imported here, because it imports every family
 
         name = nearest_model(state_dict)
         return f": its entries are most similar to those of {name}" if name else ": it is not similar to any known model"
@@ -600,10 +600,7 @@ class Backbone(nn.Module):
 
 @register_notrace_function  # FX cannot trace the comparison of sizes
 def check_image_size(height: int, width: int, minimum: int) -> None:
-    """
-    Raises:
-        ValueError: a side is smaller than ``minimum`` pixels.
-    """
+    """Raise ``ValueError`` if a side is smaller than ``minimum`` pixels."""
     if height < minimum or width < minimum:
         raise ValueError(
             f"images of {height} x {width} pixels are too small for this model; "
@@ -617,10 +614,7 @@ def check_output_fmt(output_fmt: str, choices: tuple[str, str]) -> None:
 
 
 def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None:
-    """
-    Raises:
-        ValueError: a dropout rate without softmax blocks; linear attention has no attention matrix to drop from.
-    """
+    """Raise ``ValueError`` for a dropout rate without softmax blocks: linear attention has no attention matrix."""
     if rate and "S" not in "".join(attention_types):
         raise ValueError(
             f"attn_drop_rate={rate}: has no effect, because every block is linear and has no attention matrix; use 0.0"
@@ -628,7 +622,7 @@ def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None
 
 
 def create_classifier(num_features: int, num_classes: int) -> nn.Module:
-    """The linear head, or the identity for 0 classes."""
+    """Create the linear head, or the identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(num_features, num_classes)
@@ -672,5 +666,5 @@ def _adapt_before_loading(
 
 
 def _refresh_buffers_after_loading(model: Backbone, incompatible_keys: NamedTuple) -> None:
-    """Hook of ``load_state_dict``: give a model that was constructed on ``meta`` its derived buffers."""
+    """Hook of ``load_state_dict``: recompute the derived buffers of a model constructed on ``meta``."""
     model.init_non_persistent_buffers()

@@ -1,4 +1,4 @@
-"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442) and the attentions of its comparison.
+"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442) and the attentions compared with it.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 """
@@ -27,10 +27,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | N
 
     Args:
         q: (B, H, N, D), non-negative.
-        k: (B, H, M, D), non-negative; zero for keys to ignore.
+        k: (B, H, M, D), non-negative; zero for masked keys.
         v: (B, H, M, D').
         num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
-        eps: added to the normaliser, for similarities that may all be zero.
+        eps: added to the normaliser in case all similarities are zero.
 
     Returns:
         (B, H, N, D'): means of ``v`` weighted by q . k.
@@ -52,7 +52,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
 
-    q, k, v: (B, 1, N or M, C). A single head holds all channels, so q and k have unit length over C.
+    q, k, v: (B, 1, N or M, C). The input has a single head, so q and k are normalised over C.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if key_mask is not None:
@@ -89,9 +89,9 @@ def _num_keys(key_mask: Tensor | None) -> Tensor | None:
 
 
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
-    """Interpolate linearly along the flattened tokens, not over the map: released weights were trained with that.
+    """Interpolate linearly along the flattened tokens, not over the map, because released weights were trained this way.
 
-    The same as ``F.interpolate(mode="linear")`` of the channels, which is slow on GPUs. (B, M, C) -> (B, num_tokens, C).
+    Equivalent to ``F.interpolate(mode="linear")`` of the channels, which is slow on GPUs. (B, M, C) -> (B, num_tokens, C).
     """
     num_stored = x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -120,11 +120,10 @@ KINDS = ("focused", *COMPARED)
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of projected q, k, v on a token map: focused linear, or one of the attentions of the paper's comparison.
+    """Attention of projected q, k, v on a token map: focused linear, or one that the paper compares with it.
 
-    The module has no projections: the attention of a backbone derives from it and adds its own, so that parameter names
-    stay those of released checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because there is no
-    attention matrix.
+    The module has no projections: the backbones' subclasses add them, so that parameter names match those of released
+    checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because there is no attention matrix.
 
     Args:
         dim: channels C of q, k and v.
@@ -139,8 +138,8 @@ class FocusedLinearAttention(nn.Module):
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
     Attributes:
-        fused: compute ``focused`` with its own backward pass, which has no second derivative. Set it to False for the plain
-            form, which autograd differentiates as often as needed, in more time and memory.
+        fused: use the custom backward pass of ``focused``, which has no second derivative. False selects the plain form,
+            which supports derivatives of any order but needs more time and memory.
 
     Raises:
         ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.
@@ -199,7 +198,7 @@ class FocusedLinearAttention(nn.Module):
             k, v: (B, M, C); M < N with spatial reduction.
             grid, key_grid: the token maps of this call if they differ from those of the constructor; the positional
                 encoding is then resized (bicubic).
-            key_mask: (B, M) bool, False for keys to ignore (padding). An image without any key gives zeros.
+            key_mask: (B, M) bool, False for masked keys (padding). The output is zero if all keys of an image are masked.
 
         Returns:
             (B, N, C), in the dtype of ``v``.
@@ -216,7 +215,7 @@ class FocusedLinearAttention(nn.Module):
         if key_mask is not None:
             v = v * key_mask.unsqueeze(-1)
             has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
-            # Without any key the normaliser would be 0 / 0: attend to all keys instead, whose values are zero.
+            # If all keys are masked, the output would be 0 / 0: attend to all keys instead, whose values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
         kernel, bias = self.local_filter()
         if self.kind == "focused" and self.fused and not is_transformed():
@@ -230,7 +229,7 @@ class FocusedLinearAttention(nn.Module):
     forward = attend
 
     def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
-        """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; None twice without it."""
+        """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
         if self.dwc is None:
             return None, None
         # All heads share the filters. Repeating the filters keeps the map a view; splitting the map would copy it.
@@ -239,13 +238,13 @@ class FocusedLinearAttention(nn.Module):
     def attention_matrix(
         self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
     ) -> Tensor:
-        """The weights that ``attend`` gives the keys, without its convolution, for analysis: it is quadratic in the tokens.
+        """Attention weights of ``attend``, without its convolution, for analysis; quadratic in the number of tokens.
 
         Args: see ``attend``.
 
         Returns:
-            (B, H, N, M), whose product with the values of each head is the attention; (B, C, N, M) for ``hydra``, where every
-            channel is a head.
+            (B, H, N, M), to be multiplied by the values of each head; (B, C, N, M) for ``hydra``, where every channel is a
+            head.
         """
         num_keys = k.shape[1]
         one_hot = torch.eye(num_keys, dtype=k.dtype, device=k.device)
@@ -265,7 +264,7 @@ class FocusedLinearAttention(nn.Module):
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
-        """Change the native token maps in place: resize the positional encoding (bicubic), as a new parameter."""
+        """Change the native token maps in place; the resized positional encoding (bicubic) is a new parameter."""
         key_grid = key_grid or grid
         if self.kind == "focused":
             self.positional_encoding = resized_parameter(
@@ -274,7 +273,7 @@ class FocusedLinearAttention(nn.Module):
         self.grid, self.key_grid = grid, key_grid
 
     def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
-        """See ``PositionTable``; an attention within windows or over reduced keys overrides it."""
+        """``PositionTable.source_grid``; attention within windows or over reduced keys overrides it."""
         return stage_map
 
     def position_tables(self) -> list[PositionTable]:

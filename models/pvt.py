@@ -35,7 +35,7 @@ BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Reduction(nn.Module):
-    """Mixin: the projection to q, and the projection to k and v of a map reduced by a strided convolution."""
+    """Mixin: project a map to q, and the map reduced by a strided convolution to k and v."""
 
     def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int):
         super().__init__()
-        # A kernel wider than its stride overlaps its neighbours and is centred on its patch.
+        # A kernel wider than its stride overlaps neighbouring patches and is centred on its own.
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=kernel_size // 2 if kernel_size > stride else 0)
         self.norm = nn.LayerNorm(dim)
 
@@ -146,28 +146,28 @@ class PatchEmbed(nn.Module):
 
 
 class PyramidBackbone(Backbone):
-    """Base of PVT and PVTv2: stage i consists of ``patch_embed{i}``, ``block{i}`` and one part that the version adds.
+    """Base of PVT and PVTv2: stage i consists of ``patch_embed{i}``, ``block{i}`` and one version-specific part.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
             resizes its position tables (bicubic).
         global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
-        linear_reductions: spatial reduction of linear blocks, one per stage; softmax blocks keep 8, 4, 2, 1.
+        linear_reductions: spatial reduction of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: of the parameters; torch's defaults if None.
+        device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
         ValueError: an image that is too small, or an option without effect.
     """
 
     first_conv = "patch_embed1.proj"
-    kernel_sizes: tuple[int, ...]  # of the patch embeddings
-    own_part: str  # name of the part that the version adds
+    kernel_sizes: tuple[int, ...]  # one per patch embedding
+    own_part: str  # name of the version-specific part
     map_part: str  # name of the part whose output is the stage's map
 
     def __init__(
@@ -241,14 +241,14 @@ class PyramidBackbone(Backbone):
         raise NotImplementedError
 
     def stage(self, part: str, index: int) -> nn.Module | nn.Parameter:
-        """A part of a stage, counted from 0. Names count from 1, as in released checkpoints."""
+        """A part of a stage by zero-based index. Names are one-based, as in released checkpoints."""
         return getattr(self, f"{part}{index + 1}")
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         grids, grid = [], img_size
         for index in range(len(self.feature_info)):
             stride = 2 if index else 4
-            # An overlapping kernel reaches past the border; another one omits an incomplete last patch.
+            # Overlapping kernels are padded at the border; other kernels drop an incomplete last patch.
             overlaps = self.kernel_sizes[index] > stride
             grid = tuple(ceil_divide(side, stride) if overlaps else side // stride for side in grid)
             grids.append(grid)

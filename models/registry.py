@@ -29,7 +29,7 @@ MODELS["flatten_cswin_b_384"] = partial(MODELS["flatten_cswin_b"], img_size=384,
 
 
 def list_models() -> list[str]:
-    """The names that ``create_model`` takes, sorted."""
+    """Model names accepted by ``create_model``, sorted."""
     return sorted(MODELS)
 
 
@@ -42,15 +42,15 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
     Args:
         name: one of ``list_models()``.
         num_classes: outputs of the head; 0 for pooled features.
-        img_size: native input size in pixels, one side or (height, width); by default that of the name (224 or 384).
+        img_size: native input size in pixels, one side or (height, width); the default depends on the name (224 or 384).
         kwargs: further arguments of the family's constructor.
 
     Raises:
         ValueError: an unknown name (the message suggests the nearest one), or an argument with a bad value.
-        TypeError: an argument that the family does not take.
+        TypeError: an argument that the family does not accept.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, MODELS)}; models.list_models() names all")
+        raise ValueError(f"unknown model {name!r}{_nearest(name, MODELS)}; models.list_models() lists all")
     if img_size is not None:
         kwargs["img_size"] = img_size
     return MODELS[name](num_classes=num_classes, **kwargs)
@@ -72,7 +72,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
-    """The registered name and the keyword arguments of ``create_model`` that give the model of a config, as plain data.
+    """Registered name and ``create_model`` arguments of a config's model, as plain data.
 
     Raises:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
@@ -88,7 +88,7 @@ LARGEST_UNCROPPED = 32  # pixels; evaluation does not crop smaller images
 
 
 def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
-    """timm's description of a model and of the evaluation transform of its config."""
+    """timm config of a model with the evaluation transform of ``cfg``."""
     size = to_pair(cfg.DATA.IMG_SIZE)
     uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= LARGEST_UNCROPPED
     interpolation = cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION
@@ -108,7 +108,7 @@ def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
 
 
 def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
-    """The name of the model whose entries and shapes are most similar to those of a state dict; "" if none is similar."""
+    """Name of the model with the entries and shapes most similar to those of a state dict; "" if none is similar."""
     stored = {(name, value.shape) for name, value in state_dict.items()}
     best, similarity = "", 0.5  # Jaccard index of the entries
     for name in list_models():
@@ -140,7 +140,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Widest linear window with which the reference keeps the softmax window at 7.
+# Largest linear window for which the reference keeps the softmax window at 7.
 LARGEST_WINDOW_AT_224 = 56
 
 

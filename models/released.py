@@ -1,7 +1,7 @@
 """Published weights of the FLatten Transformers.
 
 Source: README of the authors' repository, https://github.com/LeapLabTHU/FLatten-Transformer. Each file is a ``torch.save``
-dictionary of the reference's training. Accuracies are on the 50,000 validation images of ImageNet-1K.
+checkpoint of the reference. Accuracies are on the 50,000 validation images of ImageNet-1K.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Released:
     """A published weight file.
 
     Args:
-        name: of the model, as ``create_model`` takes it.
-        url: of the file.
-        img_size: input size in pixels that the accuracies were measured at.
-        acc1, acc5: published top-1 and top-5 accuracy in percent; None where it was not published.
+        name: model name, as passed to ``create_model``.
+        url: download URL.
+        img_size: input size of the accuracy measurements in pixels.
+        acc1, acc5: published top-1 and top-5 accuracy in percent; None if not published.
     """
 
     name: str
@@ -48,5 +48,5 @@ def released(name: str) -> Released:
         ValueError: no weights of this model were published.
     """
     if name not in RELEASED:
-        raise ValueError(f"{name!r} has no published weights; these models have some: {', '.join(sorted(RELEASED))}")
+        raise ValueError(f"{name!r} has no published weights; choose one of {', '.join(sorted(RELEASED))}")
     return RELEASED[name]

@@ -123,8 +123,8 @@ class SoftmaxWindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    A window that covers a side of the native map covers that side of every map. Otherwise it keeps its size, and a map
-    that it does not divide is padded; padding takes no part in the attention.
+    If the window covers a side of the native map, it covers that side of every map. Otherwise it keeps its size, and maps
+    that it does not divide are padded; the attention masks the padding.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class SwinBlock(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """The regions of the native map are a buffer, so that no training step computes them."""
+        """Store the regions of the native map in a buffer, so that training steps do not compute them."""
         self.native_region = self.regions(self.grid, like=self.norm1.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
@@ -179,7 +179,7 @@ class SwinBlock(nn.Module):
     def regions(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
         """``window_regions`` of a map, on the device of ``like``; None if the attention needs no mask.
 
-        Linear attention excludes only padding.
+        Linear attention masks only padding.
         """
         window, shift, padded = self.layout(grid)
         if padded == grid and isinstance(self.attn, LinearWindowAttention):
@@ -224,7 +224,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The blocks of one map, and the layer that reduces it to the next stage's map. The model calls one after the other."""
+    """The blocks of a stage and the layer that downsamples its map; the model calls them separately."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
         super().__init__()
@@ -236,11 +236,11 @@ class SwinTransformer(Backbone):
     """FLatten-Swin.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). The model takes other sizes as well; it then
+        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
             resizes its position tables (bicubic).
         global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
-        window_size: window of linear blocks, capped at the map. By default the first stage's map, which makes linear
+        window_size: window of linear blocks, capped at the map. The default is the first stage's map, which makes linear
             attention global in every stage.
         softmax_window: window of softmax blocks, capped at the map.
         drop_rate: dropout before the classifier.
@@ -249,7 +249,7 @@ class SwinTransformer(Backbone):
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: of the parameters; torch's defaults if None.
+        device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
         ValueError: an image that is too small, or an option without effect.
@@ -362,7 +362,7 @@ class SwinTransformer(Backbone):
 
 
 def capped_windows(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The windows of every window size, each capped at the map: no two have the same number of tokens."""
+    """Windows of every size, capped at the map; no two have the same number of tokens."""
     for size in range(1, max(grid) + 1):
         yield min(size, grid[0]), min(size, grid[1])
 
