@@ -1,4 +1,4 @@
-"""The operator alone: time per token over the number of tokens, and traffic."""
+"""Benchmark the operator alone: time per token over the number of tokens, and memory traffic."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softm
 
     attentions = {
         OURS: lambda packed: operator(*split_channels(packed, 3)),
-        PLAIN: lambda packed: plain_attention(*packed.chunk(3, dim=-1), operator, grid),
+        PLAIN: lambda packed: plain_attention(*packed.chunk(3, dim=-1), module=operator, grid=grid),
     }
     if with_softmax:
         attentions[SOFTMAX] = softmax
@@ -59,13 +59,13 @@ def measure_operator(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[dict]:
-    """Time the attentions on one number of tokens, forward alone and with the backward pass.
+    """Time the attentions for one number of tokens, in the forward pass and in forward and backward pass.
 
     Returns:
         One record per attention: nanoseconds per token, and the speed-up over the plain transcription with its range.
 
     Raises:
-        ValueError: a number of tokens that is no square.
+        ValueError: the number of tokens is not a square.
     """
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
@@ -103,7 +103,7 @@ def measure_operator(
 
 
 def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
-    """Kernels and bytes of the operator and the plain transcription in fp32, on the meta device: nothing is computed.
+    """Count kernels and bytes of the operator and the plain transcription in fp32, on the meta device: nothing is computed.
 
     The minimum reads q, k and v and writes the output; the backward pass reads these and the output's gradient, and writes the
     gradients of q, k and v.

@@ -1,4 +1,4 @@
-"""From a config to batches on the device."""
+"""Build datasets, loaders and mixup from a config."""
 
 import itertools
 import logging
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -27,12 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class StalledWorkerError(RuntimeError):
-    """A loader worker delivers no batch. The message names it, the images and the remedy."""
+    """A loader worker timed out. The message includes the worker, its images and the remedy."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (B, 3, H, W), normalised; targets: (B,) class ids; both on the device. keys: (epoch, index) of each."""
+    """A batch on the device.
+
+    images: (B, 3, H, W), normalised; targets: (B,) class ids; keys: (epoch, index) of each image.
+    """
 
     images: Tensor
     targets: Tensor
@@ -44,13 +48,13 @@ class Batch:
 
 
 class DeviceLoader:
-    """Batches on the device: normalised there, and erased there in training.
+    """Loader of batches that are normalised on the device and, in training, randomly erased there.
 
     Args:
-        max_unreadable: images that may turn out unreadable before an error ends the run.
+        max_unreadable: maximum number of unreadable images before an error ends the run.
 
     Attributes:
-        seconds_waited: time spent waiting for batches of the workers, without copies to the device.
+        seconds_waited: time spent waiting for the loader workers, excluding copies to the device.
     """
 
     def __init__(
@@ -78,10 +82,10 @@ class DeviceLoader:
             yield Batch(images, targets.to(self.device, non_blocking=True), keys)
 
     def _loaded(self) -> Iterator:
-        """Batches of the workers.
+        """Yield the batches of the loader workers.
 
         Raises:
-            StalledWorkerError: none within DATA.WORKER_TIMEOUT.
+            StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT.
         """
         batches = iter(self.loader)
         for number in itertools.count():
@@ -94,21 +98,22 @@ class DeviceLoader:
                 if "DataLoader timed out" not in str(error):
                     raise
                 keys = next(itertools.islice(self.loader.batch_sampler, number, None))
-                names = [self.loader.dataset.index.name(index) for _, index in keys]
-                worker, source = number % self.loader.num_workers, self.loader.dataset.index.source
+                index = cast(ImageDataset, self.loader.dataset).index
+                names = [index.name(position) for _, position in keys]
+                worker, source = number % self.loader.num_workers, index.source
                 raise StalledWorkerError(
-                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s. It reads {len(names)} "
-                    f"images in {source}, {names[0]} to {names[-1]}: check that disk, or raise DATA.WORKER_TIMEOUT. The same "
-                    "command resumes"
+                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s while reading "
+                    f"{len(names)} images in {source}, {names[0]} to {names[-1]}; check the disk, or raise "
+                    "DATA.WORKER_TIMEOUT. The same command resumes"
                 ) from None
             self.seconds_waited += time.monotonic() - started
             yield batch
 
     def count(self, faults: list[tuple[int, str]]) -> None:
-        """Tell of unreadable images, each once.
+        """Count and log unreadable images, each once.
 
         Raises:
-            DataError: there are too many.
+            DataError: more than ``max_unreadable`` images.
         """
         for index, reason in faults:
             if index in self.unreadable:
@@ -117,13 +122,13 @@ class DeviceLoader:
             logger.warning("%s; %d unreadable so far", reason, len(self.unreadable))
         if len(self.unreadable) > self.max_unreadable:
             raise DataError(
-                f"{len(self.unreadable)} images are unreadable, more than DATA.MAX_UNREADABLE={self.max_unreadable}; the log "
-                "names them: repair or remove them, or raise it"
+                f"{len(self.unreadable)} images are unreadable, more than DATA.MAX_UNREADABLE={self.max_unreadable}; repair "
+                "or remove the images listed in the log, or raise the limit"
             )
 
 
 class TrainLoader(DeviceLoader):
-    """An epoch's batches from a given update on."""
+    """Loader of one epoch's batches, starting at a given update."""
 
     @property
     def updates_per_epoch(self) -> int:
@@ -135,10 +140,10 @@ class TrainLoader(DeviceLoader):
 
 @dataclass(frozen=True)
 class Datasets:
-    """train is None for evaluation alone.
+    """Datasets of a run; ``train`` is None if the run only evaluates.
 
-    class_ids: the model's class for each of the dataset's, where TEST.CLASS_MAP says so; accuracy is then among them.
-    real_labels: every right label of each validation image, where TEST.REAL_LABELS gives them.
+    class_ids: the model's class id for each dataset class, if TEST.CLASS_MAP is set; limits accuracy to these classes.
+    real_labels: all correct labels of each validation image, if TEST.REAL_LABELS is set.
     """
 
     train: ImageDataset | None
@@ -156,17 +161,17 @@ def build_datasets(
     share: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
     model_classes: Sequence[str] = (),
 ) -> Datasets:
-    """Scan the splits and compare their classes with each other and the model's, before anything costly is built.
+    """Scan the splits, and check their classes against each other and the model before anything costly is built.
 
     Args:
-        share: gives every process what one process's scan finds.
-        model_classes: class names that the checkpoint to evaluate was trained with, by class id; () where unknown.
+        share: runs a scan on one process and returns its index on every process.
+        model_classes: class names of the evaluated checkpoint's training, by class id; () if unknown.
 
     Raises:
-        DataError: missing folders, or classes that do not fit.
+        DataError: missing directories, or classes that do not match.
     """
     if not cfg.DATA.DATA_PATH:
-        raise DataError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
+        raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory that contains train/ and val/")
     train = val = None
     if training:
         index = share(lambda: build_index(cfg, "train"))
@@ -195,9 +200,9 @@ def build_datasets(
 
 
 def build_index(cfg: CfgNode, split: str) -> Index:
-    """Folders, or the reference's archives with --zip, or tar shards where they lie instead of the split's folder."""
+    """Index a split: zip archives with --zip, tar shards if they exist instead of the split's directory, else directories."""
     root = Path(cfg.DATA.DATA_PATH)
-    # Without a home directory, ~ stays as it is: there is no cache then.
+    # Without a home directory, ~ is not expanded; the cache is then disabled.
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
@@ -207,14 +212,14 @@ def build_index(cfg: CfgNode, split: str) -> Index:
 
 
 def build_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
-    """Which images of zip archives this process keeps in memory: none, all, or its share."""
+    """Positions of the zip archive's images that this process keeps in memory: none, all, or its subset."""
     if not cfg.DATA.ZIP_MODE or cfg.DATA.CACHE_MODE == "no":
         return range(0)
     return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
 
 
 def build_preprocessing(cfg: CfgNode) -> Preprocessing:
-    """How evaluation prepares images."""
+    """Build the evaluation preprocessing."""
     return Preprocessing(
         img_size=as_pair(cfg.DATA.IMG_SIZE),
         crop_mode=cfg.TEST.CROP_MODE if cfg.TEST.CROP else "none",
@@ -226,10 +231,10 @@ def build_preprocessing(cfg: CfgNode) -> Preprocessing:
 
 
 def build_train_transform(cfg: CfgNode) -> Transform:
-    """The recipe's augmentation.
+    """Build the training augmentation.
 
     Raises:
-        DataError: a policy that timm does not know.
+        DataError: an invalid AUG.AUTO_AUGMENT.
     """
     policy = cfg.AUG.AUTO_AUGMENT
     try:
@@ -248,7 +253,7 @@ def build_train_transform(cfg: CfgNode) -> Transform:
             transform(Image.new("RGB", (64, 64)))
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
-            f"AUG.AUTO_AUGMENT={policy!r}: is no policy of timm ({error}); use one like rand-m9-mstd0.5-inc1, or none"
+            f"AUG.AUTO_AUGMENT={policy!r}: not a timm policy ({error}); use, for example, rand-m9-mstd0.5-inc1, or none"
         ) from None
     return transform
 
@@ -256,9 +261,10 @@ def build_train_transform(cfg: CfgNode) -> Transform:
 def build_train_loader(
     cfg: CfgNode, dataset: ImageDataset, *, accumulation: int = 1, rank: int, world_size: int, device: torch.device
 ) -> TrainLoader:
-    """
+    """Build the training loader.
+
     Raises:
-        DataError: fewer images than one update takes.
+        DataError: fewer images than one update needs.
     """
     batches = TrainBatches(
         len(dataset),
@@ -271,8 +277,8 @@ def build_train_loader(
     )
     if batches.updates_per_epoch == 0:
         raise DataError(
-            f"{dataset.index.source}: {len(dataset)} images are fewer than one update takes, {batches.global_batch_size} "
-            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, {accumulation} times in each of {world_size} processes); lower "
+            f"{dataset.index.source}: {len(dataset)} images, but one update needs {batches.global_batch_size} "
+            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, {accumulation} forward passes, {world_size} processes); lower "
             f"--batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
         )
     erase = None
@@ -291,7 +297,7 @@ def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_s
 
 
 def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
-    """None where batches are not mixed, so that targets stay class ids."""
+    """Build mixup and CutMix; None if both are disabled, so that targets remain class ids."""
     if not (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None):
         return None
     return StepMixup(
@@ -309,20 +315,20 @@ def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
 
 
 def build_num_workers(cfg: CfgNode) -> int:
-    """DATA.NUM_WORKERS, at most this process's share of the machine's cores; more would only compete for them."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's
+    """DATA.NUM_WORKERS, limited to the CPU cores per process, since more workers would only compete for them."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     return min(cfg.DATA.NUM_WORKERS, max(count_cores() // processes, 1))
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:
     num_workers = build_num_workers(cfg)
     if num_workers < cfg.DATA.NUM_WORKERS:
-        logger.info("%d loader workers instead of DATA.NUM_WORKERS=%d: no more cores", num_workers, cfg.DATA.NUM_WORKERS)
+        logger.info("%d loader workers instead of DATA.NUM_WORKERS=%d: no more CPU cores", num_workers, cfg.DATA.NUM_WORKERS)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -336,17 +342,17 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
 
 
 def ignore_stop_signals(_worker: int) -> None:
-    """Loader workers end when their training process does, which decides what a signal means."""
+    """Ignore stop signals in loader workers: the training process handles them and ends its workers."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Images, targets, keys and faults of a batch, without the images that were skipped, copies apart.
+    """Images, targets, keys and faults of a batch without skipped images, ordered by ``separate_copies``.
 
     Raises:
-        DataError: none is left.
+        DataError: all images were skipped.
     """
     faults = [fault for sample in samples for fault in sample.faults]
     kept = [sample for sample in samples if sample.image is not None]

@@ -1,7 +1,7 @@
-"""What a split holds, found once: names, labels, and where each image lies in its archives.
+"""Index of a dataset split: image names, labels and offsets in archives.
 
-Layouts: folders (``<split>/<class>/<image>``), the reference's zip archives (``<split>.zip`` and ``<split>_map.txt``), and
-tar shards in webdataset's naming (``<split>-*.tar``, an image ``<key>.jpg`` and its class id in ``<key>.cls``).
+Layouts: directories (``<split>/<class>/<image>``), the reference's zip archives (``<split>.zip`` and ``<split>_map.txt``), and
+tar shards named as by webdataset (``<split>-*.tar``, with ``<key>.jpg`` and its class id in ``<key>.cls``).
 """
 
 import errno
@@ -24,37 +24,36 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
-CLASS_NAMES = "classes.txt"  # beside archives: a class a line
-LARGEST_FILE = 2**28  # bytes of one compressed image
-LARGEST_RATIO = 1000  # of an archive's entry: what it unpacks to over what it takes
-SMALLEST_CACHED = 10_000  # images; fewer are found faster than a cache is read
+CLASS_NAMES = "classes.txt"  # next to archives: one class name per line
+LARGEST_FILE = 2**28  # bytes of one image file
+LARGEST_RATIO = 1000  # decompressed over compressed size of an archive's entry
+SMALLEST_CACHED = 10_000  # images; scanning fewer is faster than reading a cache
 SECONDS_BETWEEN_LINES = 30
-CACHE_FORMAT = 2  # of kept indices
-_LOCAL_HEADER = 30  # bytes, and behind them the name and the extra field
+CACHE_FORMAT = 2  # version of the index cache
+_LOCAL_HEADER = 30  # bytes before the name and the extra field
 
 
 class DataError(ValueError):
-    """Data that cannot be used as they are. The text names the folder or file and the remedy."""
+    """Unusable data. The message includes the path and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
     """Images of a split by position.
 
-    A million names are one buffer rather than a million strings: workers share its memory, since nothing counts references
-    to it.
+    Names are stored in one buffer instead of strings: it has no reference counts per name, so that workers share its memory.
 
     Args:
-        source: folder or archive, for messages; names are relative to it.
-        classes: names by class id.
+        source: directory or archive, for messages; names are relative to it.
+        classes: class names by class id.
         labels: (N,) class ids.
-        text: every name, one behind the other.
-        ends: (N,) where each name ends.
-        archives: files that the images lie in; none for a folder.
-        archive: (N,) which of them.
-        offsets, sizes: (N,) bytes of an image's data in its archive.
-        deflated: (N,) whether they are compressed.
-        checksums: (N,) CRC-32 of what they unpack to; empty where the archive has none.
+        text: all names, concatenated.
+        ends: (N,) end of each name in ``text``.
+        archives: archive files; empty for a directory.
+        archive: (N,) position of each image's archive in ``archives``.
+        offsets, sizes: (N,) start and length of each image's data in its archive, in bytes.
+        deflated: (N,) whether the data are compressed.
+        checksums: (N,) CRC-32 of the decompressed data; empty if the archive has none.
     """
 
     source: Path
@@ -78,13 +77,13 @@ class Index:
 
 
 def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
-    """``root/<class>/<image>``, classes in the order of their names.
+    """Index ``root/<class>/<image>``, with classes sorted by name.
 
     Args:
-        cache: folder that keeps the index of a large split for the next start; None for none.
+        cache: directory in which the index of a large split is cached; None disables caching.
 
     Raises:
-        DataError: no such folder, no class folders, a class without images, or a folder that cannot be listed.
+        DataError: no such directory, no class directories, a class without images, or a directory that cannot be listed.
     """
     root = Path(root)
     classes = _list_classes(root)
@@ -96,18 +95,18 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
             names += [f"{name}/{image}" for image in found]
             labels += [label] * len(found)
         if others:
-            logger.info("%s: ignored %d files that are no images, %s for one", root, len(others), others[0])
+            logger.info("%s: ignored %d files that are not images, such as %s", root, len(others), others[0])
         return _create(root, classes, names, labels), folders
 
     return _cached(scan, root, [], cache)
 
 
 def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
-    """``root/<split>.zip`` with ``root/<split>_map.txt``: a line for each image, its name there, a tab, its class id.
+    """Index ``root/<split>.zip`` by ``root/<split>_map.txt``, whose lines are: name in the archive, tab, class id.
 
     Raises:
-        DataError: a missing file, a line that is none, class ids with gaps, an image that the archive lacks, or an entry
-            that is no plain image file.
+        DataError: a missing file, a malformed line, class ids with gaps, an image missing from the archive, or an entry
+            that is not a plain image file.
     """
     root, archive = Path(root), Path(root) / f"{split}.zip"
 
@@ -119,17 +118,17 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             with zipfile.ZipFile(archive) as opened, open(archive, "rb") as file:
                 entries = {name: entry for entry in opened.infolist() for name in _entry_names(entry)}
                 if lacking := next((name for name in names if name not in entries), None):
-                    raise DataError(f"{archive}: lacks {lacking}, which {listing.name} lists; pack it again")
+                    raise DataError(f"{archive}: {lacking} is missing, but listed in {listing.name}; pack it again")
                 chosen = [entries[name] for name in names]
                 for entry in chosen:
                     _check_zip_entry(archive, entry)
                 offsets = [_data_offset(file, entry.header_offset) for entry in chosen]
                 ends = [offset + entry.compress_size for offset, entry in zip(offsets, chosen, strict=True)]
                 if max(ends) > os.fstat(file.fileno()).st_size:
-                    raise zipfile.BadZipFile("an entry goes beyond its end")
+                    raise zipfile.BadZipFile("an entry extends beyond its end")
         except DataError:
             raise
-        except Exception as error:  # zipfile raises many kinds on damaged archives
+        except Exception as error:  # zipfile raises many exception types on damaged archives
             raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
         where = {
             "offsets": offsets,
@@ -144,12 +143,12 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 
 
 def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
-    """``root/<split>-*.tar``: images and class ids of the same key, as webdataset names them; not compressed.
+    """Index ``root/<split>-*.tar``, not compressed: images and class ids that share a key, named as by webdataset.
 
-    Class names are the lines of ``root/classes.txt`` where it is there, else numbers.
+    Class names are the lines of ``root/classes.txt`` if it exists, else numbers.
 
     Raises:
-        DataError: a shard that cannot be read, an image without a class id, class ids with gaps, or an entry that is no
+        DataError: a shard that cannot be read, an image without a class id, class ids with gaps, or an entry that is not a
             plain file.
     """
     root = Path(root)
@@ -172,19 +171,19 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 
 
 def list_shards(root: Path, split: str) -> list[Path]:
-    """Tar shards of a split, in the order of their names."""
+    """Tar shards of a split, sorted by name."""
     return sorted(root.glob(f"{split}-*.tar"))
 
 
 def describe_index(index: Index) -> dict:
-    """What identifies a split, as plain data for a checkpoint: per class the number of its images and a digest.
+    """Fingerprint of a split, as plain data for a checkpoint: the number of images and a digest per class.
 
     The digest covers names, and in archives also sizes and checksums. See ``compare_descriptions``.
     """
     counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
     digests = [hashlib.sha256() for _ in index.classes]
     lengths = np.diff(index.ends, prepend=0)
-    # Consecutive images of a class are hashed together: in folders, and wherever the images are not shuffled, all of them.
+    # Hash consecutive images of a class together: unless the images are shuffled, each class needs a single call.
     changes = np.flatnonzero(np.diff(index.labels)) + 1
     for start, end in zip(np.r_[0, changes], np.r_[changes, len(index)], strict=True):
         digest = digests[index.labels[start]]
@@ -207,8 +206,8 @@ def compare_descriptions(before: dict, now: dict) -> str:
         if count != first[name][0]:
             return f"class {name} had {first[name][0]} images, now it has {count}"
         if digest != first[name][1]:
-            return f"class {name} has other images, as many as before"
-    return "" if list(first) == list(second) else "the classes have another order"
+            return f"class {name} has the same number of images, but different ones"
+    return "" if list(first) == list(second) else "the order of the classes has changed"
 
 
 def _create(
@@ -241,38 +240,37 @@ def _create(
 
 
 def _telling(items: Sequence, source: Path, found: list) -> Iterator:
-    """The items of a scan, with a line now and then of how many images are in ``found``."""
+    """Yield the items of a scan, and periodically log the number of images in ``found``."""
     told = time.monotonic()
     for done, item in enumerate(items):
         yield item
         if time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            logger.info("%s: %d images found, %d of %d folders or archives read", source, len(found), done + 1, len(items))
+            logger.info("%s: %d images found, %d of %d directories or archives read", source, len(found), done + 1, len(items))
 
 
 def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives: list[Path], cache: Path | None) -> Index:
-    """An earlier scan's index where nothing has changed since; else a new one, kept for the next time.
+    """Cached index if the data are unchanged since it was written; else scan and cache.
 
-    What must not have changed are the archives, and the paths that ``scan`` returns beside the index, folders or files:
-    their times tell.
+    The data are unchanged if the list of archives, and the ``_stamps`` of the paths that ``scan`` returned, are the same.
     """
     kept = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
     try:
         if kept is not None and kept.is_file():
             return _read_cache(kept, source, archives)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        logger.info("%s: the kept index is not used (%s); scanning again", source, error)
+        logger.info("%s: the cached index is not used (%s); scanning again", source, error)
     started = time.time_ns()
     index, paths = scan()
     if kept is None or len(index) < SMALLEST_CACHED:
         return index
     stamps = _stamps(paths)
-    if max(changed for _, changed, *_ in stamps.values()) >= started - 2 * 10**9:  # a change within a tick could go unseen
+    if max(changed for _, changed, *_ in stamps.values()) >= started - 2 * 10**9:  # a change within a tick could be missed
         return index
     try:
         _write_cache(kept, index, stamps)
     except OSError as error:
-        logger.info("%s: the index is not kept (%s)", source, error)
+        logger.info("%s: the index is not cached (%s)", source, error)
     return index
 
 
@@ -287,7 +285,7 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None
     try:
         with open(temporary, "wb") as file:
             np.savez(file, header=np.array(header), **{name: getattr(index, name) for name in _ARRAYS})
-        os.replace(temporary, path)  # whole or not at all, whoever else writes it
+        os.replace(temporary, path)  # atomic rename: other processes may write it too
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -296,26 +294,26 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
         header = json.loads(str(kept["header"]))
         if header.get("format") != CACHE_FORMAT:
-            raise ValueError("it was written by another version")
+            raise ValueError("its format version differs")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
             raise ValueError("the data have changed")
         if [str(archive.absolute()) for archive in archives] != header["archives"]:
-            raise ValueError("there are other archives")
+            raise ValueError("the list of archives has changed")
         index = Index(
-            # As the caller names it, from wherever that is; shards' names are relative to their folder.
+            # The caller's path: the working directory may differ. Names of shards are relative to their directory.
             source=source.parent if len(archives) and source not in archives else source,
             classes=header["classes"],
             archives=[str(archive) for archive in archives],
             **{name: kept[name] for name in _ARRAYS},
         )
-    logger.info("%s: %d images, from the index kept in %s", source, len(index), path)
+    logger.info("%s: %d images, from the index cached in %s", source, len(index), path)
     return index
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Size, times of the last change of content and of status in nanoseconds, and inode, of each path; zeros where it is not.
+    """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist.
 
-    A folder's times change with what it lists.
+    A directory's times change with its entries.
     """
 
     def stamp(path: Path) -> list[int]:
@@ -329,33 +327,34 @@ def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 def _list_classes(root: Path) -> list[str]:
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder; --data-path names the folder that holds train/ and val/{_archive_hint(root)}")
+        raise DataError(f"{root}: no such directory; set --data-path to the parent of train/ and val/{_archive_hint(root)}")
     classes = sorted(entry.name for entry in _list_folder(root) if not entry.name.startswith(".") and _is_folder(entry))
     if not classes:
         raise DataError(
-            f"{root}: has no class folders; put every image into a folder named after its class, {root.name}/<class>/"
+            f"{root}: no class directories; put every image into a directory named after its class, {root.name}/<class>/"
             f"{_archive_hint(root)}"
         )
     return classes
 
 
 def _archive_hint(split: Path) -> str:
-    """What to do with archives that lie where the folder of a split is missing, but have other names."""
+    """Remedy if a split's directory is missing, but there are archives with unexpected names; else ""."""
     found = sorted(
         path for pattern in ("*.tar*", "*.tgz", "*.zip", f"{split.name}/*.tar*") for path in split.parent.glob(pattern)
     )
     if not found:
         return ""
     return (
-        f". There is {found[0].name}: tar shards are read as {split.name}-*.tar, not compressed, and zip archives as "
-        f"{split.name}.zip with --zip"
+        f". Found {found[0].name}: name tar shards {split.name}-*.tar, not compressed, and zip archives "
+        f"{split.name}.zip, with --zip"
     )
 
 
 def _list_folder(folder: Path) -> list[os.DirEntry]:
-    """
+    """List a directory.
+
     Raises:
-        DataError: the folder cannot be listed completely.
+        DataError: the directory cannot be listed completely.
     """
     try:
         with os.scandir(folder) as entries:
@@ -365,10 +364,10 @@ def _list_folder(folder: Path) -> list[os.DirEntry]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder, or a link to one.
+    """Whether an entry is a directory, or a link to one.
 
     Raises:
-        DataError: that cannot be found out.
+        DataError: the entry cannot be accessed.
     """
     try:
         return entry.is_dir()
@@ -379,10 +378,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode, by which links to the same folder are recognised.
+    """Device and inode, which identify links to the same directory.
 
     Raises:
-        DataError: the folder cannot be entered.
+        DataError: the directory cannot be accessed.
     """
     try:
         status = os.stat(folder)
@@ -392,17 +391,17 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _listing_error(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and its disk")
+    return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and the disk")
 
 
 def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[str]:
-    """Names of the images below a class folder, relative to it; hidden files and folders are skipped.
+    """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
 
-    Links to a folder that contains them are skipped too, the folder of the split among them.
+    Links to a directory that contains them, such as that of the split, are skipped too.
 
     Args:
-        folders: the folders that list them are added here.
-        others: paths of files of other kinds are added here.
+        folders: list to which the directories read are appended.
+        others: list to which the paths of other files are appended.
     """
     names = []
 
@@ -423,16 +422,16 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
 
     walk(folder, "", frozenset([_identity(folder.parent)]))
     if not names:
-        raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder")
+        raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the directory")
     return sorted(names)
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     try:
-        # Names may have other characters that splitlines takes for line breaks.
+        # Not splitlines, which also splits at other characters that names may contain.
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it lists the images of the archive beside it") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it must list the archive's images") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
         name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference
@@ -445,44 +444,44 @@ def _read_map(path: Path) -> tuple[list[str], list[int]]:
 
 
 def is_class_id(text: str) -> bool:
-    """Whether a text is a decimal number of a length that any class id has."""
+    """Whether a text is a decimal number of at most 18 digits."""
     return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
 def read_class_names(listing: Path) -> list[str]:
-    """The lines of ``classes.txt``. Names may have other characters that ``splitlines`` takes for line breaks."""
+    """Read the lines of ``classes.txt``; ``splitlines`` would also split at other characters that names may contain."""
     return listing.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
-    """Names by class id: the lines of ``classes.txt``, else numbers."""
+    """Class names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
         raise DataError(f"{source}: has no images; pack them again")
     present = set(labels)
     missing = next(class_id for class_id in itertools.count() if class_id not in present)
-    if missing < max(present):  # found before lists of that length are built
-        raise DataError(f"{source}: has no image of class {missing}; class ids go from 0 without gaps")
+    if missing < max(present):  # checked before lists of that length are built
+        raise DataError(f"{source}: has no image of class {missing}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
         classes = read_class_names(listing)
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
-        raise DataError(f"{listing}: names {twice} twice; give every class a name of its own")
+        raise DataError(f"{listing}: duplicate class name {twice}; give every class a unique name")
     if max(labels) >= len(classes):
-        raise DataError(f"{source}: has class id {max(labels)}, but {listing} names {len(classes)} classes; complete it")
+        raise DataError(f"{source}: has class id {max(labels)}, but {listing} has {len(classes)} class names; add the rest")
     if missing := set(range(len(classes))) - set(labels):
-        raise DataError(f"{source}: has no image of class {min(missing)}; class ids go from 0 without gaps")
+        raise DataError(f"{source}: has no image of class {min(missing)}; class ids must start at 0, without gaps")
     return classes
 
 
 def _check_name(archive: Path, name: str) -> None:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise DataError(f"{archive}: {name!r} leads out of the archive; pack it again without such names")
+        raise DataError(f"{archive}: {name!r} points outside the archive; pack it again without such names")
 
 
 def _entry_names(entry: zipfile.ZipInfo) -> list[str]:
-    """Names that a map may give an entry: some writers leave out the flag that marks UTF-8."""
+    """Names by which a map may list an entry: some writers omit the UTF-8 flag."""
     if entry.flag_bits & 0x800:
         return [entry.filename]
     try:
@@ -501,13 +500,13 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
         raise DataError(f"{archive}: {entry.filename} is neither stored nor deflated; pack it again, stored")
     if entry.file_size > min(LARGEST_FILE, LARGEST_RATIO * max(entry.compress_size, 1)):
         raise DataError(
-            f"{archive}: {entry.filename} unpacks from {entry.compress_size} to {entry.file_size} bytes, which no image does; "
-            "remove it"
+            f"{archive}: {entry.filename} decompresses from {entry.compress_size} to {entry.file_size} bytes, too many "
+            "for an image; remove it"
         )
 
 
 def _data_offset(file, header_offset: int) -> int:
-    """Where an entry's data begin: behind its local header, whose extra field may differ from the directory's."""
+    """Offset of an entry's data, after its local header. The extra field there may differ from the central directory's."""
     header = os.pread(file.fileno(), _LOCAL_HEADER, header_offset)
     if header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"no entry at byte {header_offset}")
@@ -515,10 +514,10 @@ def _data_offset(file, header_offset: int) -> int:
 
 
 def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Name, class id, offset and size of every image of a tar file.
+    """Yield name, class id, offset and size of every image in a tar file.
 
     Raises:
-        DataError: the file is damaged, cut or compressed, or an entry is not a plain image or class id.
+        DataError: the file is damaged, truncated or compressed, or an entry is not a plain image or class id.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
@@ -526,59 +525,59 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # it would keep a million of them
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every entry in memory
                 end = entry.offset_data + (-(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if entry.isreg() else 0)
                 folder, _, base = entry.name.rpartition("/")
-                if entry.isdir() or base.startswith("._"):  # macOS puts ._NAME beside NAME
+                if entry.isdir() or base.startswith("._"):  # metadata that macOS adds to each file
                     continue
                 _check_name(shard, entry.name)
                 if not entry.isreg():
-                    raise DataError(f"{shard}: {entry.name} is a link or no plain file; pack the image itself")
+                    raise DataError(f"{shard}: {entry.name} is a link or not a plain file; pack the image itself")
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}"
                 if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
                     if entry.size > LARGEST_FILE:
-                        raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, more than an image has; remove it")
+                        raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
                     if key in images:
                         raise DataError(
-                            f"{shard}: {entry.name} has the key of {images[key][0]}; an image and its class id share a key, "
-                            "the name up to the first dot"
+                            f"{shard}: {entry.name} has the same key as {images[key][0]}; the name up to the first dot "
+                            "must be unique per image"
                         )
                     images[key] = entry.name, entry.offset_data, entry.size
                 elif extension == "cls":
                     text = archive.extractfile(entry).read(32).strip()
-                    if not text.isdigit():  # bytes: 0 to 9 alone
-                        raise DataError(f"{shard}: {entry.name} holds {text!r}, not a class id")
+                    if not text.isdigit():  # bytes.isdigit accepts only 0 to 9
+                        raise DataError(f"{shard}: {entry.name} contains {text!r}, not a class id")
                     labels[key] = int(text)
         _check_end(shard, end)
     except (OSError, tarfile.TarError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{shard}: cannot be read ({error}), after byte {end}; shards are plain tar files, not compressed"
+            f"{shard}: cannot be read ({error}) after byte {end}; shards must be plain tar files, not compressed"
         ) from None
     if not images:
         raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
     if alone := next((key for key in labels if key not in images), None):
         raise DataError(
-            f"{shard}: {alone.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}) beside it; pack it again with one"
+            f"{shard}: {alone.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with it"
         )
     for key, (name, offset, size) in images.items():
         if key not in labels:
-            raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls beside it")
+            raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls")
         yield name, labels[key], offset, size
 
 
 def _check_end(shard: Path, end: int) -> None:
-    """Check that only zeros follow the last entry of a tar file, at least two blocks of them; ``tarfile`` stops in silence.
+    """Check that at least two blocks, all zero, follow the last entry of a tar file; ``tarfile`` does not check this.
 
     Raises:
-        DataError: with the byte.
+        DataError: the file is truncated, or has data after its end.
     """
     size = shard.stat().st_size
     if size < end + 2 * tarfile.BLOCKSIZE:
         raise DataError(
-            f"{shard}: is cut: it ends at byte {size}, without the two blocks of zeros that end a tar file; pack or download "
+            f"{shard}: truncated at byte {size}: the two blocks of zeros that end a tar file are missing; pack or download "
             "it again"
         )
     with open(shard, "rb") as file:
@@ -587,7 +586,7 @@ def _check_end(shard: Path, end: int) -> None:
             if block.count(0) < len(block):
                 first = end + next(position for position, value in enumerate(block) if value)
                 raise DataError(
-                    f"{shard}: is damaged, or several archives in one file: there are data at byte {first}, after its end; "
+                    f"{shard}: damaged, or several concatenated archives: data at byte {first}, after its end; "
                     "pack or download it again"
                 )
             end += len(block)

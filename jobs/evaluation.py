@@ -16,8 +16,8 @@ from data.build import Datasets, build_datasets, build_eval_loader, build_prepro
 from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
 from jobs.training import check_model, count_processes
 from models import build_model
+from models.loading import fill_model
 from models.released import Released
-from utils.checkpoint import fill_model
 from utils.config import option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import build_arithmetic
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results and models by the label of their weights; ``preferred``: the label that counts."""
+    """Results and models by label of the weights; ``preferred``: label of the reported result."""
 
     results: dict[str, EvalResult]
     models: dict[str, torch.nn.Module]
@@ -46,10 +46,10 @@ class Evaluation:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World) -> None:
-    """Evaluate the raw weights of a file and their average, whichever it has; the results go to ``eval.json``.
+    """Evaluate all weights of a checkpoint, raw and EMA, and write the results to ``eval.json``.
 
     Args:
-        cfg: the config that --cfg gives; None for the one that the checkpoint carries.
+        cfg: the config of --cfg; None for the checkpoint's own.
         pairs: KEY, VALUE, ... of the command line.
     """
     checkpoint = on_all(world, lambda: open_checkpoint(choose_reference(args, cfg)))
@@ -82,22 +82,22 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
 
 
 def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
-    """Refuse a file that is not the one of rank 0.
+    """Reject a file that differs from that of rank 0.
 
     Raises:
-        CheckpointError: its digest is another.
+        CheckpointError: its digest differs.
     """
     if checkpoint.digest != digest:
-        raise CheckpointError(f"{checkpoint.path}: is not the same file for every process; evaluate a copy that they share")
+        raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy that they share")
 
 
 def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
-    """What --eval evaluates: the checkpoint of --resume, else of --pretrained; none of the output folder's own."""
+    """The checkpoint to evaluate: that of --resume, else of --pretrained; TRAIN.AUTO_RESUME has no effect."""
     return args.resume or args.pretrained or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
 
 
 def choose_output(cfg: CfgNode, checkpoint: Checkpoint, pairs: Sequence) -> Path:
-    """The folder of a checkpoint's results: its own, unless the command line names another or the file is in the cache."""
+    """Directory of the results: the checkpoint's, unless the command line sets OUTPUT or TAG, or the file is in the cache."""
     if {"OUTPUT", "TAG"} & option_keys(pairs) or checkpoint.location.in_cache:
         return build_output_folder(cfg)
     return checkpoint.path.parent
@@ -107,7 +107,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     """Evaluate every set of weights of a checkpoint on the validation images of DATA.DATA_PATH.
 
     Raises:
-        ConfigError, DataError, CheckpointError: config, data and file do not fit each other.
+        ConfigError, DataError, CheckpointError: config, data and file do not match.
     """
     check_model(cfg)
     build_arithmetic(cfg)
@@ -130,7 +130,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
 def load_models(
     checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device
 ) -> dict[str, torch.nn.Module]:
-    """Models with a checkpoint's weights, by label.
+    """Build models with a checkpoint's weights, by label.
 
     Args:
         labels: raw, ema or auto.
@@ -143,15 +143,15 @@ def load_models(
         models[label] = build_model(cfg).to(device)
         report = fill_model(models[label], checkpoint.state, weights=label, path=checkpoint.path)
         if report.missing or report.reinitialised or report.unused:
-            remedy = "choose the config that this file was trained with, or leave out --cfg if the file carries its own"
+            remedy = "choose the config that this file was trained with, or leave out --cfg if the file has its own"
             if report.head is not None:
-                remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; other classes of the data need TEST.CLASS_MAP"
-            raise CheckpointError(f"{report}; every weight is needed here: {remedy}")
+                remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; data with other classes need TEST.CLASS_MAP"
+            raise CheckpointError(f"{report}; every weight is required: {remedy}")
     return models
 
 
 def log_published(released: Released, result: EvalResult) -> None:
-    """Compare a measured accuracy with the published one."""
+    """Log a measured accuracy next to the published one."""
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
     top5 = "" if released.acc5 is None else f", Acc@5 {result.acc5:.3f} and {released.acc5:.3f}"
@@ -169,7 +169,7 @@ def log_published(released: Released, result: EvalResult) -> None:
 
 
 def describe_evaluation(cfg: CfgNode, checkpoint: Checkpoint) -> dict:
-    """What ``eval.json`` records besides the results."""
+    """Entries of ``eval.json`` other than the results."""
     released = checkpoint.location.released
     return {
         "model": cfg.MODEL.NAME,

@@ -15,7 +15,7 @@ from data.build import build_datasets, build_eval_loader, build_mixup, build_tra
 from data.index import DataError
 from jobs.start import Start, check_data, choose_start, describe_data, finished, read_run, restore_best, resume
 from models import build_model
-from utils.checkpoint import load_weights
+from models.loading import load_weights
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.environment import build_arithmetic, describe_environment

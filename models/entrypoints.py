@@ -1,6 +1,7 @@
 """Registration with timm: importing this module makes every model available to ``timm.create_model`` and timm's scripts."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from weights.reader import choose_weights, read_checkpoint
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
     """timm config of a model and its evaluation; released accuracies were measured on images squashed to a square."""
-    family = MODELS[name].func
+    family = cast(type[Backbone], MODELS[name].func)
     return {
         "url": RELEASED[name].url if name in RELEASED else "",
         "num_classes": 1000,

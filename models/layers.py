@@ -590,13 +590,6 @@ class Backbone(nn.Module):
             logger.info("resized %d position tables, %s first", len(resized), next(iter(resized)))
         return kept | resized
 
-    def nearest_model(self, state_dict: Mapping[str, Tensor]) -> str:
-        """Suffix of an error message about incompatible weights: the model with the most similar entries."""
-        from models.registry import nearest_model  # imported here, because it imports every family
-
-        name = nearest_model(state_dict)
-        return f": its entries are most similar to those of {name}" if name else ": it is not similar to any known model"
-
 
 @register_notrace_function  # FX cannot trace the comparison of sizes
 def check_image_size(height: int, width: int, minimum: int) -> None:

@@ -10,10 +10,8 @@ from yacs.config import CfgNode
 from models import cswin, deit, pvt, pvt_v2, swin
 from models.layers import Backbone, to_pair
 
-Constructor = Callable[..., nn.Module]
-
 # Model name -> constructor with the arguments of its size.
-MODELS: dict[str, Constructor] = {
+MODELS: dict[str, partial[Backbone]] = {
     name: partial(constructor, **size)
     for constructor, sizes in (
         (swin.SwinTransformer, swin.SIZES),
@@ -184,7 +182,7 @@ def _deit_arguments(cfg: CfgNode) -> dict:
 
 
 # Constructor -> the arguments that only its family has.
-FAMILY_ARGUMENTS: dict[Constructor, Callable[[CfgNode], dict]] = {
+FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
     swin.SwinTransformer: _swin_arguments,
     pvt.PyramidVisionTransformer: _pvt_arguments,
     pvt_v2.PyramidVisionTransformerV2: _pvt_v2_arguments,

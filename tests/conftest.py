@@ -19,15 +19,25 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 # Modules for ``-m fast``: they test every package, and take less than a minute together.
-FAST = """
-    analysis.test_focus_experiment analysis.test_maps analysis.test_measures
-    data.test_build data.test_erasing
-    models.test_fused_attention models.test_linear_attention models.test_sizes models.test_swin
-    reliability.test_table
-    test_architecture test_documentation test_recipes
-    utils.test_config utils.test_schedule utils.test_trainer
-    weights.test_download
-""".split()
+FAST = {
+    "analysis.test_focus_experiment",
+    "analysis.test_maps",
+    "analysis.test_measures",
+    "data.test_build",
+    "data.test_erasing",
+    "models.test_fused_attention",
+    "models.test_linear_attention",
+    "models.test_sizes",
+    "models.test_swin",
+    "reliability.test_table",
+    "test_architecture",
+    "test_documentation",
+    "test_recipes",
+    "utils.test_config",
+    "utils.test_schedule",
+    "utils.test_trainer",
+    "weights.test_download",
+}
 
 
 def pytest_collection_modifyitems(items):

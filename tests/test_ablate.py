@@ -23,11 +23,11 @@ arms:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "give the keys cfg, opts, seeds, baseline, arms"),
+        ("[]", "must be a mapping with the keys cfg, opts, seeds, baseline, arms"),
         ("cfg: [a]", "arms, baseline, seeds: unknown or missing"),
-        ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': give list"),
-        ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': is no arm; choose one of b"),
-        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "one says nothing about noise"),
+        ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
+        ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),
+        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "the deviation over seeds needs at least two integers"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_key(text, message, tmp_path):

@@ -214,7 +214,7 @@ def test_a_probe_without_weights_is_refused(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
     outcome = run_main([*arguments, "--opts", "TRAIN.FREEZE_BACKBONE", "True"], tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "name weights, --pretrained" in outcome.output
+    assert "give weights with --pretrained" in outcome.output
 
 
 # How each kind of flag is given, what it means, and another value for --opts.

@@ -182,10 +182,10 @@ def test_two_evaluations_are_compared_on_the_same_images():
     first = {f"{number}": ("cat" if number < 60 else "dog", "cat") for number in range(100)}
     second = {f"{number}": ("cat" if 10 <= number < 85 else "dog", "cat") for number in range(100)}
     text = compare(first, second)
-    assert "right in the first alone 10, in the second alone 25" in text
+    assert "correct only in the first 10, only in the second 25" in text
     assert "second - first +15.00 points" in text
-    assert f"p = {mcnemar_test(10, 25):.3g}; at 5 % the two differ" in text
-    with pytest.raises(ValueError, match="1 images are in one file alone"):
+    assert f"p = {mcnemar_test(10, 25):.3g}; at the 5 % level, the two differ significantly" in text
+    with pytest.raises(ValueError, match="1 images are in only one of the files"):
         compare(first, {name: pair for name, pair in second.items() if name != "7"})
     with pytest.raises(ValueError, match="3: has target cat in the first file and dog in the second"):
         compare(first, second | {"3": ("cat", "dog")})
@@ -203,7 +203,7 @@ def test_a_cut_or_doubled_predictions_file_is_refused(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
         (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
         (tmp_path / "eval.json").write_text("[]")
-        with pytest.raises(ValueError, match="is cut, or an image that is there twice"):
+        with pytest.raises(ValueError, match="truncated row or duplicate image"):
             read(tmp_path, None)
 
 
@@ -324,7 +324,7 @@ def test_a_rehearsal_does_all_and_leaves_nothing(toy_config, toy_data, tmp_path)
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
-    for said in ("first images", "first update", "checkpoint:", "bounds this run", "no problem found"):
+    for said in ("first images", "first update", "checkpoint:", "is the bottleneck", "no problem found"):
         assert said in outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
@@ -336,7 +336,7 @@ def test_a_rehearsal_finds_what_a_run_would_have_met(toy_config, toy_data, tmp_p
     arguments = ["--cfg", toy_config, "--data-path", tmp_path, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "class0/000.png: is no readable image" in outcome.output
+    assert "class0/000.png: not a readable image" in outcome.output
     assert not [path for path in tmp_path.iterdir() if "rehearsal" in path.name]
 
 
@@ -353,7 +353,7 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
         assert mean["h"].item() == 2 + offset
         assert mean["n"].item() == 5 + offset
     torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="is of another model"):
+    with pytest.raises(CheckpointError, match="is a different model"):
         average([paths[0], tmp_path / "other.pth"], "raw")
 
 

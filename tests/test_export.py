@@ -13,9 +13,9 @@ from torch import nn
 from data.build import build_preprocessing
 from jobs.checkpoints import open_checkpoint, stored_config
 from models import build_model, create_model
+from models.loading import load_weights
 from scripts import export
 from tests.conftest import CONFIGS
-from utils.checkpoint import load_weights
 from utils.config import load_config, to_dict
 from weights.reader import sha256
 
@@ -85,9 +85,9 @@ def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoi
 
 def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
-    with pytest.raises(export.ExportError, match="its logits are off by"):
+    with pytest.raises(export.ExportError, match="of the logits exceeds"):
         export._largest_error(model, lambda images: model(images) + 0.01, torch.randn(3, 3, 2, 2), tmp_path / "model.onnx")
-    with pytest.raises(export.ExportError, match="off by nan"):
+    with pytest.raises(export.ExportError, match="relative error nan"):
         export._largest_error(model, lambda images: model(images) * float("nan"), torch.randn(3, 3, 2, 2), tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_a_card_takes_no_figures_of_another_file(checkpoint, toy_config, tmp_pat
     foreign = evaluation_of(path, tmp_path, digest="0" * 64)
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", foreign)
-    assert "is the result of another file" in capsys.readouterr().err
+    assert "belongs to another file or other weights" in capsys.readouterr().err
     run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the one beside the checkpoint does not fit either
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):

@@ -112,7 +112,7 @@ def test_a_best_state_of_another_folder_is_not_reported(uninterrupted, toy_confi
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     outcome = run_main([*arguments, "--resume", tmp_path / "other.pth"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    assert "the best is counted anew" in outcome.output
+    assert "the best accuracy is reset" in outcome.output
     assert "best Acc@1 99" not in outcome.output
     best = read_checkpoint(tmp_path / "toy/default/best.pth")
     assert best["best"]["num_updates"] == best["num_updates"]
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(to
         (["--eval"], "no weights to evaluate"),
         (["--model-ema", "--no-model-ema"], "give one of them"),
         (["--resume", "nowhere.pth"], "no such file"),
-        (["--data-path", "nowhere"], "no such folder"),
+        (["--data-path", "nowhere"], "no such directory"),
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
         (["--batch-size", "2000"], "lower --batch-size"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(to
         (["--opts", "MODEL.LA.ATTN_TYPE", "LLSS"], "each of the 3 stages"),
         (["--opts", "MODEL.LA.KIND", "fokused"], "choose one of focused"),
         (["--opts", "MODEL.TYPE", "flaten_swin"], "did you mean 'flatten_swin'"),
-        (["--opts", "AUG.AUTO_AUGMENT", "foo"], "is no policy of timm"),
+        (["--opts", "AUG.AUTO_AUGMENT", "foo"], "not a timm policy"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -278,8 +278,8 @@ def test_a_batch_divided_among_ranks_and_forward_passes_is_the_same_run(toy_conf
     ("arguments", "expected"),
     [
         (["--batch-size", "4"], "was saved with 8 images per update, now there would be 4"),
-        (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot take over"),
-        (["--opts", "MODEL.NUM_CLASSES", "2"], "that is another run"),
+        (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot load"),
+        (["--opts", "MODEL.NUM_CLASSES", "2"], "a resumed run cannot change it"),
         (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints would mix"),
     ],
     ids=["batch", "optimizer", "classes", "fork"],
@@ -312,7 +312,7 @@ def test_an_unreadable_training_image_ends_all_processes_and_is_named(toy_config
     arguments = toy_arguments(toy_config, tmp_path, tmp_path / "output", "DATA.NUM_WORKERS", 1, "DATA.BATCH_SIZE", 2)
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
     assert 0 not in outcome.exit_codes
-    assert "class1/004.png: is no readable image" in outcome.output
+    assert "class1/004.png: not a readable image" in outcome.output
 
 
 @pytest.mark.parametrize("policy", ["skip", "replace"])
@@ -324,7 +324,7 @@ def test_processes_stay_in_step_where_one_of_them_meets_an_unreadable_image(poli
     arguments = toy_arguments(toy_config, tmp_path, tmp_path / "output", *options)
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert "class1/004.png: is no readable image" in outcome.output
+    assert "class1/004.png: not a readable image" in outcome.output
     assert "1 unreadable so far" in outcome.output
 
 

@@ -101,7 +101,7 @@ def test_weights_of_a_name_that_was_not_released_are_refused_with_those_that_wer
     arguments = ["--eval", "--resume", "flatten_pvt_m", "--data-path", photographs]
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "flatten_pvt_m: no such file, and no released model; released are flatten_pvt_t" in outcome.output
+    assert "flatten_pvt_m: no such file or released model; released models are flatten_pvt_t" in outcome.output
 
 
 def test_without_a_network_the_message_tells_where_to_put_the_file(photographs, tmp_path, monkeypatch):

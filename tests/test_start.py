@@ -49,7 +49,7 @@ def test_a_file_with_other_content_than_a_run_saves_is_refused_by_its_entry(chan
             [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
         )
         assert outcome.exit_codes == [2]
-        assert "file.pth: holds no state of a run (best missing or of another type)" in outcome.output
+        assert "file.pth: is not the state of a run (best missing or of another type)" in outcome.output
 
 
 @pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
@@ -89,7 +89,7 @@ def test_the_check_meets_what_the_run_would_meet(uninterrupted, toy_config, toy_
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
     outcome = run_main(command, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "further than this start" in outcome.output
+    assert "later than this start" in outcome.output
     newest, older = list_checkpoints(folder)
     newest.write_bytes(newest.read_bytes()[:1000])
     before = {path.name for path in folder.iterdir()}

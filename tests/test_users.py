@@ -103,7 +103,7 @@ def test_a_file_without_a_config_asks_for_one(trained, toy_data, tmp_path):
     torch.save(read_checkpoint(trained)["model"], tmp_path / "bare.pth")
     outcome = run("--eval", "--resume", tmp_path / "bare.pth", "--data-path", toy_data, log=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "holds weights without a config; name the one it was trained with, --cfg" in outcome.output
+    assert "has weights but no config; give its training config with --cfg" in outcome.output
 
 
 def test_of_a_reference_s_config_the_model_counts_and_not_its_scaled_learning_rate(trained, tmp_path):
@@ -128,8 +128,8 @@ def test_a_run_s_folder_stands_for_its_best_checkpoint(trained, tmp_path):
     assert locate(trained.parent).path == trained
     outcome = run("--eval", "--resume", tmp_path, log=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "is a folder without best.pth; name a checkpoint file" in outcome.output
-    with pytest.raises(CheckpointError, match="no released model; released are flatten_pvt_t"):
+    assert "is a directory without best.pth; give a checkpoint file" in outcome.output
+    with pytest.raises(CheckpointError, match="no such file or released model; released models are flatten_pvt_t"):
         locate("flatten_swin")
 
 
@@ -255,7 +255,7 @@ def test_another_image_size_does_not_resume(trained, toy_config, toy_data, tmp_p
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "DATA.IMG_SIZE", "48"]
     outcome = run(*arguments, log=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "DATA.IMG_SIZE=40, now it is 48: that is another run" in outcome.output
+    assert "DATA.IMG_SIZE=40, now it is 48: a resumed run cannot change it" in outcome.output
     assert "Traceback" not in outcome.output
 
 
@@ -336,7 +336,7 @@ def call(*arguments):
         ([], 2, "--cfg is missing"),
         (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
-        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such folder"),
+        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),
         (["--eval", "--resume", "flaten_swin_t"], 2, "did you mean the model flatten_swin_t?"),
         (["--eval"], 2, "no weights to evaluate"),
@@ -358,15 +358,18 @@ def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported(argument
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: holds no metrics.jsonl"),
-        (["scripts/summarise.py", "docs"], "docs: holds no eval.json"),
+        (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: contains no metrics.jsonl"),
+        (["scripts/summarise.py", "docs"], "docs: contains no eval.json"),
         (["scripts/benchmark.py"], "the following arguments are required: mode"),
         (["scripts/benchmark.py", "model", "flaten_swin_t"], "flaten_swin_t: is not a model; choose among flatten_cswin_b"),
         (["scripts/benchmark.py", "attention", "--tokens", "200"], "--tokens 200: give a square number, such as 196"),
-        (["scripts/benchmark.py", "data", "--images", "none.jpg"], "none.jpg: no such file or folder"),
-        (["scripts/benchmark.py", "epoch", "--cfg", "configs/small.yaml", "--data-path", "none"], "none/train: no such folder"),
-        (["scripts/predict.py", "none.jpg", "--resume", "x"], "none.jpg: no such file or folder"),
-        (["scripts/evaluate_all.py", "x.pth", "--data-path", "none", "--csv", "x.csv"], "--data-path none: no such folder"),
+        (["scripts/benchmark.py", "data", "--images", "none.jpg"], "none.jpg: no such file or directory"),
+        (
+            ["scripts/benchmark.py", "epoch", "--cfg", "configs/small.yaml", "--data-path", "none"],
+            "none/train: no such directory",
+        ),
+        (["scripts/predict.py", "none.jpg", "--resume", "x"], "none.jpg: no such file or directory"),
+        (["scripts/evaluate_all.py", "x.pth", "--data-path", "none", "--csv", "x.csv"], "--data-path none: no such directory"),
     ],
 )
 def test_scripts_answer_a_wrong_argument_with_one_line(command, message):
@@ -394,5 +397,5 @@ def test_throughput_names_the_model_and_the_device(toy_config, tmp_path):
 
 def test_a_config_is_asked_for_where_a_bare_file_has_none(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "bare.pth")
-    with pytest.raises(ConfigError, match="name the one it was trained with"):
+    with pytest.raises(ConfigError, match="give its training config with --cfg"):
         choose_config(open_checkpoint(tmp_path / "bare.pth"), None)

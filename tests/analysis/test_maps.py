@@ -143,7 +143,7 @@ def test_twins_are_computed_as_the_compared_attentions_are(form):
 
 def test_unknown_names_and_forms_are_refused():
     model = create_model("flatten_swin_t", device="meta")
-    with pytest.raises(ValueError, match="is no attention module; choose among"), capture(model, ["layers.9"]):
+    with pytest.raises(ValueError, match="not an attention module; choose among"), capture(model, ["layers.9"]):
         pass
     with pytest.raises(ValueError, match="choose one of softmax"):
         compare("sharp", torch.randn(1, 2, 3), torch.randn(1, 2, 3))

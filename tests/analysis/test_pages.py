@@ -197,7 +197,7 @@ def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--images", "nothing.png"], "nothing.png: no such file or folder"),
+        (["--images", "nothing.png"], "nothing.png: no such file or directory"),
         (["--queries", "40,0"], "--queries 40,0: outside the model's input of 40 x 40 pixels"),
         (["--queries", "4"], "'4': give ROW,COLUMN in pixels, such as 112,60"),
         (["--token-grid", "8", "0"], "--token-grid 8 0: give one or two numbers above 0"),

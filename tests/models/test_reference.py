@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from models import build_model
+from models.loading import load_weights
 from tests.conftest import CONFIGS, REFERENCE, fill_by_formula, formula_image, reference
-from utils.checkpoint import load_weights
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.optim import build_ema, build_optimizer, build_scaler

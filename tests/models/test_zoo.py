@@ -16,9 +16,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from models import build_model, create_model, list_models, nearest_model
 from models.cswin import CSwinTransformer
 from models.linear_attention import KINDS, focus
+from models.loading import load_weights
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, formula_image
-from utils.checkpoint import load_weights
 from utils.config import load_config
 from utils.optim import build_optimizer
 

@@ -56,7 +56,7 @@ def report_time(line: str) -> float:
     ("fault", "message"),
     [
         ("killed", r"DataLoader worker \(pid.*\d+\)"),
-        ("stalled", r"loader worker 1 has delivered no batch for 2 s\. It reads 8 images in .*, class"),
+        ("stalled", r"loader worker 1 has delivered no batch for 2 s while reading 8 images in .*, class"),
     ],
 )
 def test_d8_a_lost_loader_worker_is_named(fault, message, toy_config, toy_data, tmp_path):

@@ -15,9 +15,10 @@ from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
 from models import create_model
+from models.loading import load_weights
 from models.swin import SwinTransformer
 from utils import checkpoint
-from utils.checkpoint import load_weights, newest_whole_checkpoint, save_checkpoint
+from utils.checkpoint import newest_whole_checkpoint, save_checkpoint
 from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
 
@@ -204,7 +205,7 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, payload):
         "getattr": Call(getattr, "text", "upper"),
     }
     torch.save({"model": toy().state_dict(), "x": payloads[payload]}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="holds code: it asks for"):
+    with pytest.raises(CheckpointError, match="contains code: it requires"):
         read_checkpoint(tmp_path / "evil.pth")
     assert not flag.exists()
 
@@ -279,7 +280,7 @@ def test_average_and_raw_weights_are_told_apart(tmp_path):
         assert torch.equal(model.head.weight, expected.head.weight)
     torch.save(raw.state_dict(), tmp_path / "bare.pth")
     assert load_weights(toy(), tmp_path / "bare.pth").weights == "raw"
-    with pytest.raises(CheckpointError, match="holds no ema weights"):
+    with pytest.raises(CheckpointError, match="contains no ema weights"):
         load_weights(toy(), tmp_path / "bare.pth", weights="ema")
 
 

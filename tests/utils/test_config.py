@@ -160,8 +160,8 @@ MODEL:
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
         ("DATA: {IMG_SIZE: [224, 0]}", [], "give one number of pixels, or [height, width]"),
         ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is str"),
-        ("a: !!python/object/apply:os.system [echo]", [], "is no plain YAML"),
-        ("- a", [], "holds list, not keys"),
+        ("a: !!python/object/apply:os.system [echo]", [], "is not plain YAML"),
+        ("- a", [], "is of type list, not a mapping"),
         ("BASE: 5", [], "BASE=5: give a file, or a list of files"),
         ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: write it as a section and a key, TRAIN: {EPOCHS: ...}"),
         ("AUG: {MIXUP_PROB: 1.5}", [], "AUG.MIXUP_PROB=1.5: give a number from 0 to 1"),
@@ -183,7 +183,7 @@ def test_missing_files_and_circles_of_base_files_are_refused(tmp_path):
         load_config(tmp_path / "nothing.yaml")
     write(tmp_path, "a.yaml", "BASE: [b.yaml]")
     write(tmp_path, "b.yaml", "BASE: [a.yaml]")
-    with pytest.raises(ConfigError, match="circle"):
+    with pytest.raises(ConfigError, match="cycle"):
         load_config(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="a config is a YAML file"):
         load_config(write(tmp_path, "config.py", "import os"))

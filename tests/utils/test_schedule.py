@@ -32,7 +32,7 @@ def test_a_global_batch_gives_any_machine_the_same_updates_and_rates(processes, 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", 100])
-    with pytest.raises(ConfigError, match="is no multiple of 300"):
+    with pytest.raises(ConfigError, match="is not a multiple of 300"):
         accumulation_steps(cfg, 3)
 
 

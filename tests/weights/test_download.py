@@ -61,7 +61,7 @@ def test_a_url_without_a_name_has_a_file_of_its_own(server):
     [
         ("missing", "the server answered 404"),
         ("page", "the server sent an HTML page"),
-        ("text", "the server sent no weight file"),
+        ("text", "the server sent something other than a weight file"),
         ("cut", f"the connection was cut after {len(GOOD) // 2} of {len(GOOD)} bytes"),
         ("damaged", "the downloaded file is damaged"),
     ],
@@ -121,5 +121,5 @@ def test_several_processes_download_once(server):
 def test_a_cache_that_cannot_be_written_names_the_variable(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="another cache folder with TORCH_HOME"):
+    with pytest.raises(CheckpointError, match="set TORCH_HOME to another directory"):
         fetch(f"{server.url}/good", "toy")
