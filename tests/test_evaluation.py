@@ -22,7 +22,7 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import World
 from utils.evaluation import EvalResult, Predictions, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
-from utils.report import confusion_matrix, write_evaluation
+from utils.report import confusion_matrix, draw_confusion, write_evaluation
 from weights.reader import CheckpointError, read_checkpoint
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -155,6 +155,18 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
     }
     assert (tmp_path / "confusion.png").stat().st_size > 5000
     assert not list(tmp_path.glob(".*incomplete*"))
+
+
+def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    draw_confusion(np.array([[3, 1], [0, 2]]), ["cat", "$dog"], "a title", tmp_path / "confusion.png")
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", r"\$dog"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", r"\$dog"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("prediction", "class", "a title")
+    assert axes.images[0].get_array().tolist() == [[75.0, 25.0], [0.0, 100.0]]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {((0, 0), "3"), ((1, 0), "1"), ((1, 1), "2")}
 
 
 def test_real_labels_are_class_ids_of_the_model(tmp_path):

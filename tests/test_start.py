@@ -254,6 +254,22 @@ def test_metrics_after_the_checkpoint_are_dropped_and_those_before_are_kept(tmp_
         assert points[1]["loss"] == 0.5
 
 
+def test_tensorboard_has_the_curves_texts_and_images(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = MetricsWriter(tmp_path, 0)
+    metrics.scalars(3, "train", {"loss": 0.5, "lr": 1e-3})
+    metrics.text("config", "SEED: 0", 0)
+    metrics.image("first_batch", torch.ones(3, 4, 5), 0)
+    metrics.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(3, 0.5)]
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr"}
+    assert b"SEED: 0" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    (image,) = events.Images("first_batch")
+    assert (image.height, image.width) == (4, 5)
+
+
 # --- Evaluation
 
 

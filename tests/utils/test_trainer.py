@@ -278,8 +278,8 @@ class Metrics:
     def scalars(self, step, kind, values):
         self.points.append((step, kind, values))
 
-    def image(self, *_):
-        pass
+    def image(self, name, image, step):
+        self.points.append((step, name, image))
 
 
 def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_last_rate(tmp_path, accuracies, monkeypatch):
@@ -303,3 +303,27 @@ def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_las
     assert first["grad_norm"] == pytest.approx(float(norm[2]))
     assert (first["lr"], second["lr"]) == (pytest.approx(0.03), pytest.approx(0.04))  # of updates 2 and 3, counted from 0
     assert first["epoch"] == 0
+
+
+def test_the_first_batch_is_shown_as_a_grid_with_each_image_scaled_to_its_own_range(tmp_path):
+    """Seven images of 2 x 2 pixels with 4 per row and a margin of 2: the ranges 0 to 1, 0 to 10, ... all become 0 to 1."""
+    trainer = create_trainer(tmp_path)
+    trainer.metrics = Metrics()
+    images = torch.tensor([0.0, 1.0, 0.5, 0.25]).view(1, 1, 2, 2) * 10.0 ** torch.arange(7).view(7, 1, 1, 1)
+    trainer.show_batch(images.expand(7, 3, 2, 2))
+    ((step, name, grid),) = trainer.metrics.points
+    assert (step, name, grid.shape) == (0, "first_batch", (3, 2 * (2 + 2) + 2, 4 * (2 + 2) + 2))
+    for index in range(7):
+        row, column = 4 * (index // 4) + 2, 4 * (index % 4) + 2
+        torch.testing.assert_close(grid[0, row : row + 2, column : column + 2], torch.tensor([[0.0, 1.0], [0.5, 0.25]]))
+
+
+def test_only_the_first_batch_of_a_run_is_shown(tmp_path):
+    for num_updates, shown in ((0, 1), (3, 0)):
+        trainer = create_trainer(tmp_path)
+        trainer.metrics = Metrics()
+        trainer.show_batch = lambda images, trainer=trainer: trainer.metrics.points.append(images)
+        trainer.state.num_updates = num_updates
+        mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
+        next(mixed), next(mixed)
+        assert len(trainer.metrics.points) == shown
