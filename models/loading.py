@@ -19,10 +19,12 @@ MIN_COVERAGE = 0.8  # smallest fraction of the model that a file must fill, and 
 
 @dataclass
 class LoadReport:
-    """What became of every entry when weights were loaded.
+    """Report of loaded weights: the names of entries by what was done with them.
 
-    ``mapped``: rows of a head of ImageNet-22k and its like, taken by class. ``head``: (classes of the file's head, of the
-    model's) where they differ. ``coverage``: share of the model's numbers that came.
+    Args:
+        mapped: head entries whose rows were selected by class, as from an ImageNet-22k head.
+        head: numbers of classes in the file and in the model, if they differ.
+        coverage: fraction of the model's parameters and buffers that the file filled.
     """
 
     path: str
@@ -37,8 +39,8 @@ class LoadReport:
     coverage: float = 0.0
 
     def __str__(self) -> str:
-        share = math.floor(1000 * self.coverage) / 10  # 100 only where all came
-        parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({share}% of the model)"]
+        percent = math.floor(1000 * self.coverage) / 10  # 100 only for a complete file
+        parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({percent}% of the model)"]
         for name in ("resized", "mapped", "reinitialised", "missing", "unused"):
             if names := getattr(self, name):
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -49,31 +51,30 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
-    """Fill a model from a file of the same family: another input size and another number of classes are fine.
+    """Load weights of the same model, trained at any input size and with any number of classes.
 
-    Position tables are resized (bicubic, as the reference does). A head of ImageNet-22k (or another set that timm knows by
-    its number of classes) gives a model of 1000 classes their rows; any other head of another number of classes keeps its
-    fresh values. Entries are matched by name.
+    Entries are matched by name. Position tables are resized (bicubic, as in the reference). If the file has the head of
+    ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes takes the rows
+    of its classes. A head with any other number of classes is not loaded.
 
     Args:
-        model: of ``models``.
         weights: ``raw``, ``ema``, or ``auto`` for those with the best accuracy in training (see ``preferred_weights``).
 
     Raises:
-        CheckpointError: the file cannot be read, or is of another model; the text names the nearest one.
+        CheckpointError: the file cannot be read, or belongs to another model; the message suggests the most similar one.
     """
     return fill_model(model, read_checkpoint(path), weights=weights, path=path)
 
 
 def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
-    """``load_weights`` from a checkpoint that is read already; ``path`` is for messages."""
+    """``load_weights`` from a checkpoint in memory; ``path`` is for messages."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
     origin, img_size = _stored_value(state, "MODEL", "NAME"), _stored_value(state, "DATA", "IMG_SIZE")
     sides = img_size if isinstance(img_size, (list, tuple)) else [img_size]
     if not all(isinstance(side, int) for side in sides) or len(sides) > 2:
-        img_size = None  # none, or not a size
+        img_size = None  # missing or invalid
     fitting, report = _match(model, stored, LoadReport(str(path), label), origin=origin, img_size=img_size)
     model.load_state_dict(fitting, strict=False)
     logger.info("%s", report)
@@ -81,7 +82,7 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
 
 
 def _stored_value(state: Mapping, section: str, key: str) -> object:
-    """A value of the config that a checkpoint carries; None where it has none."""
+    """A value of the config in a checkpoint; None if it is missing."""
     config = state.get("config")
     node = config.get(section) if isinstance(config, Mapping) else None
     return node.get(key) if isinstance(node, Mapping) else None
@@ -93,13 +94,13 @@ def _match(
     """The weights of a file that fit a model, and the report of all of them.
 
     Args:
-        origin: name of the model that the file's config gives, for messages.
-        img_size: input size that it gives, which says how the file's position tables are laid out.
+        origin: model name in the file's config, for messages.
+        img_size: input size in the file's config; it determines the layout of the position tables.
     """
     own, head = model.state_dict(), _head_names(model)
 
     def refuse(reason: str) -> CheckpointError:
-        hint = f": by its own config it is of {origin}" if origin else describe_nearest(stored)
+        hint = f": its own config is that of {origin}" if origin else describe_nearest(stored)
         return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
 
     try:
@@ -132,25 +133,26 @@ def _match(
     filled = sum(own[name].numel() for name in fitting) - untouched
     report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
     body = [name for name in own if name not in head]
-    numbers = {name: value.numel() for name, value in own.items()}
-    unused, placed = sum(stored[name].numel() for name in report.unused), sum(numbers[name] for name in fitting)
-    shares = {
-        "fills only {:.0%} of the model": sum(name in fitting for name in body) / len(body),
-        "fills only {:.0%} of the model's numbers": sum(numbers[name] for name in body if name in fitting)
-        / sum(numbers[name] for name in body),
-        "only {:.0%} of the file finds a place in the model": placed / max(unused + placed, 1),
-    }
-    reason, share = min(shares.items(), key=lambda item: item[1])
-    if share < MIN_COVERAGE:
+    sizes = {name: value.numel() for name, value in own.items()}
+    used = sum(sizes[name] for name in fitting)
+    unused = sum(stored[name].numel() for name in report.unused)
+    filled_entries = sum(name in fitting for name in body) / len(body)
+    filled_values = sum(sizes[name] for name in body if name in fitting) / sum(sizes[name] for name in body)
+    fraction, reason = min(
+        (filled_entries, f"fills only {filled_entries:.0%} of the model's entries"),
+        (filled_values, f"fills only {filled_values:.0%} of the model's values"),
+        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of it"),
+    )
+    if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
-        raise refuse(f"{reason.format(share)}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
+        raise refuse(f"{reason}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
     return fitting, report
 
 
 def _imagenet_rows(num_stored: int, num_classes: int) -> dict[int, int] | None:
-    """Class of ImageNet-1k -> its row in a head of a larger set, which timm knows by its number of classes.
+    """Class of ImageNet-1k -> its row in the head of a larger data set, which timm identifies by its number of classes.
 
-    A class or two of the 1000 are not in every such set: those keep fresh rows.
+    Some of these data sets lack a class or two of the 1000; their rows are not loaded.
     """
     subset = infer_imagenet_subset({"num_classes": num_stored})
     if num_classes != 1000 or subset is None:

@@ -264,7 +264,7 @@ def test_a_wrong_config_is_answered_with_the_model_that_the_file_names(trained, 
     arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
     outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "by its own config it is of toy" in outcome.output
+    assert "its own config is that of toy" in outcome.output
 
 
 def test_the_log_counts_epochs_images_and_processes_as_people_do(toy_config, toy_data, tmp_path):

@@ -70,7 +70,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
 
 
 def _num_bytes(value: object) -> int:
-    """Bytes of all tensors in nested containers."""
+    """Number of bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
@@ -82,13 +82,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
     try:
         found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
-    except OSError:  # a folder that cannot be entered; who writes there reports it
+    except OSError:  # no permission; whoever writes there reports it
         return []
     return sorted(found, key=num_updates_of, reverse=True)
 
 
 def num_updates_of(path: Path) -> int:
-    """Updates done, which the name of a numbered checkpoint gives."""
+    """Number of updates, from the name of a numbered checkpoint."""
     return int(_NAME.fullmatch(path.name).group(1))
 
 
@@ -97,9 +97,9 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
 
 
 def remove_surplus(folder: Path, keep: int) -> None:
-    """Delete all numbered checkpoints but the newest; call it when the newest is verified. ``best.pth`` has no number.
+    """Delete all numbered checkpoints except the newest, which must be verified, and incomplete files of killed processes.
 
-    Files that a kill left incomplete are deleted too.
+    ``best.pth`` has no number and stays.
     """
     incomplete = [
         path for path in folder.glob(f"*{_TEMPORARY}") if _NAME.fullmatch(path.name.removesuffix(_TEMPORARY)) is not None
@@ -109,7 +109,7 @@ def remove_surplus(folder: Path, keep: int) -> None:
 
 
 def link_best(path: Path, best: Path) -> None:
-    """Make ``best`` the same file as ``path``, without writing it again where the disk can link."""
+    """Make ``best`` a hard link to ``path``, or a verified copy on file systems without links."""
 
     def write(temporary: Path) -> None:
         try:
@@ -124,7 +124,7 @@ def link_best(path: Path, best: Path) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read completely; damaged ones are named in the log and passed over."""
+    """The newest intact checkpoint. Damaged ones are logged and skipped; None if there is no intact one."""
     for path in list_checkpoints(folder):
         try:
             read_checkpoint(path)
@@ -136,7 +136,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint can be read completely."""
+    """Whether a checkpoint is intact."""
     try:
         read_checkpoint(path)
     except CheckpointError:
@@ -145,7 +145,7 @@ def is_whole(path: Path) -> bool:
 
 
 def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
-    """Rename the damaged checkpoints of later updates to ``*.damaged``, so that neither resume nor rotation counts them."""
+    """Rename damaged checkpoints after ``num_updates`` to ``*.damaged``, so that resume and rotation ignore them."""
     for path in list_checkpoints(folder):
         if num_updates_of(path) <= num_updates:
             return
@@ -158,13 +158,13 @@ def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
 
 
 def repair_best(best: Path, state: dict, path: Path) -> bool:
-    """Restore ``best.pth`` where a kill prevented its link to the checkpoint that a run resumes from.
+    """Restore ``best.pth`` if a kill prevented its link to the checkpoint that a run resumes from.
 
     Args:
         state: the checkpoint at ``path``.
 
     Returns:
-        False if the best state that the checkpoint records is in no file of the run.
+        False if no file of the run has the best state that the checkpoint records.
     """
     num_updates = state["best"]["num_updates"]
     if num_updates < 0:  # not evaluated yet
@@ -185,7 +185,7 @@ def to_host(value: object, *, copy: bool = False) -> object:
     """A state with its tensors in host memory.
 
     Args:
-        copy: copy the tensors that are there already, so that training may change them.
+        copy: copy tensors that are in host memory already, so that training can change them.
     """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=copy)
@@ -198,7 +198,7 @@ def to_host(value: object, *, copy: bool = False) -> object:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write a folder's entries to the disk, on file systems that can."""
+    """Flush a directory's entries to the disk, on file systems that support it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
