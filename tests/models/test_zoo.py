@@ -416,3 +416,16 @@ def test_a_deit_exempts_its_tokens_from_weight_decay():
     exempt = create_model("flatten_deit_t", device="meta").no_weight_decay()
     assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias"} <= exempt
     assert not {"blocks.0.attn.qkv.weight", "head.weight"} & exempt
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fresh_linear_layers_and_norms_are_initialised_alike_in_every_family(name):
+    """Weights from N(0, 0.02) truncated at +-2, biases 0, norms 1."""
+    torch.manual_seed(0)
+    for module_name, module in create_model(name).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), module_name
+            assert module.bias is None or not module.bias.any(), module_name
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all(), module_name
+            assert not module.bias.any(), module_name
