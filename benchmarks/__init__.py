@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and traffic, each of two or more things in one run."""
+"""Benchmarks of speed, memory and memory traffic, each comparing two or more tasks in one run."""

@@ -1,4 +1,4 @@
-"""Count kernels, bytes read and written, and bytes of live tensors. The counts hold for every device."""
+"""Count kernels, bytes read and written, and bytes of live tensors. The counts do not depend on the device."""
 
 import weakref
 
@@ -25,7 +25,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Kernels, and the bytes that they read and write, as if each tensor went through memory once per kernel.
+    """Count kernels and the bytes that they read and write, assuming one pass over each tensor per kernel.
 
     Views and allocations are free. Traffic within a kernel, such as that of a convolution's workspace, is not counted.
     """
@@ -60,7 +60,7 @@ class TrafficCounter(TorchDispatchMode):
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Bytes of the tensors that operations create, now and at most. Workspaces within operations are not counted."""
+    """Count current and peak bytes of the tensors that operations create, without workspaces within operations."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Decoding, augmentation and loading of images, against torchvision's reader and timm's transform."""
+"""Benchmark decoding, augmentation and loading of images against torchvision's reader and timm's transform."""
 
 import itertools
 import time
@@ -55,7 +55,7 @@ class OurDataset(Dataset):
 
 
 def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
-    """Images per CPU second of each task, in turn, and the ratio to the first one."""
+    """Images per CPU second of each task, measured in turn, and the ratio to the first task."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():
@@ -91,10 +91,10 @@ def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed:
 
 
 def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callable[[int], object]:
-    """Reads and augments a training image of a packed data set by its position.
+    """Create a function that reads and augments a training image of a packed data set by its position.
 
     Raises:
-        DataError: it cannot be read, or has fewer images.
+        DataError: the data set cannot be read, or has fewer images.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,4 +1,4 @@
-"""The training job: what the loader, the average of the weights and the loop itself cost beside model and optimizer."""
+"""Benchmark the training loop: cost of data loader, EMA and the loop itself relative to model and optimizer."""
 
 import shutil
 import tempfile
@@ -22,7 +22,7 @@ LOOP, LOADER, WITHOUT_AVERAGE, BARE = "loop on one batch", "loop with the loader
 
 
 def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> list[dict]:
-    """Times of ``updates`` updates, and each over that of the bare step: forward and backward pass, clipping and optimizer."""
+    """Time ``updates`` updates relative to the bare step: forward and backward pass, gradient clipping and optimizer."""
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:
         trainer = build_trainer(cfg, world, Start("scratch", ""), None, output=folder, find_unused_parameters=False)
@@ -52,7 +52,7 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
     average = state.ema
 
     def run_loop(batches: Iterator, ema: object) -> None:
-        """As ``Trainer.train_epoch``, with a log line at the end."""
+        """Train as ``Trainer.train_epoch`` does, with a log line at the end."""
         trainer.model.train()
         state.ema, meter = ema, Meter(0, trainer)
         mixed = trainer.mixed_batches(batches, meter)
@@ -80,7 +80,7 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
             state.optimizer.zero_grad()
 
     def same() -> Iterator:
-        while True:  # mixing changes a batch in place
+        while True:  # clone, since mixing changes a batch in place
             yield replace(batch, images=batch.images.clone())
 
     tasks = {BARE: run_bare, LOOP: lambda: run_loop(same(), average), LOADER: lambda: run_loop(fresh, average)}

@@ -1,4 +1,4 @@
-"""Whole models against their softmax twin, timm's model of the family, and the plain transcription of the paper's formula."""
+"""Benchmark models against their softmax baseline, timm's counterpart, and the plain transcription of the paper's formula."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from benchmarks.plain import use_plain_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
 
-# Our model -> timm's model of the same family and size. PVT and CSwin have none.
+# Our model -> timm's model of the same family and size. timm has no PVT and no CSwin.
 PEERS = {
     "flatten_swin_t": "swin_tiny_patch4_window7_224",
     "flatten_swin_s": "swin_small_patch4_window7_224",
@@ -26,19 +26,19 @@ NUM_CLASSES = 1000
 
 
 def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
-    """Models by what they are."""
+    """Create the models to compare, by label."""
     ours = create_model(name, img_size=img_size)
     contestants = {"focused": ours, "plain transcription": use_plain_attention(create_model(name, img_size=img_size))}
     letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
     contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type=letters)
     if name in PEERS:
-        options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 takes any size
+        options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 accepts any size
         contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)
     return contestants
 
 
 def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
-    """One forward pass in evaluation, or forward and backward pass with a loss in training."""
+    """Create a function for one inference step (forward), or one training step (forward, loss, backward)."""
     device = images.device
     autocast = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}
     targets = torch.arange(len(images), device=device) % NUM_CLASSES
@@ -68,9 +68,9 @@ def measure_model(
     rounds: int,
     device: torch.device,
 ) -> list[dict]:
-    """Images per second, speed-up over the plain transcription, and peak memory of a training step.
+    """Measure images per second, speed-up over the plain transcription, and peak memory of a training step.
 
-    The peak is that of the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
+    The peak covers the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
     """
     torch.manual_seed(0)
     contestants = create_contestants(name, img_size)
@@ -103,7 +103,7 @@ def measure_model(
 
 
 def measure_peak(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes that the tensors of a step take at most."""
+    """Peak bytes of the tensors that a step creates."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Focused linear attention written down as the paper states it: the baseline of the benchmarks."""
+"""Focused linear attention as a literal transcription of the paper: the baseline of the benchmarks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ EPS = 1e-6
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
-    """Eq. 3 to 8 step by step, with the parameters of ``module``. (B, N, C); for maps of the native size, without masks."""
+    """Compute eq. 3 to 8 step by step with the parameters of ``module``. (B, N, C); native map size, no masks."""
     num_heads, power = module.num_heads, module.focusing_factor
     k = k + module.positional_encoding
     scale = F.softplus(module.scale)
@@ -43,7 +43,7 @@ def use_plain_attention(model: nn.Module) -> nn.Module:
     def replace(module: FocusedLinearAttention) -> None:
         def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
             if key_mask is not None:
-                raise ValueError("the plain transcription has no masks: choose an --img-size that the windows divide")
+                raise ValueError("the plain transcription does not support masks; choose an --img-size that the windows divide")
             return plain_attention(q, k, v, module, grid or module.grid)
 
         module.attend = attend

@@ -1,4 +1,4 @@
-"""Time several tasks in turn, so that their ratios hold on a machine whose speed drifts."""
+"""Time several tasks in turn, so that their ratios are unaffected by drifts in machine speed."""
 
 import statistics
 import time
@@ -51,7 +51,7 @@ def time_in_turn(tasks: Mapping[str, Callable[[], object]], *, rounds: int, devi
 
 
 def speedup(task: Timing, baseline: Timing) -> Ratio:
-    """How many times as fast as the baseline a task is, compared round by round."""
+    """Speed-up of a task over the baseline, compared round by round."""
     ratios = [other / own for own, other in zip(task.seconds, baseline.seconds, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 

@@ -12,12 +12,12 @@ from models.linear_attention import FocusedLinearAttention
 
 
 class LinearAttention(nn.Module):
-    """Takes the place of a timm ``Attention``: its projections stay, what happens between them is linear in the tokens.
+    """Replacement for a timm ``Attention``: the same projections, with focused linear attention between them.
 
     Args:
         attention: the module to replace.
-        grid: height and width of the patch tokens' map.
-        num_prefix_tokens: class and register tokens before them.
+        grid: height and width of the patch token map.
+        num_prefix_tokens: class and register tokens before the patch tokens.
     """
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int], num_prefix_tokens: int):
@@ -33,7 +33,7 @@ class LinearAttention(nn.Module):
 
 
 def swap(model: nn.Module) -> nn.Module:
-    """Every block of a timm VisionTransformer, in place."""
+    """Replace the attention of every block of a timm VisionTransformer, in place."""
     for block in model.blocks:
         block.attn = LinearAttention(block.attn, model.patch_embed.grid_size, model.num_prefix_tokens)
     return model

@@ -1,6 +1,6 @@
-"""Train the arms of an ablation with several seeds, and tell differences from noise.
+"""Train the arms of an ablation with several seeds, and compare each arm with the baseline.
 
-A YAML file names the configs, options that all arms share, the seeds, and the options of each arm:
+A YAML file lists the configs, the options shared by all arms, the seeds, and the options of each arm:
 
     cfg: [configs/quickstart.yaml]
     opts: {TRAIN.EPOCHS: 12}
@@ -10,9 +10,9 @@ A YAML file names the configs, options that all arms share, the seeds, and the o
       softmax: {MODEL.LA.KIND: softmax}
       focused: {}
 
-Each arm and seed is an ordinary run in <output>/<MODEL.NAME>/<arm>_<seed>. The same command again continues: finished runs are
-kept, others resume. Writes table.md and table.json: mean and standard deviation over seeds, and the difference of each arm from
-the baseline, paired by seed, with its 95 % interval.
+Each arm and seed is an ordinary run in <output>/<MODEL.NAME>/<arm>_<seed>. Repeating the command skips finished runs and
+resumes the others. Writes table.md and table.json: mean and standard deviation over seeds, and the difference of each arm from
+the baseline, paired by seed, with its 95 % confidence interval.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a file describes. arms: options by name."""
+    """Contents of an ablation file. arms: options by arm name."""
 
     cfg: list[str]
     opts: dict
@@ -59,10 +59,10 @@ class Ablation:
     arms: dict[str, dict]
 
     def runs(self, output: Path) -> list[Run]:
-        """All runs, seed by seed, so that an interrupted ablation has complete seeds.
+        """List all runs, ordered by seed, so that an interrupted ablation has completed all arms of the first seeds.
 
         Raises:
-            ConfigError: an arm with an illegal option.
+            ConfigError: an arm has an illegal option.
         """
         found = []
         for seed in self.seeds:
@@ -76,31 +76,32 @@ class Ablation:
 
 
 def read_ablation(path: Path) -> Ablation:
-    """
+    """Read an ablation file.
+
     Raises:
-        ConfigError: a missing file, or a key that is missing, unknown or of another type.
+        ConfigError: the file cannot be read, or a key is missing, unknown or of the wrong type.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: give the keys {', '.join(KEYS)}")
+        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(KEYS)}")
     content = {"opts": {}} | content
     if unknown := content.keys() ^ KEYS.keys():
         raise ConfigError(f"{path}: {', '.join(sorted(unknown))}: unknown or missing; the keys are {', '.join(KEYS)}")
     for key, kind in KEYS.items():
         if not isinstance(content[key], kind):
-            raise ConfigError(f"{path}: {key}={content[key]!r}: give {kind.__name__}")
+            raise ConfigError(f"{path}: {key}={content[key]!r}: must be a {kind.__name__}")
     if content["baseline"] not in content["arms"]:
-        raise ConfigError(f"{path}: baseline={content['baseline']!r}: is no arm; choose one of {', '.join(content['arms'])}")
+        raise ConfigError(f"{path}: baseline={content['baseline']!r}: not an arm; choose one of {', '.join(content['arms'])}")
     if len(content["seeds"]) < 2 or not all(isinstance(seed, int) for seed in content["seeds"]):
-        raise ConfigError(f"{path}: seeds={content['seeds']}: give at least two numbers; one says nothing about noise")
+        raise ConfigError(f"{path}: seeds={content['seeds']}: the deviation over seeds needs at least two integers")
     return Ablation(**content | {"arms": {str(arm): options or {} for arm, options in content["arms"].items()}})
 
 
 def final_accuracy(run: Run, num_epochs: int) -> float | None:
-    """Top-1 accuracy in percent after the last epoch, of averaged weights if there are any; None before the run's end."""
+    """Final top-1 accuracy in percent, of the EMA weights if evaluated; None if the run is unfinished."""
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -111,7 +112,7 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
 
 def start(ablation: Ablation, run: Run, data: Path, *, slot: int, num_slots: int) -> subprocess.Popen:
-    """Start ``main.py`` for a run; its output goes to a file beside the run's directory."""
+    """Start ``main.py`` for a run, appending its output to ``<tag>.txt`` next to the run's directory."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots)))
     if num_gpus := count_gpus():
@@ -129,10 +130,10 @@ def count_gpus() -> int:
 
 
 def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) -> None:
-    """Train the runs that are not finished, ``num_slots`` at a time.
+    """Train the given runs, ``num_slots`` at a time.
 
     Raises:
-        RuntimeError: a run failed; the others are stopped with their state saved.
+        RuntimeError: a run failed; the remaining runs are stopped after saving their state.
     """
     waiting, running, started = deque(runs), {}, time.monotonic()
     try:
@@ -150,7 +151,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
                     log = run.folder.parent / f"{run.tag}.txt"
                     raise RuntimeError(f"{run.tag}: exit status {process.returncode}; see {log}")
                 minutes = (time.monotonic() - started) / 60
-                print(f"[{minutes:5.1f} min] {run.tag} finished, {len(waiting) + len(running)} to go", flush=True)
+                print(f"[{minutes:5.1f} min] {run.tag} finished, {len(waiting) + len(running)} remaining", flush=True)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -162,7 +163,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
 
 
 def paired_difference(first: list[float], second: list[float]) -> tuple[float, float]:
-    """Mean of second - first, and half the width of its 95 % interval (Student's t, paired)."""
+    """Mean of second - first, and the half-width of its 95 % confidence interval (Student's t, paired)."""
     from scipy.stats import t
 
     differences = [b - a for a, b in zip(first, second, strict=True)]
@@ -171,7 +172,7 @@ def paired_difference(first: list[float], second: list[float]) -> tuple[float, f
 
 
 def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
-    """One row per arm, highest mean first; with several arms, intervals are not corrected for their number."""
+    """One row per arm, highest mean first. Intervals are not corrected for multiple comparisons."""
     rows = []
     for arm, values in accuracies.items():
         row = {"arm": arm, "mean": statistics.mean(values), "deviation": statistics.stdev(values), "accuracies": values}
@@ -196,18 +197,18 @@ def to_markdown(rows: list[dict], baseline: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="YAML file of the ablation")
-    parser.add_argument("--data-path", type=Path, required=True, help="folder that holds train/ and val/")
-    parser.add_argument("--output", type=Path, required=True, help="root of the runs' directories")
-    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="runs at a time; one per GPU or two cores if 0")
+    parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
+    parser.add_argument("--output", type=Path, required=True, help="parent directory of the runs")
+    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU or two cores")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the runs are stopped then
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit stops the runs
     try:
         ablation = read_ablation(args.file)
         runs = ablation.runs(args.output.absolute())
         cfg = load_config([ROOT / path for path in ablation.cfg], runs[0].opts)
         num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
         if not args.data_path.is_dir():
-            raise ConfigError(f"--data-path {args.data_path}: no such folder")
+            raise ConfigError(f"--data-path {args.data_path}: no such directory")
         unfinished = [run for run in runs if final_accuracy(run, num_epochs) is None]
         print(f"{len(runs)} runs of {num_epochs} epochs, {len(runs) - len(unfinished)} of them finished", flush=True)
         slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)

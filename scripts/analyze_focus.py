@@ -1,8 +1,8 @@
-"""Measure how focused a model's attention is: per block, head and form of attention, over a folder of images.
+"""Measure how focused a model's attention is, per block, head and form of attention, over a set of images.
 
-Forms: the model's own attention, the same with its convolution, and what softmax, linear, focused and Efficient attention
-compute from the same queries and keys. Writes focus.json (every image), focus.csv (means per head), report.md, and two plots:
-the measures over the blocks, and the singular values of each block, as in the paper's figure of ranks.
+Forms: the model's own attention, the same plus its convolution, and softmax, linear, focused and Efficient attention on the
+same queries and keys. Writes focus.json (per image), focus.csv (means per head), report.md, and two plots: the measures per
+block, and the singular values of each block, as in the paper's rank figure.
 """
 
 import argparse
@@ -17,7 +17,7 @@ DRAWN = ("entropy", "top 5 %", "distance", "effective rank")
 
 
 def draw_measures(rows, path: Path) -> None:
-    """Four measures over the blocks, a line per form."""
+    """Plot four measures over the blocks, one line per form."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +41,7 @@ def draw_measures(rows, path: Path) -> None:
 
 
 def draw_ranks(model, image, names, path: Path) -> None:
-    """Singular values of each block's first head and window, over the largest: attention alone, and with the convolution."""
+    """Plot singular values relative to the largest, of each block's first head and window, with and without the convolution."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +92,7 @@ def analyze(args: argparse.Namespace) -> None:
     about = {
         "model": cfg.MODEL.NAME,
         "weights": f"{args.weights} of {checkpoint.path}, sha256 {checkpoint.digest}",
-        "images": f"{len(images)} below {', '.join(map(str, args.images))}",
+        "images": f"{len(images)} from {', '.join(map(str, args.images))}",
         "input size": str(cfg.DATA.IMG_SIZE),
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -106,12 +106,12 @@ def analyze(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, given as to main.py")
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, if the checkpoint carries none")
-    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th image")
-    parser.add_argument("--output", type=Path, default=Path("focus"), help="folder for the results")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="beginnings of module names; all by default")
+    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, as for main.py")
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, for a checkpoint without one")
+    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
+    parser.add_argument("--output", type=Path, default=Path("focus"), help="output directory")
+    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
     parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()

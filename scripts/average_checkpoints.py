@@ -1,7 +1,7 @@
-"""Average the weights of several checkpoints into one file, as model soups do (https://arxiv.org/abs/2203.05482).
+"""Average the weights of several checkpoints into one file, as in model soups (https://arxiv.org/abs/2203.05482).
 
-The file has the averaged weights, and the config and class names of the first checkpoint: evaluate it with --eval --resume,
-or start from it with --pretrained.
+The file contains the averaged weights, and the config and class names of the first checkpoint. Evaluate it with
+--eval --resume, or start from it with --pretrained.
 """
 
 import argparse
@@ -15,17 +15,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.checkpoint import save_checkpoint
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 
-DESCRIPTION = ("config", "class_names")  # entries that the averaged file takes from the first checkpoint
+DESCRIPTION = ("config", "class_names")  # entries copied from the first checkpoint
 
 
 def average(paths: list[Path], weights: str) -> dict:
-    """The mean of every floating-point entry, summed in float64; others must be equal.
+    """Average every floating-point entry in float64; other entries must be equal.
 
     Returns:
-        A checkpoint: ``model``, and what the first file has of ``DESCRIPTION``.
+        A checkpoint: ``model``, and the entries of ``DESCRIPTION`` that the first file has.
 
     Raises:
-        CheckpointError: a file that cannot be read, lacks these weights, or is of another model or other classes.
+        CheckpointError: a file cannot be read, lacks these weights, or has a different model or classes.
     """
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
@@ -35,14 +35,14 @@ def average(paths: list[Path], weights: str) -> dict:
         if path == paths[0]:
             described = {key: state[key] for key in DESCRIPTION if key in state}
         if state.get("class_names", described.get("class_names")) != described.get("class_names"):
-            raise CheckpointError(f"{path}: was trained on other classes than {paths[0]}; average checkpoints of one data set")
+            raise CheckpointError(f"{path}: has different classes than {paths[0]}; average checkpoints of one data set")
         _, own = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in total.items()}:
-            raise CheckpointError(f"{path}: is of another model than {paths[0]}; average checkpoints of one model")
+            raise CheckpointError(f"{path}: is a different model than {paths[0]}; average checkpoints of one model")
         for name, value in own.items():
             if not value.is_floating_point():
                 if name in total and not torch.equal(total[name], value):
-                    raise CheckpointError(f"{path}: {name} is not a weight, and differs from that of {paths[0]}")
+                    raise CheckpointError(f"{path}: the non-floating-point entry {name} differs from that of {paths[0]}")
                 total[name] = value
                 continue
             kinds.setdefault(name, value.dtype)
@@ -55,12 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the best accuracy in each file")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the more accurate ones of each file")
     args = parser.parse_args()
     if args.output.exists():
-        parser.error(f"{args.output}: is there already; choose another name")
+        parser.error(f"{args.output}: already exists; choose another name")
     if len(args.checkpoints) < 2:
-        parser.error(f"{args.checkpoints[0]}: is one checkpoint; give two or more to average")
+        parser.error(f"{args.checkpoints[0]}: only one checkpoint; give two or more to average")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(average(args.checkpoints, args.weights), args.output)

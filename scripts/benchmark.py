@@ -1,11 +1,11 @@
-"""Measure speed, memory and traffic. Every figure compares things that run in turn in one process.
+"""Measure speed, memory and memory traffic. Compared tasks run in turn in one process.
 
-    model       whole models against their softmax twin, timm's model and a plain transcription of the paper's formula
-    attention   the operator alone over the number of tokens, and its traffic
+    model       models against their softmax baseline, timm's model and a plain transcription of the paper's formula
+    attention   the operator over the number of tokens, and its memory traffic
     data        decoding and augmentation against torchvision's reader and timm's transform
-    epoch       the training job of a config: what loader, average and loop cost beside the bare step
+    epoch       the training loop of a config: cost of data loader, EMA and loop relative to the bare step
 
-Each mode prints a table. --json keeps its records with versions, device and command; --png draws those of model and attention.
+Each mode prints a table. --json writes its records with versions, device and command; --png plots those of model and attention.
 """
 
 import argparse
@@ -25,38 +25,38 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--rounds", type=int, default=5, help="measurements of each task, after one to warm up")
-    shared.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    shared.add_argument("--rounds", type=int, default=5, help="measurements per task, after one warm-up")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
     drawn = argparse.ArgumentParser(add_help=False)
-    drawn.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
+    drawn.add_argument("--png", type=Path, metavar="FILE", help="plot the records to this file")
 
-    model = modes.add_parser("model", parents=[shared, drawn], help="whole models")
+    model = modes.add_parser("model", parents=[shared, drawn], help="complete models")
     model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
     model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which step to measure")
     model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
-    model.add_argument("--compile", action="store_true", help="torch.compile all contestants")
+    model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
     model.add_argument("--batch-size", type=int, nargs="+", default=[8])
     model.add_argument("--img-size", type=int, default=224, help="pixels")
 
-    attention = modes.add_parser("attention", parents=[shared, drawn], help="the operator alone")
+    attention = modes.add_parser("attention", parents=[shared, drawn], help="the attention operator")
     attention.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="square numbers")
     attention.add_argument("--dim", type=int, default=96, help="channels")
     attention.add_argument("--heads", type=int, default=3)
-    attention.add_argument("--batch-size", type=int, default=8, help="images, at 3136 tokens; as many tokens in all elsewhere")
-    attention.add_argument("--most-softmax-tokens", type=int, default=4096, help="softmax attention is measured up to there")
+    attention.add_argument("--batch-size", type=int, default=8, help="images at 3136 tokens; scaled inversely with tokens")
+    attention.add_argument("--most-softmax-tokens", type=int, default=4096, help="maximum number of tokens for softmax")
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
     data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
-    data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
-    data.add_argument("--packed", type=Path, metavar="FOLDER", help="the same images, packed by scripts/pack_dataset.py")
-    data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="its recipe is used")
+    data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    data.add_argument("--packed", type=Path, metavar="DIR", help="the same images, packed by scripts/pack_dataset.py")
+    data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="augmentation config")
     data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers; default: all cores")
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training job")
     epoch.add_argument("--cfg", nargs="+", required=True, metavar="FILE")
-    epoch.add_argument("--data-path", required=True, help="folder that holds train/ and val/")
+    epoch.add_argument("--data-path", required=True, help="directory with train/ and val/")
     epoch.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
-    epoch.add_argument("--updates", type=int, default=10, help="per measurement")
+    epoch.add_argument("--updates", type=int, default=10, help="updates per measurement")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: give 1 or more")
@@ -134,7 +134,7 @@ MEASURES = {"model": measure_models, "attention": measure_attention, "data": mea
 
 
 def to_markdown(records: list[dict]) -> str:
-    """A table for each kind of record."""
+    """Format the records as one Markdown table per kind of record."""
     tables: dict[tuple, list[dict]] = {}
     for record in records:
         tables.setdefault(tuple(record), []).append(record)
@@ -154,7 +154,7 @@ def format_cell(value: object) -> str:
 
 
 def draw_attention(records: list[dict], figure) -> None:
-    """Time per token over the number of tokens."""
+    """Plot the time per token over the number of tokens."""
     axes = figure.subplots(1, 2, squeeze=True)
     for axis, pass_name in zip(axes, ("forward", "forward and backward"), strict=True):
         rows = [record for record in records if record["pass"] == pass_name and "tokens" in record]
@@ -167,7 +167,7 @@ def draw_attention(records: list[dict], figure) -> None:
 
 
 def draw_models(records: list[dict], figure) -> None:
-    """Speed-up over the plain transcription, a group of bars per model and mode."""
+    """Plot the speed-up over the plain transcription, one group of bars per model and mode."""
     axis = figure.subplots()
     labels = [f"{row['model']}\n{row['mode']} {row['precision']} {row['batch_size']}" for row in records]
     groups = list(dict.fromkeys(labels))

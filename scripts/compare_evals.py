@@ -1,8 +1,8 @@
-"""Test whether one model is better than another, on their predictions for the same images.
+"""Test whether two models differ in accuracy, from their predictions for the same images.
 
-Give two predictions files, or the output folders of two evaluations with --opts TEST.PREDICTIONS True. Models that saw the
-same images are not independent, so the test is the paired one: of the images that one model alone got right, is the share of
-the second's further from a half than chance makes it (McNemar's exact test)?
+Pass two prediction files, or the output directories of two evaluations with --opts TEST.PREDICTIONS True. The predictions are
+paired, so the test is McNemar's exact test: of the images that exactly one model classifies correctly, does the fraction of the
+second model differ significantly from one half?
 """
 
 import argparse
@@ -18,14 +18,17 @@ from utils.report import PREDICTION_COLUMNS
 
 
 def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
-    """The predictions file, and prediction and target of each image.
+    """Read the predictions of an evaluation.
 
     Args:
-        path: the file, or the folder of an evaluation.
-        weights: raw or ema, for a folder; None for those that its ``eval.json`` prefers.
+        path: the file, or the output directory of an evaluation.
+        weights: raw or ema, for a directory; None for the ``preferred`` ones of its ``eval.json``.
+
+    Returns:
+        The path of the file, and prediction and target by image.
 
     Raises:
-        ValueError: no such file, or not one of predictions.
+        ValueError: the file does not exist, or is not a predictions file.
     """
     if path.is_dir():
         record = path / "eval.json"
@@ -37,11 +40,11 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or not set(PREDICTION_COLUMNS[:4]) <= set(rows.fieldnames):
-            raise ValueError(f"{path}: is no predictions file; its first line names {', '.join(PREDICTION_COLUMNS)}")
+            raise ValueError(f"{path}: not a predictions file; expected the header {', '.join(PREDICTION_COLUMNS)}")
         pairs = {}
         for row in rows:
             if None in (row[column] for column in PREDICTION_COLUMNS[:4]) or row["image"] in pairs:
-                raise ValueError(f"{path}:{rows.line_num}: is cut, or an image that is there twice; evaluate again")
+                raise ValueError(f"{path}:{rows.line_num}: truncated row or duplicate image; evaluate again")
             pairs[row["image"]] = row["prediction"], row["target"]
     if not pairs:
         raise ValueError(f"{path}: has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
@@ -49,20 +52,20 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
 
 
 def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]]) -> str:
-    """The comparison in words and numbers.
+    """Report both accuracies, their difference and McNemar's test.
 
     Args:
         first, second: prediction and target of each image.
 
     Raises:
-        ValueError: other images or targets.
+        ValueError: the images or targets differ.
     """
     first, second = (_by_key(pairs, other) for pairs, other in ((first, second), (second, first)))
     if first.keys() != second.keys():
         apart = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"{len(apart)} images are in one file alone ({apart[0]}, ...); evaluate both on the same data. Tar shards give "
-            "images of equal stem other names"
+            f"{len(apart)} images are in only one of the files ({apart[0]}, ...); evaluate both on the same data. Tar "
+            "shards rename images of equal stem"
         )
     if other := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(
@@ -77,19 +80,19 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     for label, right in (("first", first), ("second", second)):
         correct = sum(right.values())
         low, high = wilson_interval(correct, total)
-        lines.append(f"{label:<7} {correct:>7} right  {100 * correct / total:6.2f} %  (95 %: {low:.2f} to {high:.2f})")
+        lines.append(f"{label:<7} {correct:>7} correct  {100 * correct / total:6.2f} %  (95 %: {low:.2f} to {high:.2f})")
     low, high = paired_interval(only_first, only_second, total)
-    lines.append(f"right in the first alone {only_first}, in the second alone {only_second}")
+    lines.append(f"correct only in the first {only_first}, only in the second {only_second}")
     difference = 100 * (only_second - only_first) / total
     lines.append(f"second - first {difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f})")
     p = mcnemar_test(only_first, only_second)
-    verdict = "differ" if p < 0.05 else "may be equally good"
-    lines.append(f"McNemar's exact test: p = {p:.3g}; at 5 % the two {verdict}")
+    verdict = "differ" if p < 0.05 else "do not differ"
+    lines.append(f"McNemar's exact test: p = {p:.3g}; at the 5 % level, the two {verdict} significantly")
     return "\n".join(lines)
 
 
 def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
-    """Names as tar shards have them, without shard and extension, where the other file has other names: a folder, say."""
+    """If the names of the two files differ, rename images to their key in tar shards: no shard, no extension."""
     if pairs.keys() == other.keys():
         return pairs
 
@@ -103,9 +106,9 @@ def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="predictions file, or folder of an evaluation")
+    parser.add_argument("first", type=Path, help="predictions file, or output directory of an evaluation")
     parser.add_argument("second", type=Path)
-    parser.add_argument("--weights", choices=("raw", "ema"), help="for folders; not given: those that the evaluation prefers")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="for directories (default: the evaluation's preferred)")
     args = parser.parse_args()
     try:
         (first, right_first), (second, right_second) = (read(path, args.weights) for path in (args.first, args.second))

@@ -1,8 +1,8 @@
-"""What the models cost: parameters and multiply-adds beside the paper's, and both against resolution.
+"""Compare parameters and multiply-adds of the models with the paper's, or plot the cost against resolution.
 
-torch's FLOP counter sees matrix products and convolutions; halved, they are the multiply-adds that papers call FLOPs.
-What it does not see is counted beside them: norms at 5 operations an element, everything else done element by element
-(activations, the focused function, residuals) at 1. Nothing is computed: models and images are on the meta device.
+torch's FLOP counter covers matrix products and convolutions; half its count is the multiply-adds that papers call FLOPs. Other
+operations are counted separately: 5 per element for norms, 1 per element for pointwise operations (activations, the focused
+function, residuals). Nothing is computed: models and images are on the meta device.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import create_model, list_models
 
-# Millions of parameters and billions of multiply-adds: the paper's, and for sizes that it leaves out (PVT-M and -B, PVTv2-B0,
-# -B3 and -B4) those of its code.
+# Millions of parameters and billions of multiply-adds, from the paper; from its code for the sizes that the paper omits (PVT-M
+# and -B, PVTv2-B0, -B3 and -B4).
 PAPER = {
     "flatten_deit_t": (6.1, 1.1),
     "flatten_pvt_t": (12.2, 2.0),
@@ -42,7 +42,7 @@ POINTWISE = {"add", "sub", "mul", "div", "pow", "relu", "gelu", "_softmax", "sum
 
 
 class PointwiseCounter(TorchDispatchMode):
-    """Operations that the FLOP counter does not see."""
+    """Count the operations that torch's FLOP counter ignores."""
 
     count = 0
 
@@ -57,7 +57,7 @@ class PointwiseCounter(TorchDispatchMode):
 
 
 def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[int, int, int]:
-    """Parameters, multiply-adds of products and convolutions, other operations; for one image."""
+    """Number of parameters, multiply-adds of products and convolutions, and other operations, for one image."""
     size = size or ((384, 384) if name.endswith("_384") else (224, 224))
     with torch.device("meta"):
         model = create_model(name, img_size=size, **options).eval()
@@ -78,7 +78,7 @@ def print_table() -> None:
 
 
 def activation_bytes(name: str, side: int, **options) -> int:
-    """Bytes that a training step keeps for its backward pass, one image in fp32."""
+    """Bytes of activations saved for the backward pass, for one image in fp32."""
     with torch.device("meta"):
         model = create_model(name, img_size=side, **options)
     kept = {}
@@ -95,7 +95,7 @@ def activation_bytes(name: str, side: int, **options) -> int:
 
 
 def plot(path: Path) -> None:
-    """DeiT-T with linear and with softmax attention, everything else equal, against resolution."""
+    """Plot the cost of DeiT-T against resolution, with linear and with softmax attention."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,7 +104,7 @@ def plot(path: Path) -> None:
     sides = [224, 320, 448, 640, 896, 1280]
     figure, (flops_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for attn_type, label in (("L", "focused linear"), ("S", "softmax, its matrix kept")):
-        # Softmax as a product with its matrix: the twin of linear attention that its paper compares.
+        # Softmax with an explicit attention matrix: the paper's baseline for linear attention.
         options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}
         flops = [measure("flatten_deit_t", (side, side), **options)[1] / 1e9 for side in sides]
         memory = [activation_bytes("flatten_deit_t", side, **options) / 2**30 for side in sides]
@@ -126,7 +126,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, help="draw cost against resolution here instead of printing the table")
+    parser.add_argument("--png", type=Path, help="plot cost against resolution to this file instead of printing the table")
     args = parser.parse_args()
     if args.png:
         plot(args.png)

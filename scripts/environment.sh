@@ -1,14 +1,14 @@
-# Sourced: makes .venv beside the README where there is none, installs requirements.txt and what "$@" names, and puts it
-# on the PATH. uv where it can be had, else pip.
+# Source this file: it creates .venv in the repository root if missing, installs requirements.txt and the packages in "$@"
+# (with uv, or pip if uv is not available), and prepends .venv/bin to PATH.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 PYTHON="${PYTHON:-python3}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  echo "$PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is needed: name one, PYTHON=python3.12 bash $0" >&2
+  echo "$PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is required; run PYTHON=python3.12 bash $0" >&2
   exit 1
 fi
 if [ ! -x .venv/bin/python ]; then
-  echo "making .venv with $("$PYTHON" --version)"
+  echo "creating .venv with $("$PYTHON" --version)"
   "$PYTHON" -m venv .venv || { rm -rf .venv; exit 1; }
 fi
 wanted="$(cat requirements.txt; echo "$@")"

@@ -1,7 +1,7 @@
-"""Evaluate many checkpoints on one data set: a CSV with a row per checkpoint, sorted by accuracy.
+"""Evaluate many checkpoints on one data set, and write a CSV with one row per checkpoint, sorted by accuracy.
 
-Each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is written after every checkpoint, so that
-an interrupted run keeps what it has. A checkpoint that cannot be evaluated is reported, and the others continue.
+Each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is rewritten after every checkpoint, so an
+interrupted run keeps its results. A checkpoint that cannot be evaluated is reported and skipped.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.files import replacing
 
-WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # of the throughput
+WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # for throughput
 
 
 def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
-    """The row of one checkpoint."""
+    """Evaluate one checkpoint. Returns its CSV row."""
     import torch
 
     from data.build import build_preprocessing
@@ -55,7 +55,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """The rows, best accuracy first; the file is replaced as a whole."""
+    """Write the rows, best accuracy first, replacing the file atomically."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -64,15 +64,15 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", help="files, runs' folders, URLs, or released models")
-    parser.add_argument("--data-path", required=True, help="folder that holds val/")
+    parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
+    parser.add_argument("--data-path", required=True, help="directory with val/")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config of all; by default each checkpoint's own")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config for all (default: each checkpoint's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass of the throughput (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass for throughput (default: 16)")
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():
-        parser.error(f"--data-path {args.data_path}: no such folder")
+        parser.error(f"--data-path {args.data_path}: no such directory")
 
     from utils.distributed import cleanup, setup  # after the arguments are checked
     from utils.log import setup_logging

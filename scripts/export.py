@@ -1,8 +1,8 @@
 """Export a trained model: safetensors with timm's config.json and a model card, torch.export (.pt2), ONNX.
 
-The folder loads in timm: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. What computes is
-loaded back and compared with the model itself; an error above the bound ends with status 1. ONNX needs three more packages:
-pip install onnx onnxscript onnxruntime.
+The directory loads in timm: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX
+files are loaded back and compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three
+more packages: pip install onnx onnxscript onnxruntime.
 """
 
 import argparse
@@ -27,24 +27,24 @@ from utils.config import ConfigError, image_size, load_config, to_dict
 from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
-LARGEST_ERROR = 1e-4  # of a logit, over the largest logit or 1
-MOST_NAMES = 50  # class names in the model card
-BATCHES = (1, 3)  # images that exported models are tried on
+LARGEST_ERROR = 1e-4  # of a logit, relative to the largest logit or 1, whichever is greater
+MOST_NAMES = 50  # maximum number of class names in the model card
+BATCHES = (1, 3)  # batch sizes at which exported models are checked
 
 
 class ExportError(RuntimeError):
-    """An exported model that is not the model."""
+    """The export failed, or an exported file does not match the model."""
 
 
 def export_torch(model: nn.Module, images: Tensor, path: Path) -> float:
-    """A program for ``torch.export.load``, with any batch size. Returns its largest error on the images."""
+    """Write a ``torch.export`` program with dynamic batch size. Returns its largest error on the images."""
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
     return _largest_error(model, torch.export.load(path).module(), images, path)
 
 
 def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str] | None = None) -> float:
-    """A file for onnxruntime, input ``images`` and output ``logits``, with any batch size. Returns its largest error.
+    """Write an ONNX file with input ``images``, output ``logits`` and dynamic batch size. Returns its largest error.
 
     Args:
         metadata: entries of the file's ``metadata_props``.
@@ -55,7 +55,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    with sdpa_kernel(SDPBackend.MATH):  # whose memory layout the decomposed attention has too
+    with sdpa_kernel(SDPBackend.MATH):  # same memory layout as the decomposed attention
         program = torch.onnx.export(
             model,
             (images,),
@@ -78,28 +78,27 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
 
 
 def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> float:
-    """
+    """Compare exported logits with the model's. Returns the largest error, relative to the largest logit.
+
     Raises:
-        ExportError: it is above ``LARGEST_ERROR``.
+        ExportError: the error exceeds ``LARGEST_ERROR``.
     """
     errors = []
     with torch.inference_mode():
         for count in BATCHES:
             expected, found = model(images[:count]), exported(images[:count])
             errors.append((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-    error = torch.stack(errors).max().item()  # NaN where one is
+    error = torch.stack(errors).max().item()  # NaN if any error is NaN
     if not error <= LARGEST_ERROR:
-        raise ExportError(
-            f"{path}: its logits are off by {error:.2g} of the largest, more than {LARGEST_ERROR:.0e}; do not use it"
-        )
+        raise ExportError(f"{path}: relative error {error:.2g} of the logits exceeds {LARGEST_ERROR:.0e}; do not use this file")
     return error
 
 
 def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> dict:
-    """timm's ``config.json``: architecture, its arguments, and how images are prepared.
+    """Contents of timm's ``config.json``: architecture, its arguments, and preprocessing.
 
     Args:
-        model: of ``build_model(cfg)``.
+        model: built by ``build_model(cfg)``.
     """
     name, arguments = build_arguments(cfg)
     config = {
@@ -117,13 +116,13 @@ def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> d
 def model_card(
     cfg: CfgNode, checkpoint: Checkpoint, label: str, files: dict[str, str], evaluation: dict | None, *, in_timm: bool
 ) -> str:
-    """A README: the files, the input, the classes, the measured accuracy, how to load it and how it was trained."""
+    """README of an export: files, input, classes, measured accuracy, usage and training recipe."""
     lines = [f"# {cfg.MODEL.NAME}", ""]
     lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
     lines += ["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items()), ""]
     preprocessing = build_preprocessing(cfg)
     lines += [
-        f"Input: RGB, {preprocessing}, values in [0, 1], less {list(preprocessing.mean)}, over {list(preprocessing.std)}. "
+        f"Input: RGB, {preprocessing}, scaled to [0, 1], mean {list(preprocessing.mean)}, std {list(preprocessing.std)}. "
         f"Output: logits of {cfg.MODEL.NUM_CLASSES} classes.",
         "",
     ]
@@ -133,7 +132,7 @@ def model_card(
         lines += ["## Classes", "", shown + (f", and {more} more in `config.json`" if more > 0 else ""), ""]
     lines += ["## Accuracy", ""]
     if evaluation is None:
-        lines += ["Not measured: evaluate the checkpoint (`--eval`), and give its `eval.json`."]
+        lines += ["Not measured: evaluate the checkpoint (`--eval`), and export again with its `eval.json`."]
     else:
         result = evaluation["results"][label]
         low, high = result["acc1_interval_95"]
@@ -144,7 +143,7 @@ def model_card(
         ]
     lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
     if in_timm:
-        lines += ["import models  # makes the architecture known to timm", "import timm", ""]
+        lines += ["import models  # registers the architecture with timm", "import timm", ""]
         lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
         lines += ["transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"]
     else:
@@ -155,10 +154,10 @@ def model_card(
 
 
 def find_evaluation(given: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
-    """The given ``eval.json``, else the one beside the checkpoint if it is of this file; None where there is neither.
+    """Read the given ``eval.json``, or the matching one next to the checkpoint; None if there is neither.
 
     Raises:
-        ExportError: the given one is of another file or of other weights.
+        ExportError: the given one belongs to another file or other weights.
     """
     if given is not None:
         return read_evaluation(given, checkpoint.digest, label)
@@ -169,22 +168,22 @@ def find_evaluation(given: Path | None, checkpoint: Checkpoint, label: str) -> d
 
 
 def read_evaluation(path: Path, digest: str, label: str) -> dict:
-    """An ``eval.json``, which must be of the checkpoint.
+    """Read an ``eval.json``, and check that it belongs to the checkpoint.
 
     Raises:
-        ExportError: it is of another file, or of other weights.
+        ExportError: it cannot be read, or belongs to another file or other weights.
     """
     try:
         evaluation = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read ({error}); --eval-json names the eval.json of an evaluation") from None
+        raise ExportError(f"{path}: cannot be read ({error}); pass the eval.json of an evaluation") from None
     if evaluation["sha256"] != digest or label not in evaluation["results"]:
-        raise ExportError(f"{path}: is the result of another file or of other weights; evaluate this checkpoint")
+        raise ExportError(f"{path}: belongs to another file or other weights; evaluate this checkpoint")
     return evaluation
 
 
 def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, class_names: Sequence[str]) -> None:
-    """Weights, with config and class names as metadata, so that the file describes itself."""
+    """Write the weights, with config and class names as metadata, so that the file is self-contained."""
     described = {"config": to_dict(cfg), "class_names": list(class_names)}
     metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(described)}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -192,14 +191,14 @@ def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, cl
 
 
 def export(args: argparse.Namespace) -> dict[str, str]:
-    """Write every file. Returns a description by file name.
+    """Export a checkpoint in all requested formats. Returns a description by file name.
 
     Raises:
-        ExportError: an exported file computes something else.
-        ConfigError, CheckpointError: config and checkpoint do not fit each other.
+        ExportError: an exported file does not match the model.
+        ConfigError, CheckpointError: config and checkpoint do not match.
     """
     if args.folder.is_dir() and any(args.folder.iterdir()):
-        raise ConfigError(f"{args.folder}: is not empty; choose another folder")
+        raise ConfigError(f"{args.folder}: is not empty; choose another directory")
     checkpoint = open_checkpoint(args.checkpoint)
     cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
     check_model(cfg)
@@ -215,7 +214,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         write_safetensors(model, path, cfg, label, names)
         files[path.name] = f"weights, sha256 `{sha256(path)}`"
         (args.folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2) + "\n")
-        files["config.json"] = "architecture and preprocessing, as timm reads them"
+        files["config.json"] = "architecture and preprocessing, for timm"
     images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
     if "torch" in args.formats:
         path = args.folder / "model.pt2"
@@ -234,13 +233,13 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file, folder of a run, URL, or released model")
-    parser.add_argument("folder", type=Path, help="to write to; must be empty or new")
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config; by default the checkpoint's own")
+    parser.add_argument("checkpoint", help="file, run directory, URL, or released model")
+    parser.add_argument("folder", type=Path, help="output directory; must be empty or new")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the best accuracy in training")
-    parser.add_argument("--eval-json", type=Path, metavar="FILE", help="for the card; by default the one beside the checkpoint")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the more accurate ones in training")
+    parser.add_argument("--eval-json", type=Path, metavar="FILE", help="for the model card (default: next to the checkpoint)")
     args = parser.parse_args()
     try:
         files = export(args)

@@ -1,7 +1,7 @@
-"""Is focused linear attention sharper than softmax attention? The experiment that users asked the paper's authors for.
+"""Compare the sharpness of softmax, linear and focused linear attention, with the paper authors' own example.
 
-One query and five keys of four positive integers: the weights of softmax, linear and focused linear attention, for the vectors
-as they are and times 0.2. --plot draws the entropy of the weights over the magnitude of the vectors and the focusing factor.
+The example has one query and five keys of four positive integers. Prints the attention weights for the vectors unscaled and
+scaled by 0.2. --plot draws the entropy of the weights over the magnitude of the vectors and the focusing factor.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from utils.files import replacing
 
 SCALES = (1.0, 0.2)
 FORMS = ("softmax", "softmax, scaled", "linear", "focused")
-NUM_KEYS, DIM = 49, 32  # random vectors of the plot: a window and a head of Swin-T
+NUM_KEYS, DIM = 49, 32  # random vectors of the plot: window and head size of Swin-T
 
 
 def make_vectors() -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def mean_entropy(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> float:
 
 
 def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
-    """The magnitude at which softmax becomes as sharp as focused linear attention; None if there is none from 0.01 to 10."""
+    """Magnitude at which softmax becomes as sharp as focused linear attention; None if not between 0.01 and 10."""
     target = mean_entropy("focused", q, k)
     low, high = 0.01, 10.0
     if not mean_entropy(form, low * q, low * k) > target > mean_entropy(form, high * q, high * k):
@@ -105,7 +105,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw entropy over magnitude and focusing factor")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy over magnitude and focusing factor")
     args = parser.parse_args()
     print(table())
     for title, (q, k) in {"the experiment": make_vectors(), "normal q and k": random_vectors()}.items():
@@ -115,7 +115,7 @@ def main() -> None:
                 print(f"{title}: {form} is as sharp as focused at magnitude {magnitude:.3f}, and sharper above")
     if args.plot is not None:
         draw(args.plot)
-        print(f"drawn: {args.plot}")
+        print(f"plot: {args.plot}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="to hold train/<digit>/ and val/<digit>/")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side; the originals have 8")
+    parser.add_argument("folder", type=Path, help="output directory of train/<digit>/ and val/<digit>/")
+    parser.add_argument("--size", type=int, default=64, help="side length in pixels; the originals have 8")
     args = parser.parse_args()
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):

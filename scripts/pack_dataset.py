@@ -1,7 +1,7 @@
-"""Pack image folders into archives that main.py reads: zip (--zip), or tar shards in webdataset's naming.
+"""Pack image folders into archives for main.py: zip (--zip), or tar shards with webdataset's naming.
 
-Images keep their bytes, unless --short-side makes the large ones smaller. What was written is read back and compared before
-it takes its place.
+Image files are copied byte for byte, unless --short-side downscales them. Archives are read back and compared before they are
+moved to the target directory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from data.datasets import ImageDataset
 from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
 from utils.log import progress, setup_logging
 
-ROUND = 1024  # images that workers are given at once
+ROUND = 1024  # images submitted to the workers at a time
 
 
 def pack(
@@ -42,36 +42,36 @@ def pack(
     shard_size: int = 10_000,
     workers: int = 0,
 ) -> Index:
-    """Pack one split, folders ``source/<split>/<class>/<image>``, into ``target``.
+    """Pack one split, ``source/<split>/<class>/<image>``, into ``target``.
 
     Args:
         archive: zip or tar.
-        short_side: pixels; images of a longer one are made smaller, JPEG with ``quality``, others without loss. 0: none is.
-        shard_size: images of a tar file.
-        workers: processes that resize; 0 for this one.
+        short_side: pixels; larger images are downscaled, JPEG with ``quality``, others losslessly as PNG. 0: no downscaling.
+        shard_size: images per tar file.
+        workers: processes for downscaling; 0: the calling process.
 
     Returns:
-        The index of what was written, every image of which was read back.
+        The index of the archives, after every image was read back.
 
     Raises:
-        DataError: nothing to pack, something in the way, an image that cannot be read, or a disk that is full.
+        DataError: there are no images, the target exists, a name or an image is invalid, or the disk is full.
     """
     index = index_folder(source / split)
     check_names(index, archive)
     target.mkdir(parents=True, exist_ok=True)
     if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
-        raise DataError(f"{present[0]}: is there already; remove it, or choose another folder")
+        raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
     if (target / split).is_dir():
-        raise DataError(f"{target / split}: is a folder of the same split; choose another folder for the archives")
+        raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
     listing = target / CLASS_NAMES
     if listing.is_file() and read_class_names(listing) != index.classes:
-        raise DataError(f"{listing}: names other classes than {source / split}; choose another folder")
+        raise DataError(f"{listing}: lists different classes than {source / split}; choose another directory")
     dataset = ImageDataset(index, None)
-    # Written and read back in a folder of their own, so that nothing incomplete ever has a name that is read.
+    # Write and read back in a temporary directory, so that an incomplete archive never has a final name.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=".packing-", dir=target)))
         if workers:
-            # The dataset goes to the workers once; what crosses at each image is its position, and its bytes.
+            # Send the dataset to each worker once; per image, only its position and its bytes are transferred.
             pool = stack.enter_context(
                 ProcessPoolExecutor(workers, get_context("fork"), _receive, (dataset, short_side, quality))
             )
@@ -84,11 +84,9 @@ def pack(
                 "".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape"
             )
         except BrokenProcessPool:
-            raise DataError(
-                f"{source / split}: a process that makes images smaller was killed; lower --workers if memory is short"
-            ) from None
+            raise DataError(f"{source / split}: a downscaling process was killed; lower --workers if memory is short") from None
         except OSError as error:
-            raise DataError(f"{target}: not written ({error.strerror}); the archives need {_size(index)}") from None
+            raise DataError(f"{target}: cannot be written ({error.strerror}); the archives need {_size(index)}") from None
         _compare((index_zip if archive == "zip" else index_tar)(folder, split), index, digests, f"check {split}")
         for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
@@ -96,20 +94,20 @@ def pack(
 
 
 def check_names(index: Index, archive: str) -> None:
-    """Refuse names that an archive or its map cannot have.
+    """Reject names that an archive or its map cannot contain.
 
     Raises:
-        DataError: the first of them.
+        DataError: a name is not allowed.
     """
     if wrong := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
-        raise DataError(f"{index.source}/{wrong!r}: {CLASS_NAMES} cannot have a class with a line break; rename it")
+        raise DataError(f"{index.source}/{wrong!r}: {CLASS_NAMES} cannot contain a class with a line break; rename it")
     for position in range(len(index)):
         name = index.name(position)
         if archive == "zip" and re.search(r"[\n\r\t]", name):
-            raise DataError(f"{index.source}/{name!r}: a map cannot have a name with a tab or a line break; rename it")
+            raise DataError(f"{index.source}/{name!r}: a map cannot contain a name with a tab or a line break; rename it")
         if archive == "zip" and not _is_unicode(name):
             raise DataError(
-                f"{index.source}/{name!r}: a zip archive cannot have a name that is not UTF-8; rename it, or pack tar"
+                f"{index.source}/{name!r}: a zip archive cannot contain a name that is not UTF-8; rename it, or pack tar"
             )
 
 
@@ -122,11 +120,11 @@ def _is_unicode(name: str) -> bool:
 
 
 def _size(index: Index) -> str:
-    """Of all images of a folder."""
+    """Total size of the images, formatted in MiB."""
     return f"{sum((index.source / index.name(position)).stat().st_size for position in range(len(index))) / 2**20:.1f} MiB"
 
 
-_received: tuple = ()  # in a worker: dataset, short_side, quality
+_received: tuple = ()  # in each worker: dataset, short_side, quality
 
 
 def _receive(*arguments) -> None:
@@ -139,7 +137,7 @@ def _read_received(position: int) -> bytes:
 
 
 def _in_rounds(pool, count: int) -> Iterator[bytes]:
-    """Every image in order, never more than a round ahead of the writing."""
+    """Yield every image in order, reading at most one round ahead of the writer."""
     for start in range(0, count, ROUND):
         yield from pool.map(_read_received, range(start, min(start + ROUND, count)), chunksize=16)
 
@@ -175,7 +173,7 @@ def _write(archive: str, folder: Path, split: str, index: Index, files: Iterable
     if archive == "zip":
         with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as opened:
             for position, data in enumerate(counted()):
-                opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # dated 1980: the same bytes every time
+                opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # fixed date (1980) for reproducible archives
         lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
         (folder / f"{split}_map.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
         return digests
@@ -202,29 +200,29 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> None:
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
-        raise DataError(f"{packed.source}: does not list what was packed; the disk may be faulty")
+        raise DataError(f"{packed.source}: differs from the packed index; the disk may be faulty")
     for position, digest in enumerate(progress(digests, len(digests), title)):
         if hashlib.sha256(dataset.read(position)).digest() != digest:
-            raise DataError(f"{packed.source}: {packed.name(position)} reads differently; the disk may be faulty")
+            raise DataError(f"{packed.source}: {packed.name(position)} differs when read back; the disk may be faulty")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="holds <split>/<class>/<image>")
-    parser.add_argument("target", type=Path, help="to hold the archives")
+    parser.add_argument("source", type=Path, help="directory with <split>/<class>/<image>")
+    parser.add_argument("target", type=Path, help="output directory")
     parser.add_argument("--format", choices=("zip", "tar"), default="tar")
     parser.add_argument("--splits", nargs="+", default=["train", "val"])
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="make images smaller that are larger")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG files that are made smaller, 1 to 95")
-    parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="of a tar file")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make images smaller")
+    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="downscale larger images to this")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled files, 1 to 95")
+    parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="images per tar file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for downscaling")
     args = parser.parse_args()
     if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
         parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
     setup_logging(rank=0)
     for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # temporary folders are removed then
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit removes the temporary directory
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
     for split in args.splits:
         try:
@@ -233,8 +231,8 @@ def main() -> None:
             print(f"pack_dataset.py: error: {error}", file=sys.stderr)
             sys.exit(2)
         size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
-        print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, all read back")
-    print(f"now: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
+        print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
+    print(f"use it with: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ def read(folder: Path) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders, <output>/<model>/<tag>")
+    parser.add_argument("runs", nargs="+", type=Path, help="output directories, <output>/<model>/<tag>")
     parser.add_argument("--png", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
-            parser.error(f"{run}: holds no metrics.jsonl, which training writes; name the folder of a training run")
+            parser.error(f"{run}: contains no metrics.jsonl; give the output directory of a training run")
     figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for number, run in enumerate(args.runs):
         records, color, name = read(run), f"C{number}", f"{run.parent.name}/{run.name}"

@@ -1,7 +1,7 @@
-"""Classify images without labels: top predictions as CSV and JSON, and a picture of the images with theirs.
+"""Classify unlabelled images, and write the top predictions as CSV and JSON and a picture of the images with predictions.
 
-The model, its input size and its class names come from the checkpoint. Images that cannot be read are listed with the reason,
-in the CSV, the JSON and the log; the exit status is then 1.
+Model, input size and class names are read from the checkpoint. Unreadable images are listed with the reason in the CSV, the
+JSON and the log; the exit status is then 1.
 """
 
 import argparse
@@ -13,34 +13,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
 
-GRID = 36  # images in the picture, at most
+GRID = 36  # maximum number of images in the picture
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", type=Path, help="image files or directories")
     parser.add_argument(
-        "--resume", required=True, metavar="FILE", help="checkpoint: file, run's folder, URL, or released model"
+        "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
     )
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config; by default the checkpoint's own")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="output directory (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=5, help="predictions per image (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
-    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the best accuracy")
+    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones")
     args = parser.parse_args()
     for name in ("top_k", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least 1")
     for path in args.images:
         if not path.exists():
-            parser.error(f"{path}: no such file or folder")
+            parser.error(f"{path}: no such file or directory")
     return args
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict and write. Returns the number of images that could not be read."""
+    """Predict all images and write the results. Returns the number of unreadable images."""
     import torch
 
     from data.build import build_preprocessing
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     readable = [prediction for prediction in predictions if not prediction.error]
     written = ["predictions.csv", "predictions.json"]
     if readable:
-        step = max(len(readable) / GRID, 1)  # evenly spaced: images often come in the order of their classes
+        step = max(len(readable) / GRID, 1)  # evenly spaced, since images are often ordered by class
         shown = [readable[int(position * step)] for position in range(min(GRID, len(readable)))]
         captions = [f"{names[p.class_ids[0]]}: {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in shown]
         pictures = [decode_image(p.image.read_bytes()) for p in shown]
@@ -121,7 +121,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         if args.cfg:
-            load_config(args.cfg, args.opts)  # before torch is imported
+            load_config(args.cfg, args.opts)  # reports config errors before torch is imported
         unreadable = run(args)
     except (ConfigError, ValueError, OSError) as error:
         print(f"predict.py: error: {error}", file=sys.stderr)

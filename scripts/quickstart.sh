@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a FLatten-Swin that is trained, evaluated and fine-tuned on real images, in minutes and without any
-# download but packages. All it writes lies in .venv and quickstart/.
+# Train, evaluate and fine-tune a small FLatten-Swin on real images in minutes. Only packages are downloaded; all output is in
+# .venv and quickstart/.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -9,7 +9,7 @@ processes=$((gpus == 1 ? 1 : 2))
 data=quickstart/digits
 output=quickstart/output
 
-run() { # a title, then arguments of main.py
+run() { # arguments: a title, then the arguments of main.py
   echo
   echo "== $1"
   shift
@@ -20,10 +20,10 @@ run() { # a title, then arguments of main.py
 batch=$((64 / processes))
 run "train at 48 pixels" --cfg configs/quickstart.yaml --batch-size "$batch"
 trained="$output/quickstart/default/best.pth"
-run "evaluate what was saved" --cfg configs/quickstart.yaml --eval --resume "$trained"
+run "evaluate the saved checkpoint" --cfg configs/quickstart.yaml --eval --resume "$trained"
 run "evaluate it at 64 pixels" --cfg configs/quickstart_64.yaml --tag before --eval --resume "$trained"
 run "fine-tune at 64 pixels" --cfg configs/quickstart_64.yaml --batch-size "$batch" --pretrained "$trained"
-run "evaluate what was fine-tuned" --cfg configs/quickstart_64.yaml --eval \
+run "evaluate the fine-tuned checkpoint" --cfg configs/quickstart_64.yaml --eval \
   --resume "$output/quickstart_64/default/best.pth"
 echo
 runs=("$output/quickstart/default" "$output/quickstart_64/before" "$output/quickstart_64/default")

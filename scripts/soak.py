@@ -2,11 +2,11 @@
 
 A small model is trained on handwritten digits. Each start of the training command gets one fault at a random time: SIGKILL of
 one process or of all, a stop signal to one process, a full disk, or damage to the newest checkpoint; sometimes a second run is
-started in the same directory as well. Then the same command is given again. All runs, the undisturbed one too, meet the same
+started in the same directory as well. Then the same command is repeated. All runs, including the undisturbed one, have the same
 unreadable training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless it is
-the one that was damaged. At its end, a run must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
+the one that was damaged. The final state must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
 
 The seed determines kinds and times of the faults; which update they hit depends on the speed of the machine. Linux only.
 """
@@ -45,11 +45,11 @@ DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py
 
 
 class SoakError(Exception):
-    """A broken promise: what was lost, or did not end."""
+    """A guarantee was violated: state was lost, or a process did not end."""
 
 
 def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
-    """The first place where two nested states are not bit-equal, types included; None if they are."""
+    """First difference between two nested states, types included; None if they are bit-equal."""
     if type(one) is not type(other):
         return f"{where}: {type(one).__name__} and {type(other).__name__}"
     if isinstance(one, torch.Tensor):
@@ -68,18 +68,18 @@ def find_difference(one: object, other: object, where: str = "checkpoint") -> st
 
 
 def read_state(folder: Path) -> dict:
-    """The newest checkpoint of a run, without what names its command and machine."""
+    """Read the newest checkpoint of a run, without the entries that depend on command and machine."""
     state = read_checkpoint(list_checkpoints(folder)[0])
     return {key: value for key, value in state.items() if key not in ("config", "environment")}
 
 
 def newest_update(folder: Path) -> int:
-    """Updates done at the newest checkpoint, by its name; 0 if there is none."""
+    """Number of updates at the newest checkpoint, from its file name; 0 if there is none."""
     return max(map(num_updates_of, list_checkpoints(folder)), default=0)
 
 
 def newest_intact_update(folder: Path) -> int:
-    """Updates done at the newest checkpoint that can be read completely; 0 if there is none."""
+    """Number of updates at the newest intact checkpoint; 0 if there is none."""
     path = newest_whole_checkpoint(folder)
     return 0 if path is None else num_updates_of(path)
 
@@ -126,7 +126,7 @@ class Job:
         return any(process.poll() is None for process in self.processes)
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-        """Return after a time, when all processes have ended, or when ``until`` is true."""
+        """Wait for ``seconds``, or until all processes have ended or ``until`` is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.running() and not until():
             time.sleep(0.01)
@@ -144,7 +144,7 @@ class Job:
         return [process.returncode for process in self.processes]
 
     def kill(self) -> None:
-        """SIGKILL to all processes and their loader workers."""
+        """Send SIGKILL to all processes and their loader workers."""
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -152,7 +152,7 @@ class Job:
             process.wait()
 
 
-# --- Faults: each gets a running job, and returns a description
+# --- Faults: each takes a running job, and returns a description
 
 
 def kill_one(job: Job, rng: random.Random) -> str:
@@ -184,7 +184,7 @@ def damage(job: Job, rng: random.Random) -> str:
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["cut", "overwritten", "empty", "a directory"]), newest.read_bytes()
-    newest.unlink()  # best.pth may be the same file: damage the name alone
+    newest.unlink()  # best.pth may be a link to the same file, which must stay intact
     if kind == "cut":
         newest.write_bytes(content[: rng.randrange(len(content))])
     elif kind == "overwritten":
@@ -202,7 +202,7 @@ SECOND_RUN = "second run"
 
 
 class Soak:
-    """Runs under faults, what they survived, and where they stand."""
+    """Training runs under faults, with a count of the survived faults."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -236,7 +236,7 @@ class Soak:
         return job
 
     def make_data(self) -> None:
-        """Handwritten digits, a few of them cut in half."""
+        """Write handwritten digits, and truncate a few training images to half their bytes."""
         data = self.args.output / "digits"
         subprocess.run([sys.executable, ROOT / "scripts/make_digits.py", data], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         images = sorted((data / "train").rglob("*.png"))
@@ -244,10 +244,7 @@ class Soak:
             image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
 
     def train_undisturbed(self) -> dict:
-        """
-        Returns:
-            The final state.
-        """
+        """Train without faults. Returns the final state."""
         begin = time.monotonic()
         job = self.job("undisturbed", num_processes=self.args.processes)
         statuses = job.end(seconds=3600)
@@ -258,10 +255,10 @@ class Soak:
         return read_state(job.folder)
 
     def train_disturbed(self, expected: dict) -> None:
-        """One run under faults until it finishes or the time is up; then it is left alone to finish, and compared.
+        """Train one run under faults, or without once the time is up, and compare its final state with the expected one.
 
         Raises:
-            SoakError: something was lost.
+            SoakError: the run does not finish, or its state differs.
         """
         self.num_runs += 1
         name = f"run{self.num_runs}"
@@ -276,7 +273,7 @@ class Soak:
             raise SoakError(f"{name}: final state differs from the undisturbed run at {difference}")
         best = read_checkpoint(job.folder / BEST)
         if best["num_updates"] != expected["best"]["num_updates"]:
-            raise SoakError(f"{name}: best.pth is of update {best['num_updates']}, not {expected['best']['num_updates']}")
+            raise SoakError(f"{name}: best.pth is from update {best['num_updates']}, not {expected['best']['num_updates']}")
         self.say(f"{name}: finished, equal to the undisturbed run")
         shutil.rmtree(job.folder.parent.parent)
 
@@ -287,7 +284,7 @@ class Soak:
             The exit statuses of its processes.
 
         Raises:
-            SoakError: a process does not end, a stop was not clean, or a checkpoint is lost.
+            SoakError: a process does not end, a stop signal is not handled, or a checkpoint is lost.
         """
         start = newest_update(job.folder)
         delay = self.rng.uniform(0, self.args.longest_delay)
@@ -300,7 +297,7 @@ class Soak:
         before, trains = newest_intact_update(job.folder), newest_update(job.folder) > start
         what = FAULTS[kind](job, self.rng)
         statuses = job.end(SECONDS_TO_END)
-        if set(statuses) == {DONE}:  # it came after the last save
+        if set(statuses) == {DONE}:  # the fault came after the last save
             return statuses
         if kind == "stop" and trains and set(statuses) != {STOPPED}:
             raise SoakError(f"{what}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
@@ -308,13 +305,13 @@ class Soak:
             raise SoakError(f"{what}: exit statuses {statuses}; see {job.log}")
         kept = newest_intact_update(job.folder)
         if kind != "damage" and kept < before:
-            raise SoakError(f"{what}: the newest intact checkpoint is of update {kept}, before it was of {before}")
+            raise SoakError(f"{what}: the newest intact checkpoint is at update {kept}, and was at {before} before")
         self.survived[kind] += 1
         self.say(f"{job.folder.parent.parent.name}: {what} after {delay:.1f} s; exit statuses {statuses}, update {kept}")
         return statuses
 
     def start_second_run(self, job: Job) -> list[int]:
-        """Start the command again while the job trains: it has to be refused, and the job undisturbed."""
+        """Start the command again while the job trains: it must be refused, and must not disturb the job."""
         start = newest_update(job.folder)
         job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > start)
         if not job.running():
@@ -341,16 +338,16 @@ class Soak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15.0, help="time with faults; the last run then finishes without")
-    parser.add_argument("--seed", type=int, default=0, help="of the kinds and times of faults")
+    parser.add_argument("--minutes", type=float, default=15.0, help="duration of the faults; the last run then finishes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kinds and times of faults")
     parser.add_argument("--processes", type=int, default=2, help="processes of the training job")
-    parser.add_argument("--longest-delay", type=float, default=20.0, help="seconds from a start to its fault, at most")
+    parser.add_argument("--longest-delay", type=float, default=20.0, help="maximum seconds from a start to its fault")
     parser.add_argument("--output", type=Path, default=Path("soak"), help="directory for data, runs, logs and soak.json")
     args = parser.parse_args()
     if GLOBAL_BATCH_SIZE % args.processes:
         parser.error(f"--processes {args.processes}: does not divide the {GLOBAL_BATCH_SIZE} images per update")
     if args.output.exists():
-        parser.error(f"--output {args.output}: exists; remove it, or choose another")
+        parser.error(f"--output {args.output}: already exists; remove it, or choose another")
     args.output.mkdir(parents=True)
 
     logging.getLogger("utils.checkpoint").setLevel(logging.ERROR)  # damage is expected

@@ -1,6 +1,6 @@
-"""Print the accuracies of runs, as counted in training and by --eval of the saved file, and the files of their folders.
+"""Print the accuracies of runs, measured in training and by --eval of the saved checkpoint, and list their output files.
 
-Ends with status 1 if the two counts differ.
+The exit status is 1 if the two differ.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Correct predictions at the evaluation that wrote ``best.pth``, by weights; empty if there was no training."""
+    """Number of correct predictions at the evaluation that wrote ``best.pth``, by weights; empty without training."""
     if not metrics.is_file():
         return {}
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -21,11 +21,11 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold eval.json, and metrics.jsonl of training")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories with eval.json, and metrics.jsonl if trained")
     args = parser.parse_args()
     for run in args.runs:
         if not (run / "eval.json").is_file():
-            parser.error(f"{run}: holds no eval.json, which --eval writes; name the folder of an evaluated run")
+            parser.error(f"{run}: contains no eval.json; give the output directory of a run evaluated with --eval")
     print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 %':>18}")
     agree = True
     for run in args.runs:
@@ -42,7 +42,7 @@ def main() -> None:
     for run in args.runs:
         print(f"{run}/: {', '.join(sorted(path.name for path in run.iterdir() if not path.name.startswith(('events.', '.'))))}")
     if not agree:
-        sys.exit("training and evaluation of the saved file count differently")
+        sys.exit("training and evaluation of the saved checkpoint disagree on the number of correct predictions")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Draw the attention maps of a model: for each image an HTML page, and two pictures per block.
+"""Draw the attention maps of a model: one HTML page per image, and two pictures per image and block.
 
-The page needs no network. Click a patch or use the arrow keys to choose the query. Choose block, head and form of attention:
-the model's own, the convolution, their sum, and what softmax, linear, focused and Efficient attention compute from the same
-queries and keys. <image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the
-model's own attention and its depthwise kernel over the image.
+The page works offline. Click a patch or use the arrow keys to choose the query. Choose block, head and form of attention: the
+model's own, the convolution, their sum, and softmax, linear, focused and Efficient attention on the same queries and keys.
+<image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the model's own
+attention and its depthwise kernel over the image.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from utils.config import ConfigError
 
 
 def open_at_token_grid(args: argparse.Namespace):
-    """The model, with the input size that gives the first block the token map of --token-grid."""
+    """Open the model at the input size that gives its first block the token map of --token-grid."""
     from jobs.inspection import open_model
 
     inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
@@ -36,10 +36,10 @@ def parse_point(text: str) -> tuple[int, int]:
 
 
 def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list[tuple[float, float]]:
-    """Points of the image as fractions of its sides.
+    """Convert pixels to fractions of the image's height and width.
 
     Raises:
-        ConfigError: a pixel outside the image.
+        ConfigError: a pixel is outside the image.
     """
     for row, column in pixels:
         if not (0 <= row < height and 0 <= column < width):
@@ -75,18 +75,18 @@ def visualize(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, given as to main.py")
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, if the checkpoint carries none")
-    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, or folders of images")
-    parser.add_argument("--output", type=Path, default=Path("attention"), help="folder for pages and pictures")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="beginnings of module names; all by default")
+    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, as for main.py")
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, for a checkpoint without one")
+    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    parser.add_argument("--output", type=Path, default=Path("attention"), help="output directory")
+    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
     parser.add_argument(
         "--queries",
         nargs="+",
         type=parse_point,
         default=[],
         metavar="ROW,COLUMN",
-        help="pixels of the model's input whose queries the pictures show; four by default",
+        help="pixels of the model's input whose queries the pictures show (default: four)",
     )
     parser.add_argument(
         "--token-grid",

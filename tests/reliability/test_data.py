@@ -99,7 +99,7 @@ def test_d9_a_shard_damaged_at_a_hundred_places_is_never_read_as_a_smaller_one(t
 def test_d9_data_after_the_end_of_a_shard_are_refused(tmp_path):
     first, second = (write_tar(tmp_path / name, samples(3)).read_bytes() for name in ("a.tar", "b.tar"))
     (tmp_path / "train-0.tar").write_bytes(first + second)
-    with pytest.raises(DataError, match=f"there are data at byte {len(first)}, after its end"):
+    with pytest.raises(DataError, match=f"data at byte {len(first)}, after its end"):
         index_tar(tmp_path, "train")
 
 
@@ -273,7 +273,7 @@ def test_hidden_folders_and_links_to_a_parent_give_no_images(tmp_path, caplog):
     (tmp_path / "train/itself").symlink_to("itself")
     (tmp_path / "train/class1/notes.txt").write_text("")
     assert len(index_folder(tmp_path / "train")) == 6
-    assert "files that are no images" in caplog.text
+    assert "files that are not images" in caplog.text
 
 
 # --- Images
