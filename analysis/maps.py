@@ -1,4 +1,4 @@
-"""Attention maps of a model, rebuilt from the queries and keys of its blocks. The model is not changed.
+"""Attention maps of a model, recomputed from the queries and keys of its blocks. The model is not changed.
 
 Shapes: G groups of tokens that attend to each other (images times windows or stripes), N queries, M keys, H heads, C channels,
 D channels per head.
@@ -32,17 +32,17 @@ FORMS = ("softmax", "linear", "focused", "efficient")  # attentions that are com
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What one attention module computed in a forward pass.
+    """Inputs and output of one attention module in a forward pass.
 
     Args:
-        name: of the module in the model.
+        name: name of the module in the model.
         q: (G, H, N, D).
         k, v: (G, H, M, D). Masked values are zero.
         grid, key_grid: token maps of queries and keys.
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
         output: (G, N, C), before the projection; for softmax attention of CSwin also before its convolution of v (LePE).
-        map_grid: token map of the block, which the groups divide.
+        map_grid: token map of the block, divided into the groups.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Attention:
 
     @torch.no_grad()
     def matrix(self) -> Tensor:
-        """(G, H, N, M) weights of the attention, without the convolution. For ``hydra``, every channel is a head."""
+        """Attention weights (G, H, N, M), without the convolution. For ``hydra``, every channel is a head."""
         if not self.is_linear:
             similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
             return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
@@ -73,7 +73,7 @@ class Attention:
 
     @torch.no_grad()
     def convolution(self, queries: Sequence[int] | None = None, *, mean: bool = False) -> Tensor | None:
-        """(C, R, M) weights of the depthwise convolution for R queries, all by default; None without a convolution.
+        """Weights (C, R, M) of the depthwise convolution for R queries, all by default; None without a convolution.
 
         In CSwin, the convolution includes LePE.
 
@@ -88,7 +88,7 @@ class Attention:
 
     @torch.no_grad()
     def twin(self, form: str) -> Tensor:
-        """(G, H, N, M) weights that another attention computes from the same queries and keys, without masks or biases.
+        """Weights (G, H, N, M) of another form of attention for the same queries and keys, without masks or biases.
 
         Args:
             form: one of ``FORMS``. ``linear`` and ``focused`` use relu; ``focused`` has p = 3 and no learned scale.
@@ -100,9 +100,9 @@ class Attention:
 
 
 def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
-    """(..., N, M) weights of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
+    """Weights (..., N, M) of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
 
-    ``focused`` sharpens the channels of each head by itself.
+    ``focused`` sharpens the channels of each head separately.
 
     Raises:
         ValueError: an unknown form.
@@ -127,13 +127,13 @@ def convolution_matrix(
     queries: Sequence[int] | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """A depthwise convolution of a token map as a matrix: its output is the product with the tokens, plus the bias.
+    """Matrix of a depthwise convolution of a token map: the output is its product with the tokens, plus the bias.
 
     Args:
         kernel: (channels, 1, side, side).
         grid: token map of the queries.
-        num_keys: tokens M of the values, prefix tokens included; the map is interpolated along the tokens if it is smaller.
-        queries: positions among all queries, prefix tokens included; all by default.
+        num_keys: number M of value tokens, with prefix tokens; a map smaller than ``grid`` is interpolated along the tokens.
+        queries: positions among all queries, including prefix tokens; all by default.
 
     Returns:
         (channels, R, M). Rows and columns of prefix tokens are zero.
@@ -212,20 +212,20 @@ def _maps_of(module: nn.Module, inputs: tuple) -> dict:
 
 @contextmanager
 def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[list[Attention]]:
-    """Record what the attention modules of a model compute within the ``with`` block.
+    """Record inputs and outputs of a model's attention modules within the ``with`` block.
 
     Args:
-        names: of the modules, see ``attention_modules``; all by default.
+        names: module names, see ``attention_modules``; all by default.
 
     Yields:
-        A list that the forward passes fill, in the order of the network.
+        A list to which forward passes append, in the order of the network.
 
     Raises:
         ValueError: a name that is not an attention module of the model.
     """
     modules = attention_modules(model)
     if unknown := [name for name in names or () if name not in modules]:
-        raise ValueError(f"{unknown[0]}: is no attention module; choose among {', '.join(modules)}")
+        raise ValueError(f"{unknown[0]}: not an attention module; choose among {', '.join(modules)}")
     chosen = {name: modules[name] for name in names or modules}
     recorder, handles, wrapped = _Recorder(), [], []
 
@@ -254,7 +254,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
         for handle in handles:
             handle.remove()
         for module in wrapped:
-            del module.attend  # the method of the class again
+            del module.attend  # restores the method of the class
 
 
 def _record_linear(
@@ -295,10 +295,10 @@ def _record_linear(
 
 
 def token_positions(model: nn.Module, attention: Attention) -> Tensor:
-    """Where the tokens of each window or stripe lie on the block's map.
+    """Positions of the tokens of each window or stripe on the block's map.
 
     Returns:
-        (windows, N) positions on the flattened map, -1 for padding. Prefix tokens are left out.
+        (windows, N) positions on the flattened map, -1 for padding. Prefix tokens are omitted.
     """
     block, grid = model.get_submodule(block_name(attention.name)), attention.map_grid
     height, width = grid

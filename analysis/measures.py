@@ -1,7 +1,7 @@
 """Measures of focus and diversity of attention matrices.
 
-Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights may be negative where a convolution takes part;
-measures of a distribution then use absolute values, normalised per query.
+Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights that include a convolution may be negative;
+measures of a distribution use absolute values, normalised per query.
 """
 
 import math
@@ -22,7 +22,7 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def top_mass(weights: Tensor, share: float) -> Tensor:
-    """Mass per query on the largest ``share`` of the keys, at least one. (..., N, M) -> (..., N), in [0, 1]."""
+    """Mass per query on the ``share`` of keys with the largest weights, at least one. (..., N, M) -> (..., N), in [0, 1]."""
     count = max(1, round(share * weights.shape[-1]))
     return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
 
@@ -59,7 +59,7 @@ def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[i
 
 
 def singular_values(weights: Tensor) -> Tensor:
-    """Largest first, in double precision. (..., N, M) -> (..., min(N, M))."""
+    """Singular values in descending order, in double precision. (..., N, M) -> (..., min(N, M))."""
     return torch.linalg.svdvals(weights.double())
 
 
@@ -74,19 +74,19 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def row_similarity(weights: Tensor) -> Tensor:
-    """Mean cosine between the rows of different queries: 1 if all queries attend alike. (..., N, M) -> (...)."""
+    """Mean cosine similarity between the rows of different queries: 1 if all queries attend equally. (..., N, M) -> (...)."""
     rows = torch.nn.functional.normalize(weights, dim=-1)
     num_queries = rows.shape[-2]
-    total = rows.sum(dim=-2).square().sum(dim=-1)  # of all pairs, those of a row with itself included
+    total = rows.sum(dim=-2).square().sum(dim=-1)  # over all pairs, including each row with itself
     return (total - rows.square().sum(dim=(-2, -1))) / (num_queries * (num_queries - 1))
 
 
 def negative_share(weights: Tensor) -> Tensor:
-    """Share of the negative weights in the total absolute weight. (..., N, M) -> (...)."""
+    """Fraction of negative weights in the total absolute weight. (..., N, M) -> (...)."""
     return weights.clamp(max=0).abs().sum(dim=(-2, -1)) / weights.abs().sum(dim=(-2, -1))
 
 
 def mass_share(part: Tensor, other: Tensor) -> Tensor:
-    """Share of one matrix in the absolute weight of two, such as that of the convolution. (..., N, M) twice -> (...)."""
+    """Fraction of ``part``, such as the convolution, in the absolute weight of two matrices. (..., N, M) twice -> (...)."""
     part, other = (matrix.abs().sum(dim=(-2, -1)) for matrix in (part, other))
     return part / (part + other)

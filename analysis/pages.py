@@ -30,7 +30,7 @@ class BlockMaps:
     """Attention of one module for one image.
 
     Args:
-        name: of the module.
+        name: name of the module.
         queries: (Q, 2) row and column of the queries on the map.
         grid: height and width of the block's token map.
         maps: form of attention -> (H, Q, kh, kw); the convolution is averaged over channels and has one head.
@@ -66,7 +66,7 @@ def trace(
         model: in evaluation mode.
         image: (3, height, width), normalised, on the model's device.
         names: names of attention modules; all by default.
-        points: the queries at these points are among the chosen queries.
+        points: points whose queries are always chosen.
         forms: attentions to compute from the same queries and keys, among ``analysis.maps.FORMS``.
     """
     with torch.no_grad(), capture(model, names) as found:
@@ -117,17 +117,17 @@ def token_at(point: Point, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weights (H, Q, M) on the image: (H, Q, kh, kw), zero outside the window of the query.
+    """Place weights (H, Q, M) on the image: (H, Q, kh, kw), zero outside the window of the query.
 
     Args:
-        positions: (Q, N) of the tokens of each query's window, -1 for padding.
+        positions: (Q, N) positions of the tokens in each query's window, -1 for padding.
     """
     weights = weights[..., attention.num_prefix_tokens :]
-    if attention.key_grid != attention.grid:  # spatially reduced keys have a map of their own
+    if attention.key_grid != attention.grid:  # spatially reduced keys have their own map
         canvas = weights.unflatten(-1, attention.key_grid)
     else:
         canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
-        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # the last cell takes padding
+        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # padding goes to the last cell
         canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
         canvas = canvas[..., :-1].unflatten(-1, grid)
     return canvas
@@ -137,7 +137,7 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 
 
 def encode_maps(maps: Tensor) -> dict:
-    """(H, Q, kh, kw) as bytes: each map in 127 steps of its largest absolute weight, which is kept as well.
+    """Encode maps (H, Q, kh, kw) as int8: each map in 127 steps of its largest absolute weight, also stored.
 
     Maps with more than ``MOST_KEYS`` keys per side are averaged.
     """
@@ -159,17 +159,17 @@ def _base64(values: np.ndarray) -> str:
 
 
 def image_url(image: Image.Image) -> str:
-    """A picture as a data URL."""
+    """Encode an image as a data URL."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: str) -> None:
-    """An HTML page to look at the maps of one image.
+    """Write an HTML page that shows the maps of one image.
 
     Args:
-        image: as the model saw it.
+        image: preprocessed image, before normalisation.
         title: model, weights and image.
     """
     content = {
@@ -190,10 +190,10 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
 
 
 def names_of(model: nn.Module, blocks: list[str] | None) -> list[str]:
-    """Attention modules that begin with one of the given names; all without any.
+    """Names of the attention modules that start with one of the given names; all if there are none.
 
     Raises:
-        ValueError: a name that none begins with.
+        ValueError: a name with which no module starts.
     """
     names = list(attention_modules(model))
     if not blocks:

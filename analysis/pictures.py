@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis.pages import CONVOLUTION, BlockMaps, Point
 
-POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))  # queries that are shown by default
+POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))  # queries shown by default
 SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # negative and positive weights; opacity shows their magnitude
 
 
@@ -18,8 +18,8 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
     """All forms of attention of a block side by side: one row per query, one column per form.
 
     Args:
-        image: as the model saw it.
-        points: the nearest chosen query to each is shown.
+        image: preprocessed image, before normalisation.
+        points: the nearest chosen query to each point is shown.
     """
     figure, rows = _grid(len(points), list(block.maps))
     for cells, point in zip(rows, points, strict=True):
@@ -40,8 +40,8 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
     no such column.
 
     Args:
-        image: as the model saw it.
-        points: the nearest chosen query to each is shown.
+        image: preprocessed image, before normalisation.
+        points: the nearest chosen query to each point is shown.
     """
     own = next(iter(block.maps))
     forms = [form for form in (own, CONVOLUTION) if form in block.maps]

@@ -24,7 +24,7 @@ from analysis.measures import (
 )
 
 OWN, WITH_CONVOLUTION = "own", "own + convolution"
-MOST_RANKED = 784  # queries and keys whose singular values are computed; of larger matrices, that many evenly spread ones
+MOST_RANKED = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
 MEASURES = (
     "entropy",
     "top 1 %",
@@ -58,9 +58,9 @@ class Row:
 
 
 def matrices(attention: Attention) -> dict[str, Tensor]:
-    """(G, H, N, M) weights by form, without prefix tokens.
+    """Weights (G, H, N, M) by form, without prefix tokens.
 
-    ``own`` is what the module computes; the convolution is added as the mean over channels. The other forms are
+    ``own`` is the module's own attention; the convolution is added as the mean over channels. The other forms are
     computed from the same queries and keys.
     """
     prefix = attention.num_prefix_tokens
@@ -71,7 +71,7 @@ def matrices(attention: Attention) -> dict[str, Tensor]:
 
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
-    """Each of ``MEASURES`` of (G, H, N, M) weights: (H,) means over groups and queries."""
+    """Compute each of ``MEASURES`` for weights (G, H, N, M): (H,) means over groups and queries."""
     values = singular_values(weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])])
     per_query = {
         "entropy": entropy(weights),
@@ -104,7 +104,7 @@ def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] |
     Args:
         model: in evaluation mode.
         images: each (3, height, width), normalised.
-        names: of attention modules; all by default.
+        names: names of attention modules; all by default.
     """
     rows: dict[tuple[str, str, int], Row] = {}
     for image in images:
@@ -131,7 +131,7 @@ def mean_over_heads(rows: Sequence[Row], block: str, form: str, name: str) -> fl
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line per block, form and head: the mean of each measure over the images."""
+    """Write one line per block, form and head: the mean of each measure over the images."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["block", "attention", "form", "head", "head_dim", "num_keys", *MEASURES])
@@ -142,13 +142,13 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
-    """The values of every image, with what they were measured on."""
+    """Write the values of every image, with the description ``about``."""
     content = about | {"rows": [vars(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def report(rows: Sequence[Row], about: dict) -> str:
-    """What was measured, and a table per measure: blocks in rows, forms in columns, means over heads and images."""
+    """The description ``about``, and one table per measure: blocks in rows, forms in columns, means over heads and images."""
     blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
     lines = ["# Focus of attention", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     kinds = {row.block: "linear" if row.is_linear else "softmax" for row in rows}

@@ -13,68 +13,68 @@ _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
 def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: int, root: str) -> None:
-    """Refuse splits that do not fit each other or the model, before anything is built.
+    """Check that the classes of the splits match each other, and that their number matches the model.
 
     Raises:
-        DataError: a class that one split lacks, or another number of classes than the model's.
+        DataError: a class missing from one split, or a number of classes that differs from the model's.
     """
     if train is not None and list(train) != list(val):
         parts = []
         if lacking := sorted(set(train) - set(val)):
             parts.append(f"val/ lacks {_shorten(lacking)}")
         if extra := sorted(set(val) - set(train)):
-            parts.append(f"val/ has {_shorten(extra)} besides")
+            parts.append(f"val/ also has {_shorten(extra)}")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     if len(val) != num_classes:
         remedy = (
             f"add --opts MODEL.NUM_CLASSES {len(val)}"
             if train is not None
-            else "add --opts TEST.CLASS_MAP with the class id of each folder (imagenet for WordNet ids)"
+            else "add --opts TEST.CLASS_MAP with the class id of each directory (imagenet for WordNet ids)"
         )
         raise DataError(
-            f"{root}: holds {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; {remedy}, or check --data-path"
+            f"{root}: contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; {remedy}, or check --data-path"
         )
 
 
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
-    """Refuse to evaluate a model on other classes than it was trained with, even if their number is the same.
+    """Check that a model is evaluated on the classes it was trained with, even if the number of classes matches.
 
-    Names that are mere numbers say nothing, and are not compared.
+    Numeric class names do not identify a class and are not compared.
 
     Raises:
-        DataError: class names that differ.
+        DataError: different class names.
     """
     unknown = len(model_classes) != len(names) or any(list(given) == numbered(len(given)) for given in (names, model_classes))
     if unknown or list(names) == list(model_classes):
         return
     first = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
     raise DataError(
-        f"{root}: its classes are not those that the checkpoint was trained with: class {first} is {names[first]!r} here and "
-        f"{model_classes[first]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each folder"
+        f"{root}: the checkpoint was trained with other classes: class {first} is {names[first]!r} here, but "
+        f"{model_classes[first]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each directory"
     )
 
 
 def numbered(count: int) -> list[str]:
-    """Names of classes without names, as archives without ``classes.txt`` have."""
+    """Numeric class names, as used for archives without ``classes.txt``."""
     return [str(number) for number in range(count)]
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The model's class for each of a dataset's, whose accuracy is then among those classes alone.
+    """Class id of the model for each class of a dataset; accuracy is then computed among these classes only.
 
     Args:
-        class_map: ``imagenet`` for folders named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
-            (ImageNet-V2), else a file with a line for each folder: its name, white space, the model's class id.
-        classes: names by the dataset's class id.
+        class_map: ``imagenet`` for directories named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
+            (ImageNet-V2), else a file with one line per directory: its name, white space, the model's class id.
+        classes: class names by the dataset's class id.
 
     Raises:
-        DataError: a folder without a class, a class the model does not have, or two folders of one class.
+        DataError: a directory without a class id, a class id out of range, or one class id for two directories.
     """
     if class_map == "imagenet":
         if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
             raise DataError(
-                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, which does not say which of the "
-                f"{num_classes} they are; name them by WordNet id, in folders or in classes.txt, or give a file"
+                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, which does not identify them among "
+                f"{num_classes}; name the directories, or the lines of classes.txt, by WordNet id, or set it to a file"
             )
         subset = infer_imagenet_subset({"num_classes": num_classes})
         names = ImageNetInfo(subset).label_names() if subset else []
@@ -83,42 +83,42 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
     else:
         ids, source = _read_ids(Path(class_map)), class_map
     if lacking := [name for name in classes if name not in ids]:
-        raise DataError(f"{source}: knows no class of the folder {_shorten(lacking)}; add a line for it, or remove the folder")
+        raise DataError(f"{source}: no class id for directory {_shorten(lacking)}; add a line for it, or remove it")
     if len(classes) < 2:
         raise DataError(
-            f"{source}: maps a single folder, {classes[0]!r}, among whose one class every prediction is correct; check "
-            "--data-path, whose val/ needs a folder per class"
+            f"{source}: val/ has only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: val/ "
+            "needs one directory per class"
         )
     chosen = [ids[name] for name in classes]
     if max(chosen) >= num_classes:
-        raise DataError(f"{source}: gives class {max(chosen)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
+        raise DataError(f"{source}: class id {max(chosen)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
     if len(set(chosen)) < len(chosen):
         twice = next(name for name, number in zip(classes, chosen, strict=True) if chosen.count(number) > 1)
-        raise DataError(f"{source}: gives the class of {twice} to another folder too; put their images into one folder")
+        raise DataError(f"{source}: {twice} and another directory have the same class id; merge these directories")
     return chosen
 
 
 def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
-    """Every label that people saw in each validation image (ReaL, https://arxiv.org/abs/2006.07159); none for some.
+    """ReaL labels of each validation image, possibly none (https://arxiv.org/abs/2006.07159).
 
     Args:
         path: ``real.json``, a list of class ids for each of ILSVRC2012_val_00000001.JPEG, ..._00000002.JPEG, ...
-        names: of the images to look up.
+        names: image names to look up.
 
     Raises:
-        DataError: a file that is no such list, or an image that it does not number.
+        DataError: an invalid file, or an image without an entry in it.
     """
     try:
         labels = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"TEST.REAL_LABELS={path}: cannot be read ({error}); it is real.json of the ReaL labels") from None
+        raise DataError(f"TEST.REAL_LABELS={path}: cannot be read ({error}); use real.json of the ReaL labels") from None
     if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
-        raise DataError(f"TEST.REAL_LABELS={path}: is no list of lists of class ids; use real.json of the ReaL labels")
+        raise DataError(f"TEST.REAL_LABELS={path}: not a list of lists of class ids; use real.json of the ReaL labels")
     found = []
     for name in names:
         number = _VALIDATION_NUMBER.search(name)
         if number is None or not 1 <= int(number[1]) <= len(labels):
-            raise DataError(f"TEST.REAL_LABELS={path}: has no labels of {name}; it is for ImageNet's own validation images")
+            raise DataError(f"TEST.REAL_LABELS={path}: no labels for {name}; the file covers only ImageNet's validation images")
         found.append(labels[int(number[1]) - 1])
     return found
 
@@ -127,16 +127,16 @@ def _read_ids(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
-        raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); name a file, or imagenet") from None
+        raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
     ids = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
         if not name or not is_class_id(label):
-            raise DataError(f"{path}:{number}: {line!r} is not a folder's name, white space and a class id")
+            raise DataError(f"{path}:{number}: {line!r} is not a directory name, white space and a class id")
         if ids.setdefault(name.strip(), int(label)) != int(label):
-            raise DataError(f"{path}:{number}: gives {name.strip()} another class id than an earlier line; remove one of them")
+            raise DataError(f"{path}:{number}: {name.strip()} has another class id in an earlier line; remove one of them")
     return ids
 
 

@@ -1,6 +1,6 @@
-"""Random erasing (https://arxiv.org/abs/1708.04896) as timm has it, with the draws of a batch made at once.
+"""Random erasing (https://arxiv.org/abs/1708.04896) as in timm, with vectorised draws for a batch.
 
-Shapes: B images, R rectangles per image at most.
+Shapes: B images, at most R rectangles per image.
 """
 
 import math
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data.datasets import Key
 
-AREA = (0.02, 1 / 3)  # of a rectangle over that of the image
-LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # of height over width
-NUM_ATTEMPTS = 10  # to draw a rectangle that fits into the image
-SEED_OF_ERASING = 1  # apart from the seed of the same image's other draws
+AREA = (0.02, 1 / 3)  # range of a rectangle's area as a fraction of the image's
+LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
+NUM_ATTEMPTS = 10  # maximum draws for a rectangle that fits into the image
+SEED_OF_ERASING = 1  # differs from the seeds of the image's other draws
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
 
@@ -27,7 +27,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hash_keys(seed: int, keys: Sequence[Key]) -> np.ndarray:
-    """(B,) uint64, a function of (seed, epoch, index) alone."""
+    """Hash (seed, epoch, index) of each image. Returns (B,) uint64."""
     state = mix(np.full(len(keys), (seed + 1) * GOLDEN + SEED_OF_ERASING & (2**64 - 1), dtype=np.uint64))
     for values in np.array(keys, dtype=np.uint64).reshape(-1, 2).T:
         state = mix(state + (values + np.uint64(1)) * np.uint64(GOLDEN))
@@ -35,7 +35,7 @@ def hash_keys(seed: int, keys: Sequence[Key]) -> np.ndarray:
 
 
 def draw_uniform(state: np.ndarray, num_draws: int) -> np.ndarray:
-    """(B, num_draws) in [0, 1)."""
+    """Uniform draws in [0, 1). (B,) -> (B, num_draws)."""
     steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return (mix(state[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
@@ -43,10 +43,11 @@ def draw_uniform(state: np.ndarray, num_draws: int) -> np.ndarray:
 def draw_rectangles(
     state: np.ndarray, height: int, width: int, *, probability: float, max_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """
+    """Draw the rectangles to erase in a batch.
+
     Args:
         state: (B,) from ``hash_keys``.
-        height, width: of the images in pixels.
+        height, width: image size in pixels.
 
     Returns:
         (K,) positions in the batch and (K, 4) top, left, height and width of the rectangles to erase.
@@ -67,14 +68,14 @@ def draw_rectangles(
 
 
 class Erase:
-    """Erases rectangles of normalised images, drawn from (seed, epoch, index).
+    """Random erasing of normalised images, drawn from (seed, epoch, index).
 
     Args:
-        probability: of erasing anything of an image.
+        probability: probability of erasing in an image.
         mode: ``pixel`` fills with normal noise, ``rand`` with one normal draw per channel, ``const`` with 0.
         max_count: maximum number of rectangles per image; the area is divided among them.
-        seed: of the run.
-        device: of the images.
+        seed: the run's seed.
+        device: device of the images.
     """
 
     def __init__(self, probability: float, *, mode: str, max_count: int, seed: int, device: torch.device):
@@ -82,7 +83,7 @@ class Erase:
         self.generator = torch.Generator(device)
 
     def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """images: (B, C, H, W), changed in place; keys: (epoch, index) of each."""
+        """Erase rectangles in place. images: (B, C, H, W); keys: (epoch, index) of each image."""
         state = hash_keys(self.seed, keys)
         options = {"probability": self.probability, "max_count": self.max_count}
         positions, boxes = draw_rectangles(state, *images.shape[-2:], **options)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -526,7 +527,8 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every entry in memory
-                end = entry.offset_data + (-(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if entry.isreg() else 0)
+                num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
+                end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
                 folder, _, base = entry.name.rpartition("/")
                 if entry.isdir() or base.startswith("._"):  # metadata that macOS adds to each file
                     continue

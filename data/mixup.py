@@ -6,35 +6,35 @@ from torch import Tensor
 
 from data.datasets import draw_seed, kept_generators, seed_generators
 
-SEED_OF_MIXUP = 2  # apart from the seeds of images
+SEED_OF_MIXUP = 2  # differs from the seeds of images
 
 
 class StepMixup:
-    """timm's Mixup with the draws of one forward pass a function of (seed, step, rank): each process draws its own.
+    """timm's Mixup, with the draws of each forward pass seeded from (seed, step, rank): processes draw independently.
 
     Args:
-        seed: of the run.
-        rank: of this process.
-        options: of ``timm.data.Mixup``.
+        seed: the run's seed.
+        rank: rank of this process.
+        options: arguments of ``timm.data.Mixup``.
     """
 
     def __init__(self, *, seed: int, rank: int = 0, **options):
         self.seed, self.rank, self.mixup = seed, rank, Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch with itself, in place where B is even; else the first image is also mixed with the one in the middle.
+        """Mix a batch with its reverse, in place if B is even; if B is odd, the middle image is mixed with the first one.
 
         Args:
             images: (B, 3, H, W), normalised.
             targets: (B,) class ids.
-            step: forward passes of the run before this one.
+            step: number of forward passes of the run before this one.
 
         Returns:
-            images and (B, num_classes) probabilities, label smoothing included.
+            Images and (B, num_classes) probabilities, including label smoothing.
         """
         count = len(images)
         middle = count // 2
-        if count % 2:  # timm mixes the first with the last, the second with the last but one ..., see partner
+        if count % 2:  # timm mixes with the reversed batch; give the middle image a copy of the first as partner
             images, targets = (
                 torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
             )

@@ -1,5 +1,6 @@
-"""Which images make up which batch: pure functions of (seed, epoch, update), for any number of processes."""
+"""Composition of batches: a pure function of (seed, epoch, update), for any number of processes."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,28 +11,28 @@ from data.datasets import Key, draw_seed
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of one epoch's images."""
+    """Permutation of the images in one epoch."""
     generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
     return torch.randperm(num_samples, generator=generator)
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """Batches of one process for one epoch, whole updates only.
+    """Training batches of one process for one epoch, complete updates only.
 
-    Update u takes images u * G to (u + 1) * G of the epoch's order, G being the global batch; its forward passes and
-    processes divide those among themselves. So the images of an update do not depend on how many processes there are.
+    Update u uses images u * G to (u + 1) * G of the epoch's order, where G is the global batch size. They are divided among
+    forward passes and processes, so the images of an update do not depend on the number of processes.
 
-    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe) each image comes ``repeats`` times in a row, augmented
-    anew each time. An epoch keeps its number of updates, so it uses fewer images. ``separate_copies`` keeps mixup from mixing
-    an image with itself.
+    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe), each image appears ``repeats`` times in a row, with
+    different augmentations. The number of updates per epoch is unchanged, so an epoch uses fewer images.
+    ``separate_copies`` prevents mixup of an image with itself.
 
     Args:
         num_samples: size of the dataset.
         batch_size: images per process and forward pass.
         accumulation: forward passes per update.
-        repeats: how often an image comes in its epoch.
-        rank, world_size: of this process.
-        seed: of the run.
+        repeats: occurrences of an image per epoch.
+        rank, world_size: rank of this process, and number of processes.
+        seed: the run's seed.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class TrainBatches(Sampler[list[Key]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
-        """The epoch to read next, and where in it to begin."""
+        """Set the epoch to read next and its first update."""
         self.epoch, self.first_update = epoch, first_update
 
     def __len__(self) -> int:
@@ -67,36 +68,36 @@ class TrainBatches(Sampler[list[Key]]):
                 start = (forward_pass * self.world_size + self.rank) * self.batch_size
                 mine = positions[start : start + self.batch_size]
                 indices = order[mine // self.repeats].tolist()
-                rounds = (self.epoch * self.repeats + mine % self.repeats).tolist()  # what an image's draws are seeded from
+                rounds = (self.epoch * self.repeats + mine % self.repeats).tolist()  # seeds of the images' draws
                 yield list(zip(rounds, indices, strict=True))
 
 
 def partner(position: int, count: int) -> int:
-    """The image that mixup mixes with the one at ``position``: the first with the last, the second with the last but one ...
+    """Position of the image that mixup mixes with the one at ``position``: the same position in the reversed batch.
 
-    In batches of an odd number the one in the middle is mixed with the first, see ``data.mixup``.
+    In batches of odd size, the middle image is mixed with the first, see ``data.mixup``.
     """
     opposite = count - 1 - position
     return opposite if opposite != position else 0
 
 
 def separate_copies(indices: list[int]) -> list[int]:
-    """An order of a batch in which mixup mixes no image with a copy of itself.
+    """Order of a batch in which mixup does not mix an image with a copy of itself.
 
-    In batches of a few images, copies may meet: the search is greedy, and there may be no such order.
+    In small batches, copies may still be mixed: the search is greedy, and such an order may not exist.
 
     Args:
-        indices: (B,) index of each image; equal ones are copies.
+        indices: (B,) index of each image; equal indices are copies.
 
     Returns:
-        (B,) positions, from 0 to B - 1 if there is nothing to change.
+        (B,) positions, from 0 to B - 1 if no change is needed.
     """
     count, order = len(indices), list(range(len(indices)))
 
     def collides(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # it is mixed with the first, which may move
+    middle = [count // 2] * (count % 2)  # mixed with the first, which may move
     for first in range((count + 1) // 2):
         if not collides(first):
             continue
@@ -109,13 +110,13 @@ def separate_copies(indices: list[int]) -> list[int]:
 
 
 class EvalBatches(Sampler[list[Key]]):
-    """Every image once: process r takes images r, r + world, r + 2 * world ... and the last batch may be short."""
+    """Evaluation batches, each image once: rank r reads images r, r + world_size, ...; the last batch may be smaller."""
 
     def __init__(self, num_samples: int, batch_size: int, *, rank: int, world_size: int):
         self.indices, self.batch_size = range(rank, num_samples, world_size), batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for start in range(0, len(self.indices), self.batch_size):

@@ -1,4 +1,4 @@
-"""From a decoded image to a uint8 tensor in the loader, and from there to the normalised input of the model."""
+"""Transforms of decoded images to uint8 tensors in the loader, and normalisation on the device."""
 
 import math
 import random
@@ -17,11 +17,11 @@ from torchvision import transforms
 
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
-SMALL = 32  # pixels; up to this size training crops from a padded image, and evaluation crops nothing
+SMALL = 32  # pixels; up to this size, training crops from a padded image, and evaluation does not crop
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that is given as one number or two."""
+    """Convert a size of one or two numbers to (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -37,9 +37,9 @@ def create_train_transform(
     color_jitter: float,
     auto_augment: str,
 ) -> Transform:
-    """The recipe's augmentation up to uint8; erasing follows on the device, on normalised values.
+    """Training augmentation up to uint8; erasing follows on the device, after normalisation.
 
-    Above ``SMALL`` pixels it takes tensors too, as ``decode_pixels`` returns them.
+    Above ``SMALL`` pixels, it also accepts tensors as returned by ``decode_pixels``.
 
     Args:
         img_size: pixels, one number or (height, width).
@@ -68,9 +68,9 @@ def create_train_transform(
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop with the same draws, resized by torch's kernels for uint8.
+    """timm's random resized crop with the same draws, resized by torch's uint8 kernels.
 
-    These take a third of Pillow's time and differ from it by at most two levels of 255.
+    They take a third of Pillow's time, and differ from it by at most 2 of 255 levels.
     """
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
@@ -80,7 +80,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
         top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
-        height, width = max(height, 1), max(width, 1)  # of an image of a pixel or two, the crop may round to nothing
+        height, width = max(height, 1), max(width, 1)  # the crop of an image of one or two pixels may round to 0
         crop = image[None, :, top : top + height, left : left + width]
         resized = F.interpolate(crop, size=self.size, mode=mode.value, antialias=True, align_corners=False)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
@@ -92,7 +92,7 @@ _POLICY = re.compile(
 
 
 def check_policy(policy: str) -> None:
-    """Check a policy of timm section by section; timm itself asserts, which ``python -O`` removes.
+    """Check the sections of a timm policy; timm uses ``assert``, which ``python -O`` removes.
 
     Raises:
         ValueError: an unknown section.
@@ -102,22 +102,22 @@ def check_policy(policy: str) -> None:
 
 
 def _deterministic(interpolation: str) -> str:
-    """The mode that evaluation uses for ``random``: bilinear, as the reference."""
+    """Interpolation mode for evaluation: bilinear instead of ``random``, as in the reference."""
     return "bilinear" if interpolation == "random" else interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What evaluation does to an image before the model sees it.
+    """Evaluation preprocessing of an image.
 
     Args:
         img_size: (height, width) of the model's input in pixels.
         crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, whatever the aspect ratio, and crops the
-            centre; ``short`` resizes the shorter side to it, keeping the ratio, and crops the centre; ``none`` resizes to
+            centre; ``short`` resizes the shorter side to it, keeps the ratio, and crops the centre; ``none`` resizes to
             ``img_size``.
-        crop_pct: side of the centre crop over that of the resized image.
+        crop_pct: ratio of the centre crop's side to the resized image's.
         interpolation: bicubic, bilinear or random (which means bilinear here).
-        mean, std: per channel, of values in [0, 1].
+        mean, std: per channel, for values in [0, 1].
     """
 
     img_size: tuple[int, int]
@@ -129,7 +129,7 @@ class Preprocessing:
 
     @property
     def effective_crop_pct(self) -> float:
-        """1 where nothing is cropped: with ``none``, and for small images."""
+        """``crop_pct``, or 1 if nothing is cropped: with ``none``, and for small images."""
         return 1.0 if self.crop_mode == "none" or max(self.img_size) <= SMALL else self.crop_pct
 
     @property
@@ -138,12 +138,12 @@ class Preprocessing:
 
     @property
     def resized_to(self) -> tuple[int, int]:
-        """(height, width) before the crop; with ``short`` the image covers it."""
+        """(height, width) before the crop; with ``short``, the minimum."""
         height, width = (math.floor(side / self.effective_crop_pct) for side in self.img_size)
         return height, width
 
     def create_transform(self) -> Transform:
-        """PIL image -> (3, H, W) uint8."""
+        """Create the transform from a PIL image to (3, H, W) uint8."""
         return create_transform(
             self.img_size,
             is_training=False,
@@ -180,7 +180,7 @@ def _shorten(size: tuple[int, int]) -> int | list[int]:
 
 
 class Normalize:
-    """uint8 in [0, 255] to normalised floats, on the images' device. (B, 3, H, W) -> the same."""
+    """Convert uint8 images to normalised floats on their device. (B, 3, H, W) -> the same."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)

@@ -55,7 +55,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
     with torch.no_grad(), capture(model, names) as found:
         model(image.unsqueeze(0))
     columns = min(4, len(found))
-    rows = -(-len(found) // columns)
+    rows = math.ceil(len(found) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False, constrained_layout=True)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")

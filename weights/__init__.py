@@ -1,1 +1,1 @@
-"""Weight files: reading them safely and downloading them once. The bottom layer: ``models`` and ``utils`` may import it."""
+"""Read weight files safely, and download them once. Bottom layer: ``models`` and ``utils`` may import it."""

@@ -1,4 +1,4 @@
-"""Download weight files once, into the cache that torch.hub uses."""
+"""Download weight files once, into the cache of torch.hub."""
 
 import hashlib
 import http.client
@@ -22,7 +22,7 @@ from weights.reader import CheckpointError, sha256, verify
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 30.0  # of connecting, and of each read
+TIMEOUT_SECONDS = 30.0  # for connecting, and for each read
 SECONDS_BETWEEN_LINES = 30.0
 _BLOCK = 1 << 20  # bytes
 # First bytes of the accepted formats: zip (torch.save), pickle and tar (torch.save before 1.6), safetensors (JSON header).
@@ -35,15 +35,15 @@ def is_url(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder of downloaded weight files: ``checkpoints`` of torch.hub's cache (TORCH_HOME)."""
+    """Directory of downloaded weight files: ``checkpoints`` of torch.hub's cache (TORCH_HOME)."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def cached_path(url: str, name: str = "") -> Path:
-    """Where the file of a URL is cached.
+    """Path of a URL's file in the cache.
 
     Args:
-        name: file name without suffix; when not given, it derives from the URL.
+        name: file name without suffix; derived from the URL by default.
     """
     parts = urlsplit(url)
     last = Path(parts.path).name
@@ -55,18 +55,18 @@ def cached_path(url: str, name: str = "") -> Path:
 
 
 def fetch(url: str, name: str = "") -> Path:
-    """Path of a URL's file in the cache, downloaded if it is not there yet.
+    """Download a URL's file unless it is cached, and return its path.
 
-    The download goes to a temporary name and is renamed when it is complete; an interrupted one starts again. Its sha256
-    is recorded beside it and compared at every later call. Of several processes, one downloads and the others wait.
+    The download has a temporary name and is renamed when complete; an interrupted one starts again. The sha256 is recorded
+    next to the file and checked at every later call. If several processes call it, one downloads and the rest wait.
 
     Args:
         url: http or https.
-        name: file name in the cache, without suffix; derived from the URL when not given.
+        name: file name in the cache, without suffix; derived from the URL by default.
 
     Raises:
-        CheckpointError: no network, an error of the server, an incomplete file, a file that is no checkpoint, a sha256
-            that differs from the recorded one. The message names the URL and where to put a file downloaded by hand.
+        CheckpointError: no network, a server error, an incomplete file, a file that is not a checkpoint, or a sha256 that
+            differs from the recorded one. The message includes the URL, and the path for a file downloaded by hand.
     """
     path = cached_path(url, name)
     try:
@@ -77,14 +77,14 @@ def fetch(url: str, name: str = "") -> Path:
             _compare_digest(url, path)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); make room, or choose another cache folder with TORCH_HOME"
+            f"{path}: cannot be written ({error.strerror or error}); make room, or set TORCH_HOME to another directory"
         ) from None
     return path
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Exclusive over the processes of a machine; without effect where the file system has no locks."""
+    """Lock a path against other processes of this machine; has no effect if the file system has no locks."""
     with open(path.with_name(path.name + ".lock"), "w") as file:
         with suppress(ImportError, OSError):
             import fcntl
@@ -121,7 +121,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _copy(response, file, total: int, title: str) -> int:
-    """Copy a response to a file, with a bar on a terminal and plain lines in a log. Returns the bytes received."""
+    """Copy a response to a file, with a progress bar on a terminal, else log lines. Returns the number of bytes received."""
     received, last = 0, time.monotonic()
     hidden = not sys.stderr.isatty()
     with tqdm(total=total or None, desc=title, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
@@ -136,12 +136,12 @@ def _copy(response, file, total: int, title: str) -> int:
 
 
 def _check_format(url: str, path: Path, by_hand: str) -> None:
-    """Refuse what is no weight file, such as the HTML page of a login form or of a moved file."""
+    """Refuse a download that is not a weight file, such as an HTML page with a login form."""
     with open(path, "rb") as file:
         head = file.read(512)
     magic, offset = _TAR_MAGIC
     if not _SIGNATURES.match(head) and head[offset : offset + len(magic)] != magic:
-        kind = "an HTML page" if head.lstrip()[:1] == b"<" else "no weight file"
+        kind = "an HTML page" if head.lstrip()[:1] == b"<" else "something other than a weight file"
         raise CheckpointError(f"{url}: the server sent {kind} ({path.stat().st_size} bytes); check the address{by_hand}")
     if zipfile.is_zipfile(path) or head.startswith(b"PK"):
         try:
@@ -151,7 +151,7 @@ def _check_format(url: str, path: Path, by_hand: str) -> None:
 
 
 def _compare_digest(url: str, path: Path) -> None:
-    """Record the sha256 of a new file, and compare it with the recorded one later."""
+    """Record the sha256 of a new file; check that of an earlier one against the record."""
     record, digest = path.with_name(path.name + ".sha256"), sha256(path)
     recorded = record.read_text().split() if record.is_file() else []
     if not recorded:
@@ -160,5 +160,5 @@ def _compare_digest(url: str, path: Path) -> None:
     elif recorded[0] != digest:
         raise CheckpointError(
             f"{path}: its sha256 is {digest}, but {recorded[0]} was recorded at its first download from {url}; the file has "
-            f"changed. Delete it to download it again, and {record.name} too if the new file is meant"
+            f"changed. Delete it to download it again, and {record.name} too if the change is intended"
         )

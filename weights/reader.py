@@ -38,22 +38,22 @@ _PLAIN_GLOBALS = [
 
 
 class CheckpointError(ValueError):
-    """A weight file that is missing, damaged, unsafe or of another model. The message names the file and the remedy."""
+    """A weight file is missing, damaged, unsafe or from another model. The message includes the path and the remedy."""
 
 
 def verify(path: Path) -> None:
-    """Read a zip-based checkpoint completely and compare its checksums.
+    """Read a zip-based checkpoint completely and verify its checksums.
 
     Raises:
-        CheckpointError: damaged. ``torch.load`` alone accepts flipped bits in tensor data.
+        CheckpointError: the file is damaged. ``torch.load`` alone does not detect flipped bits in tensor data.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # zipfile and zlib raise many kinds on damaged files
-        raise CheckpointError(f"{path}: is damaged or no checkpoint ({error})") from error
+    except Exception as error:  # zipfile and zlib raise many exception types on damaged files
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged: {damaged} fails its checksum")
+        raise CheckpointError(f"{path}: damaged: {damaged} fails its checksum")
 
 
 def sha256(path: Path) -> str:
@@ -73,11 +73,11 @@ def read_checkpoint(path: str | Path) -> dict:
     """Read a weight file as plain data on the CPU.
 
     Returns:
-        The dictionary of the file. For safetensors files: the tensors, or where the file has this project's metadata,
+        The dictionary of the file. For safetensors files: the tensors, or, if the file has this project's metadata,
         ``{"model": tensors, ...}`` with the metadata's entries.
 
     Raises:
-        CheckpointError: missing, damaged, or in need of code that will not be run.
+        CheckpointError: the file is missing or damaged, or requires code that is not run.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -91,11 +91,11 @@ def read_checkpoint(path: str | Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
-        raise CheckpointError(f"{path}: not loaded, since it is damaged or holds code: {reason}") from None
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise CheckpointError(f"{path}: is damaged or no checkpoint ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"{path}: not loaded, since it is damaged or contains code: {reason}") from None
+    except Exception as error:  # a damaged pickle raises many exception types
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds {type(state).__name__}, not a dictionary of weights")
+        raise CheckpointError(f"{path}: contains {type(state).__name__}, not a dictionary of weights")
     return state
 
 
@@ -117,17 +117,17 @@ def _read_safetensors(path: Path) -> dict:
         tensors = load_file(path)
         described = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is damaged or no safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
     return {"model": tensors, **described} if isinstance(described, dict) else tensors
 
 
 def _named_global(message: str) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", message)
-    return f"it asks for {found.group(1)}, which is not allowed" if found else message
+    return f"it requires {found.group(1)}, which is not allowed" if found else message
 
 
 def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
-    """State dicts of a checkpoint by label, ``raw`` and ``ema``, with the prefixes of DDP and torch.compile removed."""
+    """State dicts of a checkpoint by label, ``raw`` and ``ema``, without the prefixes of DDP and torch.compile."""
     found = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
         "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
@@ -146,7 +146,7 @@ def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
 
 
 def preferred_weights(state: Mapping) -> str:
-    """Label that ``auto`` selects: the weights with the best accuracy, as training recorded; else ema where present."""
+    """Label that ``auto`` selects: the weights with the best accuracy recorded by training; else ema if present."""
     stored = stored_weights(state)
     best = state.get("best")
     recorded = best.get("weights") if isinstance(best, dict) else None
@@ -159,10 +159,10 @@ def choose_weights(state: Mapping, weights: str, path: str | Path) -> tuple[str,
     """Label and state dict of ``raw``, ``ema`` or ``auto`` (see ``preferred_weights``).
 
     Raises:
-        CheckpointError: the checkpoint lacks these weights.
+        CheckpointError: the checkpoint does not have these weights.
     """
     stored = stored_weights(state)
     label = preferred_weights(state) if weights == "auto" else weights
     if label not in stored:
-        raise CheckpointError(f"{path}: holds no {label} weights; its keys: {', '.join(map(str, state))}")
+        raise CheckpointError(f"{path}: contains no {label} weights; its keys: {', '.join(map(str, state))}")
     return label, stored[label]

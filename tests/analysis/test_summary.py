@@ -75,7 +75,7 @@ def test_one_command_writes_tables_plots_and_a_report(trained, toy_data, tmp_pat
     outcome = run_script(scripts.analyze_focus, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     content = json.loads((tmp_path / "focus.json").read_text())
-    assert content["images"].startswith("3 below")
+    assert content["images"].startswith("3 from")
     assert all(len(row["values"]["entropy"]) == 3 for row in content["rows"])
     with open(tmp_path / "focus.csv", newline="") as file:
         lines = list(csv.DictReader(file))
