@@ -1,6 +1,6 @@
 """Train, evaluate or measure a FLatten Transformer: ``torchrun --nproc_per_node=8 main.py --cfg configs/X.yaml ...``
 
-Without torchrun it runs as one process.
+Without torchrun, it runs as one process.
 """
 
 import sys
@@ -15,10 +15,10 @@ USAGE_ERROR = 2  # exit status
 
 
 def main(*, ema: bool = False) -> None:
-    """Parse and check the command line, then run the job that it asks for.
+    """Parse and check the command line, then run the requested job.
 
     Args:
-        ema: average the weights unless the command line says otherwise.
+        ema: enable the EMA unless the command line disables it.
     """
     args = parse_arguments(__doc__)
     try:
@@ -31,7 +31,7 @@ def main(*, ema: bool = False) -> None:
         sys.exit(USAGE_ERROR)
 
     stop = StopRequest()
-    # torch and timm take seconds to import: mistakes above are reported without them.
+    # Imported late: torch and timm take seconds to import, and usage errors do not need them.
     from jobs.launch import launch
 
     launch(args, cfg, pairs, stop)

@@ -1,4 +1,4 @@
-"""``main.py`` under the name that the reference gives to training with averaged weights: they are on unless turned off."""
+"""``main.py`` with the EMA enabled by default, for compatibility with the commands of the reference."""
 
 from main import main
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint as a user names it, with the config and class names that it carries."""
+"""Locate and open checkpoints, with their config and class names."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from weights.reader import CheckpointError, read_checkpoint, sha256
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# What a config of another origin (the reference's checkpoints) may decide: its training keys have other meanings, and its
-# learning rates are scaled already.
+# Keys to read from a foreign config (the reference's checkpoints): its training keys have other meanings, and its learning
+# rates are already scaled.
 MODEL_SECTIONS = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
-# Keys that change what an evaluation computes.
+# Keys that change the result of an evaluation.
 EVALUATION_SECTIONS = (
     "MODEL.TYPE",
     "MODEL.NUM_CLASSES",
@@ -38,8 +38,8 @@ class Location:
     """A weight file on disk.
 
     Args:
-        released: the published model that it is, where it was named so or by its URL.
-        in_cache: it was downloaded.
+        released: the released model, if it was given by name or URL.
+        in_cache: whether it was downloaded to the cache.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Location:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A weight file in memory. ``digest``: its sha256; ``class_names``: by class id, () where it has none."""
+    """A weight file in memory. ``digest``: its SHA-256; ``class_names``: by class id, () if it has none."""
 
     location: Location
     state: dict
@@ -62,13 +62,13 @@ class Checkpoint:
 
 
 def locate(reference: str | Path) -> Location:
-    """The file that a reference means; a URL or the name of a released model is downloaded to the cache.
+    """Resolve a reference to a file; a URL or a released model is downloaded to the cache.
 
     Args:
-        reference: a file, a run's folder (its ``best.pth``), a URL, or the name of a released model. A file comes first.
+        reference: a file, a run directory (its ``best.pth``), a URL, or the name of a released model. Paths take precedence.
 
     Raises:
-        CheckpointError: there is none, or the download failed.
+        CheckpointError: there is no such file, or the download failed.
     """
     text, path = str(reference), Path(reference).expanduser()
     if is_url(text):
@@ -80,7 +80,7 @@ def locate(reference: str | Path) -> Location:
         return Location(path / BEST)
     if text in RELEASED:
         return Location(fetch(RELEASED[text].url, text), RELEASED[text], in_cache=True)
-    raise CheckpointError(f"{text}: no such file, and no released model; released are {', '.join(RELEASED)}")
+    raise CheckpointError(f"{text}: no such file or released model; released models are {', '.join(RELEASED)}")
 
 
 def open_checkpoint(reference: str | Path) -> Checkpoint:
@@ -93,14 +93,14 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
-        raise CheckpointError(f"{location.path}: was replaced while it was read; evaluate it again, or a copy that stays")
+        raise CheckpointError(f"{location.path}: was replaced while it was read; try again, or use a copy")
     names = state.get("class_names")
     class_names = tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
     return Checkpoint(location, state, digest, class_names)
 
 
 def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:
-    """The config that a checkpoint carries, or that its released model has; None where there is neither.
+    """The config stored in a checkpoint, or that of its released model; None if there is neither.
 
     Args:
         opts: key, value, ... that override it.
@@ -115,7 +115,7 @@ def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None
 
 
 def choose_config(checkpoint: Checkpoint, given: CfgNode | None, opts: Sequence = ()) -> CfgNode:
-    """The given config, its differences from the checkpoint's own logged; the checkpoint's own where none is given.
+    """Return the given config and log its differences from the checkpoint's; if None is given, return the checkpoint's.
 
     Raises:
         ConfigError: there is neither.
@@ -123,12 +123,12 @@ def choose_config(checkpoint: Checkpoint, given: CfgNode | None, opts: Sequence 
     if given is None:
         cfg = stored_config(checkpoint, opts)
         if cfg is None:
-            raise ConfigError(f"{checkpoint.path}: holds weights without a config; name the one it was trained with, --cfg")
+            raise ConfigError(f"{checkpoint.path}: has weights but no config; give its training config with --cfg")
         return cfg
     try:
         stored = stored_config(checkpoint)
-    except ConfigError as error:  # the given config decides
-        logger.warning("%s: its config is not readable here (%s)", checkpoint.path, error)
+    except ConfigError as error:  # the given config takes precedence
+        logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return given
     if stored is not None:
         log_differences(stored, given, checkpoint.path, sections=EVALUATION_SECTIONS, level=logging.WARNING)
@@ -139,7 +139,7 @@ def log_differences(before: Mapping, now: Mapping, path: Path | str, *, sections
     """Log every key whose value differs from that of a checkpoint.
 
     Args:
-        sections: beginnings of the keys to compare; none given: all.
+        sections: prefixes of the keys to compare; empty compares all.
     """
     before, now = flatten(before), flatten(now)
     for key in sorted(before.keys() | now.keys()):

@@ -1,4 +1,4 @@
-"""Open a model and images to look at its attention, and draw the attention of a model in training."""
+"""Open a model and images to inspect its attention, and draw the attention of a model in training."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,15 +29,16 @@ class Inspected(NamedTuple):
 
 
 def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> Inspected:
-    """
+    """Open a model with the weights of a checkpoint, in evaluation mode on the CPU.
+
     Args:
-        reference: checkpoint, as --resume takes it.
-        config: files; none given: the checkpoint's own.
-        opts: KEY, VALUE, ... that override them.
+        reference: checkpoint, in any form that --resume accepts.
+        config: config files; empty for the checkpoint's own config.
+        opts: KEY, VALUE, ... that override the config.
         weights: raw, ema or auto.
 
     Raises:
-        ConfigError, CheckpointError: config and file do not fit each other.
+        ConfigError, CheckpointError: config and file do not match.
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
@@ -46,10 +47,10 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
 
 
 class InspectedImages:
-    """Image files as evaluation prepares them: each as a picture, and as the normalised input of the model.
+    """Image files with the preprocessing of evaluation, as pictures and as normalised model inputs.
 
     Raises:
-        DataError: on access, for a file that cannot be read.
+        DataError: from ``read``, if the file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
@@ -62,18 +63,18 @@ class InspectedImages:
         return len(self.paths)
 
     def read(self, position: int) -> tuple[Image.Image, Tensor]:
-        """The picture, and the input (3, H, W)."""
+        """The picture, and the model input, (3, H, W)."""
         _, pixels, fault = self._files[position]
         if pixels is None:
-            raise DataError(f"{self.paths[position]}: is no readable image ({fault})")
+            raise DataError(f"{self.paths[position]}: not a readable image ({fault})")
         return Image.fromarray(pixels.permute(1, 2, 0).numpy()), self._normalize(pixels.unsqueeze(0))[0]
 
 
 class AttentionPictures:
-    """Draws the attention of a model to one image (ATTENTION_IMAGE).
+    """Draws the attention maps of a model for one image (ATTENTION_IMAGE).
 
     Raises:
-        ConfigError: an image that cannot be read.
+        ConfigError: the image cannot be read.
     """
 
     def __init__(self, cfg: CfgNode, device: torch.device):
@@ -84,7 +85,7 @@ class AttentionPictures:
         self.image = image.to(device)
 
     def __call__(self, model: nn.Module) -> Iterator[tuple[str, Figure]]:
-        """Name and figure of each attention module. The model is in evaluation mode only while it runs."""
+        """Yield the name and figure of each attention module. The model runs in evaluation mode, then its mode is restored."""
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:

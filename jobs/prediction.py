@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """class_ids, confidences: of the top k, most confident first; both empty where ``error`` tells why there are none."""
+    """Top-k class ids and confidences of an image, most confident first; both are empty if ``error`` is set."""
 
     image: Path
     class_ids: tuple[int, ...] = ()
@@ -31,29 +31,29 @@ class Prediction:
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
-    """The files that are given, and all image files below the folders that are given, sorted within each.
+    """The given files, and all image files below the given directories, sorted per directory.
 
     Raises:
-        DataError: a path that does not exist, or a folder without images.
+        DataError: a path does not exist, or a directory has no images.
     """
     found: list[Path] = []
     for path in given:
         if path.is_dir():
             below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
             if not below:
-                raise DataError(f"{path}: holds no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
+                raise DataError(f"{path}: has no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
             found += below
         elif path.is_file():
-            found.append(path)  # whatever its suffix: it was named
+            found.append(path)  # given explicitly, so with any suffix
         else:
-            raise DataError(f"{path}: no such file or folder")
+            raise DataError(f"{path}: no such file or directory")
     return found
 
 
 def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
-    """Names by class id: the checkpoint's own, else those of the ImageNet set with this number of classes, else numbers.
+    """Class names by class id: the checkpoint's own, else those of the ImageNet set with this number of classes, else numbers.
 
-    WordNet ids of ImageNet-1K are replaced by their description.
+    WordNet ids of ImageNet-1K are replaced by their descriptions.
     """
     if len(checkpoint.class_names) == num_classes:
         imagenet = ImageNetInfo()
@@ -76,7 +76,7 @@ def predict(
     num_workers: int,
     top_k: int,
 ) -> list[Prediction]:
-    """The top predictions for every image, in the given order; an unreadable one has an error instead.
+    """Top-k predictions for every image, in the given order; an unreadable image has an error instead.
 
     Args:
         model: in evaluation mode, on ``device``.
@@ -93,7 +93,7 @@ def predict(
         rows = iter(_top(model, normalize, [image for _, image, _ in samples if image is not None], top_k, device))
         for position, image, error in samples:
             if image is None:
-                logger.warning("%s: is no readable image (%s)", images[position], error)
+                logger.warning("%s: not a readable image (%s)", images[position], error)
                 predictions.append(Prediction(images[position], error=error))
             else:
                 predictions.append(Prediction(images[position], *next(rows)))

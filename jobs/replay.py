@@ -1,4 +1,4 @@
-"""Repeat an update that was not finite, and name the first module whose output is not finite."""
+"""Repeat a non-finite update, and find the first module with a non-finite output."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 def replay_update(path: str, pairs: Sequence, world: World) -> None:
-    """Repeat the forward and backward passes of every process of the run, one after the other, on one device.
+    """Repeat the forward and backward passes of every process of the run sequentially, on one device.
 
     Args:
-        path: ``replay_*.pth``, which training writes.
+        path: ``replay_*.pth`` of a training run.
         pairs: KEY, VALUE, ... of the command line, such as another DATA.DATA_PATH.
 
     Raises:
-        CheckpointError: not such a file.
+        CheckpointError: it is not such a file, or there are several processes.
     """
     if world.size > 1:
-        raise CheckpointError(f"{path}: an update is repeated by one process; start without torchrun")
+        raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
     if "replay" not in state:
-        raise CheckpointError(f"{path}: holds no update to repeat; give the replay_*.pth that training wrote")
+        raise CheckpointError(f"{path}: has no update to repeat; give the replay_*.pth of a run")
     cfg, update = load_stored_config(state["config"], pairs, source=path), state["replay"]["update"]
     build_arithmetic(cfg)
     dataset = build_datasets(cfg, training=True).train
@@ -49,7 +49,7 @@ def replay_update(path: str, pairs: Sequence, world: World) -> None:
             fault = find_fault(model, criterion, images, targets, amp_dtype(cfg))
             if fault:
                 logger.info("update %d, rank %d: %s", update, rank, fault)
-                logger.info("its images: %s", ", ".join(image_names))
+                logger.info("images of this batch: %s", ", ".join(image_names))
                 return
     logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
 
@@ -67,12 +67,12 @@ def read_update(
 
 
 def find_fault(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
-    """The first value that is not finite in a forward and backward pass, in words; "" if there is none.
+    """Description of the first non-finite value in a forward and backward pass; "" if there is none.
 
     Args:
         images: (B, 3, H, W).
         targets: (B,) class ids, or (B, num_classes) probabilities.
-        dtype: of autocast; float32 for none.
+        dtype: precision of autocast; float32 disables it.
     """
     faults: list[str] = []
     handles = [
@@ -86,7 +86,7 @@ def find_fault(model: nn.Module, criterion: nn.Module, images: Tensor, targets: 
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = criterion(model(images), targets)
         if not loss.isfinite():
-            faults.append(f"the loss is {loss.item()}, of finite logits")
+            faults.append(f"the loss is {loss.item()}, although the logits are finite")
         loss.backward()
     finally:
         for handle in handles:
@@ -100,7 +100,7 @@ def count(values: Tensor) -> str:
 
 
 def _check_output(name: str, faults: list[str]):
-    """A forward hook. Submodules end before the module that contains them, so that the innermost one comes first."""
+    """A forward hook that records non-finite outputs; submodules finish before their parent, so the innermost is first."""
 
     def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
         outputs = [value for value in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""Where a run starts from, and whether what it resumes from belongs to it."""
+"""Choose the start of a run, and check that a checkpoint to resume belongs to it."""
 
 import logging
 from functools import partial
@@ -20,9 +20,9 @@ from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Keys that decide the shape of the model: a run that resumes keeps them.
+# Keys that determine the shape of the model; a resumed run must not change them.
 MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
-# What the state of a run consists of, and its types.
+# Required entries of the state of a run, and their types.
 STATE_TYPES = {
     "model": dict,
     "optimizer": dict,
@@ -36,23 +36,23 @@ STATE_TYPES = {
 
 
 class Start(NamedTuple):
-    """kind: resume, pretrained or scratch; checkpoint: the file, "" for none."""
+    """Start of a run. kind: resume, pretrained or scratch; checkpoint: its file, "" for none."""
 
     kind: str
     checkpoint: str
 
 
 def choose_start(cfg: CfgNode, world: World) -> Start:
-    """What training starts from, in this order.
+    """Choose the start of training, in this order of precedence.
 
-    1. ``resume``: the checkpoint that --resume names.
-    2. ``resume``: the newest whole checkpoint of the output folder, with TRAIN.AUTO_RESUME: the same command, given
-       again, continues, one with --pretrained too.
-    3. ``pretrained``: the weights that --pretrained names.
+    1. ``resume``: the checkpoint of --resume.
+    2. ``resume``: the newest intact checkpoint of the output directory, with TRAIN.AUTO_RESUME: repeating the same command
+       resumes the run, even with --pretrained.
+    3. ``pretrained``: the weights of --pretrained.
     4. ``scratch``.
 
-    --resume and --pretrained together are refused, see ``utils.config``. --eval reads the file that --resume or
-    --pretrained names and nothing else, see ``jobs.evaluation``.
+    --resume and --pretrained together are rejected, see ``utils.config``. --eval reads only the file of --resume or
+    --pretrained, see ``jobs.evaluation``.
     """
     if cfg.MODEL.RESUME:
         return Start("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
@@ -63,12 +63,12 @@ def choose_start(cfg: CfgNode, world: World) -> Start:
     if cfg.MODEL.PRETRAINED:
         return Start("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
     if cfg.TRAIN.FREEZE_BACKBONE:
-        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; name weights, --pretrained")
+        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; give weights with --pretrained")
     return Start("scratch", "")
 
 
 def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
-    """The state of the run to resume, compared with what is asked for now; None for another start."""
+    """Read the state of the run to resume, and check it against the config; None for other starts."""
     if start.kind != "resume":
         return None
     saved = on_all(world, partial(read_checkpoint, start.checkpoint))
@@ -84,19 +84,19 @@ def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
 
 
 def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
-    """Refuse a file that is not the state of a run, or a config that would make another run of it."""
+    """Reject a file that is not the state of a run, and a config that is incompatible with it."""
     if unusable := find_unusable(saved):
         raise CheckpointError(
-            f"{path}: holds no state of a run ({', '.join(unusable)} missing or of another type); start from its weights with "
-            "--pretrained"
+            f"{path}: is not the state of a run ({', '.join(unusable)} missing or of another type); start from its weights "
+            "with --pretrained"
         )
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, now in configured.items():
         before = stored.get(key, now)
         if before != now and key.startswith(MODEL_KEYS):
             raise ConfigError(
-                f"{path}: the run in this folder has {key}={before!r}, now it is {now!r}: that is another run; give it another "
-                "--tag, and start from these weights with --pretrained if you like"
+                f"{path}: was saved with {key}={before!r}, now it is {now!r}: a resumed run cannot change it; choose "
+                "another --tag, and start from these weights with --pretrained if you like"
             )
     before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
     if before != now:
@@ -107,13 +107,13 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     before, now = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if before != now:
         raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot take over; keep it, or start anew with "
+            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot load; keep it, or start anew with "
             "--pretrained and another --tag"
         )
 
 
 def find_unusable(saved: dict) -> list[str]:
-    """Names of the entries of a checkpoint that are missing, or not what a run saves there."""
+    """Names of the checkpoint entries that are missing, or of an unexpected type or value."""
     names = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
     counts = {name: saved.get(name, 0) for name in ("num_updates", "num_skipped", "last_evaluation")}
     names += [name for name, count in counts.items() if not isinstance(count, int) or count < 0]
@@ -136,21 +136,21 @@ def finished(saved: dict, cfg: CfgNode) -> bool:
 
 
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Put a run's state back."""
+    """Restore the state of a run."""
     if saved["updates_per_epoch"] != updates_per_epoch:
         raise ConfigError(
             f"{path}: was saved with {saved['updates_per_epoch']} updates per epoch, now there are {updates_per_epoch}: the "
-            "data have changed. Put them back, or start anew with --pretrained and another --tag"
+            "data have changed. Restore them, or start anew with --pretrained and another --tag"
         )
     try:
         state.load_dict(saved)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not of this model and optimizer ({error})") from None
+        raise CheckpointError(f"{path}: does not match this model and optimizer ({error})") from None
     logger.info("resumed after update %d", state.num_updates)
 
 
 def describe_data(datasets: Datasets, world: World) -> dict:
-    """What identifies the images of a run, for its checkpoints."""
+    """Description that identifies the images of a run, for its checkpoints."""
     return on_main(
         world,
         lambda: {"train": describe_index(datasets.train.index), "val": describe_index(datasets.val.index)},
@@ -159,25 +159,25 @@ def describe_data(datasets: Datasets, world: World) -> dict:
 
 
 def check_data(saved: dict | None, data: dict, path: str) -> None:
-    """Refuse to resume on other data: an epoch would see other images, or labels would have another meaning.
+    """Reject a resume on changed data: epochs would have other images, or labels other meanings.
 
     Raises:
-        ConfigError: with what has changed.
+        ConfigError: the data have changed; the message has the difference.
     """
     before, names = (saved or {}).get("data"), (saved or {}).get("class_names")
     current = [name for name, *_ in data["train"]["classes"]]
     if not before and names and list(names) != current:  # saved before checkpoints recorded their data
-        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Put them back")
+        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore them")
     for split in ("train", "val") if before else ():
         if change := compare_descriptions(before[split], data[split]):
             raise ConfigError(
-                f"{path}: the data have changed since it was saved: {split}/: {change}. Put them back, or start anew with "
+                f"{path}: the data have changed since it was saved: {split}/: {change}. Restore them, or start anew with "
                 "--pretrained and another --tag"
             )
 
 
 def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume; where no file of its folder has the best state, the best is counted anew."""
+    """Repair ``best.pth`` of the run to resume; if no file of its directory has the best state, reset the best accuracy."""
     if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
-        logger.warning("%s: its best state is not in this folder; the best is counted anew", path)
+        logger.warning("%s: its best state is not in this directory; the best accuracy is reset", path)
         saved["best"] = dict(NO_BEST)

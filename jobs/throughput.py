@@ -16,14 +16,14 @@ from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
 
-WARMUP_BATCHES = 50  # as the reference
+WARMUP_BATCHES = 50  # as in the reference
 MEASURED_BATCHES = 30
 
 
 def images_per_second(
     model: nn.Module, images: Tensor, precision: torch.dtype, *, warmup_batches: int, measured_batches: int
 ) -> float:
-    """Speed of the forward pass alone, after a warm-up.
+    """Images per second of the forward pass, after a warm-up.
 
     Args:
         images: (B, 3, H, W), on the model's device.

@@ -6,6 +6,7 @@ block, and the singular values of each block, as in the paper's rank figure.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""The command line: every flag and the config key that it sets.
+"""Command-line flags and the config keys that they set.
 
-Imports nothing heavy, so that mistakes are reported at once.
+This module imports nothing heavy, so that usage errors are reported immediately.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from utils.config import ConfigError
 
 
 def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:
-    """
+    """Parse the command line; exit with a suggestion on an unknown flag.
+
     Args:
-        flags: those of ``FLAGS`` that the program has; all when not given.
+        flags: flags of ``FLAGS`` to accept; None accepts all.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for name, (_, options) in FLAGS.items():
@@ -30,7 +31,7 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
 
 
 def _hint(unknown: str) -> str:
-    """What the user may have meant: a key for flags of other programs, else the nearest flag."""
+    """Suggestion for an unknown flag: the config key for flags of other programs, else the nearest flag."""
     flag = unknown.split("=")[0]
     if flag in _KEYS_OF_OTHER_FLAGS:
         return f": set it with --opts {_KEYS_OF_OTHER_FLAGS[flag]} VALUE"
@@ -38,7 +39,7 @@ def _hint(unknown: str) -> str:
     return f": did you mean {near[0]}?" if near else "; see --help"
 
 
-# Flags of timm, Swin and torchvision -> our key.
+# Flag of timm, Swin or torchvision -> our config key.
 _KEYS_OF_OTHER_FLAGS = {
     "--lr": "TRAIN.BASE_LR",
     "--epochs": "TRAIN.EPOCHS",
@@ -60,55 +61,55 @@ _KEYS_OF_OTHER_FLAGS = {
 }
 
 
-# Flag -> (the config key that it sets, if any; how it is read). Flags override --opts.
+# Flag -> (config key that it sets, or None; arguments of ``add_argument``). Flags override --opts.
 FLAGS = {
     "--cfg": (
         None,
-        {"nargs": "+", "metavar": "FILE", "help": "YAML config, or several; see configs/. --eval takes a checkpoint's own"},
+        {"nargs": "+", "metavar": "FILE", "help": "one or more YAML configs, see configs/; optional with --eval"},
     ),
-    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override; KEY=VALUE too"}),
+    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override, or KEY=VALUE"}),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
-    "--data-path": ("DATA.DATA_PATH", {"help": "folder that holds train/ and val/"}),
+    "--data-path": ("DATA.DATA_PATH", {"help": "directory with train/ and val/"}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
     "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "with --zip: images to keep in memory"}),
     "--resume": (
         "MODEL.RESUME",
-        {"metavar": "FILE", "help": "checkpoint to resume from or to evaluate: file, run's folder, URL, or released model"},
+        {"metavar": "FILE", "help": "checkpoint to resume or evaluate: file, run directory, URL or released model"},
     ),
-    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "weights to start from, given like --resume"}),
+    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "initial weights, in any form that --resume accepts"}),
     "--use-checkpoint": (
         "TRAIN.USE_CHECKPOINT",
         {"action": "store_true", "help": "gradient checkpointing, to save memory"},
     ),
-    "--amp": ("AMP", {"action": "store_true", "help": "mixed precision, AMP_DTYPE bf16 or fp16"}),
-    "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "root of the output folders"}),
+    "--amp": ("AMP", {"action": "store_true", "help": "mixed precision in AMP_DTYPE, bf16 or fp16"}),
+    "--output": ("OUTPUT", {"metavar": "DIR", "help": "root of the output directories"}),
     "--tag": ("TAG", {"help": "name of the run"}),
-    "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint that --resume names"}),
-    "--check": (None, {"action": "store_true", "help": "run each part of training once: what fails, what bounds the speed"}),
-    "--replay": (None, {"metavar": "FILE", "help": "repeat the update that was not finite, from a run's replay_*.pth"}),
+    "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint of --resume"}),
+    "--check": (None, {"action": "store_true", "help": "run each part of training once; report errors and the bottleneck"}),
+    "--replay": (None, {"metavar": "FILE", "help": "repeat a non-finite update from a run's replay_*.pth"}),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
-    "--find-unused-params": (None, {"action": "store_true", "help": "for DDP; no model here needs it"}),
-    "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # older launchers append it; LOCAL_RANK counts
+    "--find-unused-params": (None, {"action": "store_true", "help": "find_unused_parameters of DDP; no model here needs it"}),
+    "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # from older launchers; LOCAL_RANK is used instead
     "--local_rank": (None, {"type": int, "help": argparse.SUPPRESS}),
-    "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "average the weights"}),
-    "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "do not average the weights"}),
-    "--model-ema-force-cpu": ("EMA.FORCE_CPU", {"action": "store_true", "help": "keep the average in host memory"}),
-    "--model-ema-decay": ("EMA.DECAY", {"type": float, "help": "per update"}),
+    "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "maintain an EMA of the weights"}),
+    "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "disable the EMA"}),
+    "--model-ema-force-cpu": ("EMA.FORCE_CPU", {"action": "store_true", "help": "keep the EMA in host memory"}),
+    "--model-ema-decay": ("EMA.DECAY", {"type": float, "help": "EMA decay per update"}),
 }
 
 
 def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
-    """KEY, VALUE, ... of the command line; later pairs override earlier ones.
+    """Config overrides of the command line as KEY, VALUE, ...; later pairs override earlier ones.
 
     Args:
-        ema: average the weights unless the command line says otherwise.
+        ema: enable the EMA unless the command line disables it.
     """
     given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
     if given["--model-ema"] and given["--no-model-ema"]:
         raise ConfigError("--model-ema and --no-model-ema: give one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
     if given["--eval"] and given["--resume"] and not given["--pretrained"]:
-        pairs += ["MODEL.PRETRAINED", ""]  # how the run began, which its config.yaml still has
+        pairs += ["MODEL.PRETRAINED", ""]  # the run's config.yaml may still have its initial weights
     for flag, (key, _) in FLAGS.items():
         value = given[flag]
         if key is not None and value is not None and value is not False:
@@ -117,11 +118,11 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
 
 
 def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) -> None:
-    """Refuse flags that exclude each other and files that do not exist.
+    """Reject conflicting flags and missing files.
 
     Args:
-        cfg: None with --eval alone, which takes the checkpoint's own, and with --replay.
-        configs: folder of the shipped configs, whose names are the names of models.
+        cfg: None with --replay, and with --eval if the checkpoint's own config is used.
+        configs: directory of the shipped configs; their file names are the model names.
 
     Raises:
         ConfigError: with the flag or key, and the remedy.
@@ -131,13 +132,13 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError(f"{' and '.join(jobs)}: give one of them")
     if args.replay:
         if cfg is not None:
-            raise ConfigError("--replay: repeats an update with the config of its run; leave out --cfg")
+            raise ConfigError("--replay: uses the config of its run; leave out --cfg")
         if not Path(args.replay).is_file():
             raise ConfigError(f"--replay {args.replay}: no such file")
         return
     if cfg is None:
         if not args.eval:
-            raise ConfigError("--cfg is missing: name a config, such as configs/flatten_swin_t.yaml")
+            raise ConfigError("--cfg is missing: give a config, such as configs/flatten_swin_t.yaml")
         _check_weights("--resume", args.resume or args.pretrained, configs)
         if args.data_path:
             _check_folder("--data-path", args.data_path)
@@ -146,10 +147,10 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or leave it out")
     for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
         if cfg.TEST[key] and not args.eval:
-            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect with --eval alone; add it, or remove the key")
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add it, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
-    # A run that resumes from its own folder does not read --pretrained again.
+    # A run that resumes from its own directory does not read --pretrained.
     resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
     for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key]:
@@ -160,12 +161,12 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
             raise ConfigError(f"TEST.{key}={path}: no such file")
     if not args.throughput:
         if not cfg.DATA.DATA_PATH:
-            raise ConfigError("DATA.DATA_PATH is empty: name the folder that holds train/ and val/ with --data-path")
+            raise ConfigError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run's folder has numbered checkpoints; see ``utils.checkpoint``, which takes seconds to import."""
+    """Whether a run directory has numbered checkpoints. ``utils.checkpoint`` is not used: it takes seconds to import."""
     try:
         return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:
@@ -173,17 +174,17 @@ def _has_checkpoints(folder: Path) -> bool:
 
 
 def prints_mistakes() -> bool:
-    """Whether this process prints a mistake that all processes find: one per machine does."""
+    """Whether this process prints usage errors; one process per machine does."""
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _check_folder(name: str, path: str) -> None:
     if not os.path.isdir(Path(path).expanduser()):
-        raise ConfigError(f"{name}={path}: no such folder; name the one that holds train/ and val/")
+        raise ConfigError(f"{name}={path}: no such directory; give the one with train/ and val/")
 
 
 def _check_weights(name: str, reference: str, configs: Path) -> None:
-    """A URL, a file, a folder with ``best.pth``, or what may be the name of a released model."""
+    """Reject a reference that is not a URL, a file, a directory with ``best.pth``, or a model name."""
     if not reference:
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
     path = Path(reference).expanduser()
@@ -191,7 +192,7 @@ def _check_weights(name: str, reference: str, configs: Path) -> None:
         return
     if os.path.isdir(path):
         if not (path / "best.pth").is_file():
-            raise ConfigError(f"{name}={reference}: is a folder without best.pth; name a checkpoint file")
+            raise ConfigError(f"{name}={reference}: is a directory without best.pth; give a checkpoint file")
         return
     models = [file.stem for file in configs.glob("*.yaml")]
     if reference not in models:

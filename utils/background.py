@@ -1,4 +1,4 @@
-"""Writes in threads: of logs, whose failure the training loop ignores, and of checkpoints, whose failure ends it."""
+"""Background writes: a failed log write is a warning, a failed checkpoint write ends the run."""
 
 import logging
 import os
@@ -9,18 +9,18 @@ from queue import SimpleQueue
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 10_000  # writes; further ones are dropped while an output blocks
-SECONDS_AT_END = 5.0  # to wait for an output when the process ends
+MAX_WAITING = 10_000  # maximum queued writes per output; further ones are dropped
+SECONDS_AT_END = 5.0  # maximum wait for an output when the process ends
 
 
 class Sink:
-    """Runs the writes to one output, in their order, in a thread of its own.
+    """Runs the writes to one output in order, in a background thread.
 
-    The first write that fails is reported as a warning; later ones are tried all the same. Loader workers that are forked
-    have no such thread and write directly.
+    The first failed write is logged as a warning; later writes are still attempted. Forked loader workers do not have the
+    thread and write directly.
 
     Args:
-        name: of the output, for the warning.
+        name: name of the output, for the warning.
     """
 
     def __init__(self, name: str):
@@ -38,7 +38,7 @@ class Sink:
             self._tasks.put((task, arguments))
 
     def flush(self) -> None:
-        """Wait until the writes so far are done, for at most ``SECONDS_AT_END``."""
+        """Wait for the writes queued so far, for at most ``SECONDS_AT_END``."""
         if os.getpid() == self._process:
             done = threading.Event()
             self._tasks.put((done.set, ()))
@@ -51,7 +51,7 @@ class Sink:
     def _run(self, task: Callable, arguments: tuple) -> None:
         try:
             task(*arguments)
-        except Exception as error:  # whatever an output raises: it must not end the run
+        except Exception as error:  # any error: a failed log write must not end the run
             if not self._failed:
                 self._failed = True
                 logger.warning("%s: not written (%s: %s); the run continues without it", self.name, type(error).__name__, error)
@@ -73,7 +73,7 @@ class BackgroundWrite:
         """Wait for the write, if there is one.
 
         Raises:
-            Exception: what it raised.
+            Exception: the error of the write.
         """
         write, self._write = self._write, None
         if write is not None:
@@ -81,11 +81,11 @@ class BackgroundWrite:
 
     @property
     def failed(self) -> bool:
-        """Whether the write has ended with an error, which ``wait`` will raise."""
+        """Whether the write has failed, so that ``wait`` will raise its error."""
         return self._write is not None and self._write.done() and self._write.exception() is not None
 
     def close(self) -> None:
-        """Wait for the write, and log its error: the caller has a reason of its own to end."""
+        """Wait for the write and log its error, for callers that already end for another reason."""
         try:
             self.wait()
         except Exception as error:

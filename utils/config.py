@@ -1,4 +1,4 @@
-"""Configuration: defaults, BASE files, a file, the command line, in this order; then checked and frozen.
+"""Configuration: defaults, BASE files, config files and command line, merged in this order, then validated and frozen.
 
 ``utils.config_keys`` defines the keys.
 """
@@ -18,7 +18,7 @@ from utils.config_keys import KEYS, MODEL_TYPES
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The text names key, value and remedy."""
+    """An invalid setting. The message has the key, the value and the remedy."""
 
 
 def _defaults() -> CfgNode:
@@ -45,14 +45,14 @@ _REFERENCE_ONLY = {
     "TRAIN.START_EPOCH": 0,
 }
 
-# Beginning of a key -> the values of MODEL.TYPE that read it. Other types reject a value that is not the default.
+# Key prefix -> values of MODEL.TYPE that read these keys. Other types accept only the default.
 _FAMILY_KEYS = {
     "MODEL.SWIN.": ("flatten_swin",),
     "MODEL.DEIT.": ("flatten_deit",),
     "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
-# What people type -> the key that they mean.
+# Common name of another project -> our key.
 _ALIASES = {
     "LR": "TRAIN.BASE_LR",
     "LEARNING_RATE": "TRAIN.BASE_LR",
@@ -67,20 +67,20 @@ _ALIASES = {
     "CLIP": "TRAIN.CLIP_GRAD",
 }
 
-LONGEST_NAME = 255  # bytes of a file's name
-REFERENCE_PROCESSES = 8  # GPUs that the reference's recipes were made for
+LONGEST_NAME = 255  # bytes in a file name
+REFERENCE_PROCESSES = 8  # GPUs of the reference's recipes
 
 
 def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) -> CfgNode:
     """The configuration of a run, completed, validated and frozen.
 
     Args:
-        path: a YAML file; what it leaves out comes from its BASE files, then from the defaults. Or several, a model's and a
-            recipe's, say: of what both give, the later one's holds.
-        opts: key, value, key, value ... that override the file.
+        path: one or more YAML files, such as a model's and a recipe's; later files override earlier ones. Missing keys come
+            from the BASE files, then from the defaults.
+        opts: key, value, key, value ... that override the files.
 
     Raises:
-        ConfigError: unknown key, wrong type, illegal value, missing file or a circle of BASE files.
+        ConfigError: unknown key, wrong type, illegal value, missing file or cyclic BASE files.
     """
     cfg = _defaults()
     for file in [path] if isinstance(path, (str, Path)) else path:
@@ -89,16 +89,16 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
 
 
 def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:
-    """The configuration that a checkpoint carries, completed, validated and frozen.
+    """The configuration stored in a checkpoint, completed, validated and frozen.
 
-    Keys that are unknown here (of another version or of the reference) are ignored. RESUME and PRETRAINED are emptied:
-    they describe how that run began.
+    Unknown keys (from another version or the reference) are ignored. MODEL.RESUME and MODEL.PRETRAINED are cleared, since
+    they describe the start of that run.
 
     Args:
         tree: nested dictionaries.
         opts: key, value, key, value ... that override them.
-        source: file, for messages.
-        sections: beginnings of the keys to take; none given: all.
+        source: file name, for messages.
+        sections: prefixes of the keys to read; empty reads all.
 
     Raises:
         ConfigError: an illegal value.
@@ -112,10 +112,10 @@ def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, secti
 
 
 def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
-    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before the command line: it is the file's batch that the recipe was made for
+    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before the command line overrides the batch size of the recipe
         cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
-    cfg.BASE = [""]  # BASE files are merged: the dump of this config stands alone
+    cfg.BASE = [""]  # already merged: a dump of this config is self-contained
     for name in (name for name, key in KEYS.items() if key.is_path):
         section, _, leaf = name.rpartition(".")
         node = _section(cfg, section)
@@ -132,7 +132,7 @@ def _section(cfg: CfgNode, dotted: str) -> CfgNode:
 
 
 def flatten(cfg: Mapping, prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value, of every leaf."""
+    """Flatten nested sections into one dictionary with dotted keys."""
     leaves = {}
     for key, value in cfg.items():
         if isinstance(value, Mapping):
@@ -143,12 +143,12 @@ def flatten(cfg: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def to_dict(cfg: Mapping) -> dict:
-    """Plain nested dictionaries, as a checkpoint holds them."""
+    """Convert to plain nested dictionaries, as stored in checkpoints."""
     return {key: to_dict(value) if isinstance(value, Mapping) else value for key, value in cfg.items()}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML; a key given twice in one section is an error, where YAML would silently take the last."""
+    """Safe YAML loader that rejects duplicate keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -163,16 +163,16 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         raise ConfigError(f"{path}: a config is a YAML file; its name ends in .yaml or .yml")
     path = path.resolve()
     if path in chain:
-        raise ConfigError(f"{path}: BASE files form a circle: {' -> '.join(str(p) for p in (*chain, path))}")
+        raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
     try:
         tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except OSError as error:
         asked = f" (BASE of {chain[-1]})" if chain else ""
         raise ConfigError(f"{path}{asked}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no plain YAML: {error}") from None
+        raise ConfigError(f"{path}: is not plain YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not keys and values")
+        raise ConfigError(f"{path}: is of type {type(tree).__name__}, not a mapping; give keys and values")
     bases = tree.pop("BASE", None) or []
     if not isinstance(bases, (str, list)):
         raise ConfigError(f"{path}: BASE={bases!r}: give a file, or a list of files")
@@ -244,13 +244,13 @@ def _nearest(key: str, cfg: CfgNode) -> str:
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     if leaf in _ALIASES and not same_leaf:
         return f": did you mean {_ALIASES[leaf]}?"
-    # A wrong section with the right last name is nearer than anything with a similar spelling.
+    # The same last name in another section is a better match than any similar spelling.
     matches = get_close_matches(asked, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
     return f": did you mean {known[matches[0]]}?" if matches else ""
 
 
 def _literal(value: object) -> object:
-    """YAML leaves 5e-4, None and (1, 2) as text, and the command line leaves all as text: read it as Python does."""
+    """Parse text as a Python literal. YAML reads 5e-4, None and (1, 2) as text, and the command line reads everything so."""
     if not isinstance(value, str):
         return value
     try:
@@ -260,14 +260,14 @@ def _literal(value: object) -> object:
 
 
 def _convert(value: object, default: object, key: str, source: str) -> object:
-    """``value`` in the type of the key's default."""
+    """Convert a value to the type of the key's default."""
     literal = _literal(value)
     if literal is None and key in _MAY_BE_NONE:
         return None
     if key in _MAY_BE_PAIR and isinstance(literal, (list, tuple)):
         return [_convert(item, 0, key, source) for item in literal]
     if isinstance(default, list) and key in _MAY_BE_PAIR:
-        default = 0  # an earlier file gave a pair
+        default = 0  # an earlier file set a pair
     if isinstance(default, bool):
         if isinstance(literal, bool):
             return literal
@@ -280,7 +280,7 @@ def _convert(value: object, default: object, key: str, source: str) -> object:
     elif isinstance(default, float) or key == "TRAIN.CLIP_GRAD":
         if isinstance(literal, (int, float)) and not isinstance(literal, bool):
             return float(literal)
-    elif isinstance(literal, (list, tuple)):  # default: a list, or None where a list may stand
+    elif isinstance(literal, (list, tuple)):  # the default is a list, or None if a list is legal
         kind = default[0] if default else 0.0
         return [_convert(item, kind, key, source) for item in literal]
     expected = "list" if default is None else type(default).__name__
@@ -303,9 +303,9 @@ def _validate(cfg: CfgNode) -> None:
             raise ConfigError(f"{name}={value!r}: give a number from {key.minimum} to {key.maximum}")
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
-            raise ConfigError(f"{key}={leaves[key]!r}: it names a folder; give it a name without slashes")
+            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give a name without slashes")
         if len(os.fsencode(leaves[key])) > LONGEST_NAME:
-            raise ConfigError(f"{key}={leaves[key]!r}: names a folder; give it at most {LONGEST_NAME} bytes")
+            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {LONGEST_NAME} bytes")
     _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)
@@ -338,21 +338,21 @@ def _validate_model(cfg: CfgNode) -> None:
         )
     if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", linear.ATTN_TYPE):
         raise ConfigError(
-            f"MODEL.LA.ATTN_TYPE={linear.ATTN_TYPE!r}: give a letter a stage, L (linear), S (softmax) or M with the "
-            "number of linear blocks behind the letters, as in LLSS or LLMS3"
+            f"MODEL.LA.ATTN_TYPE={linear.ATTN_TYPE!r}: give one letter per stage, L (linear), S (softmax) or M (linear, "
+            "then softmax); with M, append the number of linear blocks, as in LLSS or LLMS3"
         )
     if not re.fullmatch(r"[1-9]{4}", linear.PVT_LA_SR_RATIOS):
-        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={linear.PVT_LA_SR_RATIOS!r}: give a digit a stage, as in 8421")
+        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={linear.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", linear.CSWIN_LA_SPLIT_SIZE):
         raise ConfigError(
-            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={linear.CSWIN_LA_SPLIT_SIZE!r}: give a number a stage, as in 56-28-14-7"
+            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={linear.CSWIN_LA_SPLIT_SIZE!r}: give one number per stage, as in 56-28-14-7"
         )
     if not swin_keys.DEPTHS or min(swin_keys.DEPTHS) < 1:
         raise ConfigError(f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS}: give the number of blocks per stage, each at least 1")
     if len(swin_keys.DEPTHS) != len(swin_keys.NUM_HEADS):
         raise ConfigError(
             f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS} and MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: "
-            "both give a number a stage; make them equally long"
+            "both need one number per stage; make them equally long"
         )
     for stage, heads in enumerate(swin_keys.NUM_HEADS):
         if heads < 1 or swin_keys.EMBED_DIM * 2**stage % heads:
@@ -379,23 +379,23 @@ def _validate_recipe(cfg: CfgNode) -> None:
         )
     if cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.LAYER_DECAY < 1:
         raise ConfigError(
-            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY}: has no effect with TRAIN.FREEZE_BACKBONE, which trains the head "
-            "alone; remove one of them"
+            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY}: has no effect with TRAIN.FREEZE_BACKBONE, which trains only "
+            "the head; remove one of them"
         )
     for key in ("MEAN", "STD"):
         if len(cfg.DATA[key]) != 3 or (key == "STD" and min(cfg.DATA[key]) <= 0):
-            raise ConfigError(f"DATA.{key}={cfg.DATA[key]}: give three numbers, deviations above 0")
+            raise ConfigError(f"DATA.{key}={cfg.DATA[key]}: give three numbers; STD must be above 0")
     for key in ("SCALE", "RATIO"):
         if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
-            raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give the smallest and the largest, above 0")
+            raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give [smallest, largest], both above 0")
     minmax = cfg.AUG.CUTMIX_MINMAX
     if minmax is not None and not (len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [smallest, largest], 0 < smallest < largest <= 1, or None")
     betas = cfg.TRAIN.OPTIMIZER.BETAS
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers of at least 0 and below 1")
+        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers, each at least 0 and below 1")
     if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:
         raise ConfigError(
-            f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run has its "
-            "weights already; give one of --resume and --pretrained"
+            f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run already "
+            "has weights; give one of --resume and --pretrained"
         )

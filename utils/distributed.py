@@ -1,4 +1,4 @@
-"""Processes: who am I, where do I compute, and the few things that they agree on."""
+"""Distributed processes: rank and device, DDP, and collective operations."""
 
 import inspect
 import os
@@ -18,29 +18,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-LONGEST_WAIT = timedelta(hours=1)  # for rank 0 while it lists a data set: that may be a million files on a slow disk
+LONGEST_WAIT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
 SECONDS_FOR_ROLL_CALL = 5.0
-SECONDS_BETWEEN_CHECKS = 0.02  # of the store, while processes start
+SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
 
 class OtherRankError(RuntimeError):
-    """Another process failed at a task that all processes wait for; it reports the reason itself."""
+    """Another process failed in a task that all processes wait for; that process reports the reason."""
 
 
 class MissingDeviceError(ValueError):
-    """This process has no GPU, although others of its machine may have one."""
+    """This process has no usable GPU, although other processes of its machine may have one."""
 
 
 class LostRankError(RuntimeError):
-    """A process no longer takes part in collectives. The message names its rank, the phase and the last update."""
+    """A process no longer takes part in collectives. The message has its rank, the phase and the last update."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` of them, ``device`` being its own.
+    """Rank and device of this process among ``size`` processes.
 
     Args:
-        store: key-value store of all processes, of this start alone; None for one process.
+        store: key-value store shared by the processes of this start; None for one process.
         patient: process group with a long timeout, see ``on_main``; None for one process.
     """
 
@@ -57,23 +57,23 @@ class World:
 
 
 def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
-    """Join the processes that torchrun started; without torchrun, be the only one. nccl on GPUs, gloo elsewhere.
+    """Join the process group of torchrun (NCCL on GPUs, else gloo); without torchrun, run as a single process.
 
     Args:
-        timeout_seconds: after which a process that does not start, or does not join a collective, is an error.
+        timeout_seconds: maximum wait for a process to start or to join a collective.
 
     Raises:
         MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
         LostRankError: a process did not start.
     """
-    launched = "RANK" in os.environ  # WORLD_SIZE alone may be left over from something else
+    launched = "RANK" in os.environ  # WORLD_SIZE alone may be inherited from another program
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if not launched:
         rank, local_rank, size = 0, 0, 1
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise MissingDeviceError(
-                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; lower --nproc_per_node"
+                f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -95,19 +95,20 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             timeout=timeout,
         )
         patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    except RuntimeError as error:  # dist.DistError too
+    except RuntimeError as error:  # includes dist.DistError
         if not is_lost_connection(error):
             raise
         raise LostRankError(
-            f"rank {rank} has no connection to the others within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
+            f"rank {rank} did not connect to the other ranks within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
         ) from None
     return World(rank, local_rank, size, device, store, patient)
 
 
 def check_driver(devices: Path = Path("/dev")) -> None:
-    """
+    """Reject a machine with a GPU that torch cannot use: training would silently run on the CPU.
+
     Raises:
-        MissingDeviceError: torch cannot use a GPU of this machine, so training would silently take the CPU.
+        MissingDeviceError: the machine has an NVIDIA GPU that torch cannot use.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted(devices.glob("nvidia[0-9]*"))
@@ -121,13 +122,13 @@ def check_driver(devices: Path = Path("/dev")) -> None:
 
 
 def meet(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
-    """Wait for all processes of this start, and agree on a name for it.
+    """Wait for all processes of this start, and return its unique name, a key prefix for the store.
 
-    torchrun keeps its store when it restarts the processes. Without a prefix of their own, they would find the addresses of
-    processes that have ended.
+    torchrun keeps its store when it restarts the processes. Without the prefix, they would read the addresses of processes
+    that have ended.
 
-    Rank 0 announces a name. Each other rank registers a token under the name that it reads, which may be that of an earlier
-    start, until it finds its token among those that rank 0 confirms.
+    Rank 0 publishes the name. Every other rank registers a token under the name that it reads, and repeats this until
+    rank 0 confirms the token, because the name may be that of an earlier start.
 
     Raises:
         LostRankError: with the ranks that did not start in time.
@@ -163,14 +164,14 @@ def cleanup() -> None:
 
 
 class SideChannel(nn.Module):
-    """A model with one more parameter, whose gradient carries numbers through DDP's reduction of the gradients.
+    """A model with an extra parameter, whose gradient averages numbers over processes in DDP's gradient synchronisation.
 
     Add ``channel @ numbers`` to the loss: its value is 0, and after the backward pass the gradient of the channel is the mean
-    of the numbers over all processes, or NaN if a number was not finite in any. That takes no further collective.
+    of the numbers over all processes, or NaN if any of them was not finite. No further collective is needed.
 
     Args:
         model: images (B, 3, H, W) to logits.
-        length: count of the numbers.
+        length: number of values.
     """
 
     def __init__(self, model: nn.Module, length: int, device: torch.device):
@@ -183,7 +184,7 @@ class SideChannel(nn.Module):
         return self.model(images), self.channel.view_as(self.channel)
 
     def take(self) -> Tensor:
-        """(length,) means over all processes of what was sent since the last call."""
+        """Return and clear the means over all processes, (length,), of the numbers sent since the last call."""
         means = self.channel.grad.clone()
         self.channel.grad = None
         return means
@@ -195,22 +196,22 @@ def side_channel(model: nn.Module) -> SideChannel:
 
 
 def wrap(model: nn.Module, world: World, *, num_values: int, find_unused_parameters: bool = False) -> nn.Module:
-    """The model for training, with a side channel of ``num_values``, and gradients averaged over several processes."""
+    """Wrap a model for training: add a side channel of ``num_values`` numbers, and DDP if there are several processes."""
     model = SideChannel(model, num_values, world.device)
     if world.size == 1:
         return model
-    # Gradients of depthwise kernels may have other strides than their parameters; they are small.
+    # Gradients of depthwise kernels may differ in strides from their parameters; the copies are small.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
-        **{_SYNC_BUFFERS: False},  # masks and indices: constants
+        **{_SYNC_BUFFERS: False},  # masks and indices are constant
     )
 
 
-# torch renames it from 2.15 on.
+# torch 2.15 renames ``broadcast_buffers``.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -219,14 +220,14 @@ _SYNC_BUFFERS = next(
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def gather_on_main(world: World, value: Result) -> list[Result] | None:
-    """Every process's value, by rank, on rank 0; None in the others. Values travel pickled."""
+    """Gather the pickled values of all processes on rank 0, in rank order; None on other ranks."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world.size if world.is_main else None
@@ -235,7 +236,7 @@ def gather_on_main(world: World, value: Result) -> list[Result] | None:
 
 
 def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) -> Result:
-    """The result of ``task`` on rank 0, in every process; if it fails, all fail.
+    """Run ``task`` on rank 0 and return its result in every process; if it fails, all processes fail.
 
     Args:
         patient: let the other processes wait for ``LONGEST_WAIT`` instead of the timeout of collectives.
@@ -260,7 +261,7 @@ def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) 
 
 
 def on_all(world: World, task: Callable[[], Result]) -> Result:
-    """The result of ``task``, which every process does for itself; if it fails in one, all fail.
+    """Run ``task`` in every process and return its own result; if it fails in one, all processes fail.
 
     Raises:
         OtherRankError: in the processes where it succeeded, if it failed in another.
@@ -286,7 +287,7 @@ def is_lost_connection(error: Exception) -> bool:
 def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:
     """The error to report after a collective failed.
 
-    The processes whose collective failed call this and enter their ranks in the store; those that are missing are lost.
+    Every surviving process calls this and registers its rank in the store; the missing ranks are lost.
 
     Args:
         where: phase and last update of this process.
@@ -295,13 +296,13 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
     what = f"rank {', '.join(map(str, missing))} is lost" if missing else "the connection between the processes is lost"
     reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
     return LostRankError(
-        f"{what}: it ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). The reason is in its own "
-        "output above, if it ended by itself. The same command resumes from the newest checkpoint"
+        f"{what}: it ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended by itself, "
+        "its own output above has the reason. The same command resumes from the newest checkpoint"
     )
 
 
 def _call_roll(world: World) -> list[int]:
-    """Ranks that do not answer within ``SECONDS_FOR_ROLL_CALL``."""
+    """Ranks that do not register within ``SECONDS_FOR_ROLL_CALL``."""
     missing = set(range(world.size))
     deadline = time.monotonic() + SECONDS_FOR_ROLL_CALL
     try:
@@ -309,6 +310,6 @@ def _call_roll(world: World) -> list[int]:
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
             time.sleep(0.05)
-    except (dist.DistError, RuntimeError):  # rank 0 has the store, unless torchrun has it
+    except (dist.DistError, RuntimeError):  # rank 0 hosts the store, unless torchrun does
         return [0]
     return sorted(missing)

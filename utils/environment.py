@@ -1,4 +1,4 @@
-"""The software and hardware of a run, for its log and its checkpoints, and the settings that decide how exact they compute."""
+"""Software and hardware of a run, for its log and checkpoints, and the settings of its numerical precision."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ def _git(*arguments: str) -> str:
 def build_arithmetic(cfg: CfgNode) -> None:
     """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU has no bf16."""
     if cfg.DETERMINISTIC != "off":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; cuBLAS needs it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS, which reads it at its first call
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.TF32
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were."""
+"""Atomic replacement of files."""
 
 import os
 import uuid
@@ -9,8 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place at the end, or goes if something fails."""
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.incomplete{path.suffix}")  # other processes write too
+    """Yield a temporary path to write to. It replaces ``path`` atomically at the end, or is deleted on an error."""
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.incomplete{path.suffix}")  # unique per writer
     try:
         yield temporary
         os.replace(temporary, path)

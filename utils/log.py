@@ -1,6 +1,6 @@
-"""What people see: log lines, a progress bar, metrics as JSON lines, TensorBoard.
+"""Outputs of a run: log lines, a progress bar, metrics as JSON lines, and TensorBoard events.
 
-Every output is written in the background, see ``utils.background``.
+They are written in the background, see ``utils.background``.
 """
 
 import functools
@@ -27,9 +27,9 @@ _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "r
 
 
 class _Stream:
-    """A console stream without Python's buffer, whose lock a blocked write would hold at exit.
+    """A console stream that bypasses Python's buffer: a blocked write would hold its lock at exit.
 
-    Characters that the console cannot show are escaped.
+    Characters that the console cannot encode are escaped.
     """
 
     def __init__(self, stream: TextIO):
@@ -40,7 +40,7 @@ class _Stream:
         data = text.encode(self.encoding, errors="backslashreplace")
         try:
             descriptor = self._stream.fileno()
-        except (OSError, ValueError):  # a stream in memory
+        except (OSError, ValueError):  # an in-memory stream
             self._stream.write(data.decode(self.encoding))
             return
         while data:
@@ -77,7 +77,7 @@ class _Handler(logging.Handler):
         super().close()
 
 
-FILE_ONLY = {"file_only": True}  # extra= of a record that is too long for the console
+FILE_ONLY = {"file_only": True}  # ``extra`` of records that are too long for the console
 
 
 class _ColoredFormatter(logging.Formatter):
@@ -92,9 +92,9 @@ class _ColoredFormatter(logging.Formatter):
 
 
 def setup_logging(rank: int, output: Path | None = None) -> None:
-    """Every module's log of rank 0 to the console, and to ``log_rank0.txt`` where an output folder is given.
+    """Log to the console and, if an output directory is given, to ``log_rank<rank>.txt``.
 
-    Other ranks log warnings and worse, to their own file and the console.
+    Rank 0 logs from level INFO, other ranks from WARNING.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -112,7 +112,7 @@ def setup_logging(rank: int, output: Path | None = None) -> None:
 
 
 class _Console:
-    """Lines on standard output and a progress bar on standard error, written by one thread so that they do not mix."""
+    """Lines on standard output and a progress bar on standard error, written by one thread so that they do not interleave."""
 
     def __init__(self) -> None:
         self.sink = Sink("console")
@@ -152,7 +152,7 @@ def _log_file(path: Path) -> _Handler:
 
 
 def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: float = 30.0) -> Iterator:
-    """The items, with a bar on a terminal and a plain line now and then in a log; rank 0 only."""
+    """Iterate with a progress bar on a terminal, or periodic log lines elsewhere; rank 0 only."""
     if not logger.isEnabledFor(logging.INFO):
         yield from items
         return
@@ -179,12 +179,14 @@ def _with_bar(items: Iterable, total: int, title: str) -> Iterator:
 
 
 class MetricsWriter:
-    """``metrics.jsonl`` and TensorBoard events of a run; what a resumed run does again is written once.
+    """Writes ``metrics.jsonl`` and TensorBoard events of a run.
+
+    On resume, entries after the checkpoint are discarded, so that no step is logged twice.
 
     Args:
-        output: the run's folder.
-        step: updates done so far; whatever was written of later ones is removed.
-        evaluated: whether the evaluation after ``step`` is done; otherwise its records are removed too.
+        output: the run's directory.
+        step: updates done so far; entries of later updates are discarded.
+        evaluated: whether the evaluation after ``step`` is done; if not, its entries are discarded too.
     """
 
     def __init__(self, output: Path, step: int, *, evaluated: bool = True):
@@ -208,8 +210,8 @@ class MetricsWriter:
             getattr(self._board, method)(*arguments)
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
-        """One point: a JSON line with ``step`` and ``kind``, and a curve ``kind/name`` for every number."""
-        # JSON has no infinity and no NaN, which a norm may be in fp16.
+        """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point ``kind/name`` for every value."""
+        # JSON has no infinity or NaN, which gradient norms may be in fp16.
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._write_line(self._append, json.dumps({"step": step, "kind": kind, **record}))
         for name, value in values.items():
@@ -219,11 +221,11 @@ class MetricsWriter:
         self._write_event(self._event, "add_text", name, text, step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
-        """image: (3, H, W) in [0, 1]."""
+        """Write an image, (3, H, W) in [0, 1], to TensorBoard."""
         self._write_event(self._event, "add_image", name, image, step)
 
     def figure(self, name: str, figure: object, step: int) -> None:
-        """figure: of matplotlib. It is rendered in the background, so the caller must not use it afterwards."""
+        """Write a matplotlib figure to TensorBoard. Rendering is in the background: do not use the figure afterwards."""
         self._write_event(self._event, "add_figure", name, figure, step)
 
     def close(self) -> None:
@@ -233,7 +235,7 @@ class MetricsWriter:
 
 
 def _cut_after(path: Path, step: int, evaluated: bool) -> None:
-    """Remove records of later steps, and those that a kill cut short."""
+    """Remove records of later steps, and records that a kill truncated."""
     if not path.exists():
         return
     kept = []

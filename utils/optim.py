@@ -1,4 +1,4 @@
-"""Optimizers with and without weight decay, and what belongs to an update: scaler, average of weights, loss."""
+"""Optimizer, gradient scaler, EMA of the weights, and loss."""
 
 import torch
 from timm.models import group_parameters
@@ -11,7 +11,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:
-    """Precision of training's forward passes; float32 where mixed precision is off."""
+    """Precision of the forward passes in training; float32 without mixed precision."""
     return PRECISIONS[cfg.AMP_DTYPE if cfg.AMP else "fp32"]
 
 
@@ -21,9 +21,9 @@ def eval_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """AdamW or SGD (Nesterov); ``model.no_weight_decay()`` names the parameters that are not decayed.
+    """AdamW or SGD (Nesterov), without weight decay for ``model.no_weight_decay()``.
 
-    Every group has an ``lr_scale``, its learning rate over the schedule's.
+    Every parameter group has an ``lr_scale``, its learning-rate multiplier.
     """
     exempt, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -34,12 +34,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         if (parameters := [p for name, p in trained.items() if (name in exempt) == without and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
-    # One kernel for all parameters, where the device has it.
+    # One kernel for all parameters, if the device supports it.
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained.values())
     if options.NAME == "sgd":
         sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
         if options.MOMENTUM > 0:
-            # At a first step that the scaler skips, fused SGD would leave its momentum uninitialised.
+            # If the scaler skips the first step, fused SGD would leave its momentum uninitialised.
             for parameter in trained.values():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -47,8 +47,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Each parameter's learning rate over the schedule's: layer-wise decay (https://arxiv.org/abs/2106.08254, as timm counts
-    layers: the stem, every block, the head with the last norm), and the head's own factor."""
+    """Learning-rate multiplier of each parameter: layer-wise decay times the multiplier of the classification head.
+
+    Layer-wise decay (https://arxiv.org/abs/2106.08254) uses timm's layers: the stem, each block, the head with the last norm.
+    """
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if cfg.TRAIN.LAYER_DECAY < 1:
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
@@ -61,19 +63,19 @@ def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss in fp16. Otherwise its scale is 1, and it only skips steps with gradients that are not finite."""
+    """Loss scaler for fp16. In other precisions its scale is 1, and it only skips steps with non-finite gradients."""
     if amp_dtype(cfg) == torch.float16:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
 def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
-    """The average of the weights, e = decay * e + (1 - decay) * w after each update."""
+    """EMA of the weights, e = decay * e + (1 - decay) * w after each update; None if disabled."""
     if not cfg.EMA.ENABLED:
         return None
     return ModelEmaV3(model, decay=cfg.EMA.DECAY, device=torch.device("cpu") if cfg.EMA.FORCE_CPU else None)
 
 
 def build_criterion(cfg: CfgNode, *, mixed: bool) -> nn.Module:
-    """Cross entropy with class ids or probabilities; mixed targets are smoothed where they are mixed."""
+    """Cross entropy for class ids or probabilities; mixed targets are already smoothed by mixup."""
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else cfg.MODEL.LABEL_SMOOTHING)

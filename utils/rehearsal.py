@@ -1,4 +1,4 @@
-"""Run each part of training once, so that what would fail in hours fails now, and report what bounds its speed."""
+"""Run each part of training once, to find errors before a long run, and report the bottleneck."""
 
 import logging
 import shutil
@@ -17,7 +17,7 @@ from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 8.0  # approximate length of a measurement
+SECONDS = 8.0  # approximate duration of a measurement
 MOST_UPDATES = 50
 
 
@@ -27,7 +27,7 @@ def rehearse(trainer: Trainer) -> None:
     Changes the trainer's state and writes a checkpoint to its output: give it a temporary directory.
 
     Raises:
-        TrainingError, DataError, CheckpointError: what the run would have met.
+        TrainingError, DataError, CheckpointError: an error that the run would have raised.
     """
     world, recipe, state = trainer.world, trainer.recipe, trainer.state
     epoch = state.num_updates // trainer.updates_per_epoch
@@ -36,14 +36,14 @@ def rehearse(trainer: Trainer) -> None:
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
     first = next(iter(trainer.train_loader))
-    logger.info("data: the first images after %.1f s", time.monotonic() - started)
+    logger.info("data: first images after %.1f s", time.monotonic() - started)
 
     meter = Meter(epoch, trainer)
     updates = _updates(trainer, repeat(first), meter)
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
-    # Rank 0 decides how many: all have to take part in each.
+    # Rank 0 decides the number: all processes must take part in every update.
     count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
     computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
     report = trainer.receive(keep=0)[-1]
@@ -65,12 +65,12 @@ def rehearse(trainer: Trainer) -> None:
     needed = size * (recipe.keep_checkpoints + 2)  # the best one, and one being written
     if needed > free + size:
         logger.warning(
-            "the disk has %.1f GiB free, the run's checkpoints will take %.1f: make room, lower KEEP_CHECKPOINTS, or choose "
-            "another --output",
+            "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "
+            "or choose another --output",
             free / 2**30,
             needed / 2**30,
         )
-    # All processes wait for each other in this sum; afterwards the directory may be deleted.
+    # This sum synchronises all processes; the directory may be deleted afterwards.
     figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
     images = len(first.targets) * recipe.accumulation * world.size
     _conclude(trainer, images, remaining, *figures.tolist())
@@ -85,7 +85,7 @@ def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None
 
 
 def _time_loading(trainer: Trainer, epoch: int) -> float:
-    """Seconds per batch, after each worker has delivered one, over ``SECONDS`` or what is left of the epoch."""
+    """Seconds per batch, over ``SECONDS`` or the rest of the epoch, after each worker has delivered one batch."""
     loader = trainer.train_loader
     loader.set_position(epoch)
     batches = iter(loader)
@@ -101,7 +101,7 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
 def _conclude(trainer: Trainer, images: int, remaining: int, computing: float, loading: float) -> None:
     slower = max(computing, loading)
     logger.info(
-        "the model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation an epoch takes %s, the run %s",
+        "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, an epoch takes %s and the run %s",
         images / computing,
         images / loading,
         format_duration(trainer.updates_per_epoch * slower),
@@ -109,16 +109,16 @@ def _conclude(trainer: Trainer, images: int, remaining: int, computing: float, l
     )
     if loading > computing:
         logger.warning(
-            "loading bounds this run, %.1f times as slow as the model: raise DATA.NUM_WORKERS, make the images smaller "
+            "loading is the bottleneck, %.1f times as slow as the model: raise DATA.NUM_WORKERS, make the images smaller "
             "(scripts/pack_dataset.py --short-side), or read them from a faster disk",
             loading / computing,
         )
     else:
-        logger.info("the model bounds this run: loading is %.1f times as fast", computing / loading)
+        logger.info("the model is the bottleneck: loading is %.1f times as fast", computing / loading)
 
 
 def _drain(items: Iterator) -> None:
-    """Take all, and keep none: batches are large."""
+    """Consume all items without storing them, since batches are large."""
     deque(items, maxlen=0)
 
 

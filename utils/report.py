@@ -1,4 +1,4 @@
-"""Files of an evaluation: ``eval.json``, accuracies per class, a confusion matrix, and the prediction for every image."""
+"""Output files of an evaluation: ``eval.json``, accuracy per class, confusion matrix, and predictions for every image."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from utils.metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SIDE = 256  # pixels of an image in a grid, at most
+PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
 MOST_CLASSES_DRAWN = 50
 MOST_CLASSES_WITH_COUNTS = 20
 
@@ -33,29 +33,29 @@ def write_evaluation(
     real_labels: Sequence[Sequence[int]] | None,
     predictions: bool,
 ) -> None:
-    """Write all of it to a folder; each file is whole or as it was.
+    """Write the results of an evaluation to a directory; each file is replaced atomically.
 
     Args:
-        results: by the label of their weights, with their predictions.
-        preferred: label of the weights that count: the confusion picture shows them.
-        about: what else ``eval.json`` records: the file, the preprocessing, ...
-        classes: names by class id.
-        names: of the images, in the dataset's order.
-        real_labels: every right label of each image; () for images that do not count.
+        results: by label of the weights, with predictions.
+        preferred: label of the weights whose accuracy is reported and whose confusion matrix is drawn.
+        about: further entries of ``eval.json``: file, preprocessing, ...
+        classes: class names by class id.
+        names: image names, in the dataset's order.
+        real_labels: all correct labels of each image; () excludes the image.
         predictions: write ``predictions_<weights>.csv`` too.
     """
     record = about | {
         "preferred": preferred,
         "results": {weights: _record(result, real_labels) for weights, result in results.items()},
     }
-    for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # of an evaluation before
+    for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # from an earlier evaluation
         stale.unlink(missing_ok=True)
     with replacing(output / "eval.json") as path:
         path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     for weights, values in record["results"].items():
         if "real" in values:
             logger.info(
-                "%s weights, ReaL labels: Acc@1 %.3f of %d", weights, values["real"]["acc1"], values["real"]["num_images"]
+                "%s weights, ReaL labels: Acc@1 %.3f, %d images", weights, values["real"]["acc1"], values["real"]["num_images"]
             )
     written = ["eval.json", "eval_classes.csv"]
     matrices = {weights: confusion_matrix(result, len(classes)) for weights, result in results.items()}
@@ -86,7 +86,7 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """The matrix as a picture, each row in shares of its class; counts where there is room."""
+    """Draw a confusion matrix in percent of each class, with counts if there are few classes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,7 +112,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
 
 
 def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], path: Path) -> None:
-    """A grid of images, each with its caption."""
+    """Draw a grid of images with captions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,7 +134,7 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: valid Unicode, no formulas."""
+    """Text that matplotlib draws literally: valid Unicode, no formulas."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
@@ -174,7 +174,7 @@ def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    # Names of files may be no UTF-8: they are written as they were read.
+    # File names may not be valid UTF-8; their bytes are written unchanged.
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)

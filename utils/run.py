@@ -1,4 +1,4 @@
-"""The directory of a run: where it is, whether it can be written, and the lock that keeps a second run out of it."""
+"""The output directory of a run: its path, write checks, and a lock against a second run."""
 
 import contextlib
 import logging
@@ -19,19 +19,19 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-SECONDS_UNTIL_STALE = 3600  # age at which an incomplete file or directory counts as left over
+SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file or directory is deleted
 
 
 def build_output_folder(cfg: CfgNode) -> Path:
-    """``<OUTPUT>/<MODEL.NAME>/<TAG>``."""
+    """Output directory of a run, ``<OUTPUT>/<MODEL.NAME>/<TAG>``."""
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
 def make_folder(output: Path) -> None:
-    """Create a folder and check that it can be written.
+    """Create a directory and check that it is writable.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot be created or written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -42,26 +42,26 @@ def make_folder(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Refuse a start that is behind the newest intact checkpoint of the folder: two branches of a run would mix.
+    """Reject a start before the newest intact checkpoint of the directory: two branches of a run would mix.
 
     Raises:
-        ConfigError: the folder has an intact checkpoint of a later update.
+        ConfigError: the directory has an intact checkpoint of a later update.
     """
     for path in list_checkpoints(output):
         if num_updates_of(path) <= num_updates:
             return
         if is_whole(path):
             raise ConfigError(
-                f"{output}: holds {path.name}, further than this start (update {num_updates}): checkpoints would mix. Resume "
+                f"{output}: has {path.name}, later than this start (update {num_updates}): checkpoints would mix. Resume "
                 "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
             )
 
 
 def check_available(output: Path) -> Path:
-    """Refuse a directory that a run could not create or lock, without changing it.
+    """Reject a directory that a run could not create or lock, without changing it.
 
     Returns:
-        Its nearest ancestor that exists, or itself.
+        The directory, or its nearest existing ancestor.
 
     Raises:
         ConfigError: a file is in its place, or another run writes there.
@@ -74,7 +74,7 @@ def check_available(output: Path) -> Path:
 
 
 class RunDirectory:
-    """The directory of a run that writes there."""
+    """The locked output directory of a run."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,13 +82,13 @@ class RunDirectory:
         self._created: list[Path] = []
 
     def open(self, *, num_updates: int) -> None:
-        """Create and lock it, and rename damaged checkpoints of later updates than the run starts from.
+        """Create and lock the directory, and rename damaged checkpoints of later updates than the start.
 
         Args:
             num_updates: updates done at the start.
 
         Raises:
-            ConfigError: it cannot be written, another run writes there, or it has a checkpoint of a later update.
+            ConfigError: it cannot be written to, another run writes there, or it has a checkpoint of a later update.
         """
         missing = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
         make_folder(self.path)
@@ -99,14 +99,14 @@ class RunDirectory:
         check_is_newest(self.path, num_updates=num_updates)
 
     def _remove_leftovers(self) -> None:
-        """Delete files that a kill left incomplete, but none that an evaluation may be writing now."""
+        """Delete incomplete files left by a kill, except recent ones, which an evaluation may be writing."""
         for path in self.path.glob(".*.incomplete*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > SECONDS_UNTIL_STALE:
                     path.unlink()
 
     def write_config(self, text: str) -> None:
-        """Write ``config.yaml``; checkpoints have the config too, so that a failure ends no run."""
+        """Write ``config.yaml``. A failure is only a warning, since checkpoints contain the config too."""
         path = self.path / "config.yaml"
         try:
             with replacing(path) as temporary:
@@ -118,26 +118,27 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Remove the directories that this run created: it was refused before its first update."""
+        """Remove the directories that this run created, if it is rejected before its first update."""
         self._lock.release()
         if self.path in self._created:
             shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._created[1:]:
-            with contextlib.suppress(OSError):  # another run is there
+            with contextlib.suppress(OSError):  # another run uses it
                 parent.rmdir()
 
 
 class RunLock:
-    """Keeps a second run out of a run's directory. The kernel releases it when the process ends, however it ends."""
+    """Lock of a run's directory against a second run. The kernel releases it however the process ends."""
 
     def __init__(self, output: Path):
         self.path = output / LOCK
         self._file: IO | None = None
 
     def acquire(self) -> None:
-        """
+        """Acquire the lock, and write process and host to its file.
+
         Raises:
-            ConfigError: another run holds it; the message names its process and host.
+            ConfigError: another run holds the lock; the message has its process and host.
         """
         self._file = self._open()
         self._lock(self._file)
@@ -146,7 +147,8 @@ class RunLock:
         self._file.flush()
 
     def check(self) -> None:
-        """
+        """Check that no other run holds the lock.
+
         Raises:
             ConfigError: another run holds it.
         """
@@ -164,7 +166,7 @@ class RunLock:
         try:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # per process: loader workers do not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown process"

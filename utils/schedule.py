@@ -1,4 +1,4 @@
-"""The learning rate as a function of the update: nothing to restore, nothing to drift."""
+"""Learning-rate schedules as pure functions of the update index, without state to restore."""
 
 import math
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from yacs.config import CfgNode
 
 from utils.config import ConfigError
 
-LINEAR_END = 0.01  # share of the base rate at which the linear schedule ends
-REFERENCE_BATCH = 512  # images that TRAIN.BASE_LR, WARMUP_LR and MIN_LR are given for
+LINEAR_END = 0.01  # final fraction of the base rate in the linear schedule
+REFERENCE_BATCH = 512  # global batch size to which TRAIN.BASE_LR, WARMUP_LR and MIN_LR refer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up, then a decay; after ``num_updates`` the rate stays where the decay ended. Lengths are in updates.
+    """Linear warm-up, then decay. Lengths are in updates.
 
-    cosine: to ``min_lr``, computed as if there had been no warm-up. linear: from the end of the warm-up to
-    ``LINEAR_END`` of ``base_lr``, as the reference (``min_lr`` plays no part). step: ``base_lr`` times ``decay_rate`` for
-    every ``decay_updates``.
+    cosine: decays to ``min_lr``, as if the cosine had started at update 0. linear: decays from the end of the warm-up to
+    ``LINEAR_END * base_lr``, as in the reference; ``min_lr`` is unused. Both are constant after ``num_updates``. step: starts
+    at ``base_lr`` and is multiplied by ``decay_rate`` every ``decay_updates``.
     """
 
     name: str
@@ -47,18 +47,18 @@ class Schedule:
 
 
 def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
-    """Forward passes per update: TRAIN.ACCUMULATION_STEPS, or as many as DATA.GLOBAL_BATCH_SIZE takes.
+    """Forward passes per update: TRAIN.ACCUMULATION_STEPS, or the number that DATA.GLOBAL_BATCH_SIZE requires.
 
     Raises:
-        ConfigError: the processes' batches do not divide it.
+        ConfigError: DATA.GLOBAL_BATCH_SIZE is not a multiple of the images per forward pass.
     """
     wanted, at_once = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
     if not wanted:
         return max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
     if wanted % at_once:
         raise ConfigError(
-            f"DATA.GLOBAL_BATCH_SIZE={wanted}: is no multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of "
-            f"{world_size} processes); change --batch-size or the number of processes"
+            f"DATA.GLOBAL_BATCH_SIZE={wanted}: is not a multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each "
+            f"of {world_size} processes); change --batch-size or the number of processes"
         )
     return wanted // at_once
 
@@ -69,7 +69,7 @@ def global_batch_size(cfg: CfgNode, world_size: int) -> int:
 
 
 def build_schedule(cfg: CfgNode, *, updates_per_epoch: int, world_size: int) -> Schedule:
-    """TRAIN.*LR scaled to the global batch, TRAIN.*EPOCHS in updates."""
+    """Build the schedule: TRAIN.*LR scaled to the global batch, TRAIN.*EPOCHS converted to updates."""
     factor = global_batch_size(cfg, world_size) / REFERENCE_BATCH
     return Schedule(
         name=cfg.TRAIN.LR_SCHEDULER.NAME,

@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: a handler sets a flag, and the training loop saves and leaves at its next update."""
+"""Stop signals: a handler sets a flag, and the training loop saves a checkpoint and exits at its next update."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 
 
 
 class StopRequest:
-    """A flag that SIGTERM, SIGINT and SIGUSR1 set, from construction on; a second signal ends the process at once.
+    """A flag that SIGTERM, SIGINT or SIGUSR1 sets, from construction on; a second signal ends the process immediately.
 
-    Loader workers, which are forked, ignore the signals.
+    Forked loader workers ignore the signals.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StopRequest:
         return self.signal is not None
 
     def cancel(self) -> None:
-        """Restore the handlers before this object, and deliver to them the signal that has come meanwhile, if any."""
+        """Restore the previous signal handlers, and deliver any received signal to them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self.signal is not None:
