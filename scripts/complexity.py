@@ -103,7 +103,7 @@ def plot(path: Path) -> None:
 
     sides = [224, 320, 448, 640, 896, 1280]
     figure, (flops_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for attn_type, label in (("L", "focused linear"), ("S", "softmax, its matrix kept")):
+    for attn_type, label in (("L", "focused linear"), ("S", "softmax, matrix stored")):
         # Softmax with an explicit attention matrix: the paper's baseline for linear attention.
         options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}
         flops = [measure("flatten_deit_t", (side, side), **options)[1] / 1e9 for side in sides]
@@ -111,7 +111,7 @@ def plot(path: Path) -> None:
         flops_axes.plot(sides, flops, marker="o", label=label)
         memory_axes.plot(sides, memory, marker="o", label=label)
     flops_axes.set(xlabel="pixels of a side", ylabel="multiply-adds, G", title="FLatten-DeiT-T: cost of one image")
-    memory_axes.set(xlabel="pixels of a side", ylabel="GiB, fp32", title="Activations kept for the backward pass")
+    memory_axes.set(xlabel="pixels of a side", ylabel="GiB, fp32", title="Activations stored for the backward pass")
     for axes in (flops_axes, memory_axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
