@@ -40,6 +40,7 @@ FAST = {
 }
 
 
+@pytest.hookimpl(trylast=True)  # after plugins that shuffle the tests
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__.removeprefix("tests.") in FAST and item.get_closest_marker("slow") is None:
