@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
-from models.cswin import CSwinTransformer
+from models.cswin import CSwinTransformer, stripe_of
 from models.linear_attention import KINDS, focus
 from models.loading import load_weights
 from scripts.complexity import PAPER, measure
@@ -429,3 +429,13 @@ def test_fresh_linear_layers_and_norms_are_initialised_alike_in_every_family(nam
         if isinstance(module, torch.nn.LayerNorm):
             assert (module.weight == 1).all(), module_name
             assert not module.bias.any(), module_name
+
+
+def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
+    """As in CSwin's paper; the last stage has a map of 7 x 7 tokens at 224 pixels."""
+    model = create_model("flatten_cswin_t", attn_type="SSSS", device="meta")
+    widths = []
+    for blocks in model.stage_blocks():
+        stripes = [module for module in next(iter(blocks)).modules() if hasattr(module, "native_mask")]
+        widths.append({min(stripe_of(stripe.native, stripe.axis, stripe.width)) for stripe in stripes})
+    assert widths == [{1}, {2}, {7}, {7}]

@@ -9,7 +9,7 @@ from models.linear_attention import KINDS
 from models.registry import NAMES
 from tests.conftest import CONFIGS
 from utils.config import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
-from utils.config_keys import KEYS
+from utils.config_keys import INFINITY, KEYS
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [path for folder in ("data", "jobs", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
@@ -278,3 +278,33 @@ def test_every_key_has_a_meaning_and_a_legal_default():
         assert key.meaning, name
         assert not key.choices or key.default in key.choices, name
         assert key.minimum is None or key.minimum <= key.default <= key.maximum, name
+
+
+# Smallest and largest legal values, written down apart from the keys.
+BOUNDS = {
+    (0, INFINITY): (
+        "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.NUM_WORKERS DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "
+        "TRAIN.COOLDOWN_EPOCHS TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.RECIPE_BATCH_SIZE "
+        "TRAIN.WEIGHT_DECAY TRAIN.HEAD_LR_SCALE TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.OPTIMIZER.EPS "
+        "AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
+    ),
+    (1, INFINITY): (
+        "DATA.BATCH_SIZE MODEL.NUM_CLASSES MODEL.SWIN.PATCH_SIZE MODEL.SWIN.EMBED_DIM MODEL.SWIN.WINDOW_SIZE "
+        "MODEL.DEIT.PATCH_SIZE MODEL.DEIT.EMBED_DIM MODEL.DEIT.DEPTH MODEL.DEIT.NUM_HEADS "
+        "MODEL.LA.FOCUSING_FACTOR MODEL.LA.KERNEL_SIZE TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS "
+        "AUG.RECOUNT AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ KEEP_CHECKPOINTS"
+    ),
+    (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING",
+    (0.01, INFINITY): "MODEL.SWIN.MLP_RATIO",
+    (1e-06, 1): "TRAIN.LAYER_DECAY",
+    (1e-09, 1): "TRAIN.LR_SCHEDULER.DECAY_RATE",
+    (0, 1): "TRAIN.OPTIMIZER.MOMENTUM AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB EMA.DECAY",
+    (0.01, 1): "TEST.CROP_PCT",
+    (0, 4294967295): "SEED",
+    (1, 86400): "COLLECTIVE_TIMEOUT",
+}
+
+
+def test_the_bounds_of_every_number_are_those_of_the_table():
+    bounds = {name: (key.minimum, key.maximum) for name, key in KEYS.items() if key.minimum is not None}
+    assert bounds == {name: pair for pair, names in BOUNDS.items() for name in names.split()}
