@@ -238,6 +238,17 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
     assert not list(tmp_path.glob(".rehearsal*"))
 
 
+def test_a_check_leaves_the_directory_of_a_running_check_alone(toy_config, toy_data, tmp_path):
+    running = tmp_path / ".rehearsal-running"
+    running.mkdir()
+    lock = RunLock(running)
+    lock.acquire()
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check", log=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert [path.name for path in tmp_path.glob(".rehearsal*")] == [running.name]
+    lock.release()
+
+
 def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_data, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/train").symlink_to(toy_data / "train")
