@@ -307,7 +307,7 @@ def collect_tests() -> set[str]:
 
 
 def run_tests(mutant: Mutant, tests: Sequence[str], seconds: Mapping[str, float]) -> str:
-    """ "killed", "survived" or, if no test executes the line, "not covered"."""
+    """Outcome of a mutant: killed, survived, or not covered if no test executes the line."""
     if not tests:
         return "not covered"
     with tempfile.TemporaryDirectory(prefix="mutant") as folder:

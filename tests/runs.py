@@ -1,6 +1,18 @@
 """Toy runs and their comparison."""
 
+from torch import nn
+
 from scripts.soak import find_difference
+
+
+class Linear(nn.Linear):
+    """A classifier for tests of the trainer: a linear layer with what the optimizer asks of a model."""
+
+    def no_weight_decay(self) -> set[str]:
+        return {"bias"}
+
+    def get_classifier(self) -> nn.Module:
+        return self
 
 
 def assert_equal(one, other, where="checkpoint"):

@@ -150,16 +150,19 @@ class _Counter:
             indices: positions in the dataset of the images of this process, if predictions are kept.
         """
         # A process without batches does not know the number of classes.
-        shared = torch.tensor([self.num_images, self.num_classes, self.num_classes > 0], device=world.device)
-        total, class_sum, num_sharing = sum_over_processes(shared).tolist()
-        correct1, correct5, loss, not_finite = sum_over_processes(self.sums).tolist()
+        counts = self.sums.new_tensor([self.num_images, self.num_classes, self.num_classes > 0])
+        *sums, total, class_sum, num_sharing = sum_over_processes(torch.cat([self.sums, counts])).tolist()
+        correct1, correct5, loss, not_finite = sums
+        total = int(total)
         if not_finite:
             raise TrainingError(
                 f"the {weights} weights give outputs that are not finite for {int(not_finite)} of {total} images: accuracy is "
                 "undefined; evaluate another checkpoint, or in fp32 (TEST.PRECISION fp32)"
             )
         predictions = None if self.predictions is None else self._gather(indices, world)
-        return EvalResult(weights, int(correct1), int(correct5), total, loss / total, class_sum // num_sharing, predictions)
+        return EvalResult(
+            weights, int(correct1), int(correct5), total, loss / total, int(class_sum // num_sharing), predictions
+        )
 
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
         """The predictions of all processes, in the dataset's order; None except on rank 0."""

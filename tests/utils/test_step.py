@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import create_model
 from tests.conftest import CONFIGS
+from tests.runs import Linear
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.evaluation import evaluate
@@ -16,14 +17,6 @@ from utils.step import train_step
 from utils.trainer import TrainState
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
-
-
-class Linear(nn.Linear):
-    def no_weight_decay(self):
-        return {"bias"}
-
-    def get_classifier(self):
-        return self
 
 
 def setup(*opts):

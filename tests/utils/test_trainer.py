@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import utils.trainer
 from tests.conftest import CONFIGS
-from tests.runs import assert_equal
+from tests.runs import Linear, assert_equal
 from utils.checkpoint import BEST, list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
@@ -43,14 +43,6 @@ class Loader:
             generator = torch.Generator().manual_seed(self.first)
             self.first += 1
             yield Batch(torch.randn(7, 6, generator=generator), torch.randint(0, 3, (7,), generator=generator))
-
-
-class Linear(nn.Linear):
-    def no_weight_decay(self) -> set[str]:
-        return {"bias"}
-
-    def get_classifier(self) -> nn.Module:
-        return self
 
 
 def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_updates), **recipe) -> Trainer:
