@@ -116,9 +116,11 @@ class MutantFinder(ast.NodeVisitor):
     def text(self, node: ast.AST) -> str:
         return ast.get_source_segment(self.source, node)
 
-    def add(self, node: ast.AST, replacement: str) -> None:
+    def add(self, node: ast.AST, replacement: str, *, last: ast.AST | None = None) -> None:
+        """Replace a node, or all from one node to the end of another."""
+        last = last or node
         start = self.offset(node.lineno, node.col_offset)
-        end = self.offset(node.end_lineno, node.end_col_offset)
+        end = self.offset(last.end_lineno, last.end_col_offset)
         before = " ".join(self.source[start:end].split())
         change = f"{before[:70]} -> {' '.join(replacement.split())[:70]}"
         self.mutants.append(Mutant(self.path, node.lineno, self.statement, self.depth > 0, start, end, replacement, change))
@@ -213,10 +215,7 @@ class MutantFinder(ast.NodeVisitor):
         plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
         if len(plain) == len(node.args) >= 2 and not isinstance(node.args[0], ast.Constant):
             first, second = node.args[:2]
-            start, end = self.offset(first.lineno, first.col_offset), self.offset(second.end_lineno, second.end_col_offset)
-            swapped = f"{self.text(second)}, {self.text(first)}"
-            change = f"arguments swapped: {' '.join(swapped.split())[:70]}"
-            self.mutants.append(Mutant(self.path, first.lineno, self.statement, self.depth > 0, start, end, swapped, change))
+            self.add(first, f"{self.text(second)}, {self.text(first)}", last=second)
         self.generic_visit(node)
 
 
