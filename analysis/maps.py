@@ -14,19 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from models import cswin, deit, pvt, swin
+from models import cswin, pvt, swin
+from models.attention import SoftmaxAttention, efficient_attention, linear_attention, relu_attention, softmax_attention
+from models.fused_attention import EPS
 from models.layers import partition
-from models.linear_attention import (
-    EPS,
-    FocusedLinearAttention,
-    efficient_attention,
-    focus,
-    linear_attention,
-    relu_attention,
-    softmax_attention,
-)
+from models.linear_attention import FocusedLinearAttention, focus
 
-SOFTMAX_MODULES = (swin.SoftmaxWindowAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention, deit.SoftmaxAttention)
+SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
 FORMS = ("softmax", "linear", "focused", "efficient")  # attentions that are compared on the same queries and keys
 
 
@@ -87,7 +81,7 @@ class Attention:
         return convolution_matrix(kernel, self.grid, self.k.shape[2], queries=queries, num_prefix_tokens=self.num_prefix_tokens)
 
     @torch.no_grad()
-    def twin(self, form: str) -> Tensor:
+    def weights_of(self, form: str) -> Tensor:
         """Weights (G, H, N, M) of another form of attention for the same queries and keys, without masks or biases.
 
         Args:

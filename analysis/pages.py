@@ -88,7 +88,7 @@ def trace_module(
     own = "linear attention" if attention.is_linear else "softmax attention"
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
     for form in forms:
-        maps[f"{form}, same q and k"] = attention.twin(form)[windows, :, tokens].transpose(0, 1)
+        maps[f"{form}, same q and k"] = attention.weights_of(form)[windows, :, tokens].transpose(0, 1)
     if (convolution := attention.convolution(tokens.tolist(), mean=True)) is not None:
         maps[CONVOLUTION] = convolution
         maps[SUM] = maps[own] + maps[CONVOLUTION]

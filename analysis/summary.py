@@ -67,7 +67,7 @@ def matrices(attention: Attention) -> dict[str, Tensor]:
     found = {OWN: attention.matrix()[..., prefix:, prefix:]}
     if (convolution := attention.convolution(mean=True)) is not None:
         found[WITH_CONVOLUTION] = found[OWN] + convolution[0, prefix:, prefix:]
-    return found | {form: attention.twin(form)[..., prefix:, prefix:] for form in FORMS}
+    return found | {form: attention.weights_of(form)[..., prefix:, prefix:] for form in FORMS}
 
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:

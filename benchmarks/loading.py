@@ -45,7 +45,8 @@ class OurDataset(Dataset):
     """Reader and training transform of this project, up to uint8."""
 
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
-        self.paths, self.transform = list(paths), build_train_transform(cfg)
+        self.paths = list(paths)
+        self.transform = build_train_transform(cfg)
 
     def __len__(self) -> int:
         return len(self.paths)

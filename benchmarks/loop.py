@@ -18,7 +18,10 @@ from utils.log import MetricsWriter
 from utils.optim import amp_dtype
 from utils.trainer import Meter, Trainer
 
-LOOP, LOADER, WITHOUT_AVERAGE, BARE = "loop on one batch", "loop with the loader", "loop without the average", "bare step"
+LOOP = "loop on one batch"
+LOADER = "loop with the loader"
+WITHOUT_AVERAGE = "loop without the average"
+BARE = "bare step"
 
 
 def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> list[dict]:
@@ -54,7 +57,8 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
     def run_loop(batches: Iterator, ema: object) -> None:
         """Train as ``Trainer.train_epoch`` does, with a log line at the end."""
         trainer.model.train()
-        state.ema, meter = ema, Meter(0, trainer)
+        state.ema = ema
+        meter = Meter(0, trainer)
         mixed = trainer.mixed_batches(batches, meter)
         for _ in range(updates):
             trainer.update(mixed)

@@ -30,7 +30,7 @@ def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     ours = create_model(name, img_size=img_size)
     contestants = {"focused": ours, "plain transcription": use_plain_attention(create_model(name, img_size=img_size))}
     letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
-    contestants["softmax twin"] = create_model(name, img_size=img_size, attn_type=letters)
+    contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=letters)
     if name in PEERS:
         options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 accepts any size
         contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)

@@ -14,7 +14,10 @@ from models.fused_attention import split_channels
 from models.layers import merge, partition
 from models.linear_attention import FocusedLinearAttention
 
-OURS, PLAIN, SOFTMAX, WINDOWS = "focused", "plain transcription", "softmax", "softmax in windows of 7"
+OURS = "focused"
+PLAIN = "plain transcription"
+SOFTMAX = "softmax"
+WINDOWS = "softmax in windows of 7"
 WINDOW = 7
 
 Attention = Callable[[Tensor], Tensor]  # (B, N, 3C), the projection to q, k and v -> (B, N, C)

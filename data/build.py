@@ -66,8 +66,12 @@ class DeviceLoader:
         erase: Erase | None = None,
         max_unreadable: int = 0,
     ):
-        self.loader, self.normalize, self.device, self.erase = loader, normalize, device, erase
-        self.max_unreadable, self.unreadable = max_unreadable, set()
+        self.loader = loader
+        self.normalize = normalize
+        self.device = device
+        self.erase = erase
+        self.max_unreadable = max_unreadable
+        self.unreadable = set()
         self.seconds_waited = 0.0
 
     def __len__(self) -> int:

@@ -236,7 +236,8 @@ class FileDataset(Dataset):
     """
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
-        self.paths, self.transform = list(paths), transform
+        self.paths = list(paths)
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.paths)

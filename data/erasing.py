@@ -79,7 +79,10 @@ class Erase:
     """
 
     def __init__(self, probability: float, *, mode: str, max_count: int, seed: int, device: torch.device):
-        self.probability, self.mode, self.max_count, self.seed = probability, mode, max_count, seed
+        self.probability = probability
+        self.mode = mode
+        self.max_count = max_count
+        self.seed = seed
         self.generator = torch.Generator(device)
 
     def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:

@@ -90,7 +90,10 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
     classes = _list_classes(root)
 
     def scan() -> tuple[Index, list[Path]]:
-        names, labels, folders, others = [], [], [root], []
+        names = []
+        labels = []
+        folders = [root]
+        others = []
         for label, name in enumerate(_telling(classes, root, names)):
             found = _list_images(root / name, folders, others)
             names += [f"{name}/{image}" for image in found]
@@ -156,7 +159,11 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
     shards, source = list_shards(root, split), root / f"{split}-*.tar"
 
     def scan() -> tuple[Index, list[Path]]:
-        names, labels, archive, offsets, sizes = [], [], [], [], []
+        names = []
+        labels = []
+        archive = []
+        offsets = []
+        sizes = []
         for number, shard in enumerate(_telling(shards, source, names)):
             for image, label, offset, size in _read_shard(shard):
                 names.append(f"{shard.name}/{image}")

@@ -19,7 +19,9 @@ class StepMixup:
     """
 
     def __init__(self, *, seed: int, rank: int = 0, **options):
-        self.seed, self.rank, self.mixup = seed, rank, Mixup(**options)
+        self.seed = seed
+        self.rank = rank
+        self.mixup = Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mix a batch with its reverse, in place if B is even; if B is odd, the middle image is mixed with the first one.

@@ -46,15 +46,21 @@ class TrainBatches(Sampler[list[Key]]):
         world_size: int,
         seed: int,
     ):
-        self.num_samples, self.batch_size, self.accumulation, self.repeats = num_samples, batch_size, accumulation, repeats
-        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.repeats = repeats
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
         self.global_batch_size = batch_size * accumulation * world_size
         self.updates_per_epoch = num_samples // self.global_batch_size
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
         """Set the epoch to read next and its first update."""
-        self.epoch, self.first_update = epoch, first_update
+        self.epoch = epoch
+        self.first_update = first_update
 
     def __len__(self) -> int:
         return (self.updates_per_epoch - self.first_update) * self.accumulation
@@ -113,7 +119,8 @@ class EvalBatches(Sampler[list[Key]]):
     """Evaluation batches, each image once: rank r reads images r, r + world_size, ...; the last batch may be smaller."""
 
     def __init__(self, num_samples: int, batch_size: int, *, rank: int, world_size: int):
-        self.indices, self.batch_size = range(rank, num_samples, world_size), batch_size
+        self.indices = range(rank, num_samples, world_size)
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)

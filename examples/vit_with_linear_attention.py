@@ -22,7 +22,8 @@ class LinearAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int], num_prefix_tokens: int):
         super().__init__()
-        self.qkv, self.proj = attention.qkv, attention.proj
+        self.qkv = attention.qkv
+        self.proj = attention.proj
         self.operator = FocusedLinearAttention(
             self.proj.in_features, attention.num_heads, grid, num_prefix_tokens=num_prefix_tokens
         )

@@ -31,14 +31,16 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-UPRIGHT, LYING = 1, 0  # the axis divided into stripes: vertical stripes divide the width
+# Direction of stripes, as the axis that they divide: vertical stripes divide the width.
+HORIZONTAL = 0
+VERTICAL = 1
 
 
 def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of a stripe: ``width`` tokens along ``axis``, all along the other axis."""
     if axis is None or width is None:
         return grid
-    return (min(width, grid[0]), grid[1]) if axis == LYING else (grid[0], min(width, grid[1]))
+    return (min(width, grid[0]), grid[1]) if axis == HORIZONTAL else (grid[0], min(width, grid[1]))
 
 
 class StripedAttention(nn.Module):
@@ -53,10 +55,11 @@ class StripedAttention(nn.Module):
 
         Args:
             grid: the native map.
-            axis: ``UPRIGHT`` or ``LYING``; None for attention over the whole map.
+            axis: ``VERTICAL`` or ``HORIZONTAL``; None for attention over the whole map.
             width: stripe width along that axis; None or a width of at least the side covers the whole side.
         """
-        self.axis, self.native = axis, grid
+        self.axis = axis
+        self.native = grid
         self.width = None if stripe_of(grid, axis, width) == grid else width
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.register_buffer("native_mask", None, persistent=False)
@@ -128,9 +131,9 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 
     def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
         height, width = stage_map
-        if self.axis == UPRIGHT:
+        if self.axis == VERTICAL:
             return height, min(num_rows // height, width)
-        if self.axis == LYING:
+        if self.axis == HORIZONTAL:
             return min(num_rows // width, height), width
         return stage_map
 
@@ -144,7 +147,8 @@ class SoftmaxStripes(StripedAttention):
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, attn_drop: float):
         super().__init__()
-        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
         self.build_stripes(dim, grid, axis, width)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
@@ -180,14 +184,14 @@ class Block(nn.Module):
         linear: Mapping,
     ):
         super().__init__()
-        axes = (None,) if split_size is None or split_size >= max(grid) else (UPRIGHT, LYING)
-        share, heads = dim // len(axes), num_heads // len(axes)
+        axes = (None,) if split_size is None or split_size >= max(grid) else (VERTICAL, HORIZONTAL)
+        axis_dim, axis_heads = dim // len(axes), num_heads // len(axes)
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attns = nn.ModuleList(
-            LinearStripes(share, heads, grid, axis, split_size, linear)
+            LinearStripes(axis_dim, axis_heads, grid, axis, split_size, linear)
             if attention == "L"
-            else SoftmaxStripes(share, heads, grid, axis, split_size, attn_drop)
+            else SoftmaxStripes(axis_dim, axis_heads, grid, axis, split_size, attn_drop)
             for axis in axes
         )
         self.proj = nn.Linear(dim, dim)
@@ -198,8 +202,8 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = split_channels(self.qkv(x), 3)
-        shares = zip(*(t.chunk(len(self.attns), dim=-1) for t in (q, k, v)), strict=True)
-        out = [attend(*share) for attend, share in zip(self.attns, shares, strict=True)]
+        inputs = zip(*(t.chunk(len(self.attns), dim=-1) for t in (q, k, v)), strict=True)
+        out = [attend(*qkv) for attend, qkv in zip(self.attns, inputs, strict=True)]
         return self.proj_drop(self.proj(torch.cat(out, dim=-1)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -287,28 +291,25 @@ class CSwinTransformer(Backbone):
         splits = {"L": linear_splits or (None,) * len(depths), "S": softmax_splits}
         rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
         check_attention_dropout(attn_drop_rate, attention_types)
+        options = {
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "proj_drop": proj_drop_rate,
+            "attn_drop": attn_drop_rate,
+            "linear": linear,
+        }
         with tensor_defaults(device, dtype):
             self.stage1_conv_embed = nn.Sequential(
                 nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2), ChannelsLast(), nn.LayerNorm(embed_dim)
             )
             for index, grid in enumerate(grids):
                 dim, last = embed_dim * 2**index, index == len(grids) - 1
-                blocks = [
-                    Block(
-                        dim,
-                        num_heads[index],
-                        grid,
-                        attention=attention,
-                        split_size=None if last else splits[attention][index],
-                        mlp_ratio=mlp_ratio,
-                        qkv_bias=qkv_bias,
-                        proj_drop=proj_drop_rate,
-                        attn_drop=attn_drop_rate,
-                        drop_path=rate,
-                        linear=linear,
+                blocks = []
+                for kind, rate in zip(attention_types[index], rates[index], strict=True):
+                    split_size = None if last else splits[kind][index]
+                    blocks.append(
+                        Block(dim, num_heads[index], grid, attention=kind, split_size=split_size, drop_path=rate, **options)
                     )
-                    for attention, rate in zip(attention_types[index], rates[index], strict=True)
-                ]
                 setattr(self, f"stage{index + 1}", Stage(*blocks))
                 if not last:
                     setattr(self, f"merge{index + 1}", Merge(dim))

@@ -10,11 +10,11 @@ Shapes: B images, N = 1 + H * W tokens, C channels.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.attention import SoftmaxAttention
 from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
@@ -51,20 +51,20 @@ class LinearAttention(FocusedLinearAttention):
         self.set_grid(grid)
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxTokenAttention(SoftmaxAttention):
     """Softmax attention over class and patch tokens. (B, N, C) -> the same."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float):
-        super().__init__()
-        self.num_heads, self.attn_drop = num_heads, attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.attend(x)
+
+
+def create_attention(
+    kind: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **projections
+) -> nn.Module:
+    """Create the attention of an ``L`` or ``S`` block."""
+    if kind == "L":
+        return LinearAttention(dim, num_heads, grid, linear=linear, **projections)
+    return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **projections)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
@@ -156,9 +156,7 @@ class DeiT(Backbone):
             self.blocks = nn.ModuleList(
                 Block(
                     embed_dim,
-                    LinearAttention(embed_dim, num_heads, self.grid, linear=linear, **options)
-                    if kind == "L"
-                    else SoftmaxAttention(embed_dim, num_heads, attn_drop=attn_drop_rate, **options),
+                    create_attention(kind, embed_dim, num_heads, self.grid, linear=linear, attn_drop=attn_drop_rate, **options),
                     mlp_ratio,
                     proj_drop_rate,
                     rate,

@@ -53,7 +53,8 @@ class Scratch:
     """Buffers reused by successive blocks."""
 
     def __init__(self, num_elements: int, like: Tensor, dtype: torch.dtype):
-        self._size, self._options = num_elements, {"dtype": dtype, "device": like.device}
+        self._size = num_elements
+        self._options = {"dtype": dtype, "device": like.device}
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
@@ -131,14 +132,23 @@ class _Run:
     """Tensors and options of one call, with the computations on its blocks."""
 
     def __init__(self, q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix):
-        self.q, self.k, self.v, self.position = q, k, v, position
-        self.kernel, self.key_weight = kernel, key_weight
-        self.num_heads, self.power, self.grid, self.num_prefix = num_heads, power, grid, num_prefix
+        self.q = q
+        self.k = k
+        self.v = v
+        self.position = position
+        self.kernel = kernel
+        self.key_weight = key_weight
+        self.num_heads = num_heads
+        self.power = power
+        self.grid = grid
+        self.num_prefix = num_prefix
         self.num_images, self.num_queries, self.channels = q.shape
-        self.num_keys, self.head_dim = k.shape[1], q.shape[2] // num_heads
+        self.num_keys = k.shape[1]
+        self.head_dim = q.shape[2] // num_heads
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.inverse_scale = split_heads(1 / scale.to(self.dtype), num_heads)  # (1, H, 1, D)
-        self.offset, self.zero = EPS * self.inverse_scale, torch.zeros_like(self.inverse_scale[..., :1, :1])
+        self.offset = EPS * self.inverse_scale
+        self.zero = torch.zeros_like(self.inverse_scale[..., :1, :1])
         self.blocks = Blocks(self.num_images, max(self.num_queries, self.num_keys), self.channels, q.device)
         self.scratch = Scratch(self.blocks.size // self.head_dim * (self.head_dim + 1), q, self.dtype)
 

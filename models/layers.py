@@ -25,6 +25,7 @@ from models.fused_attention import is_transformed
 logger = logging.getLogger(__name__)
 
 NO_OPTIONS: Mapping = MappingProxyType({})
+PADDING = -1  # region id of padding, see ``window_regions``
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -145,9 +146,6 @@ def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)
 
 
-PADDING = -1
-
-
 def window_regions(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padded: tuple[int, int]
 ) -> Tensor | None:
@@ -261,7 +259,8 @@ class Backbone(nn.Module):
 
     def __init__(self, *, in_chans: int, num_classes: int, global_pool: str):
         super().__init__()
-        self.in_chans, self.num_classes = in_chans, num_classes
+        self.in_chans = in_chans
+        self.num_classes = num_classes
         self.global_pool = self.check_global_pool(global_pool)
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
         self.register_load_state_dict_post_hook(_refresh_buffers_after_loading)
@@ -456,7 +455,8 @@ class Backbone(nn.Module):
             self.feature_info = self.feature_info[:num_kept]
             self.__dict__.pop("min_img_size", None)  # fewer stages allow smaller images
         width = self.feature_info[-1]["num_chs"]
-        changes_width, self.num_features = width != self.num_features, width
+        changes_width = width != self.num_features
+        self.num_features = width
         if prune_norm or changes_width:
             self.norm = nn.Identity()
         if prune_head or changes_width:

@@ -1,15 +1,13 @@
-"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442) and the attentions compared with it.
+"""Focused linear attention (FLatten Transformer, https://arxiv.org/abs/2308.00442).
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import COMPARED, count_keys, linear_attention
 from models.fused_attention import EPS, focused_attention, is_transformed, without_autocast
 from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 
@@ -22,70 +20,7 @@ def focus(x: Tensor, power: float) -> Tensor:
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
-    """Attention with the similarity q . k, computed without the N x M matrix (eq. 3).
-
-    Args:
-        q: (B, H, N, D), non-negative.
-        k: (B, H, M, D), non-negative; zero for masked keys.
-        v: (B, H, M, D').
-        num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
-        eps: added to the normaliser in case all similarities are zero.
-
-    Returns:
-        (B, H, N, D'): means of ``v`` weighted by q . k.
-    """
-    num_keys = k.shape[-2] if num_keys is None else num_keys
-    key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
-    summary = (k / num_keys).transpose(-2, -1) @ v  # (B, H, D, D')
-    normaliser = q @ key_mean.transpose(-2, -1) + eps  # (B, H, N, 1)
-    return (q @ summary) / normaliser
-
-
-def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Efficient attention (https://arxiv.org/abs/1812.01243): softmax over q's channels and over k's tokens."""
-    if key_mask is not None:
-        k = k.masked_fill(~key_mask, float("-inf"))
-    return q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-2, -1) @ v)
-
-
-def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
-
-    q, k, v: (B, 1, N or M, C). The input has a single head, so q and k are normalised over C.
-    """
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    if key_mask is not None:
-        k = k * key_mask
-    return q * (k * v).sum(dim=-2, keepdim=True)
-
-
-def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, normalised rows."""
-    q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
-    ones = torch.ones_like(k[..., :1])
-    if key_mask is not None:
-        k, ones = k * key_mask, ones * key_mask
-    q = torch.cat([q, torch.full_like(q[..., :1], 0.5)], dim=-1)  # (q, 1/2) . (k, 1) = 1/2 + q . k
-    k = torch.cat([k, ones], dim=-1)
-    return linear_attention(q, k, v, _num_keys(key_mask))
-
-
-def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Vanilla linear attention with the similarity relu(q) . relu(k)."""
-    q, k = F.relu(q) + EPS, F.relu(k) + EPS
-    if key_mask is not None:
-        k = k * key_mask
-    return linear_attention(q, k, v, _num_keys(key_mask))
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the comparison."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
-
-
-def _num_keys(key_mask: Tensor | None) -> Tensor | None:
-    return None if key_mask is None else key_mask.sum(dim=-2, keepdim=True)
+KINDS = ("focused", *COMPARED)
 
 
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
@@ -100,23 +35,6 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
     lower = position.long()
     upper = (lower + 1).clamp(max=num_stored - 1)
     return torch.lerp(x[:, lower], x[:, upper], (position - lower).to(x.dtype).unsqueeze(-1))
-
-
-class _Compared(NamedTuple):
-    attend: Callable[..., Tensor]
-    single_head: bool = False
-    convolves: bool = False  # add the depthwise convolution of v
-
-
-COMPARED = {
-    "relu": _Compared(relu_attention),
-    "efficient": _Compared(efficient_attention),
-    "hydra": _Compared(hydra_attention, single_head=True),
-    "angular": _Compared(angular_attention),
-    "enhanced": _Compared(relu_attention, convolves=True),
-    "softmax": _Compared(softmax_attention),
-}
-KINDS = ("focused", *COMPARED)
 
 
 class FocusedLinearAttention(nn.Module):
@@ -168,10 +86,14 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
-        self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_prefix_tokens = num_prefix_tokens
         self.grid = to_pair(grid)
         self.key_grid = self.grid if key_grid is None else to_pair(key_grid)
-        self.focusing_factor, self.kind, self.focusing = focusing_factor, kind, focusing
+        self.focusing_factor = focusing_factor
+        self.kind = kind
+        self.focusing = focusing
         if kind == "focused":
             num_keys = num_prefix_tokens + self.key_grid[0] * self.key_grid[1]
             self.scale = nn.Parameter(torch.zeros(1, 1, dim))
@@ -270,7 +192,8 @@ class FocusedLinearAttention(nn.Module):
             self.positional_encoding = resized_parameter(
                 self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens
             )
-        self.grid, self.key_grid = grid, key_grid
+        self.grid = grid
+        self.key_grid = key_grid
 
     def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
         """``PositionTable.source_grid``; attention within windows or over reduced keys overrides it."""
@@ -296,11 +219,11 @@ class FocusedLinearAttention(nn.Module):
             if self.kind == "focused":
                 q, k = self._map_features(q, k, key_grid)
                 q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
-                out = linear_attention(q, k if key_mask is None else k * key_mask, value, _num_keys(key_mask), eps=EPS)
+                out = linear_attention(q, k if key_mask is None else k * key_mask, value, count_keys(key_mask), eps=EPS)
             else:
                 compared = COMPARED[self.kind]
                 num_heads = 1 if compared.single_head else self.num_heads
-                out = compared.attend(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
+                out = compared.function(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
             return out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
 
     def _map_features(self, q: Tensor, k: Tensor, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -335,7 +258,7 @@ class FocusedLinearAttention(nn.Module):
             scale=F.softplus(self.scale),
             kernel=kernel if same_map else None,
             bias=bias if same_map else None,
-            key_weight=None if key_mask is None else key_mask / _num_keys(key_mask),
+            key_weight=None if key_mask is None else key_mask / count_keys(key_mask),
             num_heads=self.num_heads,
             power=self.focusing_factor if self.focusing else 1,
             grid=grid,

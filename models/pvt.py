@@ -86,7 +86,8 @@ class SoftmaxAttention(Reduction):
 
     def __init__(self, dim: int, num_heads: int, reduction: int, *, attn_drop: float, **projections):
         super().__init__()
-        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
         self.build_projections(dim, reduction, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,17 +103,16 @@ def create_attention(
     dim: int,
     num_heads: int,
     grid: tuple[int, int],
+    reduction: int,
     *,
-    stage: int,
-    reductions: Mapping[str, Sequence[int]],
     linear: Mapping,
     attn_drop: float,
     **projections,
 ) -> nn.Module:
-    """The attention of an ``L`` or ``S`` block; ``reductions`` maps the letter to the spatial reduction of every stage."""
+    """Create the attention of an ``L`` or ``S`` block."""
     if kind == "L":
-        return LinearAttention(dim, num_heads, grid, reductions[kind][stage], linear, **projections)
-    return SoftmaxAttention(dim, num_heads, reductions[kind][stage], attn_drop=attn_drop, **projections)
+        return LinearAttention(dim, num_heads, grid, reduction, linear, **projections)
+    return SoftmaxAttention(dim, num_heads, reduction, attn_drop=attn_drop, **projections)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
@@ -203,6 +203,7 @@ class PyramidBackbone(Backbone):
         reductions = {"L": linear_reductions, "S": SOFTMAX_REDUCTIONS}
         self.reductions = [max(reductions[kind][index] for kind in set(attention_types[index])) for index in range(len(depths))]
         self.grids = self.native_grids(img_size)
+        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
         with tensor_defaults(device, dtype):
             for index, grid in enumerate(self.grids):
                 dim, stride = dims[index], 2 if index else 4
@@ -210,18 +211,7 @@ class PyramidBackbone(Backbone):
                 blocks = [
                     Block(
                         dim,
-                        create_attention(
-                            kind,
-                            dim,
-                            num_heads[index],
-                            grid,
-                            stage=index,
-                            reductions=reductions,
-                            linear=linear,
-                            attn_drop=attn_drop_rate,
-                            qkv_bias=qkv_bias,
-                            proj_drop=proj_drop_rate,
-                        ),
+                        create_attention(kind, dim, num_heads[index], grid, reductions[kind][index], **options),
                         self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate),
                         rate,
                     )

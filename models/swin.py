@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.attention import SoftmaxAttention
 from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
@@ -57,20 +58,15 @@ class LinearWindowAttention(FocusedLinearAttention):
         return next((window for window in capped_windows(stage_map) if window[0] * window[1] == num_rows), None)
 
 
-class SoftmaxWindowAttention(nn.Module):
+class SoftmaxWindowAttention(SoftmaxAttention):
     """Softmax attention within windows, with relative-position bias. (B * nW, N, C) -> the same."""
 
-    def __init__(
-        self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, attn_drop: float, proj_drop: float
-    ):
-        super().__init__()
-        self.num_heads, self.window, self.attn_drop = num_heads, window, attn_drop
+    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], **options):
+        super().__init__(dim, num_heads, **options)
+        self.window = window
         height, width = offset_grid(window)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(height * width, num_heads))
         self.register_buffer("relative_position_index", None, persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.init_non_persistent_buffers()
 
@@ -103,20 +99,7 @@ class SoftmaxWindowAttention(nn.Module):
         return table[index.flatten()].view(1, num_tokens, num_tokens, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B * nW, H, N, D)
-        bias = self.position_bias(window).to(q.dtype)
-        attn_drop = self.attn_drop if self.training else 0.0
-        if region is None:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
-        else:
-            # Masks differ between windows but not between images: treat windows as heads, so that one mask is enough.
-            num_windows = region.shape[0]
-            apart = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
-            bias = bias.masked_fill(apart.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)
-            q, k, v = (t.unflatten(0, (-1, num_windows)).flatten(1, 2) for t in (q, k, v))  # (B, nW * H, N, D)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=attn_drop)
-            x = x.unflatten(1, (num_windows, -1)).flatten(0, 1)  # (B * nW, H, N, D)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.attend(x, self.position_bias(window), region)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
@@ -146,7 +129,8 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.covers = tuple(window_size >= side for side in grid)
         self.window = tuple(min(window_size, side) for side in grid)
-        self.grid, self.shifted = grid, shifted
+        self.grid = grid
+        self.shifted = shifted
         options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop}
         self.norm1 = nn.LayerNorm(dim)
         if attention == "L":
@@ -165,7 +149,8 @@ class SwinBlock(nn.Module):
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the native map in place."""
-        self.grid, (self.window, _, _) = grid, self.layout(grid)
+        self.grid = grid
+        self.window, _, _ = self.layout(grid)
         self.attn.set_window(self.window)
         self.init_non_persistent_buffers()
 
@@ -232,6 +217,52 @@ class SwinStage(nn.Module):
         self.downsample = downsample
 
 
+def create_patch_embed(patch_size: int, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None) -> PatchEmbed:
+    """Embed patches of images of any size; incomplete patches are padded. (B, in_chans, H, W) -> (B, h, w, embed_dim)."""
+    return PatchEmbed(
+        img_size=None,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        norm_layer=norm_layer,
+        output_fmt="NHWC",
+        strict_img_size=False,
+        dynamic_img_pad=True,
+    )
+
+
+def create_blocks(
+    dim: int,
+    num_heads: int,
+    grid: tuple[int, int],
+    attention_types: str,
+    rates: Sequence[float],
+    windows: Mapping[str, int],
+    **options,
+) -> list[SwinBlock]:
+    """Create the blocks of a stage; every second one has shifted windows.
+
+    Args:
+        attention_types: one letter per block, ``L`` or ``S``.
+        rates: stochastic-depth rate of each block.
+        windows: maps each letter to its window size.
+        options: see ``SwinBlock``.
+    """
+    return [
+        SwinBlock(
+            dim,
+            num_heads,
+            grid,
+            attention=attention,
+            window_size=windows[attention],
+            shifted=index % 2 == 1,
+            drop_path=rate,
+            **options,
+        )
+        for index, (attention, rate) in enumerate(zip(attention_types, rates, strict=True))
+    ]
+
+
 class SwinTransformer(Backbone):
     """FLatten-Swin.
 
@@ -285,7 +316,8 @@ class SwinTransformer(Backbone):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
-        self.patch_size, self.num_features = patch_size, embed_dim * 2 ** (len(depths) - 1)
+        self.patch_size = patch_size
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info = [
             {"num_chs": embed_dim * 2**stage, "reduction": patch_size * 2**stage, "module": f"layers.{stage}.blocks"}
             for stage in range(len(depths))
@@ -294,38 +326,21 @@ class SwinTransformer(Backbone):
         rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
         check_attention_dropout(attn_drop_rate, attention_types)
         windows = {"L": max(grids[0]) if window_size is None else window_size, "S": softmax_window}
+        options = {
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "proj_drop": proj_drop_rate,
+            "attn_drop": attn_drop_rate,
+            "linear": linear,
+        }
         with tensor_defaults(device, dtype):
-            self.patch_embed = PatchEmbed(
-                img_size=None,
-                patch_size=patch_size,
-                in_chans=in_chans,
-                embed_dim=embed_dim,
-                norm_layer=nn.LayerNorm if patch_norm else None,
-                output_fmt="NHWC",
-                strict_img_size=False,
-                dynamic_img_pad=True,
-            )
+            norm_layer = nn.LayerNorm if patch_norm else None
+            self.patch_embed = create_patch_embed(patch_size, in_chans, embed_dim, norm_layer)
             self.pos_drop = nn.Dropout(pos_drop_rate)
             self.layers = nn.ModuleList()
             for stage, grid in enumerate(grids):
                 dim = embed_dim * 2**stage
-                blocks = [
-                    SwinBlock(
-                        dim,
-                        num_heads[stage],
-                        grid,
-                        attention=attention,
-                        window_size=windows[attention],
-                        shifted=index % 2 == 1,
-                        mlp_ratio=mlp_ratio,
-                        qkv_bias=qkv_bias,
-                        proj_drop=proj_drop_rate,
-                        attn_drop=attn_drop_rate,
-                        drop_path=rates[stage][index],
-                        linear=linear,
-                    )
-                    for index, attention in enumerate(attention_types[stage])
-                ]
+                blocks = create_blocks(dim, num_heads[stage], grid, attention_types[stage], rates[stage], windows, **options)
                 last = stage == len(grids) - 1
                 self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim)))
             self.norm = nn.LayerNorm(self.num_features)

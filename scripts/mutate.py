@@ -95,12 +95,15 @@ class MutantFinder(ast.NodeVisitor):
     """All mutants of a file. Docstrings, annotations, messages and log calls are left out."""
 
     def __init__(self, path: str, source: str):
-        self.path, self.source = path, source
+        self.path = path
+        self.source = source
         starts = [0]
         for text in source.splitlines(keepends=True):
             starts.append(starts[-1] + len(text))
-        self.starts, self.lines = starts, source.splitlines()
-        self.statement, self.depth = 1, 0
+        self.starts = starts
+        self.lines = source.splitlines()
+        self.statement = 1
+        self.depth = 0
         self.mutants: list[Mutant] = []
 
     def visit(self, node: ast.AST) -> None:

@@ -29,7 +29,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
     """A server with ``url`` (to which "/NAME" is appended) and the list of its ``requests``."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.bodies, server.requests, server.url = bodies, [], f"http://127.0.0.1:{server.server_port}/f"
+    server.bodies = bodies
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}/f"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

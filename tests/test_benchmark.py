@@ -73,8 +73,8 @@ def test_the_plain_transcription_computes_the_same(name):
 
 def test_contestants_are_softmax_timm_and_the_plain_form():
     contestants = create_contestants("flatten_deit_t", 64)
-    assert list(contestants) == ["focused", "plain transcription", "softmax twin", "timm deit_tiny_patch16_224"]
-    assert {type(block.attn).__name__ for block in contestants["softmax twin"].blocks} == {"SoftmaxAttention"}
+    assert list(contestants) == ["focused", "plain transcription", "softmax baseline", "timm deit_tiny_patch16_224"]
+    assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
     assert "timm" not in " ".join(create_contestants("flatten_cswin_t", 224))
     for name, peer in PEERS.items():
         if name.endswith(("_t", "_b0")):

@@ -30,7 +30,9 @@ CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 
 class Batch:
     def __init__(self, indices, images, targets):
-        self.indices, self.images, self.targets = indices, images[indices], targets[indices]
+        self.indices = indices
+        self.images = images[indices]
+        self.targets = targets[indices]
 
 
 def data_of(num_images):

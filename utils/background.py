@@ -75,7 +75,8 @@ class BackgroundWrite:
         Raises:
             Exception: the error of the write.
         """
-        write, self._write = self._write, None
+        write = self._write
+        self._write = None
         if write is not None:
             write.result()
 

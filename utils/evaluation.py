@@ -124,7 +124,8 @@ class _Counter:
         self.selected = None if class_ids is None else torch.tensor(class_ids, device=device)
         # Correct at 1, correct at 5, sum of losses, images with outputs that are not finite: counts are exact in float64.
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self.num_images, self.num_classes = 0, 0
+        self.num_images = 0
+        self.num_classes = 0
         self.predictions: list[Tensor] | None = [] if keep_predictions else None
         self.targets: list[Tensor] = []
 

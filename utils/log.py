@@ -61,7 +61,8 @@ class _Handler(logging.Handler):
 
     def __init__(self, sink: Sink, write: Callable[[str], None]):
         super().__init__()
-        self._sink, self._write = sink, write
+        self._sink = sink
+        self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -190,8 +191,10 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path, step: int, *, evaluated: bool = True):
-        self._path, self._folder = output / "metrics.jsonl", output
-        self._write_line, self._write_event = Sink(str(self._path)), Sink(f"{output}: TensorBoard events")
+        self._path = output / "metrics.jsonl"
+        self._folder = output
+        self._write_line = Sink(str(self._path))
+        self._write_event = Sink(f"{output}: TensorBoard events")
         self._board = None
         self._write_line(_cut_after, self._path, step, evaluated)
         self._write_event(self._open_board, step)

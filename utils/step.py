@@ -73,16 +73,10 @@ def train_step(
     device = optimizer.param_groups[0]["params"][0].device
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
     failed = torch.zeros((), device=device) if failed is None else failed
-    for index, (images, targets) in enumerate(batches):
-        # Processes exchange gradients once per update, in the last backward pass.
-        deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
-        with model.no_sync() if deferred else nullcontext():
-            with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                logits, channel = model(images)
-                loss = criterion(logits, targets) / num_batches
-            numbers = torch.cat([loss.detach().view(1), requests / num_batches])
-            (scaler.scale(loss) + channel @ numbers).backward()
-    loss, *asked = side_channel(model).take()
+    accumulate_gradients(
+        model, criterion, scaler, batches, num_batches=num_batches, amp_dtype=amp_dtype, requests=requests / num_batches
+    )
+    loss, *requested = side_channel(model).take()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaled = amp_dtype == torch.float16
     if scaled:
@@ -101,7 +95,31 @@ def train_step(
         scaler.step(optimizer)
         scaler.update(1.0)
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm, *asked])
+    return torch.stack([loss, grad_norm, *requested])
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    criterion: nn.Module,
+    scaler: torch.amp.GradScaler,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    num_batches: int,
+    amp_dtype: torch.dtype,
+    requests: Tensor,
+) -> None:
+    """Forward and backward passes of an update. The last one averages over processes: gradients, loss and requests.
+
+    Args: see ``train_step``; ``requests`` are added once per batch.
+    """
+    for index, (images, targets) in enumerate(batches):
+        deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
+        with model.no_sync() if deferred else nullcontext():
+            with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+                logits, channel = model(images)
+                loss = criterion(logits, targets) / num_batches
+            numbers = torch.cat([loss.detach().view(1), requests])
+            (scaler.scale(loss) + channel @ numbers).backward()
 
 
 class Reports:

@@ -125,7 +125,7 @@ def test_the_matrix_of_masked_keys_is_zero_there():
 
 
 @pytest.mark.parametrize("form", ["softmax", "linear", "focused", "efficient"])
-def test_twins_are_computed_as_the_compared_attentions_are(form):
+def test_compared_weights_equal_those_of_the_attention_functions(form):
     q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 7, 4).double()
     weights = compare(form, q, k)
     if form == "softmax":

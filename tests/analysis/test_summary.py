@@ -44,8 +44,8 @@ def test_measures_are_means_over_windows_and_queries():
     softmax = [row for row in rows if row.block == "blocks.1.attn"]
     assert {row.form for row in softmax} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
-    own, twin = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
-    assert own == pytest.approx(twin, abs=1e-5)  # a softmax block is its own twin, but for masks and biases
+    own, softmax = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
+    assert own == pytest.approx(softmax, abs=1e-5)  # a softmax block equals softmax of its q and k, apart from masks and biases
 
 
 def test_the_convolution_s_share_is_zero_without_it():

@@ -347,7 +347,8 @@ class Bytes(torch.utils.data.Dataset):
     """What workers read from an archive, by its digest."""
 
     def __init__(self, dataset, reads):
-        self.dataset, self.reads = dataset, reads
+        self.dataset = dataset
+        self.reads = reads
 
     def __len__(self):
         return self.reads
@@ -434,7 +435,8 @@ def test_zip_entries_that_are_no_plain_image_are_refused(tmp_path, entry, data, 
 def test_tar_entries_that_are_no_plain_image_are_refused(tmp_path, name, kind, message):
     with tarfile.open(tmp_path / "val-000000.tar", "w") as archive:
         entry = tarfile.TarInfo(name)
-        entry.type, entry.linkname = kind, "/etc/passwd"
+        entry.type = kind
+        entry.linkname = "/etc/passwd"
         archive.addfile(entry)
     with pytest.raises(DataError, match=message):
         index_tar(tmp_path, "val")

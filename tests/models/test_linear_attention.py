@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.linear_attention import KINDS, FocusedLinearAttention, focus, linear_attention, stretch_tokens
+from models.attention import linear_attention
+from models.linear_attention import KINDS, FocusedLinearAttention, focus, stretch_tokens
 
 B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
@@ -154,7 +155,8 @@ def test_prefix_tokens_attend_and_are_not_convolved():
 
 
 def definition_without_convolution(operator, q, k, v):
-    dwc, operator.dwc = operator.dwc, None
+    dwc = operator.dwc
+    operator.dwc = None
     try:
         return definition(operator, q, k, v)
     finally:
@@ -195,9 +197,9 @@ def test_every_precision_stays_near_double(dtype, magnitude, side):
 
 
 def copy_in_double(operator):
-    twin = FocusedLinearAttention(operator.dim, operator.num_heads, operator.grid).double()
-    twin.load_state_dict(operator.state_dict())
-    return twin
+    copied = FocusedLinearAttention(operator.dim, operator.num_heads, operator.grid).double()
+    copied.load_state_dict(operator.state_dict())
+    return copied
 
 
 @pytest.mark.parametrize(

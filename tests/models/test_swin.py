@@ -88,7 +88,8 @@ def naive_linear_block(block, x, window):
             # The window's encoding, of its real tokens.
             table = attention.positional_encoding.unflatten(1, window)[:, :rows, :columns].flatten(1, 2)
             q, k, v = attention.qkv(tokens.flatten(1, 2)).chunk(3, dim=-1)
-            whole, attention.positional_encoding.data = attention.positional_encoding.data, table.data
+            whole = attention.positional_encoding.data
+            attention.positional_encoding.data = table.data
             attention.grid, attention.key_grid, kept = (rows, columns), (rows, columns), (attention.grid, attention.key_grid)
             mixed = attention.proj(attention.attend(q, k, v))
             attention.positional_encoding.data, (attention.grid, attention.key_grid) = whole, kept

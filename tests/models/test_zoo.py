@@ -75,12 +75,12 @@ def test_the_tiny_deit_has_its_count_by_hand():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_state_dict_makes_the_round_trip(name, tmp_path):
-    source, twin = small(name), create_model(name, num_classes=5, img_size=64).eval()
+    source, loaded = small(name), create_model(name, num_classes=5, img_size=64).eval()
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    report = load_weights(twin, tmp_path / "weights.pth")
+    report = load_weights(loaded, tmp_path / "weights.pth")
     assert report.missing == report.unused == report.resized == report.reinitialised == []
     images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(twin(images), source(images))
+    assert torch.equal(loaded(images), source(images))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

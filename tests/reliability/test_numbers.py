@@ -27,7 +27,8 @@ class FaultyLoss(nn.CrossEntropyLoss):
 
     def __init__(self, fault: str):
         super().__init__()
-        self.fault, self.calls = fault, 0
+        self.fault = fault
+        self.calls = 0
 
     def forward(self, logits, targets):
         loss = super().forward(logits, targets)

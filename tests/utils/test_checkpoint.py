@@ -188,7 +188,8 @@ class Call:
     """Unpickling this would call ``function``."""
 
     def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
+        self.function = function
+        self.arguments = arguments
 
     def __reduce__(self):
         return self.function, self.arguments
@@ -238,11 +239,11 @@ def test_a_file_of_the_reference_loads_with_its_pickled_config(tmp_path):
     state["model"]["module.layers.1.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
     torch.save(state, tmp_path / "ckpt.pth")
     assert read_checkpoint(tmp_path / "ckpt.pth")["config"]["MODEL"]["TYPE"] == "flatten_swin"
-    twin = toy()
-    report = load_weights(twin, tmp_path / "ckpt.pth")
+    loaded = toy()
+    report = load_weights(loaded, tmp_path / "ckpt.pth")
     assert (report.missing, report.unused, report.resized, report.reinitialised) == ([], [], [], [])
     assert report.coverage == 1
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in twin.state_dict().items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_arguments_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path):

@@ -202,7 +202,10 @@ DATA: {IMG_SIZE: 32}
 MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24, DEPTH: 3, NUM_HEADS: 2}, LA: {ATTN_TYPE: L}}
 """
     model = build_model(load_config(write(tmp_path, text=text)))
-    channels, patches, depth, heads = 24, 16, 3, 2
+    channels = 24
+    patches = 16
+    depth = 3
+    heads = 2
     stem = 3 * 8 * 8 * channels + channels + channels + (1 + patches) * channels  # patch embedding, class token, positions
     attention = 4 * channels**2 + 4 * channels + channels // heads * 26 + channels + (1 + patches) * channels
     block = attention + 8 * channels**2 + 5 * channels + 4 * channels

@@ -112,7 +112,8 @@ def test_a_state_comes_back_into_a_run_with_or_without_an_average():
 
 class Batch:
     def __init__(self, images, targets):
-        self.images, self.targets = images, targets
+        self.images = images
+        self.targets = targets
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])
@@ -227,7 +228,8 @@ def test_sgd_uses_nesterov_momentum():
     model, optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.9, "TRAIN.WEIGHT_DECAY", 0.0)
     expected, velocity = model.weight.detach().clone(), torch.zeros(3, 6)
     for value in (1.0, 2.0):
-        model.weight.grad, model.bias.grad = torch.full((3, 6), value), torch.zeros(3)
+        model.weight.grad = torch.full((3, 6), value)
+        model.bias.grad = torch.zeros(3)
         optimizer.step()
         velocity = 0.9 * velocity + value
         expected -= optimizer.param_groups[0]["lr"] * (value + 0.9 * velocity)

@@ -1,0 +1,142 @@
+"""Attention with linear cost for a given similarity, and the attentions that the paper compares with focused linear attention.
+
+Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
+
+All functions take q (B, H, N, D), k (B, H, M, D) and v (B, H, M, D'), and return (B, H, N, D'). A ``key_mask`` is (B, 1, M, 1)
+bool, False for masked keys; at least one key of every image must not be masked.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.fused_attention import EPS
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
+    """Attention with the similarity q . k, computed without the N x M matrix (eq. 3).
+
+    Args:
+        q: non-negative.
+        k: non-negative; zero for masked keys.
+        num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
+        eps: added to the normaliser in case all similarities are zero.
+
+    Returns:
+        (B, H, N, D'): means of ``v`` weighted by q . k.
+    """
+    num_keys = k.shape[-2] if num_keys is None else num_keys
+    key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
+    summary = (k / num_keys).transpose(-2, -1) @ v  # (B, H, D, D')
+    normaliser = q @ key_mean.transpose(-2, -1) + eps  # (B, H, N, 1)
+    return (q @ summary) / normaliser
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Efficient attention (https://arxiv.org/abs/1812.01243): softmax over q's channels and over k's tokens."""
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask, float("-inf"))
+    return q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-2, -1) @ v)
+
+
+def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
+
+    q, k, v: (B, 1, N or M, C). The input has a single head, so q and k are normalised over C.
+    """
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if key_mask is not None:
+        k = k * key_mask
+    return q * (k * v).sum(dim=-2, keepdim=True)
+
+
+def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, normalised rows."""
+    q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
+    ones = torch.ones_like(k[..., :1])
+    if key_mask is not None:
+        k, ones = k * key_mask, ones * key_mask
+    q = torch.cat([q, torch.full_like(q[..., :1], 0.5)], dim=-1)  # (q, 1/2) . (k, 1) = 1/2 + q . k
+    k = torch.cat([k, ones], dim=-1)
+    return linear_attention(q, k, v, count_keys(key_mask))
+
+
+def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Vanilla linear attention with the similarity relu(q) . relu(k)."""
+    q, k = F.relu(q) + EPS, F.relu(k) + EPS
+    if key_mask is not None:
+        k = k * key_mask
+    return linear_attention(q, k, v, count_keys(key_mask))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the comparison."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
+
+
+def count_keys(key_mask: Tensor | None) -> Tensor | None:
+    """Number of unmasked keys, (B, 1, 1, 1); None without a mask."""
+    return None if key_mask is None else key_mask.sum(dim=-2, keepdim=True)
+
+
+class ComparedAttention(NamedTuple):
+    """An attention that replaces focused linear attention in an ablation.
+
+    Attributes:
+        function: maps (q, k, v, key_mask) to the output, shapes as above.
+        single_head: give the function one head with all channels.
+        convolves: add the depthwise convolution of v.
+    """
+
+    function: Callable[..., Tensor]
+    single_head: bool = False
+    convolves: bool = False
+
+
+COMPARED = {
+    "relu": ComparedAttention(relu_attention),
+    "efficient": ComparedAttention(efficient_attention),
+    "hydra": ComparedAttention(hydra_attention, single_head=True),
+    "angular": ComparedAttention(angular_attention),
+    "enhanced": ComparedAttention(relu_attention, convolves=True),
+    "softmax": ComparedAttention(softmax_attention),
+}
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention with its projections. (B, N, C) -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(self, x: Tensor, bias: Tensor | None = None, region: Tensor | None = None) -> Tensor:
+        """Attention and output projection.
+
+        Args:
+            x: (B, N, C).
+            bias: (1, H, N, N), added to the similarities.
+            region: (nW, N), requires a bias; tokens attend to tokens with the same id. Sequence i uses row i modulo nW.
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
+        attn_drop = self.attn_drop if self.training else 0.0
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        if region is None:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
+        else:
+            # Masks differ between windows but not between images: treat windows as heads, so that one mask is enough.
+            num_windows = len(region)
+            masked = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
+            bias = bias.masked_fill(masked.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)
+            q, k, v = (t.unflatten(0, (-1, num_windows)).flatten(1, 2) for t in (q, k, v))  # (B / nW, nW * H, N, D)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=attn_drop)
+            x = x.unflatten(1, (num_windows, -1)).flatten(0, 1)  # (B, H, N, D)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
