@@ -21,9 +21,9 @@ def entropy(weights: Tensor) -> Tensor:
     return torch.special.entr(distribution(weights)).sum(dim=-1) / math.log(weights.shape[-1])
 
 
-def top_mass(weights: Tensor, share: float) -> Tensor:
-    """Mass per query on the ``share`` of keys with the largest weights, at least one. (..., N, M) -> (..., N), in [0, 1]."""
-    count = max(1, round(share * weights.shape[-1]))
+def top_mass(weights: Tensor, fraction: float) -> Tensor:
+    """Mass per query on the ``fraction`` of keys with the largest weights, at least one. (..., N, M) -> (..., N), in [0, 1]."""
+    count = max(1, round(fraction * weights.shape[-1]))
     return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from benchmarks.timing import speedup, time_in_turn
-from jobs.start import Start
+from jobs.initialization import Initialization
 from jobs.training import build_trainer
 from utils.distributed import World
 from utils.log import MetricsWriter
@@ -28,7 +28,7 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
     """Time ``updates`` updates relative to the bare step: forward and backward pass, gradient clipping and optimizer."""
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:
-        trainer = build_trainer(cfg, world, Start("scratch", ""), None, output=folder, find_unused_parameters=False)
+        trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=folder, find_unused_parameters=False)
         trainer.metrics = MetricsWriter(folder, 0)
         tasks = create_tasks(trainer, cfg, updates)
         timings = time_in_turn(tasks, rounds=rounds, device=world.device)
@@ -59,7 +59,7 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
         trainer.model.train()
         state.ema = ema
         meter = Meter(0, trainer)
-        mixed = trainer.mixed_batches(batches, meter)
+        mixed = trainer.mixed_batches(batches)
         for _ in range(updates):
             trainer.update(mixed)
             meter.add(trainer.receive(keep=1))

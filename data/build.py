@@ -78,8 +78,8 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets, keys, faults in self._loaded():
-            self.count(faults)
+        for images, targets, keys, decode_errors in self._loaded():
+            self.count_unreadable(decode_errors)
             images = self.normalize(images.to(self.device, non_blocking=True))
             if self.erase is not None:
                 images = self.erase(images, keys)
@@ -113,13 +113,13 @@ class DeviceLoader:
             self.seconds_waited += time.monotonic() - started
             yield batch
 
-    def count(self, faults: list[tuple[int, str]]) -> None:
+    def count_unreadable(self, decode_errors: list[tuple[int, str]]) -> None:
         """Count and log unreadable images, each once.
 
         Raises:
             DataError: more than ``max_unreadable`` images.
         """
-        for index, reason in faults:
+        for index, reason in decode_errors:
             if index in self.unreadable:
                 continue
             self.unreadable.add(index)
@@ -162,13 +162,13 @@ def build_datasets(
     training: bool,
     rank: int = 0,
     world_size: int = 1,
-    share: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
+    run_once: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
     model_classes: Sequence[str] = (),
 ) -> Datasets:
     """Scan the splits, and check their classes against each other and the model before anything costly is built.
 
     Args:
-        share: runs a scan on one process and returns its index on every process.
+        run_once: runs a scan on one process and returns its index on every process.
         model_classes: class names of the evaluated checkpoint's training, by class id; () if unknown.
 
     Raises:
@@ -178,12 +178,12 @@ def build_datasets(
         raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory that contains train/ and val/")
     train = val = None
     if training:
-        index = share(lambda: build_index(cfg, "train"))
+        index = run_once(lambda: build_index(cfg, "train"))
         in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > SMALL else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
-    index = share(lambda: build_index(cfg, "val"))
+    index = run_once(lambda: build_index(cfg, "val"))
     in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
     class_ids = real_labels = None
@@ -353,15 +353,17 @@ def ignore_stop_signals(_worker: int) -> None:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Images, targets, keys and faults of a batch without skipped images, ordered by ``separate_copies``.
+    """Images, targets, keys and decode errors of a batch without skipped images, ordered by ``separate_copies``.
 
     Raises:
         DataError: all images were skipped.
     """
-    faults = [fault for sample in samples for fault in sample.faults]
+    decode_errors = [error for sample in samples for error in sample.decode_errors]
     kept = [sample for sample in samples if sample.image is not None]
     if not kept:
-        raise DataError(f"{faults[0][1]}; no image of its batch can be read: raise --batch-size, or DATA.UNREADABLE replace")
+        raise DataError(
+            f"{decode_errors[0][1]}; no image of its batch can be read: raise --batch-size, or DATA.UNREADABLE replace"
+        )
     kept = [kept[position] for position in separate_copies([sample.key[1] for sample in kept])]
     images, targets = default_collate([(sample.image, sample.label) for sample in kept])
-    return images, targets, [sample.key for sample in kept], faults
+    return images, targets, [sample.key for sample in kept], decode_errors

@@ -29,12 +29,12 @@ Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * rep
 
 
 class Sample(NamedTuple):
-    """A loaded image. image: (3, H, W) uint8, None if skipped; faults: (index, reason) of unreadable images."""
+    """A loaded image. image: (3, H, W) uint8, None if skipped; decode_errors: (index, reason) of unreadable images."""
 
     image: Tensor | None
     label: int
     key: Key
-    faults: list[tuple[int, str]]
+    decode_errors: list[tuple[int, str]]
 
 
 class ImageDataset(Dataset):
@@ -143,19 +143,19 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key
-        faults = []
+        decode_errors = []
         while True:
             try:
                 image = self.decode(position)
                 break
             except DataError as error:
-                faults.append((position, str(error)))
+                decode_errors.append((position, str(error)))
                 if self.unreadable == "skip":
-                    return Sample(None, -1, key, faults)
-                if self.unreadable == "error" or len(faults) > MOST_REPLACEMENTS:
+                    return Sample(None, -1, key, decode_errors)
+                if self.unreadable == "error" or len(decode_errors) > MOST_REPLACEMENTS:
                     raise
-                position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(faults)) % len(self)
-        return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), faults)
+                position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(decode_errors)) % len(self)
+        return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), decode_errors)
 
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:

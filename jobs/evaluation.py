@@ -25,7 +25,7 @@ from utils.evaluation import EvalResult, evaluate, log_results
 from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
 from utils.report import write_evaluation
-from utils.run import build_output_folder, make_folder
+from utils.run import build_output_path, create_output_directory
 from weights.reader import CheckpointError, preferred_weights, stored_weights
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
     on_all(world, partial(check_same_file, checkpoint, digest))
     cfg = choose_config(checkpoint, cfg, pairs)
     output = choose_output(cfg, checkpoint, pairs)
-    on_main(world, lambda: make_folder(output))
+    on_main(world, lambda: create_output_directory(output))
     logger.info(
         "%s on %s, output in %s; start: evaluate %s", count_processes(world), world.device.type, output, checkpoint.path
     )
@@ -99,7 +99,7 @@ def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
 def choose_output(cfg: CfgNode, checkpoint: Checkpoint, pairs: Sequence) -> Path:
     """Directory of the results: the checkpoint's, unless the command line sets OUTPUT or TAG, or the file is in the cache."""
     if {"OUTPUT", "TAG"} & option_keys(pairs) or checkpoint.location.in_cache:
-        return build_output_folder(cfg)
+        return build_output_path(cfg)
     return checkpoint.path.parent
 
 
@@ -116,7 +116,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         training=False,
         rank=world.rank,
         world_size=world.size,
-        share=partial(on_main, world, patient=True),
+        run_once=partial(on_main, world, patient=True),
         model_classes=checkpoint.class_names,
     )
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)

@@ -64,9 +64,9 @@ class InspectedImages:
 
     def read(self, position: int) -> tuple[Image.Image, Tensor]:
         """The picture, and the model input, (3, H, W)."""
-        _, pixels, fault = self._files[position]
+        _, pixels, decode_error = self._files[position]
         if pixels is None:
-            raise DataError(f"{self.paths[position]}: not a readable image ({fault})")
+            raise DataError(f"{self.paths[position]}: not a readable image ({decode_error})")
         return Image.fromarray(pixels.permute(1, 2, 0).numpy()), self._normalize(pixels.unsqueeze(0))[0]
 
 

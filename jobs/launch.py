@@ -19,7 +19,7 @@ from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
 from jobs.training import check_model, rehearse_run, train
-from utils.arguments import prints_mistakes
+from utils.arguments import prints_usage_errors
 from utils.config import ConfigError
 from utils.distributed import (
     LostRankError,
@@ -94,7 +94,7 @@ def start_processes(cfg: CfgNode | None) -> World:
         accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
         return world
     except ValueError as error:
-        if prints_mistakes() or isinstance(error, MissingDeviceError):
+        if prints_usage_errors() or isinstance(error, MissingDeviceError):
             sys.stderr.write(f"main.py: error: {error}\n")
         sys.exit(USAGE_ERROR)
     except LostRankError as error:

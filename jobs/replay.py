@@ -15,7 +15,7 @@ from utils.distributed import World
 from utils.environment import build_arithmetic
 from utils.optim import amp_dtype, build_criterion
 from utils.schedule import accumulation_steps
-from utils.trainer import prepare_batch
+from utils.trainer import mix_batches, seed_of_pass
 from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,13 @@ def replay_update(path: str, pairs: Sequence, world: World) -> None:
     model.load_state_dict(state["model"])
     criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None)
     for rank, names in enumerate(state["replay"]["images"]):
-        batches = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
-        for (images, targets), image_names in zip(batches, names, strict=True):
+        passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
+        for (images, targets, seed), image_names in zip(passes, names, strict=True):
             logger.info("rank %d: %d images, %s", rank, len(image_names), ", ".join(image_names[:3]) + ", ...")
-            fault = find_fault(model, criterion, images, targets, amp_dtype(cfg))
-            if fault:
-                logger.info("update %d, rank %d: %s", update, rank, fault)
+            torch.manual_seed(seed)
+            finding = find_non_finite(model, criterion, images, targets, amp_dtype(cfg))
+            if finding:
+                logger.info("update %d, rank %d: %s", update, rank, finding)
                 logger.info("images of this batch: %s", ", ".join(image_names))
                 return
     logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
@@ -56,17 +57,18 @@ def replay_update(path: str, pairs: Sequence, world: World) -> None:
 
 def read_update(
     cfg: CfgNode, dataset, update: int, *, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets of one update of one process, augmented and mixed as in training."""
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Images and targets of one update of one process, as in training, each with the seed of its forward pass."""
     accumulation = accumulation_steps(cfg, world_size)
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
-    mixup = build_mixup(cfg, rank=rank)
-    for index, batch in enumerate(islice(loader, accumulation)):
-        yield prepare_batch(batch, mixup, seed=cfg.SEED, forward_pass=update * accumulation + index, rank=rank)
+    first = update * accumulation
+    batches = mix_batches(islice(loader, accumulation), build_mixup(cfg, rank=rank), forward_pass=first)
+    for forward_pass, (images, targets) in enumerate(batches, first):
+        yield images, targets, seed_of_pass(cfg.SEED, forward_pass, rank)
 
 
-def find_fault(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
+def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
     """Description of the first non-finite value in a forward and backward pass; "" if there is none.
 
     Args:
@@ -74,32 +76,32 @@ def find_fault(model: nn.Module, criterion: nn.Module, images: Tensor, targets: 
         targets: (B,) class ids, or (B, num_classes) probabilities.
         dtype: precision of autocast; float32 disables it.
     """
-    faults: list[str] = []
+    found: list[str] = []
     handles = [
-        module.register_forward_hook(_check_output(name or "the model", faults), with_kwargs=True)
+        module.register_forward_hook(_check_output(name or "the model", found), with_kwargs=True)
         for name, module in model.named_modules()
     ]
-    handles += [parameter.register_hook(_check_gradient(name, faults)) for name, parameter in model.named_parameters()]
+    handles += [parameter.register_hook(_check_gradient(name, found)) for name, parameter in model.named_parameters()]
     try:
         if not images.isfinite().all():
-            faults.append(f"the input images are not finite ({count(images)})")
+            found.append(f"the input images are not finite ({_count_not_finite(images)})")
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = criterion(model(images), targets)
         if not loss.isfinite():
-            faults.append(f"the loss is {loss.item()}, although the logits are finite")
+            found.append(f"the loss is {loss.item()}, although the logits are finite")
         loss.backward()
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
-    return faults[0] if faults else ""
+    return found[0] if found else ""
 
 
-def count(values: Tensor) -> str:
+def _count_not_finite(values: Tensor) -> str:
     return f"{int((~values.isfinite()).sum())} of {values.numel()} values"
 
 
-def _check_output(name: str, faults: list[str]):
+def _check_output(name: str, found: list[str]):
     """A forward hook that records non-finite outputs; submodules finish before their parent, so the innermost is first."""
 
     def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
@@ -110,23 +112,24 @@ def _check_output(name: str, faults: list[str]):
         given = [v for v in (*inputs, *named_inputs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
         if not all(value.isfinite().all() for value in given):
             parent, _, child = name.rpartition(".")
-            faults.append(f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}")
+            found.append(f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}")
             return
         largest = max((value.detach().abs().max().item() for value in given), default=float("nan"))
         weights = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
-        faults.append(
-            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {count(bad)} of shape "
-            f"{tuple(bad.shape)}; its largest input is {largest:.3g}, its largest weight {weights:.3g}"
+        found.append(
+            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {_count_not_finite(bad)} of "
+            f"shape {tuple(bad.shape)}; its largest input is {largest:.3g}, its largest weight {weights:.3g}"
         )
 
     return check
 
 
-def _check_gradient(name: str, faults: list[str]):
+def _check_gradient(name: str, found: list[str]):
     def check(gradient: Tensor) -> None:
         if not gradient.isfinite().all():
-            faults.append(
-                f"the gradient of {name} is the first that is not finite: {count(gradient)}; outputs and loss are finite"
+            found.append(
+                f"the gradient of {name} is the first that is not finite: {_count_not_finite(gradient)}; outputs and loss are "
+                "finite"
             )
 
     return check

@@ -13,7 +13,16 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.index import DataError
-from jobs.start import Start, check_data, choose_start, describe_data, finished, read_run, restore_best, resume
+from jobs.initialization import (
+    Initialization,
+    check_data,
+    choose_initialization,
+    describe_data,
+    is_finished,
+    read_run,
+    restore_best,
+    resume,
+)
 from models import build_model
 from models.loading import load_weights
 from utils.config import ConfigError, to_dict
@@ -22,7 +31,7 @@ from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.rehearsal import rehearse
-from utils.run import RunDirectory, RunLock, build_output_folder, check_available, check_is_newest
+from utils.run import RunDirectory, RunLock, build_output_path, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
@@ -44,23 +53,23 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         Stopped: the state is saved, and the same command resumes.
     """
     build_arithmetic(cfg)
-    start, output = choose_start(cfg, world), build_output_folder(cfg)
-    saved = read_run(cfg, world, start)
-    if saved is not None and finished(saved, cfg):
+    init, output = choose_initialization(cfg, world), build_output_path(cfg)
+    saved = read_run(cfg, world, init)
+    if saved is not None and is_finished(saved, cfg):
         check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
-        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
         return
     directory = RunDirectory(output)
     on_main(world, partial(directory.open, num_updates=saved["num_updates"] if saved else 0))
     try:
         if saved is not None:
-            restore_best(saved, world, output, start.checkpoint)
+            restore_best(saved, world, output, init.checkpoint)
         setup_logging(world.rank, output)
-        logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *start)
+        logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *init)
         environment = on_main(world, partial(describe_environment, world.device, world.size))
         logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
         logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
-        trainer = build_trainer(cfg, world, start, saved, output=output, find_unused_parameters=find_unused_parameters)
+        trainer = build_trainer(cfg, world, init, saved, output=output, find_unused_parameters=find_unused_parameters)
         trainer.header["environment"] = environment
     except (ConfigError, DataError, CheckpointError):
         setup_logging(world.rank)
@@ -90,19 +99,19 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
 def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     """Run each part of training once in a temporary output directory, and report the bottleneck."""
     build_arithmetic(cfg)
-    start, output = choose_start(cfg, world), build_output_folder(cfg)
-    folder = on_main(world, lambda: make_temporary_folder(check_available(output)))
+    init, output = choose_initialization(cfg, world), build_output_path(cfg)
+    folder = on_main(world, lambda: create_temporary_directory(check_available(output)))
     lock = RunLock(folder)
     if world.is_main:
         lock.acquire()
-    logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *start)
+    logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *init)
     try:
-        saved = read_run(cfg, world, start)
-        if saved is not None and finished(saved, cfg):
-            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", start.checkpoint)
+        saved = read_run(cfg, world, init)
+        if saved is not None and is_finished(saved, cfg):
+            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
         on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
-        rehearse(build_trainer(cfg, world, start, saved, output=folder, find_unused_parameters=find_unused_parameters))
+        rehearse(build_trainer(cfg, world, init, saved, output=folder, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:
         lock.release()
@@ -111,14 +120,14 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
 
 
 def build_trainer(
-    cfg: CfgNode, world: World, start: Start, saved: dict | None, *, output: Path, find_unused_parameters: bool
+    cfg: CfgNode, world: World, init: Initialization, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
     """Build the trainer of a run in its initial or resumed state."""
     datasets = build_datasets(
-        cfg, training=True, rank=world.rank, world_size=world.size, share=partial(on_main, world, patient=True)
+        cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, patient=True)
     )
     data = describe_data(datasets, world)
-    check_data(saved, data, start.checkpoint)
+    check_data(saved, data, init.checkpoint)
     mixup = build_mixup(cfg, rank=world.rank)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
@@ -126,8 +135,8 @@ def build_trainer(
 
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
-    if start.kind == "pretrained":
-        on_all(world, partial(load_weights, model, start.checkpoint))
+    if init.kind == "pretrained":
+        on_all(world, partial(load_weights, model, init.checkpoint))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()
@@ -139,7 +148,7 @@ def build_trainer(
         scales_loss=amp_dtype(cfg) == torch.float16,
     )
     if saved is not None:
-        resume(state, saved, cfg, train_loader.updates_per_epoch, start.checkpoint)
+        resume(state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint)
 
     schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
     log_recipe(cfg, world, model, schedule.base_lr, train_loader)
@@ -287,7 +296,7 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
     )
 
 
-def make_temporary_folder(parent: Path) -> Path:
+def create_temporary_directory(parent: Path) -> Path:
     """Create the temporary directory of --check, and delete those that killed processes left.
 
     Raises:

@@ -283,10 +283,10 @@ class DeiT(Backbone):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        selected = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.fc_norm = nn.Identity()
-        return taken
+        return selected
 
     def drop_stages(self, num_kept: int) -> None:
         self.blocks = self.blocks[:num_kept]

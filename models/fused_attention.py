@@ -12,7 +12,7 @@ c = max(x) |t| / |u|. With e = [c * v, c] / M, an image's summary is W = u_k^T e
 
     u_q S / (u_q s + EPS / c).
 
-In the backward pass, ``of_x`` is the gradient of x.
+In the backward pass, ``grad_x`` is the gradient of x.
 """
 
 from collections.abc import Iterator
@@ -258,85 +258,85 @@ class _Run:
         gradient = gradient.contiguous()
         # One buffer for three gradients: if q, k and v are slices of one projection, it is the projection's gradient.
         if self.num_queries == self.num_keys:
-            of_q, of_k, of_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
+            grad_q, grad_k, grad_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
         else:
-            of_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
-            of_k, of_v = self.k.new_empty(self.num_images, self.num_keys, 2 * self.channels).chunk(2, dim=-1)
-        self.of_log_scale = torch.zeros_like(self.inverse_scale)
-        of_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
+            grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+            grad_k, grad_v = self.k.new_empty(self.num_images, self.num_keys, 2 * self.channels).chunk(2, dim=-1)
+        self.grad_log_scale = torch.zeros_like(self.inverse_scale)
+        grad_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
         for images in self.blocks.images():
-            of_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, of_q[images])
+            grad_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, grad_q[images])
             local = None
             if self.kernel is not None:
-                local, of_image_kernel = self.convolution_gradients(images, gradient[images])
-                of_kernel += of_image_kernel
-            self.key_gradients(images, of_summary, key_statistics, local, of_k[images], of_v[images])
-        of_scale = -(self.of_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
-        of_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
-        of_position = of_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
-        return of_q, of_k, of_v, of_position, of_scale, of_kernel, of_bias
+                local, grad_image_kernel = self.convolution_gradients(images, gradient[images])
+                grad_kernel += grad_image_kernel
+            self.key_gradients(images, grad_summary, key_statistics, local, grad_k[images], grad_v[images])
+        grad_scale = -(self.grad_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
+        grad_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
+        grad_position = grad_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
+        return grad_q, grad_k, grad_v, grad_position, grad_scale, grad_kernel, grad_bias
 
-    def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, statistics: Tensor, of_q: Tensor) -> Tensor:
+    def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, statistics: Tensor, grad_q: Tensor) -> Tensor:
         """Write the gradient of q; return that of the summaries."""
-        of_summary = torch.zeros_like(summary)
+        grad_summary = torch.zeros_like(summary)
         for tokens in self.blocks.tokens(self.num_queries):
             queries = self.query_features(images, tokens, statistics, known=True)
             numerator, denominator = self.attend(queries, summary)
-            of_product = self.scratch("values", *numerator.shape[:-1], self.head_dim + 1)
-            of_numerator, of_denominator = of_product[..., :-1], of_product[..., -1:]
-            torch.div(split_heads(gradient[:, tokens], self.num_heads), denominator, out=of_numerator)
-            numerator.mul_(of_numerator)
-            torch.sum(numerator, dim=-1, keepdim=True, out=of_denominator)
-            of_denominator.div_(denominator).neg_()
-            of_factor = -EPS / queries.factor * of_denominator.sum(dim=1, keepdim=True)
-            of_summary += queries.powers.transpose(-2, -1) @ of_product
-            of_powers = self.scratch("gradient", *queries.powers.shape)
-            torch.matmul(of_product, self.power * summary.transpose(-2, -1), out=of_powers)
-            self.feature_gradients(queries, of_powers, of_factor, of_q[:, tokens])
-        return of_summary
+            grad_product = self.scratch("values", *numerator.shape[:-1], self.head_dim + 1)
+            grad_numerator, grad_denominator = grad_product[..., :-1], grad_product[..., -1:]
+            torch.div(split_heads(gradient[:, tokens], self.num_heads), denominator, out=grad_numerator)
+            numerator.mul_(grad_numerator)
+            torch.sum(numerator, dim=-1, keepdim=True, out=grad_denominator)
+            grad_denominator.div_(denominator).neg_()
+            grad_factor = -EPS / queries.factor * grad_denominator.sum(dim=1, keepdim=True)
+            grad_summary += queries.powers.transpose(-2, -1) @ grad_product
+            grad_powers = self.scratch("gradient", *queries.powers.shape)
+            torch.matmul(grad_product, self.power * summary.transpose(-2, -1), out=grad_powers)
+            self.feature_gradients(queries, grad_powers, grad_factor, grad_q[:, tokens])
+        return grad_summary
 
     def key_gradients(
-        self, images: slice, of_summary: Tensor, statistics: Tensor, local: Tensor | None, of_k: Tensor, of_v: Tensor
+        self, images: slice, grad_summary: Tensor, statistics: Tensor, local: Tensor | None, grad_k: Tensor, grad_v: Tensor
     ) -> None:
         """Write the gradients of k and v; ``local``, (b, H, N, D), is the convolution's contribution to the latter."""
         for tokens in self.blocks.tokens(self.num_keys):
             keys = self.key_features(images, tokens, statistics, known=True)
             factor = self.key_factor(keys, images, tokens)
             values = self.weighted_values(factor, images, tokens)
-            of_values = self.scratch("product", *values.shape)
-            torch.matmul(keys.powers, of_summary, out=of_values)
-            of_block = split_heads(of_v[:, tokens], self.num_heads)
+            grad_values = self.scratch("product", *values.shape)
+            torch.matmul(keys.powers, grad_summary, out=grad_values)
+            grad_block = split_heads(grad_v[:, tokens], self.num_heads)
             if local is None:
-                torch.mul(of_values[..., :-1], factor, out=of_block)
+                torch.mul(grad_values[..., :-1], factor, out=grad_block)
             else:
-                torch.addcmul(local[:, :, tokens], of_values[..., :-1], factor, out=of_block)
-            of_factor = of_values.mul_(values).sum(dim=(1, 3), keepdim=True)
-            of_powers = self.scratch("gradient", *keys.powers.shape)
-            torch.matmul(values, self.power * of_summary.transpose(-2, -1), out=of_powers)
-            self.feature_gradients(keys, of_powers, of_factor, of_k[:, tokens])
+                torch.addcmul(local[:, :, tokens], grad_values[..., :-1], factor, out=grad_block)
+            grad_factor = grad_values.mul_(values).sum(dim=(1, 3), keepdim=True)
+            grad_powers = self.scratch("gradient", *keys.powers.shape)
+            torch.matmul(values, self.power * grad_summary.transpose(-2, -1), out=grad_powers)
+            self.feature_gradients(keys, grad_powers, grad_factor, grad_k[:, tokens])
 
-    def feature_gradients(self, features: Features, of_powers: Tensor, of_factor: Tensor, of_tokens: Tensor) -> None:
+    def feature_gradients(self, features: Features, grad_powers: Tensor, grad_factor: Tensor, grad_tokens: Tensor) -> None:
         """Write the gradient of a block of q or k.
 
         Args:
-            of_powers: (b, H, n, D), p times the gradient of u; overwritten.
-            of_factor: (b, 1, n, 1), gradient of the logarithm of c.
-            of_tokens: (b, n, C).
+            grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
+            grad_factor: (b, 1, n, 1), gradient of the logarithm of c.
+            grad_tokens: (b, n, C).
         """
-        # Gradient of log(x): of_powers * u + of_factor * (t^2 / |t|^2 - p u^2 / |u|^2); of_powers contains p already.
+        # Gradient of log(x): grad_powers * u + grad_factor * (t^2 / |t|^2 - p u^2 / |u|^2); grad_powers contains p already.
         positive, unit, powers = features.positive, features.unit, features.powers
-        of_powers.addcmul_(powers, -self.power * of_factor / features.powers_norm.square()).mul_(powers)
-        torch.mul(unit, of_factor / features.unit_norm.square(), out=powers)
-        of_log = of_powers.addcmul_(powers, unit)
-        self.of_log_scale += of_log.sum(dim=(0, 2), keepdim=True)
-        torch.ops.aten.threshold_backward.grad_input(of_log, positive, 0, grad_input=of_log)
-        torch.div(of_log, positive.add_(EPS), out=split_heads(of_tokens, self.num_heads))
+        grad_powers.addcmul_(powers, -self.power * grad_factor / features.powers_norm.square()).mul_(powers)
+        torch.mul(unit, grad_factor / features.unit_norm.square(), out=powers)
+        grad_log = grad_powers.addcmul_(powers, unit)
+        self.grad_log_scale += grad_log.sum(dim=(0, 2), keepdim=True)
+        torch.ops.aten.threshold_backward.grad_input(grad_log, positive, 0, grad_input=grad_log)
+        torch.div(grad_log, positive.add_(EPS), out=split_heads(grad_tokens, self.num_heads))
 
     def convolution_gradients(self, images: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the values, (b, H, N, D), and of the kernel."""
         maps, gradient_maps, padding = self.as_maps(self.v[images]), self.as_maps(gradient), self.kernel.shape[-1] // 2
         correlated = maps.device.type == "cpu" and min(self.grid) > self.kernel.shape[-1] > 3
-        of_maps, of_kernel, _ = torch.ops.aten.convolution_backward(
+        grad_maps, grad_kernel, _ = torch.ops.aten.convolution_backward(
             gradient_maps,
             maps,
             self.kernel.to(maps.dtype),
@@ -350,8 +350,8 @@ class _Run:
             output_mask=[True, not correlated, False],
         )
         if correlated:
-            of_kernel = correlate(maps, gradient_maps, padding)
-        return self.as_tokens(of_maps), of_kernel.to(self.kernel.dtype)
+            grad_kernel = correlate(maps, gradient_maps, padding)
+        return self.as_tokens(grad_maps), grad_kernel.to(self.kernel.dtype)
 
 
 def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:

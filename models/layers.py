@@ -241,13 +241,13 @@ class Backbone(nn.Module):
         output_fmt: layout of the features inside the model and of forward hooks.
         global_pools: accepted values of ``global_pool``; "" disables pooling.
         first_conv: name of the model's first convolution.
-        leftovers: matches the names of state-dict entries that the reference saves but never uses.
+        unused_entries: matches the names of state-dict entries that the reference saves but never uses.
     """
 
     output_fmt = "NHWC"
     global_pools: tuple[str, ...] = ("avg", "")
     first_conv: str
-    leftovers = re.compile("(?!)")  # matches no name
+    unused_entries = re.compile("(?!)")  # matches no name
     grad_checkpointing = False
     features_frozen = False
 
@@ -402,27 +402,27 @@ class Backbone(nn.Module):
             ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.
         """
         check_output_fmt(output_fmt, ("NCHW", "NHWC"))
-        taken = self.take_indices(indices)
-        features, maps = self.run_stages(x, taken, stop_early)
+        selected = self.take_indices(indices)
+        features, maps = self.run_stages(x, selected, stop_early)
         last = len(self.feature_info) - 1
-        if norm and max(taken) == last:
+        if norm and max(selected) == last:
             maps[-1] = self.norm(maps[-1])
         if output_fmt == "NCHW":
             maps = [features_map.permute(0, 3, 1, 2).contiguous() for features_map in maps]
         if intermediates_only:
             return maps
-        return (features if stop_early and max(taken) < last else self.norm(features)), maps
+        return (features if stop_early and max(selected) < last else self.norm(features)), maps
 
-    def run_stages(self, x: Tensor, taken: Sequence[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
-        """The features of the last computed stage, and those of the stages in ``taken``; all before the final norm."""
+    def run_stages(self, x: Tensor, selected: Sequence[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
+        """The features of the last computed stage, and those of the stages in ``selected``; all before the final norm."""
         check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
-        selected = []
+        maps = []
         for index, features in enumerate(self.forward_stages(x)):
-            if index in taken:
-                selected.append(features)
-            if stop_early and index == max(taken):
+            if index in selected:
+                maps.append(features)
+            if stop_early and index == max(selected):
                 break
-        return features, selected
+        return features, maps
 
     def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Resolve ``indices`` to non-negative indices into ``feature_info``.
@@ -430,26 +430,26 @@ class Backbone(nn.Module):
         Raises:
             ValueError: an index out of range.
         """
-        count = len(self.feature_info)
+        num_maps = len(self.feature_info)
         if indices is None:
-            indices = count
+            indices = num_maps
         if isinstance(indices, int):
-            taken = list(range(count - indices, count))
+            selected = list(range(num_maps - indices, num_maps))
         else:
-            taken = [count + index if index < 0 else index for index in indices]
-        if not taken or min(taken) < 0 or max(taken) >= count:
+            selected = [num_maps + index if index < 0 else index for index in indices]
+        if not selected or min(selected) < 0 or max(selected) >= num_maps:
             raise ValueError(
-                f"indices={indices}: the model has {count} feature maps; select 1 to {count} of them, "
-                f"or give indices from {-count} to {count - 1}"
+                f"indices={indices}: the model has {num_maps} feature maps; select 1 to {num_maps} of them, "
+                f"or give indices from {-num_maps} to {num_maps - 1}"
             )
-        return taken
+        return selected
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the layers that the selected maps do not need, so that every remaining parameter is used."""
-        taken = self.take_indices(indices)
-        num_kept = max(taken) + 1
+        selected = self.take_indices(indices)
+        num_kept = max(selected) + 1
         if num_kept < len(self.feature_info):
             self.drop_stages(num_kept)
             self.feature_info = self.feature_info[:num_kept]
@@ -461,7 +461,7 @@ class Backbone(nn.Module):
             self.norm = nn.Identity()
         if prune_head or changes_width:
             self.reset_classifier(0, "")
-        return taken
+        return selected
 
     # Head.
 
@@ -584,7 +584,7 @@ class Backbone(nn.Module):
 
         ``load_state_dict`` calls this automatically, without an ``img_size``. See ``resize_position_tables``.
         """
-        kept = {name: value for name, value in state_dict.items() if not self.leftovers.fullmatch(name)}
+        kept = {name: value for name, value in state_dict.items() if not self.unused_entries.fullmatch(name)}
         resized = self.resize_position_tables(kept, img_size)
         if resized:
             logger.info("resized %d position tables, %s first", len(resized), next(iter(resized)))

@@ -110,7 +110,7 @@ def _match(
     fitting, untouched = {}, 0
     for name, value in (stored | resized).items():
         if name not in own:
-            if not model.leftovers.fullmatch(name):
+            if not model.unused_entries.fullmatch(name):
                 report.unused.append(name)
         elif value.shape == own[name].shape:
             fitting[name] = value

@@ -279,7 +279,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     kernel_sizes = (4, 2, 2, 2)
     own_part = "pos_embed"
     map_part = "block"
-    leftovers = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
+    unused_entries = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
 
     def __init__(self, *, pos_drop_rate: float = 0.0, **options):
         super().__init__(**options)

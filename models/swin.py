@@ -287,7 +287,7 @@ class SwinTransformer(Backbone):
     """
 
     first_conv = "patch_embed.proj"
-    leftovers = re.compile(r".*\.(attn_mask|relative_position_index)")
+    unused_entries = re.compile(r".*\.(attn_mask|relative_position_index)")
 
     def __init__(
         self,

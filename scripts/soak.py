@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
-from utils.checkpoint import BEST, list_checkpoints, newest_whole_checkpoint, num_updates_of
+from utils.checkpoint import BEST, list_checkpoints, newest_intact_checkpoint, num_updates_of
 from utils.files import replacing
 from weights.reader import read_checkpoint
 
@@ -80,7 +80,7 @@ def newest_update(folder: Path) -> int:
 
 def newest_intact_update(folder: Path) -> int:
     """Number of updates at the newest intact checkpoint; 0 if there is none."""
-    path = newest_whole_checkpoint(folder)
+    path = newest_intact_checkpoint(folder)
     return 0 if path is None else num_updates_of(path)
 
 
@@ -180,7 +180,7 @@ def fill_disk(job: Job, _rng: random.Random) -> str:
 
 def damage(job: Job, rng: random.Random) -> str:
     job.kill()
-    newest = newest_whole_checkpoint(job.folder)
+    newest = newest_intact_checkpoint(job.folder)
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["cut", "overwritten", "empty", "a directory"]), newest.read_bytes()

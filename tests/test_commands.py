@@ -10,7 +10,7 @@ import torch
 
 import main
 import main_ema
-from jobs.start import choose_start
+from jobs.initialization import choose_initialization
 from jobs.training import check_model
 from models import build_model
 from tests.conftest import CONFIGS
@@ -120,7 +120,7 @@ def test_a_command_of_the_reference_means_the_same(command, millions, job, keys,
     cfg = load_config(args.cfg, overrides(args, ema=script == "main_ema.py"))
     check_usage(args, cfg, CONFIGS)
     check_model(cfg)
-    assert ("evaluate" if args.eval else choose_start(cfg, EIGHT).kind) == job
+    assert ("evaluate" if args.eval else choose_initialization(cfg, EIGHT).kind) == job
     assert tmp_path / "IMAGENET" == Path(cfg.DATA.DATA_PATH)
     assert args.find_unused_params == ("--find-unused-params" in command)
     config = flatten(cfg)

@@ -39,7 +39,7 @@ def test_the_host_never_waits_in_an_update(name):
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
     wrapped = wrap(model, World(0, 0, 1, GPU), num_values=3)
     images, targets = torch.randn(4, 3, 224, 224, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
-    options = {"num_batches": 1, "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
+    options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
     train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)  # creates the state
     torch.cuda.set_sync_debug_mode("error")
     try:

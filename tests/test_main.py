@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jobs.evaluation import choose_reference
-from jobs.start import choose_start
+from jobs.initialization import choose_initialization
 from scripts.soak import read_state
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
@@ -369,7 +369,7 @@ def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, 
         args = parse_arguments("")
         cfg = load_config(args.cfg, overrides(args))
         check_usage(args, cfg, CONFIGS)
-        return ("evaluate", choose_reference(args, cfg)) if args.eval else choose_start(cfg, WORLD)
+        return ("evaluate", choose_reference(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
 
     if expected[0] == "refused":
         with pytest.raises(ConfigError, match=expected[1]):
@@ -386,7 +386,7 @@ WORLD = World(0, 0, 1, torch.device("cpu"))
 def test_a_folder_without_checkpoints_has_nothing_to_go_on_with(toy_config, tmp_path, pretrained, expected):
     (tmp_path / WEIGHTS).write_bytes(b"")
     opts = ["OUTPUT", str(tmp_path), "MODEL.PRETRAINED", str(tmp_path / WEIGHTS) if pretrained else ""]
-    assert choose_start(load_config(toy_config, opts), WORLD).kind == expected
+    assert choose_initialization(load_config(toy_config, opts), WORLD).kind == expected
 
 
 def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, tmp_path):

@@ -66,7 +66,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync_directory(path.parent)
 
 
 def _num_bytes(value: object) -> int:
@@ -123,7 +123,7 @@ def link_best(path: Path, best: Path) -> None:
     _replace(best, write, size=path.stat().st_size)
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
+def newest_intact_checkpoint(folder: Path) -> Path | None:
     """The newest intact checkpoint. Damaged ones are logged and skipped; None if there is no intact one."""
     for path in list_checkpoints(folder):
         try:
@@ -135,7 +135,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a checkpoint is intact."""
     try:
         read_checkpoint(path)
@@ -144,12 +144,12 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def set_damaged_aside(folder: Path, *, num_updates: int) -> None:
+def rename_damaged(folder: Path, *, num_updates: int) -> None:
     """Rename damaged checkpoints after ``num_updates`` to ``*.damaged``, so that resume and rotation ignore them."""
     for path in list_checkpoints(folder):
         if num_updates_of(path) <= num_updates:
             return
-        if not is_whole(path):
+        if not is_intact(path):
             damaged = path.with_name(path.name + _DAMAGED)
             while os.path.lexists(damaged):
                 damaged = damaged.with_name(damaged.name + _DAMAGED)
@@ -197,7 +197,7 @@ def to_host(value: object, *, copy: bool = False) -> object:
     return value
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_directory(folder: Path) -> None:
     """Flush a directory's entries to the disk, on file systems that support it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -167,8 +167,8 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     try:
         tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except OSError as error:
-        asked = f" (BASE of {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}{asked}: cannot be read: {error.strerror}") from None
+        origin = f" (BASE of {chain[-1]})" if chain else ""
+        raise ConfigError(f"{path}{origin}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not plain YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -239,13 +239,13 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
 
 def _nearest(key: str, cfg: CfgNode) -> str:
     known = {name.upper(): name for name in flatten(cfg)}
-    asked = key.upper().lstrip("-").replace("-", "_")
-    leaf = asked.rsplit(".", 1)[-1]
+    normalised = key.upper().lstrip("-").replace("-", "_")
+    leaf = normalised.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     if leaf in _ALIASES and not same_leaf:
         return f": did you mean {_ALIASES[leaf]}?"
     # The same last name in another section is a better match than any similar spelling.
-    matches = get_close_matches(asked, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
+    matches = get_close_matches(normalised, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
     return f": did you mean {known[matches[0]]}?" if matches else ""
 
 

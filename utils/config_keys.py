@@ -43,11 +43,15 @@ KEYS = {
     "BASE": Key([""], "config files that this file completes, relative to it; later files override earlier ones"),
     # Data
     "DATA.DATA_PATH": Key("", "directory with `train/` and `val/`, or with their archives", is_path=True),
-    "DATA.DATASET": Key("imagenet", "layout of the data: one directory per class and split", choices=("imagenet",)),
+    "DATA.DATASET": Key(
+        "imagenet",
+        "layout of the data, for any data set: `imagenet` is one directory per class in each split",
+        choices=("imagenet",),
+    ),
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "bytes of zip archives to keep in memory: none, all, or the share of each process",
+        "images of zip archives that a process keeps in memory: none, all, or all divided by the number of processes",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
@@ -78,10 +82,10 @@ KEYS = {
     "DATA.MEAN": Key(IMAGENET_MEAN, "mean per channel, of values in [0, 1]"),
     "DATA.STD": Key(IMAGENET_STD, "standard deviation per channel, of values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
-        8, "loader workers per training process; at most the process's share of the CPU cores is used", minimum=0
+        8, "loader workers per training process; at most the CPU cores divided by the processes of the machine", minimum=0
     ),
     "DATA.WORKER_TIMEOUT": Key(
-        30.0, "seconds after which a loader worker without a batch is an error; 0: wait without limit", minimum=0
+        30.0, "maximum seconds to wait for a batch of a loader worker before the run fails; 0: no limit", minimum=0
     ),
     "DATA.PIN_MEMORY": Key(True, "page-locked batches, for faster copies to a GPU"),
     # Model
@@ -92,7 +96,7 @@ KEYS = {
     "MODEL.DROP_PATH_RATE": Key(
         0.1, "stochastic-depth rate of the last block; it increases linearly from 0 over the blocks", minimum=0, maximum=0.999
     ),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, "share of the target that is spread over all classes", minimum=0, maximum=0.999),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, "fraction of the target that is spread over all classes", minimum=0, maximum=0.999),
     "MODEL.RESUME": Key(
         "",
         "checkpoint to resume from, or to evaluate: a file, the directory of a run, a URL, or the name of a released model",
@@ -105,10 +109,11 @@ KEYS = {
     "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
-        "window side of linear blocks in tokens, at most the map; softmax blocks have 7, or 12 if this is above 56",
+        "window side of linear blocks in tokens, capped at the map; windows of softmax blocks have a side of 7, or of 12 if "
+        "this value is above 56",
         minimum=1,
     ),
-    "MODEL.SWIN.MLP_RATIO": Key(4.0, "hidden channels of the MLP over its input channels", minimum=0.01),
+    "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01),
     "MODEL.SWIN.QKV_BIAS": Key(True, "biases in the projections to q, k and v"),
     "MODEL.SWIN.PATCH_NORM": Key(True, "layer norm after the patch embedding"),
     "MODEL.DEIT.PATCH_SIZE": Key(16, "side of a patch in pixels", minimum=1),
@@ -125,7 +130,7 @@ KEYS = {
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key("56-28-14-7", "CSwin: stripe width of linear blocks in tokens, one number per stage"),
     "MODEL.LA.KIND": Key(
         "focused",
-        "attention of the linear blocks: the paper's, or one that it compares with",
+        "attention of the linear blocks: `focused`, or one that the paper compares with it",
         choices=("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
     ),
     "MODEL.LA.FOCUSING": Key(True, "apply the focused function"),
@@ -136,9 +141,9 @@ KEYS = {
         20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
     ),
     "TRAIN.COOLDOWN_EPOCHS": Key(0, "additional epochs at the final learning rate", minimum=0),
-    "TRAIN.BASE_LR": Key(5e-4, "learning rate per 512 images of the global batch, as are the next two", minimum=0),
-    "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update", minimum=0),
-    "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule", minimum=0),
+    "TRAIN.BASE_LR": Key(5e-4, "peak learning rate, per 512 images of the global batch", minimum=0),
+    "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update, per 512 images of the global batch", minimum=0),
+    "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule, per 512 images of the global batch", minimum=0),
     "TRAIN.RECIPE_BATCH_SIZE": Key(
         0,
         "images per update of the recipe, for comparison in the log; 0: 8 processes with the file's `DATA.BATCH_SIZE`",
@@ -152,8 +157,8 @@ KEYS = {
     ),
     "TRAIN.HEAD_LR_SCALE": Key(1.0, "learning-rate multiplier of the classification head", minimum=0),
     "TRAIN.FREEZE_BACKBONE": Key(False, "train only the head, on features as in evaluation (linear probe)"),
-    "TRAIN.CLIP_GRAD": Key(5.0, "maximum L2 norm of all gradients together; 0 or None: no clipping", minimum=0),
-    "TRAIN.ACCUMULATION_STEPS": Key(0, "forward passes per update; 0 and 1 are one", minimum=0),
+    "TRAIN.CLIP_GRAD": Key(5.0, "maximum L2 norm of the gradient over all parameters; 0 or None: no clipping", minimum=0),
+    "TRAIN.ACCUMULATION_STEPS": Key(0, "forward passes per update; 0 means 1", minimum=0),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
     "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
     "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
@@ -164,7 +169,7 @@ KEYS = {
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "`step`: factor of each decay", minimum=1e-9, maximum=1),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` is with Nesterov momentum", choices=("adamw", "sgd")),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` uses Nesterov momentum", choices=("adamw", "sgd")),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
     "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of SGD", minimum=0, maximum=1),
@@ -173,8 +178,8 @@ KEYS = {
         0.4, "strength of colour jitter; without effect if `AUG.AUTO_AUGMENT` is on, as in timm", minimum=0
     ),
     "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy of timm, or `none`"),
-    "AUG.SCALE": Key([0.08, 1.0], "smallest and largest share of the area that a random crop takes"),
-    "AUG.RATIO": Key([3 / 4, 4 / 3], "smallest and largest ratio of width to height of a random crop"),
+    "AUG.SCALE": Key([0.08, 1.0], "minimum and maximum area of a random crop, as a fraction of the image"),
+    "AUG.RATIO": Key([3 / 4, 4 / 3], "minimum and maximum aspect ratio (width / height) of a random crop"),
     "AUG.HFLIP": Key(0.5, "probability of a horizontal flip", minimum=0, maximum=1),
     "AUG.REPROB": Key(0.25, "probability of random erasing", minimum=0, maximum=1),
     "AUG.REMODE": Key(
@@ -182,12 +187,15 @@ KEYS = {
     ),
     "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles", minimum=1),
     "AUG.REPEATS": Key(
-        1, "repeated augmentation: times that an epoch uses an image, with new draws; it uses fewer images", minimum=1
+        1,
+        "repeated augmentation: number of differently augmented copies of an image per epoch; an epoch has as many updates as "
+        "with 1, and uses that many times fewer images",
+        minimum=1,
     ),
     "AUG.MIXUP": Key(0.8, "alpha of mixup; 0: off", minimum=0),
     "AUG.CUTMIX": Key(1.0, "alpha of CutMix; 0: off", minimum=0),
     "AUG.CUTMIX_MINMAX": Key(
-        None, "`[smallest, largest]` side of the CutMix rectangle as a share of the image, instead of alpha"
+        None, "`[minimum, maximum]` side of the CutMix rectangle as a fraction of the image side, instead of alpha"
     ),
     "AUG.MIXUP_PROB": Key(1.0, "probability that a batch is mixed", minimum=0, maximum=1),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, "probability of CutMix instead of mixup if both are on", minimum=0, maximum=1),
@@ -196,10 +204,10 @@ KEYS = {
         "one mixing ratio per batch, pair or image; `pair` and `elem` are slow on a GPU",
         choices=("batch", "pair", "elem"),
     ),
-    # Average of the weights
-    "EMA.ENABLED": Key(False, "average the weights, and evaluate the average too"),
+    # Exponential moving average of the weights
+    "EMA.ENABLED": Key(False, "maintain an exponential moving average of the weights, and evaluate it as well"),
     "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
-    "EMA.FORCE_CPU": Key(False, "store the average in host memory"),
+    "EMA.FORCE_CPU": Key(False, "keep the EMA weights in host memory"),
     # Evaluation
     "TEST.CROP": Key(True, "switch of the paper's configs: False is `TEST.CROP_MODE none`"),
     "TEST.CROP_MODE": Key(
@@ -208,23 +216,25 @@ KEYS = {
         "ratio, as for the published accuracies; `short` resizes the shorter side; `none` resizes to `DATA.IMG_SIZE`",
         choices=("squash", "short", "none"),
     ),
-    "TEST.CROP_PCT": Key(0.875, "side of the centre crop over that of the resized image", minimum=0.01, maximum=1),
+    "TEST.CROP_PCT": Key(0.875, "ratio of the side of the centre crop to that of the resized image", minimum=0.01, maximum=1),
     "TEST.INTERPOLATION": Key(
         "", "interpolation in evaluation; empty: that of `DATA.INTERPOLATION`", choices=("", "bicubic", "bilinear")
     ),
     "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
     "TEST.CLASS_MAP": Key(
         "",
-        "`--eval` on other classes than the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file",
+        "`--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file",
         is_path=True,
     ),
-    "TEST.REAL_LABELS": Key("", "`--eval` with ImageNet's ReaL labels as well: their `real.json`", is_path=True),
+    "TEST.REAL_LABELS": Key(
+        "", "`--eval` reports accuracy on ImageNet's ReaL labels as well: path of their `real.json`", is_path=True
+    ),
     "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
     "TEST.PRECISION": Key("fp32", "precision of evaluation: fp32, or that of training", choices=("fp32", "train")),
     # The run
     "AMP": Key(False, "mixed precision in training"),
-    "AMP_DTYPE": Key("bf16", "precision with `AMP`; fp16 has a loss scaler", choices=("bf16", "fp16")),
-    "OUTPUT": Key("output", "runs are written to `<OUTPUT>/<MODEL.NAME>/<TAG>`", is_path=True),
+    "AMP_DTYPE": Key("bf16", "precision with `AMP`; fp16 uses a loss scaler", choices=("bf16", "fp16")),
+    "OUTPUT": Key("output", "output directory; a run is written to `<OUTPUT>/<MODEL.NAME>/<TAG>`", is_path=True),
     "TAG": Key("default", "name of the run"),
     "DETERMINISTIC": Key(
         "off",
@@ -235,7 +245,7 @@ KEYS = {
     "CUDNN_BENCHMARK": Key(True, "let cuDNN time its algorithms for every new shape; without effect with `DETERMINISTIC`"),
     "SEED": Key(0, "seed of weights, order, augmentation, mixing and drop path", minimum=0, maximum=2**32 - 1),
     "COLLECTIVE_TIMEOUT": Key(
-        600.0, "seconds after which a process that the others wait for is an error", minimum=1, maximum=86400
+        600.0, "maximum seconds that processes wait for another one before the run fails", minimum=1, maximum=86400
     ),
     "PRINT_FREQ": Key(10, "updates between log lines", minimum=1),
     "SAVE_FREQ": Key(1, "epochs between checkpoints", minimum=1),

@@ -82,7 +82,7 @@ def evaluate(
     Args:
         models: by the label of their weights, raw or ema. They are not wrapped, because processes may have different numbers of
             batches.
-        loader: batches of this process's share.
+        loader: this process's batches.
         class_ids: the model's class for each class of the dataset; predictions are restricted to these. None: the same classes.
         keep_predictions: collect the prediction for every image on rank 0.
         stop: whether this process was asked to stop.
@@ -167,13 +167,13 @@ class _Counter:
 
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
         """The predictions of all processes, in the dataset's order; None except on rank 0."""
-        share = np.empty((0, 0)), np.empty(0), np.empty(0)
+        local = np.empty((0, 0)), np.empty(0), np.empty(0)
         if indices:
-            share = torch.cat(self.predictions).cpu().numpy(), torch.cat(self.targets).cpu().numpy(), np.array(indices)
-        shares = gather_on_main(world, share)
-        if shares is None:
+            local = torch.cat(self.predictions).cpu().numpy(), torch.cat(self.targets).cpu().numpy(), np.array(indices)
+        gathered = gather_on_main(world, local)
+        if gathered is None:
             return None
-        not_empty = (share for share in shares if len(share[2]))
+        not_empty = (part for part in gathered if len(part[2]))
         values, targets, positions = (np.concatenate(parts) for parts in zip(*not_empty, strict=True))
         order = positions.argsort()
         values = values[order]

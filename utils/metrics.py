@@ -29,5 +29,5 @@ def paired_interval(only_first: int, only_second: int, total: int) -> tuple[floa
     if not discordant:
         return 0.0, 0.0
     interval = binomtest(only_second, discordant).proportion_ci(0.95, method="exact")
-    low, high = (100 * (2 * share - 1) * discordant / total for share in (interval.low, interval.high))
+    low, high = (100 * (2 * proportion - 1) * discordant / total for proportion in (interval.low, interval.high))
     return low, high

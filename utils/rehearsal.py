@@ -12,7 +12,7 @@ import torch
 from utils.checkpoint import checkpoint_path
 from utils.distributed import on_main, sum_over_processes
 from utils.evaluation import evaluate
-from utils.trainer import Meter, Trainer, format_duration
+from utils.trainer import Trainer, format_duration
 from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ def rehearse(trainer: Trainer) -> None:
     first = next(iter(trainer.train_loader))
     logger.info("data: first images after %.1f s", time.monotonic() - started)
 
-    meter = Meter(epoch, trainer)
-    updates = _updates(trainer, repeat(first), meter)
+    updates = _updates(trainer, repeat(first))
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
@@ -72,13 +71,12 @@ def rehearse(trainer: Trainer) -> None:
         )
     # This sum synchronises all processes; the directory may be deleted afterwards.
     figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
-    images = len(first.targets) * recipe.accumulation * world.size
-    _conclude(trainer, images, remaining, *figures.tolist())
+    _conclude(trainer, trainer.header["global_batch_size"], remaining, *figures.tolist())
 
 
-def _updates(trainer: Trainer, batches: Iterator, meter: Meter) -> Iterator[None]:
+def _updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
     trainer.model.train()
-    mixed = trainer.mixed_batches(batches, meter)
+    mixed = trainer.mixed_batches(batches)
     while True:
         trainer.update(mixed)
         yield

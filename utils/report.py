@@ -151,9 +151,11 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
     }
     if real_labels is not None:
         counted = [
-            (answer, labels) for answer, labels in zip(result.predictions.model_classes, real_labels, strict=True) if labels
+            (prediction, labels)
+            for prediction, labels in zip(result.predictions.model_classes, real_labels, strict=True)
+            if labels
         ]
-        correct = sum(int(answer) in labels for answer, labels in counted)
+        correct = sum(int(prediction) in labels for prediction, labels in counted)
         acc1 = 100 * correct / max(len(counted), 1)
         record["real"] = {"correct1": correct, "num_images": len(counted), "acc1": acc1}
     return record

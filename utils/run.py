@@ -12,7 +12,7 @@ from typing import IO
 
 from yacs.config import CfgNode
 
-from utils.checkpoint import is_whole, list_checkpoints, num_updates_of, set_damaged_aside
+from utils.checkpoint import is_intact, list_checkpoints, num_updates_of, rename_damaged
 from utils.config import ConfigError
 from utils.files import replacing
 
@@ -22,12 +22,12 @@ LOCK = ".lock"
 SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file or directory is deleted
 
 
-def build_output_folder(cfg: CfgNode) -> Path:
+def build_output_path(cfg: CfgNode) -> Path:
     """Output directory of a run, ``<OUTPUT>/<MODEL.NAME>/<TAG>``."""
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
-def make_folder(output: Path) -> None:
+def create_output_directory(output: Path) -> None:
     """Create a directory and check that it is writable.
 
     Raises:
@@ -50,7 +50,7 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
     for path in list_checkpoints(output):
         if num_updates_of(path) <= num_updates:
             return
-        if is_whole(path):
+        if is_intact(path):
             raise ConfigError(
                 f"{output}: has {path.name}, later than this start (update {num_updates}): checkpoints would mix. Resume "
                 "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
@@ -91,11 +91,11 @@ class RunDirectory:
             ConfigError: it cannot be written to, another run writes there, or it has a checkpoint of a later update.
         """
         missing = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
-        make_folder(self.path)
+        create_output_directory(self.path)
         self._created = missing
         self._lock.acquire()
         self._remove_leftovers()
-        set_damaged_aside(self.path, num_updates=num_updates)
+        rename_damaged(self.path, num_updates=num_updates)
         check_is_newest(self.path, num_updates=num_updates)
 
     def _remove_leftovers(self) -> None:

@@ -52,15 +52,15 @@ def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
     Raises:
         ConfigError: DATA.GLOBAL_BATCH_SIZE is not a multiple of the images per forward pass.
     """
-    wanted, at_once = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
-    if not wanted:
+    configured, at_once = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
+    if not configured:
         return max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
-    if wanted % at_once:
+    if configured % at_once:
         raise ConfigError(
-            f"DATA.GLOBAL_BATCH_SIZE={wanted}: is not a multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each "
-            f"of {world_size} processes); change --batch-size or the number of processes"
+            f"DATA.GLOBAL_BATCH_SIZE={configured}: is not a multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in "
+            f"each of {world_size} processes); change --batch-size or the number of processes"
         )
-    return wanted // at_once
+    return configured // at_once
 
 
 def global_batch_size(cfg: CfgNode, world_size: int) -> int:

@@ -5,7 +5,7 @@ Nothing in an update waits for the device, except in fp16.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    num_batches: int,
+    seeds: Sequence[int],
     amp_dtype: torch.dtype,
     max_grad_norm: float,
     requests: Tensor | None = None,
@@ -60,8 +60,9 @@ def train_step(
 
     Args:
         model: from ``utils.distributed.wrap``.
-        batches: ``num_batches`` pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,)
-            class ids, or (B, num_classes) probabilities after mixup.
+        batches: pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,) class ids, or
+            (B, num_classes) probabilities after mixup.
+        seeds: one per batch, of the model's draws (drop path, dropout).
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
         requests: (2,) requests of this process to stop and to save, each 0 or 1.
@@ -73,9 +74,7 @@ def train_step(
     device = optimizer.param_groups[0]["params"][0].device
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
     failed = torch.zeros((), device=device) if failed is None else failed
-    accumulate_gradients(
-        model, criterion, scaler, batches, num_batches=num_batches, amp_dtype=amp_dtype, requests=requests / num_batches
-    )
+    accumulate_gradients(model, criterion, scaler, batches, seeds=seeds, amp_dtype=amp_dtype, requests=requests)
     loss, *requested = side_channel(model).take()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaled = amp_dtype == torch.float16
@@ -104,21 +103,23 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    num_batches: int,
+    seeds: Sequence[int],
     amp_dtype: torch.dtype,
     requests: Tensor,
 ) -> None:
-    """Forward and backward passes of an update. The last one averages over processes: gradients, loss and requests.
+    """Forward and backward passes of an update. The last one averages gradients, loss and requests over the processes.
 
-    Args: see ``train_step``; ``requests`` are added once per batch.
+    Args: see ``train_step``.
     """
-    for index, (images, targets) in enumerate(batches):
+    num_batches = len(seeds)
+    for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
+        torch.manual_seed(seed)
         deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
         with model.no_sync() if deferred else nullcontext():
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits, channel = model(images)
                 loss = criterion(logits, targets) / num_batches
-            numbers = torch.cat([loss.detach().view(1), requests])
+            numbers = torch.cat([loss.detach().view(1), requests / num_batches])
             (scaler.scale(loss) + channel @ numbers).backward()
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,7 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 logger = logging.getLogger(__name__)
 
 SEED_OF_STEP = 3  # differs from the seeds of images and of mixup
+Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # images, targets, number of the forward pass -> mixed
 MAX_SKIPPED = 20  # maximum number of consecutive updates that fp16 may skip
 
 
@@ -129,7 +130,7 @@ class Trainer:
         model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
         mixup: mixes a batch, given the number of its forward pass; None for no mixing.
         metrics: writer of curves, on rank 0.
-        header: entries of every checkpoint besides the state (config, class names, data).
+        header: entries of every checkpoint besides the state (config, class names, data, global batch size).
         stop: returns whether a signal requested a stop of this process.
         draw: returns names and matplotlib figures of a model, which are written after each evaluation; None for no figures.
     """
@@ -143,7 +144,7 @@ class Trainer:
         schedule: Schedule,
         train_loader,
         val_loader,
-        mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
+        mixup: Mixing | None,
         recipe: Recipe,
         world: World,
         output: Path,
@@ -224,7 +225,12 @@ class Trainer:
         self.train_loader.set_position(epoch, first_update)
         self.model.train()
         meter = Meter(epoch, self)
-        batches = self.mixed_batches(iter(self.train_loader), meter)
+        batches = iter(self.train_loader)
+        if state.num_updates == 0:
+            first = next(batches)
+            self.show_batch(first.images)
+            batches = chain([first], batches)
+        batches = self.mixed_batches(batches)
         updates = range(first_update, self.updates_per_epoch)
         for update in progress(updates, len(updates), f"epoch {epoch}/{recipe.num_epochs}", seconds_between_lines=math.inf):
             self.update(batches)
@@ -243,9 +249,14 @@ class Trainer:
                 self.save()
                 meter.restart()
 
+    def mixed_batches(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and targets of the forward passes from the current position on."""
+        return mix_batches(batches, self.mixup, forward_pass=self.state.num_updates * self.recipe.accumulation)
+
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """Launch one update on the next batches."""
         state, recipe = self.state, self.recipe
+        forward_passes = range(state.num_updates * recipe.accumulation, (state.num_updates + 1) * recipe.accumulation)
         learning_rate = self.learning_rate(state.num_updates)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
@@ -254,8 +265,8 @@ class Trainer:
             self.criterion,
             state.optimizer,
             state.scaler,
-            (next(batches) for _ in range(recipe.accumulation)),
-            num_batches=recipe.accumulation,
+            islice(batches, recipe.accumulation),
+            seeds=[seed_of_pass(recipe.seed, number, self.world.rank) for number in forward_passes],
             amp_dtype=recipe.amp_dtype,
             max_grad_norm=recipe.max_grad_norm,
             requests=self.requests(),
@@ -285,8 +296,8 @@ class Trainer:
         if saving:
             self.last_save = time.monotonic()  # one request
         requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
-        for position, asked in enumerate((self.stop(), saving)):
-            if asked:
+        for position, requested in enumerate((self.stop(), saving)):
+            if requested:
                 requests[position] = 1
         return requests
 
@@ -334,19 +345,6 @@ class Trainer:
             "replay": {"update": update, "epoch": epoch, "images": images},
             **self.header,
         }
-
-    def mixed_batches(self, batches: Iterator, meter: "Meter") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and targets of every forward pass, and seed the model's draws (drop path, dropout) for each."""
-        forward_pass = self.state.num_updates * self.recipe.accumulation
-        while True:
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if forward_pass == 0:
-                self.show_batch(batch.images)
-            meter.images += len(batch.images) * self.world.size
-            yield prepare_batch(batch, self.mixup, seed=self.recipe.seed, forward_pass=forward_pass, rank=self.world.rank)
-            forward_pass += 1
 
     def show_batch(self, images: Tensor) -> None:
         """Write the first augmented images as a grid, each scaled to its own range."""
@@ -454,21 +452,15 @@ def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
     logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
 
 
-def prepare_batch(
-    batch,
-    mixup: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None,
-    *,
-    seed: int,
-    forward_pass: int,
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    """Images and targets of one forward pass, mixed; seeds torch for the draws of the model (drop path, dropout)."""
-    images, targets = batch.images, batch.targets
-    if mixup is not None:
-        images, targets = mixup(images, targets, forward_pass)
-    position = (seed, forward_pass, rank, SEED_OF_STEP)
-    torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
-    return images, targets
+def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of successive forward passes, mixed; ``forward_pass`` is the number of the first one."""
+    for number, batch in enumerate(batches, forward_pass):
+        yield (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
+
+
+def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
+    """Seed of the model's draws (drop path, dropout) in one forward pass of one process."""
+    return int(np.random.SeedSequence((seed, forward_pass, rank, SEED_OF_STEP)).generate_state(1)[0])
 
 
 class Meter:
@@ -482,7 +474,6 @@ class Meter:
     def restart(self) -> None:
         self.started = time.monotonic()
         self.waited_before = self.trainer.train_loader.seconds_waited
-        self.images = 0
         self.reports: list[Report] = []
 
     def add(self, reports: Iterable[Report]) -> None:
@@ -502,7 +493,7 @@ class Meter:
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "lr": trainer.learning_rate(state.num_updates - 1),
             "grad_norm": self.reports[-1].grad_norm,
-            "images_per_second": self.images / seconds,
+            "images_per_second": len(self.reports) * trainer.header["global_batch_size"] / seconds,
             "data_wait": (trainer.train_loader.seconds_waited - self.waited_before) / seconds,
             "memory_mib": _peak_memory(trainer.world.device) / 2**20,
         }

@@ -522,15 +522,15 @@ def test_no_unreadable_image_passes_where_errors_are_the_policy(spoilt):
             with pytest.raises(DataError, match=name):
                 dataset[(0, position)]
         else:
-            assert dataset[(0, position)].faults == []
+            assert dataset[(0, position)].decode_errors == []
 
 
 def test_skipped_images_are_counted_and_the_others_stay_as_they_are(spoilt):
     root, bad = spoilt
     dataset, strict = read_folder(root / "train", unreadable="skip"), read_folder(root / "train")
     samples = [dataset[(1, position)] for position in range(len(dataset))]
-    images, targets, keys, faults = collate(samples)
-    assert sorted(Path(dataset.index.name(index)).name for index, _ in faults) == bad
+    images, targets, keys, decode_errors = collate(samples)
+    assert sorted(Path(dataset.index.name(index)).name for index, _ in decode_errors) == bad
     assert [index for _, index in keys] == [sample.key[1] for sample in samples if sample.image is not None]
     for image, target, key in zip(images, targets, keys, strict=True):
         assert target == strict.index.labels[key[1]]
@@ -548,8 +548,8 @@ def test_replacements_are_other_images_with_their_own_labels_drawn_from_the_posi
         assert torch.equal(sample.image, same.image)
         assert sample.key == same.key
         assert sample.label == one.index.labels[sample.key[1]]
-        assert bool(sample.faults) == (Path(one.index.name(position)).name in bad)
-        if sample.faults:
+        assert bool(sample.decode_errors) == (Path(one.index.name(position)).name in bad)
+        if sample.decode_errors:
             taken.add(sample.key[1])
     assert len(taken) > 1
 
@@ -713,7 +713,7 @@ def test_processes_share_one_scan(toy_config, toy_data):
         return found.pop(0)
 
     found = [index_folder(toy_data / split) for split in ("train", "val")]
-    datasets = build_datasets(config(toy_config, toy_data), training=True, share=share)
+    datasets = build_datasets(config(toy_config, toy_data), training=True, run_once=share)
     assert len(calls) == 2
     assert (len(datasets.train), len(datasets.val)) == (102, 33)
 

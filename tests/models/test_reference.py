@@ -64,7 +64,7 @@ def test_eight_steps_of_training_follow_the_reference(case):
             optimizer,
             build_scaler(cfg, torch.device("cpu")),
             [(images, labels)],
-            num_batches=1,
+            seeds=[0],
             amp_dtype=torch.float32,
             max_grad_norm=figures["clip_grad"],
         )

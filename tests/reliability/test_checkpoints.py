@@ -26,7 +26,7 @@ from utils.checkpoint import (
     checkpoint_path,
     link_best,
     list_checkpoints,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     remove_surplus,
     save_checkpoint,
 )
@@ -112,7 +112,7 @@ def test_r2_r12_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(first, tm
         if not first:
             save_checkpoint(state_of(1), checkpoint_path(folder, 1))
         ended = save_and_die(folder, number, state_of(2), best=False)
-        newest = newest_whole_checkpoint(folder)
+        newest = newest_intact_checkpoint(folder)
         if first and newest is None:
             assert not list_checkpoints(folder)  # nothing was there, and nothing half-written counts
         else:
@@ -135,7 +135,7 @@ def test_r14_a_kill_at_any_file_operation_of_a_best_save_is_repaired_on_resume(t
         save_checkpoint(state_of(1), checkpoint_path(folder, 1))
         link_best(checkpoint_path(folder, 1), folder / BEST)
         ended = save_and_die(folder, number, state_of(2), best=True)
-        newest = newest_whole_checkpoint(folder)
+        newest = newest_intact_checkpoint(folder)
         state = read_checkpoint(newest)
         assert utils.checkpoint.repair_best(folder / BEST, state, newest)
         best = read_checkpoint(folder / BEST)
@@ -246,7 +246,7 @@ def test_r4_every_damage_of_the_newest_checkpoint_is_detected_or_harmless(tmp_pa
     expected = read_checkpoint(newer)
     for what, damaged in damages(content):
         newer.write_bytes(damaged)
-        found = newest_whole_checkpoint(tmp_path)
+        found = newest_intact_checkpoint(tmp_path)
         if found == newer:
             assert what.startswith("flip")
             assert_equal(read_checkpoint(newer), expected, what)
@@ -390,7 +390,7 @@ def test_r8_a_run_stopped_while_it_accumulates_saves_at_an_update_and_ends_equal
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:  # in the third forward pass of the eighth update
-        call_before(utils.trainer, "prepare_batch", 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]

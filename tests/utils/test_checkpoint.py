@@ -18,7 +18,7 @@ from models import create_model
 from models.loading import load_weights
 from models.swin import SwinTransformer
 from utils import checkpoint
-from utils.checkpoint import newest_whole_checkpoint, save_checkpoint
+from utils.checkpoint import newest_intact_checkpoint, save_checkpoint
 from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
 
@@ -78,7 +78,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
         verify(newer)
     with pytest.raises(CheckpointError, match=newer.name):
         read_checkpoint(newer)
-    assert newest_whole_checkpoint(saved.parent) == saved
+    assert newest_intact_checkpoint(saved.parent) == saved
     assert "trying the one before" in caplog.text
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_file_is_set_aside_beside_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
         newer.mkdir()
-        checkpoint.set_damaged_aside(saved.parent, num_updates=1)
+        checkpoint.rename_damaged(saved.parent, num_updates=1)
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 

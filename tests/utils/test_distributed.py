@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.arguments import prints_mistakes
+from utils.arguments import prints_usage_errors
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
@@ -69,7 +69,7 @@ def test_variables_left_over_from_a_launcher_do_not_count(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = setup()
     assert (world.rank, world.local_rank, world.size) == (0, 0, 1)
-    assert prints_mistakes()
+    assert prints_usage_errors()
 
 
 def fail_in_rank_one(world) -> None:

@@ -33,7 +33,7 @@ def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=to
         optimizer,
         scaler,
         batches,
-        num_batches=len(batches),
+        seeds=range(len(batches)),
         amp_dtype=dtype,
         max_grad_norm=max_grad_norm,
     )

@@ -76,7 +76,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
         recipe=Recipe(**defaults | recipe),
         world=world,
         output=output,
-        header={"config": {}},
+        header={"config": {}, "global_batch_size": 7 * recipe.get("accumulation", 1)},
     )
 
 
@@ -238,11 +238,14 @@ def test_the_draws_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
     """Update 3 with 2 forward passes each begins with forward pass 6, wherever the run was resumed."""
 
     def draws(num_updates: int, count: int, **changes) -> list[float]:
-        trainer = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0))
+        trainer, found = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0)), []
+        trainer.state.model.register_forward_pre_hook(lambda *_: found.append(torch.rand(1).item()))
         trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
         trainer.state.num_updates = num_updates
-        mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
-        return [torch.rand(1).item() for _ in range(count) if next(mixed)]
+        mixed = trainer.mixed_batches(iter_batches(trainer))
+        for _ in range(count // 2):
+            trainer.update(mixed)
+        return found
 
     whole = draws(0, 8)
     assert len(set(whole)) == 8
@@ -256,7 +259,7 @@ def test_mixing_gets_the_number_of_the_forward_pass(tmp_path):
     trainer = create_trainer(tmp_path, accumulation=2)
     trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
     trainer.state.num_updates = 3
-    mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
+    mixed = trainer.mixed_batches(iter_batches(trainer))
     next(mixed), next(mixed)
     assert numbers == [6, 7]
 
@@ -310,12 +313,11 @@ def test_the_first_batch_is_shown_as_a_grid_with_each_image_scaled_to_its_own_ra
         torch.testing.assert_close(grid[0, row : row + 2, column : column + 2], torch.tensor([[0.0, 1.0], [0.5, 0.25]]))
 
 
-def test_only_the_first_batch_of_a_run_is_shown(tmp_path):
-    for num_updates, shown in ((0, 1), (3, 0)):
-        trainer = create_trainer(tmp_path)
-        trainer.metrics = Metrics()
-        trainer.show_batch = lambda images, trainer=trainer: trainer.metrics.points.append(images)
+def test_only_the_first_batch_of_a_run_is_shown(tmp_path, accuracies):
+    for num_updates in (0, 3):
+        trainer, shown = create_trainer(tmp_path / str(num_updates)), []
+        trainer.show_batch = shown.append
         trainer.state.num_updates = num_updates
-        mixed = trainer.mixed_batches(iter_batches(trainer), utils.trainer.Meter(0, trainer))
-        next(mixed), next(mixed)
-        assert len(trainer.metrics.points) == shown
+        trainer.train_epoch(0)
+        first = next(iter_batches(trainer)).images
+        assert [torch.equal(images, first) for images in shown] == ([True] if num_updates == 0 else [])

@@ -11,7 +11,7 @@ import torch
 
 import jobs.training
 from jobs.checkpoints import open_checkpoint
-from jobs.start import Start, check_data, find_unusable, finished, resume
+from jobs.initialization import Initialization, check_data, find_unusable, is_finished, resume
 from jobs.training import build_trainer
 from tests.launch import run_main
 from tests.runs import toy_arguments
@@ -229,7 +229,7 @@ def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, e
     """4 epochs and 1 of cooldown, 10 updates each."""
     cfg = load_config(toy_config, ["TRAIN.EPOCHS", 4, "TRAIN.COOLDOWN_EPOCHS", 1])
     saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": evaluated}
-    assert finished(saved, cfg) is expected
+    assert is_finished(saved, cfg) is expected
 
 
 def test_another_number_of_updates_per_epoch_does_not_resume(toy_config):
@@ -297,5 +297,5 @@ def test_use_checkpoint_recomputes_the_blocks_of_the_model_that_trains(toy_confi
     for enabled in (True, False):
         cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "TRAIN.USE_CHECKPOINT", enabled])
         world = World(0, 0, 1, torch.device("cpu"))
-        trainer = build_trainer(cfg, world, Start("scratch", ""), None, output=tmp_path, find_unused_parameters=False)
+        trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=tmp_path, find_unused_parameters=False)
         assert trainer.state.model.grad_checkpointing is enabled

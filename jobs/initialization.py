@@ -1,4 +1,4 @@
-"""Choose the start of a run, and check that a checkpoint to resume belongs to it."""
+"""Choose how a run is initialised, and check that a checkpoint to resume belongs to it."""
 
 import logging
 from functools import partial
@@ -10,10 +10,10 @@ from yacs.config import CfgNode
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
 from jobs.checkpoints import locate, log_differences
-from utils.checkpoint import BEST, newest_whole_checkpoint, repair_best
+from utils.checkpoint import BEST, newest_intact_checkpoint, repair_best
 from utils.config import ConfigError, flatten
 from utils.distributed import World, on_all, on_main
-from utils.run import build_output_folder
+from utils.run import build_output_path
 from utils.schedule import global_batch_size
 from utils.trainer import NO_BEST, TrainState
 from weights.reader import CheckpointError, read_checkpoint
@@ -35,15 +35,20 @@ STATE_TYPES = {
 }
 
 
-class Start(NamedTuple):
-    """Start of a run. kind: resume, pretrained or scratch; checkpoint: its file, "" for none."""
+class Initialization(NamedTuple):
+    """Where the initial state of a run comes from.
+
+    Attributes:
+        kind: resume, pretrained or scratch.
+        checkpoint: file of the weights or of the run; "" for scratch.
+    """
 
     kind: str
     checkpoint: str
 
 
-def choose_start(cfg: CfgNode, world: World) -> Start:
-    """Choose the start of training, in this order of precedence.
+def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
+    """Choose the initial state of training, in this order of precedence.
 
     1. ``resume``: the checkpoint of --resume.
     2. ``resume``: the newest intact checkpoint of the output directory, with TRAIN.AUTO_RESUME: repeating the same command
@@ -55,30 +60,30 @@ def choose_start(cfg: CfgNode, world: World) -> Start:
     --pretrained, see ``jobs.evaluation``.
     """
     if cfg.MODEL.RESUME:
-        return Start("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
+        return Initialization("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
     if cfg.TRAIN.AUTO_RESUME:
-        newest = on_main(world, lambda: newest_whole_checkpoint(build_output_folder(cfg)))
+        newest = on_main(world, lambda: newest_intact_checkpoint(build_output_path(cfg)))
         if newest is not None:
-            return Start("resume", str(newest))
+            return Initialization("resume", str(newest))
     if cfg.MODEL.PRETRAINED:
-        return Start("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
+        return Initialization("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
     if cfg.TRAIN.FREEZE_BACKBONE:
         raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; give weights with --pretrained")
-    return Start("scratch", "")
+    return Initialization("scratch", "")
 
 
-def read_run(cfg: CfgNode, world: World, start: Start) -> dict | None:
-    """Read the state of the run to resume, and check it against the config; None for other starts."""
-    if start.kind != "resume":
+def read_run(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
+    """Read the state of the run to resume, and check it against the config; None if there is none."""
+    if init.kind != "resume":
         return None
-    saved = on_all(world, partial(read_checkpoint, start.checkpoint))
-    check_resumable(saved, cfg, world, start.checkpoint)
-    log_differences(saved["config"], cfg, start.checkpoint, level=logging.INFO)
+    saved = on_all(world, partial(read_checkpoint, init.checkpoint))
+    check_resumable(saved, cfg, world, init.checkpoint)
+    log_differences(saved["config"], cfg, init.checkpoint, level=logging.INFO)
     if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:
         logger.warning(
             "MODEL.PRETRAINED=%s: not read, since the run resumes from %s; choose another --tag to start from these weights",
             cfg.MODEL.PRETRAINED,
-            start.checkpoint,
+            init.checkpoint,
         )
     return saved
 
@@ -91,24 +96,24 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
             "with --pretrained"
         )
     configured, stored = flatten(cfg), flatten(saved["config"])
-    for key, now in configured.items():
-        before = stored.get(key, now)
-        if before != now and key.startswith(MODEL_KEYS):
+    for key, value in configured.items():
+        stored_value = stored.get(key, value)
+        if stored_value != value and key.startswith(MODEL_KEYS):
             raise ConfigError(
-                f"{path}: was saved with {key}={before!r}, now it is {now!r}: a resumed run cannot change it; choose "
+                f"{path}: was saved with {key}={stored_value!r}, now it is {value!r}: a resumed run cannot change it; choose "
                 "another --tag, and start from these weights with --pretrained if you like"
             )
-    before, now = saved["global_batch_size"], global_batch_size(cfg, world.size)
-    if before != now:
+    stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
+    if stored_batch != batch:
         raise ConfigError(
-            f"{path}: was saved with {before} images per update, now there would be {now}. Keep the product of processes, "
-            "--batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
+            f"{path}: was saved with {stored_batch} images per update, now there would be {batch}. Keep the product of "
+            "processes, --batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
         )
-    before, now = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
-    if before != now:
+    stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
+    if stored_optimizer != optimizer:
         raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {before}, whose state {now} cannot load; keep it, or start anew with "
-            "--pretrained and another --tag"
+            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; keep it, or start anew "
+            "with --pretrained and another --tag"
         )
 
 
@@ -129,7 +134,8 @@ def find_unusable(saved: dict) -> list[str]:
     return sorted(set(names))
 
 
-def finished(saved: dict, cfg: CfgNode) -> bool:
+def is_finished(saved: dict, cfg: CfgNode) -> bool:
+    """Whether a run has done all its epochs and its last evaluation."""
     num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
     evaluated = saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"]
     return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"] and evaluated
@@ -164,12 +170,13 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     Raises:
         ConfigError: the data have changed; the message has the difference.
     """
-    before, names = (saved or {}).get("data"), (saved or {}).get("class_names")
+    saved = saved or {}
+    stored, names = saved.get("data"), saved.get("class_names")
     current = [name for name, *_ in data["train"]["classes"]]
-    if not before and names and list(names) != current:  # saved before checkpoints recorded their data
+    if not stored and names and list(names) != current:  # saved before checkpoints recorded their data
         raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore them")
-    for split in ("train", "val") if before else ():
-        if change := compare_descriptions(before[split], data[split]):
+    for split in ("train", "val") if stored else ():
+        if change := compare_descriptions(stored[split], data[split]):
             raise ConfigError(
                 f"{path}: the data have changed since it was saved: {split}/: {change}. Restore them, or start anew with "
                 "--pretrained and another --tag"
