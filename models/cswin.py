@@ -174,7 +174,7 @@ class Block(nn.Module):
         num_heads: int,
         grid: tuple[int, int],
         *,
-        attention: str,
+        attention_type: str,
         split_size: int | None,
         mlp_ratio: float,
         qkv_bias: bool,
@@ -190,7 +190,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attns = nn.ModuleList(
             LinearStripes(axis_dim, axis_heads, grid, axis, split_size, linear)
-            if attention == "L"
+            if attention_type == "L"
             else SoftmaxStripes(axis_dim, axis_heads, grid, axis, split_size, attn_drop)
             for axis in axes
         )
@@ -200,14 +200,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         q, k, v = split_channels(self.qkv(x), 3)
         inputs = zip(*(t.chunk(len(self.attns), dim=-1) for t in (q, k, v)), strict=True)
-        out = [attend(*qkv) for attend, qkv in zip(self.attns, inputs, strict=True)]
+        out = [attn(*qkv) for attn, qkv in zip(self.attns, inputs, strict=True)]
         return self.proj_drop(self.proj(torch.cat(out, dim=-1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
+        x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -305,11 +305,10 @@ class CSwinTransformer(Backbone):
             for index, grid in enumerate(grids):
                 dim, last = embed_dim * 2**index, index == len(grids) - 1
                 blocks = []
-                for kind, rate in zip(attention_types[index], rates[index], strict=True):
-                    split_size = None if last else splits[kind][index]
-                    blocks.append(
-                        Block(dim, num_heads[index], grid, attention=kind, split_size=split_size, drop_path=rate, **options)
-                    )
+                for letter, rate in zip(attention_types[index], rates[index], strict=True):
+                    options |= {"attention_type": letter, "drop_path": rate}
+                    options["split_size"] = None if last else splits[letter][index]
+                    blocks.append(Block(dim, num_heads[index], grid, **options))
                 setattr(self, f"stage{index + 1}", Stage(*blocks))
                 if not last:
                     setattr(self, f"merge{index + 1}", Merge(dim))

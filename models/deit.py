@@ -59,10 +59,10 @@ class SoftmaxTokenAttention(SoftmaxAttention):
 
 
 def create_attention(
-    kind: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **projections
+    attention_type: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **projections
 ) -> nn.Module:
     """Create the attention of an ``L`` or ``S`` block."""
-    if kind == "L":
+    if attention_type == "L":
         return LinearAttention(dim, num_heads, grid, linear=linear, **projections)
     return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **projections)
 
@@ -145,7 +145,7 @@ class DeiT(Backbone):
         (attention_types,) = parse_attention_types(attn_type, (depth,))
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         check_attention_dropout(attn_drop_rate, attention_types)
-        options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
+        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
         with tensor_defaults(device, dtype):
             self.patch_embed = PatchEmbed(
                 img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, strict_img_size=False
@@ -156,12 +156,12 @@ class DeiT(Backbone):
             self.blocks = nn.ModuleList(
                 Block(
                     embed_dim,
-                    create_attention(kind, embed_dim, num_heads, self.grid, linear=linear, attn_drop=attn_drop_rate, **options),
+                    create_attention(letter, embed_dim, num_heads, self.grid, **options),
                     mlp_ratio,
                     proj_drop_rate,
                     rate,
                 )
-                for kind, rate in zip(attention_types, rates, strict=True)
+                for letter, rate in zip(attention_types, rates, strict=True)
             )
             norm_after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
             self.norm = nn.Identity() if norm_after_pooling else nn.LayerNorm(embed_dim, eps=1e-6)

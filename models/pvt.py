@@ -99,7 +99,7 @@ class SoftmaxAttention(Reduction):
 
 
 def create_attention(
-    kind: str,
+    attention_type: str,
     dim: int,
     num_heads: int,
     grid: tuple[int, int],
@@ -110,7 +110,7 @@ def create_attention(
     **projections,
 ) -> nn.Module:
     """Create the attention of an ``L`` or ``S`` block."""
-    if kind == "L":
+    if attention_type == "L":
         return LinearAttention(dim, num_heads, grid, reduction, linear, **projections)
     return SoftmaxAttention(dim, num_heads, reduction, attn_drop=attn_drop, **projections)
 
@@ -201,7 +201,9 @@ class PyramidBackbone(Backbone):
         rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
         check_attention_dropout(attn_drop_rate, attention_types)
         reductions = {"L": linear_reductions, "S": SOFTMAX_REDUCTIONS}
-        self.reductions = [max(reductions[kind][index] for kind in set(attention_types[index])) for index in range(len(depths))]
+        self.reductions = [
+            max(reductions[letter][index] for letter in set(attention_types[index])) for index in range(len(depths))
+        ]
         self.grids = self.native_grids(img_size)
         options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
         with tensor_defaults(device, dtype):
@@ -211,11 +213,11 @@ class PyramidBackbone(Backbone):
                 blocks = [
                     Block(
                         dim,
-                        create_attention(kind, dim, num_heads[index], grid, reductions[kind][index], **options),
+                        create_attention(letter, dim, num_heads[index], grid, reductions[letter][index], **options),
                         self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate),
                         rate,
                     )
-                    for kind, rate in zip(attention_types[index], rates[index], strict=True)
+                    for letter, rate in zip(attention_types[index], rates[index], strict=True)
                 ]
                 parts = {"patch_embed": embed, self.own_part: self.create_own_part(dim, grid), "block": Stage(*blocks)}
                 for part, module in parts.items():

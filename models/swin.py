@@ -116,7 +116,7 @@ class SwinBlock(nn.Module):
         num_heads: int,
         grid: tuple[int, int],
         *,
-        attention: str,
+        attention_type: str,
         window_size: int,
         shifted: bool,
         mlp_ratio: float,
@@ -133,7 +133,7 @@ class SwinBlock(nn.Module):
         self.shifted = shifted
         options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop}
         self.norm1 = nn.LayerNorm(dim)
-        if attention == "L":
+        if attention_type == "L":
             self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear)
         else:
             self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, attn_drop=attn_drop, **options)
@@ -171,7 +171,7 @@ class SwinBlock(nn.Module):
             return None
         return constant(window_regions, grid, window, shift, padded, like=like)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
         window, shift, padded = self.layout(grid)
         region = self.native_region if grid == self.grid else self.regions(grid, like=x)
@@ -186,7 +186,7 @@ class SwinBlock(nn.Module):
         return x[:, : grid[0], : grid[1]] if padded != grid else x
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
+        x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -253,13 +253,13 @@ def create_blocks(
             dim,
             num_heads,
             grid,
-            attention=attention,
-            window_size=windows[attention],
+            attention_type=attention_type,
+            window_size=windows[attention_type],
             shifted=index % 2 == 1,
             drop_path=rate,
             **options,
         )
-        for index, (attention, rate) in enumerate(zip(attention_types, rates, strict=True))
+        for index, (attention_type, rate) in enumerate(zip(attention_types, rates, strict=True))
     ]
 
 

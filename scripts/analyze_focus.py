@@ -19,15 +19,13 @@ DRAWN = ("entropy", "top 5 %", "distance", "effective rank")
 
 def draw_measures(rows, path: Path) -> None:
     """Plot four measures over the blocks, one line per form."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from analysis.summary import mean_over_heads
 
     blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), constrained_layout=True)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, name in zip(axes.flat, DRAWN, strict=True):
         for form in forms:
             values = [mean_over_heads(rows, block, form, name) for block in blocks]
@@ -38,16 +36,12 @@ def draw_measures(rows, path: Path) -> None:
     axes[0, 0].legend(fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def draw_ranks(model, image, names, path: Path) -> None:
     """Plot singular values relative to the largest, of each block's first head and window, with and without the convolution."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import torch
+    from matplotlib.figure import Figure
 
     from analysis.maps import capture
     from analysis.measures import singular_values
@@ -57,7 +51,8 @@ def draw_ranks(model, image, names, path: Path) -> None:
         model(image.unsqueeze(0))
     columns = min(4, len(found))
     rows = math.ceil(len(found) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     for axis, attention in zip(axes.flat, found, strict=False):
@@ -74,7 +69,6 @@ def draw_ranks(model, image, names, path: Path) -> None:
     figure.supylabel("singular value over the largest")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -124,8 +118,7 @@ def main() -> None:
     try:
         analyze(args)
     except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        print(f"analyze_focus.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

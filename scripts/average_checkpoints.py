@@ -65,8 +65,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(average(args.checkpoints, args.weights), args.output)
     except CheckpointError as error:
-        print(f"average_checkpoints.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")
 
 

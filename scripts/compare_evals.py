@@ -114,8 +114,7 @@ def main() -> None:
         (first, right_first), (second, right_second) = (read(path, args.weights) for path in (args.first, args.second))
         print(f"first: {first}\nsecond: {second}\n{compare(right_first, right_second)}")
     except ValueError as error:
-        print(f"compare_evals.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

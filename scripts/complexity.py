@@ -96,13 +96,11 @@ def activation_bytes(name: str, side: int, **options) -> int:
 
 def plot(path: Path) -> None:
     """Plot the cost of DeiT-T against resolution, with linear and with softmax attention."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     sides = [224, 320, 448, 640, 896, 1280]
-    figure, (flops_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    flops_axes, memory_axes = figure.subplots(1, 2)
     for attn_type, label in (("L", "focused linear"), ("S", "softmax, matrix stored")):
         # Softmax with an explicit attention matrix: the paper's baseline for linear attention.
         options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}

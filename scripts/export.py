@@ -244,11 +244,9 @@ def main() -> None:
     try:
         files = export(args)
     except ExportError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     except (ConfigError, CheckpointError, ValueError) as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     for name, text in files.items():
         print(f"{args.folder / name}: {text}")
     print(f"{args.folder / 'README.md'}: model card")

@@ -75,14 +75,12 @@ def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
 
 
 def draw(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     magnitudes, powers = torch.logspace(-2, 1, 61).tolist(), torch.linspace(1, 32, 63).tolist()
     cases = {"the experiment": make_vectors(), f"normal q and k, {DIM} channels, {NUM_KEYS} keys": random_vectors()}
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row", constrained_layout=True)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
     styles = dict(zip(FORMS, ("C0-", "C0--", "C2-", "C3-"), strict=True))
     for (title, (q, k)), (left, right) in zip(cases.items(), axes, strict=True):
         for form, style in styles.items():
@@ -100,7 +98,6 @@ def draw(path: Path) -> None:
             axis.legend(fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -228,8 +228,7 @@ def main() -> None:
         try:
             packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
         except (DataError, OSError) as error:
-            print(f"pack_dataset.py: error: {error}", file=sys.stderr)
-            sys.exit(2)
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
         size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
         print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
     print(f"use it with: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")

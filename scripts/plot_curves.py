@@ -4,10 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def read(folder: Path) -> list[dict]:
@@ -22,7 +19,8 @@ def main() -> None:
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
             parser.error(f"{run}: contains no metrics.jsonl; give the output directory of a training run")
-    figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
     for number, run in enumerate(args.runs):
         records, color, name = read(run), f"C{number}", f"{run.parent.name}/{run.name}"
         train = [record for record in records if record["kind"] == "train"]

@@ -107,8 +107,7 @@ def main() -> None:
     try:
         visualize(args)
     except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        print(f"visualize_attention.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

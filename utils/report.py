@@ -87,40 +87,35 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
     """Draw a confusion matrix in percent of each class, with counts if there are few classes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    count = len(classes)
-    side = max(4.0, 1.5 + 0.32 * count)
-    figure, axes = plt.subplots(figsize=(side + 1, side), constrained_layout=True)
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    num_classes = len(classes)
+    side = max(4.0, 1.5 + 0.32 * num_classes)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    percentages = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="% of the class", shrink=0.8)
     labels = [_plain(name) for name in classes]
-    axes.set_xticks(range(count), labels, rotation=90)
-    axes.set_yticks(range(count), labels)
+    axes.set_xticks(range(num_classes), labels, rotation=90)
+    axes.set_yticks(range(num_classes), labels)
     axes.set(xlabel="prediction", ylabel="class", title=title)
-    if count <= MOST_CLASSES_WITH_COUNTS:
+    if num_classes <= MOST_CLASSES_WITH_COUNTS:
         for row, column in np.argwhere(matrix):
-            color = "white" if shares[row, column] > 50 else "black"
+            color = "white" if percentages[row, column] > 50 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    plt.close(figure)
 
 
 def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], path: Path) -> None:
     """Draw a grid of images with captions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = min(6, max(1, math.ceil(math.sqrt(len(images)))))
     rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.5 * rows), squeeze=False, constrained_layout=True)
+    figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
@@ -130,7 +125,6 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
         axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def _plain(text: str) -> str:
