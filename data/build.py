@@ -175,7 +175,7 @@ def build_datasets(
         DataError: missing directories, or classes that do not match.
     """
     if not cfg.DATA.DATA_PATH:
-        raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory that contains train/ and val/")
+        raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
     train = val = None
     if training:
         index = run_once(lambda: build_index(cfg, "train"))

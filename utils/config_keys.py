@@ -140,7 +140,7 @@ KEYS = {
     "TRAIN.WARMUP_EPOCHS": Key(
         20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
     ),
-    "TRAIN.COOLDOWN_EPOCHS": Key(0, "additional epochs at the final learning rate", minimum=0),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, "additional epochs at the final learning rate; `step` continues to decay", minimum=0),
     "TRAIN.BASE_LR": Key(5e-4, "peak learning rate, per 512 images of the global batch", minimum=0),
     "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update, per 512 images of the global batch", minimum=0),
     "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule, per 512 images of the global batch", minimum=0),

@@ -17,7 +17,7 @@ class Schedule:
 
     cosine: decays to ``min_lr``, as if the cosine had started at update 0. linear: decays from the end of the warm-up to
     ``LINEAR_END * base_lr``, as in the reference; ``min_lr`` is unused. Both are constant after ``num_updates``. step: starts
-    at ``base_lr`` and is multiplied by ``decay_rate`` every ``decay_updates``.
+    at ``base_lr`` and is multiplied by ``decay_rate`` every ``decay_updates``, also after ``num_updates``, as in timm.
     """
 
     name: str
