@@ -79,7 +79,7 @@ class AttentionPictures:
 
     def __init__(self, cfg: CfgNode, device: torch.device):
         try:
-            self.seen, image = InspectedImages([Path(cfg.ATTENTION_IMAGE)], cfg).read(0)
+            self.picture, image = InspectedImages([Path(cfg.ATTENTION_IMAGE)], cfg).read(0)
         except DataError as error:
             raise ConfigError(f"ATTENTION_IMAGE={cfg.ATTENTION_IMAGE}: {error}; give an image file") from None
         self.image = image.to(device)
@@ -94,4 +94,4 @@ class AttentionPictures:
             for module, training in modes.items():
                 module.training = training
         for block in blocks:
-            yield f"attention/{block.name}", draw_forms(self.seen, block)
+            yield f"attention/{block.name}", draw_forms(self.picture, block)

@@ -248,11 +248,18 @@ class Record:
     seconds: dict[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests to run, quickest first: those that execute the line, or any line of the file if only imports do."""
+        """The tests to run, quickest first: those that execute the line.
+
+        Only imports execute a line outside functions. Any test may depend on it: those that execute the file come first.
+        """
         lines = self.executed.get(mutant.path, {})
-        tests = lines.get(mutant.statement) if mutant.in_function else None
-        tests = set().union(*lines.values()) if tests is None else tests
-        return sorted(tests, key=lambda test: self.seconds.get(test, 0.0))
+        of_file = set().union(*lines.values())
+        if mutant.in_function:
+            return sorted(lines.get(mutant.statement, of_file), key=self.duration)
+        return sorted(of_file, key=self.duration) + sorted(self.seconds.keys() - of_file, key=self.duration)
+
+    def duration(self, test: str) -> float:
+        return self.seconds.get(test, 0.0)
 
 
 def record(arguments: list[str]) -> None:
