@@ -1,4 +1,4 @@
-"""What several test files share: the reference's formulas, toy data, and whole runs in processes of their own."""
+"""Fixtures and helpers for several test files: formulas of the reference figures, toy data, and toy training runs."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 if "FLATTEN_TEST_GPU" not in os.environ:
-    # The tests compare numbers of the CPU and start more processes than there may be GPUs, so they do not see any.
+    # Hide the GPUs: the tests compare CPU results, and may start more processes than there are GPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 REFERENCE = Path(__file__).parent / "reference"
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-# Modules for ``-m fast``: they test every package, and take less than a minute together.
+# Modules that ``-m fast`` selects: together they test every library package in less than a minute.
 FAST = {
     "analysis.test_focus_experiment",
     "analysis.test_maps",
@@ -40,12 +40,13 @@ FAST = {
 }
 
 
-@pytest.hookimpl(trylast=True)  # after plugins that shuffle the tests
+@pytest.hookimpl(trylast=True)  # run after plugins that shuffle the tests
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__.removeprefix("tests.") in FAST and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
-    # Whole runs first: they are forked from this process, and take twice as long once large models have filled its memory.
+    # Tests that run main.py come first: the runs are forked from this process, and take twice as long once large models
+    # have filled its memory.
     items.sort(key=lambda item: not hasattr(item.module, "run_main"))
 
 
@@ -54,7 +55,7 @@ def reference(name: str):
 
 
 def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Every parameter of the reference figures, see tests/reference/README.md."""
+    """Values of a parameter in the reference figures; tests/reference/README.md defines the formula."""
     z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".weight") and len(shape) == 1:
         z = 1 + 0.1 * z
@@ -81,7 +82,7 @@ def fill_by_formula(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def write_images(root: Path, split: str, *, classes: int, per_class: int, size: int = 40) -> None:
-    """Colourful noise over a class-dependent shade, so that there is something to learn."""
+    """Write images of random noise whose brightness depends on the class, so that a model can learn the classes."""
     for label in range(classes):
         folder = root / split / f"class{label}"
         folder.mkdir(parents=True)
@@ -118,7 +119,7 @@ PRINT_FREQ: 2
 
 @pytest.fixture(scope="session")
 def toy_config(tmp_path_factory) -> Path:
-    """A model of seconds, with every kind of draw switched on."""
+    """Config of a model that trains in seconds, with every random operation enabled."""
     path = tmp_path_factory.mktemp("config") / "toy.yaml"
     path.write_text(TOY_CONFIG)
     return path
@@ -126,7 +127,7 @@ def toy_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(toy_config, toy_data, tmp_path_factory) -> Path:
-    """``best.pth`` of a short run; do not write to its folder."""
+    """``best.pth`` of a run of two epochs. Tests must not write to its directory."""
     from tests.launch import run_main
 
     output = tmp_path_factory.mktemp("trained")
@@ -138,7 +139,7 @@ def trained(toy_config, toy_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(toy_config, toy_data, tmp_path_factory):
-    """Number of processes -> output folder of a run left alone."""
+    """Return a function from the number of processes to the output directory of an uninterrupted run."""
     folders = {}
 
     from tests.launch import run_main

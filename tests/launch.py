@@ -1,4 +1,4 @@
-"""Whole runs of ``main.py`` in processes of their own, forked from the test so that nothing is imported again."""
+"""Run ``main.py``, scripts and functions in child processes, forked from the test so that nothing is imported again."""
 
 import logging
 import multiprocessing
@@ -22,7 +22,7 @@ from utils.distributed import cleanup, setup
 
 @dataclass(frozen=True)
 class Outcome:
-    """Exit codes by rank; what all of them printed."""
+    """Exit code of every process, in order of rank, and the combined output of all processes."""
 
     exit_codes: list[int]
     output: str
@@ -41,7 +41,7 @@ def run_main(
     """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them as soon as ``kill_when`` is true.
 
     Args:
-        prepare: called with its rank in every process before ``main``.
+        prepare: called with the rank in every process, before ``main``.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
     log.write_text("")
@@ -57,7 +57,7 @@ def run_main(
             kill_when = None
         if time.monotonic() > deadline:
             _kill(children)
-            raise TimeoutError(f"no end after {timeout} s:\n{log.read_text()}")
+            raise TimeoutError(f"still running after {timeout} s:\n{log.read_text()}")
         time.sleep(0.005)
     for child in children:
         child.join()
@@ -65,7 +65,7 @@ def run_main(
 
 
 def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 120) -> Outcome:
-    """Run ``main`` of a script in a process of its own, as if from the command line."""
+    """Run ``main`` of a script in a child process, as if it were started from the command line."""
     log.write_text("")
     name = Path(script.__file__).name
     child = multiprocessing.get_context("fork").Process(
@@ -79,7 +79,7 @@ def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 
 
 
 def run_in_processes(task: Callable, *arguments, processes: int, timeout: float = 120) -> None:
-    """Call ``task(world, *arguments)`` in processes that know each other; all have to end well."""
+    """Call ``task(world, *arguments)`` in every process of a process group; assert that all exit with status 0."""
     context, port = multiprocessing.get_context("fork"), free_port()
     children = [context.Process(target=_join_and_call, args=(task, arguments, r, processes, port)) for r in range(processes)]
     for child in children:
@@ -107,7 +107,7 @@ def _join_and_call(task: Callable, arguments: tuple, rank: int, processes: int, 
 
 
 def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Environment variables that torchrun sets for a process."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -120,7 +120,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 def _kill(children, kill_signal: int = signal.SIGKILL) -> None:
     for child in children:
         try:
-            os.killpg(child.pid, kill_signal)  # the group: loader workers too
+            os.killpg(child.pid, kill_signal)  # the process group includes the loader workers
         except ProcessLookupError:
             child.kill()
 
@@ -133,7 +133,7 @@ def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
     try:
         task()
     finally:
-        logging.shutdown()  # as at the exit of an interpreter
+        logging.shutdown()  # as the interpreter does at exit
 
 
 def _redirect(log: Path) -> None:
@@ -159,4 +159,4 @@ def _child(
     try:
         main.main()
     finally:
-        logging.shutdown()  # as at the exit of an interpreter
+        logging.shutdown()  # as the interpreter does at exit

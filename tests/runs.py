@@ -1,4 +1,4 @@
-"""Toy runs and their comparison."""
+"""Helpers for toy runs: a classifier, command-line arguments, and the comparison of states."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from scripts.soak import find_difference
 
 
 class Linear(nn.Linear):
-    """A classifier for tests of the trainer: a linear layer with what the optimizer asks of a model."""
+    """A linear classifier for tests of the trainer, with the methods that the optimizer requires of a model."""
 
     def no_weight_decay(self) -> set[str]:
         return {"bias"}
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
 
 
 def assert_equal(one, other, where="checkpoint"):
-    """Two states are bit-equal, types included."""
+    """Assert that two states are bit-equal and have the same types."""
     difference = find_difference(one, other, where)
     assert difference is None, difference
 

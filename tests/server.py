@@ -1,4 +1,4 @@
-"""A web server on this machine, for tests of downloads."""
+"""A local HTTP server for tests of downloads."""
 
 import http.server
 import threading
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """The last part of the path names the body. ``cut`` sends half of it, ``once`` does so at its first request."""
+        """Send the body that the last part of the path names.
+
+        For ``cut``, only half of the body is sent; for ``once``, only half at the first request.
+        """
         self.server.requests.append(self.path)
         name = self.path.split("?")[0].strip("/").split("/")[-1]
         if name not in self.server.bodies:
@@ -18,8 +21,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut = name == "cut" or (name == "once" and self.server.requests.count(self.path) == 1)
-        self.wfile.write(body[: len(body) // 2] if cut else body)
+        truncate = name == "cut" or (name == "once" and self.server.requests.count(self.path) == 1)
+        self.wfile.write(body[: len(body) // 2] if truncate else body)
 
     def log_message(self, *_):
         pass
@@ -27,7 +30,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A server with ``url`` (to which "/NAME" is appended) and the list of its ``requests``."""
+    """Serve ``bodies`` by name, at ``server.url`` plus "/NAME". ``server.requests`` lists the requested paths."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.bodies = bodies
     server.requests = []

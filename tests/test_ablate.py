@@ -1,4 +1,4 @@
-"""Ablations: what a file may contain, how runs continue, and the table."""
+"""Ablations: validation of the file, resuming, and the table of results."""
 
 import json
 
@@ -30,7 +30,7 @@ arms:
         ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "the deviation over seeds needs at least two integers"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_key(text, message, tmp_path):
+def test_an_invalid_ablation_file_is_rejected_and_the_key_is_named(text, message, tmp_path):
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         read_ablation(tmp_path / "file.yaml")
@@ -38,22 +38,22 @@ def test_a_wrong_file_is_refused_by_its_key(text, message, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((scripts.ablate.ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_experiments_have_runs_of_their_own(path, tmp_path):
+def test_every_experiment_file_defines_18_runs_in_distinct_directories(path, tmp_path):
     runs = read_ablation(path).runs(tmp_path)
     assert len({run.folder for run in runs}) == len(runs) == 18
 
 
-def test_an_arm_with_an_unknown_key_is_refused_before_anything_runs(toy_config, tmp_path):
+def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("LA.KIND", "LA.KINDS"))
     with pytest.raises(ConfigError, match=r"unknown key MODEL\.LA\.KINDS"):
         read_ablation(tmp_path / "file.yaml").runs(tmp_path)
 
 
 def test_differences_are_paired_by_seed():
-    """By hand: differences 1, 2 and 3 have mean 2 and deviation 1; t for 2 degrees of freedom is 4.3027."""
-    mean, half = paired_difference([10.0, 20.0, 30.0], [11.0, 22.0, 33.0])
+    """By hand: 1, 2 and 3 have mean 2 and standard deviation 1; the t quantile for 2 degrees of freedom is 4.3027."""
+    mean, half_width = paired_difference([10.0, 20.0, 30.0], [11.0, 22.0, 33.0])
     assert mean == pytest.approx(2)
-    assert half == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+    assert half_width == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
     rows = tabulate({"a": [10.0, 20.0, 30.0], "b": [11.0, 22.0, 33.0], "c": [15.0, 25.1, 35.0]}, "a")
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
     assert [row.get("beyond_noise") for row in rows] == [True, False, None]
@@ -61,7 +61,7 @@ def test_differences_are_paired_by_seed():
 
 
 @pytest.mark.slow
-def test_an_ablation_continues_where_it_was_and_tells_its_table(toy_config, toy_data, tmp_path):
+def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, toy_data, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config))
     arguments = [tmp_path / "file.yaml", "--data-path", toy_data, "--output", tmp_path / "out", "--parallel", 2]
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
@@ -73,10 +73,10 @@ def test_an_ablation_continues_where_it_was_and_tells_its_table(toy_config, toy_
         arm: [final_accuracy(run, 1) for run in ablation.runs(tmp_path / "out") if run.arm == arm] for arm in ablation.arms
     }
     assert {row["arm"]: row["accuracies"] for row in rows} == expected
-    before = (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns
+    mtime_before = (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns
     (tmp_path / "out/toy/softmax_0/metrics.jsonl").unlink()
     (tmp_path / "out/toy/softmax_0/checkpoint_000000003.pth").unlink()
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
     assert "4 runs of 1 epochs, 3 of them finished" in outcome.output
     assert json.loads((tmp_path / "out/table.json").read_text()) == rows
-    assert (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns == before
+    assert (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns == mtime_before

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Package -> project packages that it may import beside itself.
+# Package -> other project packages that it may import.
 ALLOWED = {"weights": set(), "models": {"weights"}, "data": set(), "utils": {"weights"}, "analysis": {"models"}}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
-# Third-party library -> the only files that import it.
+# Third-party library -> the only files that may import it.
 IMPORTERS = {
     "yaml": {"utils/config.py"},
     "tqdm": {"utils/log.py", "weights/download.py"},
@@ -21,7 +21,7 @@ IMPORTERS = {
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, at its head or within."""
+    """Names of the modules that a file imports, at the top level or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,8 +50,8 @@ def test_a_library_is_imported_by_its_listed_files_only(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_only_build_functions_see_the_config(path):
-    """``cfg`` is a parameter of functions that build (or read the config) alone."""
+def test_only_build_functions_take_the_config(path):
+    """Only functions that build an object or read the config have a parameter ``cfg``."""
     if relative(path) == "utils/config.py":
         return
     allowed = (
@@ -71,12 +71,12 @@ def test_only_build_functions_see_the_config(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_nothing_prints_or_evaluates_text(path):
+def test_library_code_does_not_call_print_eval_or_exec(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "eval", "exec"), f"{relative(path)}:{node.lineno}"
 
 
-def test_there_is_one_focused_linear_attention():
+def test_focused_linear_attention_is_defined_in_one_file():
     defined = [path for path in FILES if "class FocusedLinearAttention" in path.read_text()]
     assert [relative(path) for path in defined] == ["models/linear_attention.py"]

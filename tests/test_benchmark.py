@@ -1,4 +1,4 @@
-"""The benchmarks: counts by hand, the plain transcription, and whole runs of the script."""
+"""Benchmarks: hand-computed traffic and memory, the plain transcription, and runs of the script."""
 
 import json
 
@@ -18,22 +18,22 @@ from tests.launch import run_script
 FLOAT = 4
 
 
-def test_traffic_is_what_a_kernel_reads_and_writes():
+def test_traffic_counts_the_bytes_that_kernels_read_and_write():
     x, row = torch.ones(10, 6), torch.ones(6)
     out = torch.empty(10, 6)
     with TrafficCounter() as counter:
-        y = x + row  # reads 60 and 6, writes 60
-        y.t().view(6, 2, 5)  # views are free
+        y = x + row  # reads 60 and 6 elements, writes 60
+        y.t().view(6, 2, 5)  # views move no bytes
         torch.empty_like(y)
         y += row  # reads 60 and 6, writes 60
-        torch.mul(x, row.expand(10, 6), out=out)  # reads 60 and the 6 that the expanded row has, writes 60
+        torch.mul(x, row.expand(10, 6), out=out)  # reads 60 and the 6 stored elements of the row, writes 60
         out.copy_(y)  # reads 60, writes 60
         y.square()  # reads its argument once, writes 60
     assert counter.num_kernels == 5
     assert (counter.bytes_read, counter.bytes_written) == (FLOAT * (66 + 66 + 66 + 60 + 60), FLOAT * 5 * 60)
 
 
-def test_memory_is_that_of_tensors_alive_at_once():
+def test_peak_memory_counts_the_tensors_alive_at_the_same_time():
     x = torch.ones(100)
     with MemoryCounter() as counter:
         y = x + 1
@@ -48,30 +48,30 @@ def test_memory_is_that_of_tensors_alive_at_once():
     del w
 
 
-def test_speedups_compare_round_by_round():
+def test_speedup_is_computed_per_round():
     ratio = speedup(Timing((1.0, 2.0, 4.0)), Timing((2.0, 6.0, 4.0)))
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.0, 3.0)
     assert str(ratio) == "2.00 (1.00 to 3.00)"
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_cswin_t", "flatten_deit_t"])
-def test_the_plain_transcription_computes_the_same(name):
-    """Values and gradients of the models, so that the benchmark compares equal things."""
+def test_the_plain_transcription_has_the_same_logits_and_gradients(name):
+    """The benchmark compares two implementations of the same function."""
     depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
     torch.manual_seed(0)
     model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.0, **depths)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     images = torch.randn(2, 3, 64, 64)
-    found = []
-    for run in (model, use_plain_attention(model)):
-        logits = run(images)
-        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
-    for own, plain in zip(*found, strict=True):
-        torch.testing.assert_close(own, plain, rtol=2e-3, atol=2e-4 * plain.abs().max().item())
+    results = []
+    for network in (model, use_plain_attention(model)):
+        logits = network(images)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-4 * plain.abs().max().item())
 
 
-def test_contestants_are_softmax_timm_and_the_plain_form():
+def test_contestants_are_the_focused_plain_softmax_and_timm_models():
     contestants = create_contestants("flatten_deit_t", 64)
     assert list(contestants) == ["focused", "plain transcription", "softmax baseline", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
@@ -81,15 +81,15 @@ def test_contestants_are_softmax_timm_and_the_plain_form():
             assert f"timm {peer}" in create_contestants(name, 224)
 
 
-def test_the_operator_moves_fewer_bytes_than_the_plain_form():
-    """The promise of docs/performance.md, in maps of the size of q."""
+def test_the_operator_moves_fewer_bytes_than_the_plain_transcription():
+    """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in units of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
-    for pass_name, share in (("forward", 0.65), ("forward and backward", 0.6)):
-        assert records[OURS, pass_name]["bytes"] < share * records[PLAIN, pass_name]["bytes"]
+    for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
+        assert records[OURS, pass_name]["bytes"] < max_ratio * records[PLAIN, pass_name]["bytes"]
     assert records[OURS, "forward and backward"]["maps"] < 134
 
 
-def test_every_mode_writes_records_and_pictures(toy_config, toy_data, tmp_path):
+def test_every_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):
     common = ["--rounds", 1, "--json", tmp_path / "records.json"]
     runs = {
         "attention": ["--tokens", 49, 64, "--dim", 8, "--heads", 2, "--batch-size", 1, "--png", tmp_path / "attention.png"],

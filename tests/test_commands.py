@@ -1,4 +1,4 @@
-"""The commands of the reference's README, with ``cfgs/`` and its launcher renamed: accepted, with the same meaning."""
+"""Commands of the reference's README, with ``cfgs/`` and the launcher renamed, are accepted and mean the same."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ from weights.reader import read_checkpoint
 ROOT = Path(__file__).parent.parent
 EIGHT = World(0, 0, 8, torch.device("cpu"))
 
-# Command (the launcher left out), parameters in millions, job, and keys with the values that the command gives them.
+# Command without its launcher, parameters in millions, job, and the values of config keys that the command sets.
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
 TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
 PLAIN = {"EMA.ENABLED": False, "AMP": False}
@@ -72,7 +72,7 @@ COMMANDS = [
         "pretrained",
         {"DATA.IMG_SIZE": 384, "EMA.ENABLED": True, "EMA.DECAY": 0.99982, "TEST.CROP": True},
     ),
-    # main_ema.py averages the weights unless it is told otherwise, and the decay is then the config's.
+    # main_ema.py enables EMA by default, with the decay of the config.
     (TRAIN_EMA.format("flatten_swin_t"), 29, "scratch", {"EMA.ENABLED": True, "EMA.DECAY": 0.9999}),
     (f"{TRAIN_EMA.format('flatten_cswin_t')} --no-model-ema", 21, "scratch", {"EMA.ENABLED": False}),
     (f"{TRAIN_EMA.format('flatten_cswin_t')} --opts EMA.ENABLED False", 21, "scratch", {"EMA.ENABLED": False}),
@@ -104,7 +104,9 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "millions", "job", "keys"), COMMANDS, ids=[command for command, *_ in COMMANDS])
-def test_a_command_of_the_reference_means_the_same(command, millions, job, keys, tmp_path, monkeypatch):
+def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
+    command, millions, job, keys, tmp_path, monkeypatch
+):
     (tmp_path / "WEIGHTS").write_bytes(b"")
     (tmp_path / "IMAGENET").mkdir()
     script, *arguments = (
@@ -131,14 +133,14 @@ def test_a_command_of_the_reference_means_the_same(command, millions, job, keys,
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_data, tmp_path):
-    """Train with an average, evaluate, go on, fine-tune at a higher resolution, evaluate that, measure throughput."""
+def test_the_command_sequence_of_the_reference_runs_on_toy_data(toy_config, toy_data, tmp_path):
+    """Train with EMA, evaluate, resume, fine-tune at a higher resolution, evaluate again, and measure throughput."""
     common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     larger = ["DATA.IMG_SIZE", "56", "TRAIN.BASE_LR", "1e-3"]
     trained = tmp_path / "toy/first/best.pth"
     tuned = tmp_path / "toy/tuned/best.pth"
-    for arguments, said in (
+    for arguments, message in (
         (["--model-ema", "--model-ema-decay", "0.9", "--find-unused-params", "--tag", "first", *short], "done in"),
         (["--eval", "--resume", trained, "--tag", "first", *short], " * Acc@1 "),
         (["--resume", trained, "--tag", "second", "--opts", "TRAIN.EPOCHS", "2"], "resumed after update 6"),
@@ -148,17 +150,17 @@ def test_the_reference_s_sequence_of_commands_runs_on_toy_data(toy_config, toy_d
     ):
         outcome = run_main([*common, *arguments], tmp_path / "log", processes=1 if "--throughput" in arguments else 2)
         assert set(outcome.exit_codes) == {0}, outcome.output
-        assert said in outcome.output
+        assert message in outcome.output
     assert set(json.loads((tmp_path / "toy/tuned/eval.json").read_text())["results"]) == {"raw", "ema"}
     assert read_checkpoint(list_checkpoints(tmp_path / "toy/second")[0])["num_updates"] == 12
 
 
-def test_images_need_not_be_square(toy_config, toy_data, trained, tmp_path):
-    """Train, evaluate, fine-tune from squares to a wide size and from there to a tall one, measure."""
+def test_training_and_evaluation_support_non_square_images(toy_config, toy_data, trained, tmp_path):
+    """Train, fine-tune from square to wide images and from wide to tall ones, evaluate both, and measure throughput."""
     common = ["--data-path", toy_data, "--output", tmp_path]
     short = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.BASE_LR=1e-3"]
     wide, tall = tmp_path / "toy/wide/best.pth", tmp_path / "toy/tall/best.pth"
-    for arguments, said in (
+    for arguments, message in (
         (["--cfg", toy_config, "--tag", "scratch", "--opts", "DATA.IMG_SIZE", "[32, 48]", *short], "done in"),
         (["--cfg", toy_config, "--tag", "wide", "--pretrained", trained, "--opts", "DATA.IMG_SIZE=[32,64]", *short], "done in"),
         (["--eval", "--resume", wide], " * Acc@1 "),
@@ -168,7 +170,7 @@ def test_images_need_not_be_square(toy_config, toy_data, trained, tmp_path):
     ):
         outcome = run_main([*common, *arguments] if "--throughput" not in arguments else arguments, tmp_path / "log")
         assert outcome.exit_codes == [0], outcome.output
-        assert said in outcome.output
+        assert message in outcome.output
     assert json.loads((wide.parent / "eval.json").read_text())["preprocessing"]["img_size"] == [32, 64]
     state = read_checkpoint(tall)["model"]
     assert state["layers.0.blocks.0.attn.positional_encoding"].shape[1] == 14 * 8  # 56 x 32 pixels in patches of 4
@@ -176,15 +178,15 @@ def test_images_need_not_be_square(toy_config, toy_data, trained, tmp_path):
     assert encoding.shape[1] == 8 * 16
 
 
-def test_main_ema_is_main_with_an_average():
+def test_main_ema_calls_main_with_ema_enabled():
     tree = ast.parse((ROOT / "main_ema.py").read_text())
     (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     assert ast.unparse(call) == "main(ema=True)"
     assert main_ema.main is main.main
 
 
-def test_every_recipe_fine_tunes_on_other_classes(toy_config, toy_data, tmp_path):
-    """From three classes to two, with the recipe behind the model's config; then evaluated by the same configs."""
+def test_both_fine_tuning_recipes_train_on_a_different_number_of_classes(toy_config, toy_data, tmp_path):
+    """Fine-tune from three classes to two with the recipe after the model's config; evaluate with the same configs."""
     for split in ("train", "val"):
         for label in (0, 2):
             (tmp_path / "two" / split).mkdir(parents=True, exist_ok=True)
@@ -203,21 +205,21 @@ def test_every_recipe_fine_tunes_on_other_classes(toy_config, toy_data, tmp_path
         assert "2 reinitialised" in outcome.output
         assert "head: 3 classes in the file, 2 in the model" in outcome.output
         tuned = read_checkpoint(tmp_path / f"toy/{name}/best.pth")["model"]
-        moved = {entry for entry, value in tuned.items() if not torch.equal(value, weights[entry])}
-        assert moved == ({"head.weight", "head.bias"} if name == "linear_probe" else {*tuned})
+        changed = {entry for entry, value in tuned.items() if not torch.equal(value, weights[entry])}
+        assert changed == ({"head.weight", "head.bias"} if name == "linear_probe" else {*tuned})
         outcome = run_main([*common, "--eval", "--resume", tmp_path / f"toy/{name}/best.pth"], tmp_path / "log")
         assert outcome.exit_codes == [0], outcome.output
         assert " * Acc@1 " in outcome.output
 
 
-def test_a_probe_without_weights_is_refused(toy_config, toy_data, tmp_path):
+def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
     outcome = run_main([*arguments, "--opts", "TRAIN.FREEZE_BACKBONE", "True"], tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert "give weights with --pretrained" in outcome.output
 
 
-# How each kind of flag is given, what it means, and another value for --opts.
+# Flag, or kind of flag -> its arguments on the command line, the resulting config value, and a different value for --opts.
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),
@@ -229,14 +231,14 @@ FLAG_VALUES = {
 
 
 @pytest.mark.parametrize("flag", [flag for flag, (key, _) in FLAGS.items() if key is not None])
-def test_every_flag_overrides_the_options_and_they_the_file(flag, tmp_path, monkeypatch):
+def test_flags_override_opts_and_opts_override_the_config_file(flag, tmp_path, monkeypatch):
     key, options = FLAGS[flag]
     words, expected, other = FLAG_VALUES.get(flag) or FLAG_VALUES[options.get("action") or options.get("type", str)]
     section = {key.split(".")[-1]: expected}
     for name in reversed(key.split(".")[:-1]):
         section = {name: section}
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(section))  # which is YAML
+    config.write_text(json.dumps(section))  # JSON is valid YAML
 
     def resolve(*arguments):
         monkeypatch.setattr(sys, "argv", ["main.py", "--cfg", str(config), *arguments])

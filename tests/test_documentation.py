@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands parse, keys exist, and generated pages are current."""
+"""README and docs: link targets exist, commands parse, config keys exist, and generated pages are up to date."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every command in a bash block."""
+    """Return (page, words) for every command in a bash code block."""
     found = []
     for page in PAGES:
         for block in code_blocks(page, "bash"):
@@ -39,7 +39,7 @@ TRAINING = [(page, words) for page, words in COMMANDS if any(word in ("main.py",
 SCRIPTS = [(page, words) for page, words in COMMANDS if words[0] == "python" and words[1].startswith(("scripts/", "examples/"))]
 
 
-def test_the_commands_are_found():
+def test_pages_contain_commands_of_known_programs_only():
     assert len(TRAINING) > 10
     assert len(SCRIPTS) > 12
     others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in TRAINING + SCRIPTS}
@@ -47,7 +47,7 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_headings(page):
+def test_links_point_to_existing_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -63,17 +63,17 @@ def test_links_lead_to_files_and_headings(page):
 def test_commands_of_main_parse_and_their_configs_load(page, words, monkeypatch, tmp_path):
     start = next(index for index, word in enumerate(words) if word in ("main.py", "main_ema.py"))
     if "..." in words:
-        return  # a template for clusters
+        return  # a template for clusters, not a complete command
     monkeypatch.chdir(ROOT)
     (tmp_path / "data").mkdir()
     arguments = [str(tmp_path / "data") if words[index - 1] == "--data-path" else word for index, word in enumerate(words)]
     monkeypatch.setattr(sys, "argv", arguments[start:])
     args = parse_arguments(main.__doc__)
     if args.replay:
-        return  # names a file of a run
+        return  # --replay needs a file that a run has written
     cfg = load_config(args.cfg, overrides(args)) if args.cfg else None
     if args.eval and args.resume.startswith("output/"):
-        args.resume = args.cfg = __file__  # a file that exists
+        args.resume = args.cfg = __file__  # any file that exists
     check_usage(args, cfg, main.CONFIGS)
 
 
@@ -90,14 +90,14 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_keys_exist_and_python_parses(page):
+def test_documented_keys_exist_and_python_blocks_parse(page):
     known = flatten(load_config(ROOT / "configs/flatten_swin_t.yaml")).keys()
     sections = {key.rpartition(".")[0] for key in known}
     for key in re.findall(r"`((?:DATA|MODEL|TRAIN|AUG|EMA|TEST)\.[A-Z_.\d]+)", page.read_text()):
-        assert key in known | sections | {"TRAIN.EPOCH"}, key  # the latter is an example of a mistake
+        assert key in known | sections | {"TRAIN.EPOCH"}, key  # TRAIN.EPOCH is an example of a misspelled key
     for block in code_blocks(page, "python"):
         ast.parse(block)
 
 
-def test_the_page_of_the_configuration_is_current():
+def test_the_configuration_page_is_up_to_date():
     assert document_config.PAGE.read_text() == document_config.create_page(), "run python scripts/document_config.py"

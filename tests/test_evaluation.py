@@ -1,4 +1,4 @@
-"""Evaluation as users do it: counts for any processes, released files, other classes, what it leaves behind."""
+"""Evaluation: counts on any number of processes, checkpoints of the reference, class maps, and result files."""
 
 import argparse
 import csv
@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from yacs.config import CfgNode
 
@@ -35,7 +36,7 @@ class Batch:
         self.targets = targets[indices]
 
 
-def data_of(num_images):
+def create_data(num_images):
     generator = torch.Generator().manual_seed(num_images)
     images = torch.randn(num_images, 6, generator=generator)
     return images, torch.randint(0, 10, (num_images,), generator=generator)
@@ -46,47 +47,47 @@ def linear_model():
     return nn.Linear(6, 10)
 
 
-def count(world, num_images, batch_size):
-    images, targets = data_of(num_images)
+def evaluate_batches(world, num_images, batch_size):
+    images, targets = create_data(num_images)
     batches = EvalBatches(num_images, batch_size, rank=world.rank, world_size=world.size)
     loader = [Batch([index for _, index in keys], images, targets) for keys in batches]
     return evaluate({"raw": linear_model()}, loader, amp_dtype=torch.float32, world=world, keep_predictions=True)["raw"]
 
 
-def count_all(world, folder):
-    """Integer counts of every case, from every rank; rank 0's predictions too."""
-    found = {}
+def save_counts(world, folder):
+    """Write one file per rank with the counts and the loss of every case, and on rank 0 also the predictions."""
+    results = {}
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         for batch_size in (1, 7, 128):
-            result = count(world, num_images, batch_size)
+            result = evaluate_batches(world, num_images, batch_size)
             predictions = None if result.predictions is None else result.predictions.ranked.tolist()
             counts = [result.correct1, result.correct5, result.num_images]
-            found[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss]
-    (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
+            results[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss]
+    (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_counts_and_predictions_are_those_of_one_model_on_all_images(world_size, tmp_path):
-    run_in_processes(count_all, tmp_path, processes=world_size)
+def test_counts_and_predictions_equal_those_of_one_forward_pass_for_any_world_size(world_size, tmp_path):
+    run_in_processes(save_counts, tmp_path, processes=world_size)
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
-        images, targets = data_of(num_images)
+        images, targets = create_data(num_images)
         with torch.no_grad():
             logits = linear_model()(images)
         ranked = logits.topk(5, dim=1).indices
         loss = nn.functional.cross_entropy(logits, targets).item()
-        right = ranked == targets.unsqueeze(1)
-        expected = [right[:, 0].sum().item(), right.sum().item(), num_images]
+        correct = ranked == targets.unsqueeze(1)
+        expected = [correct[:, 0].sum().item(), correct.sum().item(), num_images]
         for rank in range(world_size):
-            found = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
+            results = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
             for batch_size in (1, 7, 128):
-                *counts, predictions, mean_loss = found[f"{num_images}-{batch_size}"]
+                *counts, predictions, mean_loss = results[f"{num_images}-{batch_size}"]
                 assert counts == expected
                 assert mean_loss == pytest.approx(loss, rel=1e-5)
                 assert predictions == (ranked.tolist() if rank == 0 else None)
 
 
-def test_predictions_are_among_the_classes_that_the_data_have():
-    """Logits are the class ids: of classes 7, 2, 9 the model prefers 9, the dataset's third."""
+def test_class_ids_restrict_predictions_to_the_classes_of_the_dataset():
+    """Each logit equals its class id, so among classes 7, 2 and 9 the model predicts 9, the third class of the dataset."""
     model = nn.Linear(6, 10)
     with torch.no_grad():
         model.weight.zero_()
@@ -101,16 +102,17 @@ def test_predictions_are_among_the_classes_that_the_data_have():
     assert result.predictions.model_classes.tolist() == [9] * 4
 
 
-def test_intervals_and_tests_have_the_textbooks_values():
-    assert wilson_interval(8, 10) == pytest.approx((49.02, 94.33), abs=0.005)  # Wilson's interval, many textbooks
+def test_confidence_intervals_and_mcnemar_test_match_textbook_values():
+    assert wilson_interval(8, 10) == pytest.approx((49.02, 94.33), abs=0.005)  # Wilson interval, in many textbooks
     assert wilson_interval(0, 10) == pytest.approx((0, 27.75), abs=0.005)
     assert wilson_interval(10, 10)[1] == pytest.approx(100)
     assert mcnemar_test(1, 9) == pytest.approx(22 / 1024)  # 2 (1 + 10) / 2^10
     assert mcnemar_test(5, 5) == 1
     assert mcnemar_test(0, 0) == 1
-    assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(199 / math.sqrt(2 * 4200)), rel=0.01)  # normal, continuity
+    # The normal approximation with continuity correction.
+    assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(199 / math.sqrt(2 * 4200)), rel=0.01)
     low, high = paired_interval(10, 30, 100)
-    # Clopper and Pearson: 30 of 40 lie within 58.80 to 87.31 %.
+    # The Clopper-Pearson interval of 30 out of 40 is 58.80 to 87.31 %.
     assert (low, high) == pytest.approx((100 * (2 * 0.5880 - 1) * 0.4, 100 * (2 * 0.8731 - 1) * 0.4), abs=0.01)
     assert paired_interval(0, 0, 100) == (0, 0)
 
@@ -122,7 +124,7 @@ def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
             assert (mcnemar_test(total - second, second) < 0.05) == (low > 0 or high < 0)
 
 
-def result_of(targets, predictions, num_classes=3):
+def create_result(targets, predictions, num_classes=3):
     targets, first = np.array(targets), np.array(predictions)
     ranked = np.stack([first, (first + 1) % num_classes], axis=1)
     correct = int((targets == first).sum())
@@ -130,8 +132,8 @@ def result_of(targets, predictions, num_classes=3):
     return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
 
 
-def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
-    result = result_of([0, 0, 1, 2], [0, 1, 1, 0])
+def test_evaluation_files_have_counts_per_class_predictions_and_accuracy_on_real_labels(tmp_path):
+    result = create_result([0, 0, 1, 2], [0, 1, 1, 0])
     assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     names, real = ["d.png", "c.png", "b.png", "a.png"], [[0], [1, 2], [], [2]]
     options = {"about": {"model": "x"}, "classes": ["cat", "dog", "a, b"], "names": names, "real_labels": real}
@@ -160,8 +162,10 @@ def test_an_evaluation_leaves_counts_by_class_and_right_labels(tmp_path):
 
 
 def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: figures.append(figure) or save(figure, *args, **options)
+    )
     draw_confusion(np.array([[3, 1], [0, 2]]), ["cat", "$dog"], "a title", tmp_path / "confusion.png")
     axes = figures[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", r"\$dog"]
@@ -172,7 +176,7 @@ def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_p
 
 
 def test_real_labels_are_class_ids_of_the_model(tmp_path):
-    """With a class map: the first and second class of the data are the model's classes 7 and 9."""
+    """With a class map, the first and second class of the dataset are classes 7 and 9 of the model."""
     predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
     result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
     options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
@@ -181,9 +185,9 @@ def test_real_labels_are_class_ids_of_the_model(tmp_path):
     assert real == {"correct1": 1, "num_images": 2, "acc1": 50.0}
 
 
-def test_an_evaluation_takes_away_what_one_before_left(tmp_path):
+def test_an_evaluation_deletes_stale_predictions_of_the_previous_one(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
-    results = {"raw": result_of([0, 1, 2], [0, 1, 2]), "ema": result_of([0, 1, 2], [1, 2, 0])}
+    results = {"raw": create_result([0, 1, 2], [0, 1, 2]), "ema": create_result([0, 1, 2], [1, 2, 0])}
     write_evaluation(tmp_path, results, preferred="ema", predictions=True, **options)
     assert [prediction == target for prediction, target in read(tmp_path, None)[1].values()] == [False, False, False]
     write_evaluation(tmp_path, {"raw": results["raw"]}, preferred="raw", predictions=True, **options)
@@ -207,13 +211,13 @@ def test_two_evaluations_are_compared_on_the_same_images():
     assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
 
 
-def test_shards_are_compared_with_folders_whose_names_have_dots():
+def test_shards_are_compared_with_image_folders_whose_file_names_contain_dots():
     folder = {f"a/x.{number}.png": ("cat", "cat") for number in range(3)}
     shards = {f"val-000000.tar/a/x_{number}.png": ("cat", "cat") for number in range(3)}
     assert compare(folder, shards).startswith("3 images")
 
 
-def test_a_cut_or_doubled_predictions_file_is_refused(tmp_path):
+def test_a_predictions_file_with_truncated_or_duplicate_rows_is_rejected(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
         (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
         (tmp_path / "eval.json").write_text("[]")
@@ -221,7 +225,7 @@ def test_a_cut_or_doubled_predictions_file_is_refused(tmp_path):
             read(tmp_path, None)
 
 
-def test_weights_that_give_no_numbers_are_refused(trained, toy_config, toy_data, tmp_path):
+def test_weights_with_non_finite_outputs_are_rejected(trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     state["model"]["head.bias"][0] = float("nan")
     save_checkpoint(state, tmp_path / "nan.pth")
@@ -232,22 +236,22 @@ def test_weights_that_give_no_numbers_are_refused(trained, toy_config, toy_data,
     assert not (tmp_path / "toy/default/eval.json").exists()
 
 
-def test_a_result_without_a_finite_loss_is_valid_json(trained, toy_config, toy_data, tmp_path):
+def test_a_non_finite_loss_is_written_as_null_in_valid_json(trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     for weights in ("model", "state_dict_ema"):
         state[weights]["head.bias"] = torch.tensor([3e38, -3e38, 0])
     save_checkpoint(state, tmp_path / "huge.pth")
     folder, _ = run_evaluation(tmp_path / "huge.pth", toy_config, toy_data, tmp_path)
 
-    def refuse(text: str):
+    def reject_constant(text: str):
         raise AssertionError(text)
 
-    results = json.loads((folder / "eval.json").read_text(), parse_constant=refuse)["results"]
+    results = json.loads((folder / "eval.json").read_text(), parse_constant=reject_constant)["results"]
     assert results["raw"]["loss"] is None
     assert results["raw"]["correct1"] == 11
 
 
-def test_an_empty_predictions_file_is_refused(tmp_path):
+def test_an_empty_predictions_file_is_rejected(tmp_path):
     (tmp_path / "predictions_raw.csv").write_text("image,target,confidence,prediction\n")
     with pytest.raises(ValueError, match="has no predictions"):
         read(tmp_path / "predictions_raw.csv", None)
@@ -260,13 +264,17 @@ def run_evaluation(checkpoint, toy_config, data, output, *arguments, processes=1
     return output / "toy/default", outcome.output
 
 
-def counts_of(folder):
+def read_counts(folder):
     results = json.loads((folder / "eval.json").read_text())["results"]
     return {label: [result[key] for key in ("correct1", "correct5", "num_images")] for label, result in results.items()}
 
 
-def released(path, state, entry_point):
-    """A file as the reference writes it: main.py's, or main_ema.py's with the average beside."""
+def write_reference_checkpoint(path, state, entry_point):
+    """Write a checkpoint in the format of the reference.
+
+    Args:
+        entry_point: "main"; "main_ema", which also saves the EMA weights; or "wrapped", with the prefix that DDP adds.
+    """
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin", "NUM_CLASSES": 3}), "TRAIN": CfgNode({"BASE_LR": 5e-4})})
     content = {
         "model": {f"module.{name}" if entry_point == "wrapped" else name: value for name, value in state["model"].items()},
@@ -283,18 +291,18 @@ def released(path, state, entry_point):
 
 
 @pytest.mark.parametrize("entry_point", ["main", "main_ema", "wrapped"])
-def test_a_file_of_the_reference_counts_as_the_same_weights_of_ours(entry_point, trained, toy_config, toy_data, tmp_path):
+def test_checkpoints_of_the_reference_evaluate_to_the_same_counts_as_ours(entry_point, trained, toy_config, toy_data, tmp_path):
     (tmp_path / "ours").mkdir()
-    ours = counts_of(run_evaluation(trained, toy_config, toy_data, tmp_path / "ours")[0])
-    path = released(tmp_path / "released.pth", read_checkpoint(trained), entry_point)
+    ours = read_counts(run_evaluation(trained, toy_config, toy_data, tmp_path / "ours")[0])
+    path = write_reference_checkpoint(tmp_path / "released.pth", read_checkpoint(trained), entry_point)
     folder, output = run_evaluation(path, toy_config, toy_data, tmp_path)
     labels = ["raw", "ema"] if entry_point == "main_ema" else ["raw"]
-    assert counts_of(folder) == {label: ours[label] for label in labels}
+    assert read_counts(folder) == {label: ours[label] for label in labels}
     for label in labels:
         assert f"{label} weights: {ours[label][0]} of 33 correct" in output
 
 
-def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_config, toy_data, tmp_path):
+def test_predictions_are_the_same_for_any_number_of_processes_and_workers(trained, toy_config, toy_data, tmp_path):
     texts = []
     for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 1)]):
         output = tmp_path / str(number)
@@ -308,20 +316,20 @@ def test_predictions_are_the_same_for_any_processes_and_workers(trained, toy_con
     file, pairs = read(folder, None)
     preferred = read_checkpoint(trained)["best"]["weights"]
     assert file.name == f"predictions_{preferred}.csv"
-    assert sum(prediction == target for prediction, target in pairs.values()) == counts_of(folder)[preferred][0]
+    assert sum(prediction == target for prediction, target in pairs.values()) == read_counts(folder)[preferred][0]
 
 
-def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_config, toy_data, tmp_path):
-    """The model's classes 2 and 0, under names of another order: as if its head had those two rows, in that order."""
+def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, toy_config, toy_data, tmp_path):
+    """The dataset has classes 2 and 0 of the model. Its counts equal those of a model whose head has only these two rows."""
     data = tmp_path / "variant"
     for name, label in (("a", 2), ("b", 0)):
         (data / "val").mkdir(parents=True, exist_ok=True)
         (data / "val" / name).symlink_to(toy_data / f"val/class{label}")
     (tmp_path / "map.txt").write_text("a 2\nb 0\n")
     folder, _ = run_evaluation(trained, toy_config, data, tmp_path, "--opts", "TEST.CLASS_MAP", tmp_path / "map.txt")
-    counts = counts_of(folder)
+    counts = read_counts(folder)
     assert counts["raw"][2] == 22
-    assert counts["raw"][1] == 22  # two classes: top 5 is everything
+    assert counts["raw"][1] == 22  # with two classes, the top 5 always contain the target
     state = read_checkpoint(trained)
     chosen = {
         name: {entry: value[[2, 0]] if entry.startswith("head.") else value for entry, value in state[name].items()}
@@ -330,20 +338,20 @@ def test_a_class_map_evaluates_other_folders_among_their_classes(trained, toy_co
     torch.save(chosen, tmp_path / "two.pth")
     (tmp_path / "two").mkdir()
     options = ["--opts", "MODEL.NUM_CLASSES", "2"]
-    assert counts_of(run_evaluation(tmp_path / "two.pth", toy_config, data, tmp_path / "two", *options)[0]) == counts
+    assert read_counts(run_evaluation(tmp_path / "two.pth", toy_config, data, tmp_path / "two", *options)[0]) == counts
     assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
 
 
-def test_a_rehearsal_does_all_and_leaves_nothing(toy_config, toy_data, tmp_path):
+def test_a_rehearsal_runs_every_step_and_deletes_its_files(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
-    for said in ("first images", "first update", "checkpoint:", "is the bottleneck", "no problem found"):
-        assert said in outcome.output
+    for message in ("first images", "first update", "checkpoint:", "is the bottleneck", "no problem found"):
+        assert message in outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_rehearsal_finds_what_a_run_would_have_met(toy_config, toy_data, tmp_path):
+def test_a_rehearsal_reports_an_unreadable_validation_image(toy_config, toy_data, tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path, split, classes=3, per_class=8)
     (tmp_path / "val/class0/000.png").write_bytes(b"no image")
@@ -371,7 +379,7 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
         average([paths[0], tmp_path / "other.pth"], "raw")
 
 
-def test_the_mean_of_a_run_s_checkpoints_evaluates(trained, toy_config, toy_data, tmp_path, monkeypatch):
+def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy_data, tmp_path, monkeypatch):
     mean = tmp_path / "mean.pth"
     files = map(str, sorted(trained.parent.glob("checkpoint_*.pth")))
     monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *files, "--output", str(mean)])
@@ -383,7 +391,7 @@ def test_the_mean_of_a_run_s_checkpoints_evaluates(trained, toy_config, toy_data
     for checkpoint in (trained, same, mean):
         output = tmp_path / f"of {checkpoint.stem}"
         output.mkdir()
-        counts.append(counts_of(run_evaluation(checkpoint, toy_config, toy_data, output)[0]))
-    assert counts[1]["raw"] == counts[0]["ema"]  # a checkpoint's mean with itself
+        counts.append(read_counts(run_evaluation(checkpoint, toy_config, toy_data, output)[0]))
+    assert counts[1]["raw"] == counts[0]["ema"]  # the mean of a checkpoint and itself, of the preferred EMA weights
     assert set(counts[2]) == {"raw"}
-    assert counts[2]["raw"][0] > 11  # better than chance, as each of the two is
+    assert counts[2]["raw"][0] > 11  # better than chance

@@ -1,4 +1,4 @@
-"""What leaves the project computes what the model computes."""
+"""Exported models compute the same logits as the model and include their description."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from tests.conftest import CONFIGS
 from utils.config import load_config, to_dict
 from weights.reader import sha256
 
-# torch 2.11 warns of what it does itself.
+# Warnings that torch 2.11 causes in its own code.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -37,24 +37,24 @@ NAMES = ["cat", "small dog", "été"]
 @pytest.fixture
 def checkpoint(toy_config, tmp_path):
     torch.manual_seed(0)
-    raw, average = (build_model(load_config(toy_config)) for _ in range(2))
+    raw_model, ema_model = (build_model(load_config(toy_config)) for _ in range(2))
     path = tmp_path / "best.pth"
-    content = {"model": raw.state_dict(), "state_dict_ema": average.state_dict(), "class_names": NAMES}
+    content = {"model": raw_model.state_dict(), "state_dict_ema": ema_model.state_dict(), "class_names": NAMES}
     torch.save(content | {"config": to_dict(load_config(toy_config))}, path)
-    return path, average
+    return path, ema_model
 
 
-def evaluation_of(path, folder, digest=None):
+def write_evaluation(path, folder, digest=None):
     result = {"correct1": 20, "correct5": 33, "num_images": 33, "acc1": 60.606, "acc5": 100.0, "acc1_interval_95": [43.7, 75.3]}
     record = {"sha256": digest or sha256(path), "results": {"ema": result}, "data": "/data/toy", "precision": "float32"}
     (folder / "eval.json").write_text(json.dumps(record | {"versions": {"torch": "2.11"}}))
     return folder / "eval.json"
 
 
-def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoint, toy_config, tmp_path, monkeypatch):
-    path, average = checkpoint
+def test_every_format_exports_the_ema_weights_and_the_card_describes_them(checkpoint, toy_config, tmp_path, monkeypatch):
+    path, ema_model = checkpoint
     folder = tmp_path / "out"
-    evaluation_of(path, tmp_path)  # beside the checkpoint, where it is found
+    write_evaluation(path, tmp_path)  # next to the checkpoint, where the export looks for it
     run(monkeypatch, path, folder, "--formats", "safetensors", "torch", "onnx")
     assert {file.name for file in folder.iterdir()} == {
         "README.md",
@@ -64,9 +64,9 @@ def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoi
         "model.pt2",
         "model.onnx",
     }
-    again = build_model(load_config(folder / "config.yaml"))
-    assert load_weights(again, folder / "model.safetensors").coverage == 1
-    assert all(torch.equal(value, average.state_dict()[name]) for name, value in again.state_dict().items())
+    reloaded = build_model(load_config(folder / "config.yaml"))
+    assert load_weights(reloaded, folder / "model.safetensors").coverage == 1
+    assert all(torch.equal(value, ema_model.state_dict()[name]) for name, value in reloaded.state_dict().items())
     card = (folder / "README.md").read_text()
     assert "Top-1 60.606 % (95 %: 43.70 to 75.30)" in card
     assert "20 and 33 of 33 images of `toy`" in card
@@ -78,12 +78,12 @@ def test_every_format_computes_the_average_and_the_card_says_what_it_is(checkpoi
     assert json.loads(properties["class_names"]) == NAMES
     for name in ("model.safetensors", "model.pt2", "model.onnx"):
         assert sha256(folder / name) in card
-    images = torch.randn(5, 3, 40, 40)  # another batch size than it was exported and tried with
+    images = torch.randn(5, 3, 40, 40)  # a different batch size than in the export and its check
     with torch.no_grad():
-        torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(images), average.eval()(images))
+        torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(images), ema_model.eval()(images))
 
 
-def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+def test_an_export_with_different_logits_is_rejected(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
     with pytest.raises(export.ExportError, match="of the logits exceeds"):
         export._largest_error(model, lambda images: model(images) + 0.01, torch.randn(3, 3, 2, 2), tmp_path / "model.onnx")
@@ -91,21 +91,21 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch
         export._largest_error(model, lambda images: model(images) * float("nan"), torch.randn(3, 3, 2, 2), tmp_path)
 
 
-def test_a_card_takes_no_figures_of_another_file(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
+def test_the_card_does_not_use_an_evaluation_of_another_checkpoint(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
     path, _ = checkpoint
-    foreign = evaluation_of(path, tmp_path, digest="0" * 64)
+    other_evaluation = write_evaluation(path, tmp_path, digest="0" * 64)
     with pytest.raises(SystemExit):
-        run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", foreign)
+        run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", other_evaluation)
     assert "belongs to another file or other weights" in capsys.readouterr().err
-    run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the one beside the checkpoint does not fit either
+    run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the eval.json next to the checkpoint does not match either
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "bare", "--cfg", toy_config)
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_the_exported_weights_describe_themselves(checkpoint, tmp_path, monkeypatch):
-    """Evaluated, predicted with or exported again without a config."""
+def test_exported_weights_contain_config_and_class_names(checkpoint, tmp_path, monkeypatch):
+    """The exported file can be opened and exported again without a config."""
     run(monkeypatch, checkpoint[0], tmp_path / "out")
     opened = open_checkpoint(tmp_path / "out/model.safetensors")
     assert opened.class_names == tuple(NAMES)
@@ -115,7 +115,7 @@ def test_the_exported_weights_describe_themselves(checkpoint, tmp_path, monkeypa
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "out/config.json").read_text()
 
 
-LOADS_IN_TIMM = """
+TIMM_PROGRAM = """
 import sys, torch, timm, models
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 data = timm.data.resolve_model_data_config(model)
@@ -128,21 +128,22 @@ assert other(torch.load(sys.argv[2])).shape[1] == 7
 """
 
 
-def test_an_exported_folder_is_a_timm_model(checkpoint, tmp_path, monkeypatch):
-    """In a fresh process: equal logits, the preprocessing of the config, features, another head."""
-    path, average = checkpoint
+def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monkeypatch):
+    """In a new process: equal logits, the preprocessing of the config, feature extraction, and a new head."""
+    path, ema_model = checkpoint
     options = ["TEST.CROP_MODE=short", "TEST.CROP_PCT=0.8", "DATA.MEAN=[0.5, 0.4, 0.3]", "TEST.INTERPOLATION=bilinear"]
     run(monkeypatch, path, tmp_path / "out", "--opts", *options)
     images = torch.randn(2, 3, 40, 40)
     torch.save(images, tmp_path / "images.pt")
     arguments = [str(tmp_path / name) for name in ("out", "images.pt", "found.pt")]
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", LOADS_IN_TIMM, *arguments]
+    command = [sys.executable, "-c", TIMM_PROGRAM, *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
-        torch.testing.assert_close(found["logits"], average.eval()(images), rtol=0, atol=1e-6)  # other threads, other sums
+        # The tolerance allows for the order of summation, which depends on the number of threads.
+        torch.testing.assert_close(found["logits"], ema_model.eval()(images), rtol=0, atol=1e-6)
     expected = {"input_size": (3, 40, 40), "crop_mode": "center", "crop_pct": 0.8, "interpolation": "bilinear"}
     found["data"]["input_size"] = tuple(found["data"]["input_size"])
     assert {key: found["data"][key] for key in expected} == expected
@@ -152,7 +153,7 @@ def test_an_exported_folder_is_a_timm_model(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("options", [[], ["TEST.CROP_MODE=short", "DATA.INTERPOLATION=random"]], ids=["squash", "short"])
-def test_a_model_tells_timm_the_preprocessing_of_its_config(path, options):
+def test_timm_resolves_the_preprocessing_of_the_config(path, options):
     cfg = load_config(path)
     if options and cfg.TEST.CROP:
         cfg = load_config(path, options)
@@ -171,7 +172,7 @@ def test_a_model_tells_timm_the_preprocessing_of_its_config(path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_every_family_leaves_as_a_program_and_as_onnx(name, tmp_path):
+def test_every_family_exports_to_torch_export_and_onnx(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(name, num_classes=10, img_size=96).eval()
     images = torch.randn(3, 3, 96, 96)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: FLATTEN_TEST_GPU=1 python -m pytest tests/test_gpu.py"""
+"""Tests that need a GPU: FLATTEN_TEST_GPU=1 python -m pytest tests/test_gpu.py"""
 
 import pytest
 import torch
@@ -16,31 +16,31 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, o
 GPU = torch.device("cuda", 0)
 
 
-def test_the_operator_gives_the_values_and_gradients_of_the_cpu():
+def test_operator_outputs_and_gradients_on_gpu_equal_those_on_cpu():
     torch.manual_seed(0)
     operator = FocusedLinearAttention(96, 3, (14, 14))
     for parameter in operator.parameters():
         nn.init.normal_(parameter, std=0.3)
     tokens = [torch.randn(4, 196, 96) for _ in range(3)]
-    found = []
+    results = []
     for device in (torch.device("cpu"), GPU):
         module, inputs = operator.to(device), [part.to(device).requires_grad_() for part in tokens]
         with torch.backends.cudnn.flags(allow_tf32=False):
             out = module(*inputs)
-            found.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
-    for on_cpu, on_gpu in zip(*found, strict=True):
+            results.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
+    for on_cpu, on_gpu in zip(*results, strict=True):
         torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3 * on_cpu.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_the_host_never_waits_in_an_update(name):
+def test_an_update_does_not_synchronise_host_and_gpu(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["AMP", True])
     model = create_model(name, drop_path_rate=0.1).to(GPU).train()
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
     wrapped = wrap(model, World(0, 0, 1, GPU), num_values=3)
     images, targets = torch.randn(4, 3, 224, 224, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
-    train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)  # creates the state
+    train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)  # creates the optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         report = train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)

@@ -1,4 +1,4 @@
-"""Which state a run starts from, what it refuses, and what it records."""
+"""Initial state of a run, rejected checkpoints and output directories, and what a run records."""
 
 import json
 import os
@@ -27,18 +27,18 @@ from weights.reader import CheckpointError, read_checkpoint
 
 CHANGES = {
     "no config": {"config": None},
-    "negative position": {"num_updates": -5},
-    "no updates": {"updates_per_epoch": 0},
+    "negative count": {"num_updates": -5},
+    "zero updates per epoch": {"updates_per_epoch": 0},
     "empty best": {"best": {}},
     "text in best": {"best": {"acc1": "x", "weights": "raw", "epoch": 0, "num_updates": "y"}},
-    "text for a count": {"num_skipped": "x"},
-    "number for data": {"data": 7},
+    "text instead of a count": {"num_skipped": "x"},
+    "number instead of data": {"data": 7},
     "data of one split": {"data": {"train": {}}},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_with_other_content_than_a_run_saves_is_refused_by_its_entry(change, trained, toy_config, toy_data, tmp_path):
+def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_entry_is_named(change, trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     assert find_unusable(state) == []
     (name,) = CHANGES[change]
@@ -53,7 +53,7 @@ def test_a_file_with_other_content_than_a_run_saves_is_refused_by_its_entry(chan
 
 
 @pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
-def test_files_of_other_kinds_are_refused(content, toy_config, toy_data, tmp_path):
+def test_files_that_are_not_checkpoints_are_rejected(content, toy_config, toy_data, tmp_path):
     torch.save(content, tmp_path / "file.pth")
     for flag in ("--resume", "--pretrained"):
         outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), flag, tmp_path / "file.pth"], tmp_path / "log")
@@ -64,7 +64,7 @@ def test_files_of_other_kinds_are_refused(content, toy_config, toy_data, tmp_pat
 # --- The directory of a run
 
 
-def test_a_refused_run_leaves_nothing_behind(toy_config, toy_data, tmp_path):
+def test_a_rejected_run_creates_no_output_directory(toy_config, toy_data, tmp_path):
     output = tmp_path / "a/b"
     outcome = run_main(toy_arguments(toy_config, toy_data, output, "MODEL.NUM_CLASSES", 2), tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
@@ -72,7 +72,7 @@ def test_a_refused_run_leaves_nothing_behind(toy_config, toy_data, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["output", "output/toy", "output/toy/default"])
-def test_a_file_in_place_of_a_folder_is_refused_by_the_run_and_its_check(level, toy_config, toy_data, tmp_path):
+def test_a_file_in_place_of_the_output_directory_is_rejected_by_run_and_check(level, toy_config, toy_data, tmp_path):
     (tmp_path / level).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / level).write_text("mine")
     for flags in ([], ["--check"]):
@@ -82,8 +82,8 @@ def test_a_file_in_place_of_a_folder_is_refused_by_the_run_and_its_check(level, 
     assert (tmp_path / level).read_text() == "mine"
 
 
-def test_the_check_meets_what_the_run_would_meet(uninterrupted, toy_config, toy_data, tmp_path):
-    """A later checkpoint is refused; a damaged one is passed over; the directory of a running run is refused."""
+def test_the_check_detects_the_same_problems_as_the_run(uninterrupted, toy_config, toy_data, tmp_path):
+    """A later checkpoint is rejected, a damaged one is skipped, and the directory of a running run is rejected."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
@@ -107,9 +107,7 @@ def test_the_check_meets_what_the_run_would_meet(uninterrupted, toy_config, toy_
     assert check_available(folder) == folder
 
 
-def test_other_weights_to_start_from_do_not_count_where_a_run_resumes_and_are_named(
-    uninterrupted, toy_config, toy_data, tmp_path
-):
+def test_a_resumed_run_ignores_pretrained_weights_and_logs_it(uninterrupted, toy_config, toy_data, tmp_path):
     shutil.copytree(uninterrupted(1), tmp_path / "toy/default")
     arguments = toy_arguments(toy_config, toy_data, tmp_path)
     outcome = run_main([*arguments, "--pretrained", tmp_path / "other.pth"], tmp_path / "log")
@@ -117,7 +115,7 @@ def test_other_weights_to_start_from_do_not_count_where_a_run_resumes_and_are_na
     assert "other.pth: not read, since the run resumes from" in outcome.output
 
 
-def test_files_that_a_kill_left_incomplete_are_removed_when_they_are_old(toy_config, toy_data, tmp_path):
+def test_incomplete_files_of_killed_runs_are_deleted_once_they_are_old(toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy/default"
     folder.mkdir(parents=True)
     old, new = folder / ".metrics.0123abcd.incomplete.jsonl", folder / ".eval.0123abcd.incomplete.json"
@@ -130,17 +128,17 @@ def test_files_that_a_kill_left_incomplete_are_removed_when_they_are_old(toy_con
     assert new.exists()
 
 
-def test_an_output_below_a_folder_that_cannot_be_entered_is_refused(toy_config, toy_data, tmp_path, monkeypatch):
+def test_an_output_directory_without_access_permission_is_rejected(toy_config, toy_data, tmp_path, monkeypatch):
     def prepare(rank: int) -> None:
-        """As for a user without rights: root may enter every folder."""
+        """Simulate missing permissions, because root may access every directory."""
         original_glob, original_mkdir = Path.glob, Path.mkdir
 
-        def refuse(path: Path) -> None:
+        def check_access(path: Path) -> None:
             if "closed" in path.parts:
                 raise PermissionError(13, "Permission denied", str(path))
 
-        Path.glob = lambda path, pattern: refuse(path) or original_glob(path, pattern)
-        Path.mkdir = lambda path, *arguments, **options: refuse(path) or original_mkdir(path, *arguments, **options)
+        Path.glob = lambda path, pattern: check_access(path) or original_glob(path, pattern)
+        Path.mkdir = lambda path, *arguments, **options: check_access(path) or original_mkdir(path, *arguments, **options)
 
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path / "closed"), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [2], outcome.output
@@ -154,7 +152,7 @@ def test_a_run_of_an_earlier_version_does_not_resume_on_renamed_classes():
     check_data({"class_names": ["a", "c"]}, data, "file.pth")
 
 
-def test_a_finished_run_whose_updates_were_all_skipped_is_no_success():
+def test_a_finished_run_that_skipped_every_update_fails():
     check_trained(num_updates=0, num_skipped=0)
     check_trained(num_updates=5, num_skipped=4)
     with pytest.raises(TrainingError, match="fp16 skipped every update"):
@@ -195,14 +193,14 @@ def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeyp
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_a_gpu_without_bf16_is_advised_to_use_fp16(supported, toy_config, monkeypatch, caplog):
+def test_amp_on_a_gpu_without_bf16_recommends_fp16(supported, toy_config, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     build_arithmetic(load_config(toy_config, ["AMP", True]))
     assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
 
 
-def test_training_and_its_check_apply_the_arithmetic_of_the_config(toy_config, toy_data, tmp_path):
+def test_training_and_check_apply_the_deterministic_setting_of_the_config(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         original = jobs.training.build_trainer
 
@@ -226,35 +224,35 @@ def test_training_and_its_check_apply_the_arithmetic_of_the_config(toy_config, t
     [(40, 40, False), (49, 49, False), (50, 40, False), (50, 50, True), (60, 60, True)],
 )
 def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, evaluated, expected, toy_config):
-    """4 epochs and 1 of cooldown, 10 updates each."""
+    """4 epochs and 1 cooldown epoch, of 10 updates each."""
     cfg = load_config(toy_config, ["TRAIN.EPOCHS", 4, "TRAIN.COOLDOWN_EPOCHS", 1])
     saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": evaluated}
     assert is_finished(saved, cfg) is expected
 
 
-def test_another_number_of_updates_per_epoch_does_not_resume(toy_config):
+def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
     with pytest.raises(ConfigError, match=r"with 10 updates per epoch, now there are 11: the data have changed"):
         resume(None, {"updates_per_epoch": 10}, load_config(toy_config), 11, "file.pth")
 
 
-def test_metrics_after_the_checkpoint_are_dropped_and_those_before_are_kept(tmp_path):
-    """Resumed at step 2, whose evaluation was done, or was not."""
+def test_resuming_discards_metrics_after_the_checkpoint_and_keeps_earlier_ones(tmp_path):
+    """Resume at step 2, with and without the evaluation of that step."""
     for evaluated, expected in ((True, [(1, "train"), (2, "train"), (2, "eval_raw")]), (False, [(1, "train"), (2, "train")])):
         output = tmp_path / str(evaluated)
         output.mkdir()
-        written = MetricsWriter(output, 0)
+        writer = MetricsWriter(output, 0)
         for step in (1, 2, 3):
-            written.scalars(step, "train", {"loss": 1.0 / step})
+            writer.scalars(step, "train", {"loss": 1.0 / step})
             if step > 1:
-                written.scalars(step, "eval_raw", {"acc1": step})
-        written.close()
+                writer.scalars(step, "eval_raw", {"acc1": step})
+        writer.close()
         MetricsWriter(output, 2, evaluated=evaluated).close()
         points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         assert [(point["step"], point["kind"]) for point in points] == expected
         assert points[1]["loss"] == 0.5
 
 
-def test_tensorboard_has_the_curves_texts_and_images(tmp_path):
+def test_tensorboard_contains_scalars_text_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = MetricsWriter(tmp_path, 0)
@@ -273,8 +271,8 @@ def test_tensorboard_has_the_curves_texts_and_images(tmp_path):
 # --- Evaluation
 
 
-def test_weights_without_a_head_are_not_evaluated(trained, toy_config, toy_data, tmp_path):
-    """Nor any with entries missing: fresh weights would count."""
+def test_incomplete_weights_are_rejected_for_evaluation(trained, toy_config, toy_data, tmp_path):
+    """Entries that are missing, such as the head, would be evaluated with their random initial values."""
     state = read_checkpoint(trained)
     for name, dropped in (("headless", ("head.weight", "head.bias")), ("normless", ("norm.weight",))):
         weights = {key: value for key, value in state["model"].items() if key not in dropped}
@@ -286,14 +284,14 @@ def test_weights_without_a_head_are_not_evaluated(trained, toy_config, toy_data,
         assert not list(tmp_path.rglob("eval.json"))
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_not_evaluated(trained, monkeypatch):
+def test_a_checkpoint_replaced_while_it_is_read_is_rejected(trained, monkeypatch):
     digests = iter(["first", "second"])
     monkeypatch.setattr("jobs.checkpoints.sha256", lambda _: next(digests))
     with pytest.raises(CheckpointError, match="was replaced while it was read"):
         open_checkpoint(trained)
 
 
-def test_use_checkpoint_recomputes_the_blocks_of_the_model_that_trains(toy_config, toy_data, tmp_path):
+def test_use_checkpoint_enables_gradient_checkpointing_of_the_trained_model(toy_config, toy_data, tmp_path):
     for enabled in (True, False):
         cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "TRAIN.USE_CHECKPOINT", enabled])
         world = World(0, 0, 1, torch.device("cpu"))

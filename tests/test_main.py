@@ -1,4 +1,4 @@
-"""Whole runs: trained, killed, resumed, evaluated, fine-tuned, refused."""
+"""Runs of main.py: training, kills and resuming, evaluation, fine-tuning, and rejected arguments."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
+def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_an_uninterrupted_run(
     processes, workers, uninterrupted, toy_config, toy_data, tmp_path
 ):
     expected = uninterrupted(processes)
@@ -37,7 +37,7 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
     folder = tmp_path / "toy" / "default"
 
-    def in_mid_epoch() -> bool:  # 12 updates an epoch
+    def in_mid_epoch() -> bool:  # an epoch has 12 updates
         newest = list_checkpoints(folder)
         return bool(newest) and int(newest[0].stem.split("_")[1]) in (14, 16, 18, 20)
 
@@ -47,46 +47,46 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_left_alone(
     assert set(resumed.exit_codes) == {0}, resumed.output
     assert "resumed after update" in resumed.output
     assert_equal(read_state(folder), read_state(expected))
-    assert read_points(folder) == read_points(expected)
+    assert read_metrics(folder) == read_metrics(expected)
 
 
-def read_points(folder: Path) -> list[tuple]:
-    """The metrics of a run but for times, in their order."""
+def read_metrics(folder: Path) -> list[tuple]:
+    """Metrics of a run, except times, in the order of the file."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "kind", "epoch", "loss", "lr", "grad_norm", "correct1", "correct5", "num_images")
     return [tuple(record.get(name) for name in names) for record in records]
 
 
 DAMAGES = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-3000] + b"\xff" + path.read_bytes()[-2999:]),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "changed byte": lambda path: path.write_bytes(path.read_bytes()[:-3000] + b"\xff" + path.read_bytes()[-2999:]),
     "empty": lambda path: path.write_bytes(b""),
-    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
     "dangling link": lambda path: (path.unlink(), path.symlink_to("gone")),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     damage, uninterrupted, toy_config, toy_data, tmp_path
 ):
-    """The same command ends as an undisturbed run, and keeps the damaged file under another name (R13)."""
+    """The same command ends bit-equal to an uninterrupted run, and renames the damaged file (R13)."""
     folder, processes = tmp_path / "toy/default", 1
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     killed = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, processes=processes)
     assert killed.exit_codes == [-9]
-    newest, before = list_checkpoints(folder)[:2]
+    newest, previous = list_checkpoints(folder)[:2]
     DAMAGES[damage](newest)
     resumed = run_main(arguments, tmp_path / "log")
     assert resumed.exit_codes == [0], resumed.output
     assert f"{newest.name}: damaged, renamed to {newest.name}.damaged" in resumed.output
-    assert f"start: resume {before}" in resumed.output
+    assert f"start: resume {previous}" in resumed.output
     assert os.path.lexists(f"{newest}.damaged")
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
-def test_a_best_checkpoint_that_a_kill_prevented_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    """As after a kill between the rename of a checkpoint and its link: best.pth is missing, or of an evaluation before."""
+def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
+    """A kill between the rename of a checkpoint and its link leaves best.pth missing, or from an earlier evaluation."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     state = read_checkpoint(list_checkpoints(folder)[0])
@@ -105,7 +105,7 @@ def test_a_best_checkpoint_that_a_kill_prevented_is_restored_on_resume(uninterru
         assert read_checkpoint(folder / "best.pth")["num_updates"] == 12
 
 
-def test_a_best_state_of_another_folder_is_not_reported(uninterrupted, toy_config, toy_data, tmp_path):
+def test_the_best_accuracy_of_another_run_is_reset_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
     start = next(path for path in list_checkpoints(uninterrupted(1)) if path.name != "best.pth")
     state = read_checkpoint(start)
     torch.save(state | {"num_updates": 12, "best": state["best"] | {"acc1": 99.0, "num_updates": 6}}, tmp_path / "other.pth")
@@ -118,8 +118,8 @@ def test_a_best_state_of_another_folder_is_not_reported(uninterrupted, toy_confi
     assert best["best"]["num_updates"] == best["num_updates"]
 
 
-def kill_all_that_name(folder: Path) -> None:
-    """SIGKILL every other process with this folder in its command line."""
+def kill_processes_with_argument(folder: Path) -> None:
+    """Send SIGKILL to every other process whose command line contains this directory."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if str(folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
@@ -128,7 +128,7 @@ def kill_all_that_name(folder: Path) -> None:
             continue
 
 
-def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, toy_data, tmp_path):
+def test_torchrun_trains_and_resumes_after_sigkill(uninterrupted, toy_config, toy_data, tmp_path):
     expected = uninterrupted(2)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"),
@@ -143,16 +143,16 @@ def test_torchrun_trains_and_goes_on_after_sigkill(uninterrupted, toy_config, to
         deadline = time.monotonic() + 120
         while process.poll() is None and len(list_checkpoints(folder)) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(process.pid, 9)  # the launcher; its workers are in sessions of their own
+        os.killpg(process.pid, 9)  # kills only the launcher: each worker has its own session
         process.wait()
-        kill_all_that_name(tmp_path)
+        kill_processes_with_argument(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after update" in done.stdout
     assert_equal(read_state(folder), read_state(expected))
 
 
-def test_a_finished_run_given_again_changes_no_file(uninterrupted, toy_config, toy_data, tmp_path):
+def test_rerunning_a_finished_run_changes_no_file(uninterrupted, toy_config, toy_data, tmp_path):
     shutil.copytree(uninterrupted(1), tmp_path / "toy" / "default")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (tmp_path / "toy").rglob("*")}
     arguments = toy_arguments(toy_config, toy_data, tmp_path)
@@ -164,7 +164,7 @@ def test_a_finished_run_given_again_changes_no_file(uninterrupted, toy_config, t
 
 @pytest.fixture(scope="session")
 def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
-    """(processes, batch size) -> the integer counts in eval.json."""
+    """Return a function from the number of processes and the batch size to the counts in eval.json."""
     checkpoint = uninterrupted(1) / "best.pth"
 
     def run(processes: int, batch_size: int) -> dict:
@@ -180,7 +180,9 @@ def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_evaluation_counts_the_same_for_any_processes_and_batches(processes, batch_size, counts, uninterrupted):
+def test_evaluation_counts_are_the_same_for_any_number_of_processes_and_batch_size(
+    processes, batch_size, counts, uninterrupted
+):
     records = [json.loads(line) for line in (uninterrupted(1) / "metrics.jsonl").read_text().splitlines()]
     best = max((r for r in records if r["kind"].startswith("eval")), key=lambda r: (r["acc1"], r["step"]))
     measured = counts(processes, batch_size)
@@ -190,9 +192,7 @@ def test_evaluation_counts_the_same_for_any_processes_and_batches(processes, bat
         assert (correct1, correct5, num_images) == (reported["correct1"], reported["correct5"], 33)
 
 
-def test_evaluation_changes_nothing_but_its_result_and_ends_with_the_reference_line(
-    uninterrupted, toy_config, toy_data, tmp_path
-):
+def test_evaluation_writes_only_result_files_and_ends_with_the_accuracy_line(uninterrupted, toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy" / "default"
     shutil.copytree(uninterrupted(1), folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -209,7 +209,7 @@ def test_evaluation_changes_nothing_but_its_result_and_ends_with_the_reference_l
     assert len(result["sha256"]) == 64
 
 
-def test_fine_tuning_at_a_higher_resolution_starts_from_the_lower_one(uninterrupted, toy_config, toy_data, tmp_path):
+def test_fine_tuning_at_a_higher_resolution_resizes_the_pretrained_weights(uninterrupted, toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.IMG_SIZE", 56, "TRAIN.EPOCHS", 1)
     outcome = run_main([*arguments, "--pretrained", uninterrupted(1) / "best.pth"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -217,13 +217,13 @@ def test_fine_tuning_at_a_higher_resolution_starts_from_the_lower_one(uninterrup
     assert "start: pretrained" in outcome.output
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(toy_config, toy_data, tmp_path):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "SAVE_STEPS", 1, "TRAIN.BASE_LR", 1e20, "TRAIN.CLIP_GRAD", 0]
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", processes=2)
     assert set(outcome.exit_codes) == {1}, outcome.output
     assert "at update" in outcome.output
     saved = [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy" / "default")]
-    assert saved == [1]  # the first update sees the initial weights; the second one's loss is not finite
+    assert saved == [1]  # the first update uses the initial weights; the loss of the second one is not finite
 
 
 @pytest.mark.parametrize(
@@ -249,21 +249,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(to
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_use_ends_with_status_2_and_the_remedy(arguments, expected, toy_config, toy_data, tmp_path):
+def test_invalid_arguments_end_with_status_2_and_a_remedy(arguments, expected, toy_config, toy_data, tmp_path):
     outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *arguments], tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
     assert expected in outcome.output
     assert "Traceback" not in outcome.output
 
 
-def test_a_batch_divided_among_ranks_and_forward_passes_is_the_same_run(toy_config, toy_data, tmp_path):
-    """Same global batch, nothing drawn: the same run up to rounding on 1 and 2 processes, at once and in two halves."""
-    still = ["TRAIN.EPOCHS", 1, "MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
+def test_losses_are_the_same_for_any_division_of_the_global_batch(toy_config, toy_data, tmp_path):
+    """Without random operations, losses agree up to rounding on 1 and 2 processes, with 1 and 2 accumulation steps."""
+    no_randomness = ["TRAIN.EPOCHS", 1, "MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
     runs = {}
     for processes, batch_size in ((1, 8), (2, 4), (1, 4), (2, 2)):
         output = tmp_path / f"{processes} x {batch_size}"
         output.mkdir()
-        opts = [*still, "DATA.BATCH_SIZE", batch_size, "DATA.GLOBAL_BATCH_SIZE", 8, "PRINT_FREQ", 1]
+        opts = [*no_randomness, "DATA.BATCH_SIZE", batch_size, "DATA.GLOBAL_BATCH_SIZE", 8, "PRINT_FREQ", 1]
         outcome = run_main(toy_arguments(toy_config, toy_data, output, *opts), output / "log", processes=processes)
         assert set(outcome.exit_codes) == {0}, outcome.output
         records = [json.loads(line) for line in (output / "toy/default/metrics.jsonl").read_text().splitlines()]
@@ -284,7 +284,7 @@ def test_a_batch_divided_among_ranks_and_forward_passes_is_the_same_run(toy_conf
     ],
     ids=["batch", "optimizer", "classes", "fork"],
 )
-def test_a_start_that_would_spoil_a_run_is_refused_and_leaves_it_alone(
+def test_arguments_that_conflict_with_the_existing_run_are_rejected_and_no_file_changes(
     arguments, expected, uninterrupted, toy_config, toy_data, tmp_path
 ):
     folder = tmp_path / "toy" / "default"
@@ -297,7 +297,7 @@ def test_a_start_that_would_spoil_a_run_is_refused_and_leaves_it_alone(
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK} == before
 
 
-def test_a_run_resumes_although_the_file_that_it_began_from_is_gone(uninterrupted, toy_config, toy_data, tmp_path):
+def test_a_run_resumes_although_its_pretrained_file_is_missing(uninterrupted, toy_config, toy_data, tmp_path):
     shutil.copytree(uninterrupted(1), tmp_path / "toy" / "default")
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "SAVE_STEPS", 2)
     outcome = run_main([*arguments, "--pretrained", tmp_path / "gone.pth"], tmp_path / "log")
@@ -316,7 +316,7 @@ def test_an_unreadable_training_image_ends_all_processes_and_is_named(toy_config
 
 
 @pytest.mark.parametrize("policy", ["skip", "replace"])
-def test_processes_stay_in_step_where_one_of_them_meets_an_unreadable_image(policy, toy_config, tmp_path):
+def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(policy, toy_config, tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path, split, classes=3, per_class=8)
     (tmp_path / "train/class1/004.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -353,8 +353,10 @@ REFUSED = ("refused", "give one of --resume and --pretrained")
         (True, True, True, True, REFUSED),
     ],
 )
-def test_the_start_follows_one_table(toy_config, tmp_path, monkeypatch, resume, pretrained, auto_resume, evaluating, expected):
-    """With a checkpoint in the run's folder; without one, auto-resume changes nothing (below)."""
+def test_initialization_follows_the_precedence_table(
+    toy_config, tmp_path, monkeypatch, resume, pretrained, auto_resume, evaluating, expected
+):
+    """The directory of the run contains a checkpoint; the next test covers a directory without one."""
     folder = tmp_path / "toy" / "default"
     folder.mkdir(parents=True)
     torch.save({"model": {}}, folder / NEWEST)
@@ -383,13 +385,13 @@ WORLD = World(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("pretrained", "expected"), [(False, "scratch"), (True, "pretrained")])
-def test_a_folder_without_checkpoints_has_nothing_to_go_on_with(toy_config, tmp_path, pretrained, expected):
+def test_auto_resume_without_checkpoints_starts_from_scratch_or_pretrained_weights(toy_config, tmp_path, pretrained, expected):
     (tmp_path / WEIGHTS).write_bytes(b"")
     opts = ["OUTPUT", str(tmp_path), "MODEL.PRETRAINED", str(tmp_path / WEIGHTS) if pretrained else ""]
     assert choose_initialization(load_config(toy_config, opts), WORLD).kind == expected
 
 
-def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, tmp_path):
+def test_a_class_missing_in_val_is_rejected(toy_config, tmp_path):
     write_images(tmp_path, "train", classes=3, per_class=2)
     write_images(tmp_path, "val", classes=2, per_class=2)
     outcome = run_main(toy_arguments(toy_config, tmp_path, tmp_path / "output"), tmp_path / "log")
@@ -400,7 +402,7 @@ def test_a_missing_class_in_val_is_refused_before_anything_is_built(toy_config, 
 @pytest.mark.parametrize(
     "options", [["AMP", True, "AMP_DTYPE", "bf16"], ["AMP", True, "AMP_DTYPE", "fp16"]], ids=["bf16", "fp16"]
 )
-def test_mixed_precision_training_stays_finite_and_goes_on(options, toy_config, toy_data, tmp_path):
+def test_mixed_precision_with_accumulation_and_gradient_checkpointing_stays_finite(options, toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options, "TRAIN.ACCUMULATION_STEPS", 2)
     outcome = run_main([*arguments, "TRAIN.USE_CHECKPOINT", True], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output

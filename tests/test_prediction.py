@@ -1,4 +1,4 @@
-"""Predictions for images without labels, and many checkpoints evaluated into one table."""
+"""Predictions for images without labels, and the evaluation of many checkpoints into one table."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from weights.reader import read_checkpoint
 
 @pytest.fixture
 def images(toy_data, tmp_path):
-    """Two folders of readable images, and three files that are none."""
+    """Directory with three subdirectories of readable images, three unreadable image files, and a text file."""
     folder = tmp_path / "images"
     for label in range(3):
         (folder / f"of class{label}").mkdir(parents=True)
@@ -28,14 +28,14 @@ def images(toy_data, tmp_path):
             shutil.copy(toy_data / f"val/class{label}/{index:03d}.png", folder / f"of class{label}/$été{index}.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("no image")
-    whole = (folder / "of class0/$été0.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "of class0/$été0.png").read_bytes()
+    (folder / "cut.png").write_bytes(content[: len(content) // 2])
     (folder / "notes.txt").write_text("not looked at")
     return folder
 
 
 def predict_by_hand(checkpoint, toy_config, path):
-    """Class and confidence of one image: Pillow's resize to 45 pixels, the centre 40, the model on a batch of one."""
+    """Confidence and class id for one image: resized to 45 pixels by Pillow, centre crop of 40, batch of one."""
     state = read_checkpoint(checkpoint)
     model = build_model(load_config(toy_config)).eval()
     model.load_state_dict(state["model" if state["best"]["weights"] == "raw" else "state_dict_ema"])
@@ -48,10 +48,10 @@ def predict_by_hand(checkpoint, toy_config, path):
     return probabilities.max().item(), probabilities.argmax().item()
 
 
-def test_predictions_are_the_model_s_and_unreadable_images_are_listed(trained, toy_config, images, tmp_path):
+def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(trained, toy_config, images, tmp_path):
     output = tmp_path / "out"
     outcome = run_script(predict, [images, "--resume", trained, "--output", output, "--batch-size", 4], tmp_path / "log")
-    assert outcome.exit_codes == [1], outcome.output  # for what could not be read
+    assert outcome.exit_codes == [1], outcome.output  # because of the unreadable images
     assert "9 of 12 images predicted, 3 unreadable" in outcome.output
     assert "Traceback" not in outcome.output
     record = json.loads((output / "predictions.json").read_text())
@@ -80,7 +80,7 @@ def test_predictions_are_the_model_s_and_unreadable_images_are_listed(trained, t
         assert min(picture.size) > 300
 
 
-def test_a_file_and_fewer_predictions_may_be_asked_for(trained, images, tmp_path):
+def test_predict_accepts_a_single_file_and_top_k(trained, images, tmp_path):
     path = images / "of class1/$été1.png"
     arguments = [path, "--resume", trained.parent, "--output", tmp_path / "out", "--top-k", 1, "--workers", 1]
     outcome = run_script(predict, arguments, tmp_path / "log")
@@ -90,7 +90,7 @@ def test_a_file_and_fewer_predictions_may_be_asked_for(trained, images, tmp_path
     assert len(entry["predictions"]) == 1
 
 
-def test_images_are_found_by_suffix_in_folders_and_taken_as_named(images, tmp_path):
+def test_directories_are_searched_by_suffix_and_named_files_are_always_used(images, tmp_path):
     assert len(find_images([images])) == 12
     assert find_images([images / "notes.txt"]) == [images / "notes.txt"]
     (tmp_path / "none").mkdir()
@@ -100,17 +100,17 @@ def test_images_are_found_by_suffix_in_folders_and_taken_as_named(images, tmp_pa
         find_images([tmp_path / "gone"])
 
 
-def checkpoint_of(tmp_path, *names):
+def create_checkpoint(tmp_path, *names):
     return Checkpoint(Location(tmp_path / "x.pth"), {}, "", names)
 
 
 def test_class_names_come_from_the_checkpoint_then_from_imagenet(tmp_path):
-    assert class_names(checkpoint_of(tmp_path, "cat", "dog"), 2) == ["cat", "dog"]
-    assert class_names(checkpoint_of(tmp_path, "n01440764", "other"), 2) == ["tench, Tinca tinca", "other"]
-    imagenet = class_names(checkpoint_of(tmp_path), 1000)
+    assert class_names(create_checkpoint(tmp_path, "cat", "dog"), 2) == ["cat", "dog"]
+    assert class_names(create_checkpoint(tmp_path, "n01440764", "other"), 2) == ["tench, Tinca tinca", "other"]
+    imagenet = class_names(create_checkpoint(tmp_path), 1000)
     assert (imagenet[0], imagenet[207], len(imagenet)) == ("tench, Tinca tinca", "golden retriever", 1000)
-    assert class_names(checkpoint_of(tmp_path), 3) == ["0", "1", "2"]
-    assert class_names(checkpoint_of(tmp_path, "cat"), 3) == ["0", "1", "2"]  # not those of this head
+    assert class_names(create_checkpoint(tmp_path), 3) == ["0", "1", "2"]
+    assert class_names(create_checkpoint(tmp_path, "cat"), 3) == ["0", "1", "2"]  # ignored: the head has 3 classes
 
 
 def read_csv(path):
@@ -118,15 +118,17 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_many_checkpoints_make_one_table_sorted_by_accuracy(trained, toy_data, tmp_path):
-    """A trained model, one of random weights at another size, an average, and a file that is none."""
+def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(trained, toy_data, tmp_path):
+    """A trained model, random weights at another image size, an averaged checkpoint, and a file that is not a checkpoint."""
     state = read_checkpoint(trained)
     torch.manual_seed(1)
-    fresh = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state["model"].items()}
+    random_weights = {
+        key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state["model"].items()
+    }
     config = json.loads(json.dumps(state["config"]))
     config["DATA"]["IMG_SIZE"], config["MODEL"]["NAME"] = 48, "fresh"
-    resized = {key: value for key, value in fresh.items() if "positional" not in key}
-    model = build_model(load_config([], ["DATA.IMG_SIZE", 48, *pairs(config)]))
+    resized = {key: value for key, value in random_weights.items() if "positional" not in key}
+    model = build_model(load_config([], ["DATA.IMG_SIZE", 48, *model_options(config)]))
     resized = model.state_dict() | resized
     torch.save({"model": resized, "config": config, "class_names": state["class_names"]}, tmp_path / "fresh.pth")
     average = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
@@ -150,8 +152,8 @@ def test_many_checkpoints_make_one_table_sorted_by_accuracy(trained, toy_data, t
     assert (by_file[str(tmp_path / "fresh.pth")]["img_size"], by_file[str(tmp_path / "fresh.pth")]["model"]) == ("48", "fresh")
 
 
-def pairs(config):
-    """KEY, VALUE, ... of the model in a stored config."""
+def model_options(config):
+    """[KEY, VALUE, ...] of the model in a stored config."""
     return [word for key in ("TYPE", "NUM_CLASSES") for word in (f"MODEL.{key}", config["MODEL"][key])] + [
         word
         for section in ("SWIN", "LA")
@@ -160,7 +162,7 @@ def pairs(config):
     ]
 
 
-def test_an_average_keeps_config_and_classes_and_refuses_other_classes(trained, tmp_path):
+def test_averaging_keeps_config_and_classes_and_rejects_different_classes(trained, tmp_path):
     state = read_checkpoint(trained)
     torch.save(state | {"class_names": ["a", "b", "c"]}, tmp_path / "other.pth")
     arguments = [trained, tmp_path / "other.pth", "--output", tmp_path / "mean.pth"]

@@ -1,4 +1,4 @@
-"""Our configs against what the reference's 17 YAML files resolve to (tests/reference/recipes.json)."""
+"""Our configs equal the resolved values of the reference's 17 YAML files (tests/reference/recipes.json)."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from tests.conftest import CONFIGS, reference
 from utils.config import flatten, load_config
 
 RECIPES = reference("recipes")["recipes"]
-IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and a note
+IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an entry that is not a key
 
 
 def expected_values(recipe: dict) -> dict[str, object]:
-    """A recipe in our types: the average has a switch of its own here, and the reductions are text."""
+    """A recipe with our keys and types: EMA has its own switch, and the reduction ratios are a string."""
     values = {key: value for key, value in recipe.items() if key not in IGNORED}
     decay = values.pop("EMA.DECAY")
     values["EMA.ENABLED"] = decay is not None
@@ -32,31 +32,31 @@ def test_every_key_of_a_config_has_the_value_of_the_reference(name):
     assert 256 <= config["TRAIN.RECIPE_BATCH_SIZE"] <= 2048
 
 
-def in_the_reference_s_spelling(key: str, value: object) -> str:
-    """A value as the reference's files write it: some of it is text to YAML, and only its meaning is a number."""
+def reference_spelling(key: str, value: object) -> str:
+    """Format a value as the reference's files do; YAML parses some of its numbers as strings."""
     if value is None:
         return "None"
     if isinstance(value, list):
         return f"[ {', '.join(map(str, value))} ]"
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # an int for a float
+        return str(int(value))  # an integer in place of a float
     if isinstance(value, float) and value < 1e-2:
         mantissa, exponent = f"{value:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"  # 5e-4, without a point
+        return f"{float(mantissa):g}e{int(exponent)}"  # 5e-4: without a decimal point, YAML parses a string
     return str(value)
 
 
 def reference_yaml(recipe: dict) -> str:
     lines, opened = [], ()
     for key, value in sorted(recipe.items()):
-        if key in ("processes", "EMA.DECAY"):  # the average is an option of the command line there
+        if key in ("processes", "EMA.DECAY"):  # in the reference, EMA is a command-line option
             continue
         *sections, leaf = key.split(".")
         for depth in range(len(sections)):
             if opened[: depth + 1] != tuple(sections[: depth + 1]):
                 lines.append(f"{'  ' * depth}{sections[depth]}:")
         opened = tuple(sections)
-        lines.append(f"{'  ' * len(sections)}{leaf}: {in_the_reference_s_spelling(key, value)}")
+        lines.append(f"{'  ' * len(sections)}{leaf}: {reference_spelling(key, value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -71,10 +71,10 @@ def test_every_yaml_file_of_the_reference_loads_unchanged(name, tmp_path):
         key: value for key, value in expected.items() if not key.startswith("EMA")
     }
     different = {key for key in config if config[key] != ours[key]}
-    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY"}  # the file's name is not among the figures
+    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY"}  # recipes.json contains no MODEL.NAME
 
 
-def test_the_spelling_under_test_is_the_reference_s():
+def test_generated_yaml_uses_the_spelling_of_the_reference():
     text = reference_yaml(RECIPES["flatten_swin_t"] | {"TRAIN.CLIP_GRAD": None})
     for line in ("BASE_LR: 5e-4", "CLIP_GRAD: None", "DEPTHS: [ 2, 2, 6, 2 ]", "CUTMIX: 1", "EPS: 1e-8", "CUTMIX_MINMAX: None"):
         assert f" {line}\n" in text

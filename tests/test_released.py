@@ -1,4 +1,4 @@
-"""Released weights by name: files of the reference's layout, served on this machine, in one command."""
+"""Released weights by name: a local server provides files in the format of the reference."""
 
 import argparse
 import io
@@ -21,10 +21,11 @@ from tests.server import serve
 from utils.config import load_config
 from weights.download import cached_path
 
-CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # of ImageNet-1K
-# Pixels; small for speed, though the files are of 224. CSwin's stripes would cover a smaller map, which is another model.
+CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # class ids of ImageNet-1K
+# Image size in pixels. The released files are for 224; smaller sizes are faster. CSwin needs 224: its stripes would cover a
+# smaller map completely, which changes the model.
 SIZES = {"flatten_pvt_v2_b0": 64, "flatten_pvt_t": 64, "flatten_swin_t": 64, "flatten_cswin_t": 224}
-# What the reference saves besides parameters, by model: PVT's dead norm, Swin's constant buffers.
+# Model -> entries of the reference's file that our model does not have: PVT's unused norm, Swin's constant buffers.
 LEFTOVERS = {
     "flatten_pvt_t": {"norm.weight": (512,), "norm.bias": (512,)},
     "flatten_swin_t": {"layers.2.blocks.0.attn.relative_position_index": (49, 49), "layers.2.blocks.1.attn_mask": (4, 49, 49)},
@@ -32,7 +33,7 @@ LEFTOVERS = {
 
 
 def reference_file(name: str, state: dict) -> bytes:
-    """A file as the reference's main.py writes it; that of CSwin as main_ema.py does, with the average beside."""
+    """A checkpoint in the format of the reference's main.py, or for CSwin of its main_ema.py, with the EMA weights."""
     state = OrderedDict(state) | {entry: torch.ones(shape) for entry, shape in LEFTOVERS.get(name, {}).items()}
     content = {
         "model": state,
@@ -61,7 +62,7 @@ def photographs(tmp_path_factory):
 
 
 def count_correct(model: torch.nn.Module, name: str, root) -> int:
-    """Correct predictions among the three classes, one image at a time."""
+    """Count the correct predictions among the three classes, one image at a time."""
     cfg = load_config(CONFIGS / f"{name}.yaml", ["DATA.IMG_SIZE", SIZES[name]])
     transform, normalize = build_preprocessing(cfg).create_transform(), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
     rows, correct = list(CLASSES.values()), 0
@@ -87,7 +88,7 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
         assert len(server.requests) == 1
     record = json.loads((tmp_path / f"out/{name}/default/eval.json").read_text())
     model = create_model(name, img_size=SIZES[name]).eval()
-    model.load_state_dict(state)  # which resizes the position tables
+    model.load_state_dict(state)  # resizes the position tables
     result = record["results"]["ema" if "cswin" in name else "raw"]
     assert (result["correct1"], result["num_images"]) == (count_correct(model, name, photographs), 12)
     assert record["preferred"] == ("ema" if "cswin" in name else "raw")
@@ -97,14 +98,14 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
     assert f"measured on 12 images, 30.000 published, which is {verdict} the 95 % interval" in outcome.output
 
 
-def test_weights_of_a_name_that_was_not_released_are_refused_with_those_that_were(photographs, tmp_path):
+def test_an_unreleased_model_name_is_rejected_with_the_list_of_released_models(photographs, tmp_path):
     arguments = ["--eval", "--resume", "flatten_pvt_m", "--data-path", photographs]
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert "flatten_pvt_m: no such file or released model; released models are flatten_pvt_t" in outcome.output
 
 
-def test_without_a_network_the_message_tells_where_to_put_the_file(photographs, tmp_path, monkeypatch):
+def test_a_failed_download_reports_where_to_save_the_file(photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     name = "flatten_pvt_v2_b0"
     monkeypatch.setitem(RELEASED, name, Released(name, "http://127.0.0.1:9/f/?dl=1", 224, 71.098, 90.596))
@@ -115,7 +116,9 @@ def test_without_a_network_the_message_tells_where_to_put_the_file(photographs, 
     assert "Traceback" not in outcome.output
 
 
-def test_training_starts_from_a_url_and_timm_from_a_name(toy_config, toy_data, trained, tmp_path, monkeypatch):
+def test_pretrained_accepts_a_url_and_timm_downloads_released_weights_by_name(
+    toy_config, toy_data, trained, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     name = "flatten_pvt_v2_b0"
     torch.manual_seed(0)
@@ -134,8 +137,8 @@ def test_training_starts_from_a_url_and_timm_from_a_name(toy_config, toy_data, t
         assert smaller(torch.randn(1, 1, 64, 64)).shape == (1, 7)
 
 
-def test_the_published_files_are_those_of_the_paper_s_readme():
-    """Model, pixels, accuracies; and the exact ones are counts of 50,000 images."""
+def test_released_models_match_the_readme_of_the_reference():
+    """Image size, top-1 and top-5 accuracy of every model; a top-1 accuracy is a count out of 50,000 images."""
     assert {file.name: (file.img_size, file.acc1, file.acc5) for file in RELEASED.values()} == {
         "flatten_pvt_t": (224, 77.758, 93.910),
         "flatten_pvt_v2_b0": (224, 71.098, 90.596),

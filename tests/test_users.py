@@ -1,4 +1,4 @@
-"""What users meet between the README and a result: mistakes, their messages, and the way on."""
+"""Defaults, mistakes and error messages that users encounter on the command line."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def run(*arguments, log, **options):
 
 
 def copy_run(trained: Path, folder: Path) -> Path:
-    """The folder of a run, where it may be written to. Returns its best.pth."""
+    """Copy the directory of a run, so that the test may write to it. Returns the path of its best.pth."""
     shutil.copytree(trained.parent, folder)
     return folder / "best.pth"
 
@@ -47,11 +47,11 @@ def rename_classes(toy_data: Path, folder: Path, names: list[str]) -> Path:
     return folder
 
 
-# --- The checkpoint describes itself
+# --- Evaluation with the config and classes of the checkpoint
 
 
-def test_evaluation_counts_by_the_weights_that_won_in_training(trained, toy_data, tmp_path):
-    """The same weights count in training, in --eval and wherever ``auto`` chooses."""
+def test_evaluation_prefers_the_weights_that_were_best_in_training(trained, toy_data, tmp_path):
+    """Training, --eval and ``auto`` prefer the same weights."""
     state = read_checkpoint(trained)
     best = state["best"]
     assert preferred_weights(state) == best["weights"]
@@ -65,8 +65,8 @@ def test_evaluation_counts_by_the_weights_that_won_in_training(trained, toy_data
     assert json.loads((tmp_path / "run/eval.json").read_text())["preferred"] == best["weights"]
 
 
-def test_a_checkpoint_evaluates_without_a_config_and_leaves_its_results_beside_it(trained, tmp_path, monkeypatch):
-    """Model, size, classes and even the data come from the checkpoint."""
+def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(trained, tmp_path, monkeypatch):
+    """Model, image size, classes and data path come from the checkpoint."""
     path = copy_run(trained, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     outcome = run("--eval", "--resume", path, log=tmp_path, processes=2)
@@ -77,7 +77,7 @@ def test_a_checkpoint_evaluates_without_a_config_and_leaves_its_results_beside_i
     assert not (tmp_path / "output").exists()
 
 
-def test_a_config_that_differs_from_the_checkpoint_s_is_named_and_writes_into_no_other_run(trained, toy_data, tmp_path):
+def test_a_config_that_differs_from_the_checkpoint_is_logged_and_keeps_the_output_directory(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     other = tmp_path / "other.yaml"
     tree = yaml.safe_load((path.parent / "config.yaml").read_text())
@@ -90,7 +90,7 @@ def test_a_config_that_differs_from_the_checkpoint_s_is_named_and_writes_into_no
     assert not (tmp_path / "output").exists()
 
 
-def test_a_tag_sends_the_results_to_a_folder_of_that_name(trained, toy_data, tmp_path):
+def test_an_evaluation_with_a_tag_writes_to_the_directory_of_the_tag(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--eval", "--resume", path, "--data-path", toy_data, "--output", tmp_path / "out", "--tag", "second"]
     outcome = run(*arguments, log=tmp_path)
@@ -99,14 +99,14 @@ def test_a_tag_sends_the_results_to_a_folder_of_that_name(trained, toy_data, tmp
     assert not (tmp_path / "run/eval.json").exists()
 
 
-def test_a_file_without_a_config_asks_for_one(trained, toy_data, tmp_path):
+def test_evaluating_weights_without_a_config_requires_cfg(trained, toy_data, tmp_path):
     torch.save(read_checkpoint(trained)["model"], tmp_path / "bare.pth")
     outcome = run("--eval", "--resume", tmp_path / "bare.pth", "--data-path", toy_data, log=tmp_path)
     assert outcome.exit_codes == [2]
     assert "has weights but no config; give its training config with --cfg" in outcome.output
 
 
-def test_of_a_reference_s_config_the_model_counts_and_not_its_scaled_learning_rate(trained, tmp_path):
+def test_stored_config_of_a_reference_file_keeps_its_model_but_not_its_scaled_learning_rate(trained, tmp_path):
     swin = {"EMBED_DIM": 24, "APE": False}
     model = {"TYPE": "flatten_swin", "NAME": "theirs", "NUM_CLASSES": 3, "SWIN": CfgNode(swin)}
     tree = CfgNode({"MODEL": CfgNode(model), "TRAIN": CfgNode({"BASE_LR": 1e-3}), "DATA": CfgNode({"IMG_SIZE": 64})})
@@ -115,7 +115,7 @@ def test_of_a_reference_s_config_the_model_counts_and_not_its_scaled_learning_ra
     assert (cfg.MODEL.NAME, cfg.MODEL.SWIN.EMBED_DIM, cfg.DATA.IMG_SIZE, cfg.TRAIN.BASE_LR) == ("theirs", 24, 64, 5e-4)
 
 
-def test_a_run_that_began_from_weights_evaluates_by_its_own_config_file(trained, toy_data, tmp_path):
+def test_a_fine_tuned_run_is_evaluated_with_its_own_config_file(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     config = path.parent / "config.yaml"
     config.write_text(config.read_text().replace("PRETRAINED: ''", "PRETRAINED: gone.pth"))
@@ -124,7 +124,7 @@ def test_a_run_that_began_from_weights_evaluates_by_its_own_config_file(trained,
     assert outcome.exit_codes == [0], outcome.output
 
 
-def test_a_run_s_folder_stands_for_its_best_checkpoint(trained, tmp_path):
+def test_the_directory_of_a_run_resolves_to_its_best_checkpoint(trained, tmp_path):
     assert locate(trained.parent).path == trained
     outcome = run("--eval", "--resume", tmp_path, log=tmp_path)
     assert outcome.exit_codes == [2]
@@ -136,15 +136,15 @@ def test_a_run_s_folder_stands_for_its_best_checkpoint(trained, tmp_path):
 # --- Classes
 
 
-def test_class_names_are_stored_and_other_classes_are_refused(trained, toy_data, tmp_path):
-    """As many classes as the model has, but others: an accuracy on them would say nothing."""
+def test_class_names_are_stored_and_different_class_names_are_rejected(trained, toy_data, tmp_path):
+    """An accuracy on other classes would be meaningless, even if their number matches that of the model."""
     assert read_checkpoint(trained)["class_names"] == ["class0", "class1", "class2"]
     path = copy_run(trained, tmp_path / "run")
     others = rename_classes(toy_data, tmp_path / "others", ["airplane", "deer", "dog"])
     outcome = run("--eval", "--resume", path, "--data-path", others, log=tmp_path)
     assert outcome.exit_codes == [2]
     assert "class 0 is 'airplane' here, but 'class0' there" in outcome.output
-    numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])  # which name nothing
+    numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])  # numbers do not identify classes
     assert run("--eval", "--resume", path, "--data-path", numbers, log=tmp_path).exit_codes == [0]
 
 
@@ -157,7 +157,7 @@ def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data,
     assert "class class2 is missing, class class3 is new" in outcome.output
 
 
-def test_another_number_of_classes_asks_for_a_class_map_in_evaluation_alone(trained, toy_config, toy_data, tmp_path):
+def test_a_different_number_of_classes_suggests_a_class_map_only_in_evaluation(trained, toy_config, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
     outcome = run("--eval", "--resume", path, "--data-path", two, log=tmp_path)
@@ -169,7 +169,7 @@ def test_another_number_of_classes_asks_for_a_class_map_in_evaluation_alone(trai
     assert "add --opts MODEL.NUM_CLASSES 2" in outcome.output
 
 
-def test_a_class_map_of_a_single_folder_is_refused(trained, toy_data, tmp_path):
+def test_a_class_map_with_a_single_class_is_rejected(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     (tmp_path / "one/val").mkdir(parents=True)
     (tmp_path / "one/val/class1").symlink_to(toy_data / "val/class1")
@@ -183,7 +183,7 @@ def test_a_class_map_of_a_single_folder_is_refused(trained, toy_data, tmp_path):
 # --- Runs
 
 
-def test_a_second_run_in_a_folder_is_refused_while_the_first_one_writes_there(toy_config, toy_data, tmp_path):
+def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy/default"
     folder.mkdir(parents=True)
     lock = RunLock(folder)
@@ -198,7 +198,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_writes_there(to
     assert run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, *short, log=tmp_path).exit_codes == [0]
 
 
-def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
+def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "SAVE_STEPS", "2"]
     folder = tmp_path / "toy/default"
     for kill_signal in (signal.SIGINT, signal.SIGTERM):
@@ -210,9 +210,9 @@ def test_ctrl_c_ends_a_run_in_one_line(toy_config, toy_data, tmp_path):
         assert outcome.output.splitlines()[-1].endswith("which is saved; the same command resumes there")
 
 
-def test_ctrl_c_ends_an_evaluation_in_one_line(trained, toy_data, tmp_path):
+def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
         jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_an_evaluation_in_one_line(trained, toy_data, tmp_path):
 
 
 def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(toy_config, toy_data, tmp_path):
-    """Without a handler of Python, which could not run while the process waits for a GPU."""
+    """A check installs no Python signal handler, since it could not run while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
         jobs.training.rehearse = lambda _: os.kill(os.getpid(), signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
     assert not list(tmp_path.glob(".rehearsal*"))
 
 
-def test_a_check_leaves_the_directory_of_a_running_check_alone(toy_config, toy_data, tmp_path):
+def test_a_check_does_not_delete_the_directory_of_a_running_check(toy_config, toy_data, tmp_path):
     running = tmp_path / ".rehearsal-running"
     running.mkdir()
     lock = RunLock(running)
@@ -249,7 +249,7 @@ def test_a_check_leaves_the_directory_of_a_running_check_alone(toy_config, toy_d
     lock.release()
 
 
-def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_data, tmp_path):
+def test_an_error_in_all_processes_ends_each_of_them_with_status_2(toy_config, toy_data, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/train").symlink_to(toy_data / "train")
     for _ in range(3):
@@ -261,7 +261,7 @@ def test_a_mistake_that_all_processes_meet_aborts_none_of_them(toy_config, toy_d
         assert "Traceback" not in outcome.output
 
 
-def test_another_image_size_does_not_resume(trained, toy_config, toy_data, tmp_path):
+def test_a_run_does_not_resume_with_a_different_image_size(trained, toy_config, toy_data, tmp_path):
     copy_run(trained, tmp_path / "toy/default")
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "DATA.IMG_SIZE", "48"]
     outcome = run(*arguments, log=tmp_path)
@@ -270,7 +270,7 @@ def test_another_image_size_does_not_resume(trained, toy_config, toy_data, tmp_p
     assert "Traceback" not in outcome.output
 
 
-def test_a_wrong_config_is_answered_with_the_model_that_the_file_names(trained, toy_data, tmp_path):
+def test_evaluation_with_the_config_of_another_model_names_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
     outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log=tmp_path)
@@ -278,7 +278,7 @@ def test_a_wrong_config_is_answered_with_the_model_that_the_file_names(trained, 
     assert "its own config is that of toy" in outcome.output
 
 
-def test_the_log_counts_epochs_images_and_processes_as_people_do(toy_config, toy_data, tmp_path):
+def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.COOLDOWN_EPOCHS=1"]
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
@@ -286,11 +286,11 @@ def test_the_log_counts_epochs_images_and_processes_as_people_do(toy_config, toy
     assert "2 epochs (1 and 1 of cooldown) of 12 updates, which use 96 of 102 images" in outcome.output
     assert "epoch 0/2 [12/12]" in outcome.output
     assert "epoch 1/2 [12/12]" in outcome.output
-    assert "Acc@5" not in outcome.output  # of three classes it says nothing
+    assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
     assert "sha256" not in outcome.output
 
 
-def test_one_process_warns_of_the_batch_and_no_advice_leads_to_an_error(toy_config, toy_data, tmp_path):
+def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "4"]
     outcome = run(*arguments, log=tmp_path, processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -300,26 +300,26 @@ def test_one_process_warns_of_the_batch_and_no_advice_leads_to_an_error(toy_conf
     assert "whose total divides 64" in _batch_advice(64, 24, 1000)
 
 
-def test_a_check_of_a_small_set_reports_no_nonsense(toy_config, toy_data, tmp_path):
+def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check"]
     outcome = run(*arguments, log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "ETA" not in outcome.output
     assert "-1:" not in outcome.output
-    assert "Acc@1" not in outcome.output  # one batch is no accuracy
+    assert "Acc@1" not in outcome.output  # one batch is too small for an accuracy
 
 
 @pytest.mark.parametrize(
     ("decay", "num_updates", "warned"), [(0.998, 72, True), (0.9, 72, False), (0.9999, 300 * 1251, False), (0.9999, 9999, True)]
 )
-def test_an_average_over_more_updates_than_the_run_has_is_warned_of(decay, num_updates, warned, toy_config, caplog):
+def test_an_ema_over_more_updates_than_the_run_has_logs_a_warning(decay, num_updates, warned, toy_config, caplog):
     cfg = load_config(toy_config, ["EMA.DECAY", decay])
     with caplog.at_level(logging.WARNING):
         log_ema(cfg, num_updates, World(0, 0, 1, torch.device("cpu")))
     assert bool(caplog.records) == warned
 
 
-def test_workers_are_capped_at_a_process_s_share_of_the_cores(toy_config, monkeypatch):
+def test_num_workers_is_limited_to_the_cores_per_process(toy_config, monkeypatch):
     cfg = load_config(toy_config, ["DATA.NUM_WORKERS", 8])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert build_num_workers(cfg) == 6
@@ -354,7 +354,7 @@ def call(*arguments):
         (["--cfg", "configs/flatten_swin_t.yaml", "--opts", "TRAIN.EPOCHS", "DATA.DATA_PATH", "x"], 2, "has no value"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported(arguments, status, message):
+def test_command_line_errors_are_reported_before_torch_is_imported(arguments, status, message):
     program = (
         "import sys, runpy; sys.argv = ['main.py', *{arguments!r}]\n"
         "try: runpy.run_path('main.py', run_name='__main__')\n"
@@ -383,14 +383,14 @@ def test_a_mistake_on_the_command_line_is_told_before_torch_is_imported(argument
         (["scripts/evaluate_all.py", "x.pth", "--data-path", "none", "--csv", "x.csv"], "--data-path none: no such directory"),
     ],
 )
-def test_scripts_answer_a_wrong_argument_with_one_line(command, message):
+def test_scripts_report_invalid_arguments_without_a_traceback(command, message):
     done = call(*command)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_an_average_in_host_memory_is_warned_of_on_a_gpu(toy_config, caplog):
+def test_an_ema_in_host_memory_logs_a_warning_on_a_gpu(toy_config, caplog):
     cfg = load_config(toy_config, ["EMA.FORCE_CPU", True])
     for device, expected in (("cpu", 0), ("cuda", 1)):
         caplog.clear()
@@ -399,14 +399,14 @@ def test_an_average_in_host_memory_is_warned_of_on_a_gpu(toy_config, caplog):
         assert sum("EMA.FORCE_CPU copies all weights" in record.message for record in caplog.records) == expected
 
 
-def test_throughput_names_the_model_and_the_device(toy_config, tmp_path):
+def test_throughput_reports_the_model_and_the_device(toy_config, tmp_path):
     outcome = run("--cfg", toy_config, "--throughput", log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "toy at 40 x 40 on CPU" in outcome.output
     assert "images/s, float32" in outcome.output
 
 
-def test_a_config_is_asked_for_where_a_bare_file_has_none(tmp_path):
+def test_choose_config_requires_cfg_for_weights_without_a_config(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "bare.pth")
     with pytest.raises(ConfigError, match="give its training config with --cfg"):
         choose_config(open_checkpoint(tmp_path / "bare.pth"), None)

@@ -1,4 +1,4 @@
-"""Attention maps equal what the modules compute: weights times values is their output."""
+"""Attention maps reproduce the computation of the modules: weights times values equals their output."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ CASES = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Parameters as after training: none is zero."""
+    """Change all parameters so that none is zero, as after training."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,7 +74,7 @@ def capture_case(case: str) -> list:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_times_values_are_the_output_of_the_module(case):
+def test_weights_times_values_equal_the_output_of_the_module(case):
     for attention in capture_case(case):
         matrix = attention.matrix()
         if matrix.shape[1] == attention.v.shape[1]:
@@ -92,27 +92,28 @@ def test_weights_times_values_are_the_output_of_the_module(case):
         torch.testing.assert_close(out, attention.output, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_sum_to_one_where_they_are_normalised():
+def test_rows_of_normalised_attention_sum_to_one():
     for case in ("swin relu", "swin angular", "swin efficient", "swin softmax", "deit softmax"):
         for attention in capture_case(case):
             sums = attention.matrix().sum(dim=-1)
             torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-4, atol=1e-4)
-    for attention in capture_case("deit linear"):  # the normaliser has an epsilon: queries with hardly any similarity have less
+    # The epsilon in the normaliser lowers the sums of queries with low similarities.
+    for attention in capture_case("deit linear"):
         sums = attention.matrix().sum(dim=-1)
         assert sums.max() < 1 + 1e-6
         assert (sums > 0.999).double().mean() > 0.9
 
 
-def test_rows_of_the_convolution_may_be_chosen():
+def test_chosen_rows_of_the_convolution_matrix_equal_those_of_the_full_matrix():
     convolution = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3)
-    whole = convolution_matrix(convolution.weight.detach(), (4, 6), 24)
-    torch.testing.assert_close(convolution_matrix(convolution.weight.detach(), (4, 6), 24, queries=[7, 3]), whole[:, [7, 3]])
+    full = convolution_matrix(convolution.weight.detach(), (4, 6), 24)
+    torch.testing.assert_close(convolution_matrix(convolution.weight.detach(), (4, 6), 24, queries=[7, 3]), full[:, [7, 3]])
     values = torch.randn(1, 3, 4, 6)
     expected = convolution(values) - convolution.bias[:, None, None]
-    torch.testing.assert_close((whole @ values.flatten(2)[0].unsqueeze(-1))[..., 0], expected[0].flatten(1))
+    torch.testing.assert_close((full @ values.flatten(2)[0].unsqueeze(-1))[..., 0], expected[0].flatten(1))
 
 
-def test_the_matrix_of_masked_keys_is_zero_there():
+def test_attention_weights_of_masked_keys_are_zero():
     module = FocusedLinearAttention(8, 2, (2, 3)).double()
     q, k, v = (torch.randn(2, 6, 8).double() for _ in range(3))
     mask = torch.tensor([[True, True, True, True, False, False], [False] * 6])
@@ -125,7 +126,7 @@ def test_the_matrix_of_masked_keys_is_zero_there():
 
 
 @pytest.mark.parametrize("form", ["softmax", "linear", "focused", "efficient"])
-def test_compared_weights_equal_those_of_the_attention_functions(form):
+def test_compared_weights_equal_their_definitions(form):
     q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 7, 4).double()
     weights = compare(form, q, k)
     if form == "softmax":
@@ -141,7 +142,7 @@ def test_compared_weights_equal_those_of_the_attention_functions(form):
     torch.testing.assert_close(weights, expected)
 
 
-def test_unknown_names_and_forms_are_refused():
+def test_unknown_module_names_and_forms_are_rejected():
     model = create_model("flatten_swin_t", device="meta")
     with pytest.raises(ValueError, match="not an attention module; choose among"), capture(model, ["layers.9"]):
         pass
@@ -150,7 +151,7 @@ def test_unknown_names_and_forms_are_refused():
 
 
 @pytest.mark.parametrize("case", ["swin windows, shifted and padded", "swin softmax, shifted", "cswin stripes", "deit linear"])
-def test_positions_name_each_token_of_the_map_once(case):
+def test_token_positions_contain_each_token_of_the_map_once(case):
     model, size = CASES[case]()
     with torch.no_grad(), capture(model.eval()) as found:
         model(torch.randn(1, 3, size, size))
@@ -163,7 +164,7 @@ def test_positions_name_each_token_of_the_map_once(case):
 
 @pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
 def test_the_convolution_over_reduced_values_is_not_local(side, distance, uniform):
-    """The figures of docs/focus.md: values are interpolated along the flattened tokens, so that their rows and columns mix."""
+    """Values are interpolated along the flattened tokens, which mixes rows and columns. The figures are in docs/focus.md."""
     kernel = torch.ones(1, 1, 5, 5)
     matrix = convolution_matrix(kernel, (side, side), 49)
     found = attention_distance(matrix, (side, side), (7, 7)).mean().item()

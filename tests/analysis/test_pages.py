@@ -1,4 +1,4 @@
-"""The page of an image's attention: its data, and its behaviour in a browser."""
+"""The HTML page with the attention maps of an image: its data, and its behaviour in a browser."""
 
 import base64
 import html
@@ -24,22 +24,22 @@ from tests.launch import run_script
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def make(case: str):
+def create_case(case: str):
     model, size = CASES[case]()
     height, width = (size, size) if isinstance(size, int) else size
     return model.eval(), torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
-def test_maps_are_the_rows_of_the_matrices(case):
-    """Each query keeps the mass of its row, without the class token; a global map is the row itself."""
-    model, image = make(case)
+def test_maps_are_the_rows_of_the_attention_matrices(case):
+    """Values are compared for small global maps, without the class token. For other maps, only names and shapes are checked."""
+    model, image = create_case(case)
     with torch.no_grad(), capture(model) as found:
         model(image.unsqueeze(0))
     for attention, block in zip(found, trace(model, image), strict=True):
-        own = next(iter(block.maps))
-        maps, prefix = block.maps[own], attention.num_prefix_tokens
-        assert own == ("linear attention" if attention.is_linear else "softmax attention")
+        form = next(iter(block.maps))
+        maps, prefix = block.maps[form], attention.num_prefix_tokens
+        assert form == ("linear attention" if attention.is_linear else "softmax attention")
         assert maps.shape[:2] == (attention.q.shape[1], len(block.queries))
         matrix = attention.matrix()
         if len(matrix) > 1 or matrix.shape[2] > 14 * 14 + prefix:
@@ -55,13 +55,12 @@ def test_maps_are_the_rows_of_the_matrices(case):
 def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     torch.manual_seed(0)
     model = CSwinTransformer(img_size=64, attn_type="LLLL", linear_splits=(2, 2, 7, 7), **SMALL_CSWIN).eval()
-    upright = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
-    weights = upright.maps["linear attention"][0].unflatten(0, (14, 14))  # of a 16 x 16 map
+    vertical = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
+    weights = vertical.maps["linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
     columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
     assert (columns == 2).all()
-    totals = weights.sum(
-        dim=(-2, -1)
-    )  # less than 1 where a query has hardly any similarity, since the normaliser has an epsilon
+    # The epsilon in the normaliser lowers the totals of queries with low similarities.
+    totals = weights.sum(dim=(-2, -1))
     assert totals.max() < 1.001
     assert totals.median() > 0.999
 
@@ -76,8 +75,8 @@ def test_large_maps_are_sampled_and_averaged():
     assert corner == np.mean([54 * 56 + 54, 54 * 56 + 55, 55 * 56 + 54, 55 * 56 + 55])
 
 
-def test_the_queries_at_chosen_points_are_exact():
-    """Row 31 and column 9 of 56 are not among the 14 evenly spaced ones."""
+def test_the_tokens_at_chosen_points_are_among_the_sampled_queries():
+    """Row 31 and column 9 of 56 are not among the 14 evenly spaced rows and columns."""
     point = 31.2 / 56, 9.7 / 56
     queries = sample_queries((56, 56), [point, (1.0, 1.0)])
     assert len(queries) == 15 * 15
@@ -88,7 +87,7 @@ def test_the_queries_at_chosen_points_are_exact():
     assert block.centre(query) == pytest.approx((31.5 / 56, 9.5 / 56))
 
 
-def test_encoded_maps_are_exact_to_a_step():
+def test_encoded_maps_are_exact_to_half_a_quantisation_step():
     maps = torch.randn(2, 3, 4, 5)
     encoded = encode_maps(maps)
     steps = np.frombuffer(base64.b64decode(encoded["steps"]), dtype=np.int8).reshape(maps.shape)
@@ -97,8 +96,8 @@ def test_encoded_maps_are_exact_to_a_step():
     assert (error <= largest / 127 / 2 + 1e-6).all()
 
 
-def test_unknown_blocks_are_refused():
-    model, _ = make("deit linear")
+def test_unknown_block_names_are_rejected():
+    model, _ = create_case("deit linear")
     assert names_of(model, ["blocks.1"]) == ["blocks.1.attn"]
     with pytest.raises(ValueError, match=r"no attention module has this name; choose among blocks\.0\.attn"):
         names_of(model, ["layers"])
@@ -137,7 +136,7 @@ setTimeout(() => {
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
-    model, image = make("swin global")
+    model, image = create_case("swin global")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
     page = tmp_path / "page.html"
     write_page(page, picture, trace(model, image), "a </script> title")
@@ -164,13 +163,13 @@ def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
 
 
 def test_a_page_needs_no_network(tmp_path):
-    model, image = make("deit softmax")
+    model, image = create_case("deit softmax")
     write_page(tmp_path / "page.html", Image.new("RGB", (48, 32)), trace(model, image), "title")
     text = (tmp_path / "page.html").read_text()
     assert not re.search(r"(src|href)=|https?://|import\(", text)
 
 
-def test_one_command_draws_pages_and_pictures(trained, toy_data, tmp_path):
+def test_one_command_writes_pages_and_pictures(trained, toy_data, tmp_path):
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--blocks", "layers.0"]
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -184,7 +183,7 @@ def read_content(page: Path) -> dict:
 
 
 def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
-    """The toy model was trained at 40 pixels, a map of 10 x 10; its windows follow the map."""
+    """The toy model was trained at 40 pixels with a map of 10 x 10 tokens. Its windows adapt to the size of the map."""
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--token-grid", 14, 8]
     outcome = run_script(scripts.visualize_attention, [*arguments, "--queries", "55,31"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -203,7 +202,7 @@ def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
         (["--token-grid", "8", "0"], "--token-grid 8 0: give one or two numbers above 0"),
     ],
 )
-def test_wrong_arguments_are_refused(trained, toy_data, tmp_path, wrong, message):
+def test_invalid_arguments_are_rejected(trained, toy_data, tmp_path, wrong, message):
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, *wrong]
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]

@@ -1,4 +1,4 @@
-"""Pictures of attention maps, and their way to TensorBoard during training."""
+"""Pictures of attention maps, and their logging to TensorBoard during training."""
 
 import numpy as np
 import pytest
@@ -31,20 +31,19 @@ def images_of(axis) -> list[np.ndarray]:
     return [np.asarray(image.get_array()) for image in axis.get_images()]
 
 
-def test_forms_show_the_mean_over_heads_of_the_query():
+def test_pictures_of_forms_show_the_mean_over_heads_for_the_query():
     block = make_block(is_linear=True)
     figure = draw_forms(IMAGE, block, [(0.9, 0.1)])
-    photograph, *cells = figure.axes
+    query_axis, *form_axes = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["query", *block.maps]
-    (marker,) = photograph.get_lines()
-    np.testing.assert_allclose(
-        marker.get_xydata(), [[4.5, 14.5]], rtol=1e-6
-    )  # centre of the token in row 1, column 0, in pixels
-    for cell, maps in zip(cells, block.maps.values(), strict=True):
+    (marker,) = query_axis.get_lines()
+    # Centre of the token in row 1 and column 0, in pixels.
+    np.testing.assert_allclose(marker.get_xydata(), [[4.5, 14.5]], rtol=1e-6)
+    for form_axis, maps in zip(form_axes, block.maps.values(), strict=True):
         weights = maps[:, 3].mean(dim=0)
-        np.testing.assert_allclose(images_of(cell)[0], weights, rtol=1e-6)
+        np.testing.assert_allclose(images_of(form_axis)[0], weights, rtol=1e-6)
         largest = weights.abs().max().item()
-        assert cell.get_images()[0].get_clim() == pytest.approx((-largest, largest))
+        assert form_axis.get_images()[0].get_clim() == pytest.approx((-largest, largest))
 
 
 @pytest.mark.parametrize(("is_linear", "titles"), [(True, ["linear attention", CONVOLUTION]), (False, ["softmax attention"])])
@@ -52,15 +51,15 @@ def test_overlays_cover_the_image_and_are_opaque_where_weights_are_large(is_line
     block = make_block(is_linear=is_linear)
     figure = draw_overlays(IMAGE, block, [(0.1, 0.1), (0.9, 0.9)])
     assert [axis.get_title() for axis in figure.axes[: 1 + len(titles)]] == ["query", *titles]
-    for cell, form in zip(figure.axes[-len(titles) :], titles, strict=True):
-        below, above = cell.get_images()
-        assert below.get_extent() == above.get_extent()
+    for overlay_axis, form in zip(figure.axes[-len(titles) :], titles, strict=True):
+        image, overlay = overlay_axis.get_images()
+        assert image.get_extent() == overlay.get_extent()
         weights = block.maps[form][:, 5].mean(dim=0)
-        np.testing.assert_allclose(images_of(cell)[1], weights, rtol=1e-6)
-        np.testing.assert_allclose(above.get_alpha(), 0.75 * weights.abs() / weights.abs().max(), rtol=1e-5)
+        np.testing.assert_allclose(images_of(overlay_axis)[1], weights, rtol=1e-6)
+        np.testing.assert_allclose(overlay.get_alpha(), 0.75 * weights.abs() / weights.abs().max(), rtol=1e-5)
 
 
-def test_training_logs_the_attention_to_an_image_and_stays_the_same(trained, toy_config, toy_data, tmp_path):
+def test_logging_attention_pictures_does_not_change_the_result_of_training(trained, toy_config, toy_data, tmp_path):
     image = toy_data / "val/class1/003.png"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image)
     outcome = run_main(arguments, tmp_path / "log")
@@ -81,7 +80,7 @@ def test_training_logs_the_attention_to_an_image_and_stays_the_same(trained, toy
 
 
 @pytest.mark.parametrize("content", [None, b"not an image"])
-def test_an_unreadable_attention_image_is_refused_before_the_run(toy_config, toy_data, tmp_path, content):
+def test_an_unreadable_attention_image_is_rejected_before_training(toy_config, toy_data, tmp_path, content):
     image = tmp_path / "image.png"
     if content is not None:
         image.write_bytes(content)
@@ -93,8 +92,8 @@ def test_an_unreadable_attention_image_is_refused_before_the_run(toy_config, toy
     assert not (tmp_path / "output/toy/default/config.yaml").exists()
 
 
-def test_a_failure_to_draw_ends_nothing(toy_config, toy_data, tmp_path, monkeypatch):
-    """As a lack of memory would be, and the modes of the modules are restored."""
+def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp_path, monkeypatch):
+    """An error such as a lack of memory is logged once. The modules return to their previous modes."""
 
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")

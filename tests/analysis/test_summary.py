@@ -1,4 +1,4 @@
-"""Measures over images, and the command that writes them."""
+"""Measures of focus over images, and the command that writes them."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from tests.launch import run_script
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["initialised", "random parameters"])
-def test_linear_attention_has_at_most_the_rank_of_a_head_and_more_with_its_convolution(trained):
+def test_the_rank_of_linear_attention_exceeds_the_head_dimension_only_with_the_convolution(trained):
     model = SwinTransformer(img_size=48, attn_type="LL", **SMALL_SWIN).double().eval()
     if trained:
         model = randomise(model)
@@ -29,7 +29,7 @@ def test_linear_attention_has_at_most_the_rank_of_a_head_and_more_with_its_convo
             assert min(row.values["rank"]) > row.head_dim
 
 
-def test_measures_are_means_over_windows_and_queries():
+def test_measures_are_means_over_queries_with_one_value_per_image():
     model = DeiT(img_size=32, attn_type="M1", **SMALL_DEIT).eval()
     images = [torch.randn(3, 32, 32) for _ in range(2)]
     rows = summarise(model, images)
@@ -45,10 +45,10 @@ def test_measures_are_means_over_windows_and_queries():
     assert {row.form for row in softmax} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
     own, softmax = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
-    assert own == pytest.approx(softmax, abs=1e-5)  # a softmax block equals softmax of its q and k, apart from masks and biases
+    assert own == pytest.approx(softmax, abs=1e-5)  # this softmax block has no masks or biases
 
 
-def test_the_convolution_s_share_is_zero_without_it():
+def test_the_convolution_share_is_zero_without_the_convolution():
     model = SwinTransformer(img_size=32, attn_type="LL", **SMALL_SWIN).eval()
     rows = summarise(model, [torch.randn(3, 32, 32)], ["layers.0.blocks.0.attn"])
     assert {row.block for row in rows} == {"layers.0.blocks.0.attn"}
@@ -57,13 +57,13 @@ def test_the_convolution_s_share_is_zero_without_it():
     assert 0 < shares[WITH_CONVOLUTION] < 1
 
 
-def test_many_positions_are_spread_evenly():
+def test_many_positions_are_sampled_evenly():
     assert spread(5).tolist() == [0, 1, 2, 3, 4]
     assert len(spread(3136)) == 784
     assert spread(3136)[-1] == 3135
 
 
-def test_windows_and_keys_of_the_matrices_have_no_class_token():
+def test_the_matrices_exclude_the_class_token():
     model = DeiT(img_size=32, attn_type="L", **SMALL_DEIT).eval()
     with torch.no_grad(), capture(model) as found:
         model(torch.randn(1, 3, 32, 32))

@@ -1,4 +1,4 @@
-"""What the keys of a config become: each value reaches its place, checked against Pillow, timm and hand calculation."""
+"""Effect of each config key on datasets, loaders and mixup, compared with Pillow, timm and hand calculations."""
 
 import io
 import random
@@ -30,8 +30,8 @@ def config(toy_config, toy_data, *opts):
 
 
 @pytest.fixture(scope="module")
-def white(tmp_path_factory):
-    """White images in two classes."""
+def white_images(tmp_path_factory):
+    """Dataset of white images in two classes."""
     root = tmp_path_factory.mktemp("white")
     for split in ("train", "val"):
         for name in ("a", "b"):
@@ -41,9 +41,10 @@ def white(tmp_path_factory):
     return root
 
 
-def test_white_is_one_minus_the_mean_over_the_deviation_in_training_and_evaluation(toy_config, white):
+def test_training_and_evaluation_images_are_normalised_with_the_configured_mean_and_std(toy_config, white_images):
+    """A white pixel (1.0) becomes (1 - mean) / std in every channel."""
     opts = ["DATA.MEAN", [0.5, 0.4, 0.3], "DATA.STD", [0.1, 0.2, 0.25], "MODEL.NUM_CLASSES", 2, "AUG.REPROB", 0.0]
-    cfg = config(toy_config, white, *opts, "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.0, "DATA.BATCH_SIZE", 4)
+    cfg = config(toy_config, white_images, *opts, "AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", 0.0, "DATA.BATCH_SIZE", 4)
     datasets = build_datasets(cfg, training=True)
     expected = torch.tensor([(1 - 0.5) / 0.1, (1 - 0.4) / 0.2, (1 - 0.3) / 0.25]).view(1, 3, 1, 1).expand(4, 3, 40, 40)
     for loader in (
@@ -66,15 +67,15 @@ def test_white_is_one_minus_the_mean_over_the_deviation_in_training_and_evaluati
     ],
 )
 def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data):
-    """Against Pillow: 100 x 70 pixels squashed to 45 x 45 (40 / 0.875), then the central 40 x 40."""
+    """Compared with Pillow: 100 x 70 pixels are resized to 45 x 45 (40 / 0.875), then the central 40 x 40 are cropped."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))
     transform = build_preprocessing(config(toy_config, toy_data, *opts, "TEST.CROP", True)).create_transform()
     resized = image.resize((45, 45), mode).crop((2, 2, 42, 42))
     assert torch.equal(transform(image), torch.from_numpy(np.array(resized)).permute(2, 0, 1))
 
 
-def test_random_crops_take_area_and_aspect_ratio_from_their_own_keys(toy_config, toy_data):
-    """A quarter of the area of 200 x 200 pixels, four times as wide as high: 200 x 50."""
+def test_random_crop_area_and_aspect_ratio_follow_their_config_keys(toy_config, toy_data):
+    """A crop with a quarter of the area of 200 x 200 pixels and an aspect ratio of 4 has 200 x 50 pixels."""
     cfg = config(toy_config, toy_data, "AUG.SCALE", [0.25, 0.25], "AUG.RATIO", [4.0, 4.0])
     crop = build_train_transform(cfg).transforms[0]
     seed_generators(0)
@@ -84,10 +85,11 @@ def test_random_crops_take_area_and_aspect_ratio_from_their_own_keys(toy_config,
 
 
 @pytest.mark.parametrize(("mixup", "cutmix", "expected"), [(50.0, 0.01, range(20, 41)), (0.01, 50.0, range(3))])
-def test_mixup_and_cutmix_have_their_own_alpha(mixup, cutmix, expected, toy_config, toy_data):
-    """Beta(50, 50) mixes nearly evenly, Beta(0.01, 0.01) hardly at all, and either of them is drawn for half of the batches.
+def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_config, toy_data):
+    """Count the batches with grey pixels after a black and a white image are mixed.
 
-    Of a black and a white image, mixup makes grey everywhere, and CutMix leaves pixels black or white.
+    Mixup makes every pixel grey; CutMix leaves every pixel black or white. Each is drawn for half of the batches.
+    Beta(50, 50) mixes nearly evenly; Beta(0.01, 0.01) hardly mixes.
     """
     mix = build_mixup(config(toy_config, toy_data, "AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix))
     num_grey = 0
@@ -98,8 +100,8 @@ def test_mixup_and_cutmix_have_their_own_alpha(mixup, cutmix, expected, toy_conf
     assert num_grey in expected
 
 
-def test_the_image_in_the_middle_of_an_odd_batch_is_mixed_with_the_first(toy_config, toy_data):
-    """Seven images, each of its own constant and class: image and targets of every position have the same mixture."""
+def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, toy_data):
+    """Each of 7 images has a distinct constant value and class. At every position, image and target have the same ratios."""
     mix = build_mixup(
         config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
     )
@@ -109,12 +111,12 @@ def test_the_image_in_the_middle_of_an_odd_batch_is_mixed_with_the_first(toy_con
         mixed, targets = mix(images, labels, step)
         assert mixed.shape == (7, 3, 4, 4)
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ labels.float())
-        torch.testing.assert_close(targets.diagonal(), targets[0, 0].expand(7))  # one share of their own images
+        torch.testing.assert_close(targets.diagonal(), targets[0, 0].expand(7))  # the same ratio at every position
         for position, partner in enumerate(partners):
             assert set(targets[position].nonzero().flatten().tolist()) == {position, partner}, position
 
 
-def test_another_seed_gives_another_order_and_other_draws(toy_config, toy_data):
+def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_config, toy_data):
     def first_epoch(seed: int):
         cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
         dataset = build_datasets(cfg, training=True).train
@@ -132,20 +134,20 @@ def test_another_seed_gives_another_order_and_other_draws(toy_config, toy_data):
     assert not any(torch.equal(one[1][index], other[1][index]) for index in one[1].keys() & other[1].keys())
 
 
-def test_a_position_counts_updates_and_not_forward_passes():
-    """From update 5 of 2 processes with 3 forward passes each: what the whole epoch has from there on."""
+def test_sampler_position_counts_updates_instead_of_forward_passes():
+    """With 3 forward passes per update, update 5 starts at batch 15 of the epoch."""
     options = {"accumulation": 3, "world_size": 2, "seed": 0, "rank": 1}
     batches = TrainBatches(100, 2, **options)
     assert batches.updates_per_epoch == 8
-    whole = list(batches)
-    assert len(whole) == len(TrainBatches(100, 2, **options)) == 24
+    full_epoch = list(batches)
+    assert len(full_epoch) == len(TrainBatches(100, 2, **options)) == 24
     batches.set_position(0, 5)
-    assert list(batches) == whole[5 * 3 :]
+    assert list(batches) == full_epoch[5 * 3 :]
     assert len(batches) == 9
 
 
-def test_a_pixel_that_changed_in_an_archive_fails_its_checksum(tmp_path):
-    """A BMP file decodes with any pixels, so only the checksum of the archive tells."""
+def test_changed_pixel_in_a_zip_archive_fails_the_checksum(tmp_path):
+    """A BMP file decodes with any pixel values, so that only the checksum in the archive detects the change."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "BMP")
     with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
@@ -161,7 +163,7 @@ def test_a_pixel_that_changed_in_an_archive_fails_its_checksum(tmp_path):
         ImageDataset(index, lambda image: image)[(0, 0)]
 
 
-def test_reading_an_image_leaves_the_generators_of_the_training_process_alone(toy_config, toy_data):
+def test_reading_an_image_does_not_change_the_random_generators_of_the_process(toy_config, toy_data):
     dataset = build_datasets(config(toy_config, toy_data), training=True).train
     for generator in (random.random, np.random.rand, lambda: torch.rand(1).item()):
         seed_generators(3)

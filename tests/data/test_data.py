@@ -1,4 +1,4 @@
-"""Positions decide: the same images, drawn the same, for any number of workers and processes."""
+"""Datasets, samplers, loaders and transforms. Samples depend on (seed, epoch, index), not on workers or processes."""
 
 import gzip
 import hashlib
@@ -39,7 +39,7 @@ def config(toy_config, toy_data, *opts):
 
 
 def read_epoch(cfg, epoch, *, rank=0, world_size=1, first_update=0):
-    """{index: image} of one process's share, and the order of its indices."""
+    """Read the part of an epoch that one process trains on. Return {index: image} and the indices in order."""
     dataset = build_datasets(cfg, training=True).train
     loader = build_train_loader(cfg, dataset, rank=rank, world_size=world_size, device=CPU)
     loader.set_position(epoch, first_update)
@@ -50,33 +50,33 @@ def read_epoch(cfg, epoch, *, rank=0, world_size=1, first_update=0):
     return images, order
 
 
-def test_augmented_images_depend_on_seed_epoch_and_index_alone(toy_config, toy_data):
+def test_augmented_images_depend_only_on_seed_epoch_and_index(toy_config, toy_data):
     cfg = config(toy_config, toy_data, "AUG.REPROB", 1.0)
     expected, order = read_epoch(cfg, epoch=1)
     for workers in (1, 2, 4):
         images, same_order = read_epoch(config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.NUM_WORKERS", workers), epoch=1)
         assert same_order == order
         assert all(torch.equal(images[index], expected[index]) for index in expected)
-    half = config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.BATCH_SIZE", 4)
-    shares = [read_epoch(half, epoch=1, rank=rank, world_size=2)[0] for rank in (0, 1)]
-    assert not shares[0].keys() & shares[1].keys()
-    together = shares[0] | shares[1]
-    assert together.keys() == expected.keys()
-    assert all(torch.equal(together[index], expected[index]) for index in expected)
-    other, other_order = read_epoch(cfg, epoch=2)
-    assert other_order != order
-    assert not any(torch.equal(other[index], expected[index]) for index in other.keys() & expected.keys())
+    half_batch_cfg = config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.BATCH_SIZE", 4)
+    parts = [read_epoch(half_batch_cfg, epoch=1, rank=rank, world_size=2)[0] for rank in (0, 1)]
+    assert not parts[0].keys() & parts[1].keys()
+    merged = parts[0] | parts[1]
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[index], expected[index]) for index in expected)
+    next_images, next_order = read_epoch(cfg, epoch=2)
+    assert next_order != order
+    assert not any(torch.equal(next_images[index], expected[index]) for index in next_images.keys() & expected.keys())
 
 
-def test_an_epoch_entered_in_the_middle_goes_on_with_the_same_images(toy_config, toy_data):
+def test_epoch_resumed_in_the_middle_reads_the_remaining_images_in_the_same_order(toy_config, toy_data):
     cfg = config(toy_config, toy_data)
-    _, whole = read_epoch(cfg, epoch=3)
-    _, rest = read_epoch(cfg, epoch=3, first_update=5)
-    assert rest == whole[5 * 8 :]
+    _, full_order = read_epoch(cfg, epoch=3)
+    _, remaining_order = read_epoch(cfg, epoch=3, first_update=5)
+    assert remaining_order == full_order[5 * 8 :]
 
 
 @pytest.mark.parametrize(("world_size", "batch_size", "accumulation"), [(1, 24, 1), (2, 12, 1), (4, 3, 2), (1, 4, 6)])
-def test_an_update_takes_the_same_images_however_they_are_divided(world_size, batch_size, accumulation):
+def test_update_uses_the_same_images_for_any_division_among_processes(world_size, batch_size, accumulation):
     order = epoch_order(100, seed=5, epoch=2).tolist()
     updates = [set() for _ in range(4)]
     for rank in range(world_size):
@@ -100,11 +100,11 @@ def test_evaluation_reads_every_image_once(num_samples, world_size):
     assert sorted(seen) == list(range(num_samples))
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS, reason="IMAGENET_SAMPLES names no folder with the photographs of the figures")
+@pytest.mark.skipif(not PHOTOGRAPHS, reason="set IMAGENET_SAMPLES to the directory of the reference photographs")
 @pytest.mark.parametrize(
     "figures", reference("eval_transform"), ids=lambda f: f"{f['file'][:9]}-{f['img_size']}-{f['test_crop']}"
 )
-def test_evaluation_sees_photographs_as_the_reference_does(figures):
+def test_evaluation_transform_of_photographs_matches_the_reference(figures):
     transform = preprocessing(figures["img_size"], crop_mode="squash" if figures["test_crop"] else "none").create_transform()
     with Image.open(Path(PHOTOGRAPHS) / figures["file"]) as file:
         image = transform(file.convert("RGB"))
@@ -113,8 +113,8 @@ def test_evaluation_sees_photographs_as_the_reference_does(figures):
     assert list(image.shape) == figures["shape"]
     expected = [figures[key] for key in ("mean", "std", "row0_first8", "center")]
     measured = [image.mean((1, 2)), image.std((1, 2)), image[0, 0, :8], image[:, side // 2, side // 2]]
-    for mine, theirs in zip(measured, expected, strict=True):
-        torch.testing.assert_close(mine, torch.tensor(theirs), atol=1e-5, rtol=0)
+    for measured_value, expected_value in zip(measured, expected, strict=True):
+        torch.testing.assert_close(measured_value, torch.tensor(expected_value), atol=1e-5, rtol=0)
 
 
 def preprocessing(size, **options):
@@ -123,8 +123,8 @@ def preprocessing(size, **options):
     return Preprocessing(**{"img_size": as_pair(size)} | defaults | mean_and_std | options)
 
 
-def test_evaluation_squashes_to_a_square_and_takes_the_centre():
-    """A white picture with a black left half keeps its edge in the middle, whatever its shape was."""
+def test_squash_mode_resizes_to_a_square_and_crops_the_centre():
+    """The edge of a black left half stays in the middle when a 400 x 100 image is resized to a square."""
     pixels = np.full((100, 400, 3), 255, np.uint8)
     pixels[:, :200] = 0
     image = preprocessing(224, interpolation="bilinear").create_transform()(Image.fromarray(pixels))
@@ -141,36 +141,36 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3), 
 @pytest.mark.parametrize(
     ("size", "crop_mode", "crop_pct", "resized", "box"),
     [
-        # Sizes as Pillow takes them, (width, height), and the box (left, top, right, bottom) of the centre crop.
+        # resized: (width, height) as in Pillow; box: (left, top, right, bottom) of the centre crop.
         (56, "squash", 0.875, (64, 64), (4, 4, 60, 60)),
         (56, "none", 0.875, (56, 56), (0, 0, 56, 56)),
         (56, "squash", 1.0, (56, 56), (0, 0, 56, 56)),
-        (48, "short", 0.8, (100, 60), (26, 6, 74, 54)),  # 90 x 150 becomes 60 x 100
+        (48, "short", 0.8, (100, 60), (26, 6, 74, 54)),  # 90 x 150 pixels (height x width) are resized to 60 x 100
         ((56, 84), "squash", 0.875, (96, 64), (6, 4, 90, 60)),
         ((60, 80), "none", 0.875, (80, 60), (0, 0, 80, 60)),
         (32, "squash", 0.875, (32, 32), (0, 0, 32, 32)),  # small images are not cropped
     ],
 )
-def test_evaluation_pixels_are_pillow_s(size, crop_mode, crop_pct, resized, box, mode):
+def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resized, box, mode):
     transform = preprocessing(size, crop_mode=crop_mode, crop_pct=crop_pct, interpolation=mode).create_transform()
     filter_ = Image.Resampling.BICUBIC if mode == "bicubic" else Image.Resampling.BILINEAR
     expected = NOISE.resize(resized, filter_).crop(box)
     assert np.array_equal(transform(NOISE).permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_a_short_crop_of_another_shape_covers_it_without_distortion():
-    """A circle stays a circle: 90 x 150 into 30 x 90 scales by 0.6, the larger of 30 / 90 and 90 / 150."""
+def test_short_mode_fills_another_aspect_ratio_without_distortion():
+    """For a crop of 30 x 90, 90 x 150 pixels are scaled by 0.6 on both axes: the larger of 30 / 90 and 90 / 150."""
     image = preprocessing((30, 90), crop_mode="short", crop_pct=1.0).create_transform()(NOISE)
     expected = NOISE.resize((90, 54), Image.Resampling.BICUBIC).crop((0, 12, 90, 42))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [33, 160, 224, 384, 448, 1000])
-def test_the_default_crop_is_that_of_the_reference(size):
+def test_default_resize_before_the_centre_crop_equals_the_reference(size):
     assert preprocessing(size).resized_to == (int(256 / 224 * size),) * 2
 
 
-def test_a_protocol_is_described_by_its_numbers():
+def test_preprocessing_description_contains_all_settings():
     described = preprocessing((160, 320), interpolation="random").to_dict()
     assert described == {
         "img_size": [160, 320],
@@ -185,7 +185,7 @@ def test_a_protocol_is_described_by_its_numbers():
     assert str(preprocessing(64, crop_mode="none")) == "resized to 64 x 64 pixels (bicubic), no crop"
 
 
-def test_the_recipe_draws_ten_thousand_times_without_a_fault_and_rarely_the_same():
+def test_ten_thousand_training_augmentations_succeed_and_rarely_coincide():
     transform = create_train_transform(
         32,
         interpolation="bicubic",
@@ -211,7 +211,7 @@ def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
     noise = []
     for index, image in plain.items():
         changed = (image != erased[index]).any(dim=0)
-        if not changed.any():  # ten tries, none fitted
+        if not changed.any():  # none of ten attempted rectangles fitted
             continue
         rows, columns = changed.nonzero().unbind(1)
         box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
@@ -226,8 +226,8 @@ def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
     ("mixup", "cutmix", "minmax"), [(0.8, 1.0, None), (0.8, 0.0, None), (0.0, 1.0, None), (0.0, 0.0, [0.2, 0.8])]
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixed_targets_are_probabilities_that_fit_the_images(toy_config, toy_data, mixup, cutmix, minmax, smoothing):
-    """Images of one constant per class: the mean of a mixed image tells its true mixture."""
+def test_mixed_targets_are_probabilities_that_match_the_mixed_images(toy_config, toy_data, mixup, cutmix, minmax, smoothing):
+    """All images of a class have one constant value, so that the mean of a mixed image gives its mixing ratio."""
     opts = ["AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "AUG.CUTMIX_MINMAX", minmax, "MODEL.LABEL_SMOOTHING", smoothing]
     mix = build_mixup(config(toy_config, toy_data, *opts))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1])
@@ -239,18 +239,18 @@ def test_mixed_targets_are_probabilities_that_fit_the_images(toy_config, toy_dat
         torch.testing.assert_close(mixed.mean((1, 2, 3)), mean_label, atol=1e-4, rtol=1e-4)
 
 
-def test_mixing_depends_on_the_step_alone(toy_config, toy_data):
+def test_mixing_depends_on_the_step_and_not_on_earlier_draws(toy_config, toy_data):
     mix = build_mixup(config(toy_config, toy_data))
     images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 3
-    one, _ = mix(images.clone(), labels, 7)
+    first, _ = mix(images.clone(), labels, 7)
     torch.rand(3)
-    again, _ = mix(images.clone(), labels, 7)
-    other, _ = mix(images.clone(), labels, 8)
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
+    repeated, _ = mix(images.clone(), labels, 7)
+    next_step, _ = mix(images.clone(), labels, 8)
+    assert torch.equal(first, repeated)
+    assert not torch.equal(first, next_step)
 
 
-def test_no_mixing_leaves_class_ids(toy_config, toy_data):
+def test_no_mixup_is_built_if_mixup_and_cutmix_are_disabled(toy_config, toy_data):
     assert build_mixup(config(toy_config, toy_data, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)) is None
 
 
@@ -262,12 +262,12 @@ def test_no_mixing_leaves_class_ids(toy_config, toy_data):
         (["a", "b"], ["a", "b"], 3, "add --opts MODEL.NUM_CLASSES 2"),
     ],
 )
-def test_classes_that_do_not_fit_are_refused_with_the_remedy(train, val, num_classes, message):
+def test_mismatched_classes_are_rejected_with_a_remedy(train, val, num_classes, message):
     with pytest.raises(DataError, match=message):
         check_classes(train, val, num_classes, "root")
 
 
-def test_layouts_that_are_none_are_refused_with_the_remedy(tmp_path):
+def test_invalid_directory_layouts_are_rejected_with_a_remedy(tmp_path):
     with pytest.raises(DataError, match="no such directory"):
         index_folder(tmp_path / "val")
     (tmp_path / "val").mkdir()
@@ -283,14 +283,14 @@ def read_folder(folder, **options):
     return ImageDataset(index_folder(folder), preprocessing(32).create_transform(), **options)
 
 
-def test_an_unreadable_image_is_named(tmp_path):
+def test_error_names_the_unreadable_image(tmp_path):
     write_images(tmp_path, "val", classes=1, per_class=1)
     (tmp_path / "val/class0/000.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"class0/000.png: not a readable image"):
         read_folder(tmp_path / "val")[(0, 0)]
 
 
-def test_names_of_any_alphabet_are_read(tmp_path):
+def test_images_with_non_ascii_file_names_are_read(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     os.rename(tmp_path / "val/class1/002.png", tmp_path / "val/class1/zürich 東京.png")
     dataset = read_folder(tmp_path / "val")
@@ -300,7 +300,7 @@ def test_names_of_any_alphabet_are_read(tmp_path):
     assert dataset[(0, 5)].key == (0, 5)
 
 
-def test_the_eval_loader_keeps_the_order(toy_config, toy_data):
+def test_eval_loader_keeps_the_order_of_the_dataset(toy_config, toy_data):
     cfg = config(toy_config, toy_data)
     val = build_datasets(cfg, training=False).val
     batches = list(build_eval_loader(cfg, val, rank=0, world_size=1, device=CPU))
@@ -310,12 +310,12 @@ def test_the_eval_loader_keeps_the_order(toy_config, toy_data):
 
 @pytest.fixture(scope="module")
 def packed(toy_data, tmp_path_factory):
-    """Layout -> the toy data in it, and the options that read it."""
+    """{layout: (directory, options)}: the toy data in each archive layout, and the config options that read it."""
     roots = {name: tmp_path_factory.mktemp(name) for name in ("zip", "tar")}
     for name, root in roots.items():
         for split in ("train", "val"):
             pack(toy_data, root, split, archive=name, shard_size=40)
-    deflated = tmp_path_factory.mktemp("deflated")  # as the zip command packs
+    deflated = tmp_path_factory.mktemp("deflated")  # compressed, as by the zip command
     for split in ("train", "val"):
         shutil.copy(roots["zip"] / f"{split}_map.txt", deflated)
         with (
@@ -334,7 +334,7 @@ def packed(toy_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["tar", "zip", "zip, part in memory", "zip, in memory", "deflated zip"])
-def test_archives_give_the_tensors_of_folders(toy_config, toy_data, packed, layout):
+def test_archives_give_the_same_tensors_as_directories(toy_config, toy_data, packed, layout):
     root, opts = packed[layout]
     for epoch in (0, 1):
         expected, order = read_epoch(config(toy_config, toy_data), epoch=epoch)
@@ -343,8 +343,8 @@ def test_archives_give_the_tensors_of_folders(toy_config, toy_data, packed, layo
         assert all(torch.equal(images[index], expected[index]) for index in expected)
 
 
-class Bytes(torch.utils.data.Dataset):
-    """What workers read from an archive, by its digest."""
+class DigestDataset(torch.utils.data.Dataset):
+    """SHA-256 digests of image files as read from an archive; ``reads`` items, cycling through the images."""
 
     def __init__(self, dataset, reads):
         self.dataset = dataset
@@ -358,17 +358,17 @@ class Bytes(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("layout", ["zip", "tar", "deflated zip"])
-def test_four_workers_read_an_archive_at_once(toy_data, packed, layout):
+def test_four_workers_read_an_archive_concurrently(toy_data, packed, layout):
     root = packed[layout][0]
     dataset = ImageDataset(index_tar(root, "train") if layout == "tar" else index_zip(root, "train"), None)
     folder = ImageDataset(index_folder(toy_data / "train"), None)
     expected = [hashlib.sha256(folder.read(index)).hexdigest() for index in range(len(folder))]
-    loader = torch.utils.data.DataLoader(Bytes(dataset, 4000), batch_size=50, num_workers=4)
+    loader = torch.utils.data.DataLoader(DigestDataset(dataset, 4000), batch_size=50, num_workers=4)
     read = [digest for batch in loader for digest in batch]
     assert read == [expected[index % len(folder)] for index in range(4000)]
 
 
-def test_an_archive_travels_to_workers_that_are_spawned(packed):
+def test_archive_dataset_can_be_pickled_for_spawned_workers(packed):
     dataset = ImageDataset(index_zip(packed["zip"][0], "train"), None)
     read = dataset.read(3)
     assert pickle.loads(pickle.dumps(dataset)).read(3) == read
@@ -382,7 +382,7 @@ def test_an_archive_travels_to_workers_that_are_spawned(packed):
         ("x.png\t0\n", "x.png is missing"),
     ],
 )
-def test_archives_that_do_not_fit_their_map_are_refused(tmp_path, lines, message):
+def test_zip_archives_that_do_not_match_their_map_are_rejected(tmp_path, lines, message):
     with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
         archive.writestr("a.png", b"")
     (tmp_path / "val_map.txt").write_text(lines)
@@ -390,8 +390,8 @@ def test_archives_that_do_not_fit_their_map_are_refused(tmp_path, lines, message
         index_zip(tmp_path, "val")
 
 
-def zip_of(entries, root):
-    """An archive of (entry, data) with its map, all of class 0."""
+def write_zip(entries, root):
+    """Write ``val.zip`` with (entry, data) pairs, and a map that gives every entry class 0."""
     with zipfile.ZipFile(root / "val.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for entry, data in entries:
             archive.writestr(entry, data)
@@ -399,7 +399,7 @@ def zip_of(entries, root):
     (root / "val_map.txt").write_text("".join(f"{name}\t0\n" for name in names))
 
 
-def link(name):
+def symlink_entry(name):
     entry = zipfile.ZipInfo(name)
     entry.external_attr = 0o120777 << 16
     return entry
@@ -410,13 +410,13 @@ def link(name):
     [
         ("../a.png", b"x", "points outside the archive"),
         ("/etc/passwd.png", b"x", "points outside the archive"),
-        (link("a.png"), b"/etc/passwd", "is a link"),
+        (symlink_entry("a.png"), b"/etc/passwd", "is a link"),
         ("a.png", bytes(2**22), "too many for an image"),
     ],
     ids=["parent", "absolute", "link", "bomb"],
 )
-def test_zip_entries_that_are_no_plain_image_are_refused(tmp_path, entry, data, message):
-    zip_of([(entry, data)], tmp_path)
+def test_unsafe_zip_entries_are_rejected(tmp_path, entry, data, message):
+    write_zip([(entry, data)], tmp_path)
     with pytest.raises(DataError, match=message):
         index_zip(tmp_path, "val")
 
@@ -432,7 +432,7 @@ def test_zip_entries_that_are_no_plain_image_are_refused(tmp_path, entry, data, 
         ("a.txt", tarfile.REGTYPE, "has no images"),
     ],
 )
-def test_tar_entries_that_are_no_plain_image_are_refused(tmp_path, name, kind, message):
+def test_invalid_tar_entries_are_rejected(tmp_path, name, kind, message):
     with tarfile.open(tmp_path / "val-000000.tar", "w") as archive:
         entry = tarfile.TarInfo(name)
         entry.type = kind
@@ -442,14 +442,14 @@ def test_tar_entries_that_are_no_plain_image_are_refused(tmp_path, name, kind, m
         index_tar(tmp_path, "val")
 
 
-def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path):
+def test_compressed_shard_is_rejected_with_a_remedy(tmp_path):
     (tmp_path / "val-000000.tar").write_bytes(gzip.compress(bytes(10240)))
     with pytest.raises(DataError, match="plain tar files, not compressed"):
         index_tar(tmp_path, "val")
 
 
 @pytest.mark.parametrize("layout", ["zip", "tar"])
-def test_a_damaged_archive_names_the_image(packed, tmp_path, layout):
+def test_error_names_the_damaged_image_in_an_archive(packed, tmp_path, layout):
     root = shutil.copytree(packed[layout][0], tmp_path / "copy")
     index = (index_zip if layout == "zip" else index_tar)(root, "val")
     path = Path(index.archives[0])
@@ -460,7 +460,7 @@ def test_a_damaged_archive_names_the_image(packed, tmp_path, layout):
         ImageDataset(index, lambda image: image)[(0, 3)]
 
 
-def test_packing_makes_large_images_smaller_and_leaves_the_others(tmp_path):
+def test_packing_downscales_large_images_and_copies_small_ones_unchanged(tmp_path):
     folder = tmp_path / "folder" / "val" / "a"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -470,7 +470,7 @@ def test_packing_makes_large_images_smaller_and_leaves_the_others(tmp_path):
         index = pack(tmp_path / "folder", tmp_path / layout, "val", archive=layout, short_side=32, workers=2)
         dataset = ImageDataset(index, None)
         sizes = [dataset.decode(position).size for position in range(4)]
-        assert sizes == [(9, 9), (48, 32), (32, 51), (30, 20)]  # in the order of names; width first
+        assert sizes == [(9, 9), (48, 32), (32, 51), (30, 20)]  # (width, height), sorted by name
         assert dataset.read(3) == (folder / "small.jpg").read_bytes()
         assert index.classes == ["a"]
         with pytest.raises(DataError, match="already exists"):
@@ -478,7 +478,7 @@ def test_packing_makes_large_images_smaller_and_leaves_the_others(tmp_path):
     assert sorted(path.name for path in (tmp_path / "tar").iterdir()) == ["classes.txt", "val-000000.tar"]
 
 
-def test_packing_that_fails_leaves_nothing_behind(tmp_path):
+def test_failed_packing_leaves_no_files(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     (tmp_path / "val/class1/001.png").write_bytes(b"no image")
     for layout in ("zip", "tar"):
@@ -487,13 +487,13 @@ def test_packing_that_fails_leaves_nothing_behind(tmp_path):
         assert list((tmp_path / layout).iterdir()) == []
 
 
-def unreadable_images(folder):
-    """Every kind of D1 that no decoder reads."""
+def write_unreadable_images(folder):
+    """Write files that no decoder reads, of several kinds (row D1 of docs/reliability.md). Return their names."""
     folder.mkdir(parents=True)
-    good = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(good, "JPEG")
-    (folder / "cut_header.jpg").write_bytes(good.getvalue()[:10])
-    (folder / "cut_body.jpg").write_bytes(good.getvalue()[: len(good.getvalue()) // 2])
+    readable = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(readable, "JPEG")
+    (folder / "cut_header.jpg").write_bytes(readable.getvalue()[:10])
+    (folder / "cut_body.jpg").write_bytes(readable.getvalue()[: len(readable.getvalue()) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_bytes(b"not an image")
     (folder / "dangling.jpg").symlink_to(folder / "nowhere")
@@ -502,35 +502,35 @@ def unreadable_images(folder):
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory):
-    """20 readable images of class b, and in class a the unreadable ones beside 2 readable ones."""
+def partly_unreadable(tmp_path_factory):
+    """Training images, and the names of the unreadable ones: class b has 20 readable, class a 2 readable and all unreadable."""
     root = tmp_path_factory.mktemp("spoilt")
     write_images(root, "train", classes=1, per_class=20)
     (root / "train/class0").rename(root / "train/b")
-    bad = unreadable_images(root / "train/a")
+    unreadable_names = write_unreadable_images(root / "train/a")
     for name in ("good1.png", "good2.png"):
         shutil.copy(root / "train/b/000.png", root / "train/a" / name)
-    return root, bad
+    return root, unreadable_names
 
 
-def test_no_unreadable_image_passes_where_errors_are_the_policy(spoilt):
-    root, bad = spoilt
+def test_every_unreadable_image_raises_an_error_under_the_error_policy(partly_unreadable):
+    root, unreadable_names = partly_unreadable
     dataset = read_folder(root / "train")
     for position in range(len(dataset)):
         name = Path(dataset.index.name(position)).name
-        if name in bad:
+        if name in unreadable_names:
             with pytest.raises(DataError, match=name):
                 dataset[(0, position)]
         else:
             assert dataset[(0, position)].decode_errors == []
 
 
-def test_skipped_images_are_counted_and_the_others_stay_as_they_are(spoilt):
-    root, bad = spoilt
+def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadable):
+    root, unreadable_names = partly_unreadable
     dataset, strict = read_folder(root / "train", unreadable="skip"), read_folder(root / "train")
     samples = [dataset[(1, position)] for position in range(len(dataset))]
     images, targets, keys, decode_errors = collate(samples)
-    assert sorted(Path(dataset.index.name(index)).name for index, _ in decode_errors) == bad
+    assert sorted(Path(dataset.index.name(index)).name for index, _ in decode_errors) == unreadable_names
     assert [index for _, index in keys] == [sample.key[1] for sample in samples if sample.image is not None]
     for image, target, key in zip(images, targets, keys, strict=True):
         assert target == strict.index.labels[key[1]]
@@ -539,23 +539,23 @@ def test_skipped_images_are_counted_and_the_others_stay_as_they_are(spoilt):
         collate([sample for sample in samples if sample.image is None])
 
 
-def test_replacements_are_other_images_with_their_own_labels_drawn_from_the_position(spoilt):
-    root, bad = spoilt
-    one, again = (read_folder(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
-    taken = set()
-    for position in range(len(one)):
-        sample, same = one[(2, position)], again[(2, position)]
-        assert torch.equal(sample.image, same.image)
-        assert sample.key == same.key
-        assert sample.label == one.index.labels[sample.key[1]]
-        assert bool(sample.decode_errors) == (Path(one.index.name(position)).name in bad)
+def test_replacement_images_have_matching_labels_and_depend_only_on_seed_and_position(partly_unreadable):
+    root, unreadable_names = partly_unreadable
+    dataset, same_seed = (read_folder(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
+    replacements = set()
+    for position in range(len(dataset)):
+        sample, same_sample = dataset[(2, position)], same_seed[(2, position)]
+        assert torch.equal(sample.image, same_sample.image)
+        assert sample.key == same_sample.key
+        assert sample.label == dataset.index.labels[sample.key[1]]
+        assert bool(sample.decode_errors) == (Path(dataset.index.name(position)).name in unreadable_names)
         if sample.decode_errors:
-            taken.add(sample.key[1])
-    assert len(taken) > 1
+            replacements.add(sample.key[1])
+    assert len(replacements) > 1
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "RGBA", "LA"])
-def test_odd_but_readable_images_are_read(tmp_path, mode):
+def test_images_of_unusual_pixel_modes_are_converted_to_rgb(tmp_path, mode):
     folder = tmp_path / "val" / "a"
     folder.mkdir(parents=True)
     if mode == "I;16":
@@ -568,8 +568,8 @@ def test_odd_but_readable_images_are_read(tmp_path, mode):
     assert abs(decoded.astype(int) - 128).max() <= 2
 
 
-def test_too_many_unreadable_images_end_the_run(toy_config, spoilt):
-    root, _ = spoilt
+def test_more_unreadable_images_than_the_maximum_raise_an_error(toy_config, partly_unreadable):
+    root, _ = partly_unreadable
     shutil.copytree(root / "train/b", root / "val/b", dirs_exist_ok=True)
     shutil.copytree(root / "train/b", root / "val/a", dirs_exist_ok=True)
     opts = ["MODEL.NUM_CLASSES", 2, "DATA.UNREADABLE", "replace", "DATA.BATCH_SIZE", 4]
@@ -579,7 +579,7 @@ def test_too_many_unreadable_images_end_the_run(toy_config, spoilt):
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 12), (2, 6), (4, 3)])
-def test_repeated_augmentation_shows_an_update_the_same_images_three_times(world_size, batch_size):
+def test_repeated_augmentation_puts_three_copies_of_each_image_into_an_update(world_size, batch_size):
     order = epoch_order(100, seed=5, epoch=2).tolist()
     updates = [[] for _ in range(8)]
     for rank in range(world_size):
@@ -589,26 +589,26 @@ def test_repeated_augmentation_shows_an_update_the_same_images_three_times(world
             updates[number] += batch
     for number, keys in enumerate(updates):
         unique = order[4 * number : 4 * number + 4]
-        assert sorted(keys) == sorted((3 * 2 + again, index) for index in unique for again in range(3))
-    if world_size == 1:  # as timm pairs them, first with last: never an image with itself
+        assert sorted(keys) == sorted((3 * 2 + copy, index) for index in unique for copy in range(3))
+    if world_size == 1:  # timm mixes the first with the last; an image is not mixed with its own copy
         assert all(a[1] != b[1] for keys in updates for a, b in zip(keys, keys[::-1], strict=True))
 
 
-def test_copies_of_an_image_are_drawn_apart_and_as_an_epoch_of_their_own(toy_config, toy_data):
+def test_repeated_copies_of_an_image_are_augmented_differently(toy_config, toy_data):
     dataset = build_datasets(config(toy_config, toy_data), training=True).train
-    one, two, three = (dataset[(again, 7)].image for again in range(3))
+    one, two, three = (dataset[(copy, 7)].image for copy in range(3))
     assert not torch.equal(one, two)
     assert not torch.equal(two, three)
 
 
-def test_a_large_scan_is_kept_and_read_while_nothing_has_changed(tmp_path, monkeypatch, caplog):
+def test_index_of_a_large_directory_is_cached_until_the_data_change(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
     write_images(tmp_path, "train", classes=3, per_class=4)
     caplog.set_level("INFO")
     read = partial(index_folder, tmp_path / "train", cache=tmp_path / "cache")
-    age = time.time() - 60
+    past = time.time() - 60
     for folder in (tmp_path / "train", *(tmp_path / "train").iterdir()):
-        os.utime(folder, (age, age))
+        os.utime(folder, (past, past))
     first = read()
     assert "from the index cached" not in caplog.text
     second = read()
@@ -618,17 +618,17 @@ def test_a_large_scan_is_kept_and_read_while_nothing_has_changed(tmp_path, monke
     assert second.labels.tolist() == first.labels.tolist()
     (tmp_path / "train/class1/000.png").rename(tmp_path / "train/class1/new.png")
     assert "class1/new.png" in [read().name(position) for position in range(12)]
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
+    (cache_file,) = (tmp_path / "cache").iterdir()
+    cache_file.write_bytes(cache_file.read_bytes()[:100])
     assert len(read()) == 12
 
 
-def test_a_kept_index_is_read_from_any_folder(tmp_path, monkeypatch):
+def test_cached_index_is_read_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
     write_images(tmp_path / "d", "train", classes=3, per_class=4)
     pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar")
     pack(tmp_path / "d", tmp_path / "zip", "train", archive="zip")
-    age(tmp_path)
+    set_old_times(tmp_path)
     cache = tmp_path / "cache"
     for relative, read in (
         ("d/train", lambda root: index_folder(root, cache=cache)),
@@ -638,39 +638,39 @@ def test_a_kept_index_is_read_from_any_folder(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         first = read(Path(relative))
         monkeypatch.chdir("/")
-        again = read(tmp_path / relative)
+        second = read(tmp_path / relative)
         assert len(list(cache.iterdir())) > 0
-        assert [ImageDataset(again, None).read(position) for position in range(12)] == [
+        assert [ImageDataset(second, None).read(position) for position in range(12)] == [
             (tmp_path / "d/train" / f"class{position // 4}/{position % 4:03d}.png").read_bytes() for position in range(12)
         ]
-        assert again.source.absolute() == (tmp_path / first.source).absolute()
+        assert second.source.absolute() == (tmp_path / first.source).absolute()
     assert len(list(cache.iterdir())) == 3
 
 
-def age(root):
-    """As if nothing below had changed for a minute: what has just changed is not kept."""
-    then = time.time() - 60
+def set_old_times(root):
+    """Set all modification times to one minute ago, because the index of recently changed data is not cached."""
+    past = time.time() - 60
     for path in (root, *root.rglob("*")):
-        os.utime(path, (then, then))
+        os.utime(path, (past, past))
 
 
-def test_new_shards_and_class_names_end_a_kept_index(tmp_path, monkeypatch):
+def test_new_shards_and_class_names_invalidate_the_cached_index(tmp_path, monkeypatch):
     monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
     write_images(tmp_path / "d", "train", classes=3, per_class=4)
     pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar", shard_size=6)
     (tmp_path / "tar/train-000001.tar").rename(tmp_path / "later.tar")
     (tmp_path / "tar/classes.txt").unlink()
-    age(tmp_path)
+    set_old_times(tmp_path)
     read = partial(index_tar, tmp_path / "tar", "train", cache=tmp_path / "cache")
     assert (len(read()), read().classes) == (6, ["0", "1"])
     (tmp_path / "later.tar").rename(tmp_path / "tar/train-000001.tar")
-    age(tmp_path / "tar")
+    set_old_times(tmp_path / "tar")
     assert (len(read()), read().classes) == (12, ["0", "1", "2"])
     (tmp_path / "tar/classes.txt").write_text("x\ny\nz\n")
     assert read().classes == ["x", "y", "z"]
 
 
-def test_an_entry_that_lies_about_its_size_is_not_unpacked(tmp_path):
+def test_zip_entry_that_exceeds_the_maximum_decompressed_size_is_rejected(tmp_path):
     compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     data = compressor.compress(bytes(2**24)) + compressor.flush()
     (tmp_path / "val.zip").write_bytes(data)
@@ -692,7 +692,7 @@ def test_an_entry_that_lies_about_its_size_is_not_unpacked(tmp_path):
         ImageDataset(index, None).decode(0)
 
 
-def test_two_images_of_a_key_and_two_classes_of_a_name_are_refused(tmp_path):
+def test_duplicate_image_keys_and_duplicate_class_names_are_rejected(tmp_path):
     write_images(tmp_path, "train", classes=2, per_class=2)
     with tarfile.open(tmp_path / "x-0.tar", "w") as archive:
         for name in ("a.png", "a.seg.png"):
@@ -705,20 +705,20 @@ def test_two_images_of_a_key_and_two_classes_of_a_name_are_refused(tmp_path):
         index_tar(tmp_path / "tar", "train")
 
 
-def test_processes_share_one_scan(toy_config, toy_data):
-    calls = []
+def test_processes_share_one_scan_of_each_split(toy_config, toy_data):
+    scans = []
 
-    def share(scan):
-        calls.append(scan)
-        return found.pop(0)
+    def run_once(scan):
+        scans.append(scan)
+        return indices.pop(0)
 
-    found = [index_folder(toy_data / split) for split in ("train", "val")]
-    datasets = build_datasets(config(toy_config, toy_data), training=True, run_once=share)
-    assert len(calls) == 2
+    indices = [index_folder(toy_data / split) for split in ("train", "val")]
+    datasets = build_datasets(config(toy_config, toy_data), training=True, run_once=run_once)
+    assert len(scans) == 2
     assert (len(datasets.train), len(datasets.val)) == (102, 33)
 
 
-def test_class_maps_name_the_models_classes(tmp_path):
+def test_class_maps_translate_directory_names_to_class_ids_of_the_model(tmp_path):
     assert read_class_map("imagenet", ["n01443537", "n01440764"], 1000) == [1, 0]
     assert read_class_map("imagenet", ["0", "1", "10", "2"], 1000) == [0, 1, 10, 2]
     (tmp_path / "map.txt").write_text("cat 3\nsmall dog\t1\n\n")
@@ -734,18 +734,18 @@ def test_class_maps_name_the_models_classes(tmp_path):
         ("cat\ndog 1", "is not a directory name"),
     ],
 )
-def test_class_maps_that_do_not_fit_are_refused(tmp_path, text, message):
+def test_invalid_class_maps_are_rejected(tmp_path, text, message):
     (tmp_path / "map.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
 
 
-def test_numbers_that_a_shard_made_up_name_no_imagenet_class():
+def test_imagenet_class_map_rejects_numeric_class_names_of_shards():
     with pytest.raises(DataError, match="are numbered from 0"):
         read_class_map("imagenet", ["0", "1", "2"], 1000)
 
 
-def test_real_labels_are_looked_up_by_the_images_number(tmp_path):
+def test_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_path):
     (tmp_path / "real.json").write_text("[[3], [], [1, 2]]")
     names = ["n1/ILSVRC2012_val_00000003.JPEG", "n0/ILSVRC2012_val_00000002.JPEG"]
     assert read_real_labels(tmp_path / "real.json", names) == [[1, 2], []]
@@ -753,8 +753,8 @@ def test_real_labels_are_looked_up_by_the_images_number(tmp_path):
         read_real_labels(tmp_path / "real.json", ["cat.jpg"])
 
 
-def test_waiting_time_is_that_of_the_loader_alone(toy_config, toy_data, monkeypatch):
-    """Not that of work on the device, which would be the consumer's."""
+def test_waiting_time_includes_only_the_loader(toy_config, toy_data, monkeypatch):
+    """Work on the device, here a slow ``normalize``, is excluded."""
     loader = build_eval_loader(
         config(toy_config, toy_data),
         build_datasets(config(toy_config, toy_data), training=False).val,
@@ -781,7 +781,7 @@ def test_waiting_time_is_that_of_the_loader_alone(toy_config, toy_data, monkeypa
 
 
 def smooth_image(size=(90, 70), mode="RGB") -> Image.Image:
-    """Colour gradients with some texture, as photographs have."""
+    """Colour gradients with some noise, similar to a photograph."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noisy = np.clip(np.asarray(small).astype(int) + rng.integers(-12, 12, (size[1], size[0], 3)), 0, 255)
@@ -808,12 +808,12 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     ],
     ids=["jpeg", "jpeg 4:4:4", "progressive", "grey", "cmyk", "png", "palette", "webp"],
 )
-def test_pixels_for_training_are_those_of_pillow(data):
+def test_training_decoder_gives_the_pixels_of_pillow(data):
     expected = torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
     assert torch.equal(decode_pixels(data), expected)
 
 
-def test_damaged_files_have_the_errors_of_pillow(capfd):
+def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
     data = encoded(smooth_image(), "JPEG")
     for damaged in (data[: len(data) // 2], data[:-40], data[:100], b"", b"text"):
         errors = []
@@ -826,8 +826,8 @@ def test_damaged_files_have_the_errors_of_pillow(capfd):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [224, (48, 64)])
-def test_random_crops_are_those_of_timm_up_to_two_levels(size, interpolation):
-    """The same draws, enlarged and reduced; the mean over all pixels stays within a hundredth of a level."""
+def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
+    """The draws are the same, for enlarged and reduced crops. The mean difference is below a hundredth of a level."""
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)
     differences = []
@@ -837,21 +837,21 @@ def test_random_crops_are_those_of_timm_up_to_two_levels(size, interpolation):
         expected = np.asarray(theirs(image)).astype(int)
         random.seed(seed)
         crop = np.asarray(ours(image)).astype(int)
-        after = random.random()
+        next_draw = random.random()
         random.seed(seed)
         theirs(image)
-        assert random.random() == after  # later draws are the same too
+        assert random.random() == next_draw  # both use the same number of draws
         random.seed(seed)
         assert (np.asarray(ours(decode_pixels(encoded(image, "PNG")))) == crop).all()
         differences.append(crop - expected)
-    flat = np.concatenate([difference.ravel() for difference in differences])
-    assert np.abs(flat).max() <= 2
-    assert abs(flat.mean()) < 0.01
-    assert np.abs(flat).mean() < 0.05
+    all_differences = np.concatenate([difference.ravel() for difference in differences])
+    assert np.abs(all_differences).max() <= 2
+    assert abs(all_differences.mean()) < 0.01
+    assert np.abs(all_differences).mean() < 0.05
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 9)])
-def test_crops_of_the_smallest_images_have_a_pixel(size):
+def test_random_crops_of_tiny_images_contain_at_least_one_pixel(size):
     crop = RandomResizedCrop((8, 6), scale=(0.08, 1.0), ratio=(0.75, 4 / 3), interpolation="bicubic")
     for seed in range(200):
         random.seed(seed)

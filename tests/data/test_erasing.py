@@ -1,4 +1,4 @@
-"""Random erasing: the distribution of timm's, with draws that depend on (seed, epoch, index) alone."""
+"""Random erasing: the distribution is the same as in timm, and draws depend only on (seed, epoch, index)."""
 
 import random
 
@@ -15,33 +15,33 @@ SIDE = 40
 
 
 def boxes_of_timm(count: int, max_count: int) -> list[tuple[int, int, int, int]]:
-    """Rectangles that timm erases in ``count`` images, recorded where it asks for their content."""
-    found = []
+    """Rectangles that timm erases in ``count`` images, recorded when it assigns their content."""
+    boxes = []
 
-    class Recording(torch.Tensor):
+    class RecordingTensor(torch.Tensor):
         def __setitem__(self, key, value):
             rows, columns = key[1:]
-            found.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+            boxes.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
 
     erase = RandomErasing(1.0, mode="const", max_count=max_count, device="cpu")
-    image = torch.zeros(3, SIDE, SIDE).as_subclass(Recording)
+    image = torch.zeros(3, SIDE, SIDE).as_subclass(RecordingTensor)
     random.seed(0)
     for _ in range(count):
         erase(image)
-    return found
+    return boxes
 
 
 @pytest.mark.parametrize("max_count", [1, 3])
-def test_rectangles_are_distributed_as_those_of_timm(max_count):
+def test_rectangles_have_the_same_distribution_as_in_timm(max_count):
     state = hash_keys(0, [(0, index) for index in range(20_000)])
     _, ours = draw_rectangles(state, SIDE, SIDE, probability=1.0, max_count=max_count)
     theirs = np.array(boxes_of_timm(20_000, max_count))
     assert len(ours) == pytest.approx(len(theirs), rel=0.02)
-    for mine, expected in zip(ours.T, theirs.T, strict=True):
-        assert ks_2samp(mine, expected).pvalue > 1e-3
+    for measured, expected in zip(ours.T, theirs.T, strict=True):
+        assert ks_2samp(measured, expected).pvalue > 1e-3
 
 
-def test_the_probability_is_that_of_erasing_an_image():
+def test_configured_fraction_of_images_is_erased_with_rectangles_inside_the_image():
     state = hash_keys(3, [(1, index) for index in range(20_000)])
     positions, boxes = draw_rectangles(state, SIDE, SIDE, probability=0.25, max_count=1)
     assert len(positions) == pytest.approx(5000, rel=0.05)
@@ -61,32 +61,32 @@ def test_uniform_draws_are_uniform_and_independent():
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03
 
 
-def test_splitmix_gives_its_published_sequence():
-    """The first outputs for the seed 1234567, from the reference implementation of Vigna."""
+def test_splitmix_reproduces_the_published_sequence():
+    """The expected values are the first outputs of Vigna's reference implementation for the seed 1234567."""
     draws = draw_uniform(np.array([1234567], dtype=np.uint64), 3)
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert draws[0].tolist() == [(value >> 11) * 2.0**-53 for value in expected]
 
 
-def test_keys_and_seeds_all_matter():
+def test_random_state_differs_for_every_seed_epoch_and_index():
     states = [hash_keys(seed, [(epoch, index)])[0] for seed in (0, 1, 2**32 - 1) for epoch in range(3) for index in range(3)]
     assert len(set(states)) == 27
 
 
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
-def test_an_image_is_erased_alike_in_every_batch(mode):
+def test_erasing_of_an_image_does_not_depend_on_its_batch(mode):
     keys = [(2, index) for index in range(16)]
     erase = Erase(0.5, mode=mode, max_count=2, seed=5, device=CPU)
     torch.manual_seed(1)
     images = torch.randn(16, 3, SIDE, SIDE)
-    before = torch.get_rng_state()
-    together = erase(images.clone(), keys)
-    alone = torch.cat([erase(images[i : i + 1].clone(), keys[i : i + 1]) for i in reversed(range(16))]).flip(0)
-    assert torch.equal(together, alone)
-    assert torch.equal(torch.get_rng_state(), before)
-    changed = (together != images).any(dim=1)
+    generator_state = torch.get_rng_state()
+    batched = erase(images.clone(), keys)
+    separate = torch.cat([erase(images[i : i + 1].clone(), keys[i : i + 1]) for i in reversed(range(16))]).flip(0)
+    assert torch.equal(batched, separate)
+    assert torch.equal(torch.get_rng_state(), generator_state)
+    changed = (batched != images).any(dim=1)
     assert 4 <= changed.flatten(1).any(dim=1).sum() < 16
-    values = together.movedim(1, -1)[changed]  # (pixels, 3)
+    values = batched.movedim(1, -1)[changed]  # (pixels, 3)
     if mode == "const":
         assert (values == 0).all()
     elif mode == "rand":
@@ -97,12 +97,12 @@ def test_an_image_is_erased_alike_in_every_batch(mode):
         assert values.std() == pytest.approx(1, abs=0.05)
 
 
-def test_two_rectangles_of_an_image_have_noise_of_their_own():
+def test_two_rectangles_of_an_image_have_different_noise():
     erase = Erase(1.0, mode="rand", max_count=2, seed=0, device=CPU)
     keys = [(0, index) for index in range(40)]
     erased = erase(torch.full((40, 3, SIDE, SIDE), 9.0), keys)
     positions, _ = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=1.0, max_count=2)
-    twice = np.flatnonzero(np.bincount(positions) == 2)
-    assert len(twice) > 5
-    colours = [len(erased[image, 0].unique()) - 1 for image in twice.tolist()]
-    assert max(colours) == 2
+    images_with_two = np.flatnonzero(np.bincount(positions) == 2)
+    assert len(images_with_two) > 5
+    num_colours = [len(erased[image, 0].unique()) - 1 for image in images_with_two.tolist()]
+    assert max(num_colours) == 2

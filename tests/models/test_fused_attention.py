@@ -1,4 +1,4 @@
-"""The operator's own backward pass against the plain form, which autograd differentiates."""
+"""The custom backward pass of focused linear attention gives the gradients of the plain form, computed by autograd."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 @contextlib.contextmanager
 def plain_form():
-    """The branch that compilers take, without a compiler."""
+    """Select the plain form, as under a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -66,31 +66,31 @@ def assert_equals_plain_form(operator, tokens, **options):
     ],
     ids=str,
 )
-def test_values_and_gradients_are_those_of_the_plain_form(options, prefix):
+def test_values_and_gradients_equal_those_of_the_plain_form(options, prefix):
     operator = random_operator((4, 5), num_prefix_tokens=prefix, **options)
     assert_equals_plain_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
 
 
 @pytest.mark.parametrize("key_grid", [(2, 3), (1, 1)])
-def test_reduced_keys_have_the_same_gradients(key_grid):
+def test_reduced_keys_give_the_gradients_of_the_plain_form(key_grid):
     operator = random_operator((4, 5), key_grid=key_grid)
     assert_equals_plain_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
 
 
-def test_masked_keys_have_the_same_gradients():
+def test_masked_keys_give_the_gradients_of_the_plain_form():
     operator = random_operator((4, 5))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[1] = False  # an image without keys
     assert_equals_plain_form(operator, random_tokens(3, 20, 20), key_mask=mask)
 
 
-def test_another_map_resizes_the_positional_encoding():
+def test_resized_positional_encodings_give_the_gradients_of_the_plain_form():
     assert_equals_plain_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
 
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
-def test_the_epsilons_have_their_share_in_the_gradients(std):
-    """With tiny inputs the epsilons decide, and where q or k is negative in all channels they alone are left."""
+def test_the_epsilons_contribute_to_the_gradients(std):
+    """Epsilons dominate for tiny inputs. Where q or k is negative in all channels, only the epsilons remain."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_epsilons_have_their_share_in_the_gradients(std):
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
 @pytest.mark.parametrize("std", [1e-3, 1.0, 1e6])
 def test_single_precision_neither_overflows_nor_underflows(scale, std):
-    """Tokens that are negative in all channels have features of 1e-6 / scale, whose sixth powers float32 does not hold."""
+    """Tokens that are negative in all channels have features of 1e-6 / scale. Their sixth powers underflow in float32."""
     operator = random_operator((4, 5), rank_restoration=False)
     torch.nn.init.constant_(operator.scale, scale)
     q, k, v = random_tokens(2, 20, 20, std=std)
@@ -118,8 +118,8 @@ def test_single_precision_neither_overflows_nor_underflows(scale, std):
 
 @pytest.mark.parametrize("limit", [C, 7 * C, 20 * C, 45 * C])
 @pytest.mark.parametrize("num_keys", [20, 6])
-def test_blocks_of_any_size_give_the_same(monkeypatch, limit, num_keys):
-    """Blocks of a token, of some tokens, of an image and of two images."""
+def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit, num_keys):
+    """The blocks contain one token, several tokens, one image, or two images."""
     monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
     operator = random_operator((4, 5), key_grid=(4, 5) if num_keys == 20 else (2, 3))
     assert_equals_plain_form(operator, random_tokens(5, 20, num_keys))
@@ -128,21 +128,21 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, limit, num_keys):
 @pytest.mark.parametrize(
     ("limit", "images", "tokens"), [(1, 5, 5), (4, 5, 3), (7, 5, 2), (12, 5, 1), (24, 3, 1), (10**6, 1, 1)]
 )
-def test_blocks_cover_images_and_tokens_once(monkeypatch, limit, images, tokens):
+def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, images, tokens):
     monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
     blocks = Blocks(5, 5, 2, torch.device("cpu"))
     parts = [list(blocks.images()), list(blocks.tokens(5))]
     assert [len(part) for part in parts] == [images, tokens]
     for part in parts:
-        assert [position for piece in part for position in range(5)[piece]] == list(range(5))
+        assert [position for block in part for position in range(5)[block]] == list(range(5))
 
 
-def test_other_devices_take_all_in_one_block():
+def test_other_devices_process_all_images_in_one_block():
     blocks = Blocks(64, 10_000, 768, torch.device("meta"))
     assert len(list(blocks.images())) == len(list(blocks.tokens(10_000))) == 1
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_equal_finite_differences():
     operator = random_operator((2, 3))
     tokens = random_tokens(2, 6, 6)
     names = dict(operator.named_parameters())
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(run, [*tokens, *names.values()], fast_mode=False)
 
 
-def test_a_second_derivative_needs_the_plain_form():
+def test_second_derivatives_require_the_plain_form():
     operator = random_operator((2, 3))
     packed = torch.randn(1, 6, 3 * C).double().requires_grad_()
     second = []
@@ -168,7 +168,7 @@ def test_a_second_derivative_needs_the_plain_form():
     torch.testing.assert_close(*second)
 
 
-def test_torch_func_takes_the_plain_form():
+def test_torch_func_uses_the_plain_form():
     operator = random_operator((2, 3))
     packed = torch.randn(2, 6, 3 * C).double().requires_grad_()
 
@@ -178,7 +178,7 @@ def test_torch_func_takes_the_plain_form():
     torch.testing.assert_close(torch.func.grad(loss)(packed.detach()), torch.autograd.grad(loss(packed), packed)[0])
 
 
-def test_gradients_that_are_strided_within_a_token_are_joined_by_a_copy():
+def test_gradients_that_are_strided_within_a_token_are_concatenated_by_a_copy():
     packed = torch.randn(2, 4, 12).requires_grad_()
     weights = torch.randn(2, 4, 12)
     found = [
@@ -189,13 +189,13 @@ def test_gradients_that_are_strided_within_a_token_are_joined_by_a_copy():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_the_gradients_of_float32_up_to_its_rounding(dtype):
+def test_half_precision_gradients_equal_float32_gradients_up_to_rounding(dtype):
     operator = random_operator((8, 8)).float()
     tokens = [tokens.detach().float().requires_grad_() for tokens in random_tokens(2, 64, 64)]
     _, exact = outputs_and_gradients(operator, tokens)
     with torch.autocast("cpu", dtype=dtype):
-        halves = [part.detach().to(dtype).requires_grad_() for part in tokens]
-        out, rounded = outputs_and_gradients(operator, halves)
+        half_tokens = [part.detach().to(dtype).requires_grad_() for part in tokens]
+        out, rounded = outputs_and_gradients(operator, half_tokens)
     assert out.dtype == dtype
     assert [gradient.dtype for gradient in rounded] == 3 * [dtype] + [torch.float32] * 4
     for gradient, expected in zip(rounded, exact, strict=True):
@@ -203,7 +203,7 @@ def test_half_precision_gives_the_gradients_of_float32_up_to_its_rounding(dtype)
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def test_gradients_of_one_projection_are_not_copied(monkeypatch):
+def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
     operator = random_operator((4, 5)).float()
     packed = torch.randn(2, 20, 3 * C).requires_grad_()
 
@@ -215,7 +215,7 @@ def test_gradients_of_one_projection_are_not_copied(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("copied"))
         torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # Parts that are used otherwise too have separate gradients, which are joined by a copy.
+    # If the parts have other uses, their gradients are separate tensors and are concatenated by a copy.
     out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
     assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
     q, _, v = split_channels(packed, 3)
@@ -223,35 +223,35 @@ def test_gradients_of_one_projection_are_not_copied(monkeypatch):
     assert torch.equal(gradient, torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(C).expand_as(packed))
 
 
-def test_the_forward_pass_keeps_no_map_for_the_backward_pass():
-    """Only inputs and small summaries: not even one more map of the size of q."""
+def test_the_forward_pass_saves_no_token_map_for_the_backward_pass():
+    """It saves the inputs and small summaries, which together are smaller than one map of the size of q."""
     operator = random_operator((8, 8))
     tokens = random_tokens(2, 64, 64)
     inputs = {part.data_ptr() for part in [*tokens, *operator.parameters()]}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         if tensor.data_ptr() not in inputs:
-            kept[tensor.data_ptr()] = tensor.numel()
+            saved[tensor.data_ptr()] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         operator(*tokens)
-    assert sum(kept.values()) < tokens[0].numel()
+    assert sum(saved.values()) < tokens[0].numel()
 
 
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("grid", [(8, 9), (4, 12)], ids=str)
-def test_the_gradients_of_the_convolution_are_autograd_s(side, grid):
-    """On maps larger than the kernel, and on maps that it exceeds."""
+def test_gradients_of_the_convolution_equal_those_of_autograd(side, grid):
+    """Some maps are larger than the kernel, others are smaller in one dimension."""
     operator = random_operator(grid, kernel_size=side)
     num_tokens = grid[0] * grid[1]
     assert_equals_plain_form(operator, random_tokens(3, num_tokens, num_tokens))
 
 
 @pytest.mark.parametrize("side", [1, 3, 5, 7])
-def test_the_convolution_is_that_of_each_map_by_itself(side):
-    """The output with rank restoration minus that without: the values of a map convolved, with zeros beyond its edges."""
+def test_the_convolution_equals_a_sum_of_shifted_and_weighted_maps(side):
+    """The output with rank restoration minus the output without it is the convolution of the values with zero padding."""
     operator = random_operator((6, 7), kernel_size=side)
     tokens = random_tokens(2, 42, 42)
     with torch.no_grad():

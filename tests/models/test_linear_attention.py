@@ -1,4 +1,4 @@
-"""The operator against its definition, written out with the N x M matrix that it avoids."""
+"""Linear attention equals its definition, which is computed here with an explicit N x M attention matrix."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def random_inputs(num_queries=N, num_keys=N):
 
 
 def definition(operator, q, k, v, grid=GRID):
-    """Paper, eq. 3 to 8, with explicit weights of every query over every key."""
+    """Equations 3 to 8 of the paper, with an explicit weight for every query and key."""
 
     def map_features(x):
         x = (F.relu(x) + 1e-6) / F.softplus(operator.scale)
@@ -49,7 +49,7 @@ def definition(operator, q, k, v, grid=GRID):
     stretched = (
         F.interpolate(v.transpose(1, 2), size=out.shape[1], mode="linear") if num_keys != out.shape[1] else v.transpose(1, 2)
     )
-    maps = stretched.reshape(B * H, D, *grid)  # a head at a time, as the reference has it
+    maps = stretched.reshape(B * H, D, *grid)  # one head at a time, as in the reference
     return out + operator.dwc(maps).reshape(B, C, -1).transpose(1, 2)
 
 
@@ -57,8 +57,8 @@ def assert_same_forward_and_backward(one, other, inputs):
     torch.testing.assert_close(one, other)
     weights = torch.randn(one.shape, dtype=one.dtype, generator=torch.Generator().manual_seed(2))
     gradients = [torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True) for out in (one, other)]
-    for mine, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, expected)
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("power", [2, 3, 4, 8])
@@ -98,10 +98,10 @@ def similarity_attention(similarity, v):
 
 
 def naive(kind, q, k, v):
-    """Each compared attention with its matrix, per head unless it has one head only."""
+    """A compared attention with an explicit attention matrix."""
     if kind == "hydra":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        # Every channel is a head of its own, whose similarity of n and m is q_n * k_m; Hydra does not normalise rows.
+        # Every channel is a separate head with similarity q_n * k_m. Hydra does not normalise rows.
         return torch.einsum("bnc,bmc,bmc->bnc", q, k, v)
     q, k, v = heads(q), heads(k), heads(v)
     if kind == "softmax":
@@ -129,12 +129,12 @@ def test_a_compared_attention_equals_its_naive_form_forward_and_backward(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_counts_nowhere(kind):
-    """A map padded to a larger one gives, on its own tokens, what the map alone gives."""
+def test_masked_padding_does_not_change_the_outputs_of_real_tokens(kind):
+    """A padded map with a key mask gives the same output for the original tokens as the map without padding."""
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()
     if kind == "focused":
-        torch.nn.init.zeros_(operator.positional_encoding)  # else resizing it would change the values
+        torch.nn.init.zeros_(operator.positional_encoding)  # resizing it to the padded map would change its values
 
     def pad(x, value):
         return F.pad(x.unflatten(1, GRID), (0, 0, 0, 1, 0, 2), value=value).flatten(1, 2)
@@ -148,9 +148,9 @@ def test_padding_counts_nowhere(kind):
 def test_prefix_tokens_attend_and_are_not_convolved():
     operator = random_operator(num_prefix_tokens=1)
     q, k, v = random_inputs(N + 1, N + 1)
-    without = definition_without_convolution(operator, q, k, v)
+    attended = definition_without_convolution(operator, q, k, v)
     convolved = operator.dwc(v[:, 1:].transpose(1, 2).reshape(B * H, D, *GRID)).reshape(B, C, N).transpose(1, 2)
-    expected = torch.cat([without[:, :1], without[:, 1:] + convolved], dim=1)
+    expected = torch.cat([attended[:, :1], attended[:, 1:] + convolved], dim=1)
     torch.testing.assert_close(operator(q, k, v), expected)
 
 
@@ -163,20 +163,20 @@ def definition_without_convolution(operator, q, k, v):
         operator.dwc = dwc
 
 
-def test_linear_attention_weights_are_convex():
+def test_linear_attention_weights_sum_to_one():
     q, k = torch.rand(1, 1, 9, 4), torch.rand(1, 1, 20, 4)
     out = linear_attention(q, k, torch.ones(1, 1, 20, 3))
     torch.testing.assert_close(out, torch.ones(1, 1, 9, 3), rtol=1e-4, atol=1e-4)
 
 
-# Largest error relative to the output's own size, measured at 4e-7, 6e-4 and 4e-3; half precisions round their inputs.
+# Maximum error relative to the largest output; 4e-7, 6e-4 and 4e-3 were measured. Half precisions also round the inputs.
 ERROR_BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.mark.parametrize("dtype", ERROR_BOUNDS, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-6, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("side", [7, 96])
-def test_every_precision_stays_near_double(dtype, magnitude, side):
+def test_every_precision_is_within_an_error_bound_of_float64(dtype, magnitude, side):
     torch.manual_seed(0)
     operator = FocusedLinearAttention(32, 2, side)
     torch.nn.init.normal_(operator.scale, std=0.5)
@@ -211,13 +211,13 @@ def copy_in_double(operator):
     ],
     ids=["even kernel", "unknown kind", "heads"],
 )
-def test_wrong_arguments_are_refused_with_the_remedy(options, message):
+def test_invalid_arguments_are_rejected_with_a_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         FocusedLinearAttention(**{"dim": C, "num_heads": H, "grid": GRID, **options})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_without_keys_gives_zeros_and_finite_gradients(kind):
+def test_an_image_with_all_keys_masked_gives_zeros_and_finite_gradients(kind):
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()
     mask = torch.ones(B, N, dtype=torch.bool)
@@ -240,19 +240,19 @@ def test_an_image_without_keys_gives_zeros_and_finite_gradients(kind):
     ],
     ids=["queries", "keys", "reduced keys", "prefix"],
 )
-def test_a_wrong_number_of_tokens_is_refused_with_both_numbers(num_queries, num_keys, options, message):
+def test_a_wrong_number_of_tokens_is_rejected_with_both_numbers(num_queries, num_keys, options, message):
     with pytest.raises(ValueError, match=message):
         random_operator(**options)(*random_inputs(num_queries, num_keys))
 
 
-def test_values_of_another_number_than_keys_are_refused():
+def test_different_numbers_of_keys_and_values_are_rejected():
     q, k, v = random_inputs()
     with pytest.raises(ValueError, match="v has 29 tokens"):
         random_operator()(q, k, v[:, 1:])
 
 
 @pytest.mark.parametrize(("num_stored", "num_tokens"), [(49, 3136), (49, 196), (6, 20), (1, 9), (7, 5), (4, 4)])
-def test_stretched_tokens_are_those_of_linear_interpolation(num_stored, num_tokens):
+def test_stretched_tokens_equal_linear_interpolation(num_stored, num_tokens):
     x = torch.randn(2, num_stored, 3, dtype=torch.double, requires_grad=True)
     expected = F.interpolate(x.transpose(1, 2), size=num_tokens, mode="linear", align_corners=False).transpose(1, 2)
     assert_same_forward_and_backward(stretch_tokens(x, num_tokens), expected, [x])

@@ -1,4 +1,4 @@
-"""Our models against figures measured on the reference implementation (tests/reference)."""
+"""Models reproduce figures measured on the reference implementation (tests/reference)."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from utils.step import train_step
 CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
 TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))
 FINE_TUNINGS = sorted(path.stem for path in REFERENCE.glob("finetune-*.json"))
-# PVT v1 of the reference builds a norm that nothing uses.
-DEAD_NORM = ("norm.weight", "norm.bias")
+# Entries of a norm that PVT v1 of the reference creates but does not use.
+UNUSED_NORM = ("norm.weight", "norm.bias")
 
 
 def build(config, opts):
@@ -30,10 +30,10 @@ def test_a_config_builds_the_model_of_the_reference(case):
     expected = {name: shape for name, shape, kind in figures["state_dict"] if kind == "param"}
     num_parameters = figures["params"]
     if "pvt_" in case and "v2" not in case:
-        num_parameters -= sum(expected.pop(name)[0] for name in DEAD_NORM)
+        num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    assert model.no_weight_decay() == set(figures["no_weight_decay"]) - (set(DEAD_NORM) - set(expected))
+    assert model.no_weight_decay() == set(figures["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = figures["img_size"]
     with torch.no_grad():
         logits = model(formula_image(0, (figures["batch"], 3, side, side)))

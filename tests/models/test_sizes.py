@@ -1,4 +1,4 @@
-"""Image sizes: non-square ones, changed ones, checkpoints from other ones, and those that are too small."""
+"""Image sizes: non-square and changed sizes, checkpoints of other sizes, and sizes below the minimum."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def assert_same_logits(one, other, size):
 
 @pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_of_any_size_loads_at_any_other_size_exactly(kind, source_size, size):
+def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, size):
     """Loading with the size of the checkpoint equals calling the source model at the new size."""
     source, target = build(kind, source_size), build(kind, size)
     state_dict = source.state_dict()
@@ -56,8 +56,8 @@ def test_a_checkpoint_of_any_size_loads_at_any_other_size_exactly(kind, source_s
     assert_same_logits(target, source, size)
 
 
-def test_the_sizes_of_the_paper_convert_to_non_square_ones():
-    """224 x 224 to 160 x 320, with stripes of 28 x 7 tokens."""
+def test_a_checkpoint_of_the_image_size_of_the_paper_loads_at_a_non_square_size():
+    """The size changes from 224 x 224 to 160 x 320 pixels. Stage 2 has stripes of 28 x 7 tokens."""
     options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (14, 7), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
     options |= {"attn_type": "LLL", "linear_splits": (14, 7, None)}
     source, target = (CSwinTransformer(**options, img_size=size).eval() for size in (224, (160, 320)))
@@ -69,8 +69,8 @@ def test_the_sizes_of_the_paper_convert_to_non_square_ones():
     assert_same_logits(target, source, (160, 320))
 
 
-def test_a_stripe_keeps_its_width():
-    """196 positions are a stripe of 28 x 7, not a square of 14 x 14: resized by hand to 56 x 7."""
+def test_resizing_keeps_the_width_of_a_stripe():
+    """A table of 196 positions is a stripe of 28 x 7, not a square of 14 x 14. The expected table is resized to 56 x 7."""
     options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (7, None)}
     source, target = (CSwinTransformer(**options, img_size=size, device="meta") for size in (112, 224))
     shapes = {name: value.shape for name, value in source.state_dict().items()}
@@ -79,14 +79,14 @@ def test_a_stripe_keeps_its_width():
     state_dict = {name: torch.randn(shapes[name]) for name in names}
     resized = target.resize_position_tables(state_dict, img_size=112)
     for name in names:
-        old, new = ((28, 7), (56, 7)) if ".attns.0." in name else ((7, 28), (7, 56))
-        table = state_dict[name].view(1, *old, 8).permute(0, 3, 1, 2)
-        expected = F.interpolate(table, size=new, mode="bicubic").permute(0, 2, 3, 1).reshape(1, -1, 8)
+        old_grid, new_grid = ((28, 7), (56, 7)) if ".attns.0." in name else ((7, 28), (7, 56))
+        table = state_dict[name].view(1, *old_grid, 8).permute(0, 3, 1, 2)
+        expected = F.interpolate(table, size=new_grid, mode="bicubic").permute(0, 2, 3, 1).reshape(1, -1, 8)
         torch.testing.assert_close(resized[name], expected)
 
 
-def test_a_relative_table_of_a_non_square_window_is_resized_as_a_map():
-    """A stage of 2 x 4 tokens has windows of 2 x 4, so 3 x 7 offsets."""
+def test_a_relative_position_table_of_a_non_square_window_is_resized_as_a_2d_map():
+    """A stage of 2 x 4 tokens has windows of 2 x 4 tokens and therefore 3 x 7 relative positions."""
     options = {**HIERARCHY, "attn_type": "SS", "patch_size": 16, "depths": (1, 1)}
     source, target = SwinTransformer(**options, img_size=(32, 64)), SwinTransformer(**options, img_size=64)
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
@@ -96,7 +96,7 @@ def test_a_relative_table_of_a_non_square_window_is_resized_as_a_map():
     torch.testing.assert_close(resized[name], expected.permute(0, 2, 3, 1).reshape(49, 2))
 
 
-def test_a_table_of_equal_shape_and_another_grid_is_resized_if_the_size_is_known():
+def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is_given():
     source, target = (DeiT(**TOY_DEIT, img_size=size).eval() for size in ((32, 128), (64, 64)))
     assert source.pos_embed.shape == target.pos_embed.shape  # 2 x 8 and 4 x 4 patches
     for parameter in source.parameters():
@@ -123,16 +123,16 @@ def test_a_table_of_equal_shape_and_another_grid_is_resized_if_the_size_is_known
             "stage1.0.attns.0.positional_encoding: the checkpoint's 96 positions .* img_size",
         ),
     ],
-    ids=["not a square", "a stripe"],
+    ids=["non-square", "stripe"],
 )
-def test_an_ambiguous_table_is_refused_without_the_size_of_the_checkpoint(model, source, message):
+def test_an_ambiguous_table_is_rejected_without_the_image_size_of_the_checkpoint(model, source, message):
     with pytest.raises(ValueError, match=message):
         model.resize_position_tables(source.state_dict())
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(source.state_dict())
 
 
-def test_a_table_that_does_not_belong_to_the_given_size_is_refused():
+def test_a_table_that_does_not_match_the_given_image_size_is_rejected():
     source, target = DeiT(**TOY_DEIT, img_size=64), DeiT(**TOY_DEIT, img_size=96)
     with pytest.raises(ValueError, match=r"pos_embed: 16 positions .* 32 x 96 pixels"):
         target.resize_position_tables(source.state_dict(), img_size=(32, 96))
@@ -140,7 +140,7 @@ def test_a_table_that_does_not_belong_to_the_given_size_is_refused():
 
 @pytest.mark.parametrize("size", [(48, 96), (96, 96), (40, 32)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_set_input_size_changes_no_logits_at_the_new_size(kind, size):
+def test_set_input_size_preserves_the_logits_at_the_new_size(kind, size):
     model, changed = build(kind, 64), build(kind, 64)
     changed.set_input_size(img_size=size)
     assert_same_logits(changed, model, size)
@@ -154,7 +154,7 @@ def test_set_input_size_changes_no_logits_at_the_new_size(kind, size):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "windows" not in kind and "softmax" not in kind])
-def test_set_input_size_gives_the_tables_of_a_model_that_was_built_at_that_size(kind):
+def test_set_input_size_gives_tables_of_the_same_shapes_as_a_model_built_at_that_size(kind):
     changed = build(kind, 64)
     changed.set_input_size(img_size=(48, 96))
     built = build(kind, (48, 96))
@@ -167,13 +167,13 @@ def test_set_input_size_gives_the_tables_of_a_model_that_was_built_at_that_size(
 @pytest.mark.parametrize(
     "size", [np.int64(64), torch.Size((64, 64)), [64, 64], (np.int32(64), 64)], ids=lambda size: str(type(size))
 )
-def test_sizes_are_integers_of_any_type(size):
+def test_image_sizes_may_be_integers_and_sequences_of_any_type(size):
     assert DeiT(**TOY_DEIT, img_size=size).pos_embed.shape == (1, 17, 16)
 
 
-# Smallest side by hand: PVT halves four times after patches of 4 pixels; CSwin's first patch needs 7 pixels, 4 of them
-# padding; softmax blocks of PVTv2 reduce the first map, of ceil(side / 4) tokens, by 8.
-SMALLEST = {
+# Minimum side, computed by hand. PVT has patches of 4 pixels and halves the map three times. The first convolution of CSwin
+# needs 7 pixels, of which 4 are padding. Softmax blocks of PVTv2 reduce the first map, of ceil(side / 4) tokens, by 8.
+MINIMUM_SIZES = {
     "swin": (SwinTransformer, {}, 1),
     "pvt": (PyramidVisionTransformer, {}, 32),
     "pvt v2": (PyramidVisionTransformerV2, {}, 1),
@@ -183,8 +183,8 @@ SMALLEST = {
 }
 
 
-@pytest.mark.parametrize(("constructor", "options", "smallest"), SMALLEST.values(), ids=SMALLEST)
-def test_images_below_the_smallest_size_are_refused_with_that_size(constructor, options, smallest):
+@pytest.mark.parametrize(("constructor", "options", "smallest"), MINIMUM_SIZES.values(), ids=MINIMUM_SIZES)
+def test_images_below_the_minimum_size_are_rejected_with_that_size(constructor, options, smallest):
     small = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
     model = constructor(img_size=smallest, num_classes=3, **small, **options).eval()
     with torch.no_grad():

@@ -26,26 +26,26 @@ def toy(**options):
         ("LLMS12", ["LL", "LL", "LLLLLL", "SS"]),
     ],
 )
-def test_attention_types_give_a_letter_to_every_block(attn_type, expected):
+def test_attention_types_expand_to_one_letter_per_block(attn_type, expected):
     assert parse_attention_types(attn_type, (2, 2, 6, 2)) == expected
 
 
 @pytest.mark.parametrize("attn_type", ["LLS", "LLXS", "LLMS", "LLSS3", "LLSSS"])
-def test_attention_types_that_do_not_fit_are_refused(attn_type):
+def test_invalid_attention_types_are_rejected(attn_type):
     with pytest.raises(ValueError, match=attn_type):
         parse_attention_types(attn_type, (2, 2, 6, 2))
 
 
-def test_windows_come_apart_and_together_again():
+def test_merge_inverts_the_partition_into_windows():
     x = torch.arange(2 * 6 * 8 * 3).view(2, 6, 8, 3)
     windows = partition(x, (3, 4))
     assert windows.shape == (8, 12, 3)
-    assert torch.equal(windows[1].view(3, 4, 3), x[0, :3, 4:])  # windows of a row of windows follow each other
+    assert torch.equal(windows[1].view(3, 4, 3), x[0, :3, 4:])  # windows are ordered row by row
     assert torch.equal(merge(windows, (3, 4), (6, 8)), x)
 
 
-def test_regions_of_a_shifted_map_by_hand():
-    """4 x 4 map, windows of 2, shift of 1: the last window holds the four corners of the map, all apart."""
+def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
+    """4 x 4 map, windows of 2 x 2, shift of 1. The last window contains the four corners of the map, in four regions."""
     regions = window_regions((4, 4), (2, 2), (1, 1), (4, 4))
     assert regions[0].unique().numel() == 1
     assert regions[1].view(2, 2).tolist() == [[0, 2], [0, 2]]
@@ -53,7 +53,7 @@ def test_regions_of_a_shifted_map_by_hand():
 
 
 def naive_softmax_block(block, x, window):
-    """Windows one by one, the real tokens of each alone."""
+    """Output of the block, computed for one window at a time from its real tokens only."""
     attention, height, width = block.attn, x.shape[1], x.shape[2]
     normed, out = block.norm1(x), torch.zeros_like(x)
     bias = attention.position_bias(window)[0]
@@ -61,17 +61,17 @@ def naive_softmax_block(block, x, window):
         for left in range(0, width, window[1]):
             tokens = normed[:, top : top + window[0], left : left + window[1]]
             rows, columns = tokens.shape[1:3]
-            keep = [r * window[1] + c for r in range(rows) for c in range(columns)]
+            real = [r * window[1] + c for r in range(rows) for c in range(columns)]
             q, k, v = attention.qkv(tokens.flatten(1, 2)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + bias[:, keep][:, :, keep]
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + bias[:, real][:, :, real]
             mixed = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
             out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
     x = x + out
     return x + block.mlp(block.norm2(x))
 
 
-@pytest.mark.parametrize("side", [14, 10, 17], ids=["divides", "pads", "another size"])
-def test_softmax_windows_equal_windows_of_real_tokens_one_by_one(side):
+@pytest.mark.parametrize("side", [14, 10, 17], ids=["divisible", "padded", "another size"])
+def test_softmax_windows_equal_a_loop_over_windows_of_real_tokens(side):
     model = toy(attn_type="SS", img_size=40 if side == 10 else 56)
     block = model.layers[0].blocks[0]
     x = torch.randn(2, side, side, 16)
@@ -85,21 +85,21 @@ def naive_linear_block(block, x, window):
         for left in range(0, width, window[1]):
             tokens = normed[:, top : top + window[0], left : left + window[1]]
             rows, columns = tokens.shape[1:3]
-            # The window's encoding, of its real tokens.
+            # The positional encoding of the window's real tokens.
             table = attention.positional_encoding.unflatten(1, window)[:, :rows, :columns].flatten(1, 2)
             q, k, v = attention.qkv(tokens.flatten(1, 2)).chunk(3, dim=-1)
-            whole = attention.positional_encoding.data
+            full_table = attention.positional_encoding.data
             attention.positional_encoding.data = table.data
-            attention.grid, attention.key_grid, kept = (rows, columns), (rows, columns), (attention.grid, attention.key_grid)
+            attention.grid, attention.key_grid, grids = (rows, columns), (rows, columns), (attention.grid, attention.key_grid)
             mixed = attention.proj(attention.attend(q, k, v))
-            attention.positional_encoding.data, (attention.grid, attention.key_grid) = whole, kept
+            attention.positional_encoding.data, (attention.grid, attention.key_grid) = full_table, grids
             out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
     x = x + out
     return x + block.mlp(block.norm2(x))
 
 
-@pytest.mark.parametrize("side", [12, 10], ids=["divides", "pads"])
-def test_linear_windows_equal_windows_of_real_tokens_one_by_one(side):
+@pytest.mark.parametrize("side", [12, 10], ids=["divisible", "padded"])
+def test_linear_windows_equal_a_loop_over_windows_of_real_tokens(side):
     model = toy(attn_type="LL", window_size=6, img_size=48)
     block = model.layers[0].blocks[0]
     x = torch.randn(2, side, side, 16)
@@ -108,7 +108,7 @@ def test_linear_windows_equal_windows_of_real_tokens_one_by_one(side):
 
 
 @pytest.mark.parametrize("size", [64, 96, (64, 96), (60, 52)], ids=str)
-def test_other_sizes_at_call_time_give_finite_logits(size):
+def test_images_of_other_sizes_give_finite_logits(size):
     height, width = (size, size) if isinstance(size, int) else size
     logits = toy(window_size=8)(torch.randn(2, 3, height, width))
     assert logits.shape == (2, 5)
@@ -141,12 +141,12 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
 
 
-def test_an_unknown_model_is_refused_with_the_nearest_name():
+def test_an_unknown_model_name_is_rejected_with_the_most_similar_name():
     with pytest.raises(ValueError, match="did you mean 'flatten_swin_t'"):
         create_model("flaten_swin_t")
 
 
-def test_reset_classifier_gives_another_head():
+def test_reset_classifier_replaces_the_head():
     model = toy()
     model.reset_classifier(7)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
@@ -154,8 +154,8 @@ def test_reset_classifier_gives_another_head():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 32)
 
 
-def test_the_softmax_window_is_an_argument_and_not_a_function_of_the_map():
-    """7, and 12 for the model of 384 pixels, as in the reference."""
+def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_map():
+    """It is 7 tokens wide, or 12 in the model of 384 pixels, as in the reference."""
     model = create_model("flatten_swin_t", img_size=256, device="meta")
     assert {block.window for block in model.layers[2].blocks} == {(7, 7)}
     large = create_model("flatten_swin_b_384", device="meta")
@@ -164,27 +164,27 @@ def test_the_softmax_window_is_an_argument_and_not_a_function_of_the_map():
 
 
 @pytest.mark.parametrize(("window", "softmax_window"), [(56, 7), (57, 12)])
-def test_a_config_widens_the_softmax_window_where_the_reference_does(window, softmax_window):
+def test_the_window_size_of_a_config_selects_the_softmax_window_of_the_reference(window, softmax_window):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.SWIN.WINDOW_SIZE", window])
     with torch.device("meta"):
         model = build_model(cfg)
     assert {block.window for block in model.layers[2].blocks} == {(softmax_window, softmax_window)}
 
 
-def test_a_model_built_at_another_size_computes_what_a_model_called_there_computes():
+def test_a_model_built_at_another_size_equals_a_model_called_at_that_size():
     source, target = toy(img_size=224), toy(img_size=256)
     target.load_state_dict(source.state_dict() | target.resize_position_tables(source.state_dict(), img_size=224))
     images = torch.randn(1, 3, 256, 256)
     torch.testing.assert_close(target(images), source(images), rtol=1e-4, atol=1e-4)
 
 
-def test_drop_path_rates_are_linear_from_zero_to_the_given_rate():
+def test_drop_path_rates_increase_linearly_from_zero_to_the_given_rate():
     assert drop_path_rates(0.3, (2, 2)) == [pytest.approx([0, 0.1]), pytest.approx([0.2, 0.3])]
     assert drop_path_rates(0.3, (1,)) == [[0]]
 
 
-def test_fresh_weights_have_a_deviation_of_two_hundredths():
-    """Linear layers and relative-position tables; biases are 0 and norms 1."""
+def test_initial_weights_have_a_standard_deviation_of_0_02():
+    """This holds for linear layers and relative position tables. Biases are 0 and norm weights are 1."""
     model = create_model("flatten_swin_t")
     assert model.layers[2].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.layers[2].blocks[0].attn.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.1)

@@ -1,4 +1,4 @@
-"""What timm's own test suite requires of a model, over every registered name, and what timm's users rely on.
+"""Requirements of timm's test suite for every registered model, and features that timm's users rely on.
 
 Checks of shapes and names run on the meta device at the native size; checks of values run at 64 x 64 pixels.
 """
@@ -21,7 +21,7 @@ from utils.config import load_config
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
 ALL_HIERARCHICAL = [name for name in list_models() if "deit" not in name]
-# Every kind of attention with masks and tables, small.
+# Options of small models that contain every kind of attention, mask and table.
 MIXED = {
     "flatten_swin_t": {"attn_type": "LMSS1", "depths": (2, 2, 1, 1), "window_size": 5, "softmax_window": 3},
     "flatten_pvt_t": {"attn_type": "LSLS", "depths": (1, 1, 1, 1)},
@@ -37,7 +37,7 @@ def mixed(name: str, **options) -> torch.nn.Module:
     model = timm.create_model(name, **{"num_classes": 5, "img_size": 64, **MIXED[name], **options}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_meta and not parameter.any():  # zero-initialised tables and biases hide mistakes
+            if not parameter.is_meta and not parameter.any():  # zero-initialised tables and biases would hide errors
                 parameter.copy_(torch.sin(torch.arange(parameter.numel()).float()).view_as(parameter) * 0.2)
     return model
 
@@ -49,10 +49,10 @@ def to_channels_first(features: torch.Tensor, height: int, width: int) -> torch.
     return features.permute(0, 3, 1, 2)
 
 
-# Over every name.
+# All registered names.
 
 
-def test_every_name_has_one_entry_point_and_one_description():
+def test_every_name_has_one_entry_point_and_one_default_cfg():
     names = list_models()
     assert len(names) == 21
     assert {name for name in names if is_model(name) and model_entrypoint(name).__name__ == name} == set(names)
@@ -60,8 +60,8 @@ def test_every_name_has_one_entry_point_and_one_description():
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_the_description_fits_the_model(name):
-    """timm's test_model_default_cfgs."""
+def test_the_default_cfg_matches_the_model(name):
+    """Corresponds to timm's test_model_default_cfgs."""
     model = timm.create_model(name, device="meta").eval()
     cfg, state_dict = model.default_cfg, model.state_dict()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -87,7 +87,7 @@ def test_the_description_fits_the_model(name):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_evaluation_follows_the_recipe_of_the_reference(name):
+def test_input_size_and_crop_follow_the_evaluation_recipe_of_the_reference(name):
     data = timm.data.resolve_model_data_config(timm.create_model(name, device="meta"))
     side = 384 if name.endswith("_384") else 224
     assert data["input_size"] == (3, side, side)
@@ -98,7 +98,7 @@ def test_evaluation_follows_the_recipe_of_the_reference(name):
 
 @pytest.mark.parametrize("name", list_models())
 def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
-    """timm's test_model_forward_features, with the getter and with hooks."""
+    """Corresponds to timm's test_model_forward_features, for the getter and for hooks."""
     for feature_cls in ("getter", "hook"):
         features = timm.create_model(name, features_only=True, feature_cls=feature_cls, img_size=64, device="meta")
         channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
@@ -112,7 +112,7 @@ def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_takes_channels_a_type_and_a_device(name):
+def test_every_model_accepts_input_channels_dtype_and_device(name):
     model = timm.create_model(name, in_chans=5, dtype=torch.bfloat16, device="meta")
     assert {(tensor.dtype, tensor.device.type) for tensor in model.parameters()} == {(torch.bfloat16, "meta")}
     assert model.in_chans == model.state_dict()[f"{model.default_cfg['first_conv']}.weight"].shape[1] == 5
@@ -121,8 +121,8 @@ def test_every_model_takes_channels_a_type_and_a_device(name):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_intermediates_of_every_model_fit_the_forward_pass(name):
-    """timm's test_model_forward_intermediates, on values."""
+def test_intermediates_of_every_model_match_the_forward_pass(name):
+    """Corresponds to timm's test_model_forward_intermediates, but compares values."""
     model, images = timm.create_model(name, img_size=64, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features = model.forward_features(images)
@@ -133,25 +133,25 @@ def test_intermediates_of_every_model_fit_the_forward_pass(name):
         (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
         two = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
         assert len(two) == 2
-    if "deit" not in name:  # whose maps are all normed
+    if "deit" not in name:  # the norm is applied to all maps of DeiT
         torch.testing.assert_close(first, maps[0])
         torch.testing.assert_close(two[1], maps[1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_failed_constructor_leaves_torch_s_defaults_unchanged(name):
+def test_a_failed_constructor_leaves_the_defaults_of_torch_unchanged(name):
     with pytest.raises(ValueError, match="choose one of focused"):
         create_model(name, dtype=torch.float64, device="meta", linear={"kind": "fokused"})
     assert torch.get_default_dtype() == torch.float32
     assert torch.empty(0).device.type == "cpu"
 
 
-# One model per family: features.
+# Features, for one model per family.
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("feature_cls", ["hook", "fx"])
-def test_hooks_and_fx_give_the_maps_of_the_getter(name, feature_cls):
+def test_hooks_and_fx_give_the_same_maps_as_the_getter(name, feature_cls):
     getter = mixed(name, features_only=True)
     other = mixed(name, features_only=True, feature_cls=feature_cls)
     images = torch.randn(2, 3, 64, 64)
@@ -163,8 +163,8 @@ def test_hooks_and_fx_give_the_maps_of_the_getter(name, feature_cls):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_fx_graph_computes_logits_and_gradients_as_the_model(name):
-    """timm's test_model_forward_fx and test_model_backward_fx, also at a size other than that of the trace."""
+def test_an_fx_graph_gives_the_logits_of_the_model_and_a_gradient_for_every_parameter(name):
+    """Corresponds to timm's test_model_forward_fx and test_model_backward_fx, and adds a size other than the traced one."""
     model = mixed(name)
     _, nodes = get_graph_node_names(model)
     graph = create_feature_extractor(model, [nodes[-1]]).eval()
@@ -176,7 +176,7 @@ def test_an_fx_graph_computes_logits_and_gradients_as_the_model(name):
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
-def test_hierarchical_maps_come_in_both_layouts_and_the_last_one_normed(name):
+def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normed(name):
     model, images = mixed(name), torch.randn(2, 3, 64, 64)
     rows = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
     raw = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
@@ -190,23 +190,23 @@ def test_hierarchical_maps_come_in_both_layouts_and_the_last_one_normed(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("indices", [0, 6, 13, [4, 99], [-13], []], ids=str)
-def test_indices_out_of_range_are_refused(name, indices):
+def test_invalid_indices_of_feature_maps_are_rejected(name, indices):
     with pytest.raises(ValueError, match="feature maps"):
         create_model(name, device="meta").take_indices(indices if "deit" not in name or indices != 6 else 13)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_feature_extractors_follow_the_depth_of_the_model(name):
+def test_the_number_of_feature_maps_follows_the_depth_of_the_model(name):
     options = {"depth": 3} if "deit" in name else {"depths": (1, 1, 1), "attn_type": "LLL"}
     features = timm.create_model(name, features_only=True, img_size=64, **options)
     assert len(features(torch.randn(1, 3, 64, 64))) == 3
 
 
-# DeiT as timm's VisionTransformer.
+# DeiT has the interface of timm's VisionTransformer.
 
 
 def vit_and_deit():
-    """timm's ViT and our DeiT with softmax attention: the same function of the same weights."""
+    """timm's ViT and our DeiT with softmax attention, both with the same weights, and images."""
     options = {"img_size": 64, "num_classes": 5, "depth": 3}
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -221,7 +221,7 @@ def vit_and_deit():
     "options", [{}, {"norm": True}, {"output_fmt": "NLC"}, {"return_prefix_tokens": True, "norm": True}], ids=str
 )
 @pytest.mark.parametrize("indices", [None, 2, [0, -1]], ids=str)
-def test_deit_has_the_intermediates_of_timm_s_vit(options, indices):
+def test_deit_returns_the_same_intermediates_as_the_vit_of_timm(options, indices):
     vit, deit, images = vit_and_deit()
     expected, found = (model.forward_intermediates(images, indices=indices, **options) for model in (vit, deit))
     torch.testing.assert_close(found, expected)
@@ -230,7 +230,7 @@ def test_deit_has_the_intermediates_of_timm_s_vit(options, indices):
 
 
 @pytest.mark.parametrize("reshape", [False, True])
-def test_deit_has_the_dino_interface_of_timm_s_vit(reshape):
+def test_deit_has_the_dino_interface_of_the_vit_of_timm(reshape):
     vit, deit, images = vit_and_deit()
     options = {"n": 2, "reshape": reshape, "return_prefix_tokens": True, "norm": True}
     torch.testing.assert_close(deit.get_intermediate_layers(images, **options), vit.get_intermediate_layers(images, **options))
@@ -238,7 +238,7 @@ def test_deit_has_the_dino_interface_of_timm_s_vit(reshape):
 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg", ""])
-def test_deit_pools_as_timm_s_vit(global_pool):
+def test_deit_pools_like_the_vit_of_timm(global_pool):
     vit, deit, images = vit_and_deit()
     for model in (vit, deit):
         model.reset_classifier(5, global_pool)
@@ -247,17 +247,17 @@ def test_deit_pools_as_timm_s_vit(global_pool):
 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg", ""])
-def test_deit_places_its_norm_as_timm_s_vit(global_pool):
+def test_deit_places_its_norm_like_the_vit_of_timm(global_pool):
     options = {"global_pool": global_pool, "depth": 1, "img_size": 32, "num_classes": 5}
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
     deit = timm.create_model("flatten_deit_t", attn_type="S", **options).eval()
-    deit.load_state_dict(vit.state_dict())  # strict: norm or fc_norm in both
+    deit.load_state_dict(vit.state_dict())  # strict loading: both models have norm, or both have fc_norm
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(deit(images), vit(images))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_unknown_poolings_are_refused_with_the_choices(name):
+def test_an_unknown_pooling_is_rejected_with_the_choices(name):
     with pytest.raises(ValueError, match=r"global_pool='max': choose one of .*'avg', ''"):
         create_model(name, global_pool="max", device="meta")
     with pytest.raises(ValueError, match="global_pool='max'"):
@@ -268,11 +268,11 @@ def test_unknown_poolings_are_refused_with_the_choices(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_drop_rate_is_the_dropout_before_the_classifier(name):
+def test_drop_rate_sets_the_dropout_before_the_classifier(name):
     model = mixed(name, drop_rate=0.5, drop_path_rate=0.0).train()
     images = torch.randn(2, 3, 64, 64)
     features = model.forward_features(images)
-    torch.testing.assert_close(model.forward_features(images), features)  # nothing random before the head
+    torch.testing.assert_close(model.forward_features(images), features)  # no randomness before the head
     torch.manual_seed(1)
     logits = model.forward_head(features)
     torch.manual_seed(1)
@@ -281,13 +281,13 @@ def test_drop_rate_is_the_dropout_before_the_classifier(name):
 
 
 RATES = [(name, rate) for name in FAMILIES for rate in ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate")]
-# Without a table or an embedding to drop from.
-NO_POSITIONS = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
+# Models that do not have this argument.
+WITHOUT_POSITION_TABLE = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
 
 
 @pytest.mark.parametrize(("name", "rate"), RATES)
-def test_every_dropout_rate_has_an_effect_in_training_alone(name, rate):
-    if (name, rate) in NO_POSITIONS:
+def test_every_dropout_rate_has_an_effect_only_in_training(name, rate):
+    if (name, rate) in WITHOUT_POSITION_TABLE:
         with pytest.raises(TypeError, match=rate):
             create_model(name, **{rate: 0.5})
         return
@@ -299,28 +299,28 @@ def test_every_dropout_rate_has_an_effect_in_training_alone(name, rate):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_dropout_without_an_attention_matrix_is_refused(name):
+def test_attention_dropout_without_an_attention_matrix_is_rejected(name):
     linear = {"attn_type": "L" if "deit" in name else "LLLL"}
     with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1: has no effect"):
         create_model(name, attn_drop_rate=0.1, device="meta", **linear)
 
 
-# Construction on meta, types and state.
+# Construction on the meta device, dtypes and state dicts.
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_from_meta_equals_its_source(name):
+def test_a_model_built_on_the_meta_device_equals_its_source_after_loading(name):
     source, images = mixed(name), torch.randn(2, 3, 64, 64)
     expected = source(images)
-    emptied = mixed(name, device="meta").to_empty(device="cpu")
-    for buffer in emptied.buffers():
-        buffer.fill_(1)  # what to_empty leaves is undefined
+    copied = mixed(name, device="meta").to_empty(device="cpu")
+    for buffer in copied.buffers():
+        buffer.fill_(1)  # to_empty leaves undefined values
     state = source.state_dict()
     with torch.no_grad():
-        for parameter_name, parameter in emptied.named_parameters():
+        for parameter_name, parameter in copied.named_parameters():
             parameter.copy_(state[parameter_name])
-    emptied.init_non_persistent_buffers()
-    assert torch.equal(emptied(images), expected)
+    copied.init_non_persistent_buffers()
+    assert torch.equal(copied(images), expected)
 
     loaded = mixed(name, device="meta").to_empty(device="cpu")
     for buffer in loaded.buffers():
@@ -335,7 +335,7 @@ def test_a_model_from_meta_equals_its_source(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_a_model_of_another_type_computes_in_it(name, dtype):
+def test_a_model_of_another_dtype_computes_in_that_dtype(name, dtype):
     model = mixed(name, dtype=dtype)
     source = mixed(name)
     source.load_state_dict({entry: value.float() for entry, value in model.state_dict().items()})
@@ -347,7 +347,7 @@ def test_a_model_of_another_type_computes_in_it(name, dtype):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_copies_and_pickles_compute_and_load_as_the_model(name):
+def test_copied_and_unpickled_models_compute_and_load_like_the_original(name):
     model, images = mixed(name), torch.randn(1, 3, 64, 64)
     for restored in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(restored(images), model(images))
@@ -360,8 +360,8 @@ def test_copies_and_pickles_compute_and_load_as_the_model(name):
 # Checkpoints.
 
 
-def with_leftovers(name: str, state_dict: dict) -> dict:
-    """A state dict as the reference saves it, with the entries that it never reads."""
+def with_unused_entries(name: str, state_dict: dict) -> dict:
+    """The state dict with the additional entries that the reference saves and never reads."""
     if "swin_t" in name and "cswin" not in name:
         tables = [entry for entry in state_dict if entry.endswith("relative_position_bias_table")]
         for entry in tables:
@@ -374,14 +374,14 @@ def with_leftovers(name: str, state_dict: dict) -> dict:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [64, 96])
-def test_timm_loads_files_of_the_reference_at_any_size(name, size, tmp_path):
+def test_timm_loads_checkpoints_of_the_reference_at_any_image_size(name, size, tmp_path):
     options = {"num_classes": 5} | ({"attn_type": "LLLL"} if "deit" not in name else {})
     torch.manual_seed(0)
     source = create_model(name, img_size=64, **options).eval()
     for entry, parameter in source.named_parameters():
         if "positional_encoding" in entry:
             torch.nn.init.normal_(parameter, std=0.2)
-    state = with_leftovers(name, dict(source.state_dict()))
+    state = with_unused_entries(name, dict(source.state_dict()))
     torch.save({"model": state, "epoch": 3}, tmp_path / "reference.pth")
     images = torch.randn(1, 3, size, size)
     loaded = timm.create_model(name, checkpoint_path=tmp_path / "reference.pth", img_size=size, **options).eval()
@@ -391,7 +391,7 @@ def test_timm_loads_files_of_the_reference_at_any_size(name, size, tmp_path):
     torch.testing.assert_close(pretrained(images), source(images), rtol=1e-4, atol=1e-4)
 
 
-def test_the_filter_drops_leftovers_and_nothing_else():
+def test_the_checkpoint_filter_drops_only_unused_entries():
     swin, pvt = create_model("flatten_swin_t", device="meta"), create_model("flatten_pvt_t", device="meta")
     for model, case in ((swin, "flatten_swin_t"), (pvt, "flatten_pvt_t")):
         model.pretrained_cfg = {"input_size": (3, 224, 224)}
@@ -403,8 +403,8 @@ def test_the_filter_drops_leftovers_and_nothing_else():
             model.load_state_dict({**entries, "stray": torch.zeros(1)})
 
 
-def test_the_filter_uses_the_size_that_the_source_declares():
-    """Stripes of 28 x 7 tokens, from a file of 112 pixels, in a model of 224."""
+def test_the_checkpoint_filter_uses_the_declared_input_size():
+    """The weights of a model of 112 pixels with stripes of 28 x 7 tokens are loaded into a model of 224 pixels."""
     options = {"linear_splits": (7, 3, 3, None), "attn_type": "LLLL", "depths": (1, 1, 1, 1), "num_classes": 5}
     source = timm.create_model("flatten_cswin_t", img_size=112, **options).eval()
     for entry, parameter in source.named_parameters():
@@ -418,7 +418,7 @@ def test_the_filter_uses_the_size_that_the_source_declares():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_saved_for_the_hub_loads_from_its_folder(name, tmp_path):
+def test_a_model_saved_for_the_hub_loads_from_its_directory(name, tmp_path):
     """timm rebuilds the model from the arguments that it recorded."""
     model, images = mixed(name, img_size=(64, 96), global_pool="avg"), torch.randn(1, 3, 64, 96)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
@@ -426,18 +426,18 @@ def test_a_model_saved_for_the_hub_loads_from_its_folder(name, tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
-def test_features_of_early_stages_take_smaller_images():
-    """PVT's first stage needs 4 pixels, two need 8, all four need 32."""
+def test_features_of_early_stages_accept_smaller_images():
+    """One stage of PVT needs 4 pixels, two stages need 8, and all four need 32."""
     model = create_model("flatten_pvt_t", img_size=64)
-    for num_kept, smallest in ((4, 32), (2, 8), (1, 4)):
-        model.prune_intermediate_layers([num_kept - 1])
+    for num_stages, smallest in ((4, 32), (2, 8), (1, 4)):
+        model.prune_intermediate_layers([num_stages - 1])
         assert model.min_img_size == smallest
         (features_map,) = model.forward_intermediates(torch.randn(1, 3, smallest, smallest), 1, intermediates_only=True)
         assert features_map.shape[-2:] == (1, 1)
 
 
-def test_nested_models_load_their_own_entries():
-    """The hooks of loading see only the entries of their model."""
+def test_nested_models_load_only_their_own_entries():
+    """The hooks for loading get only the entries of their own model."""
     source = torch.nn.ModuleDict({"backbone": mixed("flatten_pvt_t"), "norm": torch.nn.LayerNorm(3)})
     target = copy.deepcopy(source)
     for parameter in target.parameters():
@@ -448,7 +448,7 @@ def test_nested_models_load_their_own_entries():
     assert torch.equal(target["backbone"](images), source["backbone"](images))
 
 
-# Models of a config.
+# Models built from a config.
 
 
 @pytest.mark.parametrize(
@@ -465,44 +465,44 @@ def test_nested_models_load_their_own_entries():
     ],
     ids=str,
 )
-def test_the_model_of_a_config_carries_its_evaluation_transform(opts, expected):
+def test_a_model_built_from_a_config_has_its_evaluation_transform(opts, expected):
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / "flatten_pvt_v2_b0.yaml", opts))
     data = timm.data.resolve_model_data_config(model)
     assert {key: data[key] for key in expected} == expected
 
 
-# Released files.
+# Released checkpoints.
 
 
 @pytest.fixture
 def released_file(tmp_path, monkeypatch):
-    """Serve a local file in the layout of released ones instead of a download; the URLs asked for are recorded."""
+    """Replace the download by a local file. Returns the model in that file, and the requests (URL and name) so far."""
     torch.manual_seed(0)
     source = create_model("flatten_pvt_t").eval()
     path = tmp_path / "released.pth"
-    state = with_leftovers("flatten_pvt_t", dict(source.state_dict()))
+    state = with_unused_entries("flatten_pvt_t", dict(source.state_dict()))
     torch.save({"model": state, "epoch": 299, "config": CfgNode({"MODEL": CfgNode({"TYPE": "flatten_pvt_tiny"})})}, path)
-    asked = []
+    requested = []
 
     def fetch(url: str, name: str):
-        asked.append((url, name))
+        requested.append((url, name))
         return path
 
     monkeypatch.setattr(entrypoints, "fetch", fetch)
-    return source, asked
+    return source, requested
 
 
-def test_pretrained_models_come_from_the_released_file(released_file, tmp_path):
-    source, asked = released_file
-    with pytest.raises(RuntimeError, match="non-allowlisted"):  # why timm cannot read the file by itself
+def test_pretrained_models_load_the_released_file(released_file, tmp_path):
+    source, requested = released_file
+    with pytest.raises(RuntimeError, match="non-allowlisted"):  # timm alone cannot read the file
         timm.models.load_state_dict(tmp_path / "released.pth")
     images = torch.randn(1, 3, 64, 64)
     for name in ("flatten_pvt_t", "flatten_pvt_t.in1k"):
         model = timm.create_model(name, pretrained=True).eval()
         assert torch.equal(model(images), source(images))
         assert "state_dict" not in model.pretrained_cfg
-    assert asked == [(RELEASED["flatten_pvt_t"].url, "flatten_pvt_t")] * 2
+    assert requested == [(RELEASED["flatten_pvt_t"].url, "flatten_pvt_t")] * 2
 
 
 def test_pretrained_models_adapt_to_classes_channels_and_size(released_file):
@@ -526,22 +526,22 @@ def test_pretrained_feature_extractors_keep_no_state_dict(released_file):
 
 @pytest.mark.parametrize("key", ["file", "state_dict"])
 def test_another_source_of_weights_prevents_the_download(released_file, tmp_path, key):
-    source, asked = released_file
+    source, requested = released_file
     torch.save(source.state_dict(), tmp_path / "own.pth")
     value = source.state_dict() if key == "state_dict" else str(tmp_path / "own.pth")
     model = timm.create_model("flatten_pvt_t", pretrained=True, pretrained_cfg_overlay={key: value}).eval()
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(images), source(images))
-    assert asked == []
+    assert requested == []
 
 
-def test_a_model_without_a_released_file_gives_timm_s_error(released_file):
+def test_a_model_without_a_released_file_raises_the_error_of_timm(released_file):
     with pytest.raises(RuntimeError, match="No pretrained weights exist for flatten_deit_t"):
         timm.create_model("flatten_deit_t", pretrained=True)
     assert released_file[1] == []
 
 
-def test_released_checkpoints_are_those_of_the_reference_s_table():
+def test_released_checkpoints_match_the_table_of_the_reference():
     assert {name: checkpoint.acc1 for name, checkpoint in RELEASED.items()} == {
         "flatten_pvt_t": 77.758,
         "flatten_pvt_v2_b0": 71.098,

@@ -1,4 +1,4 @@
-"""What holds for every registered model."""
+"""Properties of every registered model, or of one model per family."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
 
 
 def randomise(model):
-    """Zero-initialised tables and scales would hide mistakes."""
+    """Randomise tables and scales, because zero-initialised ones would hide errors."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,38 +43,38 @@ def small(name, **options):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_runs_at_three_sizes_and_trains_every_parameter(name):
+def test_every_model_runs_at_three_sizes_and_every_parameter_gets_a_gradient(name):
     model = create_model(name, num_classes=3, drop_path_rate=0.0)
     native = 384 if name.endswith("_384") else 224
-    # The larger models only at small sizes in training: what is at stake does not depend on it.
     for size in ((native, native), (160, 160), (96, 128)):
         with torch.no_grad():
             logits = model(torch.randn(1, 3, *size))
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()
+    # A small size is enough: which parameters get a gradient does not depend on it.
     model(torch.randn(2, 3, 96, 128)).square().sum().backward()
-    gradients = {parameter: value.grad for parameter, value in model.named_parameters()}
+    gradients = {entry: parameter.grad for entry, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    # DeiT classifies by the class token, which the last block's convolution of patch tokens does not reach.
-    silent = {parameter for parameter, gradient in gradients.items() if not gradient.any()}
-    assert silent == ({"blocks.11.attn.dwc.weight", "blocks.11.attn.dwc.bias"} if "deit" in name else set())
+    # DeiT classifies the class token, which the convolution of patch tokens in the last block does not affect.
+    without_gradient = {entry for entry, gradient in gradients.items() if not gradient.any()}
+    assert without_gradient == ({"blocks.11.attn.dwc.weight", "blocks.11.attn.dwc.bias"} if "deit" in name else set())
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_parameters_and_multiply_adds_are_the_papers(name):
+def test_parameters_and_multiply_adds_match_the_paper(name):
     parameters, products, _ = measure(name)
     millions, billions = PAPER[name]
     assert parameters / 1e6 == pytest.approx(millions, abs=0.1 if isinstance(millions, float) else 0.6)
     assert products / 1e9 == pytest.approx(billions, rel=0.02, abs=0.05)
 
 
-def test_the_tiny_deit_has_its_count_by_hand():
-    """DeiT-T has 5,717,416 parameters; each of 12 blocks adds scale 192, encoding 197 * 192 and 64 filters of 25 + 1."""
+def test_deit_tiny_has_the_hand_computed_number_of_parameters():
+    """DeiT-T has 5,717,416 parameters. Each of 12 blocks adds 192 scales, an encoding of 197 * 192 and 64 filters of 25 + 1."""
     assert measure("flatten_deit_t")[0] == 5_717_416 + 12 * (192 + 197 * 192 + 64 * 26)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_state_dict_makes_the_round_trip(name, tmp_path):
+def test_a_saved_state_dict_loads_with_identical_logits(name, tmp_path):
     source, loaded = small(name), create_model(name, num_classes=5, img_size=64).eval()
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     report = load_weights(loaded, tmp_path / "weights.pth")
@@ -85,8 +85,8 @@ def test_a_state_dict_makes_the_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [96, 128])
-def test_loading_at_another_size_equals_calling_at_it(name, size, tmp_path):
-    """Both resize the same tables, where blocks are global: the model of another size is the one called at it."""
+def test_loading_at_another_size_equals_calling_at_that_size(name, size, tmp_path):
+    """In global blocks, loading and the forward pass resize the same tables in the same way."""
     options = {"attn_type": "LLLL"} if name in HIERARCHICAL else {}
     source = small(name, **options)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_compilation_and_export_change_nothing_beyond_rounding(name):
+def test_compiled_and_exported_models_equal_the_model_up_to_rounding(name):
     depths = {"flatten_deit_t": {"depth": 1}}.get(name, {"depths": (1, 1, 1, 1)})
     model, images = small(name, **depths), torch.randn(2, 3, 64, 64)
     expected = model(images)
@@ -124,23 +124,23 @@ def test_compilation_and_export_change_nothing_beyond_rounding(name):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
     torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
-    more = torch.randn(5, 3, 64, 64)
-    torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    larger_batch = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(exported(larger_batch), model(larger_batch), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training_compiles_to_one_graph_and_never_again(name):
-    """Two epochs of two updates, with an evaluation after each: one graph for training, one for evaluation."""
+def test_training_and_evaluation_compile_to_one_graph_each(name):
+    """Two epochs of two updates, each followed by an evaluation, compile one graph for training and one for evaluation."""
     depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
     model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.2, **depths)
     graphs = []
 
-    def count(graph, example_inputs):
+    def record(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    compiled = torch.compile(model, backend=count, fullgraph=True)
+    compiled = torch.compile(model, backend=record, fullgraph=True)
     for _ in range(2):
         compiled.train()
         for _ in range(2):
@@ -161,7 +161,7 @@ def test_every_model_exports(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_compared_attention_trains_in_a_network(kind):
+def test_every_kind_of_attention_gives_every_parameter_of_a_network_a_gradient(kind):
     model = create_model("flatten_deit_t", num_classes=3, img_size=64, depth=2, drop_path_rate=0.0, linear={"kind": kind})
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -175,7 +175,7 @@ def test_the_nearest_model_of_a_state_dict_is_found_by_names_and_shapes(name):
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
-def test_a_feature_pyramid_stands_on_the_four_stages(name):
+def test_a_feature_pyramid_is_trainable_on_the_maps_of_the_four_stages(name):
     features = timm.create_model(name, features_only=True)
     channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
     assert reductions == [4, 8, 16, 32]
@@ -187,7 +187,7 @@ def test_a_feature_pyramid_stands_on_the_four_stages(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_intermediate_maps_are_those_of_the_forward_pass(name):
+def test_intermediate_maps_match_the_forward_pass(name):
     model, images = small(name), torch.randn(1, 3, 64, 96)
     final, maps = model.forward_intermediates(images, norm=True)
     torch.testing.assert_close(final, model.forward_features(images))
@@ -204,7 +204,7 @@ def test_intermediate_maps_are_those_of_the_forward_pass(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_features_of_early_stages_alone_leave_no_parameter_unused(name):
+def test_feature_extractors_of_early_stages_have_no_unused_parameter(name):
     features = timm.create_model(name, features_only=True, out_indices=(0, 1), img_size=64)
     sum(m.square().mean() for m in features(torch.randn(1, 3, 64, 64))).backward()
     assert [name for name, parameter in features.named_parameters() if parameter.grad is None] == []
@@ -240,7 +240,7 @@ def test_coarse_layers_are_the_stem_the_stages_and_the_head(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inference_frees_the_maps_of_earlier_stages(name):
-    """When a block of the last stage runs, the outputs of at most two other blocks or stages are alive."""
+    """When the last block runs, the outputs of at most two other blocks or stages are still in memory."""
     model = small(name)
     outputs, alive = [], []
     for info in model.feature_info:
@@ -253,7 +253,7 @@ def test_inference_frees_the_maps_of_earlier_stages(name):
     assert sum(alive) <= 2
 
 
-def test_a_model_without_a_head_changes_its_mode():
+def test_a_model_without_a_head_switches_between_training_and_evaluation_mode():
     model = small("flatten_swin_t")
     model.head = None
     assert model.train().training
@@ -261,7 +261,7 @@ def test_a_model_without_a_head_changes_its_mode():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layer_decay_gives_every_parameter_timm_s_rate(name):
+def test_layer_decay_gives_every_parameter_the_same_rate_as_timm(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.LAYER_DECAY", 0.7])
     with torch.device("meta"):
         model = create_model(name)
@@ -275,7 +275,7 @@ def test_layer_decay_gives_every_parameter_timm_s_rate(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_linear_probe_trains_the_head_alone_on_features_as_in_evaluation(name):
+def test_a_linear_probe_trains_only_the_head_on_features_in_evaluation_mode(name):
     torch.manual_seed(0)
     options = {"num_classes": 3, "img_size": 64, "drop_path_rate": 0.5, "proj_drop_rate": 0.5}
     model = create_model(name, **options)
@@ -298,12 +298,12 @@ def test_a_linear_probe_trains_the_head_alone_on_features_as_in_evaluation(name)
 
 @pytest.mark.parametrize("chans", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_input_channels_are_an_argument(name, chans):
+def test_the_number_of_input_channels_is_an_argument(name, chans):
     assert create_model(name, num_classes=2, img_size=64, in_chans=chans)(torch.randn(1, chans, 64, 64)).shape == (1, 2)
 
 
 def naive_stripes(attention, q, k, v, window):
-    """Stripes one by one, the real tokens of each alone: attention, rank restoration and LePE, each on its own."""
+    """Attention, rank restoration and LePE, computed separately for one stripe at a time from its real tokens only."""
     out = torch.zeros_like(q)
     height, width = q.shape[1:3]
     num_heads, head_dim = attention.num_heads, q.shape[-1] // attention.num_heads
@@ -334,8 +334,8 @@ def naive_stripes(attention, q, k, v, window):
 
 
 @pytest.mark.parametrize("attn_type", ["L", "S"])
-@pytest.mark.parametrize("side", [12, 10], ids=["divides", "pads"])
-def test_narrow_stripes_equal_stripes_one_by_one(attn_type, side):
+@pytest.mark.parametrize("side", [12, 10], ids=["divisible", "padded"])
+def test_narrow_stripes_equal_a_loop_over_stripes(attn_type, side):
     model = randomise(
         CSwinTransformer(
             img_size=48,
@@ -359,8 +359,8 @@ def test_narrow_stripes_equal_stripes_one_by_one(attn_type, side):
             torch.testing.assert_close(attention(q, k, v), naive_stripes(attention, q, k, v, window), rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_whatever_the_stripe_width():
-    """As in the reference: one attention over all channels, with a table of 7 x 7 positions."""
+def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_for_any_stripe_width():
+    """As in the reference, each has one attention over all channels, with a table of 7 x 7 positions."""
     opts = ["MODEL.LA.ATTN_TYPE", "LLLL", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "7-7-7-1"]
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / "flatten_cswin_t.yaml", opts))
@@ -371,14 +371,14 @@ def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_whatever_the_s
     assert tables["stage3.0.attns.1.positional_encoding"] == (1, 7 * 14, 128)
 
 
-def test_the_operator_swaps_into_a_stock_timm_model():
+def test_the_operator_replaces_the_attention_of_a_timm_model():
     command = [sys.executable, "examples/vit_with_linear_attention.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "[2, 10]" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_cswin_t"])
-def test_masks_of_another_size_are_kept_from_inference_to_training_but_not_from_a_tracer(name):
+def test_masks_cached_in_inference_work_in_training_and_tracing_caches_no_masks(name):
     torch.manual_seed(0)
     model = create_model(name).eval()
     images = torch.randn(1, 3, 96, 160)
@@ -393,15 +393,15 @@ def test_masks_of_another_size_are_kept_from_inference_to_training_but_not_from_
 
 
 @pytest.mark.parametrize("name", ["flatten_pvt_t", "flatten_pvt_v2_b1"])
-def test_softmax_blocks_reduce_by_8_4_2_1_and_linear_ones_as_they_are_told(name):
+def test_softmax_blocks_reduce_by_8_4_2_1_and_linear_blocks_by_the_given_reductions(name):
     softmax = create_model(name, attn_type="SSSS", device="meta")
     linear = create_model(name, attn_type="LLLL", linear_reductions=(4, 2, 1, 1), device="meta")
     assert [next(iter(blocks)).attn.reduction for blocks in softmax.stage_blocks()] == [8, 4, 2, 1]
     assert [next(iter(blocks)).attn.reduction for blocks in linear.stage_blocks()] == [4, 2, 1, 1]
 
 
-def test_the_class_token_of_a_deit_comes_first_and_stays_first_at_another_size():
-    """The input of the first block: its first token is cls_token + pos_embed[0], whatever the image and its size."""
+def test_the_class_token_of_deit_is_first_at_every_image_size():
+    """The first input token of the first block is cls_token + pos_embed[0] for every image and size."""
     model = create_model("flatten_deit_t", img_size=64)
     captured = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
@@ -412,15 +412,15 @@ def test_the_class_token_of_a_deit_comes_first_and_stays_first_at_another_size()
             assert captured[-1].shape[1] == 1 + (size // 16) ** 2
 
 
-def test_a_deit_exempts_its_tokens_from_weight_decay():
+def test_deit_exempts_class_token_and_position_table_from_weight_decay():
     exempt = create_model("flatten_deit_t", device="meta").no_weight_decay()
     assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias"} <= exempt
     assert not {"blocks.0.attn.qkv.weight", "head.weight"} & exempt
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fresh_linear_layers_and_norms_are_initialised_alike_in_every_family(name):
-    """Weights from N(0, 0.02) truncated at +-2, biases 0, norms 1."""
+def test_linear_layers_and_norms_are_initialised_alike_in_every_family(name):
+    """Linear weights have a standard deviation of 0.02; biases are 0, and norm weights are 1."""
     torch.manual_seed(0)
     for module_name, module in create_model(name).named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -432,7 +432,7 @@ def test_fresh_linear_layers_and_norms_are_initialised_alike_in_every_family(nam
 
 
 def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
-    """As in CSwin's paper; the last stage has a map of 7 x 7 tokens at 224 pixels."""
+    """The widths are those of the CSwin paper. The last stage has a map of 7 x 7 tokens at 224 pixels."""
     model = create_model("flatten_cswin_t", attn_type="SSSS", device="meta")
     widths = []
     for blocks in model.stage_blocks():
@@ -441,7 +441,7 @@ def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
     assert widths == [{1}, {2}, {7}, {7}]
 
 
-def test_the_sizes_that_the_paper_does_not_count_are_those_of_their_softmax_models():
+def test_models_without_a_size_in_the_paper_have_the_size_of_their_softmax_models():
     """PVTv2-B5 has 3, 6, 40 and 3 blocks; DeiT-S and DeiT-B have 12 blocks of 384 and 768 channels."""
     pvt = create_model("flatten_pvt_v2_b5", device="meta")
     assert [len(list(blocks)) for blocks in pvt.stage_blocks()] == [3, 6, 40, 3]

@@ -1,4 +1,4 @@
-"""Checkpoints under kills, full disks and damage (R rows of docs/reliability.md)."""
+"""Checkpoints and resume after kills, full disks and damage (rows R, E3 and G1 of docs/reliability.md)."""
 
 import builtins
 import json
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.reliability
 
 
 @pytest.mark.parametrize("num_kills", [pytest.param(3, id="3 kills"), pytest.param(25, id="25 kills", marks=pytest.mark.slow)])
-def test_r1_a_run_killed_at_random_times_ends_equal_to_the_undisturbed_one(
+def test_r1_run_killed_at_random_times_ends_equal_to_an_uninterrupted_run(
     num_kills, uninterrupted, toy_config, toy_data, tmp_path
 ):
     expected = uninterrupted(2)
@@ -47,10 +47,16 @@ def test_r1_a_run_killed_at_random_times_ends_equal_to_the_undisturbed_one(
     seed = int.from_bytes(os.urandom(4), "little")
     rng, kills = random.Random(seed), 0
     while kills < num_kills:
-        at = time.monotonic() + rng.uniform(0, 3)
-        outcome = run_main(arguments, tmp_path / "log", processes=2, kill_when=lambda at=at: time.monotonic() > at, timeout=60)
+        kill_time = time.monotonic() + rng.uniform(0, 3)
+        outcome = run_main(
+            arguments,
+            tmp_path / "log",
+            processes=2,
+            kill_when=lambda kill_time=kill_time: time.monotonic() > kill_time,
+            timeout=60,
+        )
         kills += 1
-        if outcome.exit_codes == [0, 0]:  # the end came first: the next kills hit a new run
+        if outcome.exit_codes == [0, 0]:  # the run ended before the kill; the next kill hits a new run
             assert_equal(read_state(tmp_path / "toy/default"), read_state(expected), f"seed {seed}")
             shutil.rmtree(tmp_path / "toy")
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
@@ -70,8 +76,8 @@ FILE_OPERATIONS = [
 ]
 
 
-def save_and_die(folder: Path, number: int, state: dict, *, best: bool) -> bool:
-    """Save in a process that is killed before the file operation of that number. True if it ended before that operation."""
+def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool:
+    """Save in a child process that is killed before file operation ``number``. Return True if it exited without a kill."""
     process = os.fork()
     if process == 0:
         count = 0
@@ -98,56 +104,58 @@ def save_and_die(folder: Path, number: int, state: dict, *, best: bool) -> bool:
     return os.WIFEXITED(status)
 
 
-def state_of(num_updates: int) -> dict:
+def create_state(num_updates: int) -> dict:
     best = {"acc1": 50.0, "weights": "raw", "epoch": 0, "num_updates": num_updates}
     return {"model": toy().state_dict(), "num_updates": num_updates, "best": best}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "later save"])
-def test_r2_r12_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(first, tmp_path):
-    """With KEEP_CHECKPOINTS 1: never without a whole file, and never one older than before."""
+def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tmp_path):
+    """With KEEP_CHECKPOINTS 1, there is always an intact checkpoint, and it is never older than before the save."""
     for number in range(1, 100):
         folder = tmp_path / str(number)
         folder.mkdir()
         if not first:
-            save_checkpoint(state_of(1), checkpoint_path(folder, 1))
-        ended = save_and_die(folder, number, state_of(2), best=False)
+            save_checkpoint(create_state(1), checkpoint_path(folder, 1))
+        finished = save_and_kill(folder, number, create_state(2), best=False)
         newest = newest_intact_checkpoint(folder)
         if first and newest is None:
-            assert not list_checkpoints(folder)  # nothing was there, and nothing half-written counts
+            assert not list_checkpoints(folder)  # no checkpoint existed, and incomplete files are not listed
         else:
             assert read_checkpoint(newest)["num_updates"] in (1, 2)
-        if ended:
+        if finished:
             break
-        # The next save of the same run succeeds and clears what the kill left.
-        save_checkpoint(state_of(3), checkpoint_path(folder, 3))
+        # The next save of the same run succeeds and removes incomplete files.
+        save_checkpoint(create_state(3), checkpoint_path(folder, 3))
         remove_surplus(folder, keep=1)
         assert [path.name for path in folder.iterdir()] == ["checkpoint_000000003.pth"]
-    assert ended
+    assert finished
     assert number > 6
 
 
 def test_r14_a_kill_at_any_file_operation_of_a_best_save_is_repaired_on_resume(tmp_path):
-    """``best.pth`` is the state that the log calls best: after the kill, or once the run resumes."""
+    """After the repair, ``best.pth`` is the state that the newest checkpoint records as the best one."""
     for number in range(1, 100):
         folder = tmp_path / str(number)
         folder.mkdir()
-        save_checkpoint(state_of(1), checkpoint_path(folder, 1))
+        save_checkpoint(create_state(1), checkpoint_path(folder, 1))
         link_best(checkpoint_path(folder, 1), folder / BEST)
-        ended = save_and_die(folder, number, state_of(2), best=True)
+        finished = save_and_kill(folder, number, create_state(2), best=True)
         newest = newest_intact_checkpoint(folder)
         state = read_checkpoint(newest)
         assert utils.checkpoint.repair_best(folder / BEST, state, newest)
         best = read_checkpoint(folder / BEST)
         assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
-        if ended:
+        if finished:
             break
-    assert ended
+    assert finished
     assert number > 10
 
 
-def test_r14_a_killed_best_save_of_a_whole_run_is_repaired(uninterrupted, toy_config, toy_data, tmp_path):
-    """SIGKILL between the rename of the checkpoint and its link as ``best.pth``."""
+def test_r14_run_killed_before_it_links_the_best_checkpoint_is_repaired_on_resume(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
+    """The run receives SIGKILL between the rename of the checkpoint and its link as ``best.pth``."""
 
     def prepare(rank: int) -> None:
         call_before(utils.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -167,9 +175,9 @@ def test_r14_a_killed_best_save_of_a_whole_run_is_repaired(uninterrupted, toy_co
 # --- Disks
 
 
-def test_r3_a_disk_that_is_full_after_any_number_of_bytes_leaves_the_old_file(tmp_path):
+def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tmp_path):
     path = checkpoint_path(tmp_path, 1)
-    save_checkpoint(state_of(1), path)
+    save_checkpoint(create_state(1), path)
     digest, size = sha256(path), path.stat().st_size
     for part in range(20):
         process = os.fork()
@@ -177,10 +185,10 @@ def test_r3_a_disk_that_is_full_after_any_number_of_bytes_leaves_the_old_file(tm
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size * part // 20, resource.RLIM_INFINITY))
             try:
-                save_checkpoint(state_of(2), path)
+                save_checkpoint(create_state(2), path)
             except CheckpointError as error:
-                named = "the old ones are untouched" in str(error) and "bytes, " in str(error) and "are free" in str(error)
-                os._exit(0 if named else 1)
+                has_reason = "the old ones are untouched" in str(error) and "bytes, " in str(error) and "are free" in str(error)
+                os._exit(0 if has_reason else 1)
             os._exit(2)
         assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 0
         assert sha256(path) == digest
@@ -204,15 +212,15 @@ def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, 
     assert not list((tmp_path / "toy/default").glob("*.incomplete"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to every folder")
-def test_r10_a_folder_that_cannot_be_written_is_refused_before_training(toy_config, toy_data, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to every directory")
+def test_r10_unwritable_output_directory_is_rejected_before_training(toy_config, toy_data, tmp_path):
     (tmp_path / "toy").mkdir(mode=0o500)
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
     assert "cannot be written to" in outcome.output
 
 
-def test_r10_an_output_that_is_a_file_is_refused_before_training_and_by_check(toy_config, toy_data, tmp_path):
+def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_by_check(toy_config, toy_data, tmp_path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/default").write_text("")
     for flags in ([], ["--check"]):
@@ -224,8 +232,8 @@ def test_r10_an_output_that_is_a_file_is_refused_before_training_and_by_check(to
 # --- Damage
 
 
-def damages(content: bytes):
-    """Descriptions and contents: 20 cuts, 64 flips of one bit, nothing."""
+def damaged_versions(content: bytes):
+    """Yield (description, damaged content): truncated to 20 sizes from 0 on, and with 64 flips of one bit."""
     rng = random.Random(0)
     for part in range(20):
         yield f"cut {part}", content[: len(content) * part // 20]
@@ -237,30 +245,30 @@ def damages(content: bytes):
         )
 
 
-def test_r4_every_damage_of_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
-    """A flip in a field of the archive that no reader uses leaves the state as it was."""
-    older, newer, state = checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2), state_of(2)
-    save_checkpoint(state_of(1), older)
+def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
+    """If the flipped bit is in a field of the archive that is not read, the loaded state is unchanged."""
+    older, newer, state = checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2), create_state(2)
+    save_checkpoint(create_state(1), older)
     save_checkpoint(state, newer)
     content, detected = newer.read_bytes(), 0
     expected = read_checkpoint(newer)
-    for what, damaged in damages(content):
+    for description, damaged in damaged_versions(content):
         newer.write_bytes(damaged)
         found = newest_intact_checkpoint(tmp_path)
         if found == newer:
-            assert what.startswith("flip")
-            assert_equal(read_checkpoint(newer), expected, what)
+            assert description.startswith("flip")
+            assert_equal(read_checkpoint(newer), expected, description)
         else:
-            assert found == older, what
+            assert found == older, description
             detected += 1
     assert detected >= 20 + 64 // 2
 
 
-# --- Two processes in one folder
+# --- Concurrent processes in one directory
 
 
-def test_r15_evaluation_beside_training_and_a_second_evaluation_work(trained, toy_config, toy_data, tmp_path):
-    """Two evaluations write their results into one folder while a run trains in it."""
+def test_r15_two_evaluations_and_a_training_run_share_one_directory(trained, toy_config, toy_data, tmp_path):
+    """Two evaluations write their results into one directory while a run trains in it."""
     from multiprocessing import get_context
 
     folder = tmp_path / "toy/default"
@@ -305,47 +313,61 @@ R17_CHANGES = {
 
 
 @pytest.mark.parametrize("change", R17_CHANGES)
-def test_r17_a_run_whose_data_changed_is_refused_with_what_changed(change, toy_config, tmp_path):
+def test_r17_resume_after_a_data_change_is_rejected_and_the_error_names_the_change(change, toy_config, tmp_path):
     data = tmp_path / "data"
     for split, per_class in (("train", 34), ("val", 11)):
         write_images(data, split, classes=3, per_class=per_class)
     arguments = toy_arguments(toy_config, data, tmp_path, "SAVE_STEPS", 2)
     folder = tmp_path / "toy/default"
     run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
-    apply, message = R17_CHANGES[change]
-    apply(data)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+    change_data, message = R17_CHANGES[change]
+    change_data(data)
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
     assert message in outcome.output
-    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == times
 
 
-# --- Resume in other surroundings
+# --- Resume with other workers and processes, and repeatability
 
 
-def test_r5_a_run_saved_with_workers_resumes_with_another_number(uninterrupted, toy_config, toy_data, tmp_path):
+def test_r5_run_resumed_with_another_number_of_loader_workers_ends_equal(uninterrupted, toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy/default"
 
     def arguments(workers: int) -> list:
         return toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", workers)
 
     for workers in (2, 1):
-        count = len(list_checkpoints(folder)) and int(list_checkpoints(folder)[0].stem.split("_")[1])
+        start_update = len(list_checkpoints(folder)) and int(list_checkpoints(folder)[0].stem.split("_")[1])
         outcome = run_main(
             arguments(workers),
             tmp_path / "log",
-            kill_when=lambda count=count: any(int(p.stem.split("_")[1]) > count + 3 for p in list_checkpoints(folder)),
+            kill_when=lambda start_update=start_update: any(
+                int(p.stem.split("_")[1]) > start_update + 3 for p in list_checkpoints(folder)
+            ),
         )
         assert outcome.exit_codes == [-9], outcome.output
     assert run_main(arguments(0), tmp_path / "log").exit_codes == [0]
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
-def test_r6_other_numbers_of_processes_resume_with_the_same_images_per_update(toy_config, toy_data, tmp_path):
-    """Nothing drawn per process: the loss of a run that went from 2 processes to 1 and 4 agrees with that of one left alone."""
-    still = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
-    options = [*still, "DATA.GLOBAL_BATCH_SIZE", 8, "DATA.BATCH_SIZE", 2, "PRINT_FREQ", 1, "SAVE_STEPS", 3, "EVAL_FREQ", 9]
+def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_config, toy_data, tmp_path):
+    """Compare a run on 2, then 4, then 1 processes with an uninterrupted one, without draws that depend on the process."""
+    no_random_layers = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
+    options = [
+        *no_random_layers,
+        "DATA.GLOBAL_BATCH_SIZE",
+        8,
+        "DATA.BATCH_SIZE",
+        2,
+        "PRINT_FREQ",
+        1,
+        "SAVE_STEPS",
+        3,
+        "EVAL_FREQ",
+        9,
+    ]
     losses = {}
     for name, counts in (("alone", (1,)), ("changing", (2, 4, 1))):
         arguments = toy_arguments(toy_config, toy_data, tmp_path / name, *options)
@@ -365,7 +387,7 @@ def test_r6_other_numbers_of_processes_resume_with_the_same_images_per_update(to
     assert list(losses["changing"].values()) == pytest.approx(list(losses["alone"].values()), rel=1e-5)
 
 
-def test_r9_files_carry_bare_names_whatever_wraps_the_model(toy_config, toy_data, tmp_path):
+def test_r9_parameter_names_in_checkpoints_have_no_wrapper_prefix(toy_config, toy_data, tmp_path):
     for name, options, processes in (("ddp", [], 2), ("compiled", ["TRAIN.COMPILE", True], 1)):
         if name == "compiled" and shutil.which("g++") is None:
             continue
@@ -386,7 +408,7 @@ def test_r9_files_carry_bare_names_whatever_wraps_the_model(toy_config, toy_data
         assert not torch.equal(state["model"]["head.weight"], state["state_dict_ema"]["head.weight"])
 
 
-def test_r8_a_run_stopped_while_it_accumulates_saves_at_an_update_and_ends_equal(toy_config, toy_data, tmp_path):
+def test_r8_run_stopped_during_accumulation_saves_after_a_full_update_and_ends_equal(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:  # in the third forward pass of the eighth update
@@ -401,7 +423,7 @@ def test_r8_a_run_stopped_while_it_accumulates_saves_at_an_update_and_ends_equal
     assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))
 
 
-def test_g1_the_same_seed_gives_the_same_run_and_another_one_does_not(uninterrupted, toy_config, toy_data, tmp_path):
+def test_g1_equal_seeds_give_equal_runs_and_another_seed_gives_a_different_run(uninterrupted, toy_config, toy_data, tmp_path):
     states = {}
     for seed in (0, 1):
         output = tmp_path / str(seed)
@@ -413,7 +435,9 @@ def test_g1_the_same_seed_gives_the_same_run_and_another_one_does_not(uninterrup
 
 
 @pytest.mark.parametrize("precision", ["fp32", "train"])
-def test_e3_results_name_their_weights_and_precision_and_repeat_exactly(precision, trained, toy_config, toy_data, tmp_path):
+def test_e3_results_name_weights_and_precision_and_are_identical_when_repeated(
+    precision, trained, toy_config, toy_data, tmp_path
+):
     results = []
     for number in range(2):
         arguments = toy_arguments(toy_config, toy_data, tmp_path / str(number), "AMP", True, "TEST.PRECISION", precision)
@@ -439,8 +463,8 @@ def test_r7_a_run_stopped_many_times_within_an_epoch_ends_equal(num_stops, toy_c
     for _ in range(num_stops):
         outcome = run_main(arguments(tmp_path / "stopped"), tmp_path / "log", prepare=stop_at_first_update)
         assert outcome.exit_codes == [75], outcome.output
-        before, position = position, read_checkpoint(list_checkpoints(folder)[0])["num_updates"]
-        assert before < position < 50
+        previous, position = position, read_checkpoint(list_checkpoints(folder)[0])["num_updates"]
+        assert previous < position < 50
     for output in (tmp_path / "stopped", tmp_path / "alone"):
         assert run_main(arguments(output), tmp_path / "log").exit_codes == [0]
     assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))

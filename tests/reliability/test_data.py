@@ -1,4 +1,4 @@
-"""Damaged, hostile and changed data (D and X rows of docs/reliability.md)."""
+"""Damaged, malicious and changed data (rows D, X and R17 of docs/reliability.md)."""
 
 import errno
 import gc
@@ -57,8 +57,8 @@ def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
     return path
 
 
-def samples(count: int) -> dict[str, bytes]:
-    """Images of three classes, with their class ids."""
+def tar_entries(count: int) -> dict[str, bytes]:
+    """Entries of a tar shard: images of three classes, with their class ids."""
     return {
         name: content
         for number in range(count)
@@ -69,59 +69,59 @@ def samples(count: int) -> dict[str, bytes]:
 # --- Tar shards
 
 
-def test_d9_a_shard_damaged_at_a_hundred_places_is_never_read_as_a_smaller_one(tmp_path):
-    """Cut anywhere, or a byte of a header changed."""
-    shard = write_tar(tmp_path / "train-0.tar", samples(30))
-    whole, rng = shard.read_bytes(), random.Random(0)
+def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(tmp_path):
+    """The shard is truncated at any byte, or one bit of a header is flipped."""
+    shard = write_tar(tmp_path / "train-0.tar", tar_entries(30))
+    intact, rng = shard.read_bytes(), random.Random(0)
     with tarfile.open(shard) as archive:
         headers = [entry.offset for entry in archive]
         end = archive.getmembers()[-1].offset_data + tarfile.BLOCKSIZE
-    found = 0
+    num_detected = 0
     for trial in range(100):
         if trial % 2:
-            damaged = whole[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
+            damaged = intact[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
         else:
             position = rng.choice(headers) + rng.randrange(154)  # name, mode, owner, size, time, digits of the checksum
-            damaged = whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(7)]) + whole[position + 1 :]
+            damaged = intact[:position] + bytes([intact[position] ^ 1 << rng.randrange(7)]) + intact[position + 1 :]
         shard.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
             index_tar(tmp_path, "train")
-        found += 1
-    assert found == 100
-    for position in headers[1:]:  # between two members, where tarfile reports no error
-        shard.write_bytes(whole[:position])
+        num_detected += 1
+    assert num_detected == 100
+    for position in headers[1:]:  # truncated between two members, where tarfile reports no error
+        shard.write_bytes(intact[:position])
         with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
             index_tar(tmp_path, "train")
-    shard.write_bytes(whole)
+    shard.write_bytes(intact)
     assert len(index_tar(tmp_path, "train")) == 30
 
 
-def test_d9_data_after_the_end_of_a_shard_are_refused(tmp_path):
-    first, second = (write_tar(tmp_path / name, samples(3)).read_bytes() for name in ("a.tar", "b.tar"))
+def test_d9_data_after_the_end_of_a_shard_are_rejected(tmp_path):
+    first, second = (write_tar(tmp_path / name, tar_entries(3)).read_bytes() for name in ("a.tar", "b.tar"))
     (tmp_path / "train-0.tar").write_bytes(first + second)
     with pytest.raises(DataError, match=f"data at byte {len(first)}, after its end"):
         index_tar(tmp_path, "train")
 
 
-def test_a_class_id_whose_image_has_another_extension_is_refused(tmp_path):
-    write_tar(tmp_path / "train-0.tar", samples(3) | {"9.heic": b"", "9.cls": b"0"})
+def test_class_id_whose_image_has_an_unsupported_extension_is_rejected(tmp_path):
+    write_tar(tmp_path / "train-0.tar", tar_entries(3) | {"9.heic": b"", "9.cls": b"0"})
     with pytest.raises(DataError, match=r"9\.cls has no image"):
         index_tar(tmp_path, "train")
 
 
 def test_files_that_macos_adds_to_an_archive_are_ignored(tmp_path):
-    write_tar(tmp_path / "train-0.tar", samples(3) | {"._0.png": b"x"})
+    write_tar(tmp_path / "train-0.tar", tar_entries(3) | {"._0.png": b"x"})
     assert len(index_tar(tmp_path, "train")) == 3
 
 
 @pytest.mark.parametrize("class_id", [15_075_141, 999_999_999_999])
-def test_a_huge_class_id_is_refused_before_memory_is_taken(class_id, tmp_path):
-    write_tar(tmp_path / "train-0.tar", samples(3) | {"9.png": png(), "9.cls": str(class_id).encode()})
+def test_huge_class_id_is_rejected_before_memory_is_allocated(class_id, tmp_path):
+    write_tar(tmp_path / "train-0.tar", tar_entries(3) | {"9.png": png(), "9.cls": str(class_id).encode()})
     with pytest.raises(DataError, match="has no image of class 3"):
         index_tar(tmp_path, "train")
 
 
-def test_a_class_id_of_thousands_of_digits_is_refused(tmp_path):
+def test_class_id_with_thousands_of_digits_is_rejected(tmp_path):
     write_zip(tmp_path, [png()])
     (tmp_path / "train_map.txt").write_text("0.png\t" + "9" * 5000)
     with pytest.raises(DataError, match="is not a name, a tab and a class id"):
@@ -132,7 +132,7 @@ def test_a_class_id_of_thousands_of_digits_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip", "train/000000.tar"])
-def test_archives_of_other_names_are_mentioned(name, tmp_path):
+def test_error_mentions_archives_with_unexpected_names(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
@@ -151,7 +151,7 @@ def write_zip(root: Path, contents: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [range(0), range(4)], ids=["from disk", "in memory"])
-def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path, monkeypatch):
+def test_damaged_image_in_an_archive_is_treated_as_the_policy_specifies(in_memory, tmp_path, monkeypatch):
     write_zip(tmp_path, [png(n) for n in range(4)])
     content = (tmp_path / "train.zip").read_bytes()
     position = content.index(png(2)) + 30
@@ -179,20 +179,20 @@ def test_a_damaged_image_of_an_archive_follows_the_policy(in_memory, tmp_path, m
     assert [dataset[0, number].image is None for number in range(4)] == [False, True, True, False]
 
 
-def test_maps_with_further_columns_and_names_without_the_utf8_flag_are_read(tmp_path):
+def test_maps_with_additional_columns_and_names_without_the_utf8_flag_are_read(tmp_path):
     name = "Stra\N{LATIN SMALL LETTER SHARP S}e.png"
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("0.png", png())
         archive.writestr("xxxxxxx.png", png())
     content = (tmp_path / "train.zip").read_bytes()
-    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # as Info-ZIP writes it
+    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # as Info-ZIP does
     (tmp_path / "train_map.txt").write_text(f"0.png\t0\t \n{name}\t1 \textra\n", encoding="utf-8")
     index = index_zip(tmp_path, "train")
     assert [index.name(position) for position in range(2)] == ["0.png", name]
 
 
 @pytest.mark.parametrize("change", ["size", "content", "format"])
-def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(change, tmp_path, monkeypatch):
+def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time(change, tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
     past = 1_600_000_000 * 10**9
 
@@ -202,7 +202,7 @@ def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(change, tm
             os.utime(path, ns=(past, past))
 
     write([png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # the times of status are new
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # the files' ctime is recent; a later clock allows caching
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     scans, original = [], data.index._read_map
     monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
@@ -216,52 +216,52 @@ def test_an_archive_replaced_by_one_of_the_same_time_is_scanned_again(change, tm
     assert scans
 
 
-def test_a_damaged_kept_index_is_scanned_again(tmp_path, monkeypatch):
+def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
     write_zip(tmp_path, [png(n) for n in range(4)])
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").iterdir()
-    content, rng = kept.read_bytes(), random.Random(0)
+    (cache_file,) = (tmp_path / "cache").iterdir()
+    content, rng = cache_file.read_bytes(), random.Random(0)
     for _ in range(300):
-        kept.write_bytes(damage(content, rng))
+        cache_file.write_bytes(damage(content, rng))
         assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == 4
 
 
-# --- Folders
+# --- Directories
 
 
-def test_d11_errors_of_listing_are_errors_and_never_fewer_images(tmp_path, monkeypatch):
+def test_d11_directory_that_cannot_be_listed_raises_an_error(tmp_path, monkeypatch):
     write_images(tmp_path, "train", classes=2, per_class=3, size=8)
     (tmp_path / "train/class1/below").mkdir()
     (tmp_path / "train/class1/below/x.png").write_bytes(png())
     original = os.scandir
-    for fails in ("train", "class1", "below"):
+    for unlistable in ("train", "class1", "below"):
 
-        def scandir(path, fails=fails):
-            if Path(path).name == fails:
+        def scandir(path, unlistable=unlistable):
+            if Path(path).name == unlistable:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             return original(path)
 
         monkeypatch.setattr(os, "scandir", scandir)
-        with pytest.raises(DataError, match=f"{fails}: cannot be listed"):
+        with pytest.raises(DataError, match=f"{unlistable}: cannot be listed"):
             index_folder(tmp_path / "train")
     monkeypatch.setattr(os, "scandir", original)
-    stat_original = os.stat
+    original_stat = os.stat
 
     def stat(path, *arguments, **options):
         if str(path).endswith("class1"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return stat_original(path, *arguments, **options)
+        return original_stat(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(DataError, match=r"class1: cannot be listed .Permission denied"):
         index_folder(tmp_path / "train")
-    monkeypatch.setattr(os, "stat", stat_original)
+    monkeypatch.setattr(os, "stat", original_stat)
     assert len(index_folder(tmp_path / "train")) == 7
 
 
-def test_hidden_folders_and_links_to_a_parent_give_no_images(tmp_path, caplog):
+def test_hidden_directories_and_links_to_parents_are_ignored(tmp_path, caplog):
     caplog.set_level("INFO")
     write_images(tmp_path, "train", classes=2, per_class=3, size=8)
     hidden = tmp_path / "train/class0/.ipynb_checkpoints"
@@ -287,15 +287,15 @@ def encode(kind: str, mode: str = "RGB", **options) -> bytes:
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Cut, changed in some bytes, or both."""
+    """Change 1 to 7 bytes, and truncate the result with a probability of 0.3."""
     content = bytearray(content)
     for _ in range(rng.randrange(1, 8)):
         content[rng.randrange(len(content))] = rng.randrange(256)
     return bytes(content[: rng.randrange(1, len(content) + 1)] if rng.random() < 0.3 else content)
 
 
-def count_damaged(trials: int, tmp_path) -> int:
-    """Damaged files of every format: readable all the same, or our own error. Returns those that are unreadable."""
+def count_unreadable(trials: int, tmp_path) -> int:
+    """Decode damaged files of every format, and count those that raise DataError. Other exceptions propagate."""
     write_images(tmp_path, "train", classes=1, per_class=1, size=8)
     dataset, rng, unreadable = ImageDataset(index_folder(tmp_path / "train"), np.asarray), random.Random(0), 0
     contents = [encode(kind) for kind in FORMATS] + [encode("JPEG", "CMYK"), encode("PNG", "P")]
@@ -310,13 +310,13 @@ def count_damaged(trials: int, tmp_path) -> int:
     return unreadable
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's own, of damaged files
-def test_d10_twenty_thousand_damaged_files_give_our_own_error_alone(tmp_path):
-    assert count_damaged(20_000, tmp_path) > 3_000
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged files
+def test_d10_twenty_thousand_damaged_images_raise_no_error_other_than_data_error(tmp_path):
+    assert count_unreadable(20_000, tmp_path) > 3_000
 
 
-def test_d1_other_formats_are_not_opened_whatever_the_name(tmp_path):
-    """Pillow goes by content: PostScript would start an interpreter, and other decoders raise what nobody expects."""
+def test_d1_unsupported_image_formats_are_rejected(tmp_path):
+    """Pillow detects formats by content. PostScript would start an interpreter; other decoders raise unexpected exceptions."""
     Image.init()
     for kind in ("EPS", "ICNS", "TGA", "DDS", "QOI"):
         if kind in Image.SAVE:
@@ -324,8 +324,8 @@ def test_d1_other_formats_are_not_opened_whatever_the_name(tmp_path):
                 decode_image(encode(kind))
 
 
-def test_d1_the_accepted_formats_are_read():
-    """A file of two images (MPO), as some cameras write JPEG, gives the first one."""
+def test_d1_supported_image_formats_are_read():
+    """From a file with two images (MPO, which some cameras write as JPEG), the first image is read."""
     for kind in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         assert decode_image(encode(kind)).size == (24, 24)
     buffer, image = io.BytesIO(), Image.new("RGB", (24, 24), "red")
@@ -333,7 +333,7 @@ def test_d1_the_accepted_formats_are_read():
     assert np.asarray(decode_image(buffer.getvalue()))[0, 0, 0] > 250
 
 
-def test_d1_sixteen_bits_are_scaled_and_more_are_refused(tmp_path):
+def test_d1_sixteen_bit_images_are_scaled_and_deeper_ones_are_rejected(tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     expected = (values >> 8).astype(np.uint8)
     for kind in ("PNG", "TIFF"):
@@ -342,15 +342,15 @@ def test_d1_sixteen_bits_are_scaled_and_more_are_refused(tmp_path):
         assert (np.asarray(decode_image(buffer.getvalue()))[..., 0] == expected).all()
     header = b"P5 8 8 65535\n"
     assert (np.asarray(decode_image(header + values.astype(">u2").tobytes()))[..., 0] == expected).all()
-    darks = np.full((8, 8), 200, np.int32)
-    for pixels in (values.astype(np.int32) * 1000, darks, -darks, values.astype(np.float32)):
+    small_values = np.full((8, 8), 200, np.int32)
+    for pixels in (values.astype(np.int32) * 1000, small_values, -small_values, values.astype(np.float32)):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "TIFF")
         with pytest.raises(ValueError, match="convert it to 8 bits"):
             decode_image(buffer.getvalue())
 
 
-def test_d1_a_pipe_and_a_huge_file_are_no_images(tmp_path):
+def test_d1_named_pipes_and_huge_files_are_unreadable_images(tmp_path):
     write_images(tmp_path, "train", classes=1, per_class=1, size=8)
     os.mkfifo(tmp_path / "train/class0/pipe.jpg")
     with open(tmp_path / "train/class0/sparse.jpg", "wb") as file:
@@ -360,8 +360,8 @@ def test_d1_a_pipe_and_a_huge_file_are_no_images(tmp_path):
         dataset[0, 1]
     with pytest.raises(DataError, match=r"sparse\.jpg: not a readable image .21474836480 bytes"):
         dataset[0, 2]
-    listed = FileDataset([tmp_path / "train/class0/pipe.jpg"], np.asarray)
-    assert listed[0][2] == "not a regular file"
+    file_dataset = FileDataset([tmp_path / "train/class0/pipe.jpg"], np.asarray)
+    assert file_dataset[0][2] == "not a regular file"
 
 
 # --- Augmentation
@@ -371,7 +371,7 @@ def test_d1_a_pipe_and_a_huge_file_are_no_images(tmp_path):
 @pytest.mark.parametrize("batch_size", [64, 127, 128])
 @pytest.mark.parametrize("repeats", [1, 2, 3, 4])
 def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats, skipped):
-    """Every image has a class of its own, and two classes after mixing."""
+    """Every image has a distinct class, so that each mixed target has exactly two classes."""
     batches = TrainBatches(1000, batch_size, accumulation=1, repeats=repeats, rank=0, world_size=1, seed=0)
     mixup = StepMixup(seed=0, num_classes=1000, mixup_alpha=0.8, label_smoothing=0.0)
     seen = []
@@ -381,14 +381,14 @@ def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats,
         images, targets, keys, _ = collate(samples)
         assert len(keys) == batch_size - skipped
         _, mixed = mixup(images.float(), targets, step)
-        own = mixed[torch.arange(len(keys)), targets]
+        own_probabilities = mixed[torch.arange(len(keys)), targets]
         assert ((mixed > 0).sum(dim=1) == 2).all()
-        assert (own > 0).all()
+        assert (own_probabilities > 0).all()
         seen += batch
     assert len(set(seen)) == len(seen)
 
 
-def test_every_process_of_a_run_mixes_by_its_own_rank(toy_config, toy_data, tmp_path):
+def test_every_process_of_a_run_builds_mixup_with_its_rank(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         original = jobs.training.build_mixup
 
@@ -403,7 +403,7 @@ def test_every_process_of_a_run_mixes_by_its_own_rank(toy_config, toy_data, tmp_
     assert [(tmp_path / f"mixup{rank}").read_text() for rank in range(2)] == ["0", "1"]
 
 
-def test_processes_draw_their_own_mixing():
+def test_mixing_depends_on_the_rank():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml")
     images, targets = torch.rand(8, 3, 32, 32), torch.arange(8)
     draws = [build_mixup(cfg, rank=rank)(images.clone(), targets, 5) for rank in (0, 0, 1)]
@@ -411,14 +411,14 @@ def test_processes_draw_their_own_mixing():
     assert not torch.equal(draws[0][1], draws[2][1])
 
 
-def test_a_policy_is_checked_at_the_start():
+def test_invalid_augmentation_policy_is_rejected_when_the_transform_is_built():
     for policy in ("rand-m9-foo1", "rand-m9-mstd0.5-inc1x", "rand-m9-tfoo", "augmix-z3", "augmix-a0", "foo"):
         with pytest.raises(DataError, match="not a timm policy"):
             build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
 
 
-@pytest.mark.slow  # Python compiles all packages for -O
-def test_a_policy_is_checked_without_assertions():
+@pytest.mark.slow  # -O makes Python recompile all packages
+def test_invalid_augmentation_policy_is_rejected_with_assertions_disabled():
     code = (
         "from data.build import build_train_transform as build; from utils.config import load_config as load\n"
         "import sys\n"
@@ -432,14 +432,14 @@ def test_a_policy_is_checked_without_assertions():
 @pytest.mark.parametrize(
     "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-mstd0.5-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "3a"]
 )
-def test_policies_of_timm_are_accepted(policy):
+def test_valid_augmentation_policies_are_accepted(policy):
     build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
 
 
 # --- Class maps
 
 
-def test_a_class_map_may_have_a_byte_order_mark_but_no_contradiction(tmp_path):
+def test_class_map_may_have_a_byte_order_mark_but_no_conflicting_lines(tmp_path):
     path = tmp_path / "map.txt"
     path.write_bytes(b"\xef\xbb\xbfcats 3\ndogs 5\n")
     assert read_class_map(str(path), ["cats", "dogs"], 10) == [3, 5]
@@ -448,7 +448,7 @@ def test_a_class_map_may_have_a_byte_order_mark_but_no_contradiction(tmp_path):
         read_class_map(str(path), ["cats", "dogs"], 10)
 
 
-def test_without_a_home_directory_there_is_no_cache(toy_config, toy_data, monkeypatch):
+def test_index_is_not_cached_without_a_home_directory(toy_config, toy_data, monkeypatch):
     monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -456,7 +456,7 @@ def test_without_a_home_directory_there_is_no_cache(toy_config, toy_data, monkey
     assert not Path("~").exists()
 
 
-def test_a_cache_that_cannot_be_read_is_not_used(tmp_path, monkeypatch):
+def test_unreadable_index_cache_is_ignored(tmp_path, monkeypatch):
     write_images(tmp_path, "train", classes=2, per_class=3, size=8)
     original = Path.is_file
 
@@ -472,7 +472,7 @@ def test_a_cache_that_cannot_be_read_is_not_used(tmp_path, monkeypatch):
 # --- Packing
 
 
-def test_a_killed_process_ends_packing_with_the_reason(tmp_path, monkeypatch):
+def test_killed_worker_ends_packing_with_the_reason_and_leaves_no_files(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
     monkeypatch.setattr(scripts.pack_dataset, "_read", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(DataError, match="was killed; lower --workers"):
@@ -480,7 +480,7 @@ def test_a_killed_process_ends_packing_with_the_reason(tmp_path, monkeypatch):
     assert list((tmp_path / "zip").iterdir()) == []
 
 
-def test_a_map_that_lies_there_is_not_overwritten(tmp_path):
+def test_packing_does_not_overwrite_an_existing_map(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     (tmp_path / "val_map.txt").write_text("mine")
     with pytest.raises(DataError, match=r"val_map\.txt: already exists"):
@@ -488,19 +488,19 @@ def test_a_map_that_lies_there_is_not_overwritten(tmp_path):
     assert (tmp_path / "val_map.txt").read_text() == "mine"
 
 
-def test_a_full_disk_ends_packing_with_the_size_that_it_needs(tmp_path, monkeypatch):
+def test_full_disk_ends_packing_with_the_required_size(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
 
-    def refuse(*_arguments, **_options):
+    def raise_no_space(*_arguments, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", raise_no_space)
     with pytest.raises(DataError, match=r"No space left on device.*the archives need 0"):
         pack(tmp_path, tmp_path / "zip", "val", archive="zip")
     assert list((tmp_path / "zip").iterdir()) == []
 
 
-def test_packing_reads_back_before_anything_takes_its_place(tmp_path, monkeypatch):
+def test_packed_archive_is_verified_before_it_is_renamed(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
     original = scripts.pack_dataset._add
 
@@ -513,7 +513,7 @@ def test_packing_reads_back_before_anything_takes_its_place(tmp_path, monkeypatc
     assert list((tmp_path / "tar").iterdir()) == []
 
 
-def test_an_unreadable_image_ends_packing_with_its_name(tmp_path):
+def test_unreadable_image_ends_packing_and_the_error_names_it(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     os.mkfifo(tmp_path / "val/class0/pipe.png")
     for short_side in (0, 16):
@@ -523,25 +523,25 @@ def test_an_unreadable_image_ends_packing_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_packing_and_leaves_nothing(number, tmp_path):
+def test_signal_ends_packing_and_leaves_no_files(number, tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
 
-    def interrupt(*_arguments) -> None:
+    def send_signal(*_arguments) -> None:
         os.kill(os.getpid(), number)
 
-    def interrupted() -> None:
-        signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
-        scripts.pack_dataset._compare = interrupt
+    def main_with_signal() -> None:
+        signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+        scripts.pack_dataset._compare = send_signal
         scripts.pack_dataset.main()
 
-    script = SimpleNamespace(__file__=scripts.pack_dataset.__file__, main=interrupted)
+    script = SimpleNamespace(__file__=scripts.pack_dataset.__file__, main=main_with_signal)
     outcome = run_script(script, [tmp_path, tmp_path / "tar", "--splits", "val"], tmp_path / "log")
     assert outcome.exit_codes == [128 + number]
     assert list((tmp_path / "tar").iterdir()) == []
 
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])
-def test_classes_with_odd_names_are_packed_and_read_back(archive, tmp_path):
+def test_unusual_class_names_are_packed_and_read_back(archive, tmp_path):
     names = [" a", "b\x85c", "d\N{LINE SEPARATOR}e", "f\x1cg"]
     for number, name in enumerate(sorted(names)):
         (tmp_path / "val" / name).mkdir(parents=True)
@@ -554,7 +554,7 @@ def test_classes_with_odd_names_are_packed_and_read_back(archive, tmp_path):
         pack(tmp_path, tmp_path / "again", "val", archive=archive)
 
 
-def test_names_that_are_not_utf8_are_packed_as_tar_alone(tmp_path):
+def test_file_names_that_are_not_utf8_are_packed_only_as_tar(tmp_path):
     (tmp_path / "val/a").mkdir(parents=True)
     (tmp_path / "val/a" / os.fsdecode(b"\xff.png")).write_bytes(png(7))
     packed = ImageDataset(pack(tmp_path, tmp_path / "tar", "val", archive="tar"), np.asarray)
@@ -563,7 +563,7 @@ def test_names_that_are_not_utf8_are_packed_as_tar_alone(tmp_path):
         pack(tmp_path, tmp_path / "zip", "val", archive="zip")
 
 
-def test_images_of_equal_stem_have_keys_of_their_own(tmp_path):
+def test_images_with_equal_stems_have_distinct_tar_keys(tmp_path):
     (tmp_path / "val/a").mkdir(parents=True)
     for number, name in enumerate(["a-2.jpg", "a.jpg", "a.png"]):
         (tmp_path / "val/a" / name).write_bytes(png(number))
@@ -572,7 +572,7 @@ def test_images_of_equal_stem_have_keys_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("archive", ["zip", "tar"])
-def test_odd_names_are_packed_and_read_back(archive, tmp_path):
+def test_unusual_file_names_are_packed_and_read_back(archive, tmp_path):
     folder = tmp_path / "val/a"
     folder.mkdir(parents=True)
     names = ["a.jpg", "a.png", "a-2.png", "a-1.jpg", "x\x85y.png", "\N{LINE SEPARATOR}.png", "s p.png"]
@@ -590,26 +590,28 @@ def test_odd_names_are_packed_and_read_back(archive, tmp_path):
 # --- Changed data
 
 
-def test_r17_descriptions_name_what_changed(tmp_path):
+def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
     write_images(tmp_path, "train", classes=3, per_class=3, size=8)
     folder = tmp_path / "train"
     before = describe_index(index_folder(folder))
     assert compare_descriptions(before, describe_index(index_folder(folder))) == ""
     assert before["num_images"] == 9
 
-    def changed(change) -> str:
+    def describe_change(change) -> str:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
         change(copy)
         return compare_descriptions(before, describe_index(index_folder(copy)))
 
-    assert changed(lambda root: (root / "class1/001.png").unlink()) == "class class1 had 3 images, now it has 2"
-    assert changed(lambda root: (root / "class1/9.png").write_bytes(png())) == "class class1 had 3 images, now it has 4"
-    renamed = changed(lambda root: (root / "class1/001.png").rename(root / "class1/9.png"))
+    assert describe_change(lambda root: (root / "class1/001.png").unlink()) == "class class1 had 3 images, now it has 2"
+    assert describe_change(lambda root: (root / "class1/9.png").write_bytes(png())) == "class class1 had 3 images, now it has 4"
+    renamed = describe_change(lambda root: (root / "class1/001.png").rename(root / "class1/9.png"))
     assert renamed == "class class1 has the same number of images, but different ones"
-    assert changed(lambda root: (root / "class1").rename(root / "other")) == "class class1 is missing, class other is new"
-    assert changed(lambda root: shutil.copytree(root / "class1", root / "more")) == "class more is new"
+    assert (
+        describe_change(lambda root: (root / "class1").rename(root / "other")) == "class class1 is missing, class other is new"
+    )
+    assert describe_change(lambda root: shutil.copytree(root / "class1", root / "more")) == "class more is new"
     write_zip(tmp_path, [png(n) for n in range(4)])
     archive = describe_index(index_zip(tmp_path, "train"))
     write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])
@@ -618,7 +620,7 @@ def test_r17_descriptions_name_what_changed(tmp_path):
     )
 
 
-def test_only_plain_files_are_followed_by_the_mode_of_their_entry(tmp_path):
+def test_zip_entry_whose_mode_is_a_link_is_rejected(tmp_path):
     entry = zipfile.ZipInfo("link.png")
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
@@ -632,7 +634,7 @@ def test_only_plain_files_are_followed_by_the_mode_of_their_entry(tmp_path):
 
 
 def make_large_index(source: Path, num_images: int) -> Index:
-    """An index like ImageNet's: equally long names, 1,000 classes."""
+    """Create an index similar to that of ImageNet: 1,000 classes and names of equal length."""
     name = b"n01440764/n01440764_10026.JPEG"
     return Index(
         source=source,
@@ -646,22 +648,22 @@ def make_large_index(source: Path, num_images: int) -> Index:
 
 
 def private_bytes() -> int:
-    """Memory of this process that no other one shares."""
+    """Memory of this process that is not shared with other processes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
 def read_many_names(worker: int, index: Index, results) -> None:
     gc.freeze()
-    before = private_bytes()
+    initial = private_bytes()
     for position in np.random.default_rng(worker).integers(0, len(index), 20_000):
         assert index.name(int(position)).endswith(".JPEG")
-    results.put(private_bytes() - before)
+    results.put(private_bytes() - initial)
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux accounts private memory")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="private memory is measured only on Linux")
 @pytest.mark.parametrize(("num_images", "seconds"), [(1_280_000, 1), pytest.param(14_000_000, 2, marks=pytest.mark.slow)])
-def test_d5_workers_share_a_large_index_that_loads_from_its_cache_quickly(num_images, seconds, tmp_path):
+def test_d5_workers_share_the_memory_of_a_large_index_and_its_cache_loads_quickly(num_images, seconds, tmp_path):
     data.index._write_cache(tmp_path / "index.npz", make_large_index(tmp_path, num_images), {})
     started = time.process_time()
     index = data.index._read_cache(tmp_path / "index.npz", tmp_path, [])

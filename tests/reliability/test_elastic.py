@@ -1,4 +1,4 @@
-"""Preempted jobs and elastic restarts (S5 and S6 of docs/reliability.md), through the programs that users start."""
+"""Preempted jobs and elastic restarts with ``scripts/slurm.sh`` and torchrun (rows S5, S6 and U1 of docs/reliability.md)."""
 
 import os
 import signal
@@ -52,8 +52,8 @@ def write_program(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "preemptions", [pytest.param(1, id="1 preemption"), pytest.param(5, id="5 preemptions", marks=pytest.mark.slow)]
 )
-def test_s5_a_job_that_slurm_preempts_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
-    """``scripts/slurm.sh`` with stand-ins for ``srun``, which signals its tasks after a checkpoint, and ``scontrol``."""
+def test_s5_preempted_slurm_job_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
+    """Run ``scripts/slurm.sh`` with fakes of ``scontrol`` and of ``srun``, which signals its tasks after a checkpoint."""
     expected = uninterrupted(2)
     programs, requeued = tmp_path / "bin", tmp_path / "requeued"
     programs.mkdir()
@@ -104,18 +104,22 @@ def torchrun(arguments: list, log: Path, *options: object, program: str | Path =
 
 
 def find_workers(output: Path, **variables: str) -> list[int]:
-    """Processes of ``main.py`` with this folder in their command line and these environment variables."""
-    found = []
+    """Ids of the worker processes whose command line has ``output`` and whose environment has ``variables``."""
+    process_ids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
             environment = (process / "environ").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        wanted = [f"{name}={value}".encode() for name, value in variables.items()]
-        if str(output).encode() in command and b"RANK=" in b"".join(environment) and all(w in environment for w in wanted):
-            found.append(int(process.name))
-    return found
+        required = [f"{name}={value}".encode() for name, value in variables.items()]
+        if (
+            str(output).encode() in command
+            and b"RANK=" in b"".join(environment)
+            and all(entry in environment for entry in required)
+        ):
+            process_ids.append(int(process.name))
+    return process_ids
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
@@ -148,7 +152,7 @@ def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, t
 
 @pytest.mark.slow
 def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, toy_data, tmp_path):
-    """Two agents with a c10d rendezvous play two nodes; one is killed with its worker, the job resumes on the other."""
+    """Two agents with a c10d rendezvous simulate two nodes. One is killed with its worker; the job resumes on the other."""
     folder, logs = tmp_path / "toy/default", [tmp_path / "log0", tmp_path / "log1"]
     options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "DATA.GLOBAL_BATCH_SIZE", 8, "COLLECTIVE_TIMEOUT", 10]
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
@@ -159,7 +163,7 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
         rendezvous += (f"--rdzv_conf=is_host={number == 0},last_call_timeout=2,keep_alive_interval=1",)
         agents.append(torchrun(arguments, log, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", *rendezvous))
         if number == 0:
-            time.sleep(1)  # the first agent has the store
+            time.sleep(1)  # the first agent hosts the rendezvous store
     try:
         wait_for(lambda: newest_update(folder) > 0, agents[0], logs[0])
         assert len(find_workers(tmp_path, WORLD_SIZE="2")) == 2
@@ -191,7 +195,7 @@ main()
 """
 
 
-def test_u1_the_traceback_of_any_rank_is_on_the_console_of_torchrun(toy_config, toy_data, tmp_path):
+def test_u1_traceback_of_rank_1_is_printed_on_the_console_of_torchrun(toy_config, toy_data, tmp_path):
     program, log = tmp_path / "failing_main.py", tmp_path / "log"
     program.write_text(FAILING_MAIN)
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 10)

@@ -1,4 +1,4 @@
-"""Readers of strangers' files on arbitrary and on damaged content: a result or the project's own error, never another one."""
+"""Fuzz tests of file readers: arbitrary or damaged content is read, or raises one of the project's own exceptions."""
 
 import random
 import zipfile
@@ -28,7 +28,7 @@ BOUNDED = settings(
 
 
 def damaged(content: bytes, seed: int) -> bytes:
-    """Some bytes changed, and sometimes cut."""
+    """Change 1 to 5 bytes, and truncate the result with a probability of 0.3."""
     rng, changed = random.Random(seed), bytearray(content)
     for _ in range(rng.randrange(1, 6)):
         changed[rng.randrange(len(changed))] = rng.randrange(256)
@@ -37,13 +37,13 @@ def damaged(content: bytes, seed: int) -> bytes:
 
 @given(content=st.binary(max_size=400), name=st.sampled_from(["x.pth", "x.safetensors"]))
 @BOUNDED
-def test_arbitrary_bytes_are_no_checkpoint(content, name, tmp_path):
+def test_arbitrary_bytes_are_rejected_as_a_checkpoint(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / name)
 
 
-def test_damaged_checkpoints_are_read_or_refused(tmp_path):
+def test_damaged_checkpoints_are_read_or_rejected(tmp_path):
     path, refused = tmp_path / "x.pth", 0
     save_checkpoint({"model": toy().state_dict(), "num_updates": 1}, path)
     content = path.read_bytes()
@@ -61,13 +61,13 @@ YAML = st.text(alphabet="ABCDEFMODELTRAINDATA:._-{}[]&*!?|>'\"# \n\t0123456789e�
 
 @given(text=YAML | st.text(max_size=80))
 @BOUNDED
-def test_arbitrary_text_is_a_config_or_refused(text, tmp_path):
+def test_arbitrary_text_is_read_as_a_config_or_rejected(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     with suppress(ConfigError):
         load_config(tmp_path / "x.yaml")
 
 
-def test_damaged_configs_are_read_or_refused(tmp_path):
+def test_damaged_configs_are_read_or_rejected(tmp_path):
     content = (CONFIGS / "flatten_swin_b_384.yaml").read_bytes() + b"DATA: {IMG_SIZE: [96, 128], BATCH_SIZE: 64}\n"
     for seed in range(1500):
         (tmp_path / "x.yaml").write_bytes(damaged(content, seed))
@@ -80,7 +80,7 @@ LINES = st.lists(st.text(alphabet="ab.0123456789\t \\/-\r\x85²٣", max_size=12)
 
 @given(content=LINES.map(str.encode) | st.binary(max_size=60))
 @BOUNDED
-def test_arbitrary_maps_of_archives_are_read_or_refused(content, tmp_path):
+def test_arbitrary_maps_of_zip_archives_are_read_or_rejected(content, tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("a", b"x")
     (tmp_path / "train_map.txt").write_bytes(content)
@@ -90,7 +90,7 @@ def test_arbitrary_maps_of_archives_are_read_or_refused(content, tmp_path):
 
 @given(content=LINES.map(str.encode) | st.binary(max_size=60))
 @BOUNDED
-def test_arbitrary_class_maps_and_label_files_are_read_or_refused(content, tmp_path):
+def test_arbitrary_class_maps_and_label_files_are_read_or_rejected(content, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(content)
     for read in (lambda: read_class_map(str(path), ["a", "b"], 10), lambda: read_real_labels(str(path), ["a_00000001.png"])):
@@ -98,7 +98,7 @@ def test_arbitrary_class_maps_and_label_files_are_read_or_refused(content, tmp_p
             read()
 
 
-def test_damaged_zip_archives_are_read_or_refused(tmp_path):
+def test_damaged_zip_archives_are_read_or_rejected(tmp_path):
     path: Path = tmp_path / "train.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a.png", "b.png"):

@@ -1,4 +1,4 @@
-"""Processes and loader workers that die or hang (S4 and D8 of docs/reliability.md)."""
+"""Processes and loader workers that die or hang (rows S4 and D8 of docs/reliability.md)."""
 
 import os
 import re
@@ -29,11 +29,11 @@ RANK_FAULTS = {
 
 @pytest.mark.parametrize("fault", RANK_FAULTS)
 @pytest.mark.parametrize("function", ["train_step", "evaluate"])
-def test_s4_a_lost_rank_ends_the_others_with_its_name(fault, function, toy_config, toy_data, tmp_path):
+def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, function, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         if rank == 1:
             call_before(utils.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
-            if fault == "hangs":  # the test ends it
+            if fault == "hangs":  # the hanging process has to be ended by the test
                 signal.alarm(14)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 3)
@@ -59,8 +59,8 @@ def report_time(line: str) -> float:
         ("stalled", r"loader worker 1 has delivered no batch for 2 s while reading 8 images in .*, class"),
     ],
 )
-def test_d8_a_lost_loader_worker_is_named(fault, message, toy_config, toy_data, tmp_path):
-    process = os.getpid()
+def test_d8_error_names_the_lost_loader_worker(fault, message, toy_config, toy_data, tmp_path):
+    test_process = os.getpid()
 
     def prepare(rank: int) -> None:
         original, parent = ImageDataset.__getitem__, os.getpid()
@@ -69,7 +69,7 @@ def test_d8_a_lost_loader_worker_is_named(fault, message, toy_config, toy_data, 
             from torch.utils.data import get_worker_info
 
             if get_worker_info() and get_worker_info().id == 1:
-                assert os.getpid() not in (parent, process)
+                assert os.getpid() not in (parent, test_process)
                 os.kill(os.getpid(), signal.SIGKILL) if fault == "killed" else time.sleep(60)
             return original(self, key)
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite (N rows of docs/reliability.md)."""
+"""Losses and gradients that are not finite (rows N1 and N2 of docs/reliability.md)."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from utils.step import train_step
 from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
-UPDATE = 3  # at which a fault is injected, counted from 0
+UPDATE = 3  # the update at which a fault is injected, counted from 0
 
 
 class FaultyLoss(nn.CrossEntropyLoss):
@@ -41,7 +41,7 @@ class FaultyLoss(nn.CrossEntropyLoss):
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_n1_a_nan_in_one_rank_stops_all_with_the_weights_before_it(fault, toy_config, toy_data, tmp_path):
+def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fault, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         if rank == 1:
             jobs.training.build_criterion = lambda *_, **__: FaultyLoss(fault)
@@ -53,21 +53,21 @@ def test_n1_a_nan_in_one_rank_stops_all_with_the_weights_before_it(fault, toy_co
     assert f"at update {UPDATE} (epoch 0" in outcome.output
     folder = tmp_path / "toy/default"
     newest, bundle = list_checkpoints(folder)[0], folder / f"replay_{UPDATE:09d}.pth"
-    before, kept = read_checkpoint(newest), read_checkpoint(bundle)
-    assert before["num_updates"] == UPDATE
-    assert all(torch.equal(value, before["model"][name]) for name, value in kept["model"].items())
-    images = kept["replay"]["images"]
+    checkpoint, replay_state = read_checkpoint(newest), read_checkpoint(bundle)
+    assert checkpoint["num_updates"] == UPDATE
+    assert all(torch.equal(value, checkpoint["model"][name]) for name, value in replay_state["model"].items())
+    images = replay_state["replay"]["images"]
     assert [len(names) for passes in images for names in passes] == [4, 4]
-    assert kept["config"]["SEED"] == 0
-    # The fault was in the test's loss, not in the update: repeated, it is finite.
+    assert replay_state["config"]["SEED"] == 0
+    # The replay is finite because it does not use the faulty loss of this test.
     replayed = run_main(["--replay", bundle], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
 
 
 @pytest.mark.parametrize("print_freq", [1, 5])
-def test_n1_the_update_is_named_however_late_it_is_read(print_freq, toy_config, toy_data, tmp_path):
-    """The update after it has been launched by then, and has changed nothing."""
+def test_n1_error_names_the_update_of_a_nan_loss_that_is_read_later(print_freq, toy_config, toy_data, tmp_path):
+    """When the loss is read, later updates have been launched already; they have not changed the weights."""
 
     def prepare(rank: int) -> None:
         jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")
@@ -98,7 +98,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_n1_nothing_changes_from_an_update_on_that_is_not_finite(name):
+def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.OPTIMIZER.NAME", name])
     world = World(0, 0, 1, torch.device("cpu"))
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ class Linear(nn.Linear):
 
 
 def overflow_in(first: int, last: int):
-    """Gradients that fp16 cannot represent in some forward passes, counted from 1."""
+    """Return a ``prepare`` function with infinite gradients in forward passes ``first`` to ``last``, counted from 1."""
 
     class Overflowing(nn.CrossEntropyLoss):
         calls = 0
@@ -160,7 +160,7 @@ def test_n2_fp16_skips_update_schedule_and_ema_together(toy_config, toy_data, tm
         assert after["scaler"]["scale"] < before["scaler"]["scale"]
     assert not torch.equal(states[7]["model"]["head.weight"], before["model"]["head.weight"])
     rates = {number: state["optimizer"]["param_groups"][0]["lr"] for number, state in states.items()}
-    assert rates[7] == rates[4] != rates[3]  # the update that succeeds takes the rate that the first skipped one had
+    assert rates[7] == rates[4] != rates[3]  # the first successful update uses the learning rate of the first skipped one
 
 
 def test_n2_twenty_skipped_updates_in_a_row_end_the_run(toy_config, toy_data, tmp_path):

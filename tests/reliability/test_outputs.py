@@ -1,4 +1,4 @@
-"""Consoles, disks and curves that fail or block (R16 of docs/reliability.md)."""
+"""Consoles, log files and metrics files that fail or block (row R16 of docs/reliability.md)."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from utils.checkpoint import list_checkpoints
 pytestmark = pytest.mark.reliability
 
 
-def arguments_of(toy_config, toy_data, output) -> list:
+def create_arguments(toy_config, toy_data, output) -> list:
     return toy_arguments(toy_config, toy_data, output, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "PRINT_FREQ", 1)
 
 
@@ -31,10 +31,10 @@ def broken_pipe() -> int:
 
 
 def full_pipe() -> int:
-    """A pipe that nobody reads; its other end stays open."""
+    """Write end of a full pipe that is not read; the read end stays open, so that writing blocks."""
     _, writer = os.pipe()
     os.set_blocking(writer, False)
-    os.write(writer, bytes(1 << 20))  # as much as it takes
+    os.write(writer, bytes(1 << 20))  # fills the pipe's buffer
     os.set_blocking(writer, True)
     return writer
 
@@ -64,7 +64,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
         CONSOLES[console]()
 
     output = tmp_path / "Ausgabe \N{LATIN SMALL LETTER U WITH DIAERESIS}"
-    outcome = run_main(arguments_of(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
+    outcome = run_main(create_arguments(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
     folder = output / "toy/default"
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
@@ -76,8 +76,8 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
         assert "Ausgabe \\xfc" in outcome.output
 
 
-def test_r16_processes_without_a_console_are_stopped_with_their_state_saved(toy_config, toy_data, tmp_path):
-    """The exit status must be 75 all the same, since a scheduler requeues on it."""
+def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_config, toy_data, tmp_path):
+    """The exit status has to be 75, since a scheduler requeues the job only then."""
 
     def prepare(rank: int) -> None:
         utils.log._console.cache_clear()
@@ -92,16 +92,16 @@ def test_r16_processes_without_a_console_are_stopped_with_their_state_saved(toy_
     assert list_checkpoints(tmp_path / "toy/default")
 
 
-def test_r16_a_disk_that_is_full_when_a_run_resumes_ends_no_run(toy_config, toy_data, tmp_path):
+def test_r16_full_disk_on_resume_does_not_end_the_run(toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "SAVE_STEPS", 2)
     folder = tmp_path / "toy/default"
     run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
 
     def prepare(rank: int) -> None:
-        def refuse(path):
+        def raise_no_space(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        utils.log.replacing = refuse
+        utils.log.replacing = raise_no_space
 
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
@@ -109,29 +109,29 @@ def test_r16_a_disk_that_is_full_when_a_run_resumes_ends_no_run(toy_config, toy_
 
 
 @pytest.mark.parametrize("output", ["log_rank0.txt", "metrics.jsonl", "events"])
-def test_r16_a_full_disk_for_logs_and_curves_ends_no_run(output, uninterrupted, toy_config, toy_data, tmp_path):
+def test_r16_full_disk_for_logs_and_metrics_does_not_end_the_run(output, uninterrupted, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        """Every write to that output fails with ENOSPC, from the second epoch on."""
+        """From the second epoch on, make every write to ``output`` fail with ENOSPC."""
         original_open, original_event = open, utils.log.MetricsWriter._event
 
-        def refuse() -> None:
+        def raise_no_space() -> None:
             if (tmp_path / "toy/default/checkpoint_000000012.pth").exists():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def opened(file, *rest, **options):
+        def open_or_fail(file, *rest, **options):
             if str(file).endswith(output):
-                refuse()
+                raise_no_space()
             return original_open(file, *rest, **options)
 
-        def event(self, *rest):
+        def event_or_fail(self, *rest):
             if output == "events":
-                refuse()
+                raise_no_space()
             return original_event(self, *rest)
 
-        utils.log.open = opened
-        utils.log.MetricsWriter._event = event
+        utils.log.open = open_or_fail
+        utils.log.MetricsWriter._event = event_or_fail
 
-    arguments = [*arguments_of(toy_config, toy_data, tmp_path), "KEEP_CHECKPOINTS", 99]
+    arguments = [*create_arguments(toy_config, toy_data, tmp_path), "KEEP_CHECKPOINTS", 99]
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
     assert outcome.output.count("No space left on device); the run continues without it") == 1
@@ -139,7 +139,7 @@ def test_r16_a_full_disk_for_logs_and_curves_ends_no_run(output, uninterrupted, 
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", '{"step": "x"}', "{}", '{"step": 3, "ki', "\x00\xff"])
-def test_a_metrics_file_with_other_content_ends_no_run(line, toy_config, toy_data, tmp_path):
+def test_metrics_file_with_unexpected_content_does_not_end_the_run(line, toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy/default"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text(f"{line}\n", encoding="latin-1")
@@ -149,12 +149,12 @@ def test_a_metrics_file_with_other_content_ends_no_run(line, toy_config, toy_dat
     assert {record["kind"] for record in records} == {"train", "eval_raw", "eval_ema"}
 
 
-def test_a_blocked_output_takes_no_time_of_the_caller():
-    sink, gate, ended = utils.log.Sink("blocked"), threading.Event(), []
-    sink(lambda: ended.append(gate.wait(60)))
+def test_blocked_output_does_not_block_the_caller():
+    sink, release, results = utils.log.Sink("blocked"), threading.Event(), []
+    sink(lambda: results.append(release.wait(60)))
     for _ in range(20_000):
         sink(int)
-    assert not ended
-    gate.set()
+    assert not results
+    release.set()
     sink.flush()
-    assert ended == [True]
+    assert results == [True]

@@ -1,4 +1,4 @@
-"""Signals that stop training (S rows of docs/reliability.md)."""
+"""Signals that stop training (rows S1 to S3 of docs/reliability.md), and checkpoints at time intervals."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STOPPED = 75  # exit status that the README documents
 
 
 def call_before(module, name: str, number: int, action) -> None:
-    """Replace a function of a module by one that calls ``action`` before the call of that number, counted from 1."""
+    """Patch the function ``name`` of a module to call ``action`` before its call ``number``, counted from 1."""
     original, calls = getattr(module, name), []
 
     def replacement(*arguments, **options):
@@ -33,14 +33,14 @@ def call_before(module, name: str, number: int, action) -> None:
     setattr(module, name, replacement)
 
 
-class Functional:
-    """Stands for ``torch.nn.functional`` in ``utils.evaluation``, where evaluation takes its loss from it."""
+class FunctionalStub:
+    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``, which uses only its loss."""
 
     cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
 
 
 def signal_in(phase: str, number: int):
-    """What a process does before ``main``: signal itself in a phase."""
+    """Return a ``prepare`` function that makes one rank send signal ``number`` to itself in ``phase``."""
 
     def send() -> None:
         os.kill(os.getpid(), number)
@@ -54,9 +54,9 @@ def signal_in(phase: str, number: int):
             elif phase == "step":
                 call_before(utils.trainer, "train_step", 5, send)
             else:
-                utils.evaluation.F = Functional
-                # Each batch takes the loss of the raw weights, then that of the EMA.
-                call_before(Functional, "cross_entropy", 1 if phase == "evaluation" else 2, send)
+                utils.evaluation.F = FunctionalStub
+                # For each batch, the loss of the raw weights is computed first, then that of the EMA weights.
+                call_before(FunctionalStub, "cross_entropy", 1 if phase == "evaluation" else 2, send)
 
     return prepare
 
@@ -71,7 +71,9 @@ def signal_in(phase: str, number: int):
         ("EMA evaluation", signal.SIGTERM),
     ],
 )
-def test_s1_a_signal_to_one_rank_stops_all_with_their_state_saved(phase, number, uninterrupted, toy_config, toy_data, tmp_path):
+def test_s1_signal_to_one_rank_stops_all_ranks_and_saves_their_state(
+    phase, number, uninterrupted, toy_config, toy_data, tmp_path
+):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     folder = tmp_path / "toy/default"
     stopped = run_main(arguments, tmp_path / "log", processes=2, prepare=signal_in(phase, number))
@@ -90,16 +92,16 @@ def test_s1_a_signal_to_one_rank_stops_all_with_their_state_saved(phase, number,
     keys = [(point["kind"], point["step"]) for point in points]
     assert len(keys) == len(set(keys))
     assert {key for key in keys if key[0].startswith("eval")} == {
-        (f"eval_{w}", s) for w in ("raw", "ema") for s in (12, 24, 36)
+        (f"eval_{weights}", step) for weights in ("raw", "ema") for step in (12, 24, 36)
     }
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGKILL])
-def test_s2_a_second_signal_ends_the_process_at_once_and_leaves_a_valid_checkpoint(second, toy_config, toy_data, tmp_path):
+def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpoints(second, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         def hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # this is the thread that writes; the main thread handles signals
+            time.sleep(0.5)  # this is the writer thread; the main thread handles the first signal meanwhile
             os.kill(os.getpid(), second)
             time.sleep(60)
 
@@ -125,19 +127,19 @@ def test_s3_loader_workers_ignore_a_signal_to_their_process_group(number, uninte
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
-def test_checkpoints_are_saved_by_time_within_an_epoch(toy_config, toy_data, tmp_path):
-    """SAVE_MINUTES of rank 0's clock: all processes save at the same update."""
+def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy_data, tmp_path):
+    """SAVE_MINUTES is measured on rank 0; all processes save at the same update."""
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_MINUTES", 1e-9, "KEEP_CHECKPOINTS", 99, "TRAIN.EPOCHS", 1)
     outcome = run_main([*arguments, "DATA.BATCH_SIZE", 4], tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
     saved = {read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")}
     assert len(saved) > 3
     assert 12 in saved
-    without = tmp_path / "without"
+    default_output = tmp_path / "without"
     outcome = run_main(
-        [*toy_arguments(toy_config, toy_data, without, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8)], tmp_path / "log"
+        [*toy_arguments(toy_config, toy_data, default_output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8)], tmp_path / "log"
     )
-    assert [path.name for path in list_checkpoints(without / "toy/default")] == ["checkpoint_000000012.pth"]
+    assert [path.name for path in list_checkpoints(default_output / "toy/default")] == ["checkpoint_000000012.pth"]
 
 
 def test_a_run_stopped_beyond_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):

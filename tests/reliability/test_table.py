@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md names tests that exist."""
+"""Every test in the table of docs/reliability.md exists."""
 
 import re
 from pathlib import Path
@@ -12,10 +12,10 @@ ROWS = re.findall(
 pytestmark = pytest.mark.reliability
 
 
-def test_the_table_is_read():
+def test_rows_of_the_table_are_parsed():
     assert len(ROWS) > 45
 
 
 @pytest.mark.parametrize(("promise", "name", "file"), ROWS)
-def test_every_promise_has_its_test(promise, name, file):
+def test_every_guarantee_names_an_existing_test(promise, name, file):
     assert f"def {name}(" in (ROOT / file).read_text(), promise

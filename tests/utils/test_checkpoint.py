@@ -34,7 +34,7 @@ def saved(tmp_path):
     return path
 
 
-def test_a_checkpoint_comes_back_as_it_was_with_the_users_file_mode(saved):
+def test_a_saved_checkpoint_is_readable_and_its_file_mode_follows_the_umask(saved):
     state = read_checkpoint(saved)
     assert state["num_updates"] == 1
     umask = os.umask(0)
@@ -43,7 +43,7 @@ def test_a_checkpoint_comes_back_as_it_was_with_the_users_file_mode(saved):
 
 
 @pytest.mark.parametrize("operation", ["open", "fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(saved, operation, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(saved, operation, monkeypatch):
     before = checkpoint.sha256(saved)
 
     def fail(*_args, **_kwargs):
@@ -70,7 +70,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["empty", *(f"cut{n}" for n in range(8)), *(f"flip{n}" for n in range(16))])
-def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(saved, how, caplog):
     newer = saved.with_name("checkpoint_000000002.pth")
     shutil.copy(saved, newer)
     damage(newer, how)
@@ -83,7 +83,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(saved, how, caplog):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_without_hard_links_the_best_is_a_verified_copy_or_as_it_was(damaged, saved, monkeypatch):
+def test_without_hard_links_best_is_a_verified_copy_or_stays_unchanged(damaged, saved, monkeypatch):
     best = saved.with_name("best.pth")
     shutil.copy(saved, best)
     before, synced, original = best.read_bytes(), [], os.fsync
@@ -91,7 +91,7 @@ def test_without_hard_links_the_best_is_a_verified_copy_or_as_it_was(damaged, sa
     def refuse(*_arguments):
         raise OSError(1, "Operation not permitted")
 
-    def copy_badly(source, target):
+    def copy_truncated(source, target):
         target.write_bytes(source.read_bytes()[:-100])
 
     def fsync(descriptor):
@@ -102,7 +102,7 @@ def test_without_hard_links_the_best_is_a_verified_copy_or_as_it_was(damaged, sa
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "fsync", fsync)
     if damaged:
-        monkeypatch.setattr(shutil, "copyfile", copy_badly)
+        monkeypatch.setattr(shutil, "copyfile", copy_truncated)
         with pytest.raises(CheckpointError, match="the old ones are untouched"):
             checkpoint.link_best(saved, best)
         assert best.read_bytes() == before
@@ -115,7 +115,7 @@ def test_without_hard_links_the_best_is_a_verified_copy_or_as_it_was(damaged, sa
 
 
 @pytest.mark.parametrize("operation", ["open", "fsync"])
-def test_a_file_system_without_fsync_of_folders_is_fine(operation, saved, monkeypatch):
+def test_a_checkpoint_is_saved_on_a_file_system_without_fsync_of_directories(operation, saved, monkeypatch):
     originals = {"open": os.open, "fsync": os.fsync}
 
     def refuse(target, *arguments):
@@ -129,7 +129,7 @@ def test_a_file_system_without_fsync_of_folders_is_fine(operation, saved, monkey
     assert read_checkpoint(saved)["num_updates"] == 2
 
 
-def test_free_bytes_are_counted_without_the_unfinished_file(saved, monkeypatch):
+def test_free_space_is_measured_after_the_temporary_file_is_deleted(saved, monkeypatch):
     def fail(_descriptor):
         raise OSError(28, "No space left on device")
 
@@ -143,7 +143,7 @@ def test_free_bytes_are_counted_without_the_unfinished_file(saved, monkeypatch):
         save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
 
 
-def test_files_of_other_names_are_neither_counted_nor_deleted(saved):
+def test_files_with_other_names_are_neither_listed_nor_deleted(saved):
     others = ["checkpoint_12.pth", "checkpoint_mean.pth", "checkpoint_mean.pth.incomplete", "mine.incomplete"]
     for name in [*others, "checkpoint_000000002.pth.incomplete"]:
         (saved.parent / name).write_bytes(b"")
@@ -152,7 +152,7 @@ def test_files_of_other_names_are_neither_counted_nor_deleted(saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == sorted([saved.name, *others])
 
 
-def test_a_damaged_file_is_set_aside_beside_earlier_ones(saved):
+def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
         newer.mkdir()
@@ -160,8 +160,8 @@ def test_a_damaged_file_is_set_aside_beside_earlier_ones(saved):
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 
-def test_a_best_checkpoint_counts_only_if_it_is_the_best_state(saved):
-    """Damaged, or of another run: the best is counted anew."""
+def test_repair_best_accepts_a_file_only_if_it_has_the_best_state(saved):
+    """A file that is damaged, or belongs to another state, is not accepted."""
     best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
     save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
     assert checkpoint.repair_best(best, state, saved)
@@ -172,7 +172,7 @@ def test_a_best_checkpoint_counts_only_if_it_is_the_best_state(saved):
     assert not checkpoint.repair_best(best, state, saved)
 
 
-def test_retention_keeps_the_newest_and_the_best(saved):
+def test_checkpoint_rotation_keeps_the_newest_and_the_best(saved):
     for number in range(2, 6):
         shutil.copy(saved, checkpoint.checkpoint_path(saved.parent, number))
     checkpoint.link_best(saved, saved.parent / "best.pth")
@@ -185,7 +185,7 @@ def test_retention_keeps_the_newest_and_the_best(saved):
 
 
 class Call:
-    """Unpickling this would call ``function``."""
+    """An object whose unpickling calls ``function``."""
 
     def __init__(self, function, *arguments):
         self.function = function
@@ -196,7 +196,7 @@ class Call:
 
 
 @pytest.mark.parametrize("payload", ["system", "eval", "nested", "getattr"])
-def test_no_code_in_a_checkpoint_runs(tmp_path, payload):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, payload):
     flag = tmp_path / "ran"
     inner = pickle.dumps(Call(os.system, f"touch {flag}"))
     payloads = {
@@ -211,7 +211,7 @@ def test_no_code_in_a_checkpoint_runs(tmp_path, payload):
     assert not flag.exists()
 
 
-def test_no_code_in_a_checkpoint_of_the_oldest_format_runs(tmp_path):
+def test_code_in_a_checkpoint_of_the_oldest_format_is_not_executed(tmp_path):
     """Up to version 0.1, torch wrote tar files of pickles."""
     flag = tmp_path / "ran"
     payload = pickle.dumps(Call(os.system, f"touch '{flag}'"))
@@ -225,7 +225,7 @@ def test_no_code_in_a_checkpoint_of_the_oldest_format_runs(tmp_path):
     assert not flag.exists()
 
 
-def test_a_file_of_the_reference_loads_with_its_pickled_config(tmp_path):
+def test_a_checkpoint_of_the_reference_loads_with_its_pickled_config(tmp_path):
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin"}), "TRAIN": {"BASE_LR": 5e-4}})
     model = toy()
     state = {
@@ -259,23 +259,23 @@ def test_arguments_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path
     assert load_weights(toy(), tmp_path / "released.pth").coverage == 1
 
 
-def test_what_is_no_tensor_among_the_weights_is_left_out(tmp_path):
+def test_entries_that_are_not_named_tensors_are_ignored(tmp_path):
     state = {"model": toy().state_dict() | {"epoch": 3, 7: torch.zeros(1)}, "model_ema": torch.zeros(1)}
     torch.save(state, tmp_path / "odd.pth")
     report = load_weights(toy(), tmp_path / "odd.pth")
     assert (report.weights, report.coverage, report.unused) == ("raw", 1, [])
 
 
-def test_foreign_classes_are_refused_by_name(tmp_path):
+def test_a_class_that_is_not_allowed_is_rejected_by_name(tmp_path):
     torch.save({"model": {}, "when": datetime.date(2023, 10, 2)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match=r"datetime\.date"):
         read_checkpoint(tmp_path / "foreign.pth")
 
 
-def test_average_and_raw_weights_are_told_apart(tmp_path):
-    raw, average = toy(), toy()
-    torch.save({"model": raw.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "both.pth")
-    for weights, expected in (("raw", raw), ("ema", average), ("auto", average)):
+def test_ema_and_raw_weights_are_distinguished(tmp_path):
+    raw, ema = toy(), toy()
+    torch.save({"model": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "both.pth")
+    for weights, expected in (("raw", raw), ("ema", ema), ("auto", ema)):
         model = toy()
         assert load_weights(model, tmp_path / "both.pth", weights=weights).weights == ("raw" if expected is raw else "ema")
         assert torch.equal(model.head.weight, expected.head.weight)
@@ -285,17 +285,17 @@ def test_average_and_raw_weights_are_told_apart(tmp_path):
         load_weights(toy(), tmp_path / "bare.pth", weights="ema")
 
 
-def test_another_number_of_classes_keeps_a_fresh_head_and_says_so(tmp_path):
+def test_a_head_with_another_number_of_classes_keeps_its_initial_weights_and_is_reported(tmp_path):
     torch.save({"model": toy().state_dict()}, tmp_path / "five.pth")
     model = toy(num_classes=3)
-    fresh = model.head.weight.clone()
+    initial = model.head.weight.clone()
     report = load_weights(model, tmp_path / "five.pth")
     assert sorted(report.reinitialised) == ["head.bias", "head.weight"]
-    assert torch.equal(model.head.weight, fresh)
+    assert torch.equal(model.head.weight, initial)
     assert "head: 5 classes in the file, 3 in the model" in str(report)
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_a_file_of_another_model_is_rejected(tmp_path):
     torch.save({"model": toy(embed_dim=16).state_dict()}, tmp_path / "wide.pth")
     with pytest.raises(CheckpointError, match="choose the config"):
         load_weights(toy(), tmp_path / "wide.pth")
@@ -305,25 +305,25 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         load_weights(toy(), tmp_path / "half.pth")
 
 
-# How many tables grow with the input, of each family's smallest model. Swin: the encodings of stages 1 and 2, and the tables
-# of the softmax windows, which grow from 7 to 12. PVT: 4 tables of positions, and the encoding of each of 8 blocks. CSwin:
-# the encodings of stages 1 and 2. DeiT: the table of positions, and the encoding of each of 12 blocks.
+# Number of tables that grow with the image size, in the smallest model of each family. Swin: encodings of stages 1 and 2, and
+# tables of the softmax windows, which grow from 7 to 12 tokens. PVT: 4 position tables and the encodings of 8 blocks. PVTv2:
+# encodings of 8 blocks. CSwin: encodings of stages 1 and 2. DeiT: the position table and the encodings of 12 blocks.
 RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
 
 
 @pytest.mark.parametrize("size", [384, 448])
 @pytest.mark.parametrize("name", RESIZED)
-def test_a_higher_resolution_takes_every_entry_of_every_family(name, size, tmp_path):
+def test_every_entry_is_loaded_or_resized_at_a_higher_resolution(name, size, tmp_path):
     source = create_model(name, num_classes=10)
     torch.save({"model": source.state_dict()}, tmp_path / "224.pth")
-    options = {"softmax_window": 12} if "swin_t" in name and "cswin" not in name else {}  # as 384 px configs of Swin have
+    options = {"softmax_window": 12} if "swin_t" in name and "cswin" not in name else {}  # as in the Swin config of 384 pixels
     model = create_model(name, num_classes=10, img_size=size, **options)
-    own = model.state_dict()
+    target = model.state_dict()
     report = load_weights(model, tmp_path / "224.pth")
-    grown = [entry for entry, value in source.state_dict().items() if value.shape != own[entry].shape]
+    grown = [entry for entry, value in source.state_dict().items() if value.shape != target[entry].shape]
     assert sorted(report.resized) == sorted(grown)
     assert len(grown) == RESIZED[name]
-    assert sorted(report.loaded + report.resized) == sorted(own)
+    assert sorted(report.loaded + report.resized) == sorted(target)
     assert report.missing == report.unused == report.reinitialised == report.mapped == []
     assert report.coverage == 1
     with torch.inference_mode():
@@ -345,17 +345,17 @@ def test_a_higher_resolution_takes_every_entry_of_every_family(name, size, tmp_p
             [],
         ),
     ],
-    ids=["same", "another name", "none"],
+    ids=["same head", "renamed head", "no head"],
 )
-def test_the_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused):
+def test_the_load_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused):
     torch.save(change(toy().state_dict()), tmp_path / "file.pth")
     report = load_weights(toy(), tmp_path / "file.pth")
     assert (sorted(report.missing), sorted(report.unused), report.reinitialised) == (missing, unused, [])
     assert sorted(report.loaded + report.missing) == sorted(toy().state_dict())
 
 
-def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
-    """Row r of the file holds r; class 0 of ImageNet-1k is the tench, n01440764."""
+def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_imagenet(tmp_path):
+    """All values of row r of the file are r, so the loaded head shows which row each class came from."""
     source = toy(num_classes=21841).state_dict()
     source["head.weight"] = torch.arange(21841.0).unsqueeze(1).expand(-1, 16).contiguous()
     source["head.bias"] = torch.arange(21841.0)
@@ -369,7 +369,7 @@ def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
     large, small = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
     rows = model.head.bias.tolist()
     assert [large[int(row)] for row in rows if row > 0] == [name for name in small if name in set(large)]
-    assert rows.count(0) == 1  # the class that ImageNet-22k lacks keeps its fresh bias
+    assert rows.count(0) == 1  # the class that ImageNet-22k does not contain keeps its initial bias
     assert torch.equal(model.head.weight[:, 0][model.head.bias > 0], model.head.bias[model.head.bias > 0])
     assert load_weights(toy(num_classes=10), tmp_path / "22k.pth").reinitialised == ["head.weight", "head.bias"]
 
@@ -378,13 +378,13 @@ def test_a_head_of_imagenet_22k_gives_a_thousand_classes_their_rows(tmp_path):
     ("source", "target"),
     [("flatten_swin_s", "flatten_swin_t"), ("flatten_swin_t", "flatten_swin_s"), ("flatten_pvt_v2_b1", "flatten_deit_t")],
 )
-def test_a_refused_file_is_told_which_model_it_is_of(source, target, tmp_path):
+def test_the_error_for_a_rejected_file_names_the_most_similar_model(source, target, tmp_path):
     torch.save({"model": create_model(source).state_dict()}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"most similar to those of {source}"):
         load_weights(create_model(target), tmp_path / "file.pth")
 
 
-def test_a_file_that_is_written_damaged_never_gets_the_name_of_a_checkpoint(saved, monkeypatch):
+def test_a_file_damaged_while_it_is_written_never_replaces_a_checkpoint(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"garbage"))
     with pytest.raises(CheckpointError, match="checkpoint not written, the old ones are untouched"):

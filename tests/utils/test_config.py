@@ -29,7 +29,7 @@ def header_of(path):
 
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*RECIPES}), ids=lambda path: path.stem)
-def test_every_config_loads_is_named_after_its_model_and_says_what_to_run(path):
+def test_every_config_is_named_after_its_model_and_its_header_gives_the_command(path):
     cfg, header = load_config(path), header_of(path)
     assert path.stem == cfg.MODEL.NAME
     assert f"--cfg configs/{path.relative_to(CONFIGS)}" in header
@@ -39,19 +39,19 @@ def test_every_config_loads_is_named_after_its_model_and_says_what_to_run(path):
 
 @pytest.mark.parametrize("model", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_goes_with_every_model(path, model):
-    alone = load_config(CONFIGS / f"{model}.yaml")
+def test_every_recipe_combines_with_every_model(path, model):
+    model_cfg = load_config(CONFIGS / f"{model}.yaml")
     cfg = load_config([CONFIGS / f"{model}.yaml", path])
     assert {key: value for key, value in cfg.MODEL.items() if key != "LABEL_SMOOTHING"} == {
-        key: value for key, value in alone.MODEL.items() if key != "LABEL_SMOOTHING"
+        key: value for key, value in model_cfg.MODEL.items() if key != "LABEL_SMOOTHING"
     }
     assert path.stem == cfg.TAG
     header = header_of(path)
     assert f"configs/recipes/{path.name}" in header
     assert f"(global batch {cfg.TRAIN.RECIPE_BATCH_SIZE})" in header
-    # Whatever another recipe sets, this one sets too: the model's own training leaves nothing behind.
-    trained = flatten(load_config([CONFIGS / "flatten_cswin_b_384.yaml", path]))
-    assert {key for key, value in trained.items() if value != flatten(cfg)[key] and not key.startswith(("MODEL", "DATA"))} <= {
+    # A recipe overrides the training settings of every model's config: with it, only these two keys depend on the model.
+    other = flatten(load_config([CONFIGS / "flatten_cswin_b_384.yaml", path]))
+    assert {key for key, value in other.items() if value != flatten(cfg)[key] and not key.startswith(("MODEL", "DATA"))} <= {
         "EMA.DECAY",
         "TEST.CROP",
     }
@@ -64,7 +64,7 @@ def test_the_order_of_precedence_is_default_base_file_command_line(tmp_path):
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, cfg.TRAIN.BASE_LR, cfg.TRAIN.MIN_LR) == (1, 0, 3.0, 5e-6)
 
 
-def test_a_dump_loads_again_to_the_same_bytes(tmp_path):
+def test_a_dumped_config_loads_and_dumps_to_the_same_bytes(tmp_path):
     options = ["TRAIN.BASE_LR", "1e-3", "AUG.CUTMIX_MINMAX", "[0.2, 0.8]", "TAG", "7", "OUTPUT", "a b/ü"]
     first = load_config(CONFIGS / "flatten_swin_b_384.yaml", options).dump()
     second = load_config(write(tmp_path, text=first)).dump()
@@ -74,16 +74,16 @@ def test_a_dump_loads_again_to_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "key", "expected"),
     [
-        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # text to YAML
+        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # YAML reads 5e-4 as text
         ("TRAIN: {WEIGHT_DECAY: 1e-8}", "TRAIN.WEIGHT_DECAY", 1e-8),
         ("AUG: {MIXUP: 0}", "AUG.MIXUP", 0.0),
         ("AUG: {CUTMIX_MINMAX: None}", "AUG.CUTMIX_MINMAX", None),
         ("MODEL: {SWIN: {DEPTHS: '(1, 1, 2, 1)'}}", "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
         ("TRAIN: {OPTIMIZER: {BETAS: [0, 0.99]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.99]),
-        ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),  # the reference's, at its own value
+        ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),  # keys of the reference at their default values
     ],
 )
-def test_yaml_as_the_reference_writes_it_is_read_as_it_is_meant(tmp_path, text, key, expected):
+def test_yaml_in_the_style_of_the_reference_is_read_with_the_intended_types(tmp_path, text, key, expected):
     value = flatten(load_config(write(tmp_path, text=text)))[key]
     assert value == expected
     assert type(value) is type(expected)
@@ -173,12 +173,12 @@ MODEL:
         (f"MODEL: {{NAME: {'ü' * 128}}}", [], "give it at most 255 bytes"),
     ],
 )
-def test_a_wrong_config_is_refused_by_key_value_and_remedy(tmp_path, text, opts, message):
+def test_an_invalid_config_is_rejected_with_key_value_and_remedy(tmp_path, text, opts, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(write(tmp_path, text=text), opts)
 
 
-def test_missing_files_and_circles_of_base_files_are_refused(tmp_path):
+def test_missing_files_and_cycles_of_base_files_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "nothing.yaml")
     write(tmp_path, "a.yaml", "BASE: [b.yaml]")
@@ -189,14 +189,14 @@ def test_missing_files_and_circles_of_base_files_are_refused(tmp_path):
         load_config(write(tmp_path, "config.py", "import os"))
 
 
-def test_an_unknown_model_type_is_refused_and_never_evaluated(tmp_path):
+def test_an_unknown_model_type_is_rejected_and_never_evaluated(tmp_path):
     path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": "__import__('os')"}}))
     with pytest.raises(ConfigError, match=r"MODEL.TYPE=.*: choose one of flatten_swin"):
         load_config(path)
 
 
-def test_a_deit_takes_its_size_from_the_config(tmp_path):
-    """Parameters by hand, for C channels, N patches and L blocks of linear attention with H heads and a 5 x 5 kernel."""
+def test_deit_takes_its_size_from_the_config(tmp_path):
+    """The expected number of parameters is computed by hand, for linear attention with a 5 x 5 kernel."""
     text = """
 DATA: {IMG_SIZE: 32}
 MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24, DEPTH: 3, NUM_HEADS: 2}, LA: {ATTN_TYPE: L}}
@@ -213,12 +213,12 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
     assert {block.attn.num_heads for block in model.blocks} == {heads}
 
 
-def test_the_choices_are_what_the_models_offer():
+def test_config_choices_equal_the_available_models_and_kinds():
     assert set(KEYS["MODEL.TYPE"].choices) == set(NAMES)
     assert set(KEYS["MODEL.LA.KIND"].choices) == set(KINDS)
 
 
-def test_options_may_be_joined_by_an_equals_sign():
+def test_options_may_be_written_with_an_equals_sign():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.EPOCHS=30", "TAG", "a=b", "MODEL.SWIN.DEPTHS=[1, 1, 2, 1]"])
     assert (cfg.TRAIN.EPOCHS, cfg.TAG, cfg.MODEL.SWIN.DEPTHS) == (30, "a=b", [1, 1, 2, 1])
 
@@ -230,35 +230,35 @@ def test_options_may_be_joined_by_an_equals_sign():
 def test_an_image_size_is_a_number_or_height_and_width(given, expected, tmp_path):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.IMG_SIZE", given])
     assert image_size(cfg) == expected
-    again = load_config(write(tmp_path, text=cfg.dump()))
-    assert image_size(again) == expected
+    reloaded = load_config(write(tmp_path, text=cfg.dump()))
+    assert image_size(reloaded) == expected
     assert image_size(load_config(write(tmp_path, text=cfg.dump()), ["DATA.IMG_SIZE", 64])) == (64, 64)
 
 
-def test_a_checkpoint_is_saved_every_quarter_of_an_hour_by_default():
+def test_a_checkpoint_is_saved_every_15_minutes_by_default():
     assert load_config(CONFIGS / "flatten_swin_t.yaml").SAVE_MINUTES == 15
 
 
-def test_a_base_file_may_lie_in_the_home_directory(tmp_path, monkeypatch):
+def test_a_base_file_may_be_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home/base.yaml").write_text("TAG: base")
     assert load_config(write(tmp_path, text="BASE: ['~/base.yaml']")).TAG == "base"
 
 
-def test_the_home_directory_may_be_abbreviated(monkeypatch):
+def test_a_tilde_in_a_path_is_expanded_to_the_home_directory(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.DATA_PATH", "~/imagenet", "OUTPUT", "~/runs", "TAG", "~"])
     assert (cfg.DATA.DATA_PATH, cfg.OUTPUT, cfg.TAG) == ("/home/someone/imagenet", "/home/someone/runs", "~")
 
 
-def test_the_recipe_s_batch_is_that_of_the_file_on_eight_processes(tmp_path):
+def test_the_recipe_batch_size_defaults_to_eight_times_the_batch_size_of_the_file(tmp_path):
     path = write(tmp_path, text="DATA: {BATCH_SIZE: 64}")
     assert load_config(path, ["DATA.BATCH_SIZE", 16]).TRAIN.RECIPE_BATCH_SIZE == 512
     assert load_config(write(tmp_path, text="TRAIN: {RECIPE_BATCH_SIZE: 96}")).TRAIN.RECIPE_BATCH_SIZE == 96
 
 
-def test_a_stored_config_loads_without_what_is_unknown_here_and_without_its_own_start():
+def test_a_stored_config_loads_without_unknown_keys_and_without_its_pretrained_weights():
     tree = to_dict(load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.PRETRAINED", "x.pth", "TRAIN.EPOCHS", 70]))
     tree["MODEL"]["GONE"] = 1
     cfg = load_stored_config(tree, ["SEED", 3], source="x.pth")
@@ -268,7 +268,7 @@ def test_a_stored_config_loads_without_what_is_unknown_here_and_without_its_own_
 
 
 def test_every_key_is_read_outside_the_config():
-    """By its full name; the optimizer's through the section."""
+    """Keys are read by their full names; those of the optimizer are read through their section."""
     text = "\n".join(path.read_text() for path in SOURCES if path.name not in ("config.py", "config_keys.py"))
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
     read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}
@@ -283,7 +283,7 @@ def test_every_key_has_a_meaning_and_a_legal_default():
         assert key.minimum is None or key.minimum <= key.default <= key.maximum, name
 
 
-# Smallest and largest legal values, written down apart from the keys.
+# Smallest and largest legal values, listed independently of the keys.
 BOUNDS = {
     (0, INFINITY): (
         "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.NUM_WORKERS DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "
@@ -308,6 +308,6 @@ BOUNDS = {
 }
 
 
-def test_the_bounds_of_every_number_are_those_of_the_table():
+def test_the_bounds_of_every_number_equal_the_table():
     bounds = {name: (key.minimum, key.maximum) for name, key in KEYS.items() if key.minimum is not None}
     assert bounds == {name: pair for pair, names in BOUNDS.items() for name in names.split()}

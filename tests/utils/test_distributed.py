@@ -1,4 +1,4 @@
-"""How processes find each other."""
+"""Start-up of processes, errors across processes, and the check of the GPU driver."""
 
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
-    """A process of torchrun, whose store outlives it."""
+    """Run one process as under torchrun, whose store exists longer than the process."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
     time.sleep(delay)
@@ -41,7 +41,7 @@ def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_a_restart_finds_no_address_of_the_start_before_it(late):
+def test_a_restart_reads_no_address_of_the_previous_start(late):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     for restart in range(3):
@@ -54,7 +54,7 @@ def test_a_restart_finds_no_address_of_the_start_before_it(late):
         assert [process.exitcode for process in processes] == [0, 0]
 
 
-def test_ranks_that_do_not_start_are_named():
+def test_ranks_that_do_not_start_are_named_in_the_error():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
     with pytest.raises(LostRankError, match=r"rank 1, 2 did not start within COLLECTIVE_TIMEOUT=0\.1 s"):
@@ -63,7 +63,7 @@ def test_ranks_that_do_not_start_are_named():
         meet(store, 1, 3, timeout_seconds=0.1)
 
 
-def test_variables_left_over_from_a_launcher_do_not_count(monkeypatch):
+def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
@@ -83,7 +83,7 @@ def fail_in_rank_one(world) -> None:
     assert on_all(world, lambda: world.rank) == world.rank
 
 
-def test_a_task_of_all_processes_fails_in_all_or_in_none():
+def test_a_task_that_fails_in_one_process_fails_in_all_processes():
     run_in_processes(fail_in_rank_one, processes=2)
 
 
@@ -98,8 +98,8 @@ def test_a_signal_while_packages_are_imported_stops_training_before_its_first_up
     assert "stopped before the first update" in (tmp_path / "log").read_text()
 
 
-def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(monkeypatch, tmp_path):
-    """Otherwise a driver that is too old makes every process train on the CPU."""
+def test_a_gpu_that_torch_cannot_use_is_rejected_unless_it_is_hidden(monkeypatch, tmp_path):
+    """Without the check, every process would train on the CPU if the driver is too old."""
     device_file = tmp_path / "nvidia1"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -114,5 +114,5 @@ def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(monkeypatch,
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         check_driver(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(torch.version, "cuda", None)  # a torch for the CPU
+    monkeypatch.setattr(torch.version, "cuda", None)  # a torch build for the CPU
     check_driver(tmp_path)

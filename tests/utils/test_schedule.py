@@ -14,7 +14,7 @@ def test_the_learning_rate_follows_the_reference(figures):
     assert [schedule(update) for update in figures["updates"]] == pytest.approx(figures["lr"], rel=1e-6)
 
 
-def test_accumulation_scales_the_learning_rate_like_any_larger_batch():
+def test_accumulation_scales_the_learning_rate_like_a_larger_batch():
     path = CONFIGS / "flatten_swin_t.yaml"
     plain = build_schedule(load_config(path, ["DATA.BATCH_SIZE", 128]), updates_per_epoch=10, world_size=8)
     accumulated = load_config(path, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4])
@@ -22,7 +22,7 @@ def test_accumulation_scales_the_learning_rate_like_any_larger_batch():
 
 
 @pytest.mark.parametrize(("processes", "batch_size", "steps"), [(8, 128, 1), (4, 256, 1), (2, 128, 4)])
-def test_a_global_batch_gives_any_machine_the_same_updates_and_rates(processes, batch_size, steps):
+def test_a_global_batch_size_gives_the_same_schedule_for_any_number_of_processes(processes, batch_size, steps):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", batch_size])
     assert accumulation_steps(cfg, processes) == steps
     assert global_batch_size(cfg, processes) == 1024
@@ -30,7 +30,7 @@ def test_a_global_batch_gives_any_machine_the_same_updates_and_rates(processes, 
     assert build_schedule(cfg, updates_per_epoch=10, world_size=processes) == recipe
 
 
-def test_a_global_batch_that_does_not_divide_is_refused():
+def test_a_global_batch_size_that_is_not_divisible_is_rejected():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", 100])
     with pytest.raises(ConfigError, match="is not a multiple of 300"):
         accumulation_steps(cfg, 3)
@@ -39,14 +39,14 @@ def test_a_global_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # Warm-up 0, 5, then 10. Linear ends at 1 % of 10, halfway (4 of 8 updates) at 5.05, and stays there.
+        # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (4 of 8 updates) and stays at 1 % of 10 after the end.
         ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 5.05, 10: 0.1, 99: 0.1}),
-        # Step goes on through the cooldown, and never jumps up to min_lr.
+        # Step decay continues during the cooldown and never increases to min_lr.
         ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 1.25, 12: 0.625}),
         ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
     ],
 )
-def test_schedules_by_hand(name, expected):
+def test_schedules_equal_hand_computed_learning_rates(name, expected):
     schedule = Schedule(
         name=name, base_lr=10, warmup_lr=0, min_lr=2, num_updates=10, warmup_updates=2, decay_updates=3, decay_rate=0.5
     )

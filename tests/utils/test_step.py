@@ -52,18 +52,18 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
     torch.testing.assert_close(divided.weight, whole.weight, rtol=1e-6, atol=1e-8)
 
 
-def test_clipping_bounds_the_update_and_reports_the_norm_before():
+def test_clipping_bounds_the_update_and_reports_the_norm_before_clipping():
     images, targets = 100 * torch.randn(8, 6), torch.randint(0, 3, (8,))
     model, _, scaler, _ = setup()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = copy.deepcopy(model)
     _, norm = step(model, optimizer, scaler, [(images, targets)], max_grad_norm=0.5)
-    moved = [(new - old).detach().flatten() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
+    changes = [(new - old).detach().flatten() for new, old in zip(model.parameters(), before.parameters(), strict=True)]
     assert norm > 1
-    assert torch.cat(moved).norm() == pytest.approx(0.5, rel=1e-4)
+    assert torch.cat(changes).norm() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_fp16_with_infinite_gradients_changes_no_weight_and_lowers_the_scale():
+def test_infinite_gradients_in_fp16_change_no_weight_and_lower_the_loss_scale():
     model, optimizer, scaler, _ = setup("AMP", True, "AMP_DTYPE", "fp16")
     before, scale = copy.deepcopy(model.state_dict()), scaler.get_scale()
     images = torch.full((8, 6), 6e4)
@@ -72,14 +72,14 @@ def test_fp16_with_infinite_gradients_changes_no_weight_and_lowers_the_scale():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_weight_decay_is_left_off_what_the_model_names():
+def test_weight_decay_is_zero_for_parameters_that_the_model_exempts():
     model, optimizer, _, _ = setup()
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays[id(model.weight)] == 0.05
     assert decays[id(model.bias)] == 0
 
 
-def test_the_average_follows_its_formula():
+def test_ema_weights_follow_their_formula():
     model, optimizer, scaler, ema = setup()
     start = model.weight.detach().clone()
     step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])
@@ -96,18 +96,18 @@ def test_labels_are_smoothed_once(mixed):
     torch.testing.assert_close(build_criterion(cfg, mixed=mixed)(logits, smoothed if mixed else targets), expected)
 
 
-def test_a_state_comes_back_into_a_run_with_or_without_an_average():
+def test_a_state_is_restored_with_or_without_ema_weights():
     model, optimizer, scaler, ema = setup()
     state = TrainState(model, optimizer, scaler, ema, num_updates=3)
     step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])
     saved = copy.deepcopy(state.to_dict())
-    other = TrainState(*setup())
-    other.load_dict(saved)
-    assert other.num_updates == 3
-    assert torch.equal(other.ema.module.weight, ema.module.weight)
+    restored = TrainState(*setup())
+    restored.load_dict(saved)
+    assert restored.num_updates == 3
+    assert torch.equal(restored.ema.module.weight, ema.module.weight)
     saved["state_dict_ema"] = None
-    other.load_dict(saved)
-    assert torch.equal(other.ema.module.weight, model.weight)
+    restored.load_dict(saved)
+    assert torch.equal(restored.ema.module.weight, model.weight)
 
 
 class Batch:
@@ -117,8 +117,8 @@ class Batch:
 
 
 @pytest.mark.parametrize("num_classes", [3, 10])
-def test_evaluation_counts_by_hand(num_classes):
-    """A model that answers class 0, then 1, 2, ...: right at 1 for class 0, at 5 for classes below 5."""
+def test_evaluation_counts_equal_hand_computed_counts(num_classes):
+    """The model ranks the classes 0, 1, 2, ...: top-1 is correct for class 0, and top-5 for classes below 5."""
     targets = torch.arange(num_classes)
     model = nn.Linear(1, num_classes)
     with torch.no_grad():
@@ -129,12 +129,12 @@ def test_evaluation_counts_by_hand(num_classes):
     assert (result.correct1, result.correct5, result.num_images) == (1, min(5, num_classes), num_classes)
     expected = nn.functional.cross_entropy(model.bias.expand(num_classes, -1), targets).item()
     assert result.loss == pytest.approx(expected, rel=1e-6)
-    # Among three classes every top-5 is correct: it says nothing, and is left out.
+    # With three classes, every top-5 prediction is correct, so Acc@5 is omitted.
     assert str(result) == {3: " * Acc@1 33.333", 10: " * Acc@1 10.000 Acc@5 50.000"}[num_classes]
 
 
 class HostAccess(TorchDispatchMode):
-    """Records what would make the host wait for a GPU: values that are read, and copies between devices."""
+    """Records operations that make the host wait for a GPU: reads of values, and copies between devices."""
 
     def __init__(self):
         super().__init__()
@@ -152,9 +152,9 @@ class HostAccess(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
 @pytest.mark.parametrize("size", [(224, 224), (160, 192)], ids=["native", "padded"])
 def test_no_model_reads_values_or_copies_between_devices_in_training(name, size):
-    """The meta device has no values: reading one is an error there, and a tensor made on the host would be mixed in.
+    """On the meta device, reading a value is an error, and an operation with a tensor created on the host is recorded.
 
-    At another size the first forward pass builds the masks and indices, and later ones reuse them.
+    At another size, the first forward pass builds the masks and indices, and later passes reuse them.
     """
     model = create_model(name, device="meta", drop_path_rate=0.1).train()
     images, targets = torch.empty(2, 3, *size, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
@@ -173,20 +173,20 @@ def test_no_model_reads_values_or_copies_between_devices_in_training(name, size)
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_reads_no_value(dtype, optimizer_name):
-    model, optimizer, scaler, average = setup("TRAIN.OPTIMIZER.NAME", optimizer_name)
+def test_an_update_reads_no_tensor_value_on_the_host(dtype, optimizer_name):
+    model, optimizer, scaler, ema = setup("TRAIN.OPTIMIZER.NAME", optimizer_name)
     batches = [(torch.randn(8, 6), torch.randint(0, 3, (8,)))]
-    step(model, optimizer, scaler, batches, 1.0, dtype)  # creates the state
-    average.update(model)
+    step(model, optimizer, scaler, batches, 1.0, dtype)  # creates the state of the optimizer
+    ema.update(model)
     with HostAccess() as access:
         step(model, optimizer, scaler, batches, 1.0, dtype)
-        average.update(model)
+        ema.update(model)
     assert access.found == []
 
 
-def test_sgd_survives_a_first_update_that_is_skipped():
-    """Its momentum would be uninitialised memory otherwise; filled with NaN here, so that any use of it shows."""
-    torch.use_deterministic_algorithms(True)  # fills empty tensors
+def test_sgd_gives_finite_weights_after_a_skipped_first_update():
+    """The test fills uninitialised memory with NaN: momentum that is read from it would make the weights NaN."""
+    torch.use_deterministic_algorithms(True)  # fills uninitialised tensors with NaN
     try:
         model, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "AMP", True, "AMP_DTYPE", "fp16")
         expected = copy.deepcopy(model)
@@ -203,8 +203,8 @@ def test_sgd_survives_a_first_update_that_is_skipped():
         torch.use_deterministic_algorithms(False)
 
 
-def test_fp16_clips_the_true_gradient_and_reports_its_norm():
-    """SGD with rate 1 moves the weights by the maximum norm; the scale of 65,536 plays no part."""
+def test_fp16_clips_the_unscaled_gradient_and_reports_its_norm():
+    """SGD with learning rate 1 changes the weights by the maximum norm, independently of the loss scale of 65,536."""
     model, _, _, _ = setup()
     reference = copy.deepcopy(model)
     images, targets = torch.randn(8, 6), torch.randint(0, 3, (8,))
@@ -219,12 +219,12 @@ def test_fp16_clips_the_true_gradient_and_reports_its_norm():
     nn.CrossEntropyLoss()(reference(images), targets).backward()
     expected = nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
     torch.testing.assert_close(norm, expected, rtol=1e-2, atol=0)
-    moved = [(new - old).detach().flatten() for new, old in zip(model.parameters(), reference.parameters(), strict=True)]
-    assert torch.cat(moved).norm() == pytest.approx(0.01, rel=1e-2)
+    changes = [(new - old).detach().flatten() for new, old in zip(model.parameters(), reference.parameters(), strict=True)]
+    assert torch.cat(changes).norm() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_sgd_uses_nesterov_momentum():
-    """Two steps by hand: v = 0.9 v + g, w = w - rate (g + 0.9 v)."""
+    """Two hand-computed steps: v = 0.9 v + g, w = w - lr (g + 0.9 v)."""
     model, optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.9, "TRAIN.WEIGHT_DECAY", 0.0)
     expected, velocity = model.weight.detach().clone(), torch.zeros(3, 6)
     for value in (1.0, 2.0):
@@ -236,7 +236,7 @@ def test_sgd_uses_nesterov_momentum():
     torch.testing.assert_close(model.weight.detach(), expected)
 
 
-def test_a_resumed_state_has_the_scale_of_the_file_and_the_options_of_the_config():
+def test_a_restored_state_has_the_loss_scale_of_the_file_and_the_options_of_the_config():
     saved = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.3), scales_loss=True)
     saved.scaler.scale(torch.ones(()))
     saved.scaler.update(128.0)
@@ -255,6 +255,6 @@ def test_a_resumed_state_has_the_scale_of_the_file_and_the_options_of_the_config
         (["AMP", True, "AMP_DTYPE", "fp16", "TEST.PRECISION", "fp32"], torch.float16, torch.float32),
     ],
 )
-def test_evaluation_is_in_fp32_unless_it_is_told_to_follow_training(options, training, evaluation):
+def test_evaluation_is_in_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
     assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)

@@ -1,4 +1,4 @@
-"""The trainer alone, with a linear model and a loader of fixed batches."""
+"""The trainer, with a linear model and a loader of fixed batches."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ class Batch:
 
 
 class Loader:
-    """Endless different batches of 7 images."""
+    """An endless sequence of different batches of 7 images."""
 
     updates_per_epoch = UPDATES_PER_EPOCH
     seconds_waited = 0.0
@@ -82,7 +82,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
 
 @pytest.fixture
 def accuracies(monkeypatch) -> list[int]:
-    """Correct predictions of 10, for one evaluation after the other; the last one repeats."""
+    """Numbers of correct predictions among 10, for successive evaluations; the last number repeats."""
     counts = [5]
 
     def evaluate(models, *_, **__):
@@ -93,31 +93,31 @@ def accuracies(monkeypatch) -> list[int]:
     return counts
 
 
-# --- Saving in the background
+# Background saving.
 
 
-def test_a_checkpoint_has_the_state_of_its_update_although_training_continues(tmp_path, accuracies, monkeypatch):
-    """The first write waits until two further updates are done."""
+def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, accuracies, monkeypatch):
+    """The first write does not start before the second update."""
     expected = create_trainer(tmp_path / "expected", save_steps=1)
     (tmp_path / "expected").mkdir()
     expected.fit()
 
     trainer = create_trainer(tmp_path, save_steps=1)
-    save, trained, seen = utils.trainer.save_checkpoint, threading.Event(), []
+    save, second_update_started, seen = utils.trainer.save_checkpoint, threading.Event(), []
 
-    def save_late(state, path):
-        trained.wait(30)
+    def save_delayed(state, path):
+        second_update_started.wait(30)
         seen.append(trainer.state.num_updates)
         save(state, path)
 
-    def step_and_tell(*arguments, **options):
+    def step_and_notify(*arguments, **options):
         if trainer.state.num_updates == 1:
-            trained.set()
+            second_update_started.set()
         return step(*arguments, **options)
 
     step = utils.trainer.train_step
-    monkeypatch.setattr(utils.trainer, "train_step", step_and_tell)
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", save_late)
+    monkeypatch.setattr(utils.trainer, "train_step", step_and_notify)
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", save_delayed)
     trainer.fit()
     assert len(seen) == 8
     for path in list_checkpoints(tmp_path):
@@ -143,7 +143,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, accuracies, m
     assert trainer.state.num_updates == 2
 
 
-def test_a_failed_write_asks_all_processes_for_a_save(tmp_path, accuracies, monkeypatch):
+def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, accuracies, monkeypatch):
     trainer = create_trainer(tmp_path)
     assert trainer.requests().tolist() == [0, 0]
 
@@ -157,7 +157,7 @@ def test_a_failed_write_asks_all_processes_for_a_save(tmp_path, accuracies, monk
     assert trainer.requests().tolist() == [0, 1]
 
 
-def test_the_last_write_fails_the_run(tmp_path, accuracies, monkeypatch):
+def test_a_failure_of_the_last_write_fails_the_run(tmp_path, accuracies, monkeypatch):
     def fail(state, path):
         raise CheckpointError("no space")
 
@@ -166,46 +166,46 @@ def test_the_last_write_fails_the_run(tmp_path, accuracies, monkeypatch):
         create_trainer(tmp_path, num_epochs=1).fit()
 
 
-# --- Order
+# Evaluations and checkpoints at the ends of epochs.
 
 
-def test_the_best_checkpoint_is_the_later_of_equals(tmp_path, accuracies):
+def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, accuracies):
     accuracies[:] = [4, 6, 6, 5]
     trainer = create_trainer(tmp_path, num_epochs=4)
     trainer.fit()
     assert trainer.state.best == {"acc1": 60.0, "weights": "ema", "epoch": 2, "num_updates": 3 * UPDATES_PER_EPOCH}
     best = read_checkpoint(tmp_path / BEST)
     assert best["num_updates"] == 3 * UPDATES_PER_EPOCH
-    assert best["best"] == trainer.state.best  # saved after its evaluation
+    assert best["best"] == trainer.state.best  # the checkpoint is saved after the evaluation
 
 
 def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, accuracies):
-    """SAVE_FREQ 2 of 5 epochs. The first evaluation is the best, which is saved too."""
+    """SAVE_FREQ is 2 in a run of 5 epochs. The first evaluation is the best, so its state is saved too."""
     accuracies[:] = [9, 1]
     create_trainer(tmp_path, num_epochs=5, save_freq=2).fit()
-    numbers = sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(tmp_path))
-    assert numbers == [1, 2, 4, 5]
+    epochs = sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(tmp_path))
+    assert epochs == [1, 2, 4, 5]
 
 
-def test_evaluations_follow_every_second_epoch_and_the_last(tmp_path, monkeypatch, accuracies):
+def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, accuracies):
     evaluated = []
     trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
     evaluate = utils.trainer.evaluate
 
-    def note(models, *arguments, **options):
+    def record(models, *arguments, **options):
         evaluated.append(trainer.state.num_updates // UPDATES_PER_EPOCH)
         return evaluate(models, *arguments, **options)
 
-    monkeypatch.setattr(utils.trainer, "evaluate", note)
+    monkeypatch.setattr(utils.trainer, "evaluate", record)
     trainer.fit()
     assert evaluated == [2, 4, 5]
 
 
-# --- The update
+# Updates.
 
 
-def test_an_update_uses_its_own_rate_and_then_averages_the_weights(tmp_path):
-    """By hand: SGD with the schedule's rate of update 3, three times that for the head, and e = 0.9 e + 0.1 w afterwards."""
+def test_an_update_uses_its_own_learning_rate_and_then_updates_the_ema_weights(tmp_path):
+    """Hand-computed: SGD with three times the learning rate of update 3, for the head, and then e = 0.9 e + 0.1 w."""
     rates = []
     trainer = create_trainer(
         tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: rates.append(update) or 0.01
@@ -219,7 +219,7 @@ def test_an_update_uses_its_own_rate_and_then_averages_the_weights(tmp_path):
     trainer.update(iter([(batch.images, batch.targets)]))
     assert rates == [3]
     for weight, before in zip(parameters(state.model), expected, strict=True):
-        torch.testing.assert_close(weight, (before - 3 * 0.01 * before.grad).detach())  # the whole model is its head
+        torch.testing.assert_close(weight, (before - 3 * 0.01 * before.grad).detach())  # all parameters belong to the head
     for new, old, weight in zip(parameters(state.ema.module), average, parameters(state.model), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * weight)
         assert not torch.equal(new, weight)
@@ -234,27 +234,27 @@ def iter_batches(trainer: Trainer):
     return iter(trainer.train_loader)
 
 
-def test_the_draws_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
-    """Update 3 with 2 forward passes each begins with forward pass 6, wherever the run was resumed."""
+def test_random_numbers_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
+    """With 2 forward passes per update, update 3 starts with forward pass 6, wherever the run was resumed."""
 
     def draws(num_updates: int, count: int, **changes) -> list[float]:
-        trainer, found = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0)), []
-        trainer.state.model.register_forward_pre_hook(lambda *_: found.append(torch.rand(1).item()))
+        trainer, numbers = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0)), []
+        trainer.state.model.register_forward_pre_hook(lambda *_: numbers.append(torch.rand(1).item()))
         trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
         trainer.state.num_updates = num_updates
         mixed = trainer.mixed_batches(iter_batches(trainer))
         for _ in range(count // 2):
             trainer.update(mixed)
-        return found
+        return numbers
 
-    whole = draws(0, 8)
-    assert len(set(whole)) == 8
-    assert draws(3, 2) == whole[6:]
-    assert not set(draws(0, 8, rank=1)) & set(whole)
-    assert not set(draws(0, 8, seed=1)) & set(whole)
+    uninterrupted = draws(0, 8)
+    assert len(set(uninterrupted)) == 8
+    assert draws(3, 2) == uninterrupted[6:]
+    assert not set(draws(0, 8, rank=1)) & set(uninterrupted)
+    assert not set(draws(0, 8, seed=1)) & set(uninterrupted)
 
 
-def test_mixing_gets_the_number_of_the_forward_pass(tmp_path):
+def test_mixup_gets_the_number_of_the_forward_pass(tmp_path):
     numbers = []
     trainer = create_trainer(tmp_path, accumulation=2)
     trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
@@ -277,17 +277,17 @@ class Metrics:
         self.points.append((step, name, image))
 
 
-def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_last_rate(tmp_path, accuracies, monkeypatch):
-    """PRINT_FREQ 3 of 4 updates: points after 3 and 4."""
+def test_a_logged_point_has_the_mean_loss_since_the_previous_one_and_the_last_learning_rate(tmp_path, accuracies, monkeypatch):
+    """PRINT_FREQ is 3 in an epoch of 4 updates: points follow updates 3 and 4."""
     trainer, losses = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()
     step = utils.trainer.train_step
 
-    def note(*arguments, **options):
+    def record(*arguments, **options):
         losses.append(step(*arguments, **options))
         return losses[-1]
 
-    monkeypatch.setattr(utils.trainer, "train_step", note)
+    monkeypatch.setattr(utils.trainer, "train_step", record)
     trainer.fit()
     points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
     assert [step for step, _ in points] == [3, 4]
@@ -296,11 +296,11 @@ def test_a_point_of_the_curve_is_the_mean_loss_since_the_one_before_with_the_las
     assert first["loss"] == pytest.approx(float(loss[:3].mean()))
     assert second["loss"] == pytest.approx(float(loss[3]))
     assert first["grad_norm"] == pytest.approx(float(norm[2]))
-    assert (first["lr"], second["lr"]) == (pytest.approx(0.03), pytest.approx(0.04))  # of updates 2 and 3, counted from 0
+    assert (first["lr"], second["lr"]) == (pytest.approx(0.03), pytest.approx(0.04))  # rates of updates 2 and 3, counted from 0
     assert first["epoch"] == 0
 
 
-def test_the_first_batch_is_shown_as_a_grid_with_each_image_scaled_to_its_own_range(tmp_path):
+def test_the_first_batch_is_logged_as_a_grid_with_each_image_scaled_to_its_own_range(tmp_path):
     """Seven images of 2 x 2 pixels with 4 per row and a margin of 2: the ranges 0 to 1, 0 to 10, ... all become 0 to 1."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
@@ -313,7 +313,7 @@ def test_the_first_batch_is_shown_as_a_grid_with_each_image_scaled_to_its_own_ra
         torch.testing.assert_close(grid[0, row : row + 2, column : column + 2], torch.tensor([[0.0, 1.0], [0.5, 0.25]]))
 
 
-def test_only_the_first_batch_of_a_run_is_shown(tmp_path, accuracies):
+def test_only_the_first_batch_of_a_run_is_logged(tmp_path, accuracies):
     for num_updates in (0, 3):
         trainer, shown = create_trainer(tmp_path / str(num_updates)), []
         trainer.show_batch = shown.append

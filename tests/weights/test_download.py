@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine."""
+"""Downloads of weight files from a local server."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
-def names(path):
+def list_directory_of(path):
     return sorted(file.name for file in path.parent.iterdir())
 
 
@@ -48,7 +48,7 @@ def test_a_file_is_downloaded_once_and_its_sha256_is_recorded(server, tmp_path):
     assert torch.equal(read_checkpoint(first)["model"]["weight"], torch.arange(4096.0))
 
 
-def test_a_url_without_a_name_has_a_file_of_its_own(server):
+def test_urls_without_a_file_name_have_distinct_cache_paths(server):
     assert cached_path("https://a.org/f/1/?dl=1") != cached_path("https://a.org/f/2/?dl=1")
     assert cached_path("https://a.org/swin.safetensors").suffix == ".safetensors"
     assert fetch(f"{server.url}/good.pth").name.startswith("good-")
@@ -66,7 +66,7 @@ def test_a_url_without_a_name_has_a_file_of_its_own(server):
         ("damaged", "the downloaded file is damaged"),
     ],
 )
-def test_what_is_no_whole_checkpoint_leaves_no_file_and_says_where_to_put_one(server, name, reason):
+def test_failed_download_leaves_no_file_and_the_error_names_the_path_for_a_manual_download(server, name, reason):
     url = f"{server.url}/{name}"
     with pytest.raises(CheckpointError) as caught:
         fetch(url, name)
@@ -75,22 +75,22 @@ def test_what_is_no_whole_checkpoint_leaves_no_file_and_says_where_to_put_one(se
     assert reason in message
     path = cached_path(url, name)
     assert f"save it as {path}" in message
-    assert names(path) == [f"{name}.pth.lock"]
+    assert list_directory_of(path) == [f"{name}.pth.lock"]
 
 
-def test_a_cut_download_starts_again(server):
+def test_download_succeeds_after_an_interrupted_one(server):
     with pytest.raises(CheckpointError, match="the connection was cut"):
         fetch(f"{server.url}/once", "toy")
     assert fetch(f"{server.url}/once", "toy").read_bytes() == GOOD
 
 
-def test_no_network_names_the_url_and_where_to_put_the_file(tmp_path, monkeypatch):
+def test_network_error_names_the_url_and_the_path_for_a_manual_download(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x: cannot be downloaded .*save it as .*toy\.pth"):
         fetch("http://127.0.0.1:9/x", "toy")
 
 
-def test_a_file_put_there_by_hand_is_used(server):
+def test_manually_downloaded_file_is_used_without_a_request(server):
     path = cached_path(f"{server.url}/page", "toy")
     path.parent.mkdir(parents=True)
     path.write_bytes(GOOD)
@@ -98,7 +98,7 @@ def test_a_file_put_there_by_hand_is_used(server):
     assert server.requests == []
 
 
-def test_a_file_that_has_changed_since_its_download_is_refused(server):
+def test_file_that_changed_since_its_download_is_rejected(server):
     path = fetch(f"{server.url}/good", "toy")
     path.write_bytes(GOOD + b" ")
     with pytest.raises(CheckpointError, match="was recorded at its first download"):
@@ -107,7 +107,7 @@ def test_a_file_that_has_changed_since_its_download_is_refused(server):
     assert fetch(f"{server.url}/good", "toy").read_bytes() == GOOD
 
 
-def test_several_processes_download_once(server):
+def test_concurrent_processes_download_a_file_once(server):
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=fetch, args=(f"{server.url}/good", "toy")) for _ in range(4)]
     for child in children:
@@ -118,7 +118,7 @@ def test_several_processes_download_once(server):
     assert len(server.requests) == 1
 
 
-def test_a_cache_that_cannot_be_written_names_the_variable(server, tmp_path, monkeypatch):
+def test_error_of_an_unwritable_cache_names_the_environment_variable(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match="set TORCH_HOME to another directory"):
