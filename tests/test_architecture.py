@@ -39,7 +39,7 @@ def relative(path: Path) -> str:
 def test_a_package_imports_only_the_layers_below_it(path):
     package = path.relative_to(ROOT).parts[0]
     roots = {name.split(".")[0] for name in imports(path)}
-    assert not roots & ({*ALLOWED, "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
+    assert not roots & ({*ALLOWED, "benchmarks", "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -66,7 +66,9 @@ def test_only_build_functions_take_the_config(path):
         "check_usage",
     )
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and any(argument.arg == "cfg" for argument in node.args.args):
+        if isinstance(node, ast.FunctionDef) and any(
+            argument.arg == "cfg" for argument in [*node.args.args, *node.args.kwonlyargs]
+        ):
             assert node.name.startswith(allowed) or node.name.endswith("_arguments"), f"{relative(path)}: {node.name} takes cfg"
 
 

@@ -200,17 +200,18 @@ def test_amp_on_a_gpu_without_bf16_recommends_fp16(supported, toy_config, monkey
     assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
 
 
-def test_training_and_check_apply_the_deterministic_setting_of_the_config(toy_config, toy_data, tmp_path):
+def test_training_and_check_apply_the_arithmetic_of_the_config(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         original = jobs.training.build_trainer
 
         def build(*arguments, **options):
             assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.backends.cuda.matmul.allow_tf32
             return original(*arguments, **options)
 
         jobs.training.build_trainer = build
 
-    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DETERMINISTIC", "warn", "TRAIN.EPOCHS", 1)
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DETERMINISTIC", "warn", "TF32", False, "TRAIN.EPOCHS", 1)
     for flags in ([], ["--check"]):
         outcome = run_main([*arguments, *flags], tmp_path / "log", prepare=prepare)
         assert outcome.exit_codes == [0], outcome.output

@@ -106,7 +106,7 @@ def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupt
 
 
 def test_the_best_accuracy_of_another_run_is_reset_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    start = next(path for path in list_checkpoints(uninterrupted(1)) if path.name != "best.pth")
+    start = list_checkpoints(uninterrupted(1))[0]
     state = read_checkpoint(start)
     torch.save(state | {"num_updates": 12, "best": state["best"] | {"acc1": 99.0, "num_updates": 6}}, tmp_path / "other.pth")
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
@@ -233,6 +233,11 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy
         (["--opts", "TRAIN.EPOCH", "3"], "did you mean TRAIN.EPOCHS"),
         (["--opts", "TRAIN.EPOCHS"], "has no value"),
         (["--eval"], "no weights to evaluate"),
+        (
+            ["--eval", "--resume", "flatten_swin_t", "--opts", "TEST.CLASS_MAP", "nowhere"],
+            "TEST.CLASS_MAP=nowhere: no such file",
+        ),
+        (["--eval", "--resume", "flatten_swin_t", "--opts", "TEST.REAL_LABELS", "imagenet"], "imagenet: no such file"),
         (["--model-ema", "--no-model-ema"], "give one of them"),
         (["--resume", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "no such directory"),

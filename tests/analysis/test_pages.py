@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import scripts.visualize_attention
-from analysis.maps import capture
+from analysis.maps import capture, token_positions
 from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, names_of, sample_queries, trace, write_page
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
@@ -32,24 +32,35 @@ def create_case(case: str):
 
 @pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
 def test_maps_are_the_rows_of_the_attention_matrices(case):
-    """Values are compared for small global maps, without the class token. For other maps, only names and shapes are checked."""
+    """All queries of maps of up to 14 x 14 tokens, without the class token; larger maps are sampled."""
     model, image = create_case(case)
     with torch.no_grad(), capture(model) as found:
         model(image.unsqueeze(0))
+    num_compared = 0
     for attention, block in zip(found, trace(model, image), strict=True):
         form = next(iter(block.maps))
         maps, prefix = block.maps[form], attention.num_prefix_tokens
         assert form == ("linear attention" if attention.is_linear else "softmax attention")
         assert maps.shape[:2] == (attention.q.shape[1], len(block.queries))
-        matrix = attention.matrix()
-        if len(matrix) > 1 or matrix.shape[2] > 14 * 14 + prefix:
+        height, width = attention.map_grid
+        if max(height, width) > 14:
             continue
-        rows = matrix[0, :, prefix:, prefix:]
+        num_compared += 1
+        matrix = attention.matrix()[:, :, prefix:, prefix:]
+        if attention.key_grid != attention.grid:
+            rows = matrix[0]
+        else:  # each window fills the rows and columns of its tokens
+            rows = matrix.new_zeros(matrix.shape[1], height * width, height * width)
+            for window, positions in zip(matrix, token_positions(model, attention), strict=True):
+                real = positions >= 0
+                inside = positions[real]
+                rows[:, inside[:, None], inside] = window[:, real][:, :, real]
         torch.testing.assert_close(maps.flatten(2), rows)
-        if attention.is_linear:
+        if attention.is_linear and len(matrix) == 1:
             local = attention.convolution()[:, prefix:, prefix:].mean(dim=0)
             torch.testing.assert_close(block.maps[CONVOLUTION][0].flatten(1), local)
             torch.testing.assert_close(block.maps[SUM], maps + block.maps[CONVOLUTION])
+    assert num_compared >= 2
 
 
 def test_keys_outside_the_stripe_of_a_query_have_no_weight():

@@ -163,7 +163,7 @@ def test_hooks_and_fx_give_the_same_maps_as_the_getter(name, feature_cls):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_fx_graph_gives_the_logits_of_the_model_and_a_gradient_for_every_parameter(name):
+def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
     """Corresponds to timm's test_model_forward_fx and test_model_backward_fx, and adds a size other than the traced one."""
     model = mixed(name)
     _, nodes = get_graph_node_names(model)
@@ -171,8 +171,11 @@ def test_an_fx_graph_gives_the_logits_of_the_model_and_a_gradient_for_every_para
     for size in ((64, 64), (96, 64)):
         images = torch.randn(2, 3, *size)
         torch.testing.assert_close(graph(images)[nodes[-1]], model(images))
-    graph(images)[nodes[-1]].square().sum().backward()
-    assert all(parameter.grad is not None for parameter in graph.parameters())
+    expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+    parameters = [graph.get_parameter(parameter_name) for parameter_name, _ in model.named_parameters()]
+    found = torch.autograd.grad(graph(images)[nodes[-1]].square().sum(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
@@ -434,6 +437,15 @@ def test_features_of_early_stages_accept_smaller_images():
         assert model.min_img_size == smallest
         (features_map,) = model.forward_intermediates(torch.randn(1, 3, smallest, smallest), 1, intermediates_only=True)
         assert features_map.shape[-2:] == (1, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruning_keeps_the_final_norm_unless_it_is_requested_or_the_width_changes(name):
+    for prune_norm in (False, True):
+        model = mixed(name)
+        model.prune_intermediate_layers([-1], **({"prune_norm": True} if prune_norm else {}))
+        assert isinstance(model.norm, torch.nn.Identity) == (prune_norm or "pvt" in name)  # PVT has no final norm
+        assert isinstance(model.head, torch.nn.Identity)
 
 
 def test_nested_models_load_only_their_own_entries():

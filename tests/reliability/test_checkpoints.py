@@ -389,8 +389,6 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
 
 def test_r9_parameter_names_in_checkpoints_have_no_wrapper_prefix(toy_config, toy_data, tmp_path):
     for name, options, processes in (("ddp", [], 2), ("compiled", ["TRAIN.COMPILE", True], 1)):
-        if name == "compiled" and shutil.which("g++") is None:
-            continue
         arguments = toy_arguments(toy_config, toy_data, tmp_path / name, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8, *options)
         if name == "compiled":
 

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -76,7 +75,6 @@ def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(
     with tarfile.open(shard) as archive:
         headers = [entry.offset for entry in archive]
         end = archive.getmembers()[-1].offset_data + tarfile.BLOCKSIZE
-    num_detected = 0
     for trial in range(100):
         if trial % 2:
             damaged = intact[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
@@ -86,8 +84,6 @@ def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(
         shard.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
             index_tar(tmp_path, "train")
-        num_detected += 1
-    assert num_detected == 100
     for position in headers[1:]:  # truncated between two members, where tarfile reports no error
         shard.write_bytes(intact[:position])
         with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
@@ -212,8 +208,12 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
         monkeypatch.setattr(data.index, "CACHE_FORMAT", 99)
     else:
         write([png(n) for n in range(6)] if change == "size" else [png(n) for n in (3, 2, 1, 0)])
-    assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == (6 if change == "size" else 4)
+    index = index_zip(tmp_path, "train", cache=tmp_path / "cache")
     assert scans
+    expected = index_zip(tmp_path, "train")
+    assert len(index) == (6 if change == "size" else 4)
+    for name in data.index._ARRAYS:
+        assert np.array_equal(getattr(index, name), getattr(expected, name)), name
 
 
 def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_d10_twenty_thousand_damaged_images_raise_no_error_other_than_data_error
     assert count_unreadable(20_000, tmp_path) > 3_000
 
 
-def test_d1_unsupported_image_formats_are_rejected(tmp_path):
+def test_d1_unsupported_image_formats_are_rejected():
     """Pillow detects formats by content. PostScript would start an interpreter; other decoders raise unexpected exceptions."""
     Image.init()
     for kind in ("EPS", "ICNS", "TGA", "DDS", "QOI"):
@@ -618,16 +618,6 @@ def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
     assert "class 0 has the same number of images" in compare_descriptions(
         archive, describe_index(index_zip(tmp_path, "train"))
     )
-
-
-def test_zip_entry_whose_mode_is_a_link_is_rejected(tmp_path):
-    entry = zipfile.ZipInfo("link.png")
-    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
-        archive.writestr(entry, "/etc/passwd")
-    (tmp_path / "train_map.txt").write_text("link.png\t0\n")
-    with pytest.raises(DataError, match="is a link"):
-        index_zip(tmp_path, "train")
 
 
 # --- Large indices

@@ -10,7 +10,7 @@ from torch import nn
 import jobs.training
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from tests.runs import toy_arguments
+from tests.runs import Linear, toy_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
@@ -115,14 +115,6 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
     assert not torch.equal(states[0]["weight"], states[1]["weight"])
     for later in states[2:]:
         assert all(torch.equal(value, states[1][key]) for key, value in later.items())
-
-
-class Linear(nn.Linear):
-    def no_weight_decay(self):
-        return {"bias"}
-
-    def get_classifier(self):
-        return self
 
 
 def overflow_in(first: int, last: int):

@@ -137,8 +137,9 @@ def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy
     assert 12 in saved
     default_output = tmp_path / "without"
     outcome = run_main(
-        [*toy_arguments(toy_config, toy_data, default_output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8)], tmp_path / "log"
+        toy_arguments(toy_config, toy_data, default_output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8), tmp_path / "log"
     )
+    assert outcome.exit_codes == [0], outcome.output
     assert [path.name for path in list_checkpoints(default_output / "toy/default")] == ["checkpoint_000000012.pth"]
 
 

@@ -19,6 +19,7 @@ from models.loading import load_weights
 from models.swin import SwinTransformer
 from utils import checkpoint
 from utils.checkpoint import newest_intact_checkpoint, save_checkpoint
+from utils.trainer import NO_BEST
 from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
 
@@ -170,6 +171,11 @@ def test_repair_best_accepts_a_file_only_if_it_has_the_best_state(saved):
         assert not checkpoint.repair_best(best, state, saved)
     damage(best, "empty")
     assert not checkpoint.repair_best(best, state, saved)
+
+
+def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
+    assert checkpoint.repair_best(saved.with_name("best.pth"), {"num_updates": 9, "best": dict(NO_BEST)}, saved)
+    assert not saved.with_name("best.pth").exists()
 
 
 def test_checkpoint_rotation_keeps_the_newest_and_the_best(saved):

@@ -92,6 +92,7 @@ def test_a_signal_while_packages_are_imported_stops_training_before_its_first_up
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([sys.executable, "main.py", *map(str, arguments)], cwd=ROOT, stdout=log, stderr=log)
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None, "main.py ended before it imported torch"
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(120) == 75

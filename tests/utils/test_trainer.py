@@ -97,29 +97,30 @@ def accuracies(monkeypatch) -> list[int]:
 
 
 def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, accuracies, monkeypatch):
-    """The first write does not start before the second update."""
-    expected = create_trainer(tmp_path / "expected", save_steps=1)
+    """The state after update 2 is written after the weights of update 3."""
+    expected = create_trainer(tmp_path / "expected", save_steps=2)
     (tmp_path / "expected").mkdir()
     expected.fit()
 
-    trainer = create_trainer(tmp_path, save_steps=1)
-    save, second_update_started, seen = utils.trainer.save_checkpoint, threading.Event(), []
+    trainer = create_trainer(tmp_path, save_steps=2)
+    save, third_update_done, num_writes = utils.trainer.save_checkpoint, threading.Event(), []
 
     def save_delayed(state, path):
-        second_update_started.wait(30)
-        seen.append(trainer.state.num_updates)
+        assert third_update_done.wait(30)
+        num_writes.append(None)
         save(state, path)
 
     def step_and_notify(*arguments, **options):
-        if trainer.state.num_updates == 1:
-            second_update_started.set()
-        return step(*arguments, **options)
+        report = step(*arguments, **options)
+        if trainer.state.num_updates == 2:
+            third_update_done.set()
+        return report
 
     step = utils.trainer.train_step
     monkeypatch.setattr(utils.trainer, "train_step", step_and_notify)
     monkeypatch.setattr(utils.trainer, "save_checkpoint", save_delayed)
     trainer.fit()
-    assert len(seen) == 8
+    assert len(num_writes) == 4
     for path in list_checkpoints(tmp_path):
         assert_equal(read_checkpoint(path), read_checkpoint(tmp_path / "expected" / path.name))
 
