@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from analysis.maps import FORMS, Attention, attention_modules, capture, token_positions
 
-MOST_QUERIES = 14  # per side; larger maps are sampled
-MOST_KEYS = 28  # per side on the page; larger maps are averaged
+MAX_QUERIES = 14  # per side; larger maps are sampled
+MAX_KEYS = 28  # per side on the page; larger maps are averaged
 Point = tuple[float, float]  # (y, x) as fractions of the image's height and width
 TEMPLATE = Path(__file__).parent / "page.html"
 CONVOLUTION, SUM = "convolution", "attention + convolution"
@@ -97,7 +97,7 @@ def trace_module(
 
 
 def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tensor:
-    """Choose at most ``MOST_QUERIES`` evenly spaced rows and columns, and those of the points.
+    """Choose at most ``MAX_QUERIES`` evenly spaced rows and columns, and those of the points.
 
     Returns:
         (Q, 2) rows and columns: every pair of a chosen row and a chosen column.
@@ -105,7 +105,7 @@ def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tenso
     chosen = [token_at(point, grid) for point in points]
     axes = []
     for axis, side in enumerate(grid):
-        spread = torch.linspace(0, side - 1, min(side, MOST_QUERIES)).round().long()
+        spread = torch.linspace(0, side - 1, min(side, MAX_QUERIES)).round().long()
         axes.append(torch.cat([spread, torch.tensor([token[axis] for token in chosen], dtype=torch.long)]).unique())
     return torch.cartesian_prod(*axes)
 
@@ -139,9 +139,9 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 def encode_maps(maps: Tensor) -> dict:
     """Encode maps (H, Q, kh, kw) as int8: each map in 127 steps of its largest absolute weight, also stored.
 
-    Maps with more than ``MOST_KEYS`` keys per side are averaged.
+    Maps with more than ``MAX_KEYS`` keys per side are averaged.
     """
-    size = [min(side, MOST_KEYS) for side in maps.shape[-2:]]
+    size = [min(side, MAX_KEYS) for side in maps.shape[-2:]]
     if list(maps.shape[-2:]) != size:
         maps = F.adaptive_avg_pool2d(maps, size)
     largest = maps.abs().amax(dim=(-2, -1)).clamp(min=1e-30)

@@ -24,7 +24,7 @@ from analysis.measures import (
 )
 
 OWN, WITH_CONVOLUTION = "own", "own + convolution"
-MOST_RANKED = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
+MAX_RANKED = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
 MEASURES = (
     "entropy",
     "top 1 %",
@@ -94,8 +94,8 @@ def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Ten
 
 
 def spread(count: int) -> Tensor:
-    """At most ``MOST_RANKED`` positions, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, MOST_RANKED)).round().long()
+    """At most ``MAX_RANKED`` positions, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, MAX_RANKED)).round().long()
 
 
 def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] | None = None) -> list[Row]:

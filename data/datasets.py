@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.index import LARGEST_FILE, LARGEST_RATIO, DataError, Index
+from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 
 # Decoders that Pillow may choose by content. GIF files often have one of the accepted extensions.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-MOST_OPEN_ARCHIVES = 128
-MOST_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
+MAX_OPEN_ARCHIVES = 128
+MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
 SEED_OF_REPLACEMENT = 4  # differs from the seeds of the image's other draws
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * repeats + repeat instead of epoch
@@ -105,7 +105,7 @@ class ImageDataset(Dataset):
             raise ValueError("the archive is truncated")
         if index.deflated[position]:
             unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-            data = unpacker.decompress(data, min(LARGEST_FILE, LARGEST_RATIO * max(size, 1)))
+            data = unpacker.decompress(data, min(MAX_FILE_SIZE, MAX_COMPRESSION_RATIO * max(size, 1)))
             if not unpacker.eof:
                 raise ValueError("it exceeds the maximum decompressed size, or is truncated")
         if len(index.checksums) and zlib.crc32(data) != index.checksums[position]:
@@ -118,9 +118,9 @@ class ImageDataset(Dataset):
         return os.pread(self._open(archive), size, offset)
 
     def _open(self, archive: int) -> int:
-        """File descriptor of an archive; above ``MOST_OPEN_ARCHIVES``, the one opened first is closed."""
+        """File descriptor of an archive; above ``MAX_OPEN_ARCHIVES``, the one opened first is closed."""
         if archive not in self._archives:
-            if len(self._archives) >= MOST_OPEN_ARCHIVES:
+            if len(self._archives) >= MAX_OPEN_ARCHIVES:
                 os.close(self._archives.pop(next(iter(self._archives))))
             self._archives[archive] = os.open(self.index.archives[archive], os.O_RDONLY)
         return self._archives[archive]
@@ -152,7 +152,7 @@ class ImageDataset(Dataset):
                 decode_errors.append((position, str(error)))
                 if self.unreadable == "skip":
                     return Sample(None, -1, key, decode_errors)
-                if self.unreadable == "error" or len(decode_errors) > MOST_REPLACEMENTS:
+                if self.unreadable == "error" or len(decode_errors) > MAX_REPLACEMENTS:
                     raise
                 position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(decode_errors)) % len(self)
         return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), decode_errors)
@@ -167,7 +167,7 @@ class ImageDataset(Dataset):
 
 
 def read_file(path: Path) -> bytes:
-    """Read a regular file of at most ``LARGEST_FILE`` bytes.
+    """Read a regular file of at most ``MAX_FILE_SIZE`` bytes.
 
     Raises:
         OSError, ValueError: it cannot be read, is too large, or is a pipe or device, whose reads may block or never end.
@@ -177,7 +177,7 @@ def read_file(path: Path) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
-        if status.st_size > LARGEST_FILE:
+        if status.st_size > MAX_FILE_SIZE:
             raise ValueError(f"{status.st_size} bytes, too large for an image")
         return file.read()
 

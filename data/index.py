@@ -26,9 +26,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = "classes.txt"  # next to archives: one class name per line
-LARGEST_FILE = 2**28  # bytes of one image file
-LARGEST_RATIO = 1000  # decompressed over compressed size of an archive's entry
-SMALLEST_CACHED = 10_000  # images; scanning fewer is faster than reading a cache
+MAX_FILE_SIZE = 2**28  # bytes of one image file
+MAX_COMPRESSION_RATIO = 1000  # decompressed over compressed size of an archive's entry
+MIN_CACHED_IMAGES = 10_000  # images; scanning fewer is faster than reading a cache
 SECONDS_BETWEEN_LINES = 30
 CACHE_FORMAT = 2  # version of the index cache
 _LOCAL_HEADER = 30  # bytes before the name and the extra field
@@ -94,7 +94,7 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
         labels = []
         folders = [root]
         others = []
-        for label, name in enumerate(_telling(classes, root, names)):
+        for label, name in enumerate(_with_progress(classes, root, names)):
             found = _list_images(root / name, folders, others)
             names += [f"{name}/{image}" for image in found]
             labels += [label] * len(found)
@@ -121,8 +121,8 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         try:
             with zipfile.ZipFile(archive) as opened, open(archive, "rb") as file:
                 entries = {name: entry for entry in opened.infolist() for name in _entry_names(entry)}
-                if lacking := next((name for name in names if name not in entries), None):
-                    raise DataError(f"{archive}: {lacking} is missing, but listed in {listing.name}; pack it again")
+                if absent := next((name for name in names if name not in entries), None):
+                    raise DataError(f"{archive}: {absent} is missing, but listed in {listing.name}; pack it again")
                 chosen = [entries[name] for name in names]
                 for entry in chosen:
                     _check_zip_entry(archive, entry)
@@ -134,14 +134,14 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             raise
         except Exception as error:  # zipfile raises many exception types on damaged archives
             raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
-        where = {
+        storage = {
             "offsets": offsets,
             "sizes": [entry.compress_size for entry in chosen],
             "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in chosen],
             "checksums": [entry.CRC for entry in chosen],
         }
         watched = [archive, listing, root / CLASS_NAMES]
-        return _create(archive, classes, names, labels, archives=[archive], **where), watched
+        return _create(archive, classes, names, labels, archives=[archive], **storage), watched
 
     return _cached(scan, archive, [archive], cache)
 
@@ -164,16 +164,16 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         archive = []
         offsets = []
         sizes = []
-        for number, shard in enumerate(_telling(shards, source, names)):
+        for number, shard in enumerate(_with_progress(shards, source, names)):
             for image, label, offset, size in _read_shard(shard):
                 names.append(f"{shard.name}/{image}")
                 labels.append(label)
                 archive.append(number)
                 offsets.append(offset)
                 sizes.append(size)
-        where = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
+        storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         classes = _class_names(root, labels, source)
-        return _create(root, classes, names, labels, archives=shards, **where), [*shards, root / CLASS_NAMES]
+        return _create(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES]
 
     return _cached(scan, source, shards, cache)
 
@@ -202,9 +202,9 @@ def describe_index(index: Index) -> dict:
     return {"num_images": len(index), "classes": classes}
 
 
-def compare_descriptions(before: dict, now: dict) -> str:
+def compare_descriptions(stored: dict, current: dict) -> str:
     """The first difference between two descriptions of a split, in words; "" if there is none."""
-    first, second = ({name: (count, digest) for name, count, digest in about["classes"]} for about in (before, now))
+    first, second = ({name: (count, digest) for name, count, digest in about["classes"]} for about in (stored, current))
     if gone := [name for name in first if name not in second]:
         new = [name for name in second if name not in first]
         return f"class {gone[0]} is missing" + (f", class {new[0]} is new" if new else "")
@@ -247,13 +247,13 @@ def _create(
     )
 
 
-def _telling(items: Sequence, source: Path, found: list) -> Iterator:
+def _with_progress(items: Sequence, source: Path, found: list) -> Iterator:
     """Yield the items of a scan, and periodically log the number of images in ``found``."""
-    told = time.monotonic()
+    last_line = time.monotonic()
     for done, item in enumerate(items):
         yield item
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
             logger.info("%s: %d images found, %d of %d directories or archives read", source, len(found), done + 1, len(items))
 
 
@@ -262,21 +262,21 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
 
     The data are unchanged if the list of archives, and the ``_stamps`` of the paths that ``scan`` returned, are the same.
     """
-    kept = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
+    cached = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
     try:
-        if kept is not None and kept.is_file():
-            return _read_cache(kept, source, archives)
+        if cached is not None and cached.is_file():
+            return _read_cache(cached, source, archives)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         logger.info("%s: the cached index is not used (%s); scanning again", source, error)
     started = time.time_ns()
     index, paths = scan()
-    if kept is None or len(index) < SMALLEST_CACHED:
+    if cached is None or len(index) < MIN_CACHED_IMAGES:
         return index
     stamps = _stamps(paths)
     if max(changed for _, changed, *_ in stamps.values()) >= started - 2 * 10**9:  # a change within a tick could be missed
         return index
     try:
-        _write_cache(kept, index, stamps)
+        _write_cache(cached, index, stamps)
     except OSError as error:
         logger.info("%s: the index is not cached (%s)", source, error)
     return index
@@ -299,8 +299,8 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None
 
 
 def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
-        header = json.loads(str(kept["header"]))
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as cached:
+        header = json.loads(str(cached["header"]))
         if header.get("format") != CACHE_FORMAT:
             raise ValueError("its format version differs")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
@@ -312,7 +312,7 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
             source=source.parent if len(archives) and source not in archives else source,
             classes=header["classes"],
             archives=[str(archive) for archive in archives],
-            **{name: kept[name] for name in _ARRAYS},
+            **{name: cached[name] for name in _ARRAYS},
         )
     logger.info("%s: %d images, from the index cached in %s", source, len(index), path)
     return index
@@ -474,8 +474,8 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     if listing.is_file():
         classes = read_class_names(listing)
     if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
-        raise DataError(f"{listing}: duplicate class name {twice}; give every class a unique name")
+        duplicate = next(name for name in classes if classes.count(name) > 1)
+        raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
     if max(labels) >= len(classes):
         raise DataError(f"{source}: has class id {max(labels)}, but {listing} has {len(classes)} class names; add the rest")
     if missing := set(range(len(classes))) - set(labels):
@@ -506,7 +506,7 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
         raise DataError(f"{archive}: {entry.filename} is encrypted; pack it without a password")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{archive}: {entry.filename} is neither stored nor deflated; pack it again, stored")
-    if entry.file_size > min(LARGEST_FILE, LARGEST_RATIO * max(entry.compress_size, 1)):
+    if entry.file_size > min(MAX_FILE_SIZE, MAX_COMPRESSION_RATIO * max(entry.compress_size, 1)):
         raise DataError(
             f"{archive}: {entry.filename} decompresses from {entry.compress_size} to {entry.file_size} bytes, too many "
             "for an image; remove it"
@@ -545,7 +545,7 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}"
                 if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
-                    if entry.size > LARGEST_FILE:
+                    if entry.size > MAX_FILE_SIZE:
                         raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
                     if key in images:
                         raise DataError(
@@ -567,9 +567,9 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
         ) from None
     if not images:
         raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
-    if alone := next((key for key in labels if key not in images), None):
+    if orphan := next((key for key in labels if key not in images), None):
         raise DataError(
-            f"{shard}: {alone.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with it"
+            f"{shard}: {orphan.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with it"
         )
     for key, (name, offset, size) in images.items():
         if key not in labels:

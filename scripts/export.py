@@ -28,7 +28,7 @@ from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weight
 
 FORMATS = ("safetensors", "torch", "onnx")
 LARGEST_ERROR = 1e-4  # of a logit, relative to the largest logit or 1, whichever is greater
-MOST_NAMES = 50  # maximum number of class names in the model card
+MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
 
 
@@ -127,8 +127,8 @@ def model_card(
         "",
     ]
     if checkpoint.class_names:
-        shown = ", ".join(checkpoint.class_names[:MOST_NAMES])
-        more = len(checkpoint.class_names) - MOST_NAMES
+        shown = ", ".join(checkpoint.class_names[:MAX_NAMES])
+        more = len(checkpoint.class_names) - MAX_NAMES
         lines += ["## Classes", "", shown + (f", and {more} more in `config.json`" if more > 0 else ""), ""]
     lines += ["## Accuracy", ""]
     if evaluation is None:

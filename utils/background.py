@@ -9,8 +9,8 @@ from queue import SimpleQueue
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 10_000  # maximum queued writes per output; further ones are dropped
-SECONDS_AT_END = 5.0  # maximum wait for an output when the process ends
+MAX_QUEUED = 10_000  # maximum queued writes per output; further ones are dropped
+SECONDS_AT_EXIT = 5.0  # maximum wait for an output when the process ends
 
 
 class Sink:
@@ -34,15 +34,15 @@ class Sink:
         """Run ``task(*arguments)`` in the background."""
         if os.getpid() != self._process:
             self._run(task, arguments)
-        elif self._tasks.qsize() < MAX_WAITING:
+        elif self._tasks.qsize() < MAX_QUEUED:
             self._tasks.put((task, arguments))
 
     def flush(self) -> None:
-        """Wait for the writes queued so far, for at most ``SECONDS_AT_END``."""
+        """Wait for the writes queued so far, for at most ``SECONDS_AT_EXIT``."""
         if os.getpid() == self._process:
             done = threading.Event()
             self._tasks.put((done.set, ()))
-            done.wait(SECONDS_AT_END)
+            done.wait(SECONDS_AT_EXIT)
 
     def _work(self) -> None:
         while True:

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-LONGEST_WAIT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
-SECONDS_FOR_ROLL_CALL = 5.0
+PATIENT_TIMEOUT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
+SECONDS_TO_REGISTER = 5.0
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
 
@@ -85,7 +85,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     timeout, on_gpu = timedelta(seconds=timeout_seconds), device.type == "cuda"
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        store = dist.PrefixStore(meet(store, rank, size, timeout_seconds=timeout_seconds), store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_seconds=timeout_seconds), store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("collectives", store),
@@ -94,7 +94,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             device_id=device if on_gpu else None,
             timeout=timeout,
         )
-        patient = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
     except RuntimeError as error:  # includes dist.DistError
         if not is_lost_connection(error):
             raise
@@ -121,7 +121,7 @@ def check_driver(devices: Path = Path("/dev")) -> None:
         )
 
 
-def meet(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
+def agree_on_start(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
     """Wait for all processes of this start, and return its unique name, a key prefix for the store.
 
     torchrun keeps its store when it restarts the processes. Without the prefix, they would read the addresses of processes
@@ -239,7 +239,7 @@ def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) 
     """Run ``task`` on rank 0 and return its result in every process; if it fails, all processes fail.
 
     Args:
-        patient: let the other processes wait for ``LONGEST_WAIT`` instead of the timeout of collectives.
+        patient: let the other processes wait for ``PATIENT_TIMEOUT`` instead of the timeout of collectives.
 
     Raises:
         OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
@@ -292,7 +292,7 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
     Args:
         where: phase and last update of this process.
     """
-    missing = _call_roll(world)
+    missing = _find_missing_ranks(world)
     what = f"rank {', '.join(map(str, missing))} is lost" if missing else "the connection between the processes is lost"
     reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
     return LostRankError(
@@ -301,10 +301,10 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
     )
 
 
-def _call_roll(world: World) -> list[int]:
-    """Ranks that do not register within ``SECONDS_FOR_ROLL_CALL``."""
+def _find_missing_ranks(world: World) -> list[int]:
+    """Ranks that do not register within ``SECONDS_TO_REGISTER``."""
     missing = set(range(world.size))
-    deadline = time.monotonic() + SECONDS_FOR_ROLL_CALL
+    deadline = time.monotonic() + SECONDS_TO_REGISTER
     try:
         world.store.set(f"alive/{world.rank}", "")
         while missing and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from weights.reader import read_checkpoint
 logger = logging.getLogger(__name__)
 
 SECONDS = 8.0  # approximate duration of a measurement
-MOST_UPDATES = 50
+MAX_UPDATES = 50
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -43,7 +43,7 @@ def rehearse(trainer: Trainer) -> None:
     logger.info("training: the first update took %.1f s", seconds)
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
     # Rank 0 decides the number: all processes must take part in every update.
-    count = on_main(world, lambda: max(1, min(MOST_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
+    count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
     computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
     report = trainer.receive(keep=0)[-1]
     logger.info(

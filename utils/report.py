@@ -18,8 +18,8 @@ from utils.metrics import wilson_interval
 logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
-MOST_CLASSES_DRAWN = 50
-MOST_CLASSES_WITH_COUNTS = 20
+MAX_CLASSES_DRAWN = 50
+MAX_CLASSES_WITH_COUNTS = 20
 
 
 def write_evaluation(
@@ -64,7 +64,7 @@ def write_evaluation(
         ["class", "num_images", *(f"{label}_{weights}" for weights in matrices for label in ("correct1", "acc1"))],
         _class_rows(classes, matrices),
     )
-    if len(classes) <= MOST_CLASSES_DRAWN:
+    if len(classes) <= MAX_CLASSES_DRAWN:
         title = f"{results[preferred].acc1:.2f} % correct, {preferred} weights"
         draw_confusion(matrices[preferred], classes, title, output / "confusion.png")
         written.append("confusion.png")
@@ -100,7 +100,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
     axes.set_xticks(range(num_classes), labels, rotation=90)
     axes.set_yticks(range(num_classes), labels)
     axes.set(xlabel="prediction", ylabel="class", title=title)
-    if num_classes <= MOST_CLASSES_WITH_COUNTS:
+    if num_classes <= MAX_CLASSES_WITH_COUNTS:
         for row, column in np.argwhere(matrix):
             color = "white" if percentages[row, column] > 50 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)

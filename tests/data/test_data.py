@@ -602,7 +602,7 @@ def test_repeated_copies_of_an_image_are_augmented_differently(toy_config, toy_d
 
 
 def test_index_of_a_large_directory_is_cached_until_the_data_change(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    monkeypatch.setattr("data.index.MIN_CACHED_IMAGES", 5)
     write_images(tmp_path, "train", classes=3, per_class=4)
     caplog.set_level("INFO")
     read = partial(index_folder, tmp_path / "train", cache=tmp_path / "cache")
@@ -624,7 +624,7 @@ def test_index_of_a_large_directory_is_cached_until_the_data_change(tmp_path, mo
 
 
 def test_cached_index_is_read_from_any_working_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    monkeypatch.setattr("data.index.MIN_CACHED_IMAGES", 5)
     write_images(tmp_path / "d", "train", classes=3, per_class=4)
     pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar")
     pack(tmp_path / "d", tmp_path / "zip", "train", archive="zip")
@@ -655,7 +655,7 @@ def set_old_times(root):
 
 
 def test_new_shards_and_class_names_invalidate_the_cached_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.index.SMALLEST_CACHED", 5)
+    monkeypatch.setattr("data.index.MIN_CACHED_IMAGES", 5)
     write_images(tmp_path / "d", "train", classes=3, per_class=4)
     pack(tmp_path / "d", tmp_path / "tar", "train", archive="tar", shard_size=6)
     (tmp_path / "tar/train-000001.tar").rename(tmp_path / "later.tar")

@@ -189,7 +189,7 @@ def test_maps_with_additional_columns_and_names_without_the_utf8_flag_are_read(t
 
 @pytest.mark.parametrize("change", ["size", "content", "format"])
 def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time(change, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
+    monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     past = 1_600_000_000 * 10**9
 
     def write(contents: list[bytes]) -> None:
@@ -217,7 +217,7 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
 
 
 def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
+    monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     write_zip(tmp_path, [png(n) for n in range(4)])
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
@@ -449,7 +449,7 @@ def test_class_map_may_have_a_byte_order_mark_but_no_conflicting_lines(tmp_path)
 
 
 def test_index_is_not_cached_without_a_home_directory(toy_config, toy_data, monkeypatch):
-    monkeypatch.setattr(data.index, "SMALLEST_CACHED", 1)
+    monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)

@@ -20,8 +20,8 @@ from utils.distributed import (
     LostRankError,
     MissingDeviceError,
     OtherRankError,
+    agree_on_start,
     check_driver,
-    meet,
     on_all,
     setup,
     sum_over_processes,
@@ -58,9 +58,9 @@ def test_ranks_that_do_not_start_are_named_in_the_error():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
     with pytest.raises(LostRankError, match=r"rank 1, 2 did not start within COLLECTIVE_TIMEOUT=0\.1 s"):
-        meet(store, 0, 3, timeout_seconds=0.1)
+        agree_on_start(store, 0, 3, timeout_seconds=0.1)
     with pytest.raises(LostRankError, match="did not start within"):
-        meet(store, 1, 3, timeout_seconds=0.1)
+        agree_on_start(store, 1, 3, timeout_seconds=0.1)
 
 
 def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch):
