@@ -6,7 +6,7 @@ Without torchrun, it runs as one process.
 import sys
 from pathlib import Path
 
-from utils.arguments import check_usage, overrides, parse_arguments, prints_usage_errors
+from utils.arguments import check_usage, is_reporting_process, overrides, parse_arguments
 from utils.config import ConfigError, load_config
 from utils.stop import StopRequest
 
@@ -26,7 +26,7 @@ def main(*, ema: bool = False) -> None:
         cfg = load_config(args.cfg, pairs) if args.cfg else None
         check_usage(args, cfg, CONFIGS)
     except ConfigError as error:
-        if prints_usage_errors():
+        if is_reporting_process():
             print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 

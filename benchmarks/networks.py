@@ -1,4 +1,4 @@
-"""Benchmark models against their softmax baseline, timm's counterpart, and the plain transcription of the paper's formula."""
+"""Benchmark models against their softmax baseline, timm's counterpart, and the naive implementation of the paper's formula."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.counting import MemoryCounter
-from benchmarks.plain import use_plain_attention
+from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
 
@@ -28,7 +28,7 @@ NUM_CLASSES = 1000
 def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     """Create the models to compare, by label."""
     ours = create_model(name, img_size=img_size)
-    contestants = {"focused": ours, "plain transcription": use_plain_attention(create_model(name, img_size=img_size))}
+    contestants = {"focused": ours, "naive implementation": use_naive_attention(create_model(name, img_size=img_size))}
     letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
     contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=letters)
     if name in PEERS:
@@ -68,7 +68,7 @@ def measure_model(
     rounds: int,
     device: torch.device,
 ) -> list[dict]:
-    """Measure images per second, speed-up over the plain transcription, and peak memory of a training step.
+    """Measure images per second, speed-up over the naive implementation, and peak memory of a training step.
 
     The peak covers the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
     """
@@ -85,7 +85,7 @@ def measure_model(
     timings = time_in_turn(steps, rounds=rounds, device=device)
     records = []
     for label, timing in timings.items():
-        ratio = speedup(timing, timings["plain transcription"])
+        ratio = speedup(timing, timings["naive implementation"])
         records.append(
             {
                 "model": name,
@@ -95,7 +95,7 @@ def measure_model(
                 "precision": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
                 "images_per_second": batch_size / timing.median,
-                "speedup_over_plain": [ratio.median, ratio.low, ratio.high],
+                "speedup_over_naive": [ratio.median, ratio.low, ratio.high],
                 "peak_memory_mib": measure_peak(eager_steps[label], device) / 2**20 if training and not compiled else None,
             }
         )

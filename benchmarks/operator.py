@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.counting import TrafficCounter
-from benchmarks.plain import plain_attention
+from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models.fused_attention import split_channels
 from models.layers import merge, partition
 from models.linear_attention import FocusedLinearAttention
 
 OURS = "focused"
-PLAIN = "plain transcription"
+NAIVE = "naive implementation"
 SOFTMAX = "softmax"
 WINDOWS = "softmax in windows of 7"
 WINDOW = 7
@@ -37,7 +37,7 @@ def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softm
 
     attentions = {
         OURS: lambda packed: operator(*split_channels(packed, 3)),
-        PLAIN: lambda packed: plain_attention(*packed.chunk(3, dim=-1), module=operator, grid=grid),
+        NAIVE: lambda packed: naive_attention(*packed.chunk(3, dim=-1), module=operator, grid=grid),
     }
     if with_softmax:
         attentions[SOFTMAX] = softmax
@@ -65,7 +65,7 @@ def measure_operator(
     """Time the attentions for one number of tokens, in the forward pass and in forward and backward pass.
 
     Returns:
-        One record per attention: nanoseconds per token, and the speed-up over the plain transcription with its range.
+        One record per attention: nanoseconds per token, and the speed-up over the naive implementation with its range.
 
     Raises:
         ValueError: the number of tokens is not a square.
@@ -91,7 +91,7 @@ def measure_operator(
         tasks = {name: (lambda attend=attend, run=run: run(attend)) for name, attend in attentions.items()}
         timings = time_in_turn(tasks, rounds=rounds, device=device)
         for name, timing in timings.items():
-            ratio = speedup(timing, timings[PLAIN])
+            ratio = speedup(timing, timings[NAIVE])
             records.append(
                 {
                     "tokens": num_tokens,
@@ -99,14 +99,14 @@ def measure_operator(
                     "pass": pass_name,
                     "attention": name,
                     "ns_per_token": 1e9 * timing.median / (batch_size * num_tokens),
-                    "speedup_over_plain": [ratio.median, ratio.low, ratio.high],
+                    "speedup_over_naive": [ratio.median, ratio.low, ratio.high],
                 }
             )
     return records
 
 
 def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
-    """Count kernels and bytes of the operator and the plain transcription in fp32, on the meta device: nothing is computed.
+    """Count kernels and bytes of the operator and the naive implementation in fp32, on the meta device: nothing is computed.
 
     The minimum reads q, k and v and writes the output; the backward pass reads these and the output's gradient, and writes the
     gradients of q, k and v.
@@ -119,7 +119,7 @@ def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int)
     attentions = create_attentions(operator, side, with_softmax=False)
     map_bytes = 4 * batch_size * num_tokens * dim
     records = []
-    for name in (OURS, PLAIN):
+    for name in (OURS, NAIVE):
         for pass_name, maps in (("forward", 4), ("forward and backward", 4 + 7)):
             with TrafficCounter() as counter:
                 if pass_name == "forward":

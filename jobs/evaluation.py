@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
 from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
-from jobs.training import check_model, count_processes
+from jobs.training import check_model, format_process_count
 from models import build_model
 from models.loading import fill_model
 from models.released import Released
@@ -59,7 +59,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
     output = choose_output(cfg, checkpoint, pairs)
     on_main(world, lambda: create_output_directory(output))
     logger.info(
-        "%s on %s, output in %s; start: evaluate %s", count_processes(world), world.device.type, output, checkpoint.path
+        "%s on %s, output in %s; start: evaluate %s", format_process_count(world), world.device.type, output, checkpoint.path
     )
     evaluation = evaluate_weights(checkpoint, cfg, world)
     index = evaluation.datasets.val.index
@@ -116,7 +116,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         training=False,
         rank=world.rank,
         world_size=world.size,
-        run_once=partial(on_main, world, patient=True),
+        run_once=partial(on_main, world, long_timeout=True),
         model_classes=checkpoint.class_names,
     )
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)

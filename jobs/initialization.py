@@ -160,7 +160,7 @@ def describe_data(datasets: Datasets, world: World) -> dict:
     return on_main(
         world,
         lambda: {"train": describe_index(datasets.train.index), "val": describe_index(datasets.val.index)},
-        patient=True,
+        long_timeout=True,
     )
 
 

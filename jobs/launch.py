@@ -18,8 +18,8 @@ from data.index import DataError
 from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
-from jobs.training import check_model, rehearse_run, train
-from utils.arguments import prints_usage_errors
+from jobs.training import check_model, dry_run_training, train
+from utils.arguments import is_reporting_process
 from utils.config import ConfigError
 from utils.distributed import (
     LostRankError,
@@ -52,14 +52,14 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
     Args:
         cfg: None for --replay, and for --eval without --cfg.
         pairs: KEY, VALUE, ... of the command line.
-        stop: set by signals since the program started. Only training finishes its update and saves; other jobs end at once.
+        stop: records stop signals. Only training finishes its update and saves; other jobs end immediately.
     """
     world = start_processes(cfg)
     setup_logging(world.rank)
     try:
         run_job(args, cfg, pairs, world, stop)
     except USER_ERRORS as error:  # the message gives the remedy: no traceback
-        if world.is_main or not isinstance(error, TrainingError):  # every process raises that
+        if world.is_main or not isinstance(error, TrainingError):  # all processes raise the same TrainingError
             logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
     except OtherRankError:  # that rank reports the reason itself
@@ -91,10 +91,10 @@ def start_processes(cfg: CfgNode | None) -> World:
             return setup()
         check_model(cfg)
         world = setup(cfg.COLLECTIVE_TIMEOUT)
-        accumulation_steps(cfg, world.size)  # refuses a global batch that the processes do not divide
+        accumulation_steps(cfg, world.size)  # rejects a global batch that is not a multiple of the images per forward pass
         return world
     except ValueError as error:
-        if prints_usage_errors() or isinstance(error, MissingDeviceError):
+        if is_reporting_process() or isinstance(error, MissingDeviceError):
             sys.stderr.write(f"main.py: error: {error}\n")
         sys.exit(USAGE_ERROR)
     except LostRankError as error:
@@ -103,8 +103,8 @@ def start_processes(cfg: CfgNode | None) -> World:
 
 
 def run_job(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World, stop: StopRequest) -> None:
-    if args.throughput or args.eval or args.replay or args.check:  # nothing to save
-        stop.cancel()
+    if args.throughput or args.eval or args.replay or args.check:  # there is no state to save on a signal
+        stop.restore_handlers()
     if args.throughput:
         measure_throughput(cfg, world)
     elif args.eval:
@@ -112,7 +112,7 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, worl
     elif args.replay:
         replay_update(args.replay, pairs, world)
     elif args.check:
-        rehearse_run(cfg, world, find_unused_parameters=args.find_unused_params)
+        dry_run_training(cfg, world, find_unused_parameters=args.find_unused_params)
     else:
         train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
 
@@ -133,8 +133,8 @@ def explain(error: RuntimeError, world: World) -> str | None:
 def leave(world: World, status: int) -> None:
     """End this process after an error.
 
-    With several processes at once, since threads of the process group may wait for ranks that do not come; joining or
-    destroying them would block or abort.
+    If there are several processes, skip Python's cleanup: threads of the process group may wait for ranks that have ended, and
+    joining or destroying them would block or abort.
     """
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the workers as lost

@@ -27,10 +27,10 @@ from models import build_model
 from models.loading import load_weights
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
+from utils.dry_run import dry_run
 from utils.environment import build_arithmetic, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from utils.rehearsal import rehearse
 from utils.run import RunDirectory, RunLock, build_output_path, check_available, check_is_newest
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.step import NUM_REQUESTS
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REHEARSAL = ".rehearsal"  # prefix of the temporary directory of --check
+DRY_RUN = ".dry_run"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
@@ -65,7 +65,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         if saved is not None:
             restore_best(saved, world, output, init.checkpoint)
         setup_logging(world.rank, output)
-        logger.info("%s on %s, output in %s; start: %s %s", count_processes(world), world.device.type, output, *init)
+        logger.info("%s on %s, output in %s; start: %s %s", format_process_count(world), world.device.type, output, *init)
         environment = on_main(world, partial(describe_environment, world.device, world.size))
         logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
         logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
@@ -96,7 +96,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         directory.close()
 
 
-def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
+def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     """Run each part of training once in a temporary output directory, and report the bottleneck."""
     build_arithmetic(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
@@ -104,14 +104,14 @@ def rehearse_run(cfg: CfgNode, world: World, *, find_unused_parameters: bool) ->
     lock = RunLock(folder)
     if world.is_main:
         lock.acquire()
-    logger.info("%s on %s, start: %s %s", count_processes(world), world.device.type, *init)
+    logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init)
     try:
         saved = read_run(cfg, world, init)
         if saved is not None and is_finished(saved, cfg):
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
         on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
-        rehearse(build_trainer(cfg, world, init, saved, output=folder, find_unused_parameters=find_unused_parameters))
+        dry_run(build_trainer(cfg, world, init, saved, output=folder, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:
         lock.release()
@@ -124,7 +124,7 @@ def build_trainer(
 ) -> Trainer:
     """Build the trainer of a run in its initial or resumed state."""
     datasets = build_datasets(
-        cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, patient=True)
+        cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, long_timeout=True)
     )
     data = describe_data(datasets, world)
     check_data(saved, data, init.checkpoint)
@@ -157,7 +157,7 @@ def build_trainer(
         model=wrap(
             torch.compile(model) if cfg.TRAIN.COMPILE else model,
             world,
-            num_values=1 + NUM_REQUESTS,
+            num_scalars=1 + NUM_REQUESTS,
             find_unused_parameters=find_unused_parameters,
         ),
         criterion=build_criterion(cfg, mixed=mixup is not None),
@@ -180,7 +180,7 @@ def build_trainer(
 
 
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":
-    """Attention maps of ATTENTION_IMAGE for TensorBoard; None if the key is empty.
+    """Attention maps of ATTENTION_IMAGE for TensorBoard; None if ATTENTION_IMAGE is empty.
 
     Raises:
         ConfigError: in every process, if the image cannot be read.
@@ -196,7 +196,7 @@ def check_model(cfg: CfgNode) -> None:
     """Check that the model can be built, without allocating memory.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the model cannot be built.
     """
     try:
         with torch.device("meta"):
@@ -205,7 +205,8 @@ def check_model(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
 
 
-def count_processes(world: World) -> str:
+def format_process_count(world: World) -> str:
+    """As in "1 process" or "8 processes"."""
     return "1 process" if world.size == 1 else f"{world.size} processes"
 
 
@@ -233,10 +234,11 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
     if world.is_main:
         logger.log(
             logging.WARNING if images != recipe else logging.INFO,
-            "%d images per update (%d in each of %s, %d times), learning rate %.3e; the recipe has %d images, %.3e%s",
+            "%d images per update (batch size %d, %s, %d forward passes), learning rate %.3e; "
+            "the recipe has %d images per update, learning rate %.3e%s",
             images,
             cfg.DATA.BATCH_SIZE,
-            count_processes(world),
+            format_process_count(world),
             steps,
             learning_rate,
             recipe,
@@ -249,14 +251,17 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
 def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
     """How to obtain the recipe's batch with these data and processes."""
     if recipe > num_images:
-        return f". The learning rate follows; {num_images} images are too few for the recipe's batch"
+        return f". The learning rate is scaled to the batch; {num_images} images are too few for the recipe's batch"
     if recipe % images_per_pass:
-        return f". The learning rate follows; for the recipe's batch choose a --batch-size whose total divides {recipe}"
-    return f". The learning rate follows; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
+        return (
+            f". The learning rate is scaled to the batch; for the recipe's batch, choose a --batch-size so that the images of "
+            f"all processes divide {recipe}"
+        )
+    return f". The learning rate is scaled to the batch; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
 
 
 def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
-    """Warn if the EMA is slow, or if it would keep much of the initial weights because the run is short."""
+    """Warn if the EMA slows training down, or if a short run leaves it near the initial weights."""
     if not cfg.EMA.ENABLED:
         return
     if cfg.EMA.FORCE_CPU and world.device.type != "cpu":
@@ -297,16 +302,16 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
 
 
 def create_temporary_directory(parent: Path) -> Path:
-    """Create the temporary directory of --check, and delete those that killed processes left.
+    """Create the temporary directory of --check, and delete those of killed processes.
 
     Raises:
         ConfigError: ``parent`` cannot be written.
     """
-    for old in parent.glob(f"{REHEARSAL}*"):
+    for old in parent.glob(f"{DRY_RUN}*"):
         with contextlib.suppress(ConfigError):  # in use
             RunLock(old).check()
             shutil.rmtree(old, ignore_errors=True)
     try:
-        return Path(tempfile.mkdtemp(prefix=REHEARSAL, dir=parent))
+        return Path(tempfile.mkdtemp(prefix=DRY_RUN, dir=parent))
     except OSError as error:
         raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None

@@ -1,20 +1,21 @@
 """Focused linear attention with a custom backward pass that needs less time and memory than autograd.
 
-The values equal those of the plain form in ``linear_attention``, for which autograd stores every intermediate, a dozen maps of
-the size of q. Here only q, k, v and the (D, D + 1) summaries of the keys are stored, and the backward pass recomputes the rest.
-Per-token factors are applied to the values and the results, not to the features. On a CPU, the maps are processed in blocks
+The values equal those of the unfused form in ``linear_attention``, for which autograd stores about twelve tensors of the size
+of q. Here only q, k, v and the (D, D + 1) summaries of the keys are stored, and the backward pass recomputes the rest.
+Per-token factors are applied to the values and the results, not to the features. On a CPU, tokens are processed in blocks
 that fit the caches.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
 
 For each token, with x = (relu(input) + EPS) / scale and t = x / max(x), the feature f_p(x) is c * u, where u = t^p and
-c = max(x) |t| / |u|. With e = [c * v, c] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
+c = max(x) |t| / |u|. With the keys' e = [c_k * v, c_k] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
 
-    u_q S / (u_q s + EPS / c).
+    u_q S / (u_q s + EPS / c_q).
 
-In the backward pass, ``grad_x`` is the gradient of x.
+In the backward pass, ``grad_<name>`` is the gradient of the loss with respect to <name>.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -60,14 +61,11 @@ class Scratch:
     def __call__(self, name: str, *shape: int) -> Tensor:
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._size, **self._options)
-        count = 1
-        for side in shape:
-            count *= side
-        return self._buffers[name][:count].view(shape)
+        return self._buffers[name][: math.prod(shape)].view(shape)
 
 
 class Blocks:
-    """Division of images of ``num_tokens`` tokens into blocks of images, and of tokens if one image is too large."""
+    """Splits a batch into blocks of images; if a single image exceeds the limit, its tokens are split as well."""
 
     def __init__(self, num_images: int, num_tokens: int, channels: int, device: torch.device):
         limit = BLOCK_ON_CPU if device.type == "cpu" else num_images * num_tokens * channels
@@ -288,11 +286,11 @@ class _Run:
             numerator.mul_(grad_numerator)
             torch.sum(numerator, dim=-1, keepdim=True, out=grad_denominator)
             grad_denominator.div_(denominator).neg_()
-            grad_factor = -EPS / queries.factor * grad_denominator.sum(dim=1, keepdim=True)
+            grad_log_factor = -EPS / queries.factor * grad_denominator.sum(dim=1, keepdim=True)
             grad_summary += queries.powers.transpose(-2, -1) @ grad_product
-            grad_powers = self.scratch("gradient", *queries.powers.shape)
-            torch.matmul(grad_product, self.power * summary.transpose(-2, -1), out=grad_powers)
-            self.feature_gradients(queries, grad_powers, grad_factor, grad_q[:, tokens])
+            scaled_grad_powers = self.scratch("gradient", *queries.powers.shape)
+            torch.matmul(grad_product, self.power * summary.transpose(-2, -1), out=scaled_grad_powers)
+            self.feature_gradients(queries, scaled_grad_powers, grad_log_factor, grad_q[:, tokens])
         return grad_summary
 
     def key_gradients(
@@ -310,24 +308,26 @@ class _Run:
                 torch.mul(grad_values[..., :-1], factor, out=grad_block)
             else:
                 torch.addcmul(local[:, :, tokens], grad_values[..., :-1], factor, out=grad_block)
-            grad_factor = grad_values.mul_(values).sum(dim=(1, 3), keepdim=True)
-            grad_powers = self.scratch("gradient", *keys.powers.shape)
-            torch.matmul(values, self.power * grad_summary.transpose(-2, -1), out=grad_powers)
-            self.feature_gradients(keys, grad_powers, grad_factor, grad_k[:, tokens])
+            grad_log_factor = grad_values.mul_(values).sum(dim=(1, 3), keepdim=True)
+            scaled_grad_powers = self.scratch("gradient", *keys.powers.shape)
+            torch.matmul(values, self.power * grad_summary.transpose(-2, -1), out=scaled_grad_powers)
+            self.feature_gradients(keys, scaled_grad_powers, grad_log_factor, grad_k[:, tokens])
 
-    def feature_gradients(self, features: Features, grad_powers: Tensor, grad_factor: Tensor, grad_tokens: Tensor) -> None:
+    def feature_gradients(
+        self, features: Features, scaled_grad_powers: Tensor, grad_log_factor: Tensor, grad_tokens: Tensor
+    ) -> None:
         """Write the gradient of a block of q or k.
 
         Args:
-            grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
-            grad_factor: (b, 1, n, 1), gradient of the logarithm of c.
+            scaled_grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
+            grad_log_factor: (b, 1, n, 1), gradient of the logarithm of c.
             grad_tokens: (b, n, C).
         """
-        # Gradient of log(x): grad_powers * u + grad_factor * (t^2 / |t|^2 - p u^2 / |u|^2); grad_powers contains p already.
+        # Gradient of log(x): scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2).
         positive, unit, powers = features.positive, features.unit, features.powers
-        grad_powers.addcmul_(powers, -self.power * grad_factor / features.powers_norm.square()).mul_(powers)
-        torch.mul(unit, grad_factor / features.unit_norm.square(), out=powers)
-        grad_log = grad_powers.addcmul_(powers, unit)
+        scaled_grad_powers.addcmul_(powers, -self.power * grad_log_factor / features.powers_norm.square()).mul_(powers)
+        torch.mul(unit, grad_log_factor / features.unit_norm.square(), out=powers)
+        grad_log = scaled_grad_powers.addcmul_(powers, unit)
         self.grad_log_scale += grad_log.sum(dim=(0, 2), keepdim=True)
         torch.ops.aten.threshold_backward.grad_input(grad_log, positive, 0, grad_input=grad_log)
         torch.div(grad_log, positive.add_(EPS), out=split_heads(grad_tokens, self.num_heads))
@@ -335,7 +335,7 @@ class _Run:
     def convolution_gradients(self, images: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the values, (b, H, N, D), and of the kernel."""
         maps, gradient_maps, padding = self.as_maps(self.v[images]), self.as_maps(gradient), self.kernel.shape[-1] // 2
-        correlated = maps.device.type == "cpu" and min(self.grid) > self.kernel.shape[-1] > 3
+        uses_correlation = maps.device.type == "cpu" and min(self.grid) > self.kernel.shape[-1] > 3
         grad_maps, grad_kernel, _ = torch.ops.aten.convolution_backward(
             gradient_maps,
             maps,
@@ -347,9 +347,9 @@ class _Run:
             transposed=False,
             output_padding=[0, 0],
             groups=self.channels,
-            output_mask=[True, not correlated, False],
+            output_mask=[True, not uses_correlation, False],
         )
-        if correlated:
+        if uses_correlation:
             grad_kernel = correlate(maps, gradient_maps, padding)
         return self.as_tokens(grad_maps), grad_kernel.to(self.kernel.dtype)
 
@@ -390,7 +390,7 @@ def focused_attention(
 ) -> Tensor:
     """Focused linear attention plus a depthwise convolution of the values, (B, N, C) in the dtype of ``v``.
 
-    It supports only first derivatives and computes at least in float32, except for the convolution.
+    It supports only first derivatives and computes in float32 or higher precision, except for the convolution.
 
     Args:
         q: (B, N, C).
@@ -399,7 +399,7 @@ def focused_attention(
         scale: (1, 1, C), positive; divides q and k.
         kernel, bias: (C, 1, side, side) and (C,) of the convolution, which requires M = N; None omits it.
         key_weight: (B, 1, M, 1), weight of each key in the means over keys; 1 / M by default.
-        power: p of eq. 6; 1 for plain linear attention.
+        power: exponent p of the focused function, eq. 6 of the paper; 1 for plain linear attention.
         grid: height and width of the token map.
         num_prefix_tokens: tokens before the map, excluded from the convolution.
     """

@@ -56,7 +56,7 @@ class FocusedLinearAttention(nn.Module):
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
     Attributes:
-        fused: use the custom backward pass of ``focused``, which has no second derivative. False selects the plain form,
+        fused: use the custom backward pass of ``focused``, which has no second derivative. False selects the unfused form,
             which supports derivatives of any order but needs more time and memory.
 
     Raises:
@@ -142,7 +142,7 @@ class FocusedLinearAttention(nn.Module):
         kernel, bias = self.local_filter()
         if self.kind == "focused" and self.fused and not is_transformed():
             out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
-        else:  # compilers fuse the plain form themselves
+        else:  # compilers fuse the unfused form themselves
             out = self._mix(q, k, v, key_grid, key_mask)
             if kernel is not None:
                 out = self._restore_rank(out, v, grid, kernel, bias)

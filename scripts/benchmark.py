@@ -1,6 +1,6 @@
 """Measure speed, memory and memory traffic. Compared tasks run in turn in one process.
 
-    model       models against their softmax baseline, timm's model and a plain transcription of the paper's formula
+    model       models against their softmax baseline, timm's model and a naive implementation of the paper's formula
     attention   the operator over the number of tokens, and its memory traffic
     data        decoding and augmentation against torchvision's reader and timm's transform
     epoch       the training loop of a config: cost of data loader, EMA and loop relative to the bare step
@@ -167,7 +167,7 @@ def draw_attention(records: list[dict], figure) -> None:
 
 
 def draw_models(records: list[dict], figure) -> None:
-    """Plot the speed-up over the plain transcription, one group of bars per model and mode."""
+    """Plot the speed-up over the naive implementation, one group of bars per model and mode."""
     axis = figure.subplots()
     labels = [f"{row['model']}\n{row['mode']} {row['precision']} {row['batch_size']}" for row in records]
     groups = list(dict.fromkeys(labels))
@@ -175,9 +175,9 @@ def draw_models(records: list[dict], figure) -> None:
     for position, name in enumerate(names):
         found = {label: row for label, row in zip(labels, records, strict=True) if row["contestant"].split()[0] == name}
         places = [groups.index(label) + position * 0.8 / len(names) for label in found]
-        axis.bar(places, [row["speedup_over_plain"][0] for row in found.values()], 0.8 / len(names), align="edge", label=name)
+        axis.bar(places, [row["speedup_over_naive"][0] for row in found.values()], 0.8 / len(names), align="edge", label=name)
     axis.set_xticks([place + 0.4 for place in range(len(groups))], groups, fontsize=8)
-    axis.set_ylabel("images per second over those of the plain transcription")
+    axis.set_ylabel("images per second over those of the naive implementation")
     axis.legend()
 
 

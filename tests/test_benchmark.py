@@ -1,4 +1,4 @@
-"""Benchmarks: hand-computed traffic and memory, the plain transcription, and runs of the script."""
+"""Benchmarks: hand-computed traffic and memory, the naive implementation, and runs of the script."""
 
 import json
 
@@ -8,9 +8,9 @@ from torch import nn
 
 import scripts.benchmark
 from benchmarks.counting import MemoryCounter, TrafficCounter
+from benchmarks.naive import use_naive_attention
 from benchmarks.networks import PEERS, create_contestants
-from benchmarks.operator import OURS, PLAIN, count_traffic
-from benchmarks.plain import use_plain_attention
+from benchmarks.operator import NAIVE, OURS, count_traffic
 from benchmarks.timing import Timing, speedup
 from models import create_model
 from tests.launch import run_script
@@ -64,7 +64,7 @@ def test_the_plain_transcription_has_the_same_logits_and_gradients(name):
         nn.init.normal_(parameter, std=0.1)
     images = torch.randn(2, 3, 64, 64)
     results = []
-    for network in (model, use_plain_attention(model)):
+    for network in (model, use_naive_attention(model)):
         logits = network(images)
         results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
     for ours, plain in zip(*results, strict=True):
@@ -73,7 +73,7 @@ def test_the_plain_transcription_has_the_same_logits_and_gradients(name):
 
 def test_contestants_are_the_focused_plain_softmax_and_timm_models():
     contestants = create_contestants("flatten_deit_t", 64)
-    assert list(contestants) == ["focused", "plain transcription", "softmax baseline", "timm deit_tiny_patch16_224"]
+    assert list(contestants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
     assert "timm" not in " ".join(create_contestants("flatten_cswin_t", 224))
     for name, peer in PEERS.items():
@@ -85,7 +85,7 @@ def test_the_operator_moves_fewer_bytes_than_the_plain_transcription():
     """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in units of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
-        assert records[OURS, pass_name]["bytes"] < max_ratio * records[PLAIN, pass_name]["bytes"]
+        assert records[OURS, pass_name]["bytes"] < max_ratio * records[NAIVE, pass_name]["bytes"]
     assert records[OURS, "forward and backward"]["maps"] < 134
 
 

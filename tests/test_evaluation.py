@@ -342,7 +342,7 @@ def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, t
     assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
 
 
-def test_a_rehearsal_runs_every_step_and_deletes_its_files(toy_config, toy_data, tmp_path):
+def test_a_dry_run_runs_every_step_and_deletes_its_files(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -351,7 +351,7 @@ def test_a_rehearsal_runs_every_step_and_deletes_its_files(toy_config, toy_data,
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_rehearsal_reports_an_unreadable_validation_image(toy_config, toy_data, tmp_path):
+def test_a_dry_run_reports_an_unreadable_validation_image(toy_config, toy_data, tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path, split, classes=3, per_class=8)
     (tmp_path / "val/class0/000.png").write_bytes(b"no image")
@@ -359,7 +359,7 @@ def test_a_rehearsal_reports_an_unreadable_validation_image(toy_config, toy_data
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert "class0/000.png: not a readable image" in outcome.output
-    assert not [path for path in tmp_path.iterdir() if "rehearsal" in path.name]
+    assert not [path for path in tmp_path.iterdir() if "dry_run" in path.name]
 
 
 def test_checkpoints_are_averaged_entry_by_entry(tmp_path):

@@ -37,7 +37,7 @@ def test_an_update_does_not_synchronise_host_and_gpu(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["AMP", True])
     model = create_model(name, drop_path_rate=0.1).to(GPU).train()
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
-    wrapped = wrap(model, World(0, 0, 1, GPU), num_values=3)
+    wrapped = wrap(model, World(0, 0, 1, GPU), num_scalars=3)
     images, targets = torch.randn(4, 3, 224, 224, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
     train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)  # creates the optimizer state

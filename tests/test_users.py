@@ -226,26 +226,26 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
     """A check installs no Python signal handler, since it could not run while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
-        jobs.training.rehearse = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+        jobs.training.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)
 
     output = tmp_path / "output"
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]
     outcome = run(*arguments, log=tmp_path, prepare=prepare)
     assert outcome.exit_codes == [-signal.SIGTERM], outcome.output
-    assert len(list(tmp_path.glob(".rehearsal*"))) == 1
+    assert len(list(tmp_path.glob(".dry_run*"))) == 1
     outcome = run(*arguments, log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
-    assert not list(tmp_path.glob(".rehearsal*"))
+    assert not list(tmp_path.glob(".dry_run*"))
 
 
 def test_a_check_does_not_delete_the_directory_of_a_running_check(toy_config, toy_data, tmp_path):
-    running = tmp_path / ".rehearsal-running"
+    running = tmp_path / ".dry_run-running"
     running.mkdir()
     lock = RunLock(running)
     lock.acquire()
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check", log=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
-    assert [path.name for path in tmp_path.glob(".rehearsal*")] == [running.name]
+    assert [path.name for path in tmp_path.glob(".dry_run*")] == [running.name]
     lock.release()
 
 

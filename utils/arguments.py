@@ -173,7 +173,7 @@ def _has_checkpoints(folder: Path) -> bool:
         return False
 
 
-def prints_usage_errors() -> bool:
+def is_reporting_process() -> bool:
     """Whether this process prints usage errors; one process per machine does."""
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 

@@ -66,7 +66,7 @@ class BackgroundWrite:
 
     def start(self, write: Callable[[], None]) -> None:
         """Run a write in the background; call ``wait`` first."""
-        assert self._write is None, "the previous write may have failed"
+        assert self._write is None, "call wait() first, which raises the error of the previous write"
         self._write = self._executor.submit(write)
 
     def wait(self) -> None:

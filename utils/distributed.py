@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-PATIENT_TIMEOUT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
+LONG_TIMEOUT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
 SECONDS_TO_REGISTER = 5.0
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
@@ -41,7 +41,7 @@ class World:
 
     Args:
         store: key-value store shared by the processes of this start; None for one process.
-        patient: process group with a long timeout, see ``on_main``; None for one process.
+        long_timeout_group: process group with a long timeout, see ``on_main``; None for one process.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class World:
     size: int
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)
-    patient: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    long_timeout_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -94,14 +94,14 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             device_id=device if on_gpu else None,
             timeout=timeout,
         )
-        patient = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+        long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     except RuntimeError as error:  # includes dist.DistError
         if not is_lost_connection(error):
             raise
         raise LostRankError(
             f"rank {rank} did not connect to the other ranks within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
         ) from None
-    return World(rank, local_rank, size, device, store, patient)
+    return World(rank, local_rank, size, device, store, long_timeout_group)
 
 
 def check_driver(devices: Path = Path("/dev")) -> None:
@@ -195,9 +195,9 @@ def side_channel(model: nn.Module) -> SideChannel:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def wrap(model: nn.Module, world: World, *, num_values: int, find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap a model for training: add a side channel of ``num_values`` numbers, and DDP if there are several processes."""
-    model = SideChannel(model, num_values, world.device)
+def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parameters: bool = False) -> nn.Module:
+    """Wrap a model for training: add a side channel of ``num_scalars`` numbers, and DDP if there are several processes."""
+    model = SideChannel(model, num_scalars, world.device)
     if world.size == 1:
         return model
     # Gradients of depthwise kernels may differ in strides from their parameters; the copies are small.
@@ -235,11 +235,11 @@ def gather_on_main(world: World, value: Result) -> list[Result] | None:
     return values
 
 
-def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) -> Result:
+def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = False) -> Result:
     """Run ``task`` on rank 0 and return its result in every process; if it fails, all processes fail.
 
     Args:
-        patient: let the other processes wait for ``PATIENT_TIMEOUT`` instead of the timeout of collectives.
+        long_timeout_group: let the other processes wait for ``LONG_TIMEOUT`` instead of the timeout of collectives.
 
     Raises:
         OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
@@ -252,7 +252,7 @@ def on_main(world: World, task: Callable[[], Result], *, patient: bool = False) 
         except Exception as caught:
             error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, group=world.patient if patient else None)
+        dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group if long_timeout else None)
     if error is not None:
         raise error
     if outcome[1] is not None:

@@ -27,7 +27,7 @@ _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "r
 
 
 class _Stream:
-    """A console stream that bypasses Python's buffer: a blocked write would hold its lock at exit.
+    """A console stream that bypasses Python's buffer, whose lock a blocked write would hold while the interpreter exits.
 
     Characters that the console cannot encode are escaped.
     """
@@ -238,7 +238,7 @@ class MetricsWriter:
 
 
 def _cut_after(path: Path, step: int, evaluated: bool) -> None:
-    """Remove records of later steps, and records that a kill truncated."""
+    """Remove records of later steps, and records that were truncated when a process was killed."""
     if not path.exists():
         return
     kept = []

@@ -21,7 +21,7 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None
 
-    def cancel(self) -> None:
+    def restore_handlers(self) -> None:
         """Restore the previous signal handlers, and deliver any received signal to them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

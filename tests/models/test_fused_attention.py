@@ -1,4 +1,4 @@
-"""The custom backward pass of focused linear attention gives the gradients of the plain form, computed by autograd."""
+"""The custom backward pass of focused linear attention gives the gradients of the unfused form, computed by autograd."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 @contextlib.contextmanager
 def plain_form():
-    """Select the plain form, as under a compiler."""
+    """Select the unfused form, as under a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield

@@ -51,7 +51,7 @@ def test_eight_steps_of_training_follow_the_reference(case):
     model = fill_by_formula(build_model(cfg))
     optimizer, ema = build_optimizer(cfg, model), build_ema(cfg, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=figures["label_smoothing"])
-    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), num_values=3)
+    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), num_scalars=3)
     side = cfg.DATA.IMG_SIZE
     for step in range(figures["steps"]):
         for group in optimizer.param_groups:

@@ -104,7 +104,7 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
     torch.manual_seed(0)
     model = Linear(6, 3)
     optimizer, scaler, failed = build_optimizer(cfg, model), build_scaler(cfg, world.device), torch.zeros(())
-    wrapped, reports, states = wrap(model, world, num_values=3), [], []
+    wrapped, reports, states = wrap(model, world, num_scalars=3), [], []
     for update in range(4):
         images = torch.randn(8, 6) * (math.inf if update == 2 else 1)
         batch = [(images, torch.randint(0, 3, (8,)))]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.arguments import prints_usage_errors
+from utils.arguments import is_reporting_process
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
@@ -69,7 +69,7 @@ def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch
     monkeypatch.delenv("RANK", raising=False)
     world = setup()
     assert (world.rank, world.local_rank, world.size) == (0, 0, 1)
-    assert prints_usage_errors()
+    assert is_reporting_process()
 
 
 def fail_in_rank_one(world) -> None:

@@ -28,7 +28,7 @@ def setup(*opts):
 
 def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=torch.float32):
     loss, grad_norm, _, _ = train_step(
-        wrap(model, CPU_WORLD, num_values=3),
+        wrap(model, CPU_WORLD, num_scalars=3),
         nn.CrossEntropyLoss(),
         optimizer,
         scaler,

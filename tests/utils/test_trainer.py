@@ -67,7 +67,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
     world = World(0, 0, 1, DEVICE)
     return Trainer(
         state=TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, DEVICE), build_ema(cfg, model)),
-        model=wrap(model, world, num_values=3),
+        model=wrap(model, world, num_scalars=3),
         criterion=nn.CrossEntropyLoss(),
         schedule=schedule,
         train_loader=Loader(),

@@ -9,7 +9,7 @@ from models.linear_attention import FocusedLinearAttention
 EPS = 1e-6
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
     """Compute eq. 3 to 8 step by step with the parameters of ``module``. (B, N, C); native map size, no masks."""
     num_heads, power = module.num_heads, module.focusing_factor
     k = k + module.positional_encoding
@@ -37,14 +37,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttent
     return out
 
 
-def use_plain_attention(model: nn.Module) -> nn.Module:
-    """Replace the linear attention of a model by ``plain_attention``, in place."""
+def use_naive_attention(model: nn.Module) -> nn.Module:
+    """Replace the linear attention of a model by ``naive_attention``, in place."""
 
     def replace(module: FocusedLinearAttention) -> None:
         def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
             if key_mask is not None:
-                raise ValueError("the plain transcription does not support masks; choose an --img-size that the windows divide")
-            return plain_attention(q, k, v, module, grid or module.grid)
+                raise ValueError("the naive implementation has no masks; choose an --img-size that the windows divide")
+            return naive_attention(q, k, v, module, grid or module.grid)
 
         module.attend = attend
 

@@ -21,7 +21,7 @@ SECONDS = 8.0  # approximate duration of a measurement
 MAX_UPDATES = 50
 
 
-def rehearse(trainer: Trainer) -> None:
+def dry_run(trainer: Trainer) -> None:
     """Run some training steps, one evaluation batch and one checkpoint round trip, and report the bottleneck.
 
     Changes the trainer's state and writes a checkpoint to its output: give it a temporary directory.
