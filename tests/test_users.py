@@ -297,7 +297,7 @@ def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_confi
     assert outcome.output.count("the recipe has 64 images") == 1
     assert "add --opts DATA.GLOBAL_BATCH_SIZE 64" in _batch_advice(64, 8, 102)
     assert "too few for the recipe's batch" in _batch_advice(1024, 8, 102)
-    assert "whose total divides 64" in _batch_advice(64, 24, 1000)
+    assert "the images of all processes divide 64" in _batch_advice(64, 24, 1000)
 
 
 def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data, tmp_path):
