@@ -1,6 +1,6 @@
-"""Train, evaluate or measure a FLatten Transformer: ``torchrun --nproc_per_node=8 main.py --cfg configs/X.yaml ...``
+"""Train or evaluate a FLatten Transformer, or measure its throughput.
 
-Without torchrun, it runs as one process.
+Several processes: ``torchrun --nproc_per_node=8 main.py --cfg configs/X.yaml ...``. One process: ``python main.py ...``.
 """
 
 import sys
@@ -22,8 +22,8 @@ def main(*, ema: bool = False) -> None:
     """
     args = parse_arguments(__doc__)
     try:
-        pairs = overrides(args, ema=ema)
-        cfg = load_config(args.cfg, pairs) if args.cfg else None
+        opts = overrides(args, ema=ema)
+        cfg = load_config(args.cfg, opts) if args.cfg else None
         check_usage(args, cfg, CONFIGS)
     except ConfigError as error:
         if is_reporting_process():
@@ -34,7 +34,7 @@ def main(*, ema: bool = False) -> None:
     # Imported late: torch and timm take seconds to import, and usage errors do not need them.
     from jobs.launch import launch
 
-    launch(args, cfg, pairs, stop)
+    launch(args, cfg, opts, stop)
 
 
 if __name__ == "__main__":

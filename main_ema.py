@@ -1,4 +1,4 @@
-"""``main.py`` with the EMA enabled by default, for compatibility with the commands of the reference."""
+"""``main.py`` with the EMA enabled by default, for compatibility with the commands of the reference implementation."""
 
 from main import main
 

@@ -21,7 +21,7 @@ from models.layers import partition
 from models.linear_attention import FocusedLinearAttention, focus
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
-FORMS = ("softmax", "linear", "focused", "efficient")  # attentions that are compared on the same queries and keys
+FORMS = ("softmax", "linear", "focused", "efficient")  # forms of attention to compare on the same queries and keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class Attention:
         grid, key_grid: token maps of queries and keys.
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
-        output: (G, N, C), before the projection; for softmax attention of CSwin also before its convolution of v (LePE).
-        map_grid: token map of the block, divided into the groups.
+        output: (G, N, C), before the projection. For CSwin's softmax attention, without its convolution of v (LePE).
+        map_grid: token map of the whole block, before it is divided into groups.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Attention:
 
     @torch.no_grad()
     def matrix(self) -> Tensor:
-        """Attention weights (G, H, N, M), without the convolution. For ``hydra``, every channel is a head."""
+        """Attention weights (G, H, N, M), without the convolution. For ``hydra``, every channel is a head: (G, C, N, M)."""
         if not self.is_linear:
             similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
             return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
@@ -67,11 +67,12 @@ class Attention:
 
     @torch.no_grad()
     def convolution(self, queries: Sequence[int] | None = None, *, mean: bool = False) -> Tensor | None:
-        """Weights (C, R, M) of the depthwise convolution for R queries, all by default; None without a convolution.
+        """Weights (C, R, M) of the depthwise convolution for R queries; None without a convolution.
 
         In CSwin, the convolution includes LePE.
 
         Args:
+            queries: indices of the R queries, including prefix tokens; all queries by default.
             mean: return the mean over channels, (1, R, M).
         """
         kernel = self.module.local_filter()[0] if self.is_linear else None
@@ -88,29 +89,30 @@ class Attention:
             form: one of ``FORMS``. ``linear`` and ``focused`` use relu; ``focused`` has p = 3 and no learned scale.
 
         Raises:
-            ValueError: an unknown form.
+            ValueError: the form is unknown.
         """
         return compare(form, self.q, self.k)
 
 
 def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
-    """Weights (..., N, M) of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
+    """Attention weights (..., N, M) of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
 
     ``focused`` sharpens the channels of each head separately.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: the form is unknown.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
-    keys = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
+    # With one-hot values, the output of an attention function equals its weights.
+    one_hot = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
     if form == "softmax":
-        return softmax_attention(q, k, keys)
+        return softmax_attention(q, k, one_hot)
     if form == "efficient":
-        return efficient_attention(q, k, keys)
+        return efficient_attention(q, k, one_hot)
     if form == "linear":
-        return relu_attention(q, k, keys)
-    return linear_attention(focus(F.relu(q) + EPS, power), focus(F.relu(k) + EPS, power), keys)
+        return relu_attention(q, k, one_hot)
+    return linear_attention(focus(F.relu(q) + EPS, power), focus(F.relu(k) + EPS, power), one_hot)
 
 
 def convolution_matrix(
@@ -121,13 +123,14 @@ def convolution_matrix(
     queries: Sequence[int] | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """Matrix of a depthwise convolution of a token map: the output is its product with the tokens, plus the bias.
+    """Matrix of a depthwise convolution of a token map: the convolution's output is matrix @ tokens + bias, per channel.
 
     Args:
         kernel: (channels, 1, side, side).
         grid: token map of the queries.
-        num_keys: number M of value tokens, with prefix tokens; a map smaller than ``grid`` is interpolated along the tokens.
-        queries: positions among all queries, including prefix tokens; all by default.
+        num_keys: number M of value tokens, including prefix tokens. If their map is smaller than ``grid``, the matrix includes
+            the interpolation along the flattened tokens.
+        queries: indices of R queries, including prefix tokens; all queries by default.
 
     Returns:
         (channels, R, M). Rows and columns of prefix tokens are zero.
@@ -141,8 +144,8 @@ def convolution_matrix(
     # The transpose of a convolution maps an output token to the input tokens that it is computed from.
     padding = kernel.shape[-1] // 2
     maps = F.conv_transpose2d(rows.unflatten(-1, grid), kernel, padding=padding, groups=len(kernel)).flatten(2)
-    if (stored := num_keys - num_prefix_tokens) != height * width:
-        eye = torch.eye(stored, dtype=kernel.dtype, device=kernel.device).unsqueeze(0)
+    if (num_values := num_keys - num_prefix_tokens) != height * width:
+        eye = torch.eye(num_values, dtype=kernel.dtype, device=kernel.device).unsqueeze(0)
         maps = maps @ F.interpolate(eye, size=height * width, mode="linear", align_corners=False)[0].T
     return F.pad(maps.transpose(0, 1), (num_prefix_tokens, 0))
 
@@ -163,9 +166,9 @@ def block_name(name: str) -> str:
 
 @dataclass
 class _Recorder(TorchFunctionMode):
-    """Records the inputs of softmax attention while one of the chosen modules runs."""
+    """Records inputs and output of softmax attention while one of the chosen modules runs."""
 
-    found: list[Attention] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -179,16 +182,16 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def record(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_options) -> None:
-        name, module, maps = self.running
+        name, module, grids = self.running
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
-        if q.shape[1] != module.num_heads:  # windows as heads, see models.swin
+        if q.shape[1] != module.num_heads:  # windows are passed as heads, see SoftmaxAttention.attend
             windows = (-1, module.num_heads)
             q, k, v, out = (x.unflatten(1, windows).flatten(0, 1) for x in (q, k, v, out))
             attn_mask = attn_mask.unflatten(1, windows).flatten(0, 1)
             attn_mask = attn_mask.repeat(len(q) // len(attn_mask), 1, 1, 1)
         out = out.transpose(1, 2).flatten(2)
-        self.found.append(Attention(name, module, q, k, v, output=out, map_grid=self.map_grid, bias=attn_mask, **maps))
+        self.attentions.append(Attention(name, module, q, k, v, output=out, map_grid=self.map_grid, bias=attn_mask, **grids))
 
 
 def _maps_of(module: nn.Module, inputs: tuple) -> dict:
@@ -212,16 +215,16 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
         names: module names, see ``attention_modules``; all by default.
 
     Yields:
-        A list to which forward passes append, in the order of the network.
+        A list to which each forward pass appends one ``Attention`` per module, in the order of execution.
 
     Raises:
-        ValueError: a name that is not an attention module of the model.
+        ValueError: a name is not that of an attention module of the model.
     """
     modules = attention_modules(model)
     if unknown := [name for name in names or () if name not in modules]:
         raise ValueError(f"{unknown[0]}: not an attention module; choose among {', '.join(modules)}")
     chosen = {name: modules[name] for name in names or modules}
-    recorder, handles, wrapped = _Recorder(), [], []
+    recorder, handles, wrapped_modules = _Recorder(), [], []
 
     def enter(_block: nn.Module, inputs: tuple) -> None:
         recorder.map_grid = tuple(inputs[0].shape[1:3]) if inputs[0].ndim == 4 else inputs[1]
@@ -237,17 +240,17 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
     for name, module in chosen.items():
         if isinstance(module, FocusedLinearAttention):
             module.attend = functools.partial(_record_linear, recorder, name, module, module.attend)
-            wrapped.append(module)
+            wrapped_modules.append(module)
         else:
             handles.append(module.register_forward_pre_hook(functools.partial(start, name)))
             handles.append(module.register_forward_hook(stop))
     try:
         with recorder:
-            yield recorder.found
+            yield recorder.attentions
     finally:
         for handle in handles:
             handle.remove()
-        for module in wrapped:
+        for module in wrapped_modules:
             del module.attend  # restores the method of the class
 
 
@@ -268,12 +271,12 @@ def _record_linear(
     key_grid = grids.get("key_grid") or (grid if module.key_grid == module.grid else module.key_grid)
     if key_mask is not None:
         v = v * key_mask.unsqueeze(-1)
-    split = [x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    recorder.found.append(
+    heads = [x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    recorder.attentions.append(
         Attention(
             name,
             module,
-            *split,
+            *heads,
             grid=grid,
             key_grid=key_grid,
             output=out,
@@ -289,10 +292,10 @@ def _record_linear(
 
 
 def token_positions(model: nn.Module, attention: Attention) -> Tensor:
-    """Positions of the tokens of each window or stripe on the block's map.
+    """Positions on the block's token map of the tokens of each window or stripe.
 
     Returns:
-        (windows, N) positions on the flattened map, -1 for padding. Prefix tokens are omitted.
+        (windows, N) indices into the flattened map, -1 for padding. Prefix tokens are omitted.
     """
     block, grid = model.get_submodule(block_name(attention.name)), attention.map_grid
     height, width = grid

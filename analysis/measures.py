@@ -1,7 +1,7 @@
 """Measures of focus and diversity of attention matrices.
 
-Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights that include a convolution may be negative;
-measures of a distribution use absolute values, normalised per query.
+Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights that include a convolution may be negative.
+Measures that need a distribution use the absolute weights, normalised per query.
 """
 
 import math
@@ -11,18 +11,21 @@ from torch import Tensor
 
 
 def distribution(weights: Tensor) -> Tensor:
-    """Absolute weights, normalised per query. (..., N, M) -> the same."""
+    """Absolute weights, normalised per query. (..., N, M) -> (..., N, M)."""
     absolute = weights.abs()
     return absolute / absolute.sum(dim=-1, keepdim=True)
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Shannon entropy per query over its maximum log M: 0 for a single key, 1 for uniform weights. (..., N, M) -> (..., N)."""
+    """Shannon entropy per query, divided by log M: 0 for a single key, 1 for uniform weights. (..., N, M) -> (..., N)."""
     return torch.special.entr(distribution(weights)).sum(dim=-1) / math.log(weights.shape[-1])
 
 
 def top_mass(weights: Tensor, fraction: float) -> Tensor:
-    """Mass per query on the ``fraction`` of keys with the largest weights, at least one. (..., N, M) -> (..., N), in [0, 1]."""
+    """Total weight per query of the ``fraction`` of keys (at least one) with the largest weights, in [0, 1].
+
+    (..., N, M) -> (..., N).
+    """
     count = max(1, round(fraction * weights.shape[-1]))
     return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
 
@@ -39,13 +42,13 @@ def gini(weights: Tensor) -> Tensor:
 
 
 def token_centres(grid: tuple[int, int], query_grid: tuple[int, int]) -> Tensor:
-    """Centres (y, x) of a map's tokens in units of the query map's tokens. (height * width, 2)."""
+    """Centres (y, x) of the tokens of ``grid``, in units of the tokens of ``query_grid``: (height * width, 2)."""
     axes = [(torch.arange(side) + 0.5) * (queries / side) for side, queries in zip(grid, query_grid, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[int, int]) -> Tensor:
-    """Mean distance in patches between a query and its keys, by weight (https://arxiv.org/abs/2010.11929, figure 7).
+    """Weighted mean distance between a query and its keys, in patches (https://arxiv.org/abs/2010.11929, figure 7).
 
     Args:
         weights: (..., N, M), without prefix tokens.
@@ -74,7 +77,7 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def row_similarity(weights: Tensor) -> Tensor:
-    """Mean cosine similarity between the rows of different queries: 1 if all queries attend equally. (..., N, M) -> (...)."""
+    """Mean cosine similarity of the rows of different queries: 1 if all have the same weights. (..., N, M) -> (...)."""
     rows = torch.nn.functional.normalize(weights, dim=-1)
     num_queries = rows.shape[-2]
     total = rows.sum(dim=-2).square().sum(dim=-1)  # over all pairs, including each row with itself
@@ -82,11 +85,14 @@ def row_similarity(weights: Tensor) -> Tensor:
 
 
 def negative_share(weights: Tensor) -> Tensor:
-    """Fraction of negative weights in the total absolute weight. (..., N, M) -> (...)."""
+    """Fraction of the total absolute weight that is negative. (..., N, M) -> (...)."""
     return weights.clamp(max=0).abs().sum(dim=(-2, -1)) / weights.abs().sum(dim=(-2, -1))
 
 
 def mass_share(part: Tensor, other: Tensor) -> Tensor:
-    """Fraction of ``part``, such as the convolution, in the absolute weight of two matrices. (..., N, M) twice -> (...)."""
+    """Absolute weight of ``part``, such as the convolution, as a fraction of the absolute weight of both matrices.
+
+    (..., N, M) and (..., N, M) -> (...).
+    """
     part, other = (matrix.abs().sum(dim=(-2, -1)) for matrix in (part, other))
     return part / (part + other)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from analysis.maps import FORMS, Attention, attention_modules, capture, token_positions
 
-MAX_QUERIES = 14  # per side; larger maps are sampled
-MAX_KEYS = 28  # per side on the page; larger maps are averaged
+MAX_QUERIES = 14  # per side of the map; on larger maps, queries are sampled
+MAX_KEYS = 28  # per side of the map on the page; larger maps are average-pooled
 Point = tuple[float, float]  # (y, x) as fractions of the image's height and width
 TEMPLATE = Path(__file__).parent / "page.html"
 CONVOLUTION, SUM = "convolution", "attention + convolution"
@@ -31,7 +31,7 @@ class BlockMaps:
 
     Args:
         name: name of the module.
-        queries: (Q, 2) row and column of the queries on the map.
+        queries: (Q, 2) row and column of the chosen queries on the block's token map.
         grid: height and width of the block's token map.
         maps: form of attention -> (H, Q, kh, kw); the convolution is averaged over channels and has one head.
     """
@@ -66,12 +66,12 @@ def trace(
         model: in evaluation mode.
         image: (3, height, width), normalised, on the model's device.
         names: names of attention modules; all by default.
-        points: points whose queries are always chosen.
-        forms: attentions to compute from the same queries and keys, among ``analysis.maps.FORMS``.
+        points: points of the image; the queries at these points are always among the chosen ones.
+        forms: forms of attention to compute from the same queries and keys, among ``analysis.maps.FORMS``.
     """
-    with torch.no_grad(), capture(model, names) as found:
+    with torch.no_grad(), capture(model, names) as attentions:
         model(image.unsqueeze(0))
-    return [trace_module(model, attention, points=points, forms=forms) for attention in found]
+    return [trace_module(model, attention, points=points, forms=forms) for attention in attentions]
 
 
 def trace_module(
@@ -81,9 +81,9 @@ def trace_module(
     grid = attention.map_grid
     positions = token_positions(model, attention)  # (windows, N)
     queries = sample_queries(grid, points)
-    flat = queries[:, 0] * grid[1] + queries[:, 1]
-    places = (positions.unsqueeze(0) == flat[:, None, None]).flatten(1).int().argmax(dim=1)
-    windows, tokens = places // positions.shape[1], places % positions.shape[1] + attention.num_prefix_tokens
+    map_indices = queries[:, 0] * grid[1] + queries[:, 1]
+    flat_indices = (positions.unsqueeze(0) == map_indices[:, None, None]).flatten(1).int().argmax(dim=1)
+    windows, tokens = flat_indices // positions.shape[1], flat_indices % positions.shape[1] + attention.num_prefix_tokens
     matrix = attention.matrix()
     own = "linear attention" if attention.is_linear else "softmax attention"
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
@@ -97,7 +97,7 @@ def trace_module(
 
 
 def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tensor:
-    """Choose at most ``MAX_QUERIES`` evenly spaced rows and columns, and those of the points.
+    """Choose up to ``MAX_QUERIES`` evenly spaced rows and columns, and the rows and columns of the points.
 
     Returns:
         (Q, 2) rows and columns: every pair of a chosen row and a chosen column.
@@ -105,14 +105,14 @@ def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tenso
     chosen = [token_at(point, grid) for point in points]
     axes = []
     for axis, side in enumerate(grid):
-        spread = torch.linspace(0, side - 1, min(side, MAX_QUERIES)).round().long()
-        axes.append(torch.cat([spread, torch.tensor([token[axis] for token in chosen], dtype=torch.long)]).unique())
+        evenly_spaced = torch.linspace(0, side - 1, min(side, MAX_QUERIES)).round().long()
+        axes.append(torch.cat([evenly_spaced, torch.tensor([token[axis] for token in chosen], dtype=torch.long)]).unique())
     return torch.cartesian_prod(*axes)
 
 
 def token_at(point: Point, grid: tuple[int, int]) -> tuple[int, int]:
     """Row and column of the token that covers a point of the image."""
-    row, column = (min(int(place * side), side - 1) for place, side in zip(point, grid, strict=True))
+    row, column = (min(int(coordinate * side), side - 1) for coordinate, side in zip(point, grid, strict=True))
     return row, column
 
 
@@ -137,9 +137,9 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 
 
 def encode_maps(maps: Tensor) -> dict:
-    """Encode maps (H, Q, kh, kw) as int8: each map in 127 steps of its largest absolute weight, also stored.
+    """Encode maps (H, Q, kh, kw) as int8, in units of 1/127 of the largest absolute weight of each map, which is also stored.
 
-    Maps with more than ``MAX_KEYS`` keys per side are averaged.
+    Maps with more than ``MAX_KEYS`` keys per side are average-pooled.
     """
     size = [min(side, MAX_KEYS) for side in maps.shape[-2:]]
     if list(maps.shape[-2:]) != size:
@@ -185,15 +185,15 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
             for block in blocks
         ],
     }
-    text = json.dumps(content).replace("</", "<\\/")  # no text may end the script
+    text = json.dumps(content).replace("</", "<\\/")  # a string must not close the <script> element
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/null", text), encoding="utf-8")
 
 
 def names_of(model: nn.Module, blocks: list[str] | None) -> list[str]:
-    """Names of the attention modules that start with one of the given names; all if there are none.
+    """Names of the attention modules that start with one of ``blocks``; all names if ``blocks`` is empty or None.
 
     Raises:
-        ValueError: a name with which no module starts.
+        ValueError: there is no module whose name starts with an entry of ``blocks``.
     """
     names = list(attention_modules(model))
     if not blocks:

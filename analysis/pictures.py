@@ -15,11 +15,11 @@ SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # negative and positive weights;
 
 
 def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
-    """All forms of attention of a block side by side: one row per query, one column per form.
+    """Draw all forms of attention of a block side by side: one row per query, one column per form.
 
     Args:
         image: preprocessed image, before normalisation.
-        points: the nearest chosen query to each point is shown.
+        points: for each point, the nearest chosen query is shown.
     """
     figure, rows = _grid(len(points), list(block.maps))
     for cells, point in zip(rows, points, strict=True):
@@ -34,14 +34,14 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
 
 
 def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
-    """A block's attention and its depthwise convolution over the image, as in the paper's figure of focused attention.
+    """Draw a block's attention and its depthwise convolution over the image, as in the paper's figure of focused attention.
 
-    One row per query. The convolution's column shows its kernel, averaged over channels, at the query. Softmax blocks have
-    no such column.
+    There is one row per query. The column of the convolution shows its kernel, averaged over channels, at the query. Softmax
+    blocks have no such column.
 
     Args:
         image: preprocessed image, before normalisation.
-        points: the nearest chosen query to each point is shown.
+        points: for each point, the nearest chosen query is shown.
     """
     own = next(iter(block.maps))
     forms = [form for form in (own, CONVOLUTION) if form in block.maps]
@@ -67,7 +67,7 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
 
 
 def _grid(num_rows: int, forms: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a column for the image and one per form, and its axes by row."""
+    """Create a figure with a column for the image and one per form. Returns the figure and its axes by row."""
     num_columns = 1 + len(forms)
     figure = Figure(figsize=(2 * num_columns, 2.25 * num_rows + 0.4), layout="constrained", dpi=110)
     axes = figure.subplots(num_rows, num_columns, squeeze=False)

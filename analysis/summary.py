@@ -1,4 +1,4 @@
-"""Measures of focus of a model over images, per block, head and form of attention."""
+"""Measures of how focused a model's attention is on a set of images, per block, head and form of attention."""
 
 import csv
 import json
@@ -42,7 +42,11 @@ MEASURES = (
 
 @dataclass
 class Row:
-    """One form of attention in one head of one block: the values of each measure, one per image."""
+    """Measures of one form of attention in one head of one block.
+
+    Args:
+        values: measure -> one value per image.
+    """
 
     block: str
     is_linear: bool
@@ -60,19 +64,23 @@ class Row:
 def matrices(attention: Attention) -> dict[str, Tensor]:
     """Weights (G, H, N, M) by form, without prefix tokens.
 
-    ``own`` is the module's own attention; the convolution is added as the mean over channels. The other forms are
-    computed from the same queries and keys.
+    ``own`` is the module's own attention. ``own + convolution`` adds the convolution, averaged over channels. The other forms
+    are computed from the same queries and keys.
     """
     prefix = attention.num_prefix_tokens
-    found = {OWN: attention.matrix()[..., prefix:, prefix:]}
+    weights = {OWN: attention.matrix()[..., prefix:, prefix:]}
     if (convolution := attention.convolution(mean=True)) is not None:
-        found[WITH_CONVOLUTION] = found[OWN] + convolution[0, prefix:, prefix:]
-    return found | {form: attention.weights_of(form)[..., prefix:, prefix:] for form in FORMS}
+        weights[WITH_CONVOLUTION] = weights[OWN] + convolution[0, prefix:, prefix:]
+    return weights | {form: attention.weights_of(form)[..., prefix:, prefix:] for form in FORMS}
 
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
-    """Compute each of ``MEASURES`` for weights (G, H, N, M): (H,) means over groups and queries."""
-    values = singular_values(weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])])
+    """Compute each of ``MEASURES`` for weights (G, H, N, M), as a mean over groups and queries. Returns (H,) by measure.
+
+    Args:
+        own: (G, H, N, M) weights without the convolution; equal to ``weights`` for a form that has none.
+    """
+    spectrum = singular_values(weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])])
     per_query = {
         "entropy": entropy(weights),
         "top 1 %": top_mass(weights, 0.01),
@@ -82,19 +90,19 @@ def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Ten
         "distance": attention_distance(weights, attention.grid, attention.key_grid),
     }
     per_matrix = {
-        "rank": numerical_rank(values),
-        "effective rank": effective_rank(values),
+        "rank": numerical_rank(spectrum),
+        "effective rank": effective_rank(spectrum),
         "row similarity": row_similarity(weights),
         "negative share": negative_share(weights),
         "convolution share": mass_share(weights - own, own),
     }
-    return {name: found.mean(dim=(0, 2)) for name, found in per_query.items()} | {
-        name: found.double().mean(dim=0) for name, found in per_matrix.items()
+    return {name: values.mean(dim=(0, 2)) for name, values in per_query.items()} | {
+        name: values.double().mean(dim=0) for name, values in per_matrix.items()
     }
 
 
 def spread(count: int) -> Tensor:
-    """At most ``MAX_RANKED`` positions, evenly spread."""
+    """At most ``MAX_RANKED`` evenly spaced indices from 0 to ``count - 1``."""
     return torch.linspace(0, count - 1, min(count, MAX_RANKED)).round().long()
 
 
@@ -108,9 +116,9 @@ def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] |
     """
     rows: dict[tuple[str, str, int], Row] = {}
     for image in images:
-        with torch.no_grad(), capture(model, names) as found:
+        with torch.no_grad(), capture(model, names) as attentions:
             model(image.unsqueeze(0))
-        for attention in found:
+        for attention in attentions:
             weights = matrices(attention)
             for form, matrix in weights.items():
                 values = measure(matrix, weights[OWN] if form == WITH_CONVOLUTION else matrix, attention)
@@ -125,7 +133,7 @@ def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] |
 
 
 def mean_over_heads(rows: Sequence[Row], block: str, form: str, name: str) -> float | None:
-    """Mean of a measure over heads and images; None if the block has no such form."""
+    """Mean of the measure ``name`` over heads and images; None if the block does not have the form."""
     values = [row.mean(name) for row in rows if row.block == block and row.form == form]
     return sum(values) / len(values) if values else None
 
@@ -142,13 +150,16 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
-    """Write the values of every image, with the description ``about``."""
+    """Write the values of every image, and the metadata ``about``."""
     content = about | {"rows": [vars(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def report(rows: Sequence[Row], about: dict) -> str:
-    """The description ``about``, and one table per measure: blocks in rows, forms in columns, means over heads and images."""
+    """Markdown report: the metadata ``about``, and one table per measure with means over heads and images.
+
+    Rows are blocks, and columns are forms.
+    """
     blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
     lines = ["# Focus of attention", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
     kinds = {row.block: "linear" if row.is_linear else "softmax" for row in rows}

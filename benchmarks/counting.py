@@ -1,4 +1,4 @@
-"""Count kernels, bytes read and written, and bytes of live tensors. The counts do not depend on the device."""
+"""Count kernel launches, bytes read and written, and bytes of live tensors. The counts do not depend on the device."""
 
 import weakref
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Operations by name.
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}
 CONSTANTS = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}  # they do not read their argument
 OVERWRITES = {"copy_", "fill_", "zero_"}  # they write their first argument without reading it
@@ -25,9 +26,9 @@ def _storage(tensor: Tensor) -> int:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Count kernels and the bytes that they read and write, assuming one pass over each tensor per kernel.
+    """Count kernel launches and the bytes that they read and write, assuming one pass over each tensor per kernel.
 
-    Views and allocations are free. Traffic within a kernel, such as that of a convolution's workspace, is not counted.
+    Views and allocations are not counted. Traffic within a kernel, such as that of a convolution's workspace, is not counted.
     """
 
     def __init__(self):
@@ -44,10 +45,10 @@ class TrafficCounter(TorchDispatchMode):
         name, schema = function.overloadpacket.__name__, function._schema
         if name in ALLOCATIONS:
             return out
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        arguments = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         unread = {a.name for a in schema.arguments if a.name in written and (a.kwarg_only or name in OVERWRITES)}
-        read = [leaf for key, value in given.items() if key not in unread for leaf in tree_leaves(value)]
+        read = [leaf for key, value in arguments.items() if key not in unread for leaf in tree_leaves(value)]
         read = [leaf for leaf in read if isinstance(leaf, Tensor) and name not in CONSTANTS]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not written and results and all(_storage(result) in set(map(_storage, read)) for result in results):
@@ -60,7 +61,7 @@ class TrafficCounter(TorchDispatchMode):
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Count current and peak bytes of the tensors that operations create, without workspaces within operations."""
+    """Count current and peak bytes of the tensors that operations create. Workspaces within operations are not counted."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Benchmark decoding, augmentation and loading of images against torchvision's reader and timm's transform."""
+"""Benchmark decoding, augmentation and loading of images. The baseline is torchvision's reader with timm's transform."""
 
 import itertools
 import time
@@ -18,7 +18,7 @@ from data.index import DataError
 
 
 class TimmDataset(Dataset):
-    """torchvision's reader and timm's training transform, up to normalised floats."""
+    """Images from torchvision's reader and timm's training transform: normalised, float32."""
 
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
         self.paths = list(paths)
@@ -42,7 +42,7 @@ class TimmDataset(Dataset):
 
 
 class OurDataset(Dataset):
-    """Reader and training transform of this project, up to uint8."""
+    """Images from the reader and training transform of this project: not normalised, uint8."""
 
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
         self.paths = list(paths)
@@ -56,7 +56,7 @@ class OurDataset(Dataset):
 
 
 def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
-    """Images per CPU second of each task, measured in turn, and the ratio to the first task."""
+    """Images per CPU second of each task, and the ratio to the first task. In each round, every task runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():
@@ -75,10 +75,10 @@ def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images
 
 
 def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed: Path | None = None) -> list[dict]:
-    """CPU time of decoding and augmentation. The first record is the baseline.
+    """Images per CPU second of decoding and augmentation. The first record is the baseline.
 
     Args:
-        packed: data set of at least as many training images, packed from the same images.
+        packed: data set packed from the same images, with at least as many training images as ``paths``.
     """
     torch.set_num_threads(1)
     baseline, ours = TimmDataset(paths, cfg), OurDataset(paths, cfg)
@@ -95,7 +95,7 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     """Create a function that reads and augments a training image of a packed data set by its position.
 
     Raises:
-        DataError: the data set cannot be read, or has fewer images.
+        DataError: the data set cannot be read, or has fewer than ``num_images`` training images.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -107,11 +107,11 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     return lambda position: dataset[0, position]
 
 
-def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, most_workers: int) -> list[dict]:
-    """Images per second of a loader with 0 to ``most_workers`` workers."""
+def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max_workers: int) -> list[dict]:
+    """Images per second of a loader with 0 to ``max_workers`` workers."""
     datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
-    for (name, dataset), num_workers in itertools.product(datasets.items(), range(most_workers + 1)):
+    for (name, dataset), num_workers in itertools.product(datasets.items(), range(max_workers + 1)):
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         started = time.perf_counter()
         num_images = sum(len(batch) for batch in loader)

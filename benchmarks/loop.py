@@ -1,4 +1,4 @@
-"""Benchmark the training loop: cost of data loader, EMA and the loop itself relative to model and optimizer."""
+"""Benchmark the training loop: cost of data loader, EMA and the loop itself relative to the bare step."""
 
 import shutil
 import tempfile
@@ -20,12 +20,15 @@ from utils.trainer import Meter, Trainer
 
 LOOP = "loop on one batch"
 LOADER = "loop with the loader"
-WITHOUT_AVERAGE = "loop without the average"
+WITHOUT_AVERAGE = "loop without the average"  # without EMA
 BARE = "bare step"
 
 
 def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> list[dict]:
-    """Time ``updates`` updates relative to the bare step: forward and backward pass, gradient clipping and optimizer."""
+    """Time ``updates`` optimizer updates of the training loop relative to bare steps.
+
+    A bare step is forward and backward pass, gradient clipping and optimizer, on one batch.
+    """
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:
         trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=folder, find_unused_parameters=False)
@@ -43,6 +46,7 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
 
 
 def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Callable[[], None]]:
+    """Create the tasks to compare, by name. Each makes ``updates`` optimizer updates."""
     loader, state, accumulation = trainer.train_loader, trainer.state, trainer.recipe.accumulation
 
     def epochs() -> Iterator:
@@ -50,9 +54,9 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
             loader.set_position(epoch)
             yield from loader
 
-    fresh = epochs()
-    batch = next(fresh)
-    average = state.ema
+    loader_batches = epochs()
+    batch = next(loader_batches)
+    original_ema = state.ema
 
     def run_loop(batches: Iterator, ema: object) -> None:
         """Train as ``Trainer.train_epoch`` does, with a log line at the end."""
@@ -83,11 +87,15 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
             scaler.update()
             state.optimizer.zero_grad()
 
-    def same() -> Iterator:
-        while True:  # clone, since mixing changes a batch in place
+    def same_batch() -> Iterator:
+        while True:  # clone, since mixup changes a batch in place
             yield replace(batch, images=batch.images.clone())
 
-    tasks = {BARE: run_bare, LOOP: lambda: run_loop(same(), average), LOADER: lambda: run_loop(fresh, average)}
-    if average is not None:
-        tasks[WITHOUT_AVERAGE] = lambda: run_loop(same(), None)
+    tasks = {
+        BARE: run_bare,
+        LOOP: lambda: run_loop(same_batch(), original_ema),
+        LOADER: lambda: run_loop(loader_batches, original_ema),
+    }
+    if original_ema is not None:
+        tasks[WITHOUT_AVERAGE] = lambda: run_loop(same_batch(), None)
     return tasks

@@ -1,4 +1,4 @@
-"""Focused linear attention as a literal transcription of the paper: the baseline of the benchmarks."""
+"""Focused linear attention as a literal transcription of the paper's equations: the baseline of the benchmarks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ EPS = 1e-6
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
-    """Compute eq. 3 to 8 step by step with the parameters of ``module``. (B, N, C); native map size, no masks."""
+    """Compute eq. 3 to 8 step by step with the parameters of ``module``, at its native map size and without masks.
+
+    q, k, v: (B, N, C). Returns (B, N, C).
+    """
     num_heads, power = module.num_heads, module.focusing_factor
     k = k + module.positional_encoding
     scale = F.softplus(module.scale)
@@ -21,8 +24,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttent
     k = k / k.norm(dim=-1, keepdim=True) * k_norm
     q, k, values = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     normaliser = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPS)
-    root = k.shape[-2] ** -0.5
-    out = q @ ((k.transpose(-2, -1) * root) @ (values * root)) * normaliser
+    root_scale = k.shape[-2] ** -0.5
+    out = q @ ((k.transpose(-2, -1) * root_scale) @ (values * root_scale)) * normaliser
     out = out.transpose(1, 2).flatten(2)
     prefix, num_images = module.num_prefix_tokens, v.shape[0]
     maps = v[:, prefix:]
@@ -38,7 +41,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttent
 
 
 def use_naive_attention(model: nn.Module) -> nn.Module:
-    """Replace the linear attention of a model by ``naive_attention``, in place."""
+    """Replace the linear attention of a model by ``naive_attention``, in place. Returns the model."""
 
     def replace(module: FocusedLinearAttention) -> None:
         def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):

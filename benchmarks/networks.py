@@ -29,8 +29,8 @@ def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     """Create the models to compare, by label."""
     ours = create_model(name, img_size=img_size)
     contestants = {"focused": ours, "naive implementation": use_naive_attention(create_model(name, img_size=img_size))}
-    letters = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
-    contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=letters)
+    attn_type = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
+    contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=attn_type)
     if name in PEERS:
         options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 accepts any size
         contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)
@@ -68,7 +68,7 @@ def measure_model(
     rounds: int,
     device: torch.device,
 ) -> list[dict]:
-    """Measure images per second, speed-up over the naive implementation, and peak memory of a training step.
+    """Measure images per second, speed-up over the naive implementation, and peak memory of an uncompiled training step.
 
     The peak covers the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
     """

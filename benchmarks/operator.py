@@ -1,4 +1,4 @@
-"""Benchmark the operator alone: time per token over the number of tokens, and memory traffic."""
+"""Benchmark the attention operator alone: time per token at a number of tokens, and memory traffic."""
 
 import math
 from collections.abc import Callable
@@ -20,24 +20,24 @@ SOFTMAX = "softmax"
 WINDOWS = "softmax in windows of 7"
 WINDOW = 7
 
-Attention = Callable[[Tensor], Tensor]  # (B, N, 3C), the projection to q, k and v -> (B, N, C)
+Attention = Callable[[Tensor], Tensor]  # joint projection to q, k and v, (B, N, 3C) -> output, (B, N, C)
 
 
 def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softmax: bool) -> dict[str, Attention]:
-    """Attentions by name, for maps of side * side tokens."""
+    """Attention functions by name, for maps of side * side tokens."""
     grid, num_heads = (side, side), operator.num_heads
 
-    def softmax(packed: Tensor) -> Tensor:
-        q, k, v = packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def softmax(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def windows(packed: Tensor) -> Tensor:
-        mixed = softmax(partition(packed.unflatten(1, grid), (WINDOW, WINDOW)))
-        return merge(mixed, (WINDOW, WINDOW), grid).flatten(1, 2)
+    def windows(qkv: Tensor) -> Tensor:
+        out = softmax(partition(qkv.unflatten(1, grid), (WINDOW, WINDOW)))
+        return merge(out, (WINDOW, WINDOW), grid).flatten(1, 2)
 
     attentions = {
-        OURS: lambda packed: operator(*split_channels(packed, 3)),
-        NAIVE: lambda packed: naive_attention(*packed.chunk(3, dim=-1), module=operator, grid=grid),
+        OURS: lambda qkv: operator(*split_channels(qkv, 3)),
+        NAIVE: lambda qkv: naive_attention(*qkv.chunk(3, dim=-1), module=operator, grid=grid),
     }
     if with_softmax:
         attentions[SOFTMAX] = softmax
@@ -46,9 +46,9 @@ def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softm
     return attentions
 
 
-def forward_and_backward(attend: Attention, packed: Tensor, parameters: list[Tensor], gradient: Tensor) -> None:
-    out = attend(packed)
-    torch.autograd.grad(out, [packed, *parameters], gradient, allow_unused=True)
+def forward_and_backward(attend: Attention, qkv: Tensor, parameters: list[Tensor], gradient: Tensor) -> None:
+    out = attend(qkv)
+    torch.autograd.grad(out, [qkv, *parameters], gradient, allow_unused=True)
 
 
 def measure_operator(
@@ -57,15 +57,16 @@ def measure_operator(
     dim: int,
     num_heads: int,
     batch_size: int,
-    most_softmax_tokens: int,
+    max_softmax_tokens: int,
     rounds: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[dict]:
-    """Time the attentions for one number of tokens, in the forward pass and in forward and backward pass.
+    """Time the attention functions for one number of tokens: the forward pass, and forward and backward pass together.
 
     Returns:
-        One record per attention: nanoseconds per token, and the speed-up over the naive implementation with its range.
+        One record per pass and attention function: nanoseconds per token, and the speed-up over the naive implementation with
+        its range.
 
     Raises:
         ValueError: the number of tokens is not a square.
@@ -75,18 +76,18 @@ def measure_operator(
         raise ValueError(f"--tokens {num_tokens}: give a square number, such as {side * side}")
     torch.manual_seed(0)
     operator = FocusedLinearAttention(dim, num_heads, (side, side)).to(device, dtype)
-    packed = torch.randn(batch_size, num_tokens, 3 * dim, device=device, dtype=dtype).requires_grad_()
+    qkv = torch.randn(batch_size, num_tokens, 3 * dim, device=device, dtype=dtype).requires_grad_()
     gradient, parameters = torch.randn(batch_size, num_tokens, dim, device=device, dtype=dtype), list(operator.parameters())
-    attentions = create_attentions(operator, side, with_softmax=num_tokens <= most_softmax_tokens)
+    attentions = create_attentions(operator, side, with_softmax=num_tokens <= max_softmax_tokens)
 
     def infer(attend: Attention) -> None:
         with torch.no_grad():
-            attend(packed)
+            attend(qkv)
 
     records = []
     for pass_name, run in (
         ("forward", infer),
-        ("forward and backward", lambda attend: forward_and_backward(attend, packed, parameters, gradient)),
+        ("forward and backward", lambda attend: forward_and_backward(attend, qkv, parameters, gradient)),
     ):
         tasks = {name: (lambda attend=attend, run=run: run(attend)) for name, attend in attentions.items()}
         timings = time_in_turn(tasks, rounds=rounds, device=device)
@@ -106,35 +107,40 @@ def measure_operator(
 
 
 def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
-    """Count kernels and bytes of the operator and the naive implementation in fp32, on the meta device: nothing is computed.
+    """Count kernel launches and bytes of the operator and the naive implementation in fp32.
 
-    The minimum reads q, k and v and writes the output; the backward pass reads these and the output's gradient, and writes the
-    gradients of q, k and v.
+    The tensors are on the meta device, so nothing is computed. The minimum for the forward pass is to read q, k and v and to
+    write the output. For the backward pass, it is to read q, k, v and the output's gradient, and to write the gradients of
+    q, k and v.
+
+    Returns:
+        One record per attention and pass. ``maps``: bytes in units of one (B, N, C) tensor. ``over_minimum``: bytes divided by
+        the minimum.
     """
     side = math.isqrt(num_tokens)
     with torch.device("meta"):
         operator = FocusedLinearAttention(dim, num_heads, (side, side))
-        packed = torch.empty(batch_size, num_tokens, 3 * dim).requires_grad_()
+        qkv = torch.empty(batch_size, num_tokens, 3 * dim).requires_grad_()
         gradient = torch.empty(batch_size, num_tokens, dim)
     attentions = create_attentions(operator, side, with_softmax=False)
-    map_bytes = 4 * batch_size * num_tokens * dim
+    tensor_bytes = 4 * batch_size * num_tokens * dim
     records = []
     for name in (OURS, NAIVE):
-        for pass_name, maps in (("forward", 4), ("forward and backward", 4 + 7)):
+        for pass_name, min_tensors in (("forward", 4), ("forward and backward", 4 + 7)):
             with TrafficCounter() as counter:
                 if pass_name == "forward":
                     with torch.no_grad():
-                        attentions[name](packed)
+                        attentions[name](qkv)
                 else:
-                    forward_and_backward(attentions[name], packed, list(operator.parameters()), gradient)
+                    forward_and_backward(attentions[name], qkv, list(operator.parameters()), gradient)
             records.append(
                 {
                     "pass": pass_name,
                     "attention": name,
                     "kernels": counter.num_kernels,
                     "bytes": counter.num_bytes,
-                    "maps": counter.num_bytes / map_bytes,
-                    "over_minimum": counter.num_bytes / (maps * map_bytes),
+                    "maps": counter.num_bytes / tensor_bytes,
+                    "over_minimum": counter.num_bytes / (min_tensors * tensor_bytes),
                 }
             )
     return records

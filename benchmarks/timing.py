@@ -1,4 +1,4 @@
-"""Time several tasks in turn, so that their ratios are unaffected by drifts in machine speed."""
+"""Time several tasks alternately, so that drifts in the speed of the machine do not affect their ratios."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratio of two tasks: the median over rounds, and the range."""
+    """Ratio of the times of two tasks: median, minimum and maximum over rounds."""
 
     median: float
     low: float
@@ -51,8 +51,10 @@ def time_in_turn(tasks: Mapping[str, Callable[[], object]], *, rounds: int, devi
 
 
 def speedup(task: Timing, baseline: Timing) -> Ratio:
-    """Speed-up of a task over the baseline, compared round by round."""
-    ratios = [other / own for own, other in zip(task.seconds, baseline.seconds, strict=True)]
+    """Speed-up of a task over the baseline, computed per round."""
+    ratios = [
+        baseline_seconds / task_seconds for task_seconds, baseline_seconds in zip(task.seconds, baseline.seconds, strict=True)
+    ]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 

@@ -78,15 +78,15 @@ class DeviceLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets, keys, decode_errors in self._loaded():
+        for images, targets, keys, decode_errors in self._host_batches():
             self.count_unreadable(decode_errors)
             images = self.normalize(images.to(self.device, non_blocking=True))
             if self.erase is not None:
                 images = self.erase(images, keys)
             yield Batch(images, targets.to(self.device, non_blocking=True), keys)
 
-    def _loaded(self) -> Iterator:
-        """Yield the batches of the loader workers.
+    def _host_batches(self) -> Iterator:
+        """Yield the batches of ``loader``, before the copy to the device.
 
         Raises:
             StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT.
@@ -117,7 +117,7 @@ class DeviceLoader:
         """Count and log unreadable images, each once.
 
         Raises:
-            DataError: more than ``max_unreadable`` images.
+            DataError: more than ``max_unreadable`` images are unreadable.
         """
         for index, reason in decode_errors:
             if index in self.unreadable:
@@ -169,7 +169,7 @@ def build_datasets(
 
     Args:
         run_once: runs a scan on one process and returns its index on every process.
-        model_classes: class names of the evaluated checkpoint's training, by class id; () if unknown.
+        model_classes: class names with which the evaluated checkpoint was trained, by class id; () if unknown.
 
     Raises:
         DataError: missing directories, or classes that do not match.
@@ -204,7 +204,7 @@ def build_datasets(
 
 
 def build_index(cfg: CfgNode, split: str) -> Index:
-    """Index a split: zip archives with --zip, tar shards if they exist instead of the split's directory, else directories."""
+    """Index a split: its zip archive with --zip, else its directory, or its tar shards if there is no such directory."""
     root = Path(cfg.DATA.DATA_PATH)
     # Without a home directory, ~ is not expanded; the cache is then disabled.
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
@@ -216,7 +216,7 @@ def build_index(cfg: CfgNode, split: str) -> Index:
 
 
 def build_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
-    """Positions of the zip archive's images that this process keeps in memory: none, all, or its subset."""
+    """Positions of the zip archive's images that this process keeps in memory: none, all, or every ``world_size``-th."""
     if not cfg.DATA.ZIP_MODE or cfg.DATA.CACHE_MODE == "no":
         return range(0)
     return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
@@ -332,7 +332,9 @@ def count_cores() -> int:
 def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:
     num_workers = build_num_workers(cfg)
     if num_workers < cfg.DATA.NUM_WORKERS:
-        logger.info("%d loader workers instead of DATA.NUM_WORKERS=%d: no more CPU cores", num_workers, cfg.DATA.NUM_WORKERS)
+        logger.info(
+            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the CPU cores", num_workers, cfg.DATA.NUM_WORKERS
+        )
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -353,17 +355,20 @@ def ignore_stop_signals(_worker: int) -> None:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Images, targets, keys and decode errors of a batch without skipped images, ordered by ``separate_copies``.
+    """Collate a batch without its skipped images, in the order of ``separate_copies``.
+
+    Returns:
+        Images, targets, keys and decode errors.
 
     Raises:
         DataError: all images were skipped.
     """
     decode_errors = [error for sample in samples for error in sample.decode_errors]
-    kept = [sample for sample in samples if sample.image is not None]
-    if not kept:
+    readable = [sample for sample in samples if sample.image is not None]
+    if not readable:
         raise DataError(
-            f"{decode_errors[0][1]}; no image of its batch can be read: raise --batch-size, or DATA.UNREADABLE replace"
+            f"{decode_errors[0][1]}; no image of its batch can be read: raise --batch-size, or set DATA.UNREADABLE to replace"
         )
-    kept = [kept[position] for position in separate_copies([sample.key[1] for sample in kept])]
-    images, targets = default_collate([(sample.image, sample.label) for sample in kept])
-    return images, targets, [sample.key for sample in kept], decode_errors
+    readable = [readable[position] for position in separate_copies([sample.key[1] for sample in readable])]
+    images, targets = default_collate([(sample.image, sample.label) for sample in readable])
+    return images, targets, [sample.key for sample in readable], decode_errors

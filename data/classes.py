@@ -20,8 +20,8 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
     """
     if train is not None and list(train) != list(val):
         parts = []
-        if lacking := sorted(set(train) - set(val)):
-            parts.append(f"val/ lacks {_shorten(lacking)}")
+        if missing := sorted(set(train) - set(val)):
+            parts.append(f"val/ lacks {_shorten(missing)}")
         if extra := sorted(set(val) - set(train)):
             parts.append(f"val/ also has {_shorten(extra)}")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
@@ -44,8 +44,10 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
     Raises:
         DataError: different class names.
     """
-    unknown = len(model_classes) != len(names) or any(list(given) == numbered(len(given)) for given in (names, model_classes))
-    if unknown or list(names) == list(model_classes):
+    is_unknown = len(model_classes) != len(names) or any(
+        list(classes) == numbered(len(classes)) for classes in (names, model_classes)
+    )
+    if is_unknown or list(names) == list(model_classes):
         return
     first = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
     raise DataError(
@@ -60,21 +62,22 @@ def numbered(count: int) -> list[str]:
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
-    """Class id of the model for each class of a dataset; accuracy is then computed among these classes only.
+    """Read the model's class id for each class of a dataset; accuracy is then computed among these classes only.
 
     Args:
         class_map: ``imagenet`` for directories named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
             (ImageNet-V2), else a file with one line per directory: its name, white space, the model's class id.
-        classes: class names by the dataset's class id.
+        classes: class names of the dataset, by its own class id.
 
     Raises:
-        DataError: a directory without a class id, a class id out of range, or one class id for two directories.
+        DataError: a directory without a class id, a class id out of range, or the same class id for two directories.
     """
     if class_map == "imagenet":
         if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
             raise DataError(
                 f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, which does not identify them among "
-                f"{num_classes}; name the directories, or the lines of classes.txt, by WordNet id, or set it to a file"
+                f"{num_classes}; name the directories, or the lines of classes.txt, by WordNet id, or set TEST.CLASS_MAP "
+                "to a file"
             )
         subset = infer_imagenet_subset({"num_classes": num_classes})
         names = ImageNetInfo(subset).label_names() if subset else []
@@ -82,24 +85,24 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
     else:
         ids, source = _read_ids(Path(class_map)), class_map
-    if lacking := [name for name in classes if name not in ids]:
-        raise DataError(f"{source}: no class id for directory {_shorten(lacking)}; add a line for it, or remove it")
+    if missing := [name for name in classes if name not in ids]:
+        raise DataError(f"{source}: no class id for directory {_shorten(missing)}; add a line for it, or remove it")
     if len(classes) < 2:
         raise DataError(
             f"{source}: val/ has only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: val/ "
             "needs one directory per class"
         )
-    chosen = [ids[name] for name in classes]
-    if max(chosen) >= num_classes:
-        raise DataError(f"{source}: class id {max(chosen)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
-    if len(set(chosen)) < len(chosen):
-        twice = next(name for name, number in zip(classes, chosen, strict=True) if chosen.count(number) > 1)
-        raise DataError(f"{source}: {twice} and another directory have the same class id; merge these directories")
-    return chosen
+    class_ids = [ids[name] for name in classes]
+    if max(class_ids) >= num_classes:
+        raise DataError(f"{source}: class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
+    if len(set(class_ids)) < len(class_ids):
+        duplicate = next(name for name, number in zip(classes, class_ids, strict=True) if class_ids.count(number) > 1)
+        raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
+    return class_ids
 
 
 def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
-    """ReaL labels of each validation image, possibly none (https://arxiv.org/abs/2006.07159).
+    """Read the ReaL labels (https://arxiv.org/abs/2006.07159): all correct class ids of each validation image, sometimes none.
 
     Args:
         path: ``real.json``, a list of class ids for each of ILSVRC2012_val_00000001.JPEG, ..._00000002.JPEG, ...
@@ -114,13 +117,13 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
         raise DataError(f"TEST.REAL_LABELS={path}: cannot be read ({error}); use real.json of the ReaL labels") from None
     if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
         raise DataError(f"TEST.REAL_LABELS={path}: not a list of lists of class ids; use real.json of the ReaL labels")
-    found = []
+    image_labels = []
     for name in names:
         number = _VALIDATION_NUMBER.search(name)
         if number is None or not 1 <= int(number[1]) <= len(labels):
             raise DataError(f"TEST.REAL_LABELS={path}: no labels for {name}; the file covers only ImageNet's validation images")
-        found.append(labels[int(number[1]) - 1])
-    return found
+        image_labels.append(labels[int(number[1]) - 1])
+    return image_labels
 
 
 def _read_ids(path: Path) -> dict[str, int]:

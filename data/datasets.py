@@ -1,4 +1,4 @@
-"""Datasets of images by position. Each sample depends only on (seed, epoch, index)."""
+"""Image datasets, indexed by position. Each sample depends only on (seed, epoch, index)."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
-SEED_OF_REPLACEMENT = 4  # differs from the seeds of the image's other draws
+SEED_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * repeats + repeat instead of epoch
 
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Dataset of an index's images, in directories or archives.
+    """Dataset of the images in an ``Index``, read from directories or archives.
 
     Keys are (epoch, index), so that workers need no other state of the run: before each transform, ``random``, ``numpy``
     and ``torch`` are seeded from (seed, epoch, index).
@@ -77,7 +77,7 @@ class ImageDataset(Dataset):
             try:
                 data = self._read_archive(position)  # short if the archive is truncated
             except OSError:
-                data = b""  # fails its checksum on use, as short data do
+                data = b""  # its bytes stay 0, so that ``read`` raises an error, as for truncated data
             self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def __getstate__(self) -> dict:
@@ -104,9 +104,9 @@ class ImageDataset(Dataset):
         if len(data) < size:
             raise ValueError("the archive is truncated")
         if index.deflated[position]:
-            unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-            data = unpacker.decompress(data, min(MAX_FILE_SIZE, MAX_COMPRESSION_RATIO * max(size, 1)))
-            if not unpacker.eof:
+            decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+            data = decompressor.decompress(data, min(MAX_FILE_SIZE, MAX_COMPRESSION_RATIO * max(size, 1)))
+            if not decompressor.eof:
                 raise ValueError("it exceeds the maximum decompressed size, or is truncated")
         if len(index.checksums) and zlib.crc32(data) != index.checksums[position]:
             raise ValueError("it fails its checksum in the archive")
@@ -118,7 +118,7 @@ class ImageDataset(Dataset):
         return os.pread(self._open(archive), size, offset)
 
     def _open(self, archive: int) -> int:
-        """File descriptor of an archive; above ``MAX_OPEN_ARCHIVES``, the one opened first is closed."""
+        """Open an archive and return its file descriptor; above ``MAX_OPEN_ARCHIVES``, close the one that was opened first."""
         if archive not in self._archives:
             if len(self._archives) >= MAX_OPEN_ARCHIVES:
                 os.close(self._archives.pop(next(iter(self._archives))))
@@ -160,7 +160,7 @@ class ImageDataset(Dataset):
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
             return self.transform(image)
-        # Workers draw no other random numbers, so there is no state to restore.
+        # Workers draw no other random numbers, so their generators need not be restored.
         with kept_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
             return self.transform(image)
@@ -170,7 +170,7 @@ def read_file(path: Path) -> bytes:
     """Read a regular file of at most ``MAX_FILE_SIZE`` bytes.
 
     Raises:
-        OSError, ValueError: it cannot be read, is too large, or is a pipe or device, whose reads may block or never end.
+        OSError, ValueError: the file cannot be read, is too large, or is a pipe or device, whose reads may block or never end.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
@@ -186,7 +186,8 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode a file's bytes to an RGB image.
 
     Raises:
-        Exception: any that Pillow raises for a damaged file or one that is not an image.
+        ValueError: the pixels are floating-point or 32-bit numbers.
+        Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         if file.mode == "F":
@@ -207,10 +208,10 @@ def decode_image(data: bytes) -> Image.Image:
 def decode_pixels(data: bytes) -> Tensor:
     """Decode a file's bytes as ``decode_image`` does, to (3, H, W) uint8 with channels last in memory.
 
-    torchvision decodes JPEG files, which avoids Pillow's conversions; Pillow decodes other formats.
+    torchvision decodes RGB JPEG files, which avoids Pillow's conversions; Pillow decodes all others.
 
     Raises:
-        Exception: any that Pillow raises for a damaged file or one that is not an image.
+        Exception: as ``decode_image``.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         is_plain_jpeg = file.format == "JPEG" and file.mode == "RGB"
@@ -218,7 +219,7 @@ def decode_pixels(data: bytes) -> Tensor:
         try:
             # torchvision returns channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:  # damaged: Pillow's error has the reason
+        except RuntimeError:  # damaged; decode it with Pillow below, whose error message has the reason
             pass
     return torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
 
@@ -250,22 +251,22 @@ class FileDataset(Dataset):
 
 
 def draw_seed(*position: int) -> int:
-    """32-bit seed hashed from a position of a run, such as (seed, epoch, index) or (seed, step)."""
+    """Hash a position in a run, such as (seed, epoch, index) or (seed, step), to a 32-bit seed."""
     return int(np.random.SeedSequence(position).generate_state(1)[0])
 
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:
-    """Seed the three generators that augmentation uses, and torch's CUDA generator if ``device`` is a GPU."""
+    """Seed the CPU generators of ``random``, ``numpy`` and ``torch``, and torch's CUDA generator if ``device`` is a GPU."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every backend, 300 times as slow
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every backend and takes 300 times as long
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Restore the states of the CPU generators on exit."""
+    """Restore the states of the CPU generators of ``random``, ``numpy`` and ``torch`` on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,6 +1,6 @@
 """Random erasing (https://arxiv.org/abs/1708.04896) as in timm, with vectorised draws for a batch.
 
-Shapes: B images, at most R rectangles per image.
+Shapes: B images, at most R rectangles per image, K rectangles in total.
 """
 
 import math
@@ -15,7 +15,7 @@ from data.datasets import Key
 AREA = (0.02, 1 / 3)  # range of a rectangle's area as a fraction of the image's
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
 NUM_ATTEMPTS = 10  # maximum draws for a rectangle that fits into the image
-SEED_OF_ERASING = 1  # differs from the seeds of the image's other draws
+SEED_OF_ERASING = 1  # hashed into the seed, so that these draws differ from the image's other draws
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
 
@@ -61,17 +61,17 @@ def draw_rectangles(
     fits = (heights < height) & (widths < width)
     tops, lefts = (top * (height - heights + 1)).astype(int), (left * (width - widths + 1)).astype(int)
     boxes = np.stack([tops, lefts, heights, widths], axis=-1)
-    first = fits.argmax(axis=-1)[..., None, None]
-    boxes = np.take_along_axis(boxes, first, axis=2)[:, :, 0]  # (B, R, 4)
-    wanted = (np.arange(max_count) < counts[:, None]) & fits.any(axis=-1)
-    return np.nonzero(wanted)[0], boxes[wanted]
+    first_fit = fits.argmax(axis=-1)[..., None, None]
+    boxes = np.take_along_axis(boxes, first_fit, axis=2)[:, :, 0]  # (B, R, 4)
+    is_erased = (np.arange(max_count) < counts[:, None]) & fits.any(axis=-1)  # (B, R)
+    return np.nonzero(is_erased)[0], boxes[is_erased]
 
 
 class Erase:
     """Random erasing of normalised images, drawn from (seed, epoch, index).
 
     Args:
-        probability: probability of erasing in an image.
+        probability: probability that rectangles of an image are erased.
         mode: ``pixel`` fills with normal noise, ``rand`` with one normal draw per channel, ``const`` with 0.
         max_count: maximum number of rectangles per image; the area is divided among them.
         seed: the run's seed.
@@ -95,9 +95,9 @@ class Erase:
             if self.mode == "const":
                 region.zero_()
                 continue
-            # Derive a separate seed, below 2^63, for each rectangle of an image.
-            rank = number - int(np.searchsorted(positions, position))
-            self.generator.manual_seed(int(state[position] >> np.uint64(1)) ^ rank)
+            # Every rectangle of an image has a seed of its own, below 2^63.
+            number_in_image = number - int(np.searchsorted(positions, position))
+            self.generator.manual_seed(int(state[position] >> np.uint64(1)) ^ number_in_image)
             if self.mode == "pixel":
                 region.normal_(generator=self.generator)
             else:

@@ -1,7 +1,7 @@
 """Index of a dataset split: image names, labels and offsets in archives.
 
 Layouts: directories (``<split>/<class>/<image>``), the reference's zip archives (``<split>.zip`` and ``<split>_map.txt``), and
-tar shards named as by webdataset (``<split>-*.tar``, with ``<key>.jpg`` and its class id in ``<key>.cls``).
+tar shards in webdataset's format (``<split>-*.tar``, with ``<key>.jpg`` and its class id in ``<key>.cls``).
 """
 
 import errno
@@ -29,9 +29,9 @@ CLASS_NAMES = "classes.txt"  # next to archives: one class name per line
 MAX_FILE_SIZE = 2**28  # bytes of one image file
 MAX_COMPRESSION_RATIO = 1000  # decompressed over compressed size of an archive's entry
 MIN_CACHED_IMAGES = 10_000  # images; scanning fewer is faster than reading a cache
-SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_LINES = 30  # between progress lines in the log
 CACHE_FORMAT = 2  # version of the index cache
-_LOCAL_HEADER = 30  # bytes before the name and the extra field
+_LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
 
 
 class DataError(ValueError):
@@ -93,13 +93,13 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
         names = []
         labels = []
         folders = [root]
-        others = []
+        ignored = []
         for label, name in enumerate(_with_progress(classes, root, names)):
-            found = _list_images(root / name, folders, others)
-            names += [f"{name}/{image}" for image in found]
-            labels += [label] * len(found)
-        if others:
-            logger.info("%s: ignored %d files that are not images, such as %s", root, len(others), others[0])
+            images = _list_images(root / name, folders, ignored)
+            names += [f"{name}/{image}" for image in images]
+            labels += [label] * len(images)
+        if ignored:
+            logger.info("%s: ignored %d files that are not images, such as %s", root, len(ignored), ignored[0])
         return _create(root, classes, names, labels), folders
 
     return _cached(scan, root, [], cache)
@@ -119,15 +119,15 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         names, labels = _read_map(listing)
         classes = _class_names(root, labels, listing)
         try:
-            with zipfile.ZipFile(archive) as opened, open(archive, "rb") as file:
-                entries = {name: entry for entry in opened.infolist() for name in _entry_names(entry)}
-                if absent := next((name for name in names if name not in entries), None):
-                    raise DataError(f"{archive}: {absent} is missing, but listed in {listing.name}; pack it again")
-                chosen = [entries[name] for name in names]
-                for entry in chosen:
+            with zipfile.ZipFile(archive) as zip_file, open(archive, "rb") as file:
+                entries = {name: entry for entry in zip_file.infolist() for name in _entry_names(entry)}
+                if missing := next((name for name in names if name not in entries), None):
+                    raise DataError(f"{archive}: {missing} is missing, but listed in {listing.name}; pack the archive again")
+                image_entries = [entries[name] for name in names]
+                for entry in image_entries:
                     _check_zip_entry(archive, entry)
-                offsets = [_data_offset(file, entry.header_offset) for entry in chosen]
-                ends = [offset + entry.compress_size for offset, entry in zip(offsets, chosen, strict=True)]
+                offsets = [_data_offset(file, entry.header_offset) for entry in image_entries]
+                ends = [offset + entry.compress_size for offset, entry in zip(offsets, image_entries, strict=True)]
                 if max(ends) > os.fstat(file.fileno()).st_size:
                     raise zipfile.BadZipFile("an entry extends beyond its end")
         except DataError:
@@ -136,9 +136,9 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
         storage = {
             "offsets": offsets,
-            "sizes": [entry.compress_size for entry in chosen],
-            "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in chosen],
-            "checksums": [entry.CRC for entry in chosen],
+            "sizes": [entry.compress_size for entry in image_entries],
+            "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in image_entries],
+            "checksums": [entry.CRC for entry in image_entries],
         }
         watched = [archive, listing, root / CLASS_NAMES]
         return _create(archive, classes, names, labels, archives=[archive], **storage), watched
@@ -147,7 +147,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 
 
 def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
-    """Index ``root/<split>-*.tar``, not compressed: images and class ids that share a key, named as by webdataset.
+    """Index the uncompressed tar shards ``root/<split>-*.tar``, in which an image and its class id share a key (webdataset).
 
     Class names are the lines of ``root/classes.txt`` if it exists, else numbers.
 
@@ -204,18 +204,18 @@ def describe_index(index: Index) -> dict:
 
 def compare_descriptions(stored: dict, current: dict) -> str:
     """The first difference between two descriptions of a split, in words; "" if there is none."""
-    first, second = ({name: (count, digest) for name, count, digest in about["classes"]} for about in (stored, current))
-    if gone := [name for name in first if name not in second]:
-        new = [name for name in second if name not in first]
-        return f"class {gone[0]} is missing" + (f", class {new[0]} is new" if new else "")
-    if new := [name for name in second if name not in first]:
-        return f"class {new[0]} is new"
-    for name, (count, digest) in second.items():
-        if count != first[name][0]:
-            return f"class {name} had {first[name][0]} images, now it has {count}"
-        if digest != first[name][1]:
+    before, after = ({name: (count, digest) for name, count, digest in split["classes"]} for split in (stored, current))
+    if removed := [name for name in before if name not in after]:
+        added = [name for name in after if name not in before]
+        return f"class {removed[0]} is missing" + (f", class {added[0]} is new" if added else "")
+    if added := [name for name in after if name not in before]:
+        return f"class {added[0]} is new"
+    for name, (count, digest) in after.items():
+        if count != before[name][0]:
+            return f"class {name} had {before[name][0]} images, now it has {count}"
+        if digest != before[name][1]:
             return f"class {name} has the same number of images, but different ones"
-    return "" if list(first) == list(second) else "the order of the classes has changed"
+    return "" if list(before) == list(after) else "the order of the classes has changed"
 
 
 def _create(
@@ -247,36 +247,37 @@ def _create(
     )
 
 
-def _with_progress(items: Sequence, source: Path, found: list) -> Iterator:
-    """Yield the items of a scan, and periodically log the number of images in ``found``."""
+def _with_progress(items: Sequence, source: Path, names: list) -> Iterator:
+    """Yield ``items``, the directories or archives of a scan, and periodically log the length of ``names``."""
     last_line = time.monotonic()
     for done, item in enumerate(items):
         yield item
         if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            logger.info("%s: %d images found, %d of %d directories or archives read", source, len(found), done + 1, len(items))
+            logger.info("%s: %d images found, %d of %d directories or archives read", source, len(names), done + 1, len(items))
 
 
 def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives: list[Path], cache: Path | None) -> Index:
-    """Cached index if the data are unchanged since it was written; else scan and cache.
+    """Return the cached index if the data are unchanged since it was written; else scan the data and cache the index.
 
     The data are unchanged if the list of archives, and the ``_stamps`` of the paths that ``scan`` returned, are the same.
     """
-    cached = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
+    cache_file = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
     try:
-        if cached is not None and cached.is_file():
-            return _read_cache(cached, source, archives)
+        if cache_file is not None and cache_file.is_file():
+            return _read_cache(cache_file, source, archives)
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         logger.info("%s: the cached index is not used (%s); scanning again", source, error)
     started = time.time_ns()
     index, paths = scan()
-    if cached is None or len(index) < MIN_CACHED_IMAGES:
+    if cache_file is None or len(index) < MIN_CACHED_IMAGES:
         return index
     stamps = _stamps(paths)
-    if max(changed for _, changed, *_ in stamps.values()) >= started - 2 * 10**9:  # a change within a tick could be missed
+    # Data that changed less than 2 s before the scan, or during it, could change again without a new time stamp.
+    if max(mtime for _, mtime, *_ in stamps.values()) >= started - 2 * 10**9:
         return index
     try:
-        _write_cache(cached, index, stamps)
+        _write_cache(cache_file, index, stamps)
     except OSError as error:
         logger.info("%s: the index is not cached (%s)", source, error)
     return index
@@ -293,7 +294,7 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None
     try:
         with open(temporary, "wb") as file:
             np.savez(file, header=np.array(header), **{name: getattr(index, name) for name in _ARRAYS})
-        os.replace(temporary, path)  # atomic rename: other processes may write it too
+        os.replace(temporary, path)  # atomic rename, since other processes may write the same file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -308,7 +309,8 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
         if [str(archive.absolute()) for archive in archives] != header["archives"]:
             raise ValueError("the list of archives has changed")
         index = Index(
-            # The caller's path: the working directory may differ. Names of shards are relative to their directory.
+            # The caller's path is used, since the working directory may differ. Names in tar shards start with the shard's
+            # file name, and are relative to the directory of the shards.
             source=source.parent if len(archives) and source not in archives else source,
             classes=header["classes"],
             archives=[str(archive) for archive in archives],
@@ -346,14 +348,14 @@ def _list_classes(root: Path) -> list[str]:
 
 
 def _archive_hint(split: Path) -> str:
-    """Remedy if a split's directory is missing, but there are archives with unexpected names; else ""."""
-    found = sorted(
+    """Suggest how to name or select the archives next to the split; "" if there are none."""
+    archives = sorted(
         path for pattern in ("*.tar*", "*.tgz", "*.zip", f"{split.name}/*.tar*") for path in split.parent.glob(pattern)
     )
-    if not found:
+    if not archives:
         return ""
     return (
-        f". Found {found[0].name}: name tar shards {split.name}-*.tar, not compressed, and zip archives "
+        f". Found {archives[0].name}: name tar shards {split.name}-*.tar, not compressed, and zip archives "
         f"{split.name}.zip, with --zip"
     )
 
@@ -402,14 +404,14 @@ def _listing_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and the disk")
 
 
-def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[str]:
+def _list_images(folder: Path, folders: list[Path], ignored: list[str]) -> list[str]:
     """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
 
-    Links to a directory that contains them, such as that of the split, are skipped too.
+    A link to one of its own parent directories, up to the split's, is skipped too.
 
     Args:
-        folders: list to which the directories read are appended.
-        others: list to which the paths of other files are appended.
+        folders: list to which every scanned directory is appended.
+        ignored: list to which the paths of files that are not images are appended.
     """
     names = []
 
@@ -426,7 +428,7 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
                 names.append(prefix + entry.name)
             else:
-                others.append(str(parent / entry.name))
+                ignored.append(str(parent / entry.name))
 
     walk(folder, "", frozenset([_identity(folder.parent)]))
     if not names:
@@ -436,7 +438,7 @@ def _list_images(folder: Path, folders: list[Path], others: list[str]) -> list[s
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     try:
-        # Not splitlines, which also splits at other characters that names may contain.
+        # ``splitlines`` would also split at other characters that names may contain.
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it must list the archive's images") from None
@@ -464,10 +466,10 @@ def read_class_names(listing: Path) -> list[str]:
 def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     """Class names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
-        raise DataError(f"{source}: has no images; pack them again")
+        raise DataError(f"{source}: has no images; pack the data again")
     present = set(labels)
     missing = next(class_id for class_id in itertools.count() if class_id not in present)
-    if missing < max(present):  # checked before lists of that length are built
+    if missing < max(present):  # checked before the lists below, whose length grows with the largest class id
         raise DataError(f"{source}: has no image of class {missing}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES
     classes = [str(label) for label in range(max(labels) + 1)]
@@ -477,7 +479,9 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         duplicate = next(name for name in classes if classes.count(name) > 1)
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
     if max(labels) >= len(classes):
-        raise DataError(f"{source}: has class id {max(labels)}, but {listing} has {len(classes)} class names; add the rest")
+        raise DataError(
+            f"{source}: has class id {max(labels)}, but {listing} has {len(classes)} class names; add the missing ones"
+        )
     if missing := set(range(len(classes))) - set(labels):
         raise DataError(f"{source}: has no image of class {min(missing)}; class ids must start at 0, without gaps")
     return classes
@@ -489,7 +493,7 @@ def _check_name(archive: Path, name: str) -> None:
 
 
 def _entry_names(entry: zipfile.ZipInfo) -> list[str]:
-    """Names by which a map may list an entry: some writers omit the UTF-8 flag."""
+    """Names under which ``<split>_map.txt`` may list an entry: some programs write UTF-8 names without the UTF-8 flag."""
     if entry.flag_bits & 0x800:
         return [entry.filename]
     try:
@@ -514,7 +518,7 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
 
 
 def _data_offset(file, header_offset: int) -> int:
-    """Offset of an entry's data, after its local header. The extra field there may differ from the central directory's."""
+    """Offset of an entry's data, from its local header, whose extra field may differ from the central directory's."""
     header = os.pread(file.fileno(), _LOCAL_HEADER, header_offset)
     if header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"no entry at byte {header_offset}")
@@ -533,7 +537,7 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep every entry in memory
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every entry in memory
                 num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
                 end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
                 folder, _, base = entry.name.rpartition("/")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.datasets import draw_seed, kept_generators, seed_generators
 
-SEED_OF_MIXUP = 2  # differs from the seeds of images
+SEED_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
 
 
 class StepMixup:

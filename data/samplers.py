@@ -22,15 +22,16 @@ class TrainBatches(Sampler[list[Key]]):
     Update u uses images u * G to (u + 1) * G of the epoch's order, where G is the global batch size. They are divided among
     forward passes and processes, so the images of an update do not depend on the number of processes.
 
-    With repeats (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe), each image appears ``repeats`` times in a row, with
-    different augmentations. The number of updates per epoch is unchanged, so an epoch uses fewer images.
+    With ``repeats`` above 1 (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe), each image occupies ``repeats`` consecutive
+    places of that order, with different augmentations, and each update reads all first copies before the second ones. The
+    number of updates per epoch is unchanged, so an epoch uses fewer images.
     ``separate_copies`` prevents mixup of an image with itself.
 
     Args:
         num_samples: size of the dataset.
         batch_size: images per process and forward pass.
         accumulation: forward passes per update.
-        repeats: occurrences of an image per epoch.
+        repeats: copies of an image per epoch.
         rank, world_size: rank of this process, and number of processes.
         seed: the run's seed.
     """
@@ -72,10 +73,10 @@ class TrainBatches(Sampler[list[Key]]):
             positions = positions[(positions % self.repeats).argsort(stable=True)]
             for forward_pass in range(self.accumulation):
                 start = (forward_pass * self.world_size + self.rank) * self.batch_size
-                mine = positions[start : start + self.batch_size]
-                indices = order[mine // self.repeats].tolist()
-                rounds = (self.epoch * self.repeats + mine % self.repeats).tolist()  # seeds of the images' draws
-                yield list(zip(rounds, indices, strict=True))
+                batch = positions[start : start + self.batch_size]
+                indices = order[batch // self.repeats].tolist()
+                epochs = (self.epoch * self.repeats + batch % self.repeats).tolist()  # differ between copies, see ``Key``
+                yield list(zip(epochs, indices, strict=True))
 
 
 def partner(position: int, count: int) -> int:
@@ -103,7 +104,7 @@ def separate_copies(indices: list[int]) -> list[int]:
     def collides(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # mixed with the first, which may move
+    middle = [count // 2] * (count % 2)  # in odd batches, mixed with the first image, which a swap may replace
     for first in range((count + 1) // 2):
         if not collides(first):
             continue

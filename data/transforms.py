@@ -37,9 +37,9 @@ def create_train_transform(
     color_jitter: float,
     auto_augment: str,
 ) -> Transform:
-    """Training augmentation up to uint8; erasing follows on the device, after normalisation.
+    """Create the training augmentation, which returns uint8; normalisation and erasing follow on the device.
 
-    Above ``SMALL`` pixels, it also accepts tensors as returned by ``decode_pixels``.
+    Above ``SMALL`` pixels, the transform also accepts tensors as returned by ``decode_pixels``.
 
     Args:
         img_size: pixels, one number or (height, width).
@@ -68,13 +68,13 @@ def create_train_transform(
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with the same draws, resized by torch's uint8 kernels.
+    """timm's random resized crop with the same random draws, but with torch's uint8 kernels for the resize.
 
-    They take a third of Pillow's time, and differ from it by at most 2 of 255 levels.
+    The kernels take a third of Pillow's time. Their results differ from Pillow's by at most 2 of 255 levels.
     """
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
-        """image: RGB, or (3, H, W) uint8."""
+        """image: an RGB image of Pillow, or (3, H, W) uint8."""
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
@@ -113,8 +113,8 @@ class Preprocessing:
     Args:
         img_size: (height, width) of the model's input in pixels.
         crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, whatever the aspect ratio, and crops the
-            centre; ``short`` resizes the shorter side to it, keeps the ratio, and crops the centre; ``none`` resizes to
-            ``img_size``.
+            centre; ``short`` resizes the shorter side to that size, keeps the aspect ratio, and crops the centre; ``none``
+            resizes to ``img_size``.
         crop_pct: ratio of the centre crop's side to the resized image's.
         interpolation: bicubic, bilinear or random (which means bilinear here).
         mean, std: per channel, for values in [0, 1].
@@ -138,7 +138,7 @@ class Preprocessing:
 
     @property
     def resized_to(self) -> tuple[int, int]:
-        """(height, width) before the crop; with ``short``, the minimum."""
+        """(height, width) before the crop; with ``short``, the size that the resized image must cover."""
         height, width = (math.floor(side / self.effective_crop_pct) for side in self.img_size)
         return height, width
 
@@ -180,7 +180,7 @@ def _shorten(size: tuple[int, int]) -> int | list[int]:
 
 
 class Normalize:
-    """Convert uint8 images to normalised floats on their device. (B, 3, H, W) -> the same."""
+    """Convert uint8 images to normalised floats on their device. (B, 3, H, W) -> (B, 3, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)

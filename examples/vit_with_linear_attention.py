@@ -1,4 +1,7 @@
-"""Swap focused linear attention into a stock timm ViT: python examples/vit_with_linear_attention.py"""
+"""Replace the attention of a stock timm ViT with focused linear attention.
+
+Run: python examples/vit_with_linear_attention.py
+"""
 
 import sys
 from pathlib import Path

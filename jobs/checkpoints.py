@@ -17,10 +17,10 @@ from weights.reader import CheckpointError, read_checkpoint, sha256
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Keys to read from a foreign config (the reference's checkpoints): its training keys have other meanings, and its learning
-# rates are already scaled.
+# Prefixes of the keys to read from the config in a checkpoint of the reference implementation. Its training keys are ignored:
+# they have other meanings there, and its learning rates are already scaled by the batch size.
 MODEL_SECTIONS = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
-# Keys that change the result of an evaluation.
+# Prefixes of the keys that change the result of an evaluation.
 EVALUATION_SECTIONS = (
     "MODEL.TYPE",
     "MODEL.NUM_CLASSES",
@@ -38,8 +38,8 @@ class Location:
     """A weight file on disk.
 
     Args:
-        released: the released model, if it was given by name or URL.
-        in_cache: whether it was downloaded to the cache.
+        released: the released model, if the file was requested by its name or URL.
+        in_cache: whether the file is in the download cache.
     """
 
     path: Path
@@ -49,7 +49,13 @@ class Location:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A weight file in memory. ``digest``: its SHA-256; ``class_names``: by class id, () if it has none."""
+    """A weight file in memory.
+
+    Args:
+        state: contents of the file, see ``read_checkpoint``.
+        digest: SHA-256 of the file.
+        class_names: class names by class id; () if the file has none.
+    """
 
     location: Location
     state: dict
@@ -62,13 +68,14 @@ class Checkpoint:
 
 
 def locate(reference: str | Path) -> Location:
-    """Resolve a reference to a file; a URL or a released model is downloaded to the cache.
+    """Resolve a path, URL or model name to a weight file. Files of URLs and released models are downloaded to the cache.
 
     Args:
-        reference: a file, a run directory (its ``best.pth``), a URL, or the name of a released model. Paths take precedence.
+        reference: a file, a run directory (its ``best.pth``), a URL, or the name of a released model. An existing path takes
+            precedence over a model name.
 
     Raises:
-        CheckpointError: there is no such file, or the download failed.
+        CheckpointError: there is no such file or model, or the download failed.
     """
     text, path = str(reference), Path(reference).expanduser()
     if is_url(text):
@@ -87,7 +94,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """Locate and read a checkpoint.
 
     Raises:
-        CheckpointError: see ``locate`` and ``read_checkpoint``; or the file was replaced while it was read.
+        CheckpointError: as for ``locate`` and ``read_checkpoint``, or because the file was replaced while it was read.
     """
     location = locate(reference)
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
@@ -100,48 +107,56 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
 
 def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:
-    """The config stored in a checkpoint, or that of its released model; None if there is neither.
+    """The config of a checkpoint: the shipped config for a released model, else the stored config; None if there is none.
 
     Args:
-        opts: key, value, ... that override it.
+        opts: KEY, VALUE, ... that override the config.
     """
     tree = checkpoint.state.get("config")
     if checkpoint.location.released is not None:
         return load_config(CONFIGS / f"{checkpoint.location.released.name}.yaml", opts)
     if not isinstance(tree, Mapping):
         return None
-    ours = "num_updates" in checkpoint.state or "class_names" in checkpoint.state
-    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if ours else MODEL_SECTIONS)
+    from_this_project = "num_updates" in checkpoint.state or "class_names" in checkpoint.state
+    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if from_this_project else MODEL_SECTIONS)
 
 
-def choose_config(checkpoint: Checkpoint, given: CfgNode | None, opts: Sequence = ()) -> CfgNode:
-    """Return the given config and log its differences from the checkpoint's; if None is given, return the checkpoint's.
+def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Sequence = ()) -> CfgNode:
+    """Return the requested config, or the checkpoint's config if None is requested. Differences between them are logged.
+
+    Args:
+        requested: the config of --cfg; None for the checkpoint's own config.
+        opts: KEY, VALUE, ... that override the checkpoint's config; already part of ``requested``.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: no config is requested, and the checkpoint has none.
     """
-    if given is None:
+    if requested is None:
         cfg = stored_config(checkpoint, opts)
         if cfg is None:
             raise ConfigError(f"{checkpoint.path}: has weights but no config; give its training config with --cfg")
         return cfg
     try:
         stored = stored_config(checkpoint)
-    except ConfigError as error:  # the given config takes precedence
+    except ConfigError as error:  # the requested config is used anyway
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
-        return given
+        return requested
     if stored is not None:
-        log_differences(stored, given, checkpoint.path, sections=EVALUATION_SECTIONS, level=logging.WARNING)
-    return given
+        log_differences(stored, requested, checkpoint.path, sections=EVALUATION_SECTIONS, level=logging.WARNING)
+    return requested
 
 
-def log_differences(before: Mapping, now: Mapping, path: Path | str, *, sections: Sequence[str] = (), level: int) -> None:
-    """Log every key whose value differs from that of a checkpoint.
+def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, sections: Sequence[str] = (), level: int) -> None:
+    """Log every key whose value differs from that in a checkpoint.
 
     Args:
+        stored: config in the checkpoint.
+        current: config of this run.
+        path: file name of the checkpoint, for the message.
         sections: prefixes of the keys to compare; empty compares all.
+        level: logging level.
     """
-    before, now = flatten(before), flatten(now)
-    for key in sorted(before.keys() | now.keys()):
-        if key.startswith(tuple(sections) or "") and before.get(key) != now.get(key):
-            logger.log(level, "%s: %s was %r in the checkpoint, now it is %r", path, key, before.get(key), now.get(key))
+    stored, current = flatten(stored), flatten(current)
+    for key in sorted(stored.keys() | current.keys()):
+        if key.startswith(tuple(sections) or "") and stored.get(key) != current.get(key):
+            logger.log(level, "%s: %s was %r in the checkpoint, now it is %r", path, key, stored.get(key), current.get(key))

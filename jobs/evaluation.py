@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results and models by label of the weights; ``preferred``: label of the reported result."""
+    """Results and models of an evaluation, by label of the weights (raw, ema).
+
+    Args:
+        preferred: label of the weights whose result is reported.
+    """
 
     results: dict[str, EvalResult]
     models: dict[str, torch.nn.Module]
@@ -45,18 +49,18 @@ class Evaluation:
         return self.results[self.preferred]
 
 
-def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World) -> None:
-    """Evaluate all weights of a checkpoint, raw and EMA, and write the results to ``eval.json``.
+def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world: World) -> None:
+    """Evaluate all weights of a checkpoint, raw and EMA, and write the results to its directory (see ``choose_output``).
 
     Args:
-        cfg: the config of --cfg; None for the checkpoint's own.
-        pairs: KEY, VALUE, ... of the command line.
+        cfg: the config of --cfg; None for the checkpoint's own config.
+        opts: KEY, VALUE, ... of the command line.
     """
     checkpoint = on_all(world, lambda: open_checkpoint(choose_reference(args, cfg)))
     digest = on_main(world, lambda: checkpoint.digest)
     on_all(world, partial(check_same_file, checkpoint, digest))
-    cfg = choose_config(checkpoint, cfg, pairs)
-    output = choose_output(cfg, checkpoint, pairs)
+    cfg = choose_config(checkpoint, cfg, opts)
+    output = choose_output(cfg, checkpoint, opts)
     on_main(world, lambda: create_output_directory(output))
     logger.info(
         "%s on %s, output in %s; start: evaluate %s", format_process_count(world), world.device.type, output, checkpoint.path
@@ -82,23 +86,32 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, pairs: Se
 
 
 def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
-    """Reject a file that differs from that of rank 0.
+    """Check that this process has read the same file as rank 0.
+
+    Args:
+        digest: SHA-256 of the file that rank 0 has read.
 
     Raises:
-        CheckpointError: its digest differs.
+        CheckpointError: the digests differ.
     """
     if checkpoint.digest != digest:
         raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy that they share")
 
 
 def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
-    """The checkpoint to evaluate: that of --resume, else of --pretrained; TRAIN.AUTO_RESUME has no effect."""
+    """The checkpoint to evaluate: --resume, else --pretrained, else MODEL.RESUME, else MODEL.PRETRAINED.
+
+    TRAIN.AUTO_RESUME has no effect on an evaluation.
+    """
     return args.resume or args.pretrained or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
 
 
-def choose_output(cfg: CfgNode, checkpoint: Checkpoint, pairs: Sequence) -> Path:
-    """Directory of the results: the checkpoint's, unless the command line sets OUTPUT or TAG, or the file is in the cache."""
-    if {"OUTPUT", "TAG"} & option_keys(pairs) or checkpoint.location.in_cache:
+def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence) -> Path:
+    """Directory of the results: the directory of the checkpoint.
+
+    It is ``<OUTPUT>/<MODEL.NAME>/<TAG>`` if the command line sets OUTPUT or TAG, or if the checkpoint is in the download cache.
+    """
+    if {"OUTPUT", "TAG"} & option_keys(opts) or checkpoint.location.in_cache:
         return build_output_path(cfg)
     return checkpoint.path.parent
 
@@ -107,7 +120,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     """Evaluate every set of weights of a checkpoint on the validation images of DATA.DATA_PATH.
 
     Raises:
-        ConfigError, DataError, CheckpointError: config, data and file do not match.
+        ConfigError, DataError, CheckpointError: config, data and checkpoint do not match.
     """
     check_model(cfg)
     build_arithmetic(cfg)
@@ -130,10 +143,10 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
 def load_models(
     checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device
 ) -> dict[str, torch.nn.Module]:
-    """Build models with a checkpoint's weights, by label.
+    """Build one model per label, with the checkpoint's weights of that label.
 
     Args:
-        labels: raw, ema or auto.
+        labels: each raw, ema or auto.
 
     Raises:
         CheckpointError: a weight is missing, unused or of another shape.

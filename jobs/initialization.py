@@ -20,9 +20,9 @@ from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# Keys that determine the shape of the model; a resumed run must not change them.
+# Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
 MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
-# Required entries of the state of a run, and their types.
+# Entries that a checkpoint must have to be resumed, and their types.
 STATE_TYPES = {
     "model": dict,
     "optimizer": dict,
@@ -40,7 +40,7 @@ class Initialization(NamedTuple):
 
     Attributes:
         kind: resume, pretrained or scratch.
-        checkpoint: file of the weights or of the run; "" for scratch.
+        checkpoint: path of the checkpoint to resume from, or of the pretrained weights; "" for scratch.
     """
 
     kind: str
@@ -51,13 +51,16 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     """Choose the initial state of training, in this order of precedence.
 
     1. ``resume``: the checkpoint of --resume.
-    2. ``resume``: the newest intact checkpoint of the output directory, with TRAIN.AUTO_RESUME: repeating the same command
-       resumes the run, even with --pretrained.
+    2. ``resume``: the newest intact checkpoint of the output directory, if TRAIN.AUTO_RESUME is True. The same command thus
+       resumes its run, even with --pretrained.
     3. ``pretrained``: the weights of --pretrained.
-    4. ``scratch``.
+    4. ``scratch``: random weights.
 
-    --resume and --pretrained together are rejected, see ``utils.config``. --eval reads only the file of --resume or
-    --pretrained, see ``jobs.evaluation``.
+    --resume and --pretrained together are rejected, see ``utils.config``. --eval does not use this function, see
+    ``jobs.evaluation.choose_reference``.
+
+    Raises:
+        ConfigError: TRAIN.FREEZE_BACKBONE without weights to start from.
     """
     if cfg.MODEL.RESUME:
         return Initialization("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
@@ -73,7 +76,7 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
 
 
 def read_run(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
-    """Read the state of the run to resume, and check it against the config; None if there is none."""
+    """Read the checkpoint to resume from, and check it against the config; None if the run does not resume."""
     if init.kind != "resume":
         return None
     saved = on_all(world, partial(read_checkpoint, init.checkpoint))
@@ -89,7 +92,12 @@ def read_run(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
 
 
 def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
-    """Reject a file that is not the state of a run, and a config that is incompatible with it."""
+    """Reject a file that is not a checkpoint of a run, and a config that is incompatible with the checkpoint.
+
+    Raises:
+        CheckpointError: the file has no complete state of a run.
+        ConfigError: the architecture, the global batch size or the optimizer differs.
+    """
     if unusable := find_unusable(saved):
         raise CheckpointError(
             f"{path}: is not the state of a run ({', '.join(unusable)} missing or of another type); start from its weights "
@@ -101,19 +109,19 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         if stored_value != value and key.startswith(MODEL_KEYS):
             raise ConfigError(
                 f"{path}: was saved with {key}={stored_value!r}, now it is {value!r}: a resumed run cannot change it; choose "
-                "another --tag, and start from these weights with --pretrained if you like"
+                "another --tag; add --pretrained to start from these weights"
             )
     stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
     if stored_batch != batch:
         raise ConfigError(
             f"{path}: was saved with {stored_batch} images per update, now there would be {batch}. Keep the product of "
-            "processes, --batch-size and TRAIN.ACCUMULATION_STEPS, or start anew with --pretrained and another --tag"
+            "processes, --batch-size and TRAIN.ACCUMULATION_STEPS, or start a new run with --pretrained and another --tag"
         )
     stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if stored_optimizer != optimizer:
         raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; keep it, or start anew "
-            "with --pretrained and another --tag"
+            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; keep it, or start a "
+            "new run with --pretrained and another --tag"
         )
 
 
@@ -135,18 +143,26 @@ def find_unusable(saved: dict) -> list[str]:
 
 
 def is_finished(saved: dict, cfg: CfgNode) -> bool:
-    """Whether a run has done all its epochs and its last evaluation."""
+    """Whether a run has completed all its epochs and its last evaluation."""
     num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
     evaluated = saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"]
     return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"] and evaluated
 
 
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Restore the state of a run."""
+    """Load the state of a run from its checkpoint ``saved``.
+
+    Args:
+        path: file name of the checkpoint, for messages.
+
+    Raises:
+        ConfigError: the number of updates per epoch has changed.
+        CheckpointError: the checkpoint belongs to another model or optimizer.
+    """
     if saved["updates_per_epoch"] != updates_per_epoch:
         raise ConfigError(
             f"{path}: was saved with {saved['updates_per_epoch']} updates per epoch, now there are {updates_per_epoch}: the "
-            "data have changed. Restore them, or start anew with --pretrained and another --tag"
+            "data have changed. Restore them, or start a new run with --pretrained and another --tag"
         )
     try:
         state.load_dict(saved)
@@ -156,7 +172,7 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
 
 
 def describe_data(datasets: Datasets, world: World) -> dict:
-    """Description that identifies the images of a run, for its checkpoints."""
+    """Description of the images of a run, which its checkpoints store to detect changed data."""
     return on_main(
         world,
         lambda: {"train": describe_index(datasets.train.index), "val": describe_index(datasets.val.index)},
@@ -165,26 +181,37 @@ def describe_data(datasets: Datasets, world: World) -> dict:
 
 
 def check_data(saved: dict | None, data: dict, path: str) -> None:
-    """Reject a resume on changed data: epochs would have other images, or labels other meanings.
+    """Reject a resume if the data have changed: epochs would consist of other images, or class ids would mean other classes.
+
+    Args:
+        saved: the checkpoint to resume from; None if the run does not resume.
+        data: description of the current data, from ``describe_data``.
+        path: file name of the checkpoint, for messages.
 
     Raises:
-        ConfigError: the data have changed; the message has the difference.
+        ConfigError: the data have changed; the message describes the difference.
     """
     saved = saved or {}
     stored, names = saved.get("data"), saved.get("class_names")
     current = [name for name, *_ in data["train"]["classes"]]
-    if not stored and names and list(names) != current:  # saved before checkpoints recorded their data
-        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore them")
+    if not stored and names and list(names) != current:  # an old checkpoint, without a description of its data
+        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore the data")
     for split in ("train", "val") if stored else ():
         if change := compare_descriptions(stored[split], data[split]):
             raise ConfigError(
-                f"{path}: the data have changed since it was saved: {split}/: {change}. Restore them, or start anew with "
-                "--pretrained and another --tag"
+                f"{path}: the data have changed since it was saved: {split}/: {change}. Restore them, or start a new run "
+                "with --pretrained and another --tag"
             )
 
 
 def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume; if no file of its directory has the best state, reset the best accuracy."""
+    """Repair ``best.pth`` of the run to resume; if its best state is lost, reset the best accuracy in ``saved``.
+
+    Args:
+        saved: the checkpoint to resume from.
+        output: directory with ``best.pth``.
+        path: file name of the checkpoint.
+    """
     if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
-        logger.warning("%s: its best state is not in this directory; the best accuracy is reset", path)
+        logger.warning("%s: its best state is not in the output directory; the best accuracy is reset", path)
         saved["best"] = dict(NO_BEST)

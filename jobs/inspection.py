@@ -1,4 +1,4 @@
-"""Open a model and images to inspect its attention, and draw the attention of a model in training."""
+"""Load a model and images for an inspection of its attention, and draw attention maps during training."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,12 +33,12 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
 
     Args:
         reference: checkpoint, in any form that --resume accepts.
-        config: config files; empty for the checkpoint's own config.
+        config: paths of config files; empty for the checkpoint's own config.
         opts: KEY, VALUE, ... that override the config.
         weights: raw, ema or auto.
 
     Raises:
-        ConfigError, CheckpointError: config and file do not match.
+        ConfigError, CheckpointError: config and checkpoint do not match.
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
@@ -47,7 +47,7 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
 
 
 class InspectedImages:
-    """Image files with the preprocessing of evaluation, as pictures and as normalised model inputs.
+    """Image files with the preprocessing of evaluation, as PIL images and as normalised tensors.
 
     Raises:
         DataError: from ``read``, if the file cannot be read.
@@ -63,7 +63,7 @@ class InspectedImages:
         return len(self.paths)
 
     def read(self, position: int) -> tuple[Image.Image, Tensor]:
-        """The picture, and the model input, (3, H, W)."""
+        """The preprocessed image before normalisation, and the normalised tensor, (3, H, W)."""
         _, pixels, decode_error = self._files[position]
         if pixels is None:
             raise DataError(f"{self.paths[position]}: not a readable image ({decode_error})")

@@ -46,23 +46,23 @@ USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 @record
-def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop: StopRequest) -> None:
-    """Set up the processes, run the job that the command line requests, and end with its exit status.
+def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
+    """Set up the processes, run the job that the command line requests, and exit with a status if it fails or is stopped.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
-        pairs: KEY, VALUE, ... of the command line.
-        stop: records stop signals. Only training finishes its update and saves; other jobs end immediately.
+        opts: KEY, VALUE, ... of the command line.
+        stop: records stop signals. After a signal, training finishes its update and saves; other jobs end immediately.
     """
     world = start_processes(cfg)
     setup_logging(world.rank)
     try:
-        run_job(args, cfg, pairs, world, stop)
-    except USER_ERRORS as error:  # the message gives the remedy: no traceback
+        run_job(args, cfg, opts, world, stop)
+    except USER_ERRORS as error:  # the message gives the remedy, so the traceback is omitted
         if world.is_main or not isinstance(error, TrainingError):  # all processes raise the same TrainingError
             logger.error("%s", without_traceback(error))
         leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
-    except OtherRankError:  # that rank reports the reason itself
+    except OtherRankError:  # the rank that failed reports the reason
         leave(world, USAGE_ERROR)
     except (LostRankError, StalledWorkerError) as error:
         logger.error("%s", error)
@@ -85,7 +85,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, stop:
 
 
 def start_processes(cfg: CfgNode | None) -> World:
-    """Check the model and join the other processes; exit with the reason if that fails. Logging is not set up yet."""
+    """Check the model and join the other processes; on failure, print the reason and exit, since logging is not set up yet."""
     try:
         if cfg is None:
             return setup()
@@ -102,15 +102,15 @@ def start_processes(cfg: CfgNode | None) -> World:
         sys.exit(FAILED)
 
 
-def run_job(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, world: World, stop: StopRequest) -> None:
-    if args.throughput or args.eval or args.replay or args.check:  # there is no state to save on a signal
+def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world: World, stop: StopRequest) -> None:
+    if args.throughput or args.eval or args.replay or args.check:  # these jobs have no state to save on a signal
         stop.restore_handlers()
     if args.throughput:
         measure_throughput(cfg, world)
     elif args.eval:
-        evaluate_checkpoint(args, cfg, pairs, world)
+        evaluate_checkpoint(args, cfg, opts, world)
     elif args.replay:
-        replay_update(args.replay, pairs, world)
+        replay_update(args.replay, opts, world)
     elif args.check:
         dry_run_training(cfg, world, find_unused_parameters=args.find_unused_params)
     else:
@@ -118,7 +118,7 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, pairs: Sequence, worl
 
 
 def explain(error: RuntimeError, world: World) -> str | None:
-    """The message for an error of torch that has a known remedy; None for any other."""
+    """The message, with its remedy, for a known error of torch; None for any other error."""
     first_line = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp"
@@ -131,25 +131,25 @@ def explain(error: RuntimeError, world: World) -> str | None:
 
 
 def leave(world: World, status: int) -> None:
-    """End this process after an error.
+    """End this process after an error or a stop.
 
     If there are several processes, skip Python's cleanup: threads of the process group may wait for ranks that have ended, and
     joining or destroying them would block or abort.
     """
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report the workers as lost
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about the killed workers
     for child in multiprocessing.active_children():
         child.kill()  # loader workers, which ignore the signals that stop training
     if world.size == 1:
         sys.exit(status)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or never open
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the stream is closed, or was never open
             stream.flush()
     os._exit(status)
 
 
 def without_traceback(error: Exception) -> str:
-    """An error of a loader worker contains its traceback; its last line is the message."""
+    """Message of an error. For an error of a loader worker, whose text is a traceback, this is the end of its last line."""
     text = str(error).strip()
     return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Top-k class ids and confidences of an image, most confident first; both are empty if ``error`` is set."""
+    """Top-k class ids and confidences (softmax) of an image, most confident first; both are empty if ``error`` is set."""
 
     image: Path
     class_ids: tuple[int, ...] = ()
@@ -30,28 +30,28 @@ class Prediction:
     error: str = ""
 
 
-def find_images(given: Sequence[Path]) -> list[Path]:
-    """The given files, and all image files below the given directories, sorted per directory.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """List the files among ``paths``, and all image files below the directories among them, sorted per directory.
 
     Raises:
         DataError: a path does not exist, or a directory has no images.
     """
-    found: list[Path] = []
-    for path in given:
+    images: list[Path] = []
+    for path in paths:
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
-            if not below:
+            in_directory = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+            if not in_directory:
                 raise DataError(f"{path}: has no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
-            found += below
+            images += in_directory
         elif path.is_file():
-            found.append(path)  # given explicitly, so with any suffix
+            images.append(path)  # an explicit path may have any suffix
         else:
             raise DataError(f"{path}: no such file or directory")
-    return found
+    return images
 
 
 def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
-    """Class names by class id: the checkpoint's own, else those of the ImageNet set with this number of classes, else numbers.
+    """Class names by class id: the checkpoint's own, else those of the ImageNet subset of the same size, else the ids.
 
     WordNet ids of ImageNet-1K are replaced by their descriptions.
     """
@@ -76,7 +76,7 @@ def predict(
     num_workers: int,
     top_k: int,
 ) -> list[Prediction]:
-    """Top-k predictions for every image, in the given order; an unreadable image has an error instead.
+    """Top-k predictions for every image, in the order of ``images``. The prediction of an unreadable image has only an error.
 
     Args:
         model: in evaluation mode, on ``device``.

@@ -21,22 +21,24 @@ from weights.reader import CheckpointError, read_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def replay_update(path: str, pairs: Sequence, world: World) -> None:
-    """Repeat the forward and backward passes of every process of the run sequentially, on one device.
+def replay_update(path: str, opts: Sequence, world: World) -> None:
+    """Repeat the forward and backward passes of an update, and log the first non-finite value.
+
+    The passes of all processes of the run are repeated sequentially, on one device.
 
     Args:
         path: ``replay_*.pth`` of a training run.
-        pairs: KEY, VALUE, ... of the command line, such as another DATA.DATA_PATH.
+        opts: KEY, VALUE, ... of the command line, such as another DATA.DATA_PATH.
 
     Raises:
-        CheckpointError: it is not such a file, or there are several processes.
+        CheckpointError: ``path`` is not a replay file, or there are several processes.
     """
     if world.size > 1:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
     if "replay" not in state:
         raise CheckpointError(f"{path}: has no update to repeat; give the replay_*.pth of a run")
-    cfg, update = load_stored_config(state["config"], pairs, source=path), state["replay"]["update"]
+    cfg, update = load_stored_config(state["config"], opts, source=path), state["replay"]["update"]
     build_arithmetic(cfg)
     dataset = build_datasets(cfg, training=True).train
     model = build_model(cfg).to(world.device).train()
@@ -58,7 +60,7 @@ def replay_update(path: str, pairs: Sequence, world: World) -> None:
 def read_update(
     cfg: CfgNode, dataset, update: int, *, rank: int, world_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Images and targets of one update of one process, as in training, each with the seed of its forward pass."""
+    """Batches of one process in one update, as in training: images, targets and the seed of the forward pass."""
     accumulation = accumulation_steps(cfg, world_size)
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
@@ -76,58 +78,61 @@ def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targ
         targets: (B,) class ids, or (B, num_classes) probabilities.
         dtype: precision of autocast; float32 disables it.
     """
-    found: list[str] = []
+    findings: list[str] = []
     handles = [
-        module.register_forward_hook(_check_output(name or "the model", found), with_kwargs=True)
+        module.register_forward_hook(_check_output(name or "the model", findings), with_kwargs=True)
         for name, module in model.named_modules()
     ]
-    handles += [parameter.register_hook(_check_gradient(name, found)) for name, parameter in model.named_parameters()]
+    handles += [parameter.register_hook(_check_gradient(name, findings)) for name, parameter in model.named_parameters()]
     try:
         if not images.isfinite().all():
-            found.append(f"the input images are not finite ({_count_not_finite(images)})")
+            findings.append(f"the input images are not finite ({_count_not_finite(images)})")
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = criterion(model(images), targets)
         if not loss.isfinite():
-            found.append(f"the loss is {loss.item()}, although the logits are finite")
+            findings.append(f"the loss is {loss.item()}, although the logits are finite")
         loss.backward()
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
-    return found[0] if found else ""
+    return findings[0] if findings else ""
 
 
 def _count_not_finite(values: Tensor) -> str:
     return f"{int((~values.isfinite()).sum())} of {values.numel()} values"
 
 
-def _check_output(name: str, found: list[str]):
-    """A forward hook that records non-finite outputs; submodules finish before their parent, so the innermost is first."""
+def _check_output(name: str, findings: list[str]):
+    """Forward hook that records non-finite outputs. Submodules return before their parent, so the innermost is first."""
 
     def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
         outputs = [value for value in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(value, Tensor)]
-        bad = next((value for value in outputs if not value.isfinite().all()), None)
-        if bad is None:
+        non_finite = next((value for value in outputs if not value.isfinite().all()), None)
+        if non_finite is None:
             return
-        given = [v for v in (*inputs, *named_inputs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        if not all(value.isfinite().all() for value in given):
+        float_inputs = [v for v in (*inputs, *named_inputs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
-            found.append(f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}")
+            findings.append(
+                f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}"
+            )
             return
-        largest = max((value.detach().abs().max().item() for value in given), default=float("nan"))
+        largest = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))
         weights = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
-        found.append(
-            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {_count_not_finite(bad)} of "
-            f"shape {tuple(bad.shape)}; its largest input is {largest:.3g}, its largest weight {weights:.3g}"
+        findings.append(
+            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {_count_not_finite(non_finite)} "
+            f"of shape {tuple(non_finite.shape)}; the largest absolute input is {largest:.3g}, the largest absolute weight "
+            f"{weights:.3g}"
         )
 
     return check
 
 
-def _check_gradient(name: str, found: list[str]):
+def _check_gradient(name: str, findings: list[str]):
     def check(gradient: Tensor) -> None:
         if not gradient.isfinite().all():
-            found.append(
+            findings.append(
                 f"the gradient of {name} is the first that is not finite: {_count_not_finite(gradient)}; outputs and loss are "
                 "finite"
             )

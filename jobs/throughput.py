@@ -41,7 +41,7 @@ def images_per_second(
 
 
 def measure_throughput(cfg: CfgNode, world: World) -> None:
-    """Log images per second of the forward pass on random images, with the model and the device."""
+    """Log the images per second of the forward pass on random images, and the names of model and device."""
     build_arithmetic(cfg)
     model = build_model(cfg).to(world.device).eval()
     if cfg.TRAIN.COMPILE:

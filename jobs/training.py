@@ -1,4 +1,4 @@
-"""Train a model, or run each part of training once (--check)."""
+"""Train a model, or run each part of training once (``--check``)."""
 
 import contextlib
 import logging
@@ -47,10 +47,10 @@ DRY_RUN = ".dry_run"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
-    """Train to the end, or until a signal requests a stop.
+    """Train to the end, or until a signal requests a stop. A finished run is only reported.
 
     Raises:
-        Stopped: the state is saved, and the same command resumes.
+        Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes.
     """
     build_arithmetic(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
@@ -76,7 +76,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         directory.discard()
         raise
     trainer.stop = stop.requested
-    del saved  # a second copy of the state, in host memory
+    del saved  # frees the host memory of a second copy of the state
     if world.is_main:
         directory.write_config(cfg.dump())
         state = trainer.state
@@ -100,8 +100,8 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
     """Run each part of training once in a temporary output directory, and report the bottleneck."""
     build_arithmetic(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
-    folder = on_main(world, lambda: create_temporary_directory(check_available(output)))
-    lock = RunLock(folder)
+    directory = on_main(world, lambda: create_temporary_directory(check_available(output)))
+    lock = RunLock(directory)
     if world.is_main:
         lock.acquire()
     logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init)
@@ -111,18 +111,23 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
         on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
-        dry_run(build_trainer(cfg, world, init, saved, output=folder, find_unused_parameters=find_unused_parameters))
+        dry_run(build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters))
         logger.info("no problem found: leave out --check to start")
     finally:
         lock.release()
         if world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def build_trainer(
     cfg: CfgNode, world: World, init: Initialization, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
-    """Build the trainer of a run in its initial or resumed state."""
+    """Build the trainer of a run in its initial or resumed state.
+
+    Args:
+        saved: the checkpoint to resume from; None if the run does not resume.
+        output: directory of checkpoints and replay files.
+    """
     datasets = build_datasets(
         cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, long_timeout=True)
     )
@@ -206,14 +211,14 @@ def check_model(cfg: CfgNode) -> None:
 
 
 def format_process_count(world: World) -> str:
-    """As in "1 process" or "8 processes"."""
+    """Format the number of processes, as in "1 process" or "8 processes"."""
     return "1 process" if world.size == 1 else f"{world.size} processes"
 
 
 def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, loader) -> None:
-    """Log model size, epochs, batch size and learning rate, compared with the recipe."""
+    """Log model size, epochs, batch size and learning rate, and compare the latter two with those of the recipe."""
     updates_per_epoch, num_images = loader.updates_per_epoch, len(loader.loader.dataset)
-    images, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
+    global_batch, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     logger.info(
         "%s: %.2fM parameters%s",
@@ -227,37 +232,45 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
         epochs,
         f" ({cfg.TRAIN.EPOCHS} and {cfg.TRAIN.COOLDOWN_EPOCHS} of cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
         updates_per_epoch,
-        updates_per_epoch * images // cfg.AUG.REPEATS if cfg.AUG.REPEATS > 1 else updates_per_epoch * images,
+        updates_per_epoch * global_batch // cfg.AUG.REPEATS if cfg.AUG.REPEATS > 1 else updates_per_epoch * global_batch,
         num_images,
     )
-    recipe = cfg.TRAIN.RECIPE_BATCH_SIZE
+    recipe_batch = cfg.TRAIN.RECIPE_BATCH_SIZE
     if world.is_main:
         logger.log(
-            logging.WARNING if images != recipe else logging.INFO,
+            logging.WARNING if global_batch != recipe_batch else logging.INFO,
             "%d images per update (batch size %d, %s, %d forward passes), learning rate %.3e; "
             "the recipe has %d images per update, learning rate %.3e%s",
-            images,
+            global_batch,
             cfg.DATA.BATCH_SIZE,
             format_process_count(world),
             steps,
             learning_rate,
-            recipe,
-            cfg.TRAIN.BASE_LR * recipe / REFERENCE_BATCH,
-            _batch_advice(recipe, images // steps, num_images) if images != recipe else "",
+            recipe_batch,
+            cfg.TRAIN.BASE_LR * recipe_batch / REFERENCE_BATCH,
+            _batch_advice(recipe_batch, global_batch // steps, num_images) if global_batch != recipe_batch else "",
         )
         log_ema(cfg, epochs * updates_per_epoch, world)
 
 
-def _batch_advice(recipe: int, images_per_pass: int, num_images: int) -> str:
-    """How to obtain the recipe's batch with these data and processes."""
-    if recipe > num_images:
+def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> str:
+    """Advice on how to train with the recipe's number of images per update.
+
+    Args:
+        recipe_batch: images per update of the recipe.
+        images_per_pass: images per forward pass, over all processes.
+        num_images: size of the training set.
+    """
+    if recipe_batch > num_images:
         return f". The learning rate is scaled to the batch; {num_images} images are too few for the recipe's batch"
-    if recipe % images_per_pass:
+    if recipe_batch % images_per_pass:
         return (
             f". The learning rate is scaled to the batch; for the recipe's batch, choose a --batch-size so that the images of "
-            f"all processes divide {recipe}"
+            f"all processes divide {recipe_batch}"
         )
-    return f". The learning rate is scaled to the batch; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe}"
+    return (
+        f". The learning rate is scaled to the batch; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe_batch}"
+    )
 
 
 def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
@@ -271,13 +284,13 @@ def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
         )
     if cfg.EMA.DECAY >= 1:
         return
-    averaged = 1 / (1 - cfg.EMA.DECAY)
-    if averaged > num_updates:
+    averaging_updates = 1 / (1 - cfg.EMA.DECAY)
+    if averaging_updates > num_updates:
         logger.warning(
             "EMA.DECAY=%g averages over about %.0f updates, but the run has %d: the average will stay near the initial "
             "weights; try --model-ema-decay %.3g, or --no-model-ema",
             cfg.EMA.DECAY,
-            averaged,
+            averaging_updates,
             num_updates,
             max(1 - 10 / max(num_updates, 20), 0.5),
         )
@@ -302,13 +315,13 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
 
 
 def create_temporary_directory(parent: Path) -> Path:
-    """Create the temporary directory of --check, and delete those of killed processes.
+    """Create the temporary directory of --check in ``parent``, and delete those that killed processes left there.
 
     Raises:
         ConfigError: ``parent`` cannot be written.
     """
     for old in parent.glob(f"{DRY_RUN}*"):
-        with contextlib.suppress(ConfigError):  # in use
+        with contextlib.suppress(ConfigError):  # a running --check uses it
             RunLock(old).check()
             shutil.rmtree(old, ignore_errors=True)
     try:

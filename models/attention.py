@@ -1,9 +1,9 @@
-"""Attention with linear cost for a given similarity, and the attentions that the paper compares with focused linear attention.
+"""Linear attention, and the attentions that the paper compares with focused linear attention.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 
-All functions take q (B, H, N, D), k (B, H, M, D) and v (B, H, M, D'), and return (B, H, N, D'). A ``key_mask`` is (B, 1, M, 1)
-bool, False for masked keys; at least one key of every image must not be masked.
+All attention functions take q (B, H, N, D), k (B, H, M, D) and v (B, H, M, D'), and return (B, H, N, D'). A ``key_mask`` is
+(B, 1, M, 1) bool, False for masked keys; at least one key of every image or window must not be masked.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
 
-    q, k, v: (B, 1, N or M, C). The input has a single head, so q and k are normalised over C.
+    q, k, v: (B, 1, N or M, C). They are not split into heads, so q and k are normalised over all C channels.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if key_mask is not None:
@@ -54,7 +54,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, normalised rows."""
+    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, rows sum to 1."""
     q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
     ones = torch.ones_like(k[..., :1])
     if key_mask is not None:
@@ -123,7 +123,8 @@ class SoftmaxAttention(nn.Module):
         Args:
             x: (B, N, C).
             bias: (1, H, N, N), added to the similarities.
-            region: (nW, N), requires a bias; tokens attend to tokens with the same id. Sequence i uses row i modulo nW.
+            region: (nW, N) region ids for nW windows per image; requires a bias. Tokens attend only to tokens with the same
+                id. Window i of the batch uses row i modulo nW.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
         attn_drop = self.attn_drop if self.training else 0.0

@@ -46,8 +46,8 @@ def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tup
 class StripedAttention(nn.Module):
     """Mixin: attention and a depthwise convolution of v (LePE) within stripes. q, k, v (B, H, W, C) -> the same.
 
-    If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it keeps its width,
-    and maps that it does not divide are padded; the attention masks the padding.
+    If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it keeps its width:
+    maps are padded to a multiple of it, and the padding is masked.
     """
 
     def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
@@ -129,12 +129,12 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         super().set_map_size(grid)
         self.set_grid(self.layout(grid)[0])
 
-    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+    def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
         height, width = stage_map
         if self.axis == VERTICAL:
-            return height, min(num_rows // height, width)
+            return height, min(num_positions // height, width)
         if self.axis == HORIZONTAL:
-            return min(num_rows // width, height), width
+            return min(num_positions // width, height), width
         return stage_map
 
     def position_tables(self) -> list[PositionTable]:
@@ -234,7 +234,7 @@ class CSwinTransformer(Backbone):
     """FLatten-CSwin.
 
     ``proj_drop_rate`` also applies to the attention's projection. The reference builds that dropout but never calls it, so
-    the two differ at rates above 0; every recipe of the paper uses 0.
+    this model differs from the reference at rates above 0; every recipe of the paper uses 0.
 
     Args:
         img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model

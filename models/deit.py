@@ -93,9 +93,9 @@ class DeiT(Backbone):
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
         attn_type: one letter, L for linear attention in every block or S for softmax; or M with the number of linear
             blocks, as in M4.
-        fc_norm: apply the final norm after pooling instead of before it; by default with ``global_pool`` "avg".
+        fc_norm: apply the final norm after pooling instead of before it; None means only with ``global_pool`` "avg".
         drop_rate: dropout before the classifier.
-        pos_drop_rate: dropout after the position table.
+        pos_drop_rate: dropout after the position embeddings are added.
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.
@@ -239,7 +239,8 @@ class DeiT(Backbone):
             intermediates_only: return only the outputs.
 
         Returns:
-            The final features, (B, N, C), and the selected outputs in the order of the blocks, or only the outputs.
+            The output of the last computed block after the final norm, (B, N, C), and the selected outputs in the order of the
+            blocks; or only the selected outputs.
 
         Raises:
             ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.

@@ -19,7 +19,7 @@ from weights.reader import choose_weights, read_checkpoint
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
-    """timm config of a model and its evaluation; released accuracies were measured on images squashed to a square."""
+    """timm config of a model and its evaluation transform. Released accuracies were measured on images squashed to a square."""
     family = cast(type[Backbone], MODELS[name].func)
     return {
         "url": RELEASED[name].url if name in RELEASED else "",
@@ -53,11 +53,12 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.g
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
     """Checkpoint filter for timm: unwrap containers, drop unused entries, resize position tables.
 
-    timm declares the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the stored
-    tables do not match that size, they are assumed to come from square images.
+    timm stores the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the position
+    tables of the file do not match that size, they are assumed to come from square images.
 
     Args:
-        state_dict: a state dict or a checkpoint of the reference, of this project or of timm; its EMA weights if present.
+        state_dict: a state dict, or a checkpoint of the reference, of this project or of timm; ``preferred_weights`` selects
+            between its raw and EMA weights.
 
     Raises:
         ValueError: no weights, or a table whose shape is ambiguous.
@@ -96,8 +97,8 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
 def _is_released_file(name: str, pretrained_cfg: str | dict | None, overlay: Mapping) -> bool:
     """Whether timm would load the weights of this model from the released URL."""
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
-    elsewhere = cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir")
-    return name in RELEASED and cfg.url == RELEASED[name].url and not elsewhere
+    other_source = cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir")
+    return name in RELEASED and cfg.url == RELEASED[name].url and not other_source
 
 
 def _read_released(name: str) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Focused linear attention with a custom backward pass that needs less time and memory than autograd.
 
 The values equal those of the unfused form in ``linear_attention``, for which autograd stores about twelve tensors of the size
-of q. Here only q, k, v and the (D, D + 1) summaries of the keys are stored, and the backward pass recomputes the rest.
-Per-token factors are applied to the values and the results, not to the features. On a CPU, tokens are processed in blocks
-that fit the caches.
+of q. Here only q, k, v, the (D, D + 1) summaries of the keys and three statistics per token are stored, and the backward
+pass recomputes the rest. Factors per token (c below) multiply the values and the results, not the features. On a CPU, tokens
+are processed in blocks that fit into the caches.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-BLOCK_ON_CPU = 2**19  # elements of a map per block; larger blocks exceed the caches, smaller ones add call overhead
+BLOCK_ON_CPU = 2**19  # elements of q or k per block; larger blocks exceed the caches, smaller ones add call overhead
 
 
 class Features(NamedTuple):
@@ -111,23 +111,23 @@ class _FocusedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, grid, num_prefix):
         run = _Run(q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix)
         with without_autocast(q.device):
-            out, *kept = run.forward(bias)
-        ctx.save_for_backward(q, k, v, position, scale, kernel, key_weight, *kept)
+            out, *saved = run.forward(bias)
+        ctx.save_for_backward(q, k, v, position, scale, kernel, key_weight, *saved)
         ctx.options = num_heads, power, grid, num_prefix
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        q, k, v, position, scale, kernel, key_weight, *kept = ctx.saved_tensors
+        q, k, v, position, scale, kernel, key_weight, *saved = ctx.saved_tensors
         run = _Run(q, k, v, position, scale, kernel, key_weight, *ctx.options)
         with without_autocast(q.device):
-            gradients = run.backward(gradient, *kept)
+            gradients = run.backward(gradient, *saved)
         return *gradients, None, None, None, None, None
 
 
 class _Run:
-    """Tensors and options of one call, with the computations on its blocks."""
+    """One call of ``focused_attention``: its tensors and options, and the forward and backward computations per block."""
 
     def __init__(self, q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix):
         self.q = q
@@ -157,8 +157,9 @@ class _Run:
 
         Args:
             tokens: (b, n, C).
-            statistics: (3, b, 1, n, 1); computed in place unless ``known``.
+            statistics: (3, b, 1, n, 1), see ``Features``.
             position: (1, n, C), added to the tokens.
+            known: read the statistics, as in the backward pass; if False, compute them and write them to ``statistics``.
         """
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
@@ -204,7 +205,7 @@ class _Run:
         return product[..., :-1], product[..., -1:]
 
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Dense, channels-last maps without prefix tokens. (b, n, C) -> (b, C, height, width)."""
+        """Contiguous, channels-last maps without prefix tokens. (b, n, C) -> (b, C, height, width)."""
         tokens = tokens[:, self.num_prefix :].contiguous()
         return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
 
@@ -228,16 +229,16 @@ class _Run:
                 keys = self.key_features(images, tokens, key_statistics, known=False)
                 values = self.weighted_values(self.key_factor(keys, images, tokens), images, tokens)
                 summary += keys.powers.transpose(-2, -1) @ values
-            local = self.convolve(images, bias)
+            convolved = self.convolve(images, bias)
             for tokens in self.blocks.tokens(self.num_queries):
                 numerator, denominator = self.attend(
                     self.query_features(images, tokens, query_statistics, known=False), summary
                 )
                 block = split_heads(out[images, tokens], self.num_heads)
-                if local is None:
+                if convolved is None:
                     torch.div(numerator, denominator, out=block)
                 else:
-                    torch.addcdiv(local[:, :, tokens], numerator, denominator, out=block)
+                    torch.addcdiv(convolved[:, :, tokens], numerator, denominator, out=block)
         return out, summaries, query_statistics, key_statistics
 
     def convolve(self, images: slice, bias: Tensor | None) -> Tensor | None:
@@ -254,7 +255,7 @@ class _Run:
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, position, scale, kernel and bias from the outputs of ``forward``."""
         gradient = gradient.contiguous()
-        # One buffer for three gradients: if q, k and v are slices of one projection, it is the projection's gradient.
+        # The three gradients share a buffer: if q, k and v are slices of one tensor, the buffer is its gradient.
         if self.num_queries == self.num_keys:
             grad_q, grad_k, grad_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
         else:
@@ -264,11 +265,11 @@ class _Run:
         grad_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
         for images in self.blocks.images():
             grad_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, grad_q[images])
-            local = None
+            conv_grad_v = None
             if self.kernel is not None:
-                local, grad_image_kernel = self.convolution_gradients(images, gradient[images])
+                conv_grad_v, grad_image_kernel = self.convolution_gradients(images, gradient[images])
                 grad_kernel += grad_image_kernel
-            self.key_gradients(images, grad_summary, key_statistics, local, grad_k[images], grad_v[images])
+            self.key_gradients(images, grad_summary, key_statistics, conv_grad_v, grad_k[images], grad_v[images])
         grad_scale = -(self.grad_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
         grad_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
         grad_position = grad_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
@@ -294,9 +295,15 @@ class _Run:
         return grad_summary
 
     def key_gradients(
-        self, images: slice, grad_summary: Tensor, statistics: Tensor, local: Tensor | None, grad_k: Tensor, grad_v: Tensor
+        self,
+        images: slice,
+        grad_summary: Tensor,
+        statistics: Tensor,
+        conv_grad_v: Tensor | None,
+        grad_k: Tensor,
+        grad_v: Tensor,
     ) -> None:
-        """Write the gradients of k and v; ``local``, (b, H, N, D), is the convolution's contribution to the latter."""
+        """Write the gradients of k and v; ``conv_grad_v``, (b, H, N, D), is the part of grad_v from the convolution."""
         for tokens in self.blocks.tokens(self.num_keys):
             keys = self.key_features(images, tokens, statistics, known=True)
             factor = self.key_factor(keys, images, tokens)
@@ -304,10 +311,10 @@ class _Run:
             grad_values = self.scratch("product", *values.shape)
             torch.matmul(keys.powers, grad_summary, out=grad_values)
             grad_block = split_heads(grad_v[:, tokens], self.num_heads)
-            if local is None:
+            if conv_grad_v is None:
                 torch.mul(grad_values[..., :-1], factor, out=grad_block)
             else:
-                torch.addcmul(local[:, :, tokens], grad_values[..., :-1], factor, out=grad_block)
+                torch.addcmul(conv_grad_v[:, :, tokens], grad_values[..., :-1], factor, out=grad_block)
             grad_log_factor = grad_values.mul_(values).sum(dim=(1, 3), keepdim=True)
             scaled_grad_powers = self.scratch("gradient", *keys.powers.shape)
             torch.matmul(values, self.power * grad_summary.transpose(-2, -1), out=scaled_grad_powers)

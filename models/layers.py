@@ -91,7 +91,7 @@ def square_grid(num_tokens: int) -> tuple[int, int] | None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear weights from N(0, 0.02) truncated at +-2, biases with 0 and layer norms with weight 1."""
+    """Initialise linear weights (normal, std 0.02, truncated at +-2), biases (0) and weights of layer norms (1)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -151,7 +151,7 @@ def window_regions(
 ) -> Tensor | None:
     """Region id of each token of each window; softmax attention is restricted to tokens of the same region.
 
-    A cyclic shift joins opposite edges of the map in one window, so they get different ids. Padding is a region too.
+    A cyclic shift puts tokens from opposite edges of the map in one window; they get different ids. Padding is a region too.
 
     Returns:
         (nW, h * w) ids, ``PADDING`` for padding; None if no window mixes regions.
@@ -189,10 +189,11 @@ class PositionTable(NamedTuple):
     Attributes:
         name: parameter name, relative to the module that lists the table.
         grid: height and width of the table at the model's native size.
-        source_grid: maps (token map of the stage, number of rows) of another model to the height and width of its
-            table; None if no such table exists.
+        source_grid: maps (token map of the stage at the image size of a checkpoint, number of positions in its table) to the
+            height and width of that table; None if no height and width fit.
         num_prefix_tokens: leading rows without a position.
-        assume_square: if the image size of a checkpoint is unknown, interpret a square number of rows as a square.
+        assume_square: if the image size of a checkpoint is unknown and the number of positions is a square, assume a
+            square map.
     """
 
     name: str
@@ -202,7 +203,7 @@ class PositionTable(NamedTuple):
     assume_square: bool = True
 
 
-def whole_map(grid: tuple[int, int], num_rows: int) -> tuple[int, int]:
+def whole_map(grid: tuple[int, int], num_positions: int) -> tuple[int, int]:
     """``PositionTable.source_grid`` of a table with one row per token of its stage."""
     return grid
 
@@ -229,19 +230,19 @@ class Backbone(nn.Module):
     """Base class of the classifiers (feature extractor and head), with the interface of timm's models.
 
     timm's FX feature extractor (``feature_cls="fx"``) treats the blocks as leaf modules. ``torch.fx.symbolic_trace`` and
-    ``torch.jit.script`` do not work, because windows, padding and masks depend on the size of the map in Python code; use
-    ``torch.export`` instead. An export with a dynamic height or width is specialised to the branches of its example image
-    and raises an error for sizes that take other branches.
+    ``torch.jit.script`` do not work, because Python code computes windows, padding and masks from the size of the map; use
+    ``torch.export`` instead. An export with a dynamic height or width is specialised to the branches that its example image
+    takes, and raises an error for sizes that take other branches.
 
     A subclass sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
     ``module`` of every map), implements ``forward_stages``, ``stage_grids``, ``stage_blocks``, ``drop_stages`` and
     ``group_matcher``, and calls ``build_head`` at the end of its constructor.
 
     Attributes:
-        output_fmt: layout of the features inside the model and of forward hooks.
+        output_fmt: layout of the features inside the model, as seen by forward hooks.
         global_pools: accepted values of ``global_pool``; "" disables pooling.
         first_conv: name of the model's first convolution.
-        unused_entries: matches the names of state-dict entries that the reference saves but never uses.
+        unused_entries: regular expression for the names of state-dict entries that the reference saves but never uses.
     """
 
     output_fmt = "NHWC"
@@ -362,7 +363,11 @@ class Backbone(nn.Module):
     def resized_positions(
         self, table: Tensor, native: tuple[int, int], grid: tuple[int, int], num_prefix_tokens: int = 0
     ) -> Tensor:
-        """Apply ``resize_grid`` in a forward pass; a method of this module, so that timm's FX extractor wraps it."""
+        """Apply ``resize_grid`` in a forward pass.
+
+        Subclasses call this method instead of the function, because timm's FX extractor wraps functions in the file of
+        ``Backbone.forward``.
+        """
         return resize_grid(table, native, grid, num_prefix_tokens)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -584,11 +589,11 @@ class Backbone(nn.Module):
 
         ``load_state_dict`` calls this automatically, without an ``img_size``. See ``resize_position_tables``.
         """
-        kept = {name: value for name, value in state_dict.items() if not self.unused_entries.fullmatch(name)}
-        resized = self.resize_position_tables(kept, img_size)
+        used = {name: value for name, value in state_dict.items() if not self.unused_entries.fullmatch(name)}
+        resized = self.resize_position_tables(used, img_size)
         if resized:
-            logger.info("resized %d position tables, %s first", len(resized), next(iter(resized)))
-        return kept | resized
+            logger.info("resized %d position tables, the first is %s", len(resized), next(iter(resized)))
+        return used | resized
 
 
 @register_notrace_function  # FX cannot trace the comparison of sizes

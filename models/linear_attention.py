@@ -38,7 +38,7 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of projected q, k, v on a token map: focused linear, or one that the paper compares with it.
+    """Attention of projected q, k, v on a token map: focused linear attention, or one that the paper compares with it.
 
     The module has no projections: the backbones' subclasses add them, so that parameter names match those of released
     checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because there is no attention matrix.
@@ -137,13 +137,13 @@ class FocusedLinearAttention(nn.Module):
         if key_mask is not None:
             v = v * key_mask.unsqueeze(-1)
             has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
-            # If all keys are masked, the output would be 0 / 0: attend to all keys instead, whose values are zero.
+            # If all keys are masked, the output would be 0 / 0. Attend to all keys instead; their values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
         kernel, bias = self.local_filter()
         if self.kind == "focused" and self.fused and not is_transformed():
             out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
         else:  # compilers fuse the unfused form themselves
-            out = self._mix(q, k, v, key_grid, key_mask)
+            out = self._attend_unfused(q, k, v, key_grid, key_mask)
             if kernel is not None:
                 out = self._restore_rank(out, v, grid, kernel, bias)
         return out if has_keys is None else out * has_keys.unsqueeze(-1)
@@ -154,7 +154,7 @@ class FocusedLinearAttention(nn.Module):
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
         if self.dwc is None:
             return None, None
-        # All heads share the filters. Repeating the filters keeps the map a view; splitting the map would copy it.
+        # All heads share the filters. Repeating them allows the value map to be a view; splitting it into heads would copy it.
         return self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
 
     def attention_matrix(
@@ -180,9 +180,9 @@ class FocusedLinearAttention(nn.Module):
             columns = []
             for column in one_hot.unbind(-1):
                 values = column.unsqueeze(-1).expand(-1, -1, self.dim)
-                columns.append(self._mix(q, k, values, key_grid, mask))
+                columns.append(self._attend_unfused(q, k, values, key_grid, mask))
             return torch.stack(columns, dim=-1).transpose(1, 2)
-        weights = self._mix(q, k, one_hot.repeat(1, 1, self.num_heads), key_grid, mask)  # (B, N, H * M)
+        weights = self._attend_unfused(q, k, one_hot.repeat(1, 1, self.num_heads), key_grid, mask)  # (B, N, H * M)
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
@@ -195,8 +195,8 @@ class FocusedLinearAttention(nn.Module):
         self.grid = grid
         self.key_grid = key_grid
 
-    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
-        """``PositionTable.source_grid``; attention within windows or over reduced keys overrides it."""
+    def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
+        """See ``PositionTable.source_grid``; subclasses with windows or spatially reduced keys override it."""
         return stage_map
 
     def position_tables(self) -> list[PositionTable]:
@@ -212,7 +212,8 @@ class FocusedLinearAttention(nn.Module):
                 f"{self.num_prefix_tokens} prefix tokens needs {expected}; pass the {grid_name} of this call"
             )
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+    def _attend_unfused(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        """Attention without the convolution, in standard operations. (B, N, C)."""
         with without_autocast(q.device):
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
@@ -249,6 +250,7 @@ class FocusedLinearAttention(nn.Module):
         kernel: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
+        """Attention and convolution by ``focused_attention``. (B, N, C)."""
         same_map = q.shape[1] == k.shape[1]
         out = focused_attention(
             q,
@@ -267,6 +269,7 @@ class FocusedLinearAttention(nn.Module):
         return out if same_map or kernel is None else self._restore_rank(out, v, grid, kernel, bias)
 
     def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int], kernel: Tensor, bias: Tensor) -> Tensor:
+        """Add the depthwise convolution of ``v`` to the patch tokens of ``out``, (B, N, C)."""
         prefix, (height, width) = self.num_prefix_tokens, grid
         values = v[:, prefix:]
         if values.shape[1] != height * width:

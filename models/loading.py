@@ -14,12 +14,12 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 
 logger = logging.getLogger(__name__)
 
-MIN_COVERAGE = 0.8  # smallest fraction of the model that a file must fill, and of the file that the model must use
+MIN_COVERAGE = 0.8  # minimum fraction of the model that the file fills, and of the file that the model uses
 
 
 @dataclass
 class LoadReport:
-    """Report of loaded weights: the names of entries by what was done with them.
+    """Result of loading weights: names of the state-dict entries, grouped by outcome.
 
     Args:
         mapped: head entries whose rows were selected by class, as from an ImageNet-22k head.
@@ -39,7 +39,7 @@ class LoadReport:
     coverage: float = 0.0
 
     def __str__(self) -> str:
-        percent = math.floor(1000 * self.coverage) / 10  # 100 only for a complete file
+        percent = math.floor(1000 * self.coverage) / 10  # rounded down, so that only a complete file is reported as 100 %
         parts = [f"{self.path}: {self.weights} weights, {len(self.loaded)} entries loaded ({percent}% of the model)"]
         for name in ("resized", "mapped", "reinitialised", "missing", "unused"):
             if names := getattr(self, name):
@@ -54,8 +54,8 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
     """Load weights of the same model, trained at any input size and with any number of classes.
 
     Entries are matched by name. Position tables are resized (bicubic, as in the reference). If the file has the head of
-    ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes takes the rows
-    of its classes. A head with any other number of classes is not loaded.
+    ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes loads the rows
+    of the ImageNet-1k classes. A head with any other number of classes is not loaded.
 
     Args:
         weights: ``raw``, ``ema``, or ``auto`` for those with the best accuracy in training (see ``preferred_weights``).
@@ -91,7 +91,7 @@ def _stored_value(state: Mapping, section: str, key: str) -> object:
 def _match(
     model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str | None, img_size: int | list[int] | None
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights of a file that fit a model, and the report of all of them.
+    """The weights of a file that fit a model, and the completed report.
 
     Args:
         origin: model name in the file's config, for messages.
@@ -99,15 +99,15 @@ def _match(
     """
     own, head = model.state_dict(), _head_names(model)
 
-    def refuse(reason: str) -> CheckpointError:
+    def mismatch(reason: str) -> CheckpointError:
         hint = f": its own config is that of {origin}" if origin else describe_nearest(stored)
         return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
 
     try:
         resized = model.resize_position_tables(stored, img_size=img_size)
     except ValueError as error:
-        raise refuse(str(error)) from None
-    fitting, untouched = {}, 0
+        raise mismatch(str(error)) from None
+    fitting, num_unfilled = {}, 0
     for name, value in (stored | resized).items():
         if name not in own:
             if not model.unused_entries.fullmatch(name):
@@ -124,13 +124,13 @@ def _match(
                 fitting[name] = own[name].clone()
                 fitting[name][list(rows)] = value[list(rows.values())].to(own[name])
                 report.mapped.append(name)
-                if fresh := len(own[name]) - len(rows):
-                    report.reinitialised.append(f"{fresh} rows of {name}")
-                    untouched += fresh * own[name][0].numel()
+                if num_new := len(own[name]) - len(rows):
+                    report.reinitialised.append(f"{num_new} rows of {name}")
+                    num_unfilled += num_new * own[name][0].numel()
         else:
-            raise refuse(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
+            raise mismatch(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
-    filled = sum(own[name].numel() for name in fitting) - untouched
+    filled = sum(own[name].numel() for name in fitting) - num_unfilled
     report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
     body = [name for name in own if name not in head]
     sizes = {name: value.numel() for name, value in own.items()}
@@ -145,14 +145,15 @@ def _match(
     )
     if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
-        raise refuse(f"{reason}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
+        raise mismatch(f"{reason}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
     return fitting, report
 
 
 def _imagenet_rows(num_stored: int, num_classes: int) -> dict[int, int] | None:
-    """Class of ImageNet-1k -> its row in the head of a larger data set, which timm identifies by its number of classes.
+    """Map each class of ImageNet-1k to its row in the head of a larger data set, identified by its number of classes.
 
-    Some of these data sets lack a class or two of the 1000; their rows are not loaded.
+    Some of these data sets lack one or two of the 1000 classes; the result omits these classes. None if timm knows no data set
+    with ``num_stored`` classes, or if ``num_classes`` is not 1000.
     """
     subset = infer_imagenet_subset({"num_classes": num_stored})
     if num_classes != 1000 or subset is None:

@@ -30,12 +30,12 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction of softmax blocks, one per stage
+SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction ratio of softmax blocks, one per stage
 BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Reduction(nn.Module):
-    """Mixin: project a map to q, and the map reduced by a strided convolution to k and v."""
+    """Mixin: q is projected from the map; k and v are projected from the map after a strided convolution."""
 
     def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -48,7 +48,7 @@ class Reduction(nn.Module):
             self.norm = nn.LayerNorm(dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-        """(B, H, W, C) -> q (B, N, C), k and v (B, M, C), and the height and width of the keys' map."""
+        """Project a map (B, H, W, C) to q (B, N, C), k and v (B, M, C); also return the height and width of the keys' map."""
         q, keys = self.q(x.flatten(1, 2)), x
         if self.reduction > 1:
             keys = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -77,7 +77,7 @@ class LinearAttention(FocusedLinearAttention, Reduction):
         """Change the native map in place."""
         self.set_grid(grid, reduce_grid(grid, self.reduction))
 
-    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+    def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
         return reduce_grid(stage_map, self.reduction)
 
 
@@ -137,7 +137,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int):
         super().__init__()
-        # A kernel wider than its stride overlaps neighbouring patches and is centred on its own.
+        # A kernel wider than its stride overlaps neighbouring patches; the padding centres it on its patch.
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=kernel_size // 2 if kernel_size > stride else 0)
         self.norm = nn.LayerNorm(dim)
 
@@ -153,7 +153,7 @@ class PyramidBackbone(Backbone):
             resizes its position tables (bicubic).
         global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
-        linear_reductions: spatial reduction of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.
+        linear_reductions: spatial reduction ratio of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
@@ -275,7 +275,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     """FLatten-PVT, with one position table per stage; see ``PyramidBackbone`` for the other arguments.
 
     Args:
-        pos_drop_rate: dropout after the position tables.
+        pos_drop_rate: dropout after the position embeddings of each stage are added.
     """
 
     kernel_sizes = (4, 2, 2, 2)

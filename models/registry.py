@@ -48,7 +48,7 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
         TypeError: an argument that the family does not accept.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, MODELS)}; models.list_models() lists all")
+        raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)}; models.list_models() lists all")
     if img_size is not None:
         kwargs["img_size"] = img_size
     return MODELS[name](num_classes=num_classes, **kwargs)
@@ -77,12 +77,12 @@ def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
     """
     model_type = cfg.MODEL.TYPE
     if model_type not in NAMES:
-        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_nearest(model_type, NAMES)}")
+        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_suggest_nearest(model_type, NAMES)}")
     name = NAMES[model_type]
     return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
 
 
-LARGEST_UNCROPPED = 32  # pixels; evaluation does not crop smaller images
+LARGEST_UNCROPPED = 32  # pixels per side; evaluation does not crop images up to this size
 
 
 def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
@@ -116,7 +116,8 @@ def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
     return best
 
 
-def _nearest(name: str, names) -> str:
+def _suggest_nearest(name: str, names) -> str:
+    """End of an error message that suggests the name most similar to ``name``; "" if none is similar."""
     matches = get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f": did you mean {matches[0]!r}?" if matches else ""
 
@@ -181,7 +182,7 @@ def _deit_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Constructor -> the arguments that only its family has.
+# Constructor -> function that reads the arguments specific to its family from a config.
 FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
     swin.SwinTransformer: _swin_arguments,
     pvt.PyramidVisionTransformer: _pvt_arguments,

@@ -54,8 +54,8 @@ class LinearWindowAttention(FocusedLinearAttention):
     def set_window(self, window: tuple[int, int]) -> None:
         self.set_grid(window)
 
-    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
-        return next((window for window in capped_windows(stage_map) if window[0] * window[1] == num_rows), None)
+    def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
+        return next((window for window in capped_windows(stage_map) if window[0] * window[1] == num_positions), None)
 
 
 class SoftmaxWindowAttention(SoftmaxAttention):
@@ -82,9 +82,9 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         self.window = window
         self.init_non_persistent_buffers()
 
-    def source_grid(self, stage_map: tuple[int, int], num_rows: int) -> tuple[int, int] | None:
+    def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
         grids = (offset_grid(window) for window in capped_windows(stage_map))
-        return next((grid for grid in grids if grid[0] * grid[1] == num_rows), None)
+        return next((grid for grid in grids if grid[0] * grid[1] == num_positions), None)
 
     def position_tables(self) -> list[PositionTable]:
         return [PositionTable("relative_position_bias_table", offset_grid(self.window), self.source_grid)]
@@ -106,8 +106,8 @@ class SoftmaxWindowAttention(SoftmaxAttention):
 class SwinBlock(nn.Module):
     """Window attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    If the window covers a side of the native map, it covers that side of every map. Otherwise it keeps its size, and maps
-    that it does not divide are padded; the attention masks the padding.
+    If the window covers a side of the native map, it covers that side of every map. Otherwise it keeps its size: maps are
+    padded to a multiple of it, and the padding is masked.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class SwinStage(nn.Module):
 
 
 def create_patch_embed(patch_size: int, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None) -> PatchEmbed:
-    """Embed patches of images of any size; incomplete patches are padded. (B, in_chans, H, W) -> (B, h, w, embed_dim)."""
+    """Create a patch embedding for images of any size; it pads incomplete patches. (B, C, H, W) -> (B, h, w, embed_dim)."""
     return PatchEmbed(
         img_size=None,
         patch_size=patch_size,
@@ -275,7 +275,7 @@ class SwinTransformer(Backbone):
             attention global in every stage.
         softmax_window: window of softmax blocks, capped at the map.
         drop_rate: dropout before the classifier.
-        pos_drop_rate: dropout of the patch embeddings.
+        pos_drop_rate: dropout after the patch embedding.
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
         drop_path_rate: stochastic-depth rate of the last block.

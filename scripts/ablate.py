@@ -11,8 +11,8 @@ A YAML file lists the configs, the options shared by all arms, the seeds, and th
       focused: {}
 
 Each arm and seed is an ordinary run in <output>/<MODEL.NAME>/<arm>_<seed>. Repeating the command skips finished runs and
-resumes the others. Writes table.md and table.json: mean and standard deviation over seeds, and the difference of each arm from
-the baseline, paired by seed, with its 95 % confidence interval.
+resumes the others. The script writes table.md and table.json: mean and standard deviation over seeds, and the difference of
+each arm from the baseline, paired by seed, with its 95 % confidence interval.
 """
 
 import argparse
@@ -64,15 +64,15 @@ class Ablation:
         Raises:
             ConfigError: an arm has an illegal option.
         """
-        found = []
+        runs = []
         for seed in self.seeds:
             for arm, options in self.arms.items():
                 tag = f"{arm.replace(' ', '_')}_{seed}"
-                pairs = self.opts | options | {"SEED": seed, "TAG": tag, "OUTPUT": str(output)}
-                opts = [str(word) for pair in pairs.items() for word in pair]
+                overrides = self.opts | options | {"SEED": seed, "TAG": tag, "OUTPUT": str(output)}
+                opts = [str(word) for pair in overrides.items() for word in pair]
                 cfg = load_config([ROOT / path for path in self.cfg], opts)
-                found.append(Run(arm, seed, tag, opts, output / cfg.MODEL.NAME / tag))
-        return found
+                runs.append(Run(arm, seed, tag, opts, output / cfg.MODEL.NAME / tag))
+        return runs
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -88,8 +88,8 @@ def read_ablation(path: Path) -> Ablation:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(KEYS)}")
     content = {"opts": {}} | content
-    if unknown := content.keys() ^ KEYS.keys():
-        raise ConfigError(f"{path}: {', '.join(sorted(unknown))}: unknown or missing; the keys are {', '.join(KEYS)}")
+    if mismatched := content.keys() ^ KEYS.keys():
+        raise ConfigError(f"{path}: {', '.join(sorted(mismatched))}: unknown or missing; the keys are {', '.join(KEYS)}")
     for key, kind in KEYS.items():
         if not isinstance(content[key], kind):
             raise ConfigError(f"{path}: {key}={content[key]!r}: must be a {kind.__name__}")
@@ -101,7 +101,7 @@ def read_ablation(path: Path) -> Ablation:
 
 
 def final_accuracy(run: Run, num_epochs: int) -> float | None:
-    """Final top-1 accuracy in percent, of the EMA weights if evaluated; None if the run is unfinished."""
+    """Final top-1 accuracy in percent, of the EMA weights if they were evaluated, else of the raw ones; None if unfinished."""
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -112,7 +112,11 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
 
 def start(ablation: Ablation, run: Run, data: Path, *, slot: int, num_slots: int) -> subprocess.Popen:
-    """Start ``main.py`` for a run, appending its output to ``<tag>.txt`` next to the run's directory."""
+    """Start ``main.py`` for a run, appending its output to ``<tag>.txt`` next to the run's directory.
+
+    Args:
+        slot: index of the run among the ``num_slots`` concurrent runs, which share the GPUs or CPU cores.
+    """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots)))
     if num_gpus := count_gpus():
@@ -133,7 +137,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
     """Train the given runs, ``num_slots`` at a time.
 
     Raises:
-        RuntimeError: a run failed; the remaining runs are stopped after saving their state.
+        RuntimeError: a run failed. The other runs in progress are terminated with SIGTERM, on which they save their state.
     """
     waiting, running, started = deque(runs), {}, time.monotonic()
     try:
@@ -199,9 +203,11 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="YAML file of the ablation")
     parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
     parser.add_argument("--output", type=Path, required=True, help="parent directory of the runs")
-    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU or two cores")
+    parser.add_argument(
+        "--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU, else one per two cores"
+    )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit stops the runs
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
     try:
         ablation = read_ablation(args.file)
         runs = ablation.runs(args.output.absolute())
@@ -211,8 +217,8 @@ def main() -> None:
             raise ConfigError(f"--data-path {args.data_path}: no such directory")
         unfinished = [run for run in runs if final_accuracy(run, num_epochs) is None]
         print(f"{len(runs)} runs of {num_epochs} epochs, {len(runs) - len(unfinished)} of them finished", flush=True)
-        slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
-        train(ablation, unfinished, args.data_path, num_slots=slots)
+        num_slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
+        train(ablation, unfinished, args.data_path, num_slots=num_slots)
     except (ConfigError, RuntimeError) as error:
         sys.exit(f"ablate.py: error: {error}")
     accuracies = {arm: [final_accuracy(run, num_epochs) for run in runs if run.arm == arm] for arm in ablation.arms}

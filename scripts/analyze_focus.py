@@ -1,8 +1,8 @@
 """Measure how focused a model's attention is, per block, head and form of attention, over a set of images.
 
 Forms: the model's own attention, the same plus its convolution, and softmax, linear, focused and Efficient attention on the
-same queries and keys. Writes focus.json (per image), focus.csv (means per head), report.md, and two plots: the measures per
-block, and the singular values of each block, as in the paper's rank figure.
+same queries and keys. The script writes focus.json (per image), focus.csv (means per head), report.md, and two plots:
+measures.png has the measures per block, and ranks.png the singular values of each block, as in the paper's rank figure.
 """
 
 import argparse
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
 from utils.files import replacing
 
-DRAWN = ("entropy", "top 5 %", "distance", "effective rank")
+DRAWN = ("entropy", "top 5 %", "distance", "effective rank")  # measures in measures.png
 
 
 def draw_measures(rows, path: Path) -> None:
@@ -39,7 +39,7 @@ def draw_measures(rows, path: Path) -> None:
 
 
 def draw_ranks(model, image, names, path: Path) -> None:
-    """Plot singular values relative to the largest, of each block's first head and window, with and without the convolution."""
+    """Plot the relative singular values of the first head and window of each block, with and without the convolution."""
     import torch
     from matplotlib.figure import Figure
 
@@ -47,15 +47,15 @@ def draw_ranks(model, image, names, path: Path) -> None:
     from analysis.measures import singular_values
     from analysis.summary import OWN, WITH_CONVOLUTION, matrices, spread
 
-    with torch.no_grad(), capture(model, names) as found:
+    with torch.no_grad(), capture(model, names) as attentions:
         model(image.unsqueeze(0))
-    columns = min(4, len(found))
-    rows = math.ceil(len(found) / columns)
+    columns = min(4, len(attentions))
+    rows = math.ceil(len(attentions) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(attentions) :]:
         axis.axis("off")
-    for axis, attention in zip(axes.flat, found, strict=False):
+    for axis, attention in zip(axes.flat, attentions, strict=False):
         weights = matrices(attention)
         for form in (OWN, WITH_CONVOLUTION):
             if form in weights:
@@ -101,13 +101,17 @@ def analyze(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, as for main.py")
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, for a checkpoint without one")
+    parser.add_argument(
+        "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
+    )
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
     parser.add_argument("--output", type=Path, default=Path("focus"), help="output directory")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
-    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+    )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
     if args.every < 1:

@@ -1,7 +1,7 @@
 """Average the weights of several checkpoints into one file, as in model soups (https://arxiv.org/abs/2203.05482).
 
 The file contains the averaged weights, and the config and class names of the first checkpoint. Evaluate it with
---eval --resume, or start from it with --pretrained.
+main.py --eval --resume, or fine-tune from it with main.py --pretrained.
 """
 
 import argparse
@@ -25,37 +25,39 @@ def average(paths: list[Path], weights: str) -> dict:
         A checkpoint: ``model``, and the entries of ``DESCRIPTION`` that the first file has.
 
     Raises:
-        CheckpointError: a file cannot be read, lacks these weights, or has a different model or classes.
+        CheckpointError: a file cannot be read, lacks these weights, or differs from the first file in model or classes.
     """
     total: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    described: dict = {}
+    dtypes: dict[str, torch.dtype] = {}
+    metadata: dict = {}
     for path in paths:
         state = read_checkpoint(path)
         if path == paths[0]:
-            described = {key: state[key] for key in DESCRIPTION if key in state}
-        if state.get("class_names", described.get("class_names")) != described.get("class_names"):
+            metadata = {key: state[key] for key in DESCRIPTION if key in state}
+        if state.get("class_names", metadata.get("class_names")) != metadata.get("class_names"):
             raise CheckpointError(f"{path}: has different classes than {paths[0]}; average checkpoints of one data set")
-        _, own = choose_weights(state, weights, path)
-        if total and {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in total.items()}:
+        _, state_dict = choose_weights(state, weights, path)
+        if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(f"{path}: is a different model than {paths[0]}; average checkpoints of one model")
-        for name, value in own.items():
+        for name, value in state_dict.items():
             if not value.is_floating_point():
                 if name in total and not torch.equal(total[name], value):
                     raise CheckpointError(f"{path}: the non-floating-point entry {name} differs from that of {paths[0]}")
                 total[name] = value
                 continue
-            kinds.setdefault(name, value.dtype)
+            dtypes.setdefault(name, value.dtype)
             total[name] = total[name] + value.double() if name in total else value.double()
-    mean = {name: (value / len(paths)).to(kinds[name]) if name in kinds else value for name, value in total.items()}
-    return {"model": mean, **described}
+    mean = {name: (value / len(paths)).to(dtypes[name]) if name in dtypes else value for name, value in total.items()}
+    return {"model": mean, **metadata}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the more accurate ones of each file")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="auto: for each file, the more accurate ones in training"
+    )
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"{args.output}: already exists; choose another name")

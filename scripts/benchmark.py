@@ -1,8 +1,8 @@
-"""Measure speed, memory and memory traffic. Compared tasks run in turn in one process.
+"""Measure speed, memory and memory traffic. The tasks that are compared run alternately in one process.
 
-    model       models against their softmax baseline, timm's model and a naive implementation of the paper's formula
-    attention   the operator over the number of tokens, and its memory traffic
-    data        decoding and augmentation against torchvision's reader and timm's transform
+    model       models compared with their softmax baseline, timm's model and a naive implementation of the paper's formula
+    attention   the attention operator at several numbers of tokens, and its memory traffic
+    data        decoding and augmentation compared with torchvision's reader and timm's transform
     epoch       the training loop of a config: cost of data loader, EMA and loop relative to the bare step
 
 Each mode prints a table. --json writes its records with versions, device and command; --png plots those of model and attention.
@@ -27,10 +27,10 @@ def parse() -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--rounds", type=int, default=5, help="measurements per task, after one warm-up")
     shared.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
-    drawn = argparse.ArgumentParser(add_help=False)
-    drawn.add_argument("--png", type=Path, metavar="FILE", help="plot the records to this file")
+    plotting = argparse.ArgumentParser(add_help=False)
+    plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the records to this file")
 
-    model = modes.add_parser("model", parents=[shared, drawn], help="complete models")
+    model = modes.add_parser("model", parents=[shared, plotting], help="complete models")
     model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
     model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which step to measure")
     model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
@@ -38,12 +38,16 @@ def parse() -> argparse.Namespace:
     model.add_argument("--batch-size", type=int, nargs="+", default=[8])
     model.add_argument("--img-size", type=int, default=224, help="pixels")
 
-    attention = modes.add_parser("attention", parents=[shared, drawn], help="the attention operator")
+    attention = modes.add_parser("attention", parents=[shared, plotting], help="the attention operator")
     attention.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="square numbers")
     attention.add_argument("--dim", type=int, default=96, help="channels")
     attention.add_argument("--heads", type=int, default=3)
-    attention.add_argument("--batch-size", type=int, default=8, help="images at 3136 tokens; scaled inversely with tokens")
-    attention.add_argument("--most-softmax-tokens", type=int, default=4096, help="maximum number of tokens for softmax")
+    attention.add_argument(
+        "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
+    )
+    attention.add_argument(
+        "--most-softmax-tokens", type=int, default=4096, help="softmax is measured up to this number of tokens"
+    )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
     data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
@@ -52,11 +56,11 @@ def parse() -> argparse.Namespace:
     data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="augmentation config")
     data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers; default: all cores")
 
-    epoch = modes.add_parser("epoch", parents=[shared], help="the training job")
+    epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
     epoch.add_argument("--cfg", nargs="+", required=True, metavar="FILE")
     epoch.add_argument("--data-path", required=True, help="directory with train/ and val/")
     epoch.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
-    epoch.add_argument("--updates", type=int, default=10, help="updates per measurement")
+    epoch.add_argument("--updates", type=int, default=10, help="optimizer updates per measurement")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: give 1 or more")
@@ -101,7 +105,7 @@ def measure_attention(args: argparse.Namespace, device) -> list[dict]:
             dim=args.dim,
             num_heads=args.heads,
             batch_size=max(1, args.batch_size * 3136 // num_tokens),
-            most_softmax_tokens=args.most_softmax_tokens,
+            max_softmax_tokens=args.most_softmax_tokens,
             rounds=args.rounds,
             dtype=DTYPES[args.precision],
             device=device,
@@ -115,9 +119,9 @@ def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from jobs.prediction import find_images
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
-    workers = count_cores() if args.workers < 0 else args.workers
+    max_workers = count_cores() if args.workers < 0 else args.workers
     records = measure_loading(paths, cfg, rounds=args.rounds, packed=args.packed)
-    return records + measure_workers(paths, cfg, batch_size=16, most_workers=workers)
+    return records + measure_workers(paths, cfg, batch_size=16, max_workers=max_workers)
 
 
 def measure_epoch(args: argparse.Namespace, device) -> list[dict]:
@@ -154,13 +158,13 @@ def format_cell(value: object) -> str:
 
 
 def draw_attention(records: list[dict], figure) -> None:
-    """Plot the time per token over the number of tokens."""
+    """Plot the time per token against the number of tokens."""
     axes = figure.subplots(1, 2, squeeze=True)
     for axis, pass_name in zip(axes, ("forward", "forward and backward"), strict=True):
         rows = [record for record in records if record["pass"] == pass_name and "tokens" in record]
         for name in dict.fromkeys(row["attention"] for row in rows):
-            own = [row for row in rows if row["attention"] == name]
-            axis.loglog([row["tokens"] for row in own], [row["ns_per_token"] for row in own], "o-", label=name)
+            series = [row for row in rows if row["attention"] == name]
+            axis.loglog([row["tokens"] for row in series], [row["ns_per_token"] for row in series], "o-", label=name)
         axis.set(title=pass_name, xlabel="tokens", ylabel="ns per token")
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -173,10 +177,10 @@ def draw_models(records: list[dict], figure) -> None:
     groups = list(dict.fromkeys(labels))
     names = list(dict.fromkeys(row["contestant"].split()[0] for row in records))
     for position, name in enumerate(names):
-        found = {label: row for label, row in zip(labels, records, strict=True) if row["contestant"].split()[0] == name}
-        places = [groups.index(label) + position * 0.8 / len(names) for label in found]
-        axis.bar(places, [row["speedup_over_naive"][0] for row in found.values()], 0.8 / len(names), align="edge", label=name)
-    axis.set_xticks([place + 0.4 for place in range(len(groups))], groups, fontsize=8)
+        bars = {label: row for label, row in zip(labels, records, strict=True) if row["contestant"].split()[0] == name}
+        edges = [groups.index(label) + position * 0.8 / len(names) for label in bars]
+        axis.bar(edges, [row["speedup_over_naive"][0] for row in bars.values()], 0.8 / len(names), align="edge", label=name)
+    axis.set_xticks([group + 0.4 for group in range(len(groups))], groups, fontsize=8)
     axis.set_ylabel("images per second over those of the naive implementation")
     axis.legend()
 

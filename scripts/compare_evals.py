@@ -1,8 +1,8 @@
 """Test whether two models differ in accuracy, from their predictions for the same images.
 
 Pass two prediction files, or the output directories of two evaluations with --opts TEST.PREDICTIONS True. The predictions are
-paired, so the test is McNemar's exact test: of the images that exactly one model classifies correctly, does the fraction of the
-second model differ significantly from one half?
+paired, so the test is McNemar's exact test: among the images that exactly one of the models classifies correctly, it tests
+whether the fraction that the second model classifies correctly differs from one half.
 """
 
 import argparse
@@ -21,14 +21,14 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
     """Read the predictions of an evaluation.
 
     Args:
-        path: the file, or the output directory of an evaluation.
-        weights: raw or ema, for a directory; None for the ``preferred`` ones of its ``eval.json``.
+        path: predictions file, or output directory of an evaluation.
+        weights: raw or ema, which selects the file in a directory; None selects the ``preferred`` weights of its ``eval.json``.
 
     Returns:
-        The path of the file, and prediction and target by image.
+        The path of the predictions file, and (prediction, target) by image name.
 
     Raises:
-        ValueError: the file does not exist, or is not a predictions file.
+        ValueError: the file does not exist, is not a predictions file, has no predictions, or is damaged.
     """
     if path.is_dir():
         record = path / "eval.json"
@@ -55,30 +55,30 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     """Report both accuracies, their difference and McNemar's test.
 
     Args:
-        first, second: prediction and target of each image.
+        first, second: (prediction, target) by image name.
 
     Raises:
         ValueError: the images or targets differ.
     """
     first, second = (_by_key(pairs, other) for pairs, other in ((first, second), (second, first)))
     if first.keys() != second.keys():
-        apart = sorted(first.keys() ^ second.keys())
+        unmatched = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"{len(apart)} images are in only one of the files ({apart[0]}, ...); evaluate both on the same data. Tar "
-            "shards rename images of equal stem"
+            f"{len(unmatched)} images are in only one of the files ({unmatched[0]}, ...); evaluate both on the same data. "
+            "Packing as tar renames images whose names differ only in the extension"
         )
-    if other := next((name for name in first if first[name][1] != second[name][1]), None):
+    if mismatch := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(
-            f"{other}: has target {first[other][1]} in the first file and {second[other][1]} in the second; evaluate both on "
-            "the same classes"
+            f"{mismatch}: has target {first[mismatch][1]} in the first file and {second[mismatch][1]} in the second; evaluate "
+            "both on the same classes"
         )
     first, second = ({name: prediction == target for name, (prediction, target) in pairs.items()} for pairs in (first, second))
     total = len(first)
     only_first = sum(first[name] and not second[name] for name in first)
     only_second = sum(second[name] and not first[name] for name in first)
     lines = [f"{total} images"]
-    for label, right in (("first", first), ("second", second)):
-        correct = sum(right.values())
+    for label, is_correct in (("first", first), ("second", second)):
+        correct = sum(is_correct.values())
         low, high = wilson_interval(correct, total)
         lines.append(f"{label:<7} {correct:>7} correct  {100 * correct / total:6.2f} %  (95 %: {low:.2f} to {high:.2f})")
     low, high = paired_interval(only_first, only_second, total)
@@ -92,7 +92,10 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
 
 
 def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
-    """If the names of the two files differ, rename images to their key in tar shards: no shard, no extension."""
+    """If the image names of the two files differ, replace each name by its webdataset key, without shard and extension.
+
+    The names are unchanged if two of them have the same key.
+    """
     if pairs.keys() == other.keys():
         return pairs
 
@@ -108,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="predictions file, or output directory of an evaluation")
     parser.add_argument("second", type=Path)
-    parser.add_argument("--weights", choices=("raw", "ema"), help="for directories (default: the evaluation's preferred)")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="for directories (default: the preferred weights)")
     args = parser.parse_args()
     try:
-        (first, right_first), (second, right_second) = (read(path, args.weights) for path in (args.first, args.second))
-        print(f"first: {first}\nsecond: {second}\n{compare(right_first, right_second)}")
+        (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))
+        print(f"first: {first}\nsecond: {second}\n{compare(first_pairs, second_pairs)}")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

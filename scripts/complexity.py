@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import create_model, list_models
 
-# Millions of parameters and billions of multiply-adds, from the paper; from its code for the sizes that the paper omits (PVT-M
-# and -B, PVTv2-B0, -B3 and -B4).
+# Millions of parameters and billions of multiply-adds, as published in the paper. For the sizes that the paper omits (PVT-M and
+# -B, PVTv2-B0, -B3 and -B4), they come from the paper's code.
 PAPER = {
     "flatten_deit_t": (6.1, 1.1),
     "flatten_pvt_t": (12.2, 2.0),
@@ -81,17 +81,17 @@ def activation_bytes(name: str, side: int, **options) -> int:
     """Bytes of activations saved for the backward pass, for one image in fp32."""
     with torch.device("meta"):
         model = create_model(name, img_size=side, **options)
-    kept = {}
+    saved_bytes = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            saved_bytes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(torch.empty(1, 3, side, side, device="meta"))
     del output
-    return sum(kept.values())
+    return sum(saved_bytes.values())
 
 
 def plot(path: Path) -> None:

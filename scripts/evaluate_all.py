@@ -1,7 +1,7 @@
 """Evaluate many checkpoints on one data set, and write a CSV with one row per checkpoint, sorted by accuracy.
 
 Each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is rewritten after every checkpoint, so an
-interrupted run keeps its results. A checkpoint that cannot be evaluated is reported and skipped.
+interrupted run loses no results. A checkpoint that cannot be evaluated is reported and skipped.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Write the rows, best accuracy first, replacing the file atomically."""
+    """Write the rows, highest accuracy first, replacing the file atomically."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -67,14 +67,15 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
     parser.add_argument("--data-path", required=True, help="directory with val/")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config for all (default: each checkpoint's own)")
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config for all checkpoints (default: each one's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass for throughput (default: 16)")
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():
         parser.error(f"--data-path {args.data_path}: no such directory")
 
-    from utils.distributed import cleanup, setup  # after the arguments are checked
+    # Imported after the arguments are checked, because importing torch is slow.
+    from utils.distributed import cleanup, setup
     from utils.log import setup_logging
 
     world = setup()
@@ -83,7 +84,7 @@ def main() -> None:
     for reference in args.checkpoints:
         try:
             rows.append(evaluate_one(reference, args, world))
-        except ValueError as error:  # config, data or checkpoint
+        except ValueError as error:  # ConfigError, DataError or CheckpointError
             failed.append(f"{reference}: {error}")
             continue
         if world.is_main:

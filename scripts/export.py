@@ -1,8 +1,9 @@
-"""Export a trained model: safetensors with timm's config.json and a model card, torch.export (.pt2), ONNX.
+"""Export a trained model as safetensors with timm's config.json, as a torch.export program (.pt2), or as ONNX.
 
-The directory loads in timm: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX
-files are loaded back and compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three
-more packages: pip install onnx onnxscript onnxruntime.
+The directory also gets a model card. If it has the safetensors file, timm loads it:
+``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded back and
+compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
+pip install onnx onnxscript onnxruntime.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from utils.config import ConfigError, image_size, load_config, to_dict
 from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
-LARGEST_ERROR = 1e-4  # of a logit, relative to the largest logit or 1, whichever is greater
+LARGEST_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
 MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
 
@@ -37,14 +38,14 @@ class ExportError(RuntimeError):
 
 
 def export_torch(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write a ``torch.export`` program with dynamic batch size. Returns its largest error on the images."""
+    """Write a ``torch.export`` program with dynamic batch size. Returns its largest relative error on the images."""
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path)
     return _largest_error(model, torch.export.load(path).module(), images, path)
 
 
 def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str] | None = None) -> float:
-    """Write an ONNX file with input ``images``, output ``logits`` and dynamic batch size. Returns its largest error.
+    """Write an ONNX file with input ``images``, output ``logits`` and dynamic batch size. Returns its relative error.
 
     Args:
         metadata: entries of the file's ``metadata_props``.
@@ -55,7 +56,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    with sdpa_kernel(SDPBackend.MATH):  # same memory layout as the decomposed attention
+    with sdpa_kernel(SDPBackend.MATH):  # its output has the memory layout of the exported (decomposed) attention
         program = torch.onnx.export(
             model,
             (images,),
@@ -78,7 +79,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
 
 
 def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> float:
-    """Compare exported logits with the model's. Returns the largest error, relative to the largest logit.
+    """Compare exported logits with the model's. Returns the largest error, relative as for ``LARGEST_ERROR``.
 
     Raises:
         ExportError: the error exceeds ``LARGEST_ERROR``.
@@ -86,8 +87,8 @@ def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> fl
     errors = []
     with torch.inference_mode():
         for count in BATCHES:
-            expected, found = model(images[:count]), exported(images[:count])
-            errors.append((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+            expected, actual = model(images[:count]), exported(images[:count])
+            errors.append((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
     error = torch.stack(errors).max().item()  # NaN if any error is NaN
     if not error <= LARGEST_ERROR:
         raise ExportError(f"{path}: relative error {error:.2g} of the logits exceeds {LARGEST_ERROR:.0e}; do not use this file")
@@ -153,14 +154,14 @@ def model_card(
     return "\n".join(lines)
 
 
-def find_evaluation(given: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
-    """Read the given ``eval.json``, or the matching one next to the checkpoint; None if there is neither.
+def find_evaluation(path: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
+    """Read the ``eval.json`` at ``path``, or without a path, the matching one next to the checkpoint; None if there is none.
 
     Raises:
-        ExportError: the given one belongs to another file or other weights.
+        ExportError: the file at ``path`` cannot be read, or belongs to another checkpoint or other weights.
     """
-    if given is not None:
-        return read_evaluation(given, checkpoint.digest, label)
+    if path is not None:
+        return read_evaluation(path, checkpoint.digest, label)
     try:
         return read_evaluation(checkpoint.path.with_name("eval.json"), checkpoint.digest, label)
     except ExportError:
@@ -171,7 +172,7 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
     """Read an ``eval.json``, and check that it belongs to the checkpoint.
 
     Raises:
-        ExportError: it cannot be read, or belongs to another file or other weights.
+        ExportError: it cannot be read, or belongs to another checkpoint or other weights.
     """
     try:
         evaluation = json.loads(path.read_text())
@@ -184,8 +185,8 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
 
 def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, class_names: Sequence[str]) -> None:
     """Write the weights, with config and class names as metadata, so that the file is self-contained."""
-    described = {"config": to_dict(cfg), "class_names": list(class_names)}
-    metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(described)}
+    contents = {"config": to_dict(cfg), "class_names": list(class_names)}
+    metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(contents)}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     path.write_bytes(save(state, metadata=metadata))
 
@@ -195,7 +196,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
     Raises:
         ExportError: an exported file does not match the model.
-        ConfigError, CheckpointError: config and checkpoint do not match.
+        ConfigError, CheckpointError: the directory is not empty, or config and checkpoint do not match.
     """
     if args.folder.is_dir() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder}: is not empty; choose another directory")
@@ -239,7 +240,12 @@ def main() -> None:
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
     parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the more accurate ones in training")
-    parser.add_argument("--eval-json", type=Path, metavar="FILE", help="for the model card (default: next to the checkpoint)")
+    parser.add_argument(
+        "--eval-json",
+        type=Path,
+        metavar="FILE",
+        help="accuracy for the model card (default: the eval.json next to the checkpoint)",
+    )
     args = parser.parse_args()
     try:
         files = export(args)

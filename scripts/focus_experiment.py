@@ -1,7 +1,8 @@
-"""Compare the sharpness of softmax, linear and focused linear attention, with the paper authors' own example.
+"""Compare the sharpness of softmax, linear and focused linear attention on an example of the paper's authors.
 
-The example has one query and five keys of four positive integers. Prints the attention weights for the vectors unscaled and
-scaled by 0.2. --plot draws the entropy of the weights over the magnitude of the vectors and the focusing factor.
+The example has one query and five keys; each is a vector of four positive integers. The script prints the attention weights for
+the original vectors and for the vectors times 0.2. --plot draws the entropy of the weights against the magnitude of the vectors
+and against the focusing factor.
 """
 
 import argparse
@@ -22,7 +23,7 @@ NUM_KEYS, DIM = 49, 32  # random vectors of the plot: window and head size of Sw
 
 
 def make_vectors() -> tuple[Tensor, Tensor]:
-    """The query (1, 4) and the keys (5, 4) of the experiment."""
+    """The query (1, 4) and the keys (5, 4) of the authors' experiment."""
     generator = torch.Generator().manual_seed(5)
     keys = torch.randint(1, 9, (4, 5), generator=generator).T
     return torch.tensor([[1.0, 2.0, 4.0, 9.0]]).double(), keys.double()
@@ -63,7 +64,11 @@ def mean_entropy(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> float:
 
 
 def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
-    """Magnitude at which softmax becomes as sharp as focused linear attention; None if not between 0.01 and 10."""
+    """Factor on q and k at which softmax is as sharp as focused attention; None if there is none between 0.01 and 10.
+
+    Args:
+        form: ``softmax`` or ``softmax, scaled``.
+    """
     target = mean_entropy("focused", q, k)
     low, high = 0.01, 10.0
     if not mean_entropy(form, low * q, low * k) > target > mean_entropy(form, high * q, high * k):
@@ -102,7 +107,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy over magnitude and focusing factor")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy against magnitude and focusing factor")
     args = parser.parse_args()
     print(table())
     for title, (q, k) in {"the experiment": make_vectors(), "normal q and k": random_vectors()}.items():

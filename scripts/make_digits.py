@@ -1,4 +1,4 @@
-"""Write scikit-learn's handwritten digits as an image folder: 1,797 real images of 10 classes, no download.
+"""Write scikit-learn's handwritten digits as image files: 1,797 real images of 10 classes, without a download.
 
 Every fifth image goes to ``val``, the rest to ``train``.
 """

@@ -1,13 +1,13 @@
-"""Sample mutants of the code and count how many of them the tests notice: a tool for developers.
+"""Sample mutants of the code and count how many of them the tests detect: a tool for developers.
 
 A mutant is the code with one small mistake: a comparison, an operator, a constant, a condition, an argument or a statement is
-changed. The tests that execute the changed line run on it; the mutant is killed if one of them fails.
+changed. The tests that execute the changed line are run on the mutant. The mutant is killed if one of them fails.
 
     python scripts/mutate.py record                      # run the tests once and record which lines each of them executes
     python scripts/mutate.py sample models data --number 60 --seed 0
 
-``record`` takes one run of the tests with coverage, and needs ``coverage`` and ``pytest-cov``. ``sample`` prints every survivor
-with its file, line and change; many are equivalent to the original, so read them.
+``record`` runs the tests once with coverage, and needs ``coverage`` and ``pytest-cov``. ``sample`` prints every mutant that
+survived, with its file, line and change. Many of these are equivalent to the original code, so inspect each one.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("main.py", "models", "data", "jobs", "utils", "weights", "analysis")
-QUICK = 1.0  # seconds of a test that runs before slower ones
-RECORD = ".mutation"  # directory of what ``record`` writes
+QUICK = 1.0  # seconds; tests that take less time are run first
+RECORD = ".mutation"  # output directory of ``record``
 COVERAGE_CONFIG = """
 [run]
 branch = true
@@ -63,16 +63,16 @@ OPERATORS = {
     ast.Pow: "*",
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
-REPORTING = {"logger", "warnings", "print"}  # calls whose text and presence are not worth a test
+REPORTING = {"logger", "warnings", "print"}  # calls of these are not mutated: no test needs to check them
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """The source between two offsets replaced.
+    """One change of a file: the source between the offsets ``start`` and ``end`` is replaced.
 
     Args:
-        statement: first line of the statement, by which coverage counts.
-        in_function: whether tests execute it, and not only imports.
+        statement: line number at which the statement starts, as in coverage data.
+        in_function: whether it is inside a function, so that tests execute it. Other lines are executed at import only.
     """
 
     path: str
@@ -92,7 +92,7 @@ class Mutant:
 
 
 class MutantFinder(ast.NodeVisitor):
-    """All mutants of a file. Docstrings, annotations, messages and log calls are left out."""
+    """Collects all mutants of a file, except for changes of docstrings, annotations, messages and log calls."""
 
     def __init__(self, path: str, source: str):
         self.path = path
@@ -120,15 +120,15 @@ class MutantFinder(ast.NodeVisitor):
         return ast.get_source_segment(self.source, node)
 
     def add(self, node: ast.AST, replacement: str, *, last: ast.AST | None = None) -> None:
-        """Replace a node, or all from one node to the end of another."""
+        """Add a mutant that replaces a node, or the source from its start to the end of the node ``last``."""
         last = last or node
         start = self.offset(node.lineno, node.col_offset)
         end = self.offset(last.end_lineno, last.end_col_offset)
-        before = " ".join(self.source[start:end].split())
-        change = f"{before[:70]} -> {' '.join(replacement.split())[:70]}"
+        original = " ".join(self.source[start:end].split())
+        change = f"{original[:70]} -> {' '.join(replacement.split())[:70]}"
         self.mutants.append(Mutant(self.path, node.lineno, self.statement, self.depth > 0, start, end, replacement, change))
 
-    # Nodes that are skipped, or of which parts are.
+    # Nodes that are skipped as a whole or in part.
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         pass
@@ -165,7 +165,7 @@ class MutantFinder(ast.NodeVisitor):
             self.add(node, "pass")
         self.generic_visit(node)
 
-    # Nodes that are changed.
+    # Nodes that are mutated.
 
     def visit_Compare(self, node: ast.Compare) -> None:
         if len(node.ops) == 1:
@@ -237,10 +237,10 @@ def find_mutants(paths: list[str]) -> list[Mutant]:
 
 @dataclass(frozen=True)
 class Record:
-    """What one run of the tests showed.
+    """Line coverage and duration of each test, from one run of the tests.
 
     Args:
-        executed: file -> line -> tests that execute it while they run. Lines that only imports execute have none.
+        executed: file -> line -> tests that execute it; the set is empty for lines that are executed at import only.
         seconds: test -> duration.
     """
 
@@ -248,22 +248,23 @@ class Record:
     seconds: dict[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests to run, quickest first: those that execute the line.
+        """The tests that can detect a mutant, quickest first: those that execute its line.
 
-        Only imports execute a line outside functions. Any test may depend on it: those that execute the file come first.
+        A line outside functions is executed at import, and any test may depend on it. All tests are returned in this case,
+        those that execute the file first.
         """
         lines = self.executed.get(mutant.path, {})
-        of_file = set().union(*lines.values())
+        tests_of_file = set().union(*lines.values())
         if mutant.in_function:
-            return sorted(lines.get(mutant.statement, of_file), key=self.duration)
-        return sorted(of_file, key=self.duration) + sorted(self.seconds.keys() - of_file, key=self.duration)
+            return sorted(lines.get(mutant.statement, tests_of_file), key=self.duration)
+        return sorted(tests_of_file, key=self.duration) + sorted(self.seconds.keys() - tests_of_file, key=self.duration)
 
     def duration(self, test: str) -> float:
         return self.seconds.get(test, 0.0)
 
 
 def record(arguments: list[str]) -> None:
-    """Run the tests with coverage, and keep which of them executes which line."""
+    """Run the tests with coverage, and store which test executes which line, and the duration of each test."""
     folder = ROOT / RECORD
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -283,7 +284,7 @@ def record(arguments: list[str]) -> None:
 
 
 def pytest_runtest_protocol(item, nextitem) -> None:
-    """Hook of pytest while ``record`` runs: processes that a test starts record their lines as the test's."""
+    """pytest hook, active in ``record``: assign the lines executed by the subprocesses of a test to that test."""
     from coverage import Coverage
 
     if (coverage := Coverage.current()) is not None:
@@ -301,7 +302,7 @@ def read_record() -> Record:
     for file in data.measured_files():  # relative to the project
         lines = {}
         for line, contexts in data.contexts_by_lineno(file).items():
-            # The test, or the test and its phase, as in "tests/x.py::test_y|run".
+            # A context has the form TEST or TEST|PHASE, such as "tests/x.py::test_y|run".
             names = {part for context in contexts for part in context.split("|") if "::" in part}
             lines[line] = names
         executed[file] = lines
@@ -309,36 +310,38 @@ def read_record() -> Record:
 
 
 def collect_tests() -> set[str]:
-    """Identifiers of the tests that are there now; some may have changed since ``record``."""
+    """Node ids of the current tests; tests may have been added or removed since ``record``."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-m", ""]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {line for line in listed.splitlines() if "::" in line}
 
 
 def run_tests(mutant: Mutant, tests: Sequence[str], seconds: Mapping[str, float]) -> str:
-    """Outcome of a mutant: killed, survived, or not covered if no test executes the line."""
+    """Run tests on a mutant. Returns its outcome: killed, survived, or not covered if there are no tests."""
     if not tests:
         return "not covered"
     with tempfile.TemporaryDirectory(prefix="mutant") as folder:
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for file in listed.splitlines():
+        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for file in tracked.splitlines():
             if (ROOT / file).is_file():
                 target = Path(folder) / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / file, target)
-        changed = Path(folder) / mutant.path
-        changed.write_text(mutant.apply(changed.read_text()))
-        # Quick tests first: pytest has an order of its own within one run.
+        mutated_file = Path(folder) / mutant.path
+        mutated_file.write_text(mutant.apply(mutated_file.read_text()))
+        # Two runs of pytest, since pytest may reorder the tests within one run.
         quick = [test for test in tests if seconds.get(test, 0.0) < QUICK]
         slow = [test for test in tests if seconds.get(test, 0.0) >= QUICK]
         passed = all(
-            _pass(part, folder, timeout=60 + 5 * sum(seconds.get(test, 0.0) for test in part)) for part in (quick, slow) if part
+            _tests_pass(part, folder, timeout=60 + 5 * sum(seconds.get(test, 0.0) for test in part))
+            for part in (quick, slow)
+            if part
         )
     return "survived" if passed else "killed"
 
 
-def _pass(tests: Sequence[str], folder: str, *, timeout: float) -> bool:
-    """Whether tests pass in a copy of the project. A run that hangs does not."""
+def _tests_pass(tests: Sequence[str], folder: str, *, timeout: float) -> bool:
+    """Whether tests pass in a copy of the project. A run that takes longer than ``timeout`` seconds has failed."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", f"--basetemp={folder}/tmp"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, *tests],
@@ -359,24 +362,24 @@ def _pass(tests: Sequence[str], folder: str, *, timeout: float) -> bool:
 
 
 def sample(paths: list[str], number: int, seed: int, budget: float) -> None:
-    kept, mutants, present = read_record(), find_mutants(paths), collect_tests()
+    recorded, mutants, current_tests = read_record(), find_mutants(paths), collect_tests()
     chosen = random.Random(seed).sample(mutants, min(number, len(mutants)))
 
-    def judge(mutant: Mutant) -> tuple[Mutant, str]:
+    def run_mutant(mutant: Mutant) -> tuple[Mutant, str]:
         tests, total = [], 0.0
-        for test in kept.tests_of(mutant):  # quickest first, up to the budget
-            if test not in present:
+        for test in recorded.tests_of(mutant):  # quickest first, up to the budget
+            if test not in current_tests:
                 continue
-            total += kept.seconds.get(test, 0.0)
+            total += recorded.seconds.get(test, 0.0)
             if total > budget and tests:
                 break
             tests.append(test)
-        outcome = run_tests(mutant, tests, kept.seconds)
+        outcome = run_tests(mutant, tests, recorded.seconds)
         print(f"{outcome:12} {mutant} ({len(tests)} tests)", flush=True)
         return mutant, outcome
 
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(judge, chosen))
+        results = list(pool.map(run_mutant, chosen))
     survivors = [mutant for mutant, outcome in results if outcome != "killed"]
     print(f"\nkilled {len(results) - len(survivors)} of {len(results)} mutants, drawn from {len(mutants)} with seed {seed}")
     for mutant in survivors:
@@ -390,9 +393,9 @@ def main() -> None:
     modes.add_parser("record", help="run the tests once with coverage; further arguments go to pytest")
     sampling = modes.add_parser("sample", help="draw mutants and run the tests on them")
     sampling.add_argument("paths", nargs="*", default=list(PACKAGES), help="files or directories; default: all code")
-    sampling.add_argument("--number", type=int, default=60)
+    sampling.add_argument("--number", type=int, default=60, help="number of mutants")
     sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--budget", type=float, default=120, help="seconds of tests per mutant, quickest tests first")
+    sampling.add_argument("--budget", type=float, default=120, help="maximum seconds of tests per mutant, quickest tests first")
     args, rest = parser.parse_known_args()
     if args.mode == "record":
         record(rest)

@@ -1,7 +1,7 @@
-"""Pack image folders into archives for main.py: zip (--zip), or tar shards with webdataset's naming.
+"""Pack directories of images into archives that main.py reads: one zip file per split (main.py --zip), or tar shards.
 
-Image files are copied byte for byte, unless --short-side downscales them. Archives are read back and compared before they are
-moved to the target directory.
+Tar shards follow webdataset's naming. Image files are copied byte for byte, unless --short-side downscales them. Archives are
+read back and verified before they are moved to the target directory.
 """
 
 import argparse
@@ -46,12 +46,13 @@ def pack(
 
     Args:
         archive: zip or tar.
-        short_side: pixels; larger images are downscaled, JPEG with ``quality``, others losslessly as PNG. 0: no downscaling.
+        short_side: images whose shorter side is longer are downscaled to this number of pixels; 0: no downscaling.
+        quality: JPEG quality of downscaled JPEG files; other formats are downscaled to PNG.
         shard_size: images per tar file.
         workers: processes for downscaling; 0: the calling process.
 
     Returns:
-        The index of the archives, after every image was read back.
+        The index of the archives. Every image has been read back and verified.
 
     Raises:
         DataError: there are no images, the target exists, a name or an image is invalid, or the disk is full.
@@ -63,17 +64,17 @@ def pack(
         raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
     if (target / split).is_dir():
         raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
-    listing = target / CLASS_NAMES
-    if listing.is_file() and read_class_names(listing) != index.classes:
-        raise DataError(f"{listing}: lists different classes than {source / split}; choose another directory")
+    class_list = target / CLASS_NAMES
+    if class_list.is_file() and read_class_names(class_list) != index.classes:
+        raise DataError(f"{class_list}: lists different classes than {source / split}; choose another directory")
     dataset = ImageDataset(index, None)
-    # Write and read back in a temporary directory, so that an incomplete archive never has a final name.
+    # Write and read back in a temporary directory, so that an incomplete archive never gets its final name.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=".packing-", dir=target)))
         if workers:
             # Send the dataset to each worker once; per image, only its position and its bytes are transferred.
             pool = stack.enter_context(
-                ProcessPoolExecutor(workers, get_context("fork"), _receive, (dataset, short_side, quality))
+                ProcessPoolExecutor(workers, get_context("fork"), _set_worker_arguments, (dataset, short_side, quality))
             )
             files = _in_rounds(pool, len(index))
         else:
@@ -99,8 +100,8 @@ def check_names(index: Index, archive: str) -> None:
     Raises:
         DataError: a name is not allowed.
     """
-    if wrong := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
-        raise DataError(f"{index.source}/{wrong!r}: {CLASS_NAMES} cannot contain a class with a line break; rename it")
+    if invalid := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
+        raise DataError(f"{index.source}/{invalid!r}: {CLASS_NAMES} cannot contain a class with a line break; rename it")
     for position in range(len(index)):
         name = index.name(position)
         if archive == "zip" and re.search(r"[\n\r\t]", name):
@@ -124,22 +125,22 @@ def _size(index: Index) -> str:
     return f"{sum((index.source / index.name(position)).stat().st_size for position in range(len(index))) / 2**20:.1f} MiB"
 
 
-_received: tuple = ()  # in each worker: dataset, short_side, quality
+_worker_arguments: tuple = ()  # in each worker: dataset, short_side, quality
 
 
-def _receive(*arguments) -> None:
-    global _received
-    _received = arguments
+def _set_worker_arguments(*arguments) -> None:
+    global _worker_arguments
+    _worker_arguments = arguments
 
 
-def _read_received(position: int) -> bytes:
-    return _read(*_received, position)
+def _read_in_worker(position: int) -> bytes:
+    return _read(*_worker_arguments, position)
 
 
 def _in_rounds(pool, count: int) -> Iterator[bytes]:
-    """Yield every image in order, reading at most one round ahead of the writer."""
+    """Yield the bytes of every image in order. Workers read at most one round of images ahead."""
     for start in range(0, count, ROUND):
-        yield from pool.map(_read_received, range(start, min(start + ROUND, count)), chunksize=16)
+        yield from pool.map(_read_in_worker, range(start, min(start + ROUND, count)), chunksize=16)
 
 
 def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
@@ -156,8 +157,8 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(data)) as original:
-        kind = original.format
-    image.save(buffer, "JPEG", quality=quality) if kind == "JPEG" else image.save(buffer, "PNG")
+        image_format = original.format
+    image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -165,29 +166,29 @@ def _write(archive: str, folder: Path, split: str, index: Index, files: Iterable
     """Write the archives of a split. Returns the sha256 of every image."""
     digests = []
 
-    def counted() -> Iterator[bytes]:
+    def hashed() -> Iterator[bytes]:
         for data in progress(files, len(index), f"pack {split}"):
             digests.append(hashlib.sha256(data).digest())
             yield data
 
     if archive == "zip":
-        with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as opened:
-            for position, data in enumerate(counted()):
-                opened.writestr(zipfile.ZipInfo(index.name(position)), data)  # fixed date (1980) for reproducible archives
+        with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as zip_file:
+            for position, data in enumerate(hashed()):
+                zip_file.writestr(zipfile.ZipInfo(index.name(position)), data)  # fixed date (1980) for reproducible archives
         lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
         (folder / f"{split}_map.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
         return digests
-    keys, images = set(), counted()
-    for shard, start in enumerate(range(0, len(index), shard_size)):
-        with tarfile.open(folder / f"{split}-{shard:06d}.tar", "w") as opened:
+    keys, images = set(), hashed()
+    for shard_number, start in enumerate(range(0, len(index), shard_size)):
+        with tarfile.open(folder / f"{split}-{shard_number:06d}.tar", "w") as shard_file:
             for position in range(start, min(start + shard_size, len(index))):
                 path = PurePosixPath(index.name(position))
                 key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset's key ends at the first dot
                 while key in keys:
                     key = f"{key}-{position}"
                 keys.add(key)
-                _add(opened, f"{key}{path.suffix}", next(images))
-                _add(opened, f"{key}.cls", str(index.labels[position]).encode())
+                _add(shard_file, f"{key}{path.suffix}", next(images))
+                _add(shard_file, f"{key}.cls", str(index.labels[position]).encode())
     return digests
 
 
@@ -198,6 +199,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> None:
+    """Check that archives have the labels and classes of the source index, and images with these sha256 digests."""
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
         raise DataError(f"{packed.source}: differs from the packed index; the disk may be faulty")
@@ -212,8 +214,14 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="output directory")
     parser.add_argument("--format", choices=("zip", "tar"), default="tar")
     parser.add_argument("--splits", nargs="+", default=["train", "val"])
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS", help="downscale larger images to this")
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled files, 1 to 95")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="downscale images whose shorter side is longer to this length",
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled JPEG files, 1 to 95")
     parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="images per tar file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for downscaling")
     args = parser.parse_args()
@@ -221,7 +229,7 @@ def main() -> None:
         parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
     setup_logging(rank=0)
     for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit removes the temporary directory
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
     for split in args.splits:

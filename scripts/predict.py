@@ -1,4 +1,4 @@
-"""Classify unlabelled images, and write the top predictions as CSV and JSON and a picture of the images with predictions.
+"""Classify unlabelled images. Write the top-k predictions as CSV and JSON, and a picture of images with their predictions.
 
 Model, input size and class names are read from the checkpoint. Unreadable images are listed with the reason in the CSV, the
 JSON and the log; the exit status is then 1.
@@ -28,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=5, help="predictions per image (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
-    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+    )
     args = parser.parse_args()
     for name in ("top_k", "batch_size"):
         if getattr(args, name) < 1:

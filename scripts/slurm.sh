@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on several nodes under SLURM: sbatch --nodes=2 scripts/slurm.sh --cfg configs/X.yaml ...
-# Arguments are passed to main.py. Submit from the project's directory, on a file system that all nodes share.
+# Arguments are passed to main.py. Submit from the root of this repository, on a file system that all nodes share.
 #
 # SLURM starts one process per GPU and signals them all two minutes before the time limit, or at preemption. They save their
 # state at the same update and exit with status 75; the job is then requeued and resumes from that checkpoint.
@@ -19,11 +19,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export MASTER_ADDR MASTER_PORT
-trap : TERM # a signal to this script must not end it before its processes have saved
+trap : TERM # a signal must not end this script before its processes have saved their state
 
 status=0
-# shellcheck disable=SC2016 # each process expands the variables
-# srun does not take --cpus-per-task from sbatch: without it, all threads of a process would share one core.
+# shellcheck disable=SC2016 # the variables are expanded in each process, not here
+# srun does not inherit --cpus-per-task from sbatch. Without the option, all threads of a process would share one core.
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 bash -c '
   export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
   export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-1}"

@@ -1,9 +1,9 @@
 """Train under random faults for a given time, and compare each finished run with an undisturbed one.
 
-A small model is trained on handwritten digits. Each start of the training command gets one fault at a random time: SIGKILL of
-one process or of all, a stop signal to one process, a full disk, or damage to the newest checkpoint; sometimes a second run is
-started in the same directory as well. Then the same command is repeated. All runs, including the undisturbed one, have the same
-unreadable training images (DATA.UNREADABLE skip).
+A small model is trained on handwritten digits. Each start of the training command gets one fault at a random time: SIGKILL to
+one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of these
+faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including the
+undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless it is
 the one that was damaged. The final state must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
@@ -37,10 +37,10 @@ from weights.reader import read_checkpoint
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/quickstart.yaml"
 GLOBAL_BATCH_SIZE = 64
-UNREADABLE_IMAGES = 3
+UNREADABLE_IMAGES = 3  # number of truncated training images
 COLLECTIVE_TIMEOUT = 20  # seconds
-SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # after a fault
-BYTES_OF_FULL_DISK = 20_000  # less than a checkpoint
+SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # maximum time from a fault to the end of all processes
+BYTES_OF_FULL_DISK = 20_000  # file-size limit that simulates a full disk; smaller than a checkpoint
 DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py
 
 
@@ -57,14 +57,14 @@ def find_difference(one: object, other: object, where: str = "checkpoint") -> st
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return f"{where}: keys {sorted(map(str, one.keys() ^ other.keys()))}"
-        pairs = [(str(key), one[key], other[key]) for key in one]
+        entries = [(str(key), one[key], other[key]) for key in one]
     elif isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return f"{where}: lengths {len(one)} and {len(other)}"
-        pairs = [(str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+        entries = [(str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True))]
     else:
         return None if one == other else f"{where}: {one!r} and {other!r}"
-    return next((found for key, *pair in pairs if (found := find_difference(*pair, f"{where}.{key}"))), None)
+    return next((difference for key, *pair in entries if (difference := find_difference(*pair, f"{where}.{key}"))), None)
 
 
 def read_state(folder: Path) -> dict:
@@ -85,7 +85,12 @@ def newest_intact_update(folder: Path) -> int:
 
 
 class Job:
-    """One start of the training command: one process of ``main.py`` per rank."""
+    """One start of the training command: one process of ``main.py`` per rank.
+
+    Args:
+        batch_size: images per process and forward pass.
+        log: file to which the processes append their output.
+    """
 
     def __init__(self, data: Path, output: Path, *, num_processes: int, batch_size: int, num_workers: int, log: Path):
         self.folder = output / "quickstart/default"
@@ -109,12 +114,12 @@ class Job:
         self.processes = []
         with open(log, "a", encoding="utf-8") as file:
             for rank in range(num_processes):
-                numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+                rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
                 self.processes.append(
                     subprocess.Popen(
                         list(map(str, command)),
                         cwd=ROOT,
-                        env=environment | numbers,
+                        env=environment | rank_variables,
                         stdin=subprocess.DEVNULL,
                         stdout=file,
                         stderr=file,
@@ -132,10 +137,10 @@ class Job:
             time.sleep(0.01)
 
     def end(self, seconds: float) -> list[int]:
-        """Wait for the exit statuses.
+        """Wait for the exit statuses of all processes.
 
         Raises:
-            SoakError: a process still runs after that time.
+            SoakError: a process still runs after ``seconds``.
         """
         self.wait(seconds)
         if self.running():
@@ -202,7 +207,7 @@ SECOND_RUN = "second run"
 
 
 class Soak:
-    """Training runs under faults, with a count of the survived faults."""
+    """Training runs under faults, and the number of survived faults by kind."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -236,7 +241,7 @@ class Soak:
         return job
 
     def make_data(self) -> None:
-        """Write handwritten digits, and truncate a few training images to half their bytes."""
+        """Write handwritten digits, and truncate a few of the training images to half their bytes."""
         data = self.args.output / "digits"
         subprocess.run([sys.executable, ROOT / "scripts/make_digits.py", data], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         images = sorted((data / "train").rglob("*.png"))
@@ -255,7 +260,7 @@ class Soak:
         return read_state(job.folder)
 
     def train_disturbed(self, expected: dict) -> None:
-        """Train one run under faults, or without once the time is up, and compare its final state with the expected one.
+        """Train one run to its end, with faults until the time is up, and compare its final state with the expected one.
 
         Raises:
             SoakError: the run does not finish, or its state differs.
@@ -294,31 +299,39 @@ class Soak:
         job.wait(delay)
         if not job.running():
             return job.end(0)
-        before, trains = newest_intact_update(job.folder), newest_update(job.folder) > start
-        what = FAULTS[kind](job, self.rng)
+        update_before, has_saved = newest_intact_update(job.folder), newest_update(job.folder) > start
+        fault = FAULTS[kind](job, self.rng)
         statuses = job.end(SECONDS_TO_END)
         if set(statuses) == {DONE}:  # the fault came after the last save
             return statuses
-        if kind == "stop" and trains and set(statuses) != {STOPPED}:
-            raise SoakError(f"{what}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
+        if kind == "stop" and has_saved and set(statuses) != {STOPPED}:
+            raise SoakError(f"{fault}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
         if DONE in statuses:
-            raise SoakError(f"{what}: exit statuses {statuses}; see {job.log}")
-        kept = newest_intact_update(job.folder)
-        if kind != "damage" and kept < before:
-            raise SoakError(f"{what}: the newest intact checkpoint is at update {kept}, and was at {before} before")
+            raise SoakError(f"{fault}: exit statuses {statuses}; see {job.log}")
+        update_after = newest_intact_update(job.folder)
+        if kind != "damage" and update_after < update_before:
+            raise SoakError(
+                f"{fault}: the newest intact checkpoint is at update {update_after}, and was at {update_before} before"
+            )
         self.survived[kind] += 1
-        self.say(f"{job.folder.parent.parent.name}: {what} after {delay:.1f} s; exit statuses {statuses}, update {kept}")
+        self.say(
+            f"{job.folder.parent.parent.name}: {fault} after {delay:.1f} s; exit statuses {statuses}, update {update_after}"
+        )
         return statuses
 
     def start_second_run(self, job: Job) -> list[int]:
-        """Start the command again while the job trains: it must be refused, and must not disturb the job."""
+        """Start the command again while the job trains: the second run must exit, and must not disturb the job.
+
+        Returns:
+            The exit statuses of the first job, to which a fault is applied afterwards.
+        """
         start = newest_update(job.folder)
         job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > start)
         if not job.running():
             return job.end(0)
         second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")
-        statuses, alone = second.end(SECONDS_TO_END), job.running()
-        if alone and statuses != [MISTAKE]:
+        statuses, first_is_running = second.end(SECONDS_TO_END), job.running()
+        if first_is_running and statuses != [MISTAKE]:
             raise SoakError(f"a second run in the directory of a running one ended with {statuses}; see {second.log}")
         if statuses == [MISTAKE]:
             self.survived[SECOND_RUN] += 1
@@ -338,10 +351,12 @@ class Soak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15.0, help="duration of the faults; the last run then finishes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the kinds and times of faults")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="minutes with faults; the last run then finishes without faults"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the kinds and times of the faults")
     parser.add_argument("--processes", type=int, default=2, help="processes of the training job")
-    parser.add_argument("--longest-delay", type=float, default=20.0, help="maximum seconds from a start to its fault")
+    parser.add_argument("--longest-delay", type=float, default=20.0, help="maximum seconds from a start to the fault")
     parser.add_argument("--output", type=Path, default=Path("soak"), help="directory for data, runs, logs and soak.json")
     args = parser.parse_args()
     if GLOBAL_BATCH_SIZE % args.processes:
@@ -350,7 +365,7 @@ def main() -> None:
         parser.error(f"--output {args.output}: already exists; remove it, or choose another")
     args.output.mkdir(parents=True)
 
-    logging.getLogger("utils.checkpoint").setLevel(logging.ERROR)  # damage is expected
+    logging.getLogger("utils.checkpoint").setLevel(logging.ERROR)  # warnings about damaged checkpoints are expected
     soak = Soak(args)
     failure = None
     try:

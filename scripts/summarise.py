@@ -1,6 +1,6 @@
 """Print the accuracies of runs, measured in training and by --eval of the saved checkpoint, and list their output files.
 
-The exit status is 1 if the two differ.
+The exit status is 1 if training and --eval of a checkpoint disagree.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Number of correct predictions at the evaluation that wrote ``best.pth``, by weights; empty without training."""
+    """Number of correct predictions by weights (raw, ema) when ``best.pth`` was written; empty if the run was not trained."""
     if not metrics.is_file():
         return {}
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -30,11 +30,11 @@ def main() -> None:
     agree = True
     for run in args.runs:
         evaluation = json.loads((run / "eval.json").read_text())
-        reported = best_evaluations(run / "metrics.jsonl")
+        correct_in_training = best_evaluations(run / "metrics.jsonl")
         for weights, result in evaluation["results"].items():
             correct, total = result["correct1"], result["num_images"]
-            agree &= reported.get(weights, correct) == correct
-            in_training = f"{reported[weights]}/{total}" if weights in reported else "-"
+            agree &= correct_in_training.get(weights, correct) == correct
+            in_training = f"{correct_in_training[weights]}/{total}" if weights in correct_in_training else "-"
             interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
             name, pixels = f"{run.parent.name}/{run.name}", evaluation["preprocessing"]["img_size"]
             counts = f"{in_training:>14}{f'{correct}/{total}':>12}"

@@ -1,7 +1,7 @@
-"""Draw the attention maps of a model: one HTML page per image, and two pictures per image and block.
+"""Draw the attention maps of a model: one HTML page per image, and two PNG files per image and block.
 
-The page works offline. Click a patch or use the arrow keys to choose the query. Choose block, head and form of attention: the
-model's own, the convolution, their sum, and softmax, linear, focused and Efficient attention on the same queries and keys.
+The page works offline. Click a patch or use the arrow keys to select the query. Menus select block, head and form of attention:
+the model's own, the convolution, their sum, and softmax, linear, focused and Efficient attention on the same queries and keys.
 <image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the model's own
 attention and its depthwise kernel over the image.
 """
@@ -61,22 +61,24 @@ def visualize(args: argparse.Namespace) -> None:
     points = as_fractions(args.queries, *image_size(cfg))
     args.output.mkdir(parents=True, exist_ok=True)
     for position, path in enumerate(images.paths):
-        seen, image = images.read(position)
+        picture, image = images.read(position)
         blocks = trace(model, image, names, points=points)
         title = f"{cfg.MODEL.NAME}, {args.weights} weights of {checkpoint.path.name}, {path.name}"
         page = args.output / f"{path.stem}.html"
-        write_page(page, seen, blocks, title)
+        write_page(page, picture, blocks, title)
         for block in blocks:
-            for kind, draw in (("", draw_forms), ("_overlay", draw_overlays)):
-                with replacing(args.output / f"{path.stem}_{block.name}{kind}.png") as temporary:
-                    draw(seen, block, points or POINTS).savefig(temporary)
+            for suffix, draw in (("", draw_forms), ("_overlay", draw_overlays)):
+                with replacing(args.output / f"{path.stem}_{block.name}{suffix}.png") as temporary:
+                    draw(picture, block, points or POINTS).savefig(temporary)
         print(f"{page}: {len(blocks)} blocks, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="FILE", help="checkpoint, as for main.py")
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config, for a checkpoint without one")
+    parser.add_argument(
+        "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
+    )
+    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     parser.add_argument("--output", type=Path, default=Path("attention"), help="output directory")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
@@ -86,7 +88,7 @@ def main() -> None:
         type=parse_point,
         default=[],
         metavar="ROW,COLUMN",
-        help="pixels of the model's input whose queries the pictures show (default: four)",
+        help="pixels of the model's input; the PNG files show the queries at these pixels (default: four points)",
     )
     parser.add_argument(
         "--token-grid",
@@ -96,7 +98,9 @@ def main() -> None:
         metavar="N",
         help="height and width, or one side, of the first block's token map; sets the input size (default: DATA.IMG_SIZE)",
     )
-    parser.add_argument("--weights", choices=("raw", "ema", "auto"), default="auto")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+    )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
     if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for several test files: formulas of the reference figures, toy data, and toy training runs."""
+"""Fixtures and helpers for several test files: weights and inputs of the reference figures, toy data, and toy runs."""
 
 import json
 import os
@@ -51,11 +51,12 @@ def pytest_collection_modifyitems(items):
 
 
 def reference(name: str):
+    """Read a file of reference figures; tests/reference/README.md describes the files."""
     return json.loads((REFERENCE / f"{name}.json").read_text())
 
 
 def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values of a parameter in the reference figures; tests/reference/README.md defines the formula."""
+    """Values of a parameter in the models of the reference figures. The seed is the CRC-32 of its name."""
     z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".weight") and len(shape) == 1:
         z = 1 + 0.1 * z
@@ -71,10 +72,12 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def formula_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inputs of the reference figures: standard normal values."""
     return torch.tensor(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def fill_by_formula(model: torch.nn.Module) -> torch.nn.Module:
+    """Set every parameter to its value of ``formula_weight``."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(formula_weight(name, tuple(parameter.shape)))
@@ -94,7 +97,7 @@ def write_images(root: Path, split: str, *, classes: int, per_class: int, size: 
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory) -> Path:
-    """100 training and 33 validation images of 3 classes."""
+    """Directory with 102 training and 33 validation images of 3 classes."""
     root = tmp_path_factory.mktemp("toy data")
     write_images(root, "train", classes=3, per_class=34)
     write_images(root, "val", classes=3, per_class=11)
@@ -139,7 +142,7 @@ def trained(toy_config, toy_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(toy_config, toy_data, tmp_path_factory):
-    """Return a function from the number of processes to the output directory of an uninterrupted run."""
+    """Return a function that takes a number of processes and returns the directory of an uninterrupted run on them."""
     folders = {}
 
     from tests.launch import run_main

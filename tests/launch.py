@@ -38,7 +38,7 @@ def run_main(
     timeout: float = 120,
     prepare: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them as soon as ``kill_when`` is true.
+    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them once ``kill_when()`` is true.
 
     Args:
         prepare: called with the rank in every process, before ``main``.
@@ -79,9 +79,11 @@ def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 
 
 
 def run_in_processes(task: Callable, *arguments, processes: int, timeout: float = 120) -> None:
-    """Call ``task(world, *arguments)`` in every process of a process group; assert that all exit with status 0."""
+    """Call ``task(world, *arguments)`` on every rank of a torch.distributed group; assert that all exit with status 0."""
     context, port = multiprocessing.get_context("fork"), free_port()
-    children = [context.Process(target=_join_and_call, args=(task, arguments, r, processes, port)) for r in range(processes)]
+    children = [
+        context.Process(target=_join_and_call, args=(task, arguments, rank, processes, port)) for rank in range(processes)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -120,7 +122,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 def _kill(children, kill_signal: int = signal.SIGKILL) -> None:
     for child in children:
         try:
-            os.killpg(child.pid, kill_signal)  # the process group includes the loader workers
+            os.killpg(child.pid, kill_signal)  # the POSIX process group includes the loader workers
         except ProcessLookupError:
             child.kill()
 

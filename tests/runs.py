@@ -6,7 +6,7 @@ from scripts.soak import find_difference
 
 
 class Linear(nn.Linear):
-    """A linear classifier for tests of the trainer, with the methods that the optimizer requires of a model."""
+    """A linear classifier for tests of the trainer, with the methods that ``build_optimizer`` calls."""
 
     def no_weight_decay(self) -> set[str]:
         return {"bias"}

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """Send the body that the last part of the path names.
+        """Send the body whose name is the last part of the path.
 
-        For ``cut``, only half of the body is sent; for ``once``, only half at the first request.
+        The body ``cut`` is always truncated to half; the body ``once`` is truncated only at the first request.
         """
         self.server.requests.append(self.path)
         name = self.path.split("?")[0].strip("/").split("/")[-1]

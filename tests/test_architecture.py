@@ -1,4 +1,4 @@
-"""Import boundaries: which package may import which."""
+"""Import boundaries, and other rules for the code of the packages."""
 
 import ast
 from pathlib import Path
@@ -38,15 +38,15 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_a_package_imports_only_the_layers_below_it(path):
     package = path.relative_to(ROOT).parts[0]
-    roots = {name.split(".")[0] for name in imports(path)}
-    assert not roots & ({*ALLOWED, "benchmarks", "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
+    top_level_names = {name.split(".")[0] for name in imports(path)}
+    assert not top_level_names & ({*ALLOWED, "benchmarks", "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_a_library_is_imported_by_its_listed_files_only(path):
-    roots = {name.split(".")[0] for name in imports(path)}
+    top_level_names = {name.split(".")[0] for name in imports(path)}
     for library, importers in IMPORTERS.items():
-        assert library not in roots or relative(path) in importers
+        assert library not in top_level_names or relative(path) in importers
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -1,4 +1,4 @@
-"""Benchmarks: hand-computed traffic and memory, the naive implementation, and runs of the script."""
+"""Benchmarks: hand-computed memory traffic and peak memory, the naive implementation, and runs of the script."""
 
 import json
 
@@ -15,7 +15,7 @@ from benchmarks.timing import Timing, speedup
 from models import create_model
 from tests.launch import run_script
 
-FLOAT = 4
+FLOAT = 4  # bytes of a float32 element
 
 
 def test_traffic_counts_the_bytes_that_kernels_read_and_write():
@@ -67,8 +67,8 @@ def test_the_plain_transcription_has_the_same_logits_and_gradients(name):
     for network in (model, use_naive_attention(model)):
         logits = network(images)
         results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=2e-3, atol=2e-4 * plain.abs().max().item())
+    for ours, naive in zip(*results, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=2e-3, atol=2e-4 * naive.abs().max().item())
 
 
 def test_contestants_are_the_focused_plain_softmax_and_timm_models():
@@ -82,7 +82,7 @@ def test_contestants_are_the_focused_plain_softmax_and_timm_models():
 
 
 def test_the_operator_moves_fewer_bytes_than_the_plain_transcription():
-    """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in units of the size of q."""
+    """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in multiples of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
         assert records[OURS, pass_name]["bytes"] < max_ratio * records[NAIVE, pass_name]["bytes"]

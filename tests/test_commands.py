@@ -1,4 +1,4 @@
-"""Commands of the reference's README, with ``cfgs/`` and the launcher renamed, are accepted and mean the same."""
+"""Commands of the reference's README give the same job, model and config here, with ``configs/`` instead of ``cfgs/``."""
 
 import ast
 import json
@@ -23,9 +23,9 @@ from utils.schedule import global_batch_size
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-EIGHT = World(0, 0, 8, torch.device("cpu"))
+EIGHT = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
 
-# Command without its launcher, parameters in millions, job, and the values of config keys that the command sets.
+# Command without its launcher, parameters of the model in millions, job, and expected values of config keys.
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
 TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
 PLAIN = {"EMA.ENABLED": False, "AMP": False}
@@ -186,7 +186,7 @@ def test_main_ema_calls_main_with_ema_enabled():
 
 
 def test_both_fine_tuning_recipes_train_on_a_different_number_of_classes(toy_config, toy_data, tmp_path):
-    """Fine-tune from three classes to two with the recipe after the model's config; evaluate with the same configs."""
+    """Fine-tune from three classes to two; --cfg lists the model's config and the recipe. Evaluate with the same configs."""
     for split in ("train", "val"):
         for label in (0, 2):
             (tmp_path / "two" / split).mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_d
     assert "give weights with --pretrained" in outcome.output
 
 
-# Flag, or kind of flag -> its arguments on the command line, the resulting config value, and a different value for --opts.
+# Flag, or its action, or its type -> its command-line arguments, the resulting config value, another value for --opts.
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),

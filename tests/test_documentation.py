@@ -25,13 +25,13 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 def commands() -> list[tuple[str, list[str]]]:
     """Return (page, words) for every command in a bash code block."""
-    found = []
+    page_commands = []
     for page in PAGES:
         for block in code_blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
-                    found.append((page.name, words))
-    return found
+                    page_commands.append((page.name, words))
+    return page_commands
 
 
 COMMANDS = commands()
@@ -81,9 +81,9 @@ def test_commands_of_main_parse_and_their_configs_load(page, words, monkeypatch,
 def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
     used = {(tuple(words[2:3]), word) for _, words in SCRIPTS if words[1] == script for word in words if word.startswith("--")}
     module = import_module(script.removesuffix(".py").replace("/", "."))
-    for first, flag in used:
+    for next_words, flag in used:
         subcommand = [
-            word for word in first if re.fullmatch(r"[a-z]+", word) and script.endswith(("benchmark.py", "mutate.py"))
+            word for word in next_words if re.fullmatch(r"[a-z]+", word) and script.endswith(("benchmark.py", "mutate.py"))
         ]
         outcome = run_script(module, [*subcommand, "--help"], tmp_path / "log")
         assert flag in outcome.output, (script, flag)

@@ -109,7 +109,7 @@ def test_confidence_intervals_and_mcnemar_test_match_textbook_values():
     assert mcnemar_test(1, 9) == pytest.approx(22 / 1024)  # 2 (1 + 10) / 2^10
     assert mcnemar_test(5, 5) == 1
     assert mcnemar_test(0, 0) == 1
-    # The normal approximation with continuity correction.
+    # The expected value is the normal approximation with continuity correction.
     assert mcnemar_test(2000, 2200) == pytest.approx(math.erfc(199 / math.sqrt(2 * 4200)), rel=0.01)
     low, high = paired_interval(10, 30, 100)
     # The Clopper-Pearson interval of 30 out of 40 is 58.80 to 87.31 %.
@@ -125,10 +125,10 @@ def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
 
 
 def create_result(targets, predictions, num_classes=3):
-    targets, first = np.array(targets), np.array(predictions)
-    ranked = np.stack([first, (first + 1) % num_classes], axis=1)
-    correct = int((targets == first).sum())
-    predictions = Predictions(targets, ranked, np.full(len(targets), 0.5), first)
+    targets, top1 = np.array(targets), np.array(predictions)
+    ranked = np.stack([top1, (top1 + 1) % num_classes], axis=1)
+    correct = int((targets == top1).sum())
+    predictions = Predictions(targets, ranked, np.full(len(targets), 0.5), top1)
     return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
 
 
@@ -331,11 +331,11 @@ def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, t
     assert counts["raw"][2] == 22
     assert counts["raw"][1] == 22  # with two classes, the top 5 always contain the target
     state = read_checkpoint(trained)
-    chosen = {
+    two_class_weights = {
         name: {entry: value[[2, 0]] if entry.startswith("head.") else value for entry, value in state[name].items()}
         for name in ("model", "state_dict_ema")
     }
-    torch.save(chosen, tmp_path / "two.pth")
+    torch.save(two_class_weights, tmp_path / "two.pth")
     (tmp_path / "two").mkdir()
     options = ["--opts", "MODEL.NUM_CLASSES", "2"]
     assert read_counts(run_evaluation(tmp_path / "two.pth", toy_config, data, tmp_path / "two", *options)[0]) == counts
@@ -392,6 +392,6 @@ def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy
         output = tmp_path / f"of {checkpoint.stem}"
         output.mkdir()
         counts.append(read_counts(run_evaluation(checkpoint, toy_config, toy_data, output)[0]))
-    assert counts[1]["raw"] == counts[0]["ema"]  # the mean of a checkpoint and itself, of the preferred EMA weights
+    assert counts[1]["raw"] == counts[0]["ema"]  # averaging a checkpoint with itself gives its preferred weights, here EMA
     assert set(counts[2]) == {"raw"}
     assert counts[2]["raw"][0] > 11  # better than chance

@@ -1,4 +1,4 @@
-"""Exported models compute the same logits as the model and include their description."""
+"""Exported models compute the same logits as the original model, and include its config and class names."""
 
 import json
 import subprocess
@@ -129,7 +129,7 @@ assert other(torch.load(sys.argv[2])).shape[1] == 7
 
 
 def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monkeypatch):
-    """In a new process: equal logits, the preprocessing of the config, feature extraction, and a new head."""
+    """In a new process, check the logits, the preprocessing of the config, feature extraction, and a new head."""
     path, ema_model = checkpoint
     options = ["TEST.CROP_MODE=short", "TEST.CROP_PCT=0.8", "DATA.MEAN=[0.5, 0.4, 0.3]", "TEST.INTERPOLATION=bilinear"]
     run(monkeypatch, path, tmp_path / "out", "--opts", *options)
@@ -140,15 +140,15 @@ def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monke
     command = [sys.executable, "-c", TIMM_PROGRAM, *arguments]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt")
+    timm_results = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
         # The tolerance allows for the order of summation, which depends on the number of threads.
-        torch.testing.assert_close(found["logits"], ema_model.eval()(images), rtol=0, atol=1e-6)
+        torch.testing.assert_close(timm_results["logits"], ema_model.eval()(images), rtol=0, atol=1e-6)
     expected = {"input_size": (3, 40, 40), "crop_mode": "center", "crop_pct": 0.8, "interpolation": "bilinear"}
-    found["data"]["input_size"] = tuple(found["data"]["input_size"])
-    assert {key: found["data"][key] for key in expected} == expected
-    assert tuple(found["data"]["mean"]) == (0.5, 0.4, 0.3)
-    assert found["labels"] == NAMES
+    timm_results["data"]["input_size"] = tuple(timm_results["data"]["input_size"])
+    assert {key: timm_results["data"][key] for key in expected} == expected
+    assert tuple(timm_results["data"]["mean"]) == (0.5, 0.4, 0.3)
+    assert timm_results["labels"] == NAMES
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

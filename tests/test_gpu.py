@@ -12,7 +12,7 @@ from utils.distributed import World, wrap
 from utils.optim import build_optimizer, build_scaler
 from utils.step import train_step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden: set FLATTEN_TEST_GPU=1")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or GPUs are hidden; set FLATTEN_TEST_GPU=1")
 GPU = torch.device("cuda", 0)
 
 

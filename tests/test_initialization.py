@@ -173,6 +173,7 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
 
 
 def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeypatch):
+    # ``build_arithmetic`` sets the variable; with this pair of calls, monkeypatch restores it after the test.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:

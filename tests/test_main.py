@@ -86,7 +86,7 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
 
 
 def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    """A kill between the rename of a checkpoint and its link leaves best.pth missing, or from an earlier evaluation."""
+    """A kill after the rename of a checkpoint and before its link leaves best.pth missing, or from an earlier evaluation."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     state = read_checkpoint(list_checkpoints(folder)[0])
@@ -164,7 +164,7 @@ def test_rerunning_a_finished_run_changes_no_file(uninterrupted, toy_config, toy
 
 @pytest.fixture(scope="session")
 def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
-    """Return a function from the number of processes and the batch size to the counts in eval.json."""
+    """Return a function that takes a number of processes and a batch size, and returns the counts in eval.json."""
     checkpoint = uninterrupted(1) / "best.pth"
 
     def run(processes: int, batch_size: int) -> dict:

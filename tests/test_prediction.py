@@ -35,7 +35,7 @@ def images(toy_data, tmp_path):
 
 
 def predict_by_hand(checkpoint, toy_config, path):
-    """Confidence and class id for one image: resized to 45 pixels by Pillow, centre crop of 40, batch of one."""
+    """Confidence and class id for one image, resized to 45 x 45 pixels by Pillow, with a centre crop of 40 x 40."""
     state = read_checkpoint(checkpoint)
     model = build_model(load_config(toy_config)).eval()
     model.load_state_dict(state["model" if state["best"]["weights"] == "raw" else "state_dict_ema"])
@@ -55,14 +55,14 @@ def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(t
     assert "9 of 12 images predicted, 3 unreadable" in outcome.output
     assert "Traceback" not in outcome.output
     record = json.loads((output / "predictions.json").read_text())
-    found = {entry["image"]: entry for entry in record["images"]}
-    assert list(found) == [str(path) for path in sorted(images.rglob("*")) if path.suffix in (".png", ".jpg")]
+    entries = {entry["image"]: entry for entry in record["images"]}
+    assert list(entries) == [str(path) for path in sorted(images.rglob("*")) if path.suffix in (".png", ".jpg")]
     for name in ("empty.png", "text.jpg"):
-        assert found[str(images / name)]["error"] == "not an image of a known format"
-    assert found[str(images / "cut.png")]["error"]
+        assert entries[str(images / name)]["error"] == "not an image of a known format"
+    assert entries[str(images / "cut.png")]["error"]
     for path in (images / "of class0/$été0.png", images / "of class2/$été2.png"):
         confidence, class_id = predict_by_hand(trained, toy_config, path)
-        top = found[str(path)]["predictions"]
+        top = entries[str(path)]["predictions"]
         assert (top[0]["class_id"], top[0]["class"]) == (class_id, f"class{class_id}")
         assert top[0]["confidence"] == pytest.approx(confidence, abs=1e-4)
         assert sum(entry["confidence"] for entry in top) == pytest.approx(1)  # all three classes
@@ -70,8 +70,8 @@ def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(t
     assert record["weights"] == read_checkpoint(trained)["best"]["weights"]
     with open(output / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = {row["image"]: row for row in csv.DictReader(file)}
-    assert rows.keys() == found.keys()
-    for name, entry in found.items():
+    assert rows.keys() == entries.keys()
+    for name, entry in entries.items():
         assert rows[name]["error"] == entry.get("error", "")
         if "predictions" in entry:
             assert rows[name]["class_2"] == entry["predictions"][1]["class"]
@@ -110,7 +110,7 @@ def test_class_names_come_from_the_checkpoint_then_from_imagenet(tmp_path):
     imagenet = class_names(create_checkpoint(tmp_path), 1000)
     assert (imagenet[0], imagenet[207], len(imagenet)) == ("tench, Tinca tinca", "golden retriever", 1000)
     assert class_names(create_checkpoint(tmp_path), 3) == ["0", "1", "2"]
-    assert class_names(create_checkpoint(tmp_path, "cat"), 3) == ["0", "1", "2"]  # ignored: the head has 3 classes
+    assert class_names(create_checkpoint(tmp_path, "cat"), 3) == ["0", "1", "2"]  # ignored: one name for 3 classes
 
 
 def read_csv(path):
@@ -119,7 +119,7 @@ def read_csv(path):
 
 
 def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(trained, toy_data, tmp_path):
-    """A trained model, random weights at another image size, an averaged checkpoint, and a file that is not a checkpoint."""
+    """Evaluate a trained model, random weights at another image size, averaged weights, and an unreadable file."""
     state = read_checkpoint(trained)
     torch.manual_seed(1)
     random_weights = {
@@ -127,12 +127,12 @@ def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(traine
     }
     config = json.loads(json.dumps(state["config"]))
     config["DATA"]["IMG_SIZE"], config["MODEL"]["NAME"] = 48, "fresh"
-    resized = {key: value for key, value in random_weights.items() if "positional" not in key}
+    size_independent = {key: value for key, value in random_weights.items() if "positional" not in key}
     model = build_model(load_config([], ["DATA.IMG_SIZE", 48, *model_options(config)]))
-    resized = model.state_dict() | resized
+    resized = model.state_dict() | size_independent
     torch.save({"model": resized, "config": config, "class_names": state["class_names"]}, tmp_path / "fresh.pth")
-    average = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
-    assert run_script(average_checkpoints, average, tmp_path / "log").exit_codes == [0]
+    average_arguments = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
+    assert run_script(average_checkpoints, average_arguments, tmp_path / "log").exit_codes == [0]
     (tmp_path / "broken.pth").write_bytes(b"none")
     files = [tmp_path / "fresh.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "mean.pth"]
     arguments = [*files, "--data-path", toy_data, "--csv", tmp_path / "table.csv", "--batch-size", 2]
@@ -153,7 +153,7 @@ def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(traine
 
 
 def model_options(config):
-    """[KEY, VALUE, ...] of the model in a stored config."""
+    """Options [KEY, VALUE, ...] that configure the model of a stored config."""
     return [word for key in ("TYPE", "NUM_CLASSES") for word in (f"MODEL.{key}", config["MODEL"][key])] + [
         word
         for section in ("SWIN", "LA")

@@ -33,7 +33,7 @@ def test_every_key_of_a_config_has_the_value_of_the_reference(name):
 
 
 def reference_spelling(key: str, value: object) -> str:
-    """Format a value as the reference's files do; YAML parses some of its numbers as strings."""
+    """Format a value as in the reference's files, where YAML parses some numbers as strings."""
     if value is None:
         return "None"
     if isinstance(value, list):
@@ -47,15 +47,15 @@ def reference_spelling(key: str, value: object) -> str:
 
 
 def reference_yaml(recipe: dict) -> str:
-    lines, opened = [], ()
+    lines, open_sections = [], ()
     for key, value in sorted(recipe.items()):
         if key in ("processes", "EMA.DECAY"):  # in the reference, EMA is a command-line option
             continue
         *sections, leaf = key.split(".")
         for depth in range(len(sections)):
-            if opened[: depth + 1] != tuple(sections[: depth + 1]):
+            if open_sections[: depth + 1] != tuple(sections[: depth + 1]):
                 lines.append(f"{'  ' * depth}{sections[depth]}:")
-        opened = tuple(sections)
+        open_sections = tuple(sections)
         lines.append(f"{'  ' * len(sections)}{leaf}: {reference_spelling(key, value)}")
     return "\n".join(lines) + "\n"
 

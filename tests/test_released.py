@@ -33,7 +33,7 @@ LEFTOVERS = {
 
 
 def reference_file(name: str, state: dict) -> bytes:
-    """A checkpoint in the format of the reference's main.py, or for CSwin of its main_ema.py, with the EMA weights."""
+    """Checkpoint in the format of the reference's main.py; for CSwin in that of its main_ema.py, which adds EMA weights."""
     state = OrderedDict(state) | {entry: torch.ones(shape) for entry, shape in LEFTOVERS.get(name, {}).items()}
     content = {
         "model": state,
@@ -52,6 +52,7 @@ def reference_file(name: str, state: dict) -> bytes:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
+    """Directory with validation images of random noise in three ImageNet classes."""
     root = tmp_path_factory.mktemp("photographs")
     for label, folder in enumerate(CLASSES):
         (root / "val" / folder).mkdir(parents=True)
@@ -65,11 +66,11 @@ def count_correct(model: torch.nn.Module, name: str, root) -> int:
     """Count the correct predictions among the three classes, one image at a time."""
     cfg = load_config(CONFIGS / f"{name}.yaml", ["DATA.IMG_SIZE", SIZES[name]])
     transform, normalize = build_preprocessing(cfg).create_transform(), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
-    rows, correct = list(CLASSES.values()), 0
+    class_ids, correct = list(CLASSES.values()), 0
     for label, folder in enumerate(CLASSES):
         for file in sorted((root / "val" / folder).iterdir()):
             with torch.no_grad(), Image.open(file) as image:
-                logits = model(normalize(transform(image)[None]))[0, rows]
+                logits = model(normalize(transform(image)[None]))[0, class_ids]
             correct += int(logits.argmax() == label)
     return correct
 

@@ -40,6 +40,7 @@ def copy_run(trained: Path, folder: Path) -> Path:
 
 
 def rename_classes(toy_data: Path, folder: Path, names: list[str]) -> Path:
+    """Create a dataset in ``folder`` with the toy images of class0, class1, ... under other class names."""
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
         for label, name in enumerate(names):
@@ -223,7 +224,7 @@ def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_pa
 
 
 def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(toy_config, toy_data, tmp_path):
-    """A check installs no Python signal handler, since it could not run while the process waits for a GPU."""
+    """A check installs no Python signal handler, because Python runs no handler while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
         jobs.training.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)

@@ -79,7 +79,7 @@ FLAGS = {
     "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "initial weights, in any form that --resume accepts"}),
     "--use-checkpoint": (
         "TRAIN.USE_CHECKPOINT",
-        {"action": "store_true", "help": "gradient checkpointing, to save memory"},
+        {"action": "store_true", "help": "activation checkpointing, to save memory"},
     ),
     "--amp": ("AMP", {"action": "store_true", "help": "mixed precision in AMP_DTYPE, bf16 or fp16"}),
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "root of the output directories"}),
@@ -104,14 +104,14 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
     Args:
         ema: enable the EMA unless the command line disables it.
     """
-    given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
-    if given["--model-ema"] and given["--no-model-ema"]:
+    values = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
+    if values["--model-ema"] and values["--no-model-ema"]:
         raise ConfigError("--model-ema and --no-model-ema: give one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
-    if given["--eval"] and given["--resume"] and not given["--pretrained"]:
-        pairs += ["MODEL.PRETRAINED", ""]  # the run's config.yaml may still have its initial weights
+    if values["--eval"] and values["--resume"] and not values["--pretrained"]:
+        pairs += ["MODEL.PRETRAINED", ""]  # set in config.yaml of a run that started from pretrained weights
     for flag, (key, _) in FLAGS.items():
-        value = given[flag]
+        value = values[flag]
         if key is not None and value is not None and value is not False:
             pairs += [key, flag != "--no-model-ema" if value is True else value]
     return pairs
@@ -125,7 +125,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         configs: directory of the shipped configs; their file names are the model names.
 
     Raises:
-        ConfigError: with the flag or key, and the remedy.
+        ConfigError: a conflict or a missing file; the message includes the flag or key, and the remedy.
     """
     jobs = [f"--{job}" for job in ("throughput", "eval", "check", "replay") if getattr(args, job)]
     if len(jobs) > 1:
@@ -144,7 +144,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
             _check_folder("--data-path", args.data_path)
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
-        raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or leave it out")
+        raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
     for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
         if cfg.TEST[key] and not args.eval:
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add it, or remove the key")
@@ -166,7 +166,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has numbered checkpoints. ``utils.checkpoint`` is not used: it takes seconds to import."""
+    """Whether a run directory has numbered checkpoints, without ``utils.checkpoint``, whose import takes seconds."""
     try:
         return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:

@@ -1,4 +1,4 @@
-"""Background writes: a failed log write is a warning, a failed checkpoint write ends the run."""
+"""Background writes of logs and checkpoints. A failed log write is only logged; a failed checkpoint write ends the run."""
 
 import logging
 import os
@@ -65,7 +65,7 @@ class BackgroundWrite:
         self._write: Future | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Run a write in the background; call ``wait`` first."""
+        """Run a write in the background. Call ``wait`` before a second one."""
         assert self._write is None, "call wait() first, which raises the error of the previous write"
         self._write = self._executor.submit(write)
 
@@ -86,7 +86,7 @@ class BackgroundWrite:
         return self._write is not None and self._write.done() and self._write.exception() is not None
 
     def close(self) -> None:
-        """Wait for the write and log its error, for callers that already end for another reason."""
+        """Wait for the write, and log its error instead of raising it. For the end of a run, which may have another error."""
         try:
             self.wait()
         except Exception as error:

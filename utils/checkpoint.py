@@ -1,7 +1,7 @@
-"""Write checkpoints so that none is ever lost: verified before they replace another file, and rotated.
+"""Write, verify, rotate and repair checkpoints. A new file is verified before it replaces another one.
 
-A file is a dictionary of plain data: ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``, ``num_updates``, ``best``,
-``config`` and ``class_names``; the first two under the names that the reference gives them.
+A checkpoint is a dictionary of plain data, among others ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``,
+``num_updates``, ``best``, ``config`` and ``class_names``. The first two keys are those of the reference implementation.
 """
 
 import logging
@@ -25,10 +25,10 @@ _DAMAGED = ".damaged"
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
-    """Write a checkpoint to a temporary file, verify it, and rename it: a file at ``path`` is always complete.
+    """Write a checkpoint to a temporary file, verify it, and rename it to ``path``: a file at ``path`` is always complete.
 
     Raises:
-        CheckpointError: the disk is full or not writable; what was at ``path`` is untouched.
+        CheckpointError: the disk is full or not writable; an existing file at ``path`` is unchanged.
     """
     state = to_host(state)
 
@@ -46,11 +46,11 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
     """Let ``write`` create a temporary file beside ``path``, then rename it to ``path``.
 
     Args:
-        write: gets the temporary path.
-        size: bytes that it needs, for the message.
+        write: function that writes the file, given the temporary path.
+        size: size of the file in bytes, for the message.
 
     Raises:
-        CheckpointError: it failed; what was at ``path`` is untouched, and no temporary file is left.
+        CheckpointError: writing or renaming failed; an existing file at ``path`` is unchanged, and no temporary file is left.
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
@@ -81,10 +81,10 @@ def _num_bytes(value: object) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
     try:
-        found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
-    except OSError:  # no permission; whoever writes there reports it
+        numbered = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+    except OSError:  # no permission: the first write to the directory reports it
         return []
-    return sorted(found, key=num_updates_of, reverse=True)
+    return sorted(numbered, key=num_updates_of, reverse=True)
 
 
 def num_updates_of(path: Path) -> int:
@@ -97,9 +97,9 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
 
 
 def remove_surplus(folder: Path, keep: int) -> None:
-    """Delete all numbered checkpoints except the newest, which must be verified, and incomplete files of killed processes.
+    """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files of killed processes.
 
-    ``best.pth`` has no number and stays.
+    The newest checkpoint must be verified before the call. ``best.pth`` is not numbered, so it is never deleted.
     """
     incomplete = [
         path for path in folder.glob(f"*{_TEMPORARY}") if _NAME.fullmatch(path.name.removesuffix(_TEMPORARY)) is not None
@@ -109,7 +109,7 @@ def remove_surplus(folder: Path, keep: int) -> None:
 
 
 def link_best(path: Path, best: Path) -> None:
-    """Make ``best`` a hard link to ``path``, or a verified copy on file systems without links."""
+    """Make ``best`` a hard link to ``path``, or a verified copy on file systems without hard links."""
 
     def write(temporary: Path) -> None:
         try:
@@ -124,7 +124,7 @@ def link_best(path: Path, best: Path) -> None:
 
 
 def newest_intact_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint. Damaged ones are logged and skipped; None if there is no intact one."""
+    """The newest intact checkpoint; None if there is none. Damaged ones are logged and skipped."""
     for path in list_checkpoints(folder):
         try:
             read_checkpoint(path)
@@ -136,7 +136,7 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is intact."""
+    """Whether a checkpoint can be read and its checksums are correct."""
     try:
         read_checkpoint(path)
     except CheckpointError:
@@ -145,7 +145,7 @@ def is_intact(path: Path) -> bool:
 
 
 def rename_damaged(folder: Path, *, num_updates: int) -> None:
-    """Rename damaged checkpoints after ``num_updates`` to ``*.damaged``, so that resume and rotation ignore them."""
+    """Rename damaged checkpoints of more than ``num_updates`` updates to ``*.damaged``; resume and rotation ignore those."""
     for path in list_checkpoints(folder):
         if num_updates_of(path) <= num_updates:
             return
@@ -158,13 +158,15 @@ def rename_damaged(folder: Path, *, num_updates: int) -> None:
 
 
 def repair_best(best: Path, state: dict, path: Path) -> bool:
-    """Restore ``best.pth`` if a kill prevented its link to the checkpoint that a run resumes from.
+    """Link ``best.pth`` to the checkpoint that a run resumes from, if the process was killed before it did so.
 
     Args:
-        state: the checkpoint at ``path``.
+        best: path of ``best.pth``.
+        state: contents of the checkpoint at ``path``.
+        path: the checkpoint that the run resumes from.
 
     Returns:
-        False if no file of the run has the best state that the checkpoint records.
+        Whether ``best.pth`` is now the best state that the checkpoint records. True if the run has no evaluation yet.
     """
     num_updates = state["best"]["num_updates"]
     if num_updates < 0:  # not evaluated yet
@@ -182,10 +184,10 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
 
 
 def to_host(value: object, *, copy: bool = False) -> object:
-    """A state with its tensors in host memory.
+    """Convert a state to plain data with its tensors in host memory; tuples become lists.
 
     Args:
-        copy: copy tensors that are in host memory already, so that training can change them.
+        copy: also copy tensors that are already in host memory, so that training may change the originals.
     """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=copy)
@@ -193,12 +195,12 @@ def to_host(value: object, *, copy: bool = False) -> object:
         return {key: to_host(item, copy=copy) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_host(item, copy=copy) for item in value]
-    assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: the safe reader refuses it"
+    assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: read_checkpoint would reject it"
     return value
 
 
 def _sync_directory(folder: Path) -> None:
-    """Flush a directory's entries to the disk, on file systems that support it."""
+    """Flush the entries of a directory to the disk, on file systems that support this."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -206,4 +208,4 @@ def _sync_directory(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        logger.debug("%s: no fsync of folders (%s)", folder, error)
+        logger.debug("%s: no fsync of directories (%s)", folder, error)

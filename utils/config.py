@@ -52,7 +52,7 @@ _FAMILY_KEYS = {
     "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
-# Common name of another project -> our key.
+# Name of a key in other projects -> our key.
 _ALIASES = {
     "LR": "TRAIN.BASE_LR",
     "LEARNING_RATE": "TRAIN.BASE_LR",
@@ -72,7 +72,7 @@ REFERENCE_PROCESSES = 8  # GPUs of the reference's recipes
 
 
 def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) -> CfgNode:
-    """The configuration of a run, completed, validated and frozen.
+    """Load the configuration of a run, completed with defaults, validated and frozen.
 
     Args:
         path: one or more YAML files, such as a model's and a recipe's; later files override earlier ones. Missing keys come
@@ -89,14 +89,14 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
 
 
 def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:
-    """The configuration stored in a checkpoint, completed, validated and frozen.
+    """Load the configuration stored in a checkpoint, completed with defaults, validated and frozen.
 
     Unknown keys (from another version or the reference) are ignored. MODEL.RESUME and MODEL.PRETRAINED are cleared, since
     they describe the start of that run.
 
     Args:
-        tree: nested dictionaries.
-        opts: key, value, key, value ... that override them.
+        tree: the stored configuration as nested dictionaries.
+        opts: key, value, key, value ... that override the stored values.
         source: file name, for messages.
         sections: prefixes of the keys to read; empty reads all.
 
@@ -148,13 +148,13 @@ def to_dict(cfg: Mapping) -> dict:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML loader that rejects duplicate keys, of which YAML would silently use the last."""
+    """Safe YAML loader that rejects duplicate keys; PyYAML would silently use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        duplicates = [key for key in keys if keys.count(key) > 1]
+        if duplicates:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {duplicates[0]} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -206,15 +206,15 @@ def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
 
 
 def option_keys(opts: Sequence) -> set[str]:
-    """The keys among ``KEY VALUE`` or ``KEY=VALUE`` pairs."""
+    """Keys of ``KEY VALUE`` or ``KEY=VALUE`` pairs."""
     return {key for key, _ in _pairs(opts)}
 
 
 def _pairs(opts: Sequence) -> Iterator[tuple[str, object]]:
     words = list(opts)
     while words:
-        key, joined, value = str(words.pop(0)).partition("=")
-        if not joined:
+        key, equals_sign, value = str(words.pop(0)).partition("=")
+        if not equals_sign:
             if not words:
                 raise ConfigError(f"--opts: {key!r} has no value; give KEY VALUE or KEY=VALUE pairs")
             value = words.pop(0)
@@ -244,13 +244,13 @@ def _nearest(key: str, cfg: CfgNode) -> str:
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     if leaf in _ALIASES and not same_leaf:
         return f": did you mean {_ALIASES[leaf]}?"
-    # The same last name in another section is a better match than any similar spelling.
+    # A key of the same name in another section is a better match than a key of similar spelling.
     matches = get_close_matches(normalised, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.4)
     return f": did you mean {known[matches[0]]}?" if matches else ""
 
 
 def _literal(value: object) -> object:
-    """Parse text as a Python literal. YAML reads 5e-4, None and (1, 2) as text, and the command line reads everything so."""
+    """Parse text as a Python literal: YAML reads 5e-4, None and (1, 2) as text, and all command-line values are text."""
     if not isinstance(value, str):
         return value
     try:
@@ -280,9 +280,9 @@ def _convert(value: object, default: object, key: str, source: str) -> object:
     elif isinstance(default, float) or key == "TRAIN.CLIP_GRAD":
         if isinstance(literal, (int, float)) and not isinstance(literal, bool):
             return float(literal)
-    elif isinstance(literal, (list, tuple)):  # the default is a list, or None if a list is legal
-        kind = default[0] if default else 0.0
-        return [_convert(item, kind, key, source) for item in literal]
+    elif isinstance(literal, (list, tuple)):  # the default is a list, or None for an optional list
+        default_item = default[0] if default else 0.0
+        return [_convert(item, default_item, key, source) for item in literal]
     expected = "list" if default is None else type(default).__name__
     raise ConfigError(f"{source}: {key}={value!r} is {type(literal).__name__}; give {expected}, such as {default!r}")
 
@@ -303,7 +303,9 @@ def _validate(cfg: CfgNode) -> None:
             raise ConfigError(f"{name}={value!r}: give a number from {key.minimum} to {key.maximum}")
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
-            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give a name without slashes")
+            raise ConfigError(
+                f"{key}={leaves[key]!r}: is used as a directory name; give a name other than . and .., without slashes"
+            )
         if len(os.fsencode(leaves[key])) > LONGEST_NAME:
             raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {LONGEST_NAME} bytes")
     _validate_sizes(cfg)
@@ -326,26 +328,26 @@ def _validate_sizes(cfg: CfgNode) -> None:
 
 
 def _validate_model(cfg: CfgNode) -> None:
-    linear, swin_keys, deit_keys = cfg.MODEL.LA, cfg.MODEL.SWIN, cfg.MODEL.DEIT
+    la_keys, swin_keys, deit_keys = cfg.MODEL.LA, cfg.MODEL.SWIN, cfg.MODEL.DEIT
     defaults = flatten(_defaults())
     for key, value in flatten(cfg).items():
         types = next((types for start, types in _FAMILY_KEYS.items() if key.startswith(start)), MODEL_TYPES)
         if cfg.MODEL.TYPE not in types and value != defaults[key]:
             raise ConfigError(f"{key}={value!r}: has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
-    if linear.KERNEL_SIZE % 2 == 0:
+    if la_keys.KERNEL_SIZE % 2 == 0:
         raise ConfigError(
-            f"MODEL.LA.KERNEL_SIZE={linear.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
+            f"MODEL.LA.KERNEL_SIZE={la_keys.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
         )
-    if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", linear.ATTN_TYPE):
+    if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", la_keys.ATTN_TYPE):
         raise ConfigError(
-            f"MODEL.LA.ATTN_TYPE={linear.ATTN_TYPE!r}: give one letter per stage, L (linear), S (softmax) or M (linear, "
+            f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage, L (linear), S (softmax) or M (linear, "
             "then softmax); with M, append the number of linear blocks, as in LLSS or LLMS3"
         )
-    if not re.fullmatch(r"[1-9]{4}", linear.PVT_LA_SR_RATIOS):
-        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={linear.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", linear.CSWIN_LA_SPLIT_SIZE):
+    if not re.fullmatch(r"[1-9]{4}", la_keys.PVT_LA_SR_RATIOS):
+        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={la_keys.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", la_keys.CSWIN_LA_SPLIT_SIZE):
         raise ConfigError(
-            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={linear.CSWIN_LA_SPLIT_SIZE!r}: give one number per stage, as in 56-28-14-7"
+            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={la_keys.CSWIN_LA_SPLIT_SIZE!r}: give one number per stage, as in 56-28-14-7"
         )
     if not swin_keys.DEPTHS or min(swin_keys.DEPTHS) < 1:
         raise ConfigError(f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS}: give the number of blocks per stage, each at least 1")

@@ -24,8 +24,8 @@ class Key:
     """A config key.
 
     Args:
-        default: a value of the type that the key takes.
-        meaning: what it does and its unit, for the documentation.
+        default: default value, which also determines the type of the key.
+        meaning: what the key does, and its unit, for the documentation.
         choices: legal values; () for no restriction.
         minimum, maximum: smallest and largest legal number; None for no restriction.
         is_path: the value is a path, in which ~ is expanded.
@@ -40,18 +40,18 @@ class Key:
 
 
 KEYS = {
-    "BASE": Key([""], "config files that this file completes, relative to it; later files override earlier ones"),
+    "BASE": Key([""], "config files that this file overrides; paths relative to this file; later ones override earlier ones"),
     # Data
     "DATA.DATA_PATH": Key("", "directory with `train/` and `val/`, or with their archives", is_path=True),
     "DATA.DATASET": Key(
         "imagenet",
-        "layout of the data, for any data set: `imagenet` is one directory per class in each split",
+        "accepted for the paper's configs; `imagenet`, the only choice, applies to any data set in any layout",
         choices=("imagenet",),
     ),
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "images of zip archives that a process keeps in memory: none, all, or all divided by the number of processes",
+        "images of zip archives that a process keeps in memory: none, all, or an equal part per process",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
@@ -60,7 +60,7 @@ KEYS = {
     "DATA.UNREADABLE": Key(
         "error",
         "policy for unreadable training images: end the run, leave them out of their batch, or substitute other images; "
-        "evaluation always ends",
+        "in evaluation, an unreadable image is always an error",
         choices=("error", "skip", "replace"),
     ),
     "DATA.MAX_UNREADABLE": Key(
@@ -85,11 +85,13 @@ KEYS = {
         8, "loader workers per training process; at most the CPU cores divided by the processes of the machine", minimum=0
     ),
     "DATA.WORKER_TIMEOUT": Key(
-        30.0, "maximum seconds to wait for a batch of a loader worker before the run fails; 0: no limit", minimum=0
+        30.0, "maximum seconds to wait for a batch from a loader worker before the run fails; 0: no limit", minimum=0
     ),
-    "DATA.PIN_MEMORY": Key(True, "page-locked batches, for faster copies to a GPU"),
+    "DATA.PIN_MEMORY": Key(True, "load batches into page-locked memory, for faster copies to a GPU"),
     # Model
-    "MODEL.TYPE": Key("flatten_swin", "model family, for PVT, CSwin and most DeiT models with the size", choices=MODEL_TYPES),
+    "MODEL.TYPE": Key(
+        "flatten_swin", "model family; for PVT, CSwin and most DeiT models, the type includes the size", choices=MODEL_TYPES
+    ),
     "MODEL.NAME": Key("flatten_swin_t", "name of the model's output directory"),
     "MODEL.NUM_CLASSES": Key(1000, "number of classes; must be that of the data", minimum=1),
     "MODEL.DROP_RATE": Key(0.0, "dropout rate of embeddings, attention projections and MLPs", minimum=0, maximum=0.999),
@@ -102,15 +104,15 @@ KEYS = {
         "checkpoint to resume from, or to evaluate: a file, the directory of a run, a URL, or the name of a released model",
         is_path=True,
     ),
-    "MODEL.PRETRAINED": Key("", "checkpoint whose weights training starts from; given like `MODEL.RESUME`", is_path=True),
+    "MODEL.PRETRAINED": Key("", "checkpoint with the initial weights, in any form that `MODEL.RESUME` accepts", is_path=True),
     "MODEL.SWIN.PATCH_SIZE": Key(4, "side of a patch in pixels", minimum=1),
     "MODEL.SWIN.EMBED_DIM": Key(96, "channels of the first stage; each following stage has twice as many", minimum=1),
     "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], "number of blocks per stage"),
     "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
-        "window side of linear blocks in tokens, capped at the map; windows of softmax blocks have a side of 7, or of 12 if "
-        "this value is above 56",
+        "window side of linear blocks in tokens, at most the side of the token map; windows of softmax blocks have side 7, "
+        "or 12 if this value is above 56",
         minimum=1,
     ),
     "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01),
@@ -124,19 +126,20 @@ KEYS = {
     "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1),
     "MODEL.LA.ATTN_TYPE": Key(
         "LLLL",
-        "one letter per stage: `L` linear, `S` softmax, `M` with a number for that many linear blocks first, as in `LLMS3`",
+        "one letter per stage: `L` linear, `S` softmax, `M` first linear, then softmax; with `M`, append the number of linear "
+        "blocks, as in `LLMS3`",
     ),
-    "MODEL.LA.PVT_LA_SR_RATIOS": Key("1111", "PVT: spatial reduction of linear blocks, one digit per stage"),
+    "MODEL.LA.PVT_LA_SR_RATIOS": Key("1111", "PVT: spatial reduction ratio of linear blocks, one digit per stage"),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key("56-28-14-7", "CSwin: stripe width of linear blocks in tokens, one number per stage"),
     "MODEL.LA.KIND": Key(
         "focused",
-        "attention of the linear blocks: `focused`, or one that the paper compares with it",
+        "attention of the linear blocks: `focused`, or another one from the paper's comparison",
         choices=("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
     ),
     "MODEL.LA.FOCUSING": Key(True, "apply the focused function"),
     "MODEL.LA.RANK_RESTORATION": Key(True, "add the depthwise convolution of the values"),
     # Training
-    "TRAIN.EPOCHS": Key(300, "epochs, without those of the cooldown", minimum=1),
+    "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1),
     "TRAIN.WARMUP_EPOCHS": Key(
         20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
     ),
@@ -146,17 +149,20 @@ KEYS = {
     "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule, per 512 images of the global batch", minimum=0),
     "TRAIN.RECIPE_BATCH_SIZE": Key(
         0,
-        "images per update of the recipe, for comparison in the log; 0: 8 processes with the file's `DATA.BATCH_SIZE`",
+        "global batch size of the recipe, for comparison in the log; 0: 8 times the `DATA.BATCH_SIZE` of the config files",
         minimum=0,
     ),
     "TRAIN.WEIGHT_DECAY": Key(
         0.05, "weight decay of matrices and kernels; norms, biases and position tables have none", minimum=0
     ),
     "TRAIN.LAYER_DECAY": Key(
-        1.0, "ratio of the learning rates of consecutive layers, from the head to the stem", minimum=1e-6, maximum=1
+        1.0,
+        "layer-wise decay: ratio of the learning rate of each layer to that of the next layer towards the head; 1: off",
+        minimum=1e-6,
+        maximum=1,
     ),
     "TRAIN.HEAD_LR_SCALE": Key(1.0, "learning-rate multiplier of the classification head", minimum=0),
-    "TRAIN.FREEZE_BACKBONE": Key(False, "train only the head, on features as in evaluation (linear probe)"),
+    "TRAIN.FREEZE_BACKBONE": Key(False, "train only the head (linear probe); the frozen layers are in evaluation mode"),
     "TRAIN.CLIP_GRAD": Key(5.0, "maximum L2 norm of the gradient over all parameters; 0 or None: no clipping", minimum=0),
     "TRAIN.ACCUMULATION_STEPS": Key(0, "forward passes per update; 0 means 1", minimum=0),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
@@ -168,7 +174,7 @@ KEYS = {
         choices=("cosine", "linear", "step"),
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "`step`: factor of each decay", minimum=1e-9, maximum=1),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "`step`: learning-rate multiplier of each decay", minimum=1e-9, maximum=1),
     "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` uses Nesterov momentum", choices=("adamw", "sgd")),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
     "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
@@ -188,8 +194,8 @@ KEYS = {
     "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles", minimum=1),
     "AUG.REPEATS": Key(
         1,
-        "repeated augmentation: number of differently augmented copies of an image per epoch; an epoch has as many updates as "
-        "with 1, and uses that many times fewer images",
+        "repeated augmentation: number of differently augmented copies of an image per epoch; the number of updates per epoch "
+        "does not change, so an epoch uses fewer images",
         minimum=1,
     ),
     "AUG.MIXUP": Key(0.8, "alpha of mixup; 0: off", minimum=0),
@@ -201,7 +207,7 @@ KEYS = {
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, "probability of CutMix instead of mixup if both are on", minimum=0, maximum=1),
     "AUG.MIXUP_MODE": Key(
         "batch",
-        "one mixing ratio per batch, pair or image; `pair` and `elem` are slow on a GPU",
+        "one mixing ratio per batch, per pair of images or per image (`elem`); `pair` and `elem` are slow on a GPU",
         choices=("batch", "pair", "elem"),
     ),
     # Exponential moving average of the weights
@@ -209,7 +215,7 @@ KEYS = {
     "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
     "EMA.FORCE_CPU": Key(False, "keep the EMA weights in host memory"),
     # Evaluation
-    "TEST.CROP": Key(True, "switch of the paper's configs: False is `TEST.CROP_MODE none`"),
+    "TEST.CROP": Key(True, "switch in the paper's configs; False means `TEST.CROP_MODE none`"),
     "TEST.CROP_MODE": Key(
         "squash",
         "resize to `DATA.IMG_SIZE / TEST.CROP_PCT`, then crop the centre: `squash` resizes both sides whatever the aspect "
@@ -223,7 +229,8 @@ KEYS = {
     "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
     "TEST.CLASS_MAP": Key(
         "",
-        "`--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file",
+        "`--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file "
+        "with the class id of each directory",
         is_path=True,
     ),
     "TEST.REAL_LABELS": Key(
@@ -241,11 +248,13 @@ KEYS = {
         "deterministic algorithms, with a warning or an error where an operation has none",
         choices=("off", "warn", "error"),
     ),
-    "TF32": Key(True, "compute fp32 products and convolutions on GPUs in TF32 (10 bits of mantissa), as torch 1.11 did"),
+    "TF32": Key(True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), as torch 1.11 did"),
     "CUDNN_BENCHMARK": Key(True, "let cuDNN time its algorithms for every new shape; without effect with `DETERMINISTIC`"),
-    "SEED": Key(0, "seed of weights, order, augmentation, mixing and drop path", minimum=0, maximum=2**32 - 1),
+    "SEED": Key(
+        0, "seed of initial weights, image order, augmentation, mixup, dropout and drop path", minimum=0, maximum=2**32 - 1
+    ),
     "COLLECTIVE_TIMEOUT": Key(
-        600.0, "maximum seconds that processes wait for another one before the run fails", minimum=1, maximum=86400
+        600.0, "maximum seconds that a process waits for the others before the run fails", minimum=1, maximum=86400
     ),
     "PRINT_FREQ": Key(10, "updates between log lines", minimum=1),
     "SAVE_FREQ": Key(1, "epochs between checkpoints", minimum=1),
@@ -253,7 +262,9 @@ KEYS = {
     "SAVE_MINUTES": Key(15.0, "minutes between checkpoints within an epoch; 0: none", minimum=0),
     "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
     "ATTENTION_IMAGE": Key(
-        "", "image whose attention maps TensorBoard shows after each evaluation, of the raw weights; empty: none", is_path=True
+        "",
+        "image for which TensorBoard shows the attention maps of the model (not of its EMA) after each evaluation; empty: none",
+        is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of the newest checkpoints to keep, besides the best", minimum=1),
 }

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-LONG_TIMEOUT = timedelta(hours=1)  # while rank 0 lists a data set, which may be a million files on a slow disk
-SECONDS_TO_REGISTER = 5.0
+LONG_TIMEOUT = timedelta(hours=1)  # for waiting while rank 0 lists a data set, perhaps a million files on a slow disk
+SECONDS_TO_REGISTER = 5.0  # time that ranks have to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
 
@@ -32,7 +32,7 @@ class MissingDeviceError(ValueError):
 
 
 class LostRankError(RuntimeError):
-    """A process no longer takes part in collectives. The message has its rank, the phase and the last update."""
+    """A process did not start, or no longer takes part in collectives. The message names its rank, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class World:
     """Rank and device of this process among ``size`` processes.
 
     Args:
-        store: key-value store shared by the processes of this start; None for one process.
-        long_timeout_group: process group with a long timeout, see ``on_main``; None for one process.
+        store: key-value store shared by the processes of this launch; None without torchrun.
+        long_timeout_group: process group with the timeout ``LONG_TIMEOUT``, see ``on_main``; None without torchrun.
     """
 
     rank: int
@@ -107,28 +107,31 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
 def check_driver(devices: Path = Path("/dev")) -> None:
     """Reject a machine with a GPU that torch cannot use: training would silently run on the CPU.
 
+    Args:
+        devices: directory of the device files.
+
     Raises:
         MissingDeviceError: the machine has an NVIDIA GPU that torch cannot use.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = sorted(devices.glob("nvidia[0-9]*"))
-    if torch.version.cuda and found and visible not in ("", "-1"):
-        chosen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    gpus = sorted(devices.glob("nvidia[0-9]*"))
+    if torch.version.cuda and gpus and visible not in ("", "-1"):
+        setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise MissingDeviceError(
-            f"this machine has an NVIDIA GPU ({found[0]}), but torch {torch.__version__} cannot use it{chosen}: check "
+            f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}: check "
             "nvidia-smi, and update the driver or install a torch for its CUDA version; to use the CPU, set "
             "CUDA_VISIBLE_DEVICES=-1"
         )
 
 
 def agree_on_start(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
-    """Wait for all processes of this start, and return its unique name, a key prefix for the store.
+    """Wait for all processes of this launch, and return its unique id, which serves as a key prefix in the store.
 
-    torchrun keeps its store when it restarts the processes. Without the prefix, they would read the addresses of processes
-    that have ended.
+    torchrun keeps its store when it restarts the processes, which is a new launch. Without the prefix, the new processes
+    would read the addresses of processes that have ended.
 
-    Rank 0 publishes the name. Every other rank registers a token under the name that it reads, and repeats this until
-    rank 0 confirms the token, because the name may be that of an earlier start.
+    Rank 0 publishes the id. Every other rank registers a token under the id that it reads. Since that id may be the one of an
+    earlier launch, the rank reads it again until rank 0 confirms the token.
 
     Raises:
         LostRankError: with the ranks that did not start in time.
@@ -148,12 +151,12 @@ def agree_on_start(store: dist.Store, rank: int, size: int, *, timeout_seconds: 
     registered = None
     while time.monotonic() < deadline:
         if store.check(["start"]):
-            start = store.get("start").decode()
-            if start != registered:
-                store.set(f"{start}/{rank}", token)
-                registered = start
-            if store.check([f"{start}/confirmed"]) and token in store.get(f"{start}/confirmed").decode().split(","):
-                return start
+            launch_id = store.get("start").decode()
+            if launch_id != registered:
+                store.set(f"{launch_id}/{rank}", token)
+                registered = launch_id
+            if store.check([f"{launch_id}/confirmed"]) and token in store.get(f"{launch_id}/confirmed").decode().split(","):
+                return launch_id
         time.sleep(SECONDS_BETWEEN_CHECKS)
     raise LostRankError(f"rank 0, or another rank, did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
 
@@ -164,14 +167,14 @@ def cleanup() -> None:
 
 
 class SideChannel(nn.Module):
-    """A model with an extra parameter, whose gradient averages numbers over processes in DDP's gradient synchronisation.
+    """A model with an extra parameter, whose gradient serves to average numbers over processes in DDP's synchronisation.
 
     Add ``channel @ numbers`` to the loss: its value is 0, and after the backward pass the gradient of the channel is the mean
     of the numbers over all processes, or NaN if any of them was not finite. No further collective is needed.
 
     Args:
-        model: images (B, 3, H, W) to logits.
-        length: number of values.
+        model: maps images (B, 3, H, W) to logits.
+        length: number of values in the channel.
     """
 
     def __init__(self, model: nn.Module, length: int, device: torch.device):
@@ -180,7 +183,7 @@ class SideChannel(nn.Module):
         self.channel = nn.Parameter(torch.zeros(length, device=device))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the channel, (length,)."""
+        """Logits and the extra parameter, (length,)."""
         return self.model(images), self.channel.view_as(self.channel)
 
     def take(self) -> Tensor:
@@ -191,7 +194,7 @@ class SideChannel(nn.Module):
 
 
 def side_channel(model: nn.Module) -> SideChannel:
-    """The side channel of a model from ``wrap``."""
+    """The ``SideChannel`` in a model from ``wrap``, without DDP."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -200,7 +203,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     model = SideChannel(model, num_scalars, world.device)
     if world.size == 1:
         return model
-    # Gradients of depthwise kernels may differ in strides from their parameters; the copies are small.
+    # Gradients of depthwise kernels may differ in strides from their parameters; the copies that DDP then makes are small.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
@@ -211,7 +214,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     )
 
 
-# torch 2.15 renames ``broadcast_buffers``.
+# DDP's option ``broadcast_buffers`` has another name since torch 2.15.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -239,7 +242,7 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
     """Run ``task`` on rank 0 and return its result in every process; if it fails, all processes fail.
 
     Args:
-        long_timeout_group: let the other processes wait for ``LONG_TIMEOUT`` instead of the timeout of collectives.
+        long_timeout: let the other processes wait for up to ``LONG_TIMEOUT`` instead of the timeout of collectives.
 
     Raises:
         OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
@@ -261,10 +264,10 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
 
 
 def on_all(world: World, task: Callable[[], Result]) -> Result:
-    """Run ``task`` in every process and return its own result; if it fails in one, all processes fail.
+    """Run ``task`` in every process and return this process's result; if it fails in one process, all processes fail.
 
     Raises:
-        OtherRankError: in the processes where it succeeded, if it failed in another.
+        OtherRankError: in the processes where ``task`` succeeded, if it failed in another; those raise their own errors.
     """
     error = result = None
     try:
@@ -280,14 +283,14 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed, rather than the computation."""
+    """Whether an error is that of a collective, not of the computation."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:
     """The error to report after a collective failed.
 
-    Every surviving process calls this and registers its rank in the store; the missing ranks are lost.
+    Every surviving process calls this function, which registers its rank in the store; ranks that do not register are lost.
 
     Args:
         where: phase and last update of this process.
@@ -310,6 +313,6 @@ def _find_missing_ranks(world: World) -> list[int]:
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
             time.sleep(0.05)
-    except (dist.DistError, RuntimeError):  # rank 0 hosts the store, unless torchrun does
+    except (dist.DistError, RuntimeError):  # the store is gone, and rank 0 hosted it (unless torchrun does)
         return [0]
     return sorted(missing)

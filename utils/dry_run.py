@@ -24,14 +24,14 @@ MAX_UPDATES = 50
 def dry_run(trainer: Trainer) -> None:
     """Run some training steps, one evaluation batch and one checkpoint round trip, and report the bottleneck.
 
-    Changes the trainer's state and writes a checkpoint to its output: give it a temporary directory.
+    It changes the trainer's state and writes a checkpoint to ``trainer.output``, which should be a temporary directory.
 
     Raises:
         TrainingError, DataError, CheckpointError: an error that the run would have raised.
     """
     world, recipe, state = trainer.world, trainer.recipe, trainer.state
     epoch = state.num_updates // trainer.updates_per_epoch
-    remaining = recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
+    remaining_updates = recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
 
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
@@ -44,12 +44,12 @@ def dry_run(trainer: Trainer) -> None:
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
     # Rank 0 decides the number: all processes must take part in every update.
     count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
-    computing = _time(lambda: _drain(islice(updates, count)), trainer) / count
+    update_seconds = _time(lambda: _drain(islice(updates, count)), trainer) / count
     report = trainer.receive(keep=0)[-1]
     logger.info(
         "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
     )
-    loading = _time_loading(trainer, epoch) * recipe.accumulation
+    loading_seconds = _time_loading(trainer, epoch) * recipe.accumulation
 
     evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=recipe.eval_dtype, world=world)
     logger.info("evaluation: one batch computed")
@@ -61,7 +61,7 @@ def dry_run(trainer: Trainer) -> None:
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
     logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
-    needed = size * (recipe.keep_checkpoints + 2)  # the best one, and one being written
+    needed = size * (recipe.keep_checkpoints + 2)  # in addition to the kept ones: the best one, and the one being written
     if needed > free + size:
         logger.warning(
             "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "
@@ -69,12 +69,13 @@ def dry_run(trainer: Trainer) -> None:
             free / 2**30,
             needed / 2**30,
         )
-    # This sum synchronises all processes; the directory may be deleted afterwards.
-    figures = sum_over_processes(torch.tensor([computing, loading], device=world.device)) / world.size
-    _conclude(trainer, trainer.header["global_batch_size"], remaining, *figures.tolist())
+    # The sum waits until all processes have read the checkpoint; then the caller may delete the directory.
+    averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
+    _conclude(trainer, trainer.header["global_batch_size"], remaining_updates, *averages.tolist())
 
 
 def _updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
+    """Run one update per iteration, without end."""
     trainer.model.train()
     mixed = trainer.mixed_batches(batches)
     while True:
@@ -96,31 +97,42 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     return (time.monotonic() - started) / count
 
 
-def _conclude(trainer: Trainer, images: int, remaining: int, computing: float, loading: float) -> None:
-    slower = max(computing, loading)
+def _conclude(
+    trainer: Trainer, images_per_update: int, remaining_updates: int, update_seconds: float, loading_seconds: float
+) -> None:
+    """Log speeds, expected durations and the bottleneck.
+
+    Args:
+        remaining_updates: updates until the end of the run.
+        update_seconds: seconds per update on a loaded batch.
+        loading_seconds: seconds to load the batches of an update.
+    """
+    slower = max(update_seconds, loading_seconds)
     logger.info(
         "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, an epoch takes %s and the run %s",
-        images / computing,
-        images / loading,
+        images_per_update / update_seconds,
+        images_per_update / loading_seconds,
         format_duration(trainer.updates_per_epoch * slower),
-        format_duration(remaining * slower),
+        format_duration(remaining_updates * slower),
     )
-    if loading > computing:
+    if loading_seconds > update_seconds:
         logger.warning(
             "loading is the bottleneck, %.1f times as slow as the model: raise DATA.NUM_WORKERS, make the images smaller "
             "(scripts/pack_dataset.py --short-side), or read them from a faster disk",
-            loading / computing,
+            loading_seconds / update_seconds,
         )
     else:
-        logger.info("the model is the bottleneck: loading is %.1f times as fast", computing / loading)
+        logger.info("the model is the bottleneck: loading is %.1f times as fast", update_seconds / loading_seconds)
 
 
 def _drain(items: Iterator) -> None:
-    """Consume all items without storing them, since batches are large."""
+    """Iterate to the end without storing the items, since batches are large."""
     deque(items, maxlen=0)
 
 
 def _time(task: Callable[[], object], trainer: Trainer) -> float:
+    """Seconds that ``task`` takes, including its kernels on the GPU."""
+
     def wait() -> None:
         if trainer.world.device.type == "cuda":
             torch.cuda.synchronize(trainer.world.device)

@@ -1,4 +1,4 @@
-"""Software and hardware of a run, for its log and checkpoints, and the settings of its numerical precision."""
+"""Describe software and hardware of a run, for its log and checkpoints, and apply the numerical settings of its config."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
 
 
 def find_commit() -> str:
-    """Commit of this project, with ``+changes`` if files differ from it; "" outside a git repository."""
+    """Commit of this project, with ``+changes`` if tracked files differ from it; "" if there is no git repository or no git."""
     if not (ROOT / ".git").exists():
         return ""
     try:

@@ -2,8 +2,8 @@
 
 
 class TrainingError(RuntimeError):
-    """Training or evaluation cannot continue. The message has the update or the weights, and the remedy."""
+    """Training or evaluation cannot continue, for example after a loss that is not finite. The message gives the remedy."""
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
-    """A signal stopped the run. The message has its position and how to resume."""
+    """A signal stopped the run. The message states where it stopped."""

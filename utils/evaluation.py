@@ -1,4 +1,4 @@
-"""Evaluation: counts of correct predictions over a dataset that the processes share."""
+"""Evaluation: counts of correct predictions over a dataset whose images are divided among the processes."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,10 @@ class Predictions:
     """Predictions for every image of a dataset, in the dataset's order.
 
     Args:
-        targets: (N,) class ids.
-        ranked: (N, k) class ids of the k <= 5 most likely classes, most likely first.
-        confidence: (N,) softmax of the most likely class.
-        model_classes: (N,) the most likely class as the model's class id, which differs with a class map.
+        targets: (N,) class ids of the dataset.
+        ranked: (N, k) class ids of the dataset for the k <= 5 most likely classes, most likely first.
+        confidence: (N,) softmax probability of the most likely class.
+        model_classes: (N,) model's class id of the most likely class; with TEST.CLASS_MAP it may differ from the dataset's.
     """
 
     targets: np.ndarray
@@ -35,12 +35,13 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Counts over a whole dataset.
+    """Counts and mean loss over a whole dataset.
 
     Args:
-        weights: raw or ema.
-        num_classes: number of classes that predictions are restricted to; with five or fewer, every top-5 is correct.
-        predictions: on rank 0, if they were kept.
+        weights: label of the weights, raw or ema.
+        correct1, correct5: numbers of images with a correct top-1 and top-5 prediction.
+        num_classes: number of classes that can be predicted; with five or fewer, every top-5 prediction is correct.
+        predictions: only on rank 0, and only with ``keep_predictions``.
     """
 
     weights: str
@@ -53,12 +54,12 @@ class EvalResult:
 
     @property
     def acc1(self) -> float:
-        """Percent."""
+        """Top-1 accuracy in percent."""
         return 100 * self.correct1 / self.num_images
 
     @property
     def acc5(self) -> float:
-        """Percent."""
+        """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.num_images
 
     def __str__(self) -> str:
@@ -77,15 +78,16 @@ def evaluate(
     keep_predictions: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalResult]:
-    """Count correct predictions over a dataset that the processes share, every image once, with one reduction at the end.
+    """Count correct predictions over a dataset whose images are divided among the processes. Every image is counted once.
 
     Args:
-        models: by the label of their weights, raw or ema. They are not wrapped, because processes may have different numbers of
-            batches.
+        models: models by the label of their weights, raw or ema. They are not wrapped in DDP, because processes may have
+            different numbers of batches.
         loader: this process's batches.
-        class_ids: the model's class for each class of the dataset; predictions are restricted to these. None: the same classes.
+        class_ids: the model's class id for each class of the dataset; predictions are restricted to these. None if model and
+            dataset have the same classes.
         keep_predictions: collect the prediction for every image on rank 0.
-        stop: whether this process was asked to stop.
+        stop: returns whether this process was asked to stop.
 
     Returns:
         A result for each model, the same in every process except for the predictions.
@@ -122,7 +124,7 @@ class _Counter:
     def __init__(self, device: torch.device, class_ids: Sequence[int] | None, keep_predictions: bool):
         self.class_ids = class_ids
         self.selected = None if class_ids is None else torch.tensor(class_ids, device=device)
-        # Correct at 1, correct at 5, sum of losses, images with outputs that are not finite: counts are exact in float64.
+        # Correct top-1, correct top-5, sum of losses, images with non-finite outputs. Counts are exact in float64.
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.num_images = 0
         self.num_classes = 0
@@ -130,7 +132,7 @@ class _Counter:
         self.targets: list[Tensor] = []
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """logits: (B, num_classes); targets: (B,) class ids."""
+        """Add a batch. logits: (B, num_classes); targets: (B,) class ids."""
         if self.selected is not None:
             logits = logits.index_select(1, self.selected)
         self.num_images += len(targets)
@@ -148,11 +150,11 @@ class _Counter:
         """The result over all processes.
 
         Args:
-            indices: positions in the dataset of the images of this process, if predictions are kept.
+            indices: positions in the dataset of this process's images, if predictions are kept.
         """
         # A process without batches does not know the number of classes.
         counts = self.sums.new_tensor([self.num_images, self.num_classes, self.num_classes > 0])
-        *sums, total, class_sum, num_sharing = sum_over_processes(torch.cat([self.sums, counts])).tolist()
+        *sums, total, class_sum, num_with_batches = sum_over_processes(torch.cat([self.sums, counts])).tolist()
         correct1, correct5, loss, not_finite = sums
         total = int(total)
         if not_finite:
@@ -162,7 +164,7 @@ class _Counter:
             )
         predictions = None if self.predictions is None else self._gather(indices, world)
         return EvalResult(
-            weights, int(correct1), int(correct5), total, loss / total, int(class_sum // num_sharing), predictions
+            weights, int(correct1), int(correct5), total, loss / total, int(class_sum // num_with_batches), predictions
         )
 
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
@@ -178,11 +180,12 @@ class _Counter:
         order = positions.argsort()
         values = values[order]
         ranked = values[:, :-1].astype(np.int64)
-        first = ranked[:, 0] if self.class_ids is None else np.array(self.class_ids)[ranked[:, 0]]
-        return Predictions(targets[order].astype(np.int64), ranked, values[:, -1], first)
+        model_classes = ranked[:, 0] if self.class_ids is None else np.array(self.class_ids)[ranked[:, 0]]
+        return Predictions(targets[order].astype(np.int64), ranked, values[:, -1], model_classes)
 
 
 def log_results(results: Mapping[str, EvalResult]) -> None:
+    """Log counts, loss and accuracies of each label."""
     for label, result in results.items():
         logger.info(
             "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result

@@ -27,7 +27,7 @@ _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "r
 
 
 class _Stream:
-    """A console stream that bypasses Python's buffer, whose lock a blocked write would hold while the interpreter exits.
+    """A console stream without Python's buffer. A blocked write would hold the buffer's lock and thus block the process's exit.
 
     Characters that the console cannot encode are escaped.
     """
@@ -78,7 +78,7 @@ class _Handler(logging.Handler):
         super().close()
 
 
-FILE_ONLY = {"file_only": True}  # ``extra`` of records that are too long for the console
+FILE_ONLY = {"file_only": True}  # argument ``extra`` of log calls whose message is too long for the console
 
 
 class _ColoredFormatter(logging.Formatter):
@@ -153,7 +153,7 @@ def _log_file(path: Path) -> _Handler:
 
 
 def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: float = 30.0) -> Iterator:
-    """Iterate with a progress bar on a terminal, or periodic log lines elsewhere; rank 0 only."""
+    """Iterate over ``items``. Rank 0 shows a progress bar on a terminal, or periodic log lines elsewhere."""
     if not logger.isEnabledFor(logging.INFO):
         yield from items
         return
@@ -186,8 +186,8 @@ class MetricsWriter:
 
     Args:
         output: the run's directory.
-        step: updates done so far; entries of later updates are discarded.
-        evaluated: whether the evaluation after ``step`` is done; if not, its entries are discarded too.
+        step: number of updates at the start; entries of later updates are discarded.
+        evaluated: whether the evaluation at ``step`` is complete; if not, its entries in ``metrics.jsonl`` are discarded too.
     """
 
     def __init__(self, output: Path, step: int, *, evaluated: bool = True):
@@ -228,7 +228,7 @@ class MetricsWriter:
         self._write_event(self._event, "add_image", name, image, step)
 
     def figure(self, name: str, figure: object, step: int) -> None:
-        """Write a matplotlib figure to TensorBoard. Rendering is in the background: do not use the figure afterwards."""
+        """Write a matplotlib figure to TensorBoard. It is rendered in the background: do not use the figure after the call."""
         self._write_event(self._event, "add_figure", name, figure, step)
 
     def close(self) -> None:
@@ -238,17 +238,21 @@ class MetricsWriter:
 
 
 def _cut_after(path: Path, step: int, evaluated: bool) -> None:
-    """Remove records of later steps, and records that were truncated when a process was killed."""
+    """Remove the records of later steps and of a pending evaluation, and lines that were truncated when a process was killed.
+
+    Args:
+        evaluated: see ``MetricsWriter``.
+    """
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             pending = record["step"] == step and not evaluated and record["kind"].startswith("eval")
             if record["step"] <= step and not pending:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError, AttributeError):  # not a record
+                remaining.append(line)
+        except (ValueError, TypeError, KeyError, AttributeError):  # a truncated line, or not a record
             continue
     with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(f"{line}\n" for line in remaining), encoding="utf-8")

@@ -21,26 +21,26 @@ def eval_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """AdamW or SGD (Nesterov), without weight decay for ``model.no_weight_decay()``.
+    """Build AdamW or SGD (Nesterov), without weight decay for the parameters in ``model.no_weight_decay()``.
 
     Every parameter group has an ``lr_scale``, its learning-rate multiplier.
     """
-    exempt, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": parameters, "weight_decay": 0.0 if without else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
-        for without in (False, True)
-        for scale in sorted({scales[name] for name in trained})
-        if (parameters := [p for name, p in trained.items() if (name in exempt) == without and scales[name] == scale])
+        {"params": parameters, "weight_decay": 0.0 if exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
+        for exempt in (False, True)
+        for scale in sorted({scales[name] for name in trainable})
+        if (parameters := [p for name, p in trainable.items() if (name in no_decay) == exempt and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
-    # One kernel for all parameters, if the device supports it.
-    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained.values())
+    # A fused optimizer updates all parameters in one kernel, if the device supports it.
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trainable.values())
     if options.NAME == "sgd":
         sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
         if options.MOMENTUM > 0:
             # If the scaler skips the first step, fused SGD would leave its momentum uninitialised.
-            for parameter in trained.values():
+            for parameter in trainable.values():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return AdamW(groups, lr=cfg.TRAIN.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=fused)

@@ -18,8 +18,8 @@ from utils.metrics import wilson_interval
 logger = logging.getLogger(__name__)
 
 PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
-MAX_CLASSES_DRAWN = 50
-MAX_CLASSES_WITH_COUNTS = 20
+MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
+MAX_CLASSES_WITH_COUNTS = 20  # with more classes, the confusion matrix has no numbers in its cells
 
 
 def write_evaluation(
@@ -36,13 +36,14 @@ def write_evaluation(
     """Write the results of an evaluation to a directory; each file is replaced atomically.
 
     Args:
-        results: by label of the weights, with predictions.
+        results: results by label of the weights; all with predictions.
         preferred: label of the weights whose accuracy is reported and whose confusion matrix is drawn.
-        about: further entries of ``eval.json``: file, preprocessing, ...
+        about: further entries of ``eval.json``, such as the checkpoint and the preprocessing.
         classes: class names by class id.
         names: image names, in the dataset's order.
-        real_labels: all correct labels of each image; () excludes the image.
-        predictions: write ``predictions_<weights>.csv`` too.
+        real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without any are
+            excluded. None: no accuracy on ReaL labels.
+        predictions: whether to write ``predictions_<weights>.csv`` too.
     """
     record = about | {
         "preferred": preferred,
@@ -61,7 +62,7 @@ def write_evaluation(
     matrices = {weights: confusion_matrix(result, len(classes)) for weights, result in results.items()}
     _write_csv(
         output / "eval_classes.csv",
-        ["class", "num_images", *(f"{label}_{weights}" for weights in matrices for label in ("correct1", "acc1"))],
+        ["class", "num_images", *(f"{column}_{weights}" for weights in matrices for column in ("correct1", "acc1"))],
         _class_rows(classes, matrices),
     )
     if len(classes) <= MAX_CLASSES_DRAWN:
@@ -86,7 +87,7 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix in percent of each class, with counts if there are few classes."""
+    """Draw a confusion matrix. Colours are percentages of the true class; cells have counts if there are few classes."""
     from matplotlib.figure import Figure
 
     num_classes = len(classes)
@@ -128,7 +129,7 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws literally: valid Unicode, no formulas."""
+    """Convert text so that matplotlib draws it literally: replace invalid Unicode, and escape formulas."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 

@@ -19,7 +19,7 @@ from utils.files import replacing
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file or directory is deleted
+SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file is deleted
 
 
 def build_output_path(cfg: CfgNode) -> Path:
@@ -31,7 +31,7 @@ def create_output_directory(output: Path) -> None:
     """Create a directory and check that it is writable.
 
     Raises:
-        ConfigError: it cannot be created or written to.
+        ConfigError: the directory cannot be created or written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,10 @@ def create_output_directory(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a start before the newest intact checkpoint of the directory: two branches of a run would mix.
+    """Reject a start that is earlier than an intact checkpoint of the directory: two branches of the run would mix there.
+
+    Args:
+        num_updates: updates done at the start.
 
     Raises:
         ConfigError: the directory has an intact checkpoint of a later update.
@@ -58,13 +61,13 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
 
 
 def check_available(output: Path) -> Path:
-    """Reject a directory that a run could not create or lock, without changing it.
+    """Check that a run could create and lock a directory, without creating or locking it.
 
     Returns:
         The directory, or its nearest existing ancestor.
 
     Raises:
-        ConfigError: a file is in its place, or another run writes there.
+        ConfigError: the path or an ancestor is a file, or another run has locked the directory.
     """
     existing = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
@@ -82,13 +85,13 @@ class RunDirectory:
         self._created: list[Path] = []
 
     def open(self, *, num_updates: int) -> None:
-        """Create and lock the directory, and rename damaged checkpoints of later updates than the start.
+        """Create, lock and clean up the directory: delete old incomplete files, and rename damaged checkpoints.
 
         Args:
             num_updates: updates done at the start.
 
         Raises:
-            ConfigError: it cannot be written to, another run writes there, or it has a checkpoint of a later update.
+            ConfigError: the directory cannot be written to, is locked by another run, or has a checkpoint of a later update.
         """
         missing = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
         create_output_directory(self.path)
@@ -99,7 +102,7 @@ class RunDirectory:
         check_is_newest(self.path, num_updates=num_updates)
 
     def _remove_leftovers(self) -> None:
-        """Delete incomplete files left by a kill, except recent ones, which an evaluation may be writing."""
+        """Delete incomplete files of killed processes, except recent files, which a running evaluation may be writing."""
         for path in self.path.glob(".*.incomplete*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > SECONDS_UNTIL_STALE:
@@ -118,27 +121,27 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Remove the directories that this run created, if it is rejected before its first update."""
+        """Release the lock and remove the directories that this run created. For runs that fail before their first update."""
         self._lock.release()
         if self.path in self._created:
             shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._created[1:]:
-            with contextlib.suppress(OSError):  # another run uses it
+            with contextlib.suppress(OSError):  # not empty: another run uses it
                 parent.rmdir()
 
 
 class RunLock:
-    """Lock of a run's directory against a second run. The kernel releases it however the process ends."""
+    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends, even by SIGKILL."""
 
     def __init__(self, output: Path):
         self.path = output / LOCK
         self._file: IO | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock, and write process and host to its file.
+        """Acquire the lock, and write the process id and the host name to the lock file.
 
         Raises:
-            ConfigError: another run holds the lock; the message has its process and host.
+            ConfigError: another run has the lock; the message gives its process id and host name.
         """
         self._file = self._open()
         self._lock(self._file)
@@ -147,10 +150,10 @@ class RunLock:
         self._file.flush()
 
     def check(self) -> None:
-        """Check that no other run holds the lock.
+        """Check that no other run has the lock.
 
         Raises:
-            ConfigError: another run holds it.
+            ConfigError: another run has it.
         """
         if os.path.exists(self.path):
             with self._open() as file:
@@ -166,7 +169,9 @@ class RunLock:
         try:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # per process: loader workers do not inherit it
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the lock belongs to one process: loader workers do not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown process"

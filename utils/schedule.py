@@ -16,8 +16,9 @@ class Schedule:
     """Linear warm-up, then decay. Lengths are in updates.
 
     cosine: decays to ``min_lr``, as if the cosine had started at update 0. linear: decays from the end of the warm-up to
-    ``LINEAR_END * base_lr``, as in the reference; ``min_lr`` is unused. Both are constant after ``num_updates``. step: starts
-    at ``base_lr`` and is multiplied by ``decay_rate`` every ``decay_updates``, also after ``num_updates``, as in timm.
+    ``LINEAR_END * base_lr``, as in the reference; ``min_lr`` is unused. Both are constant after ``num_updates``. step:
+    multiplies ``base_lr`` by ``decay_rate`` every ``decay_updates``, counted from update 0, also after ``num_updates``, as in
+    timm.
     """
 
     name: str
@@ -52,15 +53,16 @@ def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
     Raises:
         ConfigError: DATA.GLOBAL_BATCH_SIZE is not a multiple of the images per forward pass.
     """
-    configured, at_once = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
-    if not configured:
+    global_size, images_per_pass = cfg.DATA.GLOBAL_BATCH_SIZE, cfg.DATA.BATCH_SIZE * world_size
+    if not global_size:
         return max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
-    if configured % at_once:
+    if global_size % images_per_pass:
         raise ConfigError(
-            f"DATA.GLOBAL_BATCH_SIZE={configured}: is not a multiple of {at_once} (DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in "
-            f"each of {world_size} processes); change --batch-size or the number of processes"
+            f"DATA.GLOBAL_BATCH_SIZE={global_size}: is not a multiple of {images_per_pass} "
+            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of {world_size} processes); "
+            "change --batch-size or the number of processes"
         )
-    return configured // at_once
+    return global_size // images_per_pass
 
 
 def global_batch_size(cfg: CfgNode, world_size: int) -> int:

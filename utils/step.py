@@ -1,6 +1,6 @@
-"""One optimizer update, and the report of it.
+"""One optimizer update, and its report: loss, gradient norm and requests.
 
-Nothing in an update waits for the device, except in fp16.
+The host does not wait for the device during an update, except in fp16.
 """
 
 import math
@@ -18,12 +18,13 @@ from utils.distributed import side_channel
 
 
 class Report(NamedTuple):
-    """Numbers of one update.
+    """Loss, gradient norm and requests of one update.
 
     Args:
         loss: mean over the update's batches and all processes.
         grad_norm: L2 norm before clipping.
-        stop, save: fraction of the processes that request a stop, or a checkpoint.
+        stop: fraction of the processes that request a stop.
+        save: fraction of the processes that request a checkpoint.
     """
 
     loss: float
@@ -54,22 +55,23 @@ def train_step(
 ) -> Tensor:
     """One optimizer update, for every precision, clipped or not, accumulated or not.
 
-    An update changes nothing if its loss (in any process) or its gradient is not finite. In fp32 and bf16 the device decides
-    that, without the host. In fp16 the host reads the norm in every update: the loss scaler makes skipped updates ordinary, and
-    EMA and schedule must skip them too.
+    An update changes no weights and no optimizer state if its loss (in any process) or its gradient is not finite. In fp32 and
+    bf16, this check runs on the device only. In fp16, the host reads its result in every update: the loss scaler regularly
+    skips updates, which EMA and schedule must skip too.
 
     Args:
         model: from ``utils.distributed.wrap``.
         batches: pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,) class ids, or
             (B, num_classes) probabilities after mixup.
-        seeds: one per batch, of the model's draws (drop path, dropout).
+        seeds: one seed per batch, for the model's random draws (drop path, dropout).
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
         requests: (2,) requests of this process to stop and to save, each 0 or 1.
-        failed: () initially 0. Becomes NaN at the first update in fp32 or bf16 that is not finite; later ones change nothing.
+        failed: scalar tensor, initially 0, updated in place. It becomes NaN at the first update in fp32 or bf16 that is not
+            finite; later updates then change nothing.
 
     Returns:
-        (4,) numbers of a ``Report``, on the device. Reading them stalls the device, so the caller decides when.
+        (4,) numbers of a ``Report``, on the device. Reading them makes the host wait, so the caller decides when.
     """
     device = optimizer.param_groups[0]["params"][0].device
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
@@ -89,7 +91,7 @@ def train_step(
         scaler.update()
     else:
         failed += not_finite
-        # A norm of NaN makes every gradient NaN, which the scaler sees: its optimizer step then changes nothing.
+        # A norm of NaN makes every gradient NaN. The scaler detects this and skips the optimizer step.
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm + failed)
         scaler.step(optimizer)
         scaler.update(1.0)
@@ -107,7 +109,7 @@ def accumulate_gradients(
     amp_dtype: torch.dtype,
     requests: Tensor,
 ) -> None:
-    """Forward and backward passes of an update. The last one averages gradients, loss and requests over the processes.
+    """Forward and backward passes of an update. The last backward pass averages gradients, loss and requests over processes.
 
     Args: see ``train_step``.
     """
@@ -124,7 +126,7 @@ def accumulate_gradients(
 
 
 class Reports:
-    """Queue of reports that are copied from the device to the host.
+    """Queue of reports that are being copied from the device to the host.
 
     The host reads the report of an update after it has launched the next one, so that the device always has work.
     """
@@ -133,7 +135,7 @@ class Reports:
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, update: int, report: Tensor) -> None:
-        """Start to copy the (4,) report of an update; updates are counted from 0."""
+        """Start to copy the (4,) report of update number ``update``, counted from 0."""
         copied = None
         if report.device.type == "cuda":
             report = report.to("cpu", non_blocking=True)
@@ -142,7 +144,7 @@ class Reports:
         self._sent.append((update, report, copied))
 
     def receive(self, *, keep: int) -> Iterator[tuple[int, Report]]:
-        """Updates and their reports in order, except for the newest ``keep``."""
+        """Yield the number and report of each update in order, except for the newest ``keep`` updates."""
         while len(self._sent) > keep:
             update, report, copied = self._sent.popleft()
             if copied is not None:

@@ -8,9 +8,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, 
 
 
 class StopRequest:
-    """A flag that SIGTERM, SIGINT or SIGUSR1 sets, from construction on; a second signal ends the process immediately.
+    """A flag that is set when SIGTERM, SIGINT or SIGUSR1 arrives. A second signal ends the process immediately.
 
-    Forked loader workers ignore the signals.
+    The constructor installs the signal handlers. They have no effect in forked loader workers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: a run from its state to its end."""
+"""The training loop: from the current state of a run to its end, with evaluation, checkpoints and logs."""
 
 import copy
 import logging
@@ -28,9 +28,9 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-SEED_OF_STEP = 3  # differs from the seeds of images and of mixup
+SEED_OF_STEP = 3  # part of the seed of the model's draws; differs from those of images and of mixup
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # images, targets, number of the forward pass -> mixed
-MAX_SKIPPED = 20  # maximum number of consecutive updates that fp16 may skip
+MAX_SKIPPED = 20  # number of consecutive updates skipped by fp16 that ends the run
 
 
 def check_trained(*, num_updates: int, num_skipped: int) -> None:
@@ -43,7 +43,8 @@ def check_trained(*, num_updates: int, num_skipped: int) -> None:
         raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
 
 
-# The best evaluation of a run: accuracy in percent, label of the weights (raw or ema), epoch, and number of updates.
+# The best evaluation of a run (here: none yet): accuracy in percent, label of the weights (raw or ema), epoch, and number of
+# updates.
 NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
 
 
@@ -52,11 +53,11 @@ class TrainState:
     """Complete state of a run at the end of an update.
 
     Args:
-        scales_loss: whether ``scaler`` has a state, as in fp16.
-        num_updates: number of updates, skipped ones included; it gives the position in the data.
+        scales_loss: whether the loss is scaled (fp16), so that ``scaler`` has a state.
+        num_updates: number of updates so far, including skipped ones; it determines the position in the data.
         num_skipped: number of updates that fp16 skipped; the learning-rate schedule does not count them.
         last_evaluation: ``num_updates`` at the last evaluation.
-        best: see ``NO_BEST``.
+        best: the best evaluation so far, see ``NO_BEST``.
     """
 
     model: nn.Module
@@ -70,7 +71,7 @@ class TrainState:
     best: dict = field(default_factory=lambda: dict(NO_BEST))
 
     def to_dict(self) -> dict:
-        """Plain data for a checkpoint; parameter names have no prefixes of wrappers."""
+        """State dicts and counters for a checkpoint; parameter names have no prefixes of DDP or ``torch.compile``."""
         return {
             "model": self.model.state_dict(),
             "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
@@ -83,7 +84,7 @@ class TrainState:
         }
 
     def load_dict(self, state: dict) -> None:
-        """Restore a checkpoint. The options of the optimizer stay those of the current config.
+        """Restore a checkpoint, except for the optimizer's options such as weight decay, which remain those of the config.
 
         If the checkpoint has no EMA weights, they are initialised from the model weights.
 
@@ -107,7 +108,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the training loop. Epochs include those of the cooldown; frequencies are those of the config keys."""
+    """Settings of the training loop. Epochs include the cooldown. Intervals (``*_freq``, ``save_*``) are as in the config."""
 
     num_epochs: int
     accumulation: int
@@ -130,9 +131,9 @@ class Trainer:
         model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
         mixup: mixes a batch, given the number of its forward pass; None for no mixing.
         metrics: writer of curves, on rank 0.
-        header: entries of every checkpoint besides the state (config, class names, data, global batch size).
+        header: entries of every checkpoint besides the state, such as config, class names and global batch size.
         stop: returns whether a signal requested a stop of this process.
-        draw: returns names and matplotlib figures of a model, which are written after each evaluation; None for no figures.
+        draw: returns (name, matplotlib figure) pairs for a model, which are written after each evaluation; None for no figures.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Trainer:
         self.updates_per_epoch = train_loader.updates_per_epoch
         self.phase = "start-up"
         self.reports = Reports()
-        self.writing = BackgroundWrite()  # of the newest checkpoint, on rank 0
+        self.writing = BackgroundWrite()  # writes checkpoints, on rank 0
         self.failed = torch.zeros((), device=world.device)  # see train_step
         self.skipped_in_a_row = 0
         self.last_save = time.monotonic()
@@ -179,20 +180,21 @@ class Trainer:
         """Train the remaining epochs, with evaluation and checkpoints.
 
         Raises:
-            Stopped: in every process, if a signal requested a stop of one of them; the state is saved.
+            Stopped: in every process, if any process was asked to stop; all updates so far are saved.
             TrainingError: an update is not finite, or fp16 skipped too many updates.
+            CheckpointError, OtherRankError: a checkpoint could not be written.
         """
         state = self.state
         if sum_over_processes(torch.tensor(float(self.stop()), device=self.world.device)) > 0:
             raise Stopped("stopped before the first update")
         self.last_save = started = time.monotonic()
-        done_epochs, in_epoch = divmod(state.num_updates, self.updates_per_epoch)
-        if done_epochs and not in_epoch:
-            self.finish_epoch(done_epochs - 1)  # a stop at the end of the epoch may have prevented it
+        done_epochs, updates_in_epoch = divmod(state.num_updates, self.updates_per_epoch)
+        if done_epochs and not updates_in_epoch:
+            self.finish_epoch(done_epochs - 1)  # not done yet if the run was stopped after the epoch's last update
         for epoch in range(done_epochs, self.recipe.num_epochs):
             self.train_epoch(epoch)
             self.finish_epoch(epoch)
-        if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was lowered below the position of the run
+        if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS is now lower than the epochs that the run has done
             self.save(best=self.evaluate(done_epochs))
         self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
@@ -206,7 +208,10 @@ class Trainer:
         )
 
     def finish_epoch(self, epoch: int) -> None:
-        """Evaluate and save at the end of an epoch if the recipe requires it, unless that was done before a resume."""
+        """Evaluate and save at the end of an epoch, as the recipe requires. An evaluation with a new best is always saved.
+
+        What was already done before a resume is not repeated.
+        """
         last = epoch + 1 >= self.recipe.num_epochs
         saving = last or (epoch + 1) % self.recipe.save_freq == 0
         if last or (epoch + 1) % self.recipe.eval_freq == 0:
@@ -250,11 +255,11 @@ class Trainer:
                 meter.restart()
 
     def mixed_batches(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and targets of the forward passes from the current position on."""
+        """Mixed images and targets of the forward passes, starting at the current position of the run."""
         return mix_batches(batches, self.mixup, forward_pass=self.state.num_updates * self.recipe.accumulation)
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Launch one update on the next batches."""
+        """Launch one update on the next batches, and update the EMA. In fp16, an update that is not finite is skipped."""
         state, recipe = self.state, self.recipe
         forward_passes = range(state.num_updates * recipe.accumulation, (state.num_updates + 1) * recipe.accumulation)
         learning_rate = self.learning_rate(state.num_updates)
@@ -283,18 +288,18 @@ class Trainer:
             state.ema.update(state.model)
 
     def learning_rate(self, num_updates: int) -> float:
-        """Learning rate of the update after ``num_updates``, for parameter groups without a multiplier."""
+        """Learning rate of the next update after ``num_updates`` updates, before the multiplier of each parameter group."""
         return self.schedule(num_updates - self.state.num_skipped)
 
     def requests(self) -> Tensor:
-        """(2,) requests of this process to all others: to stop, and (on rank 0) to save a checkpoint.
+        """(2,) requests of this process, each 0 or 1: to stop, and (only on rank 0) to save a checkpoint.
 
-        If the last write failed, a save is requested at once, because it reports the failure to all processes.
+        If the last write failed, a save is requested immediately, because ``save`` reports the error to all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
         saving = (due or self.writing.failed) and self.world.is_main
         if saving:
-            self.last_save = time.monotonic()  # one request
+            self.last_save = time.monotonic()  # request the save only once
         requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
         for position, requested in enumerate((self.stop(), saving)):
             if requested:
@@ -305,7 +310,8 @@ class Trainer:
         """Reports of the updates so far, except for the newest ``keep``.
 
         Raises:
-            TrainingError: in every process, if an update is not finite; the message names the replay file.
+            TrainingError: in every process, if an update is not finite in fp32 or bf16, or if fp16 has skipped ``MAX_SKIPPED``
+                updates in a row. The message names the replay file.
         """
         reports = []
         for update, report in self.reports.receive(keep=keep):
@@ -315,7 +321,11 @@ class Trainer:
         return reports
 
     def fail(self, update: int, report: Report) -> None:
-        """Write the replay file of an update that is not finite, and end the run."""
+        """Write the replay file of an update that is not finite, and end the run.
+
+        Raises:
+            TrainingError: always.
+        """
         epoch = update // self.updates_per_epoch
         path = self.output / f"replay_{update:09d}.pth"
         on_main(self.world, lambda: save_checkpoint(self.describe_update(update), path))
@@ -347,7 +357,7 @@ class Trainer:
         }
 
     def show_batch(self, images: Tensor) -> None:
-        """Write the first augmented images as a grid, each scaled to its own range."""
+        """Write a grid of the first augmented images to TensorBoard, each scaled to [0, 1] by its own minimum and maximum."""
         if self.metrics is None:
             return
         from torchvision.utils import make_grid
@@ -356,7 +366,7 @@ class Trainer:
         self.metrics.image("first_batch", grid, 0)
 
     def show_figures(self) -> None:
-        """Write the figures of the model. A failure, such as a lack of memory, is logged once and does not end the run."""
+        """Write the figures of ``draw``. If that fails, for example for lack of memory, log it and write no more figures."""
         try:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)
@@ -365,10 +375,13 @@ class Trainer:
             self.draw = None
 
     def evaluate(self, epoch: int) -> bool:
-        """Evaluate raw and averaged weights. Returns whether one of them is the best so far.
+        """Evaluate raw and EMA weights.
+
+        Returns:
+            Whether one of the accuracies is the best so far, or equal to it.
 
         Raises:
-            Stopped: in every process, if a signal requested a stop of one of them; the state before the evaluation is saved.
+            Stopped: in every process, if any process was asked to stop; the state before the evaluation is saved.
         """
         state = self.state
         self.phase = "evaluation"
@@ -394,7 +407,10 @@ class Trainer:
         return improved
 
     def save(self, *, best: bool = False) -> None:
-        """Copy the state to host memory, and write it and delete surplus checkpoints in the background.
+        """Copy the state to host memory and return; a background thread of rank 0 writes it and deletes surplus checkpoints.
+
+        Args:
+            best: whether to link the checkpoint as ``best.pth`` too.
 
         Raises:
             CheckpointError, OtherRankError: the previous checkpoint could not be written.
@@ -405,6 +421,7 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def start_saving(self, *, best: bool) -> None:
+        """The part of ``save`` that runs on rank 0."""
         self.writing.wait()
         state = to_host(self.state.to_dict() | self.header, copy=True)
         path = checkpoint_path(self.output, self.state.num_updates)
@@ -437,9 +454,10 @@ class Trainer:
 
 
 def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
-    """Write a numbered checkpoint, as best.pth too if it is the best, then delete all but the ``keep`` newest.
+    """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
 
-    It runs in another thread. A reference to the trainer would let that thread destroy it, and with it the loaders.
+    This function runs in another thread, so it has no reference to the trainer. If that were the last reference, the thread
+    would destroy the trainer and its loaders.
 
     Raises:
         CheckpointError: it could not be written.
@@ -453,13 +471,17 @@ def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
 
 
 def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets of successive forward passes, mixed; ``forward_pass`` is the number of the first one."""
+    """Images and targets of successive forward passes, mixed by ``mixup``.
+
+    Args:
+        forward_pass: number of the first forward pass, counted from the start of the run.
+    """
     for number, batch in enumerate(batches, forward_pass):
         yield (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
 
 
 def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
-    """Seed of the model's draws (drop path, dropout) in one forward pass of one process."""
+    """Seed of the model's random draws (drop path, dropout) in one forward pass of one process."""
     return int(np.random.SeedSequence((seed, forward_pass, rank, SEED_OF_STEP)).generate_state(1)[0])
 
 
@@ -486,11 +508,11 @@ class Meter:
             return
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
-        left = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
-        finite = [report.loss for report in self.reports if report.is_finite]  # fp16 skipped the others
+        remaining_updates = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
+        finite_losses = [report.loss for report in self.reports if report.is_finite]  # fp16 skipped the others
         values = {
             "epoch": self.epoch,
-            "loss": sum(finite) / len(finite) if finite else math.nan,
+            "loss": sum(finite_losses) / len(finite_losses) if finite_losses else math.nan,
             "lr": trainer.learning_rate(state.num_updates - 1),
             "grad_norm": self.reports[-1].grad_norm,
             "images_per_second": len(self.reports) * trainer.header["global_batch_size"] / seconds,
@@ -512,7 +534,7 @@ class Meter:
             values["images_per_second"],
             100 * values["data_wait"],
             values["memory_mib"],
-            format_duration(left * seconds / len(self.reports)),
+            format_duration(remaining_updates * seconds / len(self.reports)),
         )
         if trainer.metrics is not None:
             trainer.metrics.scalars(state.num_updates, "train", values)
@@ -532,12 +554,12 @@ def _record(result: EvalResult, epoch: int) -> dict[str, float | int]:
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, or a copy on the device if it is in host memory."""
+    """The model itself, or a copy on ``device`` if the model is on another type of device."""
     return model if next(model.parameters()).device.type == device.type else copy.deepcopy(model).to(device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes of the GPU, or of this process."""
+    """Peak memory in bytes: what torch allocated on a GPU, or the resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

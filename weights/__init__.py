@@ -1,1 +1,1 @@
-"""Read weight files safely, and download them once. Bottom layer: ``models`` and ``utils`` may import it."""
+"""Read weight files safely, and download them once. This is the lowest layer: ``models`` and ``utils`` may import it."""

@@ -23,7 +23,7 @@ from weights.reader import CheckpointError, sha256, verify
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0  # for connecting, and for each read
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES = 30.0  # between progress lines in the log
 _BLOCK = 1 << 20  # bytes
 # First bytes of the accepted formats: zip (torch.save), pickle and tar (torch.save before 1.6), safetensors (JSON header).
 _SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
@@ -57,16 +57,18 @@ def cached_path(url: str, name: str = "") -> Path:
 def fetch(url: str, name: str = "") -> Path:
     """Download a URL's file unless it is cached, and return its path.
 
-    The download has a temporary name and is renamed when complete; an interrupted one starts again. The sha256 is recorded
-    next to the file and checked at every later call. If several processes call it, one downloads and the rest wait.
+    The download is written to a temporary file and renamed when complete; an interrupted download starts again from the
+    beginning. The sha256 is recorded next to the file and checked at every later call. If several processes call this
+    function, one downloads and the others wait.
 
     Args:
         url: http or https.
         name: file name in the cache, without suffix; derived from the URL by default.
 
     Raises:
-        CheckpointError: no network, a server error, an incomplete file, a file that is not a checkpoint, or a sha256 that
-            differs from the recorded one. The message includes the URL, and the path for a file downloaded by hand.
+        CheckpointError: no network, a server error, an incomplete file, a file that is not a checkpoint, a sha256 that differs
+            from the recorded one, or a cache that cannot be written. If the download fails, the message includes the URL and
+            the path under which to save a manual download.
     """
     path = cached_path(url, name)
     try:
@@ -77,7 +79,7 @@ def fetch(url: str, name: str = "") -> Path:
             _compare_digest(url, path)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); make room, or set TORCH_HOME to another directory"
+            f"{path}: cannot be written ({error.strerror or error}); free disk space, or set TORCH_HOME to another directory"
         ) from None
     return path
 
@@ -97,7 +99,7 @@ def _download(url: str, path: Path) -> None:
     for stale in path.parent.glob(f"{path.name}.*.incomplete"):
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    by_hand = f"; or download it with a browser and save it as {path}"
+    hint = f"; or download it with a browser and save it as {path}"
     logger.info("downloading %s to %s", url, path)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "flatten-transformer"})
@@ -107,51 +109,51 @@ def _download(url: str, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         if total and received < total:
-            raise CheckpointError(f"{url}: the connection was cut after {received} of {total} bytes; run it again{by_hand}")
-        _check_format(url, temporary, by_hand)
+            raise CheckpointError(f"{url}: the connection was cut after {received} of {total} bytes; try again{hint}")
+        _check_format(url, temporary, hint)
         os.replace(temporary, path)
     except urllib.error.HTTPError as error:
         error.close()
-        raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the address{by_hand}") from None
+        raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the URL{hint}") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise CheckpointError(f"{url}: cannot be downloaded ({reason}); check the network and run it again{by_hand}") from None
+        raise CheckpointError(f"{url}: cannot be downloaded ({reason}); check the network and try again{hint}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _copy(response, file, total: int, title: str) -> int:
-    """Copy a response to a file, with a progress bar on a terminal, else log lines. Returns the number of bytes received."""
-    received, last = 0, time.monotonic()
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=total or None, desc=title, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+    """Copy a response to a file and return the number of bytes. Progress is a bar on a terminal, otherwise log lines."""
+    received, last_line = 0, time.monotonic()
+    bar_hidden = not sys.stderr.isatty()
+    with tqdm(total=total or None, desc=title, unit="B", unit_scale=True, leave=False, disable=bar_hidden) as bar:
         while block := response.read(_BLOCK):
             file.write(block)
             received += len(block)
             bar.update(len(block))
-            if hidden and time.monotonic() - last > SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
+            if bar_hidden and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 logger.info("%s: %.0f of %.0f MiB", title, received / 2**20, total / 2**20)
     return received
 
 
-def _check_format(url: str, path: Path, by_hand: str) -> None:
-    """Refuse a download that is not a weight file, such as an HTML page with a login form."""
+def _check_format(url: str, path: Path, hint: str) -> None:
+    """Raise ``CheckpointError`` if a download is not a weight file, for example an HTML page with a login form."""
     with open(path, "rb") as file:
         head = file.read(512)
     magic, offset = _TAR_MAGIC
     if not _SIGNATURES.match(head) and head[offset : offset + len(magic)] != magic:
         kind = "an HTML page" if head.lstrip()[:1] == b"<" else "something other than a weight file"
-        raise CheckpointError(f"{url}: the server sent {kind} ({path.stat().st_size} bytes); check the address{by_hand}")
+        raise CheckpointError(f"{url}: the server sent {kind} ({path.stat().st_size} bytes); check the URL{hint}")
     if zipfile.is_zipfile(path) or head.startswith(b"PK"):
         try:
             verify(path)
         except CheckpointError:
-            raise CheckpointError(f"{url}: the downloaded file is damaged; run it again{by_hand}") from None
+            raise CheckpointError(f"{url}: the downloaded file is damaged; try again{hint}") from None
 
 
 def _compare_digest(url: str, path: Path) -> None:
-    """Record the sha256 of a new file; check that of an earlier one against the record."""
+    """Record the sha256 of a new file; compare the sha256 of an earlier file with its record."""
     record, digest = path.with_name(path.name + ".sha256"), sha256(path)
     recorded = record.read_text().split() if record.is_file() else []
     if not recorded:

@@ -24,8 +24,8 @@ WEIGHTS = ("raw", "ema", "auto")
 METADATA_KEY = "flatten"  # safetensors metadata entry with config, class names and other plain data, as JSON
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
-# Types other than tensors in released files. All are plain data: the reference's config (a yacs CfgNode, read as a
-# dictionary), timm's arguments (a Namespace), accuracies as numpy scalars under their names in numpy 1 and 2.
+# Types other than tensors that released files contain. All are plain data: the reference's config (a yacs CfgNode, read as a
+# dictionary), timm's arguments (a Namespace), and accuracies (numpy scalars, whose module differs between numpy 1 and 2).
 _PLAIN_GLOBALS = [
     (collections.OrderedDict, "yacs.config.CfgNode"),
     argparse.Namespace,
@@ -77,7 +77,7 @@ def read_checkpoint(path: str | Path) -> dict:
         ``{"model": tensors, ...}`` with the metadata's entries.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or requires code that is not run.
+        CheckpointError: the file is missing or damaged, or contains code, which is never run.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -90,7 +90,7 @@ def read_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _named_global(str(error))
+        reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _describe_global(str(error))
         raise CheckpointError(f"{path}: not loaded, since it is damaged or contains code: {reason}") from None
     except Exception as error:  # a damaged pickle raises many exception types
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {error})") from None
@@ -103,7 +103,7 @@ def _is_archive(path: Path) -> bool:
     """Whether a file is a zip archive, intact or damaged."""
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # its directory is damaged
+    except zipfile.BadZipFile:  # the central directory of the archive is damaged
         return True
 
 
@@ -115,38 +115,39 @@ def _read_safetensors(path: Path) -> dict:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
-        described = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+        content = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
-    return {"model": tensors, **described} if isinstance(described, dict) else tensors
+    return {"model": tensors, **content} if isinstance(content, dict) else tensors
 
 
-def _named_global(message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", message)
-    return f"it requires {found.group(1)}, which is not allowed" if found else message
+def _describe_global(message: str) -> str:
+    """Shorten torch's message about a forbidden global to the name of the global."""
+    match = re.search(r"GLOBAL ([\w.]+)", message)
+    return f"it requires {match.group(1)}, which is not allowed" if match else message
 
 
 def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
     """State dicts of a checkpoint by label, ``raw`` and ``ema``, without the prefixes of DDP and torch.compile."""
-    found = {
+    state_dicts = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
         "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
     }
-    if not any(found.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
-        found["raw"] = state  # a bare state dict
+    if not any(state_dicts.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
+        state_dicts["raw"] = state  # a bare state dict
     return {
         label: {
             _WRAPPERS.sub("", name): value
             for name, value in weights.items()
             if isinstance(name, str) and isinstance(value, Tensor)
         }
-        for label, weights in found.items()
+        for label, weights in state_dicts.items()
         if weights
     }
 
 
 def preferred_weights(state: Mapping) -> str:
-    """Label that ``auto`` selects: the weights with the best accuracy recorded by training; else ema if present."""
+    """Label that ``auto`` selects: the weights with the best accuracy in training, else ``ema`` if stored, else ``raw``."""
     stored = stored_weights(state)
     best = state.get("best")
     recorded = best.get("weights") if isinstance(best, dict) else None

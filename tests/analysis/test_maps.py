@@ -1,4 +1,4 @@
-"""Attention maps reproduce the computation of the modules: weights times values equals their output."""
+"""Attention maps reproduce the computation of the modules: weights times values equal the output of the module."""
 
 import pytest
 import torch
@@ -66,11 +66,11 @@ def capture_case(case: str) -> list:
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
         expected = model(images)
-        with capture(model) as found:
+        with capture(model) as attentions:
             assert torch.equal(model(images), expected)
         assert torch.equal(model(images), expected)
-    assert [attention.name for attention in found] == list(attention_modules(model))
-    return found
+    assert [attention.name for attention in attentions] == list(attention_modules(model))
+    return attentions
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -153,9 +153,9 @@ def test_unknown_module_names_and_forms_are_rejected():
 @pytest.mark.parametrize("case", ["swin windows, shifted and padded", "swin softmax, shifted", "cswin stripes", "deit linear"])
 def test_token_positions_contain_each_token_of_the_map_once(case):
     model, size = CASES[case]()
-    with torch.no_grad(), capture(model.eval()) as found:
+    with torch.no_grad(), capture(model.eval()) as attentions:
         model(torch.randn(1, 3, size, size))
-    for attention in found:
+    for attention in attentions:
         groups, tokens, grid = attention.q.shape[0], attention.q.shape[2] - attention.num_prefix_tokens, attention.map_grid
         positions = token_positions(model, attention)
         assert positions.shape == (groups, tokens)
@@ -164,11 +164,14 @@ def test_token_positions_contain_each_token_of_the_map_once(case):
 
 @pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
 def test_the_convolution_over_reduced_values_is_not_local(side, distance, uniform):
-    """Values are interpolated along the flattened tokens, which mixes rows and columns. The figures are in docs/focus.md."""
+    """Values are interpolated along the flattened tokens, which mixes rows and columns.
+
+    docs/focus.md quotes the distances for a side of 56.
+    """
     kernel = torch.ones(1, 1, 5, 5)
     matrix = convolution_matrix(kernel, (side, side), 49)
-    found = attention_distance(matrix, (side, side), (7, 7)).mean().item()
-    assert found == pytest.approx(distance, abs=0.06)
+    actual = attention_distance(matrix, (side, side), (7, 7)).mean().item()
+    assert actual == pytest.approx(distance, abs=0.06)
     assert attention_distance(torch.ones_like(matrix), (side, side), (7, 7)).mean().item() == pytest.approx(uniform, abs=0.06)
     local = convolution_matrix(kernel, (side, side), side * side)
     assert attention_distance(local, (side, side), (side, side)).mean().item() < 1.9

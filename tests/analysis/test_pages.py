@@ -32,12 +32,12 @@ def create_case(case: str):
 
 @pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
 def test_maps_are_the_rows_of_the_attention_matrices(case):
-    """All queries of maps of up to 14 x 14 tokens, without the class token; larger maps are sampled."""
+    """All queries except the class token are compared, in maps of up to 14 x 14 tokens; larger maps are sampled."""
     model, image = create_case(case)
-    with torch.no_grad(), capture(model) as found:
+    with torch.no_grad(), capture(model) as attentions:
         model(image.unsqueeze(0))
     num_compared = 0
-    for attention, block in zip(found, trace(model, image), strict=True):
+    for attention, block in zip(attentions, trace(model, image), strict=True):
         form = next(iter(block.maps))
         maps, prefix = block.maps[form], attention.num_prefix_tokens
         assert form == ("linear attention" if attention.is_linear else "softmax attention")
@@ -68,8 +68,8 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     model = CSwinTransformer(img_size=64, attn_type="LLLL", linear_splits=(2, 2, 7, 7), **SMALL_CSWIN).eval()
     vertical = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
     weights = vertical.maps["linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
-    columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
-    assert (columns == 2).all()
+    num_columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
+    assert (num_columns == 2).all()
     # The epsilon in the normaliser lowers the totals of queries with low similarities.
     totals = weights.sum(dim=(-2, -1))
     assert totals.max() < 1.001
@@ -162,15 +162,15 @@ def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
         "--dump-dom",
         page.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout).group(1)))
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', completed.stdout).group(1)))
     assert report["faults"] == []
-    (start, where), (clicked, corner), (moved, right), (other_form, form), (other_block, _) = report["seen"]
-    assert where == "query: row 3, column 3 of a 8 x 8 map"
-    assert corner == "query: row 0, column 0 of a 8 x 8 map"
-    assert right == "query: row 0, column 1 of a 8 x 8 map"
+    (initial, initial_text), (clicked, clicked_text), (moved, moved_text), (other_form, form), (other_block, _) = report["seen"]
+    assert initial_text == "query: row 3, column 3 of a 8 x 8 map"
+    assert clicked_text == "query: row 0, column 0 of a 8 x 8 map"
+    assert moved_text == "query: row 0, column 1 of a 8 x 8 map"
     assert form == "softmax, same q and k"
-    assert len({start, clicked, moved, other_form, other_block}) == 5
+    assert len({initial, clicked, moved, other_form, other_block}) == 5
 
 
 def test_a_page_needs_no_network(tmp_path):

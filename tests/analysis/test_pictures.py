@@ -65,9 +65,9 @@ def test_logging_attention_pictures_does_not_change_the_result_of_training(train
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     folder = tmp_path / "toy/default"
-    with_pictures, without = read_checkpoint(folder / "best.pth"), read_checkpoint(trained)
+    with_pictures, without_pictures = read_checkpoint(folder / "best.pth"), read_checkpoint(trained)
     for part in ("model", "optimizer", "best"):
-        assert_equal(with_pictures[part], without[part])
+        assert_equal(with_pictures[part], without_pictures[part])
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     blocks = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1", "layers.2.blocks.0"]

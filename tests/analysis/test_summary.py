@@ -16,10 +16,10 @@ from tests.analysis.test_maps import SMALL_DEIT, SMALL_SWIN, randomise
 from tests.launch import run_script
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["initialised", "random parameters"])
-def test_the_rank_of_linear_attention_exceeds_the_head_dimension_only_with_the_convolution(trained):
+@pytest.mark.parametrize("randomised", [False, True], ids=["initialised", "random parameters"])
+def test_the_rank_of_linear_attention_exceeds_the_head_dimension_only_with_the_convolution(randomised):
     model = SwinTransformer(img_size=48, attn_type="LL", **SMALL_SWIN).double().eval()
-    if trained:
+    if randomised:
         model = randomise(model)
     rows = summarise(model, [torch.randn(3, 48, 48).double() for _ in range(2)])
     for row in rows:
@@ -33,16 +33,16 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
     model = DeiT(img_size=32, attn_type="M1", **SMALL_DEIT).eval()
     images = [torch.randn(3, 32, 32) for _ in range(2)]
     rows = summarise(model, images)
-    with torch.no_grad(), capture(model) as found:
+    with torch.no_grad(), capture(model) as attentions:
         model(images[0].unsqueeze(0))
-    for attention in found:
+    for attention in attentions:
         expected = entropy(attention.matrix()[0, :, 1:, 1:]).mean(dim=-1)
         for head in range(2):
             (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
             assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
             assert len(row.values["entropy"]) == 2
-    softmax = [row for row in rows if row.block == "blocks.1.attn"]
-    assert {row.form for row in softmax} == {OWN, "softmax", "linear", "focused", "efficient"}
+    softmax_rows = [row for row in rows if row.block == "blocks.1.attn"]
+    assert {row.form for row in softmax_rows} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
     own, softmax = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
     assert own == pytest.approx(softmax, abs=1e-5)  # this softmax block has no masks or biases
@@ -65,9 +65,9 @@ def test_many_positions_are_sampled_evenly():
 
 def test_the_matrices_exclude_the_class_token():
     model = DeiT(img_size=32, attn_type="L", **SMALL_DEIT).eval()
-    with torch.no_grad(), capture(model) as found:
+    with torch.no_grad(), capture(model) as attentions:
         model(torch.randn(1, 3, 32, 32))
-    assert {matrix.shape for matrix in matrices(found[0]).values()} == {(1, 2, 16, 16)}
+    assert {matrix.shape for matrix in matrices(attentions[0]).values()} == {(1, 2, 16, 16)}
 
 
 def test_one_command_writes_tables_plots_and_a_report(trained, toy_data, tmp_path):

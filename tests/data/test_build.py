@@ -1,4 +1,4 @@
-"""Effect of each config key on datasets, loaders and mixup, compared with Pillow, timm and hand calculations."""
+"""Effect of config keys on datasets, loaders and mixup, compared with Pillow and with hand-computed values."""
 
 import io
 import random
@@ -88,8 +88,9 @@ def test_random_crop_area_and_aspect_ratio_follow_their_config_keys(toy_config, 
 def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_config, toy_data):
     """Count the batches with grey pixels after a black and a white image are mixed.
 
-    Mixup makes every pixel grey; CutMix leaves every pixel black or white. Each is drawn for half of the batches.
-    Beta(50, 50) mixes nearly evenly; Beta(0.01, 0.01) hardly mixes.
+    Each batch uses mixup or CutMix, with a probability of one half each. A ratio drawn from Beta(50, 50) is near 0.5, so mixup
+    makes every pixel grey. A ratio drawn from Beta(0.01, 0.01) is near 0 or 1, so mixup rarely makes pixels grey. CutMix
+    leaves every pixel black or white.
     """
     mix = build_mixup(config(toy_config, toy_data, "AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix))
     num_grey = 0
@@ -101,7 +102,7 @@ def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_confi
 
 
 def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, toy_data):
-    """Each of 7 images has a distinct constant value and class. At every position, image and target have the same ratios."""
+    """Every pixel of an image equals its class id, so image and target must be mixed with the same ratio."""
     mix = build_mixup(
         config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
     )
@@ -118,6 +119,7 @@ def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, 
 
 def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_config, toy_data):
     def first_epoch(seed: int):
+        """Return the order of the images, {index: image}, image 5 of the first epoch, and the targets of a mixed batch."""
         cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
         dataset = build_datasets(cfg, training=True).train
         loader = build_train_loader(cfg, dataset, rank=0, world_size=1, device=CPU)

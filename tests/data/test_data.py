@@ -94,9 +94,9 @@ def test_evaluation_reads_every_image_once(num_samples, world_size):
     seen = []
     for rank in range(world_size):
         batches = EvalBatches(num_samples, 7, rank=rank, world_size=world_size)
-        read = list(batches)
-        assert len(read) == len(batches)
-        seen += [index for batch in read for _, index in batch]
+        own_batches = list(batches)
+        assert len(own_batches) == len(batches)
+        seen += [index for batch in own_batches for _, index in batch]
     assert sorted(seen) == list(range(num_samples))
 
 
@@ -124,7 +124,7 @@ def preprocessing(size, **options):
 
 
 def test_squash_mode_resizes_to_a_square_and_crops_the_centre():
-    """The edge of a black left half stays in the middle when a 400 x 100 image is resized to a square."""
+    """The left half of an image of 400 x 100 pixels is black. After the resize to a square, the edge is still in the middle."""
     pixels = np.full((100, 400, 3), 255, np.uint8)
     pixels[:, :200] = 0
     image = preprocessing(224, interpolation="bilinear").create_transform()(Image.fromarray(pixels))
@@ -148,7 +148,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3), 
         (48, "short", 0.8, (100, 60), (26, 6, 74, 54)),  # 90 x 150 pixels (height x width) are resized to 60 x 100
         ((56, 84), "squash", 0.875, (96, 64), (6, 4, 90, 60)),
         ((60, 80), "none", 0.875, (80, 60), (0, 0, 80, 60)),
-        (32, "squash", 0.875, (32, 32), (0, 0, 32, 32)),  # small images are not cropped
+        (32, "squash", 0.875, (32, 32), (0, 0, 32, 32)),  # with inputs of at most 32 pixels, nothing is cropped
     ],
 )
 def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resized, box, mode):
@@ -159,7 +159,7 @@ def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resi
 
 
 def test_short_mode_fills_another_aspect_ratio_without_distortion():
-    """For a crop of 30 x 90, 90 x 150 pixels are scaled by 0.6 on both axes: the larger of 30 / 90 and 90 / 150."""
+    """To fill 30 x 90 pixels, an image of 90 x 150 is scaled by 0.6 on both axes: the larger of 30 / 90 and 90 / 150."""
     image = preprocessing((30, 90), crop_mode="short", crop_pct=1.0).create_transform()(NOISE)
     expected = NOISE.resize((90, 54), Image.Resampling.BICUBIC).crop((0, 12, 90, 42))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
@@ -310,7 +310,7 @@ def test_eval_loader_keeps_the_order_of_the_dataset(toy_config, toy_data):
 
 @pytest.fixture(scope="module")
 def packed(toy_data, tmp_path_factory):
-    """{layout: (directory, options)}: the toy data in each archive layout, and the config options that read it."""
+    """Return {layout: (directory, options)}: the toy data in each archive layout, and the config options to read them."""
     roots = {name: tmp_path_factory.mktemp(name) for name in ("zip", "tar")}
     for name, root in roots.items():
         for split in ("train", "val"):
@@ -344,7 +344,7 @@ def test_archives_give_the_same_tensors_as_directories(toy_config, toy_data, pac
 
 
 class DigestDataset(torch.utils.data.Dataset):
-    """SHA-256 digests of image files as read from an archive; ``reads`` items, cycling through the images."""
+    """SHA-256 digests of the image files of an archive. The dataset has ``reads`` items and cycles through the images."""
 
     def __init__(self, dataset, reads):
         self.dataset = dataset
@@ -361,17 +361,17 @@ class DigestDataset(torch.utils.data.Dataset):
 def test_four_workers_read_an_archive_concurrently(toy_data, packed, layout):
     root = packed[layout][0]
     dataset = ImageDataset(index_tar(root, "train") if layout == "tar" else index_zip(root, "train"), None)
-    folder = ImageDataset(index_folder(toy_data / "train"), None)
-    expected = [hashlib.sha256(folder.read(index)).hexdigest() for index in range(len(folder))]
+    directory_dataset = ImageDataset(index_folder(toy_data / "train"), None)
+    expected = [hashlib.sha256(directory_dataset.read(index)).hexdigest() for index in range(len(directory_dataset))]
     loader = torch.utils.data.DataLoader(DigestDataset(dataset, 4000), batch_size=50, num_workers=4)
-    read = [digest for batch in loader for digest in batch]
-    assert read == [expected[index % len(folder)] for index in range(4000)]
+    digests = [digest for batch in loader for digest in batch]
+    assert digests == [expected[index % len(directory_dataset)] for index in range(4000)]
 
 
 def test_archive_dataset_can_be_pickled_for_spawned_workers(packed):
     dataset = ImageDataset(index_zip(packed["zip"][0], "train"), None)
-    read = dataset.read(3)
-    assert pickle.loads(pickle.dumps(dataset)).read(3) == read
+    content = dataset.read(3)
+    assert pickle.loads(pickle.dumps(dataset)).read(3) == content
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_zip_archives_that_do_not_match_their_map_are_rejected(tmp_path, lines, 
 
 
 def write_zip(entries, root):
-    """Write ``val.zip`` with (entry, data) pairs, and a map that gives every entry class 0."""
+    """Write the (entry, data) pairs to ``val.zip``, and a map that assigns class 0 to every entry."""
     with zipfile.ZipFile(root / "val.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for entry, data in entries:
             archive.writestr(entry, data)
@@ -488,7 +488,7 @@ def test_failed_packing_leaves_no_files(tmp_path):
 
 
 def write_unreadable_images(folder):
-    """Write files that no decoder reads, of several kinds (row D1 of docs/reliability.md). Return their names."""
+    """Write unreadable image files of several kinds (row D1 of docs/reliability.md). Return their names in sorted order."""
     folder.mkdir(parents=True)
     readable = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(readable, "JPEG")
@@ -503,7 +503,10 @@ def write_unreadable_images(folder):
 
 @pytest.fixture(scope="module")
 def partly_unreadable(tmp_path_factory):
-    """Training images, and the names of the unreadable ones: class b has 20 readable, class a 2 readable and all unreadable."""
+    """Directory with training images, and the names of the unreadable ones.
+
+    Class a has 2 readable images and all unreadable ones; class b has 20 readable images.
+    """
     root = tmp_path_factory.mktemp("spoilt")
     write_images(root, "train", classes=1, per_class=20)
     (root / "train/class0").rename(root / "train/b")
@@ -827,7 +830,7 @@ def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [224, (48, 64)])
 def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
-    """The draws are the same, for enlarged and reduced crops. The mean difference is below a hundredth of a level."""
+    """Both draw the same random numbers, for enlarged and reduced crops. Their mean difference is below 0.01 pixel levels."""
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)
     differences = []
@@ -840,7 +843,7 @@ def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
         next_draw = random.random()
         random.seed(seed)
         theirs(image)
-        assert random.random() == next_draw  # both use the same number of draws
+        assert random.random() == next_draw  # both draw the same number of random numbers
         random.seed(seed)
         assert (np.asarray(ours(decode_pixels(encoded(image, "PNG")))) == crop).all()
         differences.append(crop - expected)

@@ -15,7 +15,7 @@ SIDE = 40
 
 
 def boxes_of_timm(count: int, max_count: int) -> list[tuple[int, int, int, int]]:
-    """Rectangles that timm erases in ``count`` images, recorded when it assigns their content."""
+    """Rectangles that timm erases in ``count`` images, recorded when timm overwrites their pixels."""
     boxes = []
 
     class RecordingTensor(torch.Tensor):
@@ -90,7 +90,7 @@ def test_erasing_of_an_image_does_not_depend_on_its_batch(mode):
     if mode == "const":
         assert (values == 0).all()
     elif mode == "rand":
-        assert len(values.unique(dim=0)) <= 32
+        assert len(values.unique(dim=0)) <= 32  # one colour per rectangle, and at most 2 rectangles in each of 16 images
         assert len(values.unique(dim=0)) >= 4
     else:
         assert abs(values.mean()) < 0.05

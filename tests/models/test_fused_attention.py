@@ -1,4 +1,4 @@
-"""The custom backward pass of focused linear attention gives the gradients of the unfused form, computed by autograd."""
+"""The custom backward pass of focused linear attention computes the same gradients as autograd of the unfused form."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 @contextlib.contextmanager
 def plain_form():
-    """Select the unfused form, as under a compiler."""
+    """Select the unfused form, as if torch.compile were active."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -46,8 +46,8 @@ def assert_equals_plain_form(operator, tokens, **options):
     with plain_form():
         expected_out, expected = outputs_and_gradients(operator, tokens, **options)
     torch.testing.assert_close(out, expected_out)
-    for gradient, plain in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, plain)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
     with torch.no_grad():
         torch.testing.assert_close(operator(*tokens, **options), expected_out)
 
@@ -102,7 +102,10 @@ def test_the_epsilons_contribute_to_the_gradients(std):
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
 @pytest.mark.parametrize("std", [1e-3, 1.0, 1e6])
 def test_single_precision_neither_overflows_nor_underflows(scale, std):
-    """Tokens that are negative in all channels have features of 1e-6 / scale. Their sixth powers underflow in float32."""
+    """Tokens that are negative in all channels have features of 1e-6 / softplus(scale).
+
+    The norm of their cubes sums sixth powers, which underflow in float32 for large scales.
+    """
     operator = random_operator((4, 5), rank_restoration=False)
     torch.nn.init.constant_(operator.scale, scale)
     q, k, v = random_tokens(2, 20, 20, std=std)
@@ -126,13 +129,13 @@ def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit,
 
 
 @pytest.mark.parametrize(
-    ("limit", "images", "tokens"), [(1, 5, 5), (4, 5, 3), (7, 5, 2), (12, 5, 1), (24, 3, 1), (10**6, 1, 1)]
+    ("limit", "num_image_blocks", "num_token_blocks"), [(1, 5, 5), (4, 5, 3), (7, 5, 2), (12, 5, 1), (24, 3, 1), (10**6, 1, 1)]
 )
-def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, images, tokens):
+def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, num_image_blocks, num_token_blocks):
     monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
     blocks = Blocks(5, 5, 2, torch.device("cpu"))
     parts = [list(blocks.images()), list(blocks.tokens(5))]
-    assert [len(part) for part in parts] == [images, tokens]
+    assert [len(part) for part in parts] == [num_image_blocks, num_token_blocks]
     for part in parts:
         assert [position for block in part for position in range(5)[block]] == list(range(5))
 
@@ -145,27 +148,27 @@ def test_other_devices_process_all_images_in_one_block():
 def test_gradients_equal_finite_differences():
     operator = random_operator((2, 3))
     tokens = random_tokens(2, 6, 6)
-    names = dict(operator.named_parameters())
+    parameters = dict(operator.named_parameters())
 
     def run(q, k, v, *values):
-        return torch.func.functional_call(operator, dict(zip(names, values, strict=True)), (q, k, v))
+        return torch.func.functional_call(operator, dict(zip(parameters, values, strict=True)), (q, k, v))
 
-    assert torch.autograd.gradcheck(run, [*tokens, *names.values()], fast_mode=False)
+    assert torch.autograd.gradcheck(run, [*tokens, *parameters.values()], fast_mode=False)
 
 
 def test_second_derivatives_require_the_plain_form():
     operator = random_operator((2, 3))
     packed = torch.randn(1, 6, 3 * C).double().requires_grad_()
-    second = []
+    second_derivatives = []
     for split in (split_channels, lambda x, parts: x.chunk(parts, dim=-1)):
         operator.fused = False
         (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
-        second.append(torch.autograd.grad(gradient.square().sum(), packed)[0])
+        second_derivatives.append(torch.autograd.grad(gradient.square().sum(), packed)[0])
         operator.fused = True
         (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
-    torch.testing.assert_close(*second)
+    torch.testing.assert_close(*second_derivatives)
 
 
 def test_torch_func_uses_the_plain_form():
@@ -181,17 +184,17 @@ def test_torch_func_uses_the_plain_form():
 def test_gradients_that_are_strided_within_a_token_are_concatenated_by_a_copy():
     packed = torch.randn(2, 4, 12).requires_grad_()
     weights = torch.randn(2, 4, 12)
-    found = [
+    gradients = [
         torch.autograd.grad((torch.cat([part.transpose(1, 2) for part in parts], dim=-1) * weights).sum(), packed)[0]
         for parts in (split_channels(packed, 3), packed.chunk(3, dim=-1))
     ]
-    assert torch.equal(*found)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_equal_float32_gradients_up_to_rounding(dtype):
     operator = random_operator((8, 8)).float()
-    tokens = [tokens.detach().float().requires_grad_() for tokens in random_tokens(2, 64, 64)]
+    tokens = [part.detach().float().requires_grad_() for part in random_tokens(2, 64, 64)]
     _, exact = outputs_and_gradients(operator, tokens)
     with torch.autocast("cpu", dtype=dtype):
         half_tokens = [part.detach().to(dtype).requires_grad_() for part in tokens]
@@ -224,7 +227,7 @@ def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
 
 
 def test_the_forward_pass_saves_no_token_map_for_the_backward_pass():
-    """It saves the inputs and small summaries, which together are smaller than one map of the size of q."""
+    """Besides its inputs, it saves only small tensors, which together have fewer elements than q."""
     operator = random_operator((8, 8))
     tokens = random_tokens(2, 64, 64)
     inputs = {part.data_ptr() for part in [*tokens, *operator.parameters()]}

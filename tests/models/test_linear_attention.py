@@ -30,7 +30,7 @@ def random_inputs(num_queries=N, num_keys=N):
 
 
 def definition(operator, q, k, v, grid=GRID):
-    """Equations 3 to 8 of the paper, with an explicit weight for every query and key."""
+    """Equations 3 to 8 of the paper, with an explicit weight for every pair of query and key."""
 
     def map_features(x):
         x = (F.relu(x) + 1e-6) / F.softplus(operator.scale)
@@ -49,7 +49,7 @@ def definition(operator, q, k, v, grid=GRID):
     stretched = (
         F.interpolate(v.transpose(1, 2), size=out.shape[1], mode="linear") if num_keys != out.shape[1] else v.transpose(1, 2)
     )
-    maps = stretched.reshape(B * H, D, *grid)  # one head at a time, as in the reference
+    maps = stretched.reshape(B * H, D, *grid)  # heads become batch entries, as in the reference
     return out + operator.dwc(maps).reshape(B, C, -1).transpose(1, 2)
 
 
@@ -98,7 +98,7 @@ def similarity_attention(similarity, v):
 
 
 def naive(kind, q, k, v):
-    """A compared attention with an explicit attention matrix."""
+    """One of the attentions that the paper compares, with an explicit attention matrix."""
     if kind == "hydra":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         # Every channel is a separate head with similarity q_n * k_m. Hydra does not normalise rows.
@@ -170,7 +170,8 @@ def test_linear_attention_weights_are_not_negative_and_sum_to_one():
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 1, 9))
 
 
-# Maximum error relative to the largest output; 4e-7, 6e-4 and 4e-3 were measured. Half precisions also round the inputs.
+# Maximum error relative to the largest output; 4e-7, 6e-4 and 4e-3 were measured. In half precision, the error includes the
+# rounding of the convolution and of the output.
 ERROR_BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -15,7 +15,7 @@ from utils.step import train_step
 CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
 TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))
 FINE_TUNINGS = sorted(path.stem for path in REFERENCE.glob("finetune-*.json"))
-# Entries of a norm that PVT v1 of the reference creates but does not use.
+# State-dict entries of a norm that the reference's PVT v1 creates but does not use.
 UNUSED_NORM = ("norm.weight", "norm.bias")
 
 

@@ -1,4 +1,4 @@
-"""Image sizes: non-square and changed sizes, checkpoints of other sizes, and sizes below the minimum."""
+"""Image sizes: non-square and changed sizes, checkpoints trained at other sizes, and sizes below the minimum."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def assert_same_logits(one, other, size):
 @pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, size):
-    """Loading with the size of the checkpoint equals calling the source model at the new size."""
+    """Given the image size of the checkpoint, the loaded model equals the source model called at the new size."""
     source, target = build(kind, source_size), build(kind, size)
     state_dict = source.state_dict()
     target.load_state_dict(state_dict | target.resize_position_tables(state_dict, img_size=source_size))
@@ -172,7 +172,8 @@ def test_image_sizes_may_be_integers_and_sequences_of_any_type(size):
 
 
 # Minimum side, computed by hand. PVT has patches of 4 pixels and halves the map three times. The first convolution of CSwin
-# needs 7 pixels, of which 4 are padding. Softmax blocks of PVTv2 reduce the first map, of ceil(side / 4) tokens, by 8.
+# needs 7 pixels, of which 4 are padding. The first softmax blocks of PVTv2 reduce a map of
+# ceil(side / 4) tokens per side by 8, so they need 8 tokens per side.
 MINIMUM_SIZES = {
     "swin": (SwinTransformer, {}, 1),
     "pvt": (PyramidVisionTransformer, {}, 32),

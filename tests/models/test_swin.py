@@ -45,7 +45,10 @@ def test_merge_inverts_the_partition_into_windows():
 
 
 def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
-    """4 x 4 map, windows of 2 x 2, shift of 1. The last window contains the four corners of the map, in four regions."""
+    """The map has 4 x 4 tokens, the windows have 2 x 2, and the shift is 1.
+
+    The last window contains the four corners of the map, in four regions.
+    """
     regions = window_regions((4, 4), (2, 2), (1, 1), (4, 4))
     assert regions[0].unique().numel() == 1
     assert regions[1].view(2, 2).tolist() == [[0, 2], [0, 2]]
@@ -119,8 +122,8 @@ def test_a_global_block_stays_global_at_every_size():
     model = toy(attn_type="LL", window_size=56)
     block = model.layers[0].blocks[1]
     assert block.layout((31, 47)) == ((31, 47), (0, 0), (31, 47))
-    partial = toy(attn_type="LL", window_size=8).layers[0].blocks[1]
-    assert partial.layout((31, 47)) == ((8, 8), (4, 4), (32, 48))
+    windowed = toy(attn_type="LL", window_size=8).layers[0].blocks[1]
+    assert windowed.layout((31, 47)) == ((8, 8), (4, 4), (32, 48))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -155,7 +158,7 @@ def test_reset_classifier_replaces_the_head():
 
 
 def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_map():
-    """It is 7 tokens wide, or 12 in the model of 384 pixels, as in the reference."""
+    """It is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the reference."""
     model = create_model("flatten_swin_t", img_size=256, device="meta")
     assert {block.window for block in model.layers[2].blocks} == {(7, 7)}
     large = create_model("flatten_swin_b_384", device="meta")

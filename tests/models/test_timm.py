@@ -1,6 +1,6 @@
 """Requirements of timm's test suite for every registered model, and features that timm's users rely on.
 
-Checks of shapes and names run on the meta device at the native size; checks of values run at 64 x 64 pixels.
+Most checks of shapes and names run on the meta device, and most checks of values on images of 64 x 64 pixels.
 """
 
 import copy
@@ -43,7 +43,7 @@ def mixed(name: str, **options) -> torch.nn.Module:
 
 
 def to_channels_first(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, h, w, C) maps and (B, 1 + h * w, C) tokens as (B, C, h, w)."""
+    """Convert (B, h, w, C) maps, or the patch tokens of (B, 1 + h * w, C), to (B, C, h, w) maps."""
     if features.ndim == 3:
         features = features[:, 1:].unflatten(1, (height, width))
     return features.permute(0, 3, 1, 2)
@@ -155,10 +155,10 @@ def test_hooks_and_fx_give_the_same_maps_as_the_getter(name, feature_cls):
     getter = mixed(name, features_only=True)
     other = mixed(name, features_only=True, feature_cls=feature_cls)
     images = torch.randn(2, 3, 64, 64)
-    expected, found = getter(images), other(images)
-    assert len(found) == len(expected) == (2 if "deit" in name else 4)
+    expected, actual = getter(images), other(images)
+    assert len(actual) == len(expected) == (2 if "deit" in name else 4)
     assert other.output_fmt == ("NLC" if "deit" in name else "NHWC")
-    for one, features in zip(expected, found, strict=True):
+    for one, features in zip(expected, actual, strict=True):
         torch.testing.assert_close(to_channels_first(features, *one.shape[-2:]), one)
 
 
@@ -173,21 +173,21 @@ def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
         torch.testing.assert_close(graph(images)[nodes[-1]], model(images))
     expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
     parameters = [graph.get_parameter(parameter_name) for parameter_name, _ in model.named_parameters()]
-    found = torch.autograd.grad(graph(images)[nodes[-1]].square().sum(), parameters)
-    for one, other in zip(found, expected, strict=True):
+    actual = torch.autograd.grad(graph(images)[nodes[-1]].square().sum(), parameters)
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
 def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normed(name):
     model, images = mixed(name), torch.randn(2, 3, 64, 64)
-    rows = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
-    raw = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
-    maps = model.forward_intermediates(images, norm=True, intermediates_only=True)
-    for one, other in zip(rows, maps, strict=True):
+    channels_last = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
+    without_norm = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+    channels_first = model.forward_intermediates(images, norm=True, intermediates_only=True)
+    for one, other in zip(channels_last, channels_first, strict=True):
         torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
-    torch.testing.assert_close(rows[-1], model.norm(raw[-1]))
-    for one, other in zip(rows[:-1], raw[:-1], strict=True):
+    torch.testing.assert_close(channels_last[-1], model.norm(without_norm[-1]))
+    for one, other in zip(channels_last[:-1], without_norm[:-1], strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -209,7 +209,7 @@ def test_the_number_of_feature_maps_follows_the_depth_of_the_model(name):
 
 
 def vit_and_deit():
-    """timm's ViT and our DeiT with softmax attention, both with the same weights, and images."""
+    """Return timm's ViT and our DeiT with softmax attention, which have the same weights, and a batch of images."""
     options = {"img_size": 64, "num_classes": 5, "depth": 3}
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -226,8 +226,8 @@ def vit_and_deit():
 @pytest.mark.parametrize("indices", [None, 2, [0, -1]], ids=str)
 def test_deit_returns_the_same_intermediates_as_the_vit_of_timm(options, indices):
     vit, deit, images = vit_and_deit()
-    expected, found = (model.forward_intermediates(images, indices=indices, **options) for model in (vit, deit))
-    torch.testing.assert_close(found, expected)
+    expected, actual = (model.forward_intermediates(images, indices=indices, **options) for model in (vit, deit))
+    torch.testing.assert_close(actual, expected)
     stopped = deit.forward_intermediates(images, indices=[1], stop_early=True, **options)
     torch.testing.assert_close(stopped, vit.forward_intermediates(images, indices=[1], stop_early=True, **options))
 
@@ -407,7 +407,7 @@ def test_the_checkpoint_filter_drops_only_unused_entries():
 
 
 def test_the_checkpoint_filter_uses_the_declared_input_size():
-    """The weights of a model of 112 pixels with stripes of 28 x 7 tokens are loaded into a model of 224 pixels."""
+    """The weights of a model for 112 pixels with stripes of 28 x 7 tokens are loaded into a model for 224 pixels."""
     options = {"linear_splits": (7, 3, 3, None), "attn_type": "LLLL", "depths": (1, 1, 1, 1), "num_classes": 5}
     source = timm.create_model("flatten_cswin_t", img_size=112, **options).eval()
     for entry, parameter in source.named_parameters():
@@ -422,7 +422,7 @@ def test_the_checkpoint_filter_uses_the_declared_input_size():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_saved_for_the_hub_loads_from_its_directory(name, tmp_path):
-    """timm rebuilds the model from the arguments that it recorded."""
+    """timm records the arguments of ``create_model`` and rebuilds the model from them."""
     model, images = mixed(name, img_size=(64, 96), global_pool="avg"), torch.randn(1, 3, 64, 96)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
@@ -449,7 +449,7 @@ def test_pruning_keeps_the_final_norm_unless_it_is_requested_or_the_width_change
 
 
 def test_nested_models_load_only_their_own_entries():
-    """The hooks for loading get only the entries of their own model."""
+    """The load_state_dict hooks of a model change only the entries of that model."""
     source = torch.nn.ModuleDict({"backbone": mixed("flatten_pvt_t"), "norm": torch.nn.LayerNorm(3)})
     target = copy.deepcopy(source)
     for parameter in target.parameters():
@@ -489,7 +489,7 @@ def test_a_model_built_from_a_config_has_its_evaluation_transform(opts, expected
 
 @pytest.fixture
 def released_file(tmp_path, monkeypatch):
-    """Replace the download by a local file. Returns the model in that file, and the requests (URL and name) so far."""
+    """Replace the download with a local file. Return the model saved in it, and the list of requests (URL and name)."""
     torch.manual_seed(0)
     source = create_model("flatten_pvt_t").eval()
     path = tmp_path / "released.pth"

@@ -55,21 +55,24 @@ def test_every_model_runs_at_three_sizes_and_every_parameter_gets_a_gradient(nam
     model(torch.randn(2, 3, 96, 128)).square().sum().backward()
     gradients = {entry: parameter.grad for entry, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    # DeiT classifies the class token, which the convolution of patch tokens in the last block does not affect.
+    # DeiT's logits depend only on the class token, which the convolution of patch tokens in the last block does not affect.
     without_gradient = {entry for entry, gradient in gradients.items() if not gradient.any()}
     assert without_gradient == ({"blocks.11.attn.dwc.weight", "blocks.11.attn.dwc.bias"} if "deit" in name else set())
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_parameters_and_multiply_adds_match_the_paper(name):
-    parameters, products, _ = measure(name)
+    num_parameters, multiply_adds, _ = measure(name)
     millions, billions = PAPER[name]
-    assert parameters / 1e6 == pytest.approx(millions, abs=0.1 if isinstance(millions, float) else 0.6)
-    assert products / 1e9 == pytest.approx(billions, rel=0.02, abs=0.05)
+    assert num_parameters / 1e6 == pytest.approx(millions, abs=0.1 if isinstance(millions, float) else 0.6)
+    assert multiply_adds / 1e9 == pytest.approx(billions, rel=0.02, abs=0.05)
 
 
 def test_deit_tiny_has_the_hand_computed_number_of_parameters():
-    """DeiT-T has 5,717,416 parameters. Each of 12 blocks adds 192 scales, an encoding of 197 * 192 and 64 filters of 25 + 1."""
+    """DeiT-T has 5,717,416 parameters.
+
+    Each of the 12 blocks adds 192 scales, a positional encoding of 197 x 192, and 64 filters of 25 weights and a bias.
+    """
     assert measure("flatten_deit_t")[0] == 5_717_416 + 12 * (192 + 197 * 192 + 64 * 26)
 
 
@@ -130,7 +133,7 @@ def test_compiled_and_exported_models_equal_the_model_up_to_rounding(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_and_evaluation_compile_to_one_graph_each(name):
-    """Two epochs of two updates, each followed by an evaluation, compile one graph for training and one for evaluation."""
+    """Training and evaluation alternate twice, with two forward and backward passes per training phase."""
     depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
     model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.2, **depths)
     graphs = []
@@ -328,8 +331,8 @@ def naive_stripes(attention, q, k, v, window):
             else:
                 mixed = (queries @ keys.transpose(-2, -1) / head_dim**0.5).softmax(dim=-1) @ values
                 restored = 0
-            position = attention.get_v(maps).permute(0, 2, 3, 1)
-            out[box] = mixed.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + position
+            lepe = attention.get_v(maps).permute(0, 2, 3, 1)
+            out[box] = mixed.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + lepe
     return out
 
 
@@ -373,8 +376,8 @@ def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_for_any_stripe
 
 def test_the_operator_replaces_the_attention_of_a_timm_model():
     command = [sys.executable, "examples/vit_with_linear_attention.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "[2, 10]" in done.stdout
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "[2, 10]" in completed.stdout
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_cswin_t"])

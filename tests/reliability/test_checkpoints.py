@@ -172,7 +172,7 @@ def test_r14_run_killed_before_it_links_the_best_checkpoint_is_repaired_on_resum
     assert read_checkpoint(folder / BEST)["num_updates"] == read_checkpoint(expected / BEST)["num_updates"]
 
 
-# --- Disks
+# --- Full disks and unusable output directories
 
 
 def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tmp_path):
@@ -197,12 +197,12 @@ def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tm
 
 def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        def fill() -> None:
+        def limit_file_size() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
         if rank == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            call_before(utils.trainer, "save_checkpoint", 3, fill)
+            call_before(utils.trainer, "save_checkpoint", 3, limit_file_size)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
@@ -233,7 +233,7 @@ def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_by_check
 
 
 def damaged_versions(content: bytes):
-    """Yield (description, damaged content): truncated to 20 sizes from 0 on, and with 64 flips of one bit."""
+    """Yield (description, damaged content) for 20 truncations, the first to 0 bytes, and for 64 flips of a single bit."""
     rng = random.Random(0)
     for part in range(20):
         yield f"cut {part}", content[: len(content) * part // 20]
@@ -254,12 +254,12 @@ def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
     expected = read_checkpoint(newer)
     for description, damaged in damaged_versions(content):
         newer.write_bytes(damaged)
-        found = newest_intact_checkpoint(tmp_path)
-        if found == newer:
+        newest_intact = newest_intact_checkpoint(tmp_path)
+        if newest_intact == newer:
             assert description.startswith("flip")
             assert_equal(read_checkpoint(newer), expected, description)
         else:
-            assert found == older, description
+            assert newest_intact == older, description
             detected += 1
     assert detected >= 20 + 64 // 2
 
@@ -329,7 +329,7 @@ def test_r17_resume_after_a_data_change_is_rejected_and_the_error_names_the_chan
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == times
 
 
-# --- Resume with other workers and processes, and repeatability
+# --- Resume with other numbers of workers and processes, and repeatability
 
 
 def test_r5_run_resumed_with_another_number_of_loader_workers_ends_equal(uninterrupted, toy_config, toy_data, tmp_path):
@@ -353,7 +353,10 @@ def test_r5_run_resumed_with_another_number_of_loader_workers_ends_equal(uninter
 
 
 def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_config, toy_data, tmp_path):
-    """Compare a run on 2, then 4, then 1 processes with an uninterrupted one, without draws that depend on the process."""
+    """Compare a run on 2, then 4, then 1 processes with an uninterrupted run on 1 process.
+
+    Drop path, dropout and mixup are disabled, because their random numbers depend on the rank.
+    """
     no_random_layers = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
     options = [
         *no_random_layers,
@@ -409,12 +412,14 @@ def test_r9_parameter_names_in_checkpoints_have_no_wrapper_prefix(toy_config, to
 def test_r8_run_stopped_during_accumulation_saves_after_a_full_update_and_ends_equal(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
-    def prepare(rank: int) -> None:  # in the third forward pass of the eighth update
+    def prepare(rank: int) -> None:
+        # The first call seeds the initial weights. Signal in the third forward pass of the eighth update.
         call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
     folder = tmp_path / "stopped/toy/default"
+    # The ninth update requests the stop, and its report is read after the tenth update.
     assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 10
     assert run_main(stopped, tmp_path / "log").exit_codes == [0]
     assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "alone", *options), tmp_path / "log").exit_codes == [0]

@@ -1,4 +1,4 @@
-"""Damaged, malicious and changed data (rows D, X and R17 of docs/reliability.md)."""
+"""Damaged, malicious, unusual and changed data (rows D and R17 of docs/reliability.md)."""
 
 import errno
 import gc
@@ -181,7 +181,7 @@ def test_maps_with_additional_columns_and_names_without_the_utf8_flag_are_read(t
         archive.writestr("0.png", png())
         archive.writestr("xxxxxxx.png", png())
     content = (tmp_path / "train.zip").read_bytes()
-    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # as Info-ZIP does
+    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # Info-ZIP omits the flag, too
     (tmp_path / "train_map.txt").write_text(f"0.png\t0\t \n{name}\t1 \textra\n", encoding="utf-8")
     index = index_zip(tmp_path, "train")
     assert [index.name(position) for position in range(2)] == ["0.png", name]
@@ -198,7 +198,7 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
             os.utime(path, ns=(past, past))
 
     write([png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # the files' ctime is recent; a later clock allows caching
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # with this clock, no file counts as recently changed
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     scans, original = [], data.index._read_map
     monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
@@ -325,7 +325,7 @@ def test_d1_unsupported_image_formats_are_rejected():
 
 
 def test_d1_supported_image_formats_are_read():
-    """From a file with two images (MPO, which some cameras write as JPEG), the first image is read."""
+    """The first image of a file with two images is read (MPO, which some cameras write as JPEG)."""
     for kind in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         assert decode_image(encode(kind)).size == (24, 24)
     buffer, image = io.BytesIO(), Image.new("RGB", (24, 24), "red")
@@ -436,7 +436,7 @@ def test_valid_augmentation_policies_are_accepted(policy):
     build_train_transform(load_config(CONFIGS / "flatten_swin_t.yaml", ["AUG.AUTO_AUGMENT", policy]))
 
 
-# --- Class maps
+# --- Class maps and index caches
 
 
 def test_class_map_may_have_a_byte_order_mark_but_no_conflicting_lines(tmp_path):
@@ -638,13 +638,13 @@ def make_large_index(source: Path, num_images: int) -> Index:
 
 
 def private_bytes() -> int:
-    """Memory of this process that is not shared with other processes."""
+    """Bytes of memory of this process that are not shared with other processes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
 def read_many_names(worker: int, index: Index, results) -> None:
-    gc.freeze()
+    gc.freeze()  # otherwise, the garbage collector would write to shared pages, which copies them
     initial = private_bytes()
     for position in np.random.default_rng(worker).integers(0, len(index), 20_000):
         assert index.name(int(position)).endswith(".JPEG")

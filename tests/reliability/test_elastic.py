@@ -53,7 +53,10 @@ def write_program(path: Path, text: str) -> None:
     "preemptions", [pytest.param(1, id="1 preemption"), pytest.param(5, id="5 preemptions", marks=pytest.mark.slow)]
 )
 def test_s5_preempted_slurm_job_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
-    """Run ``scripts/slurm.sh`` with fakes of ``scontrol`` and of ``srun``, which signals its tasks after a checkpoint."""
+    """Run ``scripts/slurm.sh`` with a fake ``scontrol`` and a fake ``srun``.
+
+    After a checkpoint, the fake ``srun`` sends SIGUSR1 to its tasks, as at a preemption.
+    """
     expected = uninterrupted(2)
     programs, requeued = tmp_path / "bin", tmp_path / "requeued"
     programs.mkdir()
@@ -104,7 +107,7 @@ def torchrun(arguments: list, log: Path, *options: object, program: str | Path =
 
 
 def find_workers(output: Path, **variables: str) -> list[int]:
-    """Ids of the worker processes whose command line has ``output`` and whose environment has ``variables``."""
+    """Process ids of the ranks whose command line contains ``output`` and whose environment contains ``variables``."""
     process_ids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -152,7 +155,7 @@ def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, t
 
 @pytest.mark.slow
 def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, toy_data, tmp_path):
-    """Two agents with a c10d rendezvous simulate two nodes. One is killed with its worker; the job resumes on the other."""
+    """Two agents with a c10d rendezvous simulate two nodes. One is killed with its rank; the job resumes on the other."""
     folder, logs = tmp_path / "toy/default", [tmp_path / "log0", tmp_path / "log1"]
     options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "DATA.GLOBAL_BATCH_SIZE", 8, "COLLECTIVE_TIMEOUT", 10]
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)

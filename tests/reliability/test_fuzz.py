@@ -44,7 +44,7 @@ def test_arbitrary_bytes_are_rejected_as_a_checkpoint(content, name, tmp_path):
 
 
 def test_damaged_checkpoints_are_read_or_rejected(tmp_path):
-    path, refused = tmp_path / "x.pth", 0
+    path, num_rejected = tmp_path / "x.pth", 0
     save_checkpoint({"model": toy().state_dict(), "num_updates": 1}, path)
     content = path.read_bytes()
     for seed in range(1500):
@@ -52,8 +52,8 @@ def test_damaged_checkpoints_are_read_or_rejected(tmp_path):
         try:
             read_checkpoint(path)
         except CheckpointError:
-            refused += 1
-    assert refused > 1000
+            num_rejected += 1
+    assert num_rejected > 1000
 
 
 YAML = st.text(alphabet="ABCDEFMODELTRAINDATA:._-{}[]&*!?|>'\"# \n\t0123456789eé", max_size=80)

@@ -33,7 +33,7 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     def prepare(rank: int) -> None:
         if rank == 1:
             call_before(utils.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
-            if fault == "hangs":  # the hanging process has to be ended by the test
+            if fault == "hangs":  # ends the hanging process 14 s after its start
                 signal.alarm(14)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 3)
@@ -49,6 +49,7 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
 
 
 def report_time(line: str) -> float:
+    """Time of a log line in seconds since the epoch."""
     return time.mktime(time.strptime(re.search(r"\[(.{19})\]", line).group(1), "%Y-%m-%d %H:%M:%S"))
 
 

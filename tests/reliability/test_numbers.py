@@ -52,22 +52,22 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
     assert outcome.exit_codes == [1, 1], outcome.output
     assert f"at update {UPDATE} (epoch 0" in outcome.output
     folder = tmp_path / "toy/default"
-    newest, bundle = list_checkpoints(folder)[0], folder / f"replay_{UPDATE:09d}.pth"
-    checkpoint, replay_state = read_checkpoint(newest), read_checkpoint(bundle)
+    newest, replay_path = list_checkpoints(folder)[0], folder / f"replay_{UPDATE:09d}.pth"
+    checkpoint, replay_state = read_checkpoint(newest), read_checkpoint(replay_path)
     assert checkpoint["num_updates"] == UPDATE
     assert all(torch.equal(value, checkpoint["model"][name]) for name, value in replay_state["model"].items())
     images = replay_state["replay"]["images"]
     assert [len(names) for passes in images for names in passes] == [4, 4]
     assert replay_state["config"]["SEED"] == 0
     # The replay is finite because it does not use the faulty loss of this test.
-    replayed = run_main(["--replay", bundle], tmp_path / "log")
+    replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
 
 
 @pytest.mark.parametrize("print_freq", [1, 5])
 def test_n1_error_names_the_update_of_a_nan_loss_that_is_read_later(print_freq, toy_config, toy_data, tmp_path):
-    """When the loss is read, later updates have been launched already; they have not changed the weights."""
+    """Later updates may be launched before the loss is read; they do not change the weights."""
 
     def prepare(rank: int) -> None:
         jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")
@@ -76,12 +76,12 @@ def test_n1_error_names_the_update_of_a_nan_loss_that_is_read_later(print_freq, 
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [1], outcome.output
     assert f"at update {UPDATE} (epoch 0" in outcome.output
-    bundle = read_checkpoint(tmp_path / f"toy/default/replay_{UPDATE:09d}.pth")
+    replay_state = read_checkpoint(tmp_path / f"toy/default/replay_{UPDATE:09d}.pth")
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path / "undisturbed", "SAVE_STEPS", UPDATE, "KEEP_CHECKPOINTS", 99)
     assert run_main(arguments, tmp_path / "log").exit_codes == [0]
     expected = read_checkpoint(tmp_path / f"undisturbed/toy/default/checkpoint_{UPDATE:09d}.pth")["model"]
-    assert all(torch.equal(value, expected[name]) for name, value in bundle["model"].items())
+    assert all(torch.equal(value, expected[name]) for name, value in replay_state["model"].items())
 
 
 def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_data, tmp_path):
@@ -89,11 +89,11 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [1, 1], outcome.output
-    bundle = tmp_path / "toy/default/replay_000000001.pth"
-    replayed = run_main(["--replay", bundle], tmp_path / "log")
+    replay_path = tmp_path / "toy/default/replay_000000001.pth"
+    replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert "layers.0.blocks.0.attn computes the first values that are not finite" in replayed.output
-    first_image = read_checkpoint(bundle)["replay"]["images"][0][0][0]
+    first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]
     assert f"images of this batch: {first_image}" in replayed.output
 
 
@@ -118,7 +118,7 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
 
 
 def overflow_in(first: int, last: int):
-    """Return a ``prepare`` function with infinite gradients in forward passes ``first`` to ``last``, counted from 1."""
+    """Return a ``prepare`` function that makes gradients infinite in forward passes ``first`` to ``last``, from 1 on."""
 
     class Overflowing(nn.CrossEntropyLoss):
         calls = 0

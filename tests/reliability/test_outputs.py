@@ -77,7 +77,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
 
 
 def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_config, toy_data, tmp_path):
-    """The exit status has to be 75, since a scheduler requeues the job only then."""
+    """The exit status must be 75, because a scheduler requeues the job only then."""
 
     def prepare(rank: int) -> None:
         utils.log._console.cache_clear()
@@ -153,7 +153,7 @@ def test_blocked_output_does_not_block_the_caller():
     sink, release, results = utils.log.Sink("blocked"), threading.Event(), []
     sink(lambda: results.append(release.wait(60)))
     for _ in range(20_000):
-        sink(int)
+        sink(int)  # a call without effect
     assert not results
     release.set()
     sink.flush()

@@ -17,7 +17,7 @@ from utils.checkpoint import list_checkpoints
 from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
-STOPPED = 75  # exit status that the README documents
+STOPPED = 75  # exit status of a run that a signal stopped, see docs/outputs.md
 
 
 def call_before(module, name: str, number: int, action) -> None:
@@ -34,7 +34,7 @@ def call_before(module, name: str, number: int, action) -> None:
 
 
 class FunctionalStub:
-    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``, which uses only its loss."""
+    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``, which uses only its cross entropy."""
 
     cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
 
@@ -144,7 +144,7 @@ def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy
 
 
 def test_a_run_stopped_beyond_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):
-    """TRAIN.EPOCHS is lowered below the position of a stopped run."""
+    """TRAIN.EPOCHS is lowered below the position of a killed run."""
     folder = tmp_path / "toy/default"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
 

@@ -16,6 +16,6 @@ def test_rows_of_the_table_are_parsed():
     assert len(ROWS) > 45
 
 
-@pytest.mark.parametrize(("promise", "name", "file"), ROWS)
-def test_every_guarantee_names_an_existing_test(promise, name, file):
-    assert f"def {name}(" in (ROOT / file).read_text(), promise
+@pytest.mark.parametrize(("row_id", "name", "file"), ROWS)
+def test_every_guarantee_names_an_existing_test(row_id, name, file):
+    assert f"def {name}(" in (ROOT / file).read_text(), row_id

@@ -372,9 +372,9 @@ def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_image
     assert report.head == (21841, 1000)
     assert report.reinitialised == ["1 rows of head.weight", "1 rows of head.bias"]
     assert report.coverage == pytest.approx(1 - 17 / sum(p.numel() for p in model.state_dict().values()))
-    large, small = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
+    names_22k, names_1k = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
     rows = model.head.bias.tolist()
-    assert [large[int(row)] for row in rows if row > 0] == [name for name in small if name in set(large)]
+    assert [names_22k[int(row)] for row in rows if row > 0] == [name for name in names_1k if name in set(names_22k)]
     assert rows.count(0) == 1  # the class that ImageNet-22k does not contain keeps its initial bias
     assert torch.equal(model.head.weight[:, 0][model.head.bias > 0], model.head.bias[model.head.bias > 0])
     assert load_weights(toy(num_classes=10), tmp_path / "22k.pth").reinitialised == ["head.weight", "head.bias"]

@@ -207,8 +207,11 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
     depth = 3
     heads = 2
     stem = 3 * 8 * 8 * channels + channels + channels + (1 + patches) * channels  # patch embedding, class token, positions
+    # Projections of q, k, v and the output, convolution, scale, and positional encoding.
     attention = 4 * channels**2 + 4 * channels + channels // heads * 26 + channels + (1 + patches) * channels
+    # Attention, MLP, and two norms.
     block = attention + 8 * channels**2 + 5 * channels + 4 * channels
+    # Stem, blocks, final norm, and a head of (24 + 1) * 10 parameters.
     assert sum(parameter.numel() for parameter in model.parameters()) == stem + depth * block + 2 * channels + 11 * 10 + 14 * 10
     assert {block.attn.num_heads for block in model.blocks} == {heads}
 
@@ -224,11 +227,11 @@ def test_options_may_be_written_with_an_equals_sign():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("value", "expected"),
     [(160, (160, 160)), ("160", (160, 160)), ([160, 320], (160, 320)), ("[160,320]", (160, 320)), ("(160, 320)", (160, 320))],
 )
-def test_an_image_size_is_a_number_or_height_and_width(given, expected, tmp_path):
-    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.IMG_SIZE", given])
+def test_an_image_size_is_a_number_or_height_and_width(value, expected, tmp_path):
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.IMG_SIZE", value])
     assert image_size(cfg) == expected
     reloaded = load_config(write(tmp_path, text=cfg.dump()))
     assert image_size(reloaded) == expected
@@ -283,7 +286,7 @@ def test_every_key_has_a_meaning_and_a_legal_default():
         assert key.minimum is None or key.minimum <= key.default <= key.maximum, name
 
 
-# Smallest and largest legal values, listed independently of the keys.
+# Smallest and largest legal values, listed independently of utils/config_keys.py.
 BOUNDS = {
     (0, INFINITY): (
         "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.NUM_WORKERS DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "

@@ -1,4 +1,4 @@
-"""Start-up of processes, errors across processes, and the check of the GPU driver."""
+"""Start-up of processes, propagation of errors between processes, and the check of the GPU driver."""
 
 import multiprocessing
 import os
@@ -31,7 +31,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
-    """Run one process as under torchrun, whose store exists longer than the process."""
+    """Join the process group as under torchrun, and exit with status 0 if the sum over both processes is correct.
+
+    As under torchrun, another process hosts the store, which outlives this process.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
     time.sleep(delay)
@@ -40,12 +43,12 @@ def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
     os._exit(0 if total == 3 else 1)
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_restart_reads_no_address_of_the_previous_start(late):
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_a_restart_reads_no_address_of_the_previous_start(late_rank):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     for restart in range(3):
-        delays = [0.5 * (rank == late) for rank in range(2)]
+        delays = [0.5 * (rank == late_rank) for rank in range(2)]
         processes = [context.Process(target=join_and_sum, args=(rank, store.port, delays[rank], restart)) for rank in range(2)]
         for process in processes:
             process.start()
@@ -100,7 +103,7 @@ def test_a_signal_while_packages_are_imported_stops_training_before_its_first_up
 
 
 def test_a_gpu_that_torch_cannot_use_is_rejected_unless_it_is_hidden(monkeypatch, tmp_path):
-    """Without the check, every process would train on the CPU if the driver is too old."""
+    """Without the check, every process would train on the CPU if the driver were too old."""
     device_file = tmp_path / "nvidia1"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

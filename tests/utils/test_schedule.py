@@ -16,9 +16,9 @@ def test_the_learning_rate_follows_the_reference(figures):
 
 def test_accumulation_scales_the_learning_rate_like_a_larger_batch():
     path = CONFIGS / "flatten_swin_t.yaml"
-    plain = build_schedule(load_config(path, ["DATA.BATCH_SIZE", 128]), updates_per_epoch=10, world_size=8)
-    accumulated = load_config(path, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4])
-    assert build_schedule(accumulated, updates_per_epoch=10, world_size=4) == plain
+    expected = build_schedule(load_config(path, ["DATA.BATCH_SIZE", 128]), updates_per_epoch=10, world_size=8)
+    cfg = load_config(path, ["DATA.BATCH_SIZE", 64, "TRAIN.ACCUMULATION_STEPS", 4])
+    assert build_schedule(cfg, updates_per_epoch=10, world_size=4) == expected
 
 
 @pytest.mark.parametrize(("processes", "batch_size", "steps"), [(8, 128, 1), (4, 256, 1), (2, 128, 4)])
@@ -26,8 +26,8 @@ def test_a_global_batch_size_gives_the_same_schedule_for_any_number_of_processes
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", batch_size])
     assert accumulation_steps(cfg, processes) == steps
     assert global_batch_size(cfg, processes) == 1024
-    recipe = build_schedule(load_config(CONFIGS / "flatten_swin_t.yaml"), updates_per_epoch=10, world_size=8)
-    assert build_schedule(cfg, updates_per_epoch=10, world_size=processes) == recipe
+    expected = build_schedule(load_config(CONFIGS / "flatten_swin_t.yaml"), updates_per_epoch=10, world_size=8)
+    assert build_schedule(cfg, updates_per_epoch=10, world_size=processes) == expected
 
 
 def test_a_global_batch_size_that_is_not_divisible_is_rejected():
@@ -41,7 +41,7 @@ def test_a_global_batch_size_that_is_not_divisible_is_rejected():
     [
         # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (4 of 8 updates) and stays at 1 % of 10 after the end.
         ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 5.05, 10: 0.1, 99: 0.1}),
-        # Step decay continues during the cooldown and never increases to min_lr.
+        # Step decay ignores min_lr, and continues during the cooldown, after the 10 updates.
         ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 1.25, 12: 0.625}),
         ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
     ],

@@ -44,9 +44,11 @@ def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=to
 def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
     images, targets = torch.randn(64, 6), torch.randint(0, 3, (64,))
     whole, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
-    divided, other, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
+    divided, other_optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
     loss, norm = step(whole, optimizer, scaler, [(images, targets)])
-    same_loss, same_norm = step(divided, other, scaler, list(zip(images.chunk(parts), targets.chunk(parts), strict=True)))
+    same_loss, same_norm = step(
+        divided, other_optimizer, scaler, list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
+    )
     torch.testing.assert_close(same_loss, loss)
     torch.testing.assert_close(same_norm, norm, rtol=1e-6, atol=0)
     torch.testing.assert_close(divided.weight, whole.weight, rtol=1e-6, atol=1e-8)
@@ -143,8 +145,8 @@ class HostAccess(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-        mixed = len({tensor.device.type for tensor in tensors if tensor.numel() > 1}) > 1
-        if mixed or function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
+        between_devices = len({tensor.device.type for tensor in tensors if tensor.numel() > 1}) > 1
+        if between_devices or function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
             self.found.append(str(function))
         return out
 
@@ -189,14 +191,14 @@ def test_sgd_gives_finite_weights_after_a_skipped_first_update():
     torch.use_deterministic_algorithms(True)  # fills uninitialised tensors with NaN
     try:
         model, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd", "AMP", True, "AMP_DTYPE", "fp16")
-        expected = copy.deepcopy(model)
+        initial = copy.deepcopy(model)
         for gradient in (float("inf"), 1.0):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, gradient)
             scaler.scale(torch.ones(()))
             scaler.step(optimizer)
             scaler.update()
-        for parameter, before in zip(model.parameters(), expected.parameters(), strict=True):
+        for parameter, before in zip(model.parameters(), initial.parameters(), strict=True):
             assert parameter.isfinite().all()
             assert not torch.equal(parameter, before)
     finally:
@@ -204,7 +206,10 @@ def test_sgd_gives_finite_weights_after_a_skipped_first_update():
 
 
 def test_fp16_clips_the_unscaled_gradient_and_reports_its_norm():
-    """SGD with learning rate 1 changes the weights by the maximum norm, independently of the loss scale of 65,536."""
+    """With SGD at learning rate 1, the weights change by the clipped gradient, whose norm is 0.01.
+
+    The loss scale of 65,536 does not affect it.
+    """
     model, _, _, _ = setup()
     reference = copy.deepcopy(model)
     images, targets = torch.randn(8, 6), torch.randint(0, 3, (8,))

@@ -82,7 +82,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
 
 @pytest.fixture
 def accuracies(monkeypatch) -> list[int]:
-    """Numbers of correct predictions among 10, for successive evaluations; the last number repeats."""
+    """Numbers of correct predictions for 10 images, one per evaluation; further evaluations reuse the last number."""
     counts = [5]
 
     def evaluate(models, *_, **__):
@@ -97,17 +97,17 @@ def accuracies(monkeypatch) -> list[int]:
 
 
 def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, accuracies, monkeypatch):
-    """The state after update 2 is written after the weights of update 3."""
+    """The state after two updates is written only after the third update has changed the weights."""
     expected = create_trainer(tmp_path / "expected", save_steps=2)
     (tmp_path / "expected").mkdir()
     expected.fit()
 
     trainer = create_trainer(tmp_path, save_steps=2)
-    save, third_update_done, num_writes = utils.trainer.save_checkpoint, threading.Event(), []
+    save, third_update_done, writes = utils.trainer.save_checkpoint, threading.Event(), []
 
     def save_delayed(state, path):
         assert third_update_done.wait(30)
-        num_writes.append(None)
+        writes.append(None)
         save(state, path)
 
     def step_and_notify(*arguments, **options):
@@ -120,7 +120,7 @@ def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_p
     monkeypatch.setattr(utils.trainer, "train_step", step_and_notify)
     monkeypatch.setattr(utils.trainer, "save_checkpoint", save_delayed)
     trainer.fit()
-    assert len(num_writes) == 4
+    assert len(writes) == 4
     for path in list_checkpoints(tmp_path):
         assert_equal(read_checkpoint(path), read_checkpoint(tmp_path / "expected" / path.name))
 
@@ -206,22 +206,22 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
 
 
 def test_an_update_uses_its_own_learning_rate_and_then_updates_the_ema_weights(tmp_path):
-    """Hand-computed: SGD with three times the learning rate of update 3, for the head, and then e = 0.9 e + 0.1 w."""
-    rates = []
+    """The hand-computed step is SGD with 3 times the scheduled rate (HEAD_LR_SCALE), and then e = 0.9 e + 0.1 w."""
+    updates = []
     trainer = create_trainer(
-        tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: rates.append(update) or 0.01
+        tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: updates.append(update) or 0.01
     )
     state = trainer.state
     state.num_updates = 3
-    start, average = (parameters(model) for model in (state.model, state.ema.module))
+    weights, initial_ema = (parameters(model) for model in (state.model, state.ema.module))
     batch = next(iter_batches(trainer))
-    expected = [weight.clone().requires_grad_() for weight in start]
-    nn.CrossEntropyLoss()(nn.functional.linear(batch.images, *expected), batch.targets).backward()
+    initial = [weight.clone().requires_grad_() for weight in weights]
+    nn.CrossEntropyLoss()(nn.functional.linear(batch.images, *initial), batch.targets).backward()
     trainer.update(iter([(batch.images, batch.targets)]))
-    assert rates == [3]
-    for weight, before in zip(parameters(state.model), expected, strict=True):
+    assert updates == [3]
+    for weight, before in zip(parameters(state.model), initial, strict=True):
         torch.testing.assert_close(weight, (before - 3 * 0.01 * before.grad).detach())  # all parameters belong to the head
-    for new, old, weight in zip(parameters(state.ema.module), average, parameters(state.model), strict=True):
+    for new, old, weight in zip(parameters(state.ema.module), initial_ema, parameters(state.model), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * weight)
         assert not torch.equal(new, weight)
 
@@ -279,21 +279,21 @@ class Metrics:
 
 
 def test_a_logged_point_has_the_mean_loss_since_the_previous_one_and_the_last_learning_rate(tmp_path, accuracies, monkeypatch):
-    """PRINT_FREQ is 3 in an epoch of 4 updates: points follow updates 3 and 4."""
-    trainer, losses = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
+    """PRINT_FREQ is 3 in an epoch of 4 updates: points are logged after 3 and after 4 updates."""
+    trainer, reports = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()
     step = utils.trainer.train_step
 
     def record(*arguments, **options):
-        losses.append(step(*arguments, **options))
-        return losses[-1]
+        reports.append(step(*arguments, **options))
+        return reports[-1]
 
     monkeypatch.setattr(utils.trainer, "train_step", record)
     trainer.fit()
     points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
     assert [step for step, _ in points] == [3, 4]
     first, second = (values for _, values in points)
-    loss, norm = (torch.stack(losses)[:, column] for column in (0, 1))
+    loss, norm = (torch.stack(reports)[:, column] for column in (0, 1))
     assert first["loss"] == pytest.approx(float(loss[:3].mean()))
     assert second["loss"] == pytest.approx(float(loss[3]))
     assert first["grad_norm"] == pytest.approx(float(norm[2]))
@@ -302,7 +302,10 @@ def test_a_logged_point_has_the_mean_loss_since_the_previous_one_and_the_last_le
 
 
 def test_the_first_batch_is_logged_as_a_grid_with_each_image_scaled_to_its_own_range(tmp_path):
-    """Seven images of 2 x 2 pixels with 4 per row and a margin of 2: the ranges 0 to 1, 0 to 10, ... all become 0 to 1."""
+    """The grid has seven images of 2 x 2 pixels, 4 per row, with a margin of 2 pixels.
+
+    The ranges of the images, 0 to 1, 0 to 10, ..., all become 0 to 1.
+    """
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
     images = torch.tensor([0.0, 1.0, 0.5, 0.25]).view(1, 1, 2, 2) * 10.0 ** torch.arange(7).view(7, 1, 1, 1)

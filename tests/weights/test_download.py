@@ -35,6 +35,7 @@ def server(tmp_path, monkeypatch):
 
 
 def list_directory_of(path):
+    """Sorted names of the files in the directory of ``path``."""
     return sorted(file.name for file in path.parent.iterdir())
 
 
