@@ -189,7 +189,7 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/null", text), encoding="utf-8")
 
 
-def names_of(model: nn.Module, blocks: list[str] | None) -> list[str]:
+def module_names(model: nn.Module, blocks: list[str] | None) -> list[str]:
     """Names of the attention modules that start with one of ``blocks``; all names if ``blocks`` is empty or None.
 
     Raises:

@@ -24,7 +24,7 @@ from analysis.measures import (
 )
 
 OWN, WITH_CONVOLUTION = "own", "own + convolution"
-MAX_RANKED = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
+MAX_TOKENS_FOR_RANK = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
 MEASURES = (
     "entropy",
     "top 1 %",
@@ -80,7 +80,7 @@ def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Ten
     Args:
         own: (G, H, N, M) weights without the convolution; equal to ``weights`` for a form that has none.
     """
-    spectrum = singular_values(weights[..., spread(weights.shape[-2]), :][..., spread(weights.shape[-1])])
+    spectrum = singular_values(weights[..., evenly_spaced(weights.shape[-2]), :][..., evenly_spaced(weights.shape[-1])])
     per_query = {
         "entropy": entropy(weights),
         "top 1 %": top_mass(weights, 0.01),
@@ -101,9 +101,9 @@ def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Ten
     }
 
 
-def spread(count: int) -> Tensor:
-    """At most ``MAX_RANKED`` evenly spaced indices from 0 to ``count - 1``."""
-    return torch.linspace(0, count - 1, min(count, MAX_RANKED)).round().long()
+def evenly_spaced(count: int) -> Tensor:
+    """At most ``MAX_TOKENS_FOR_RANK`` evenly spaced indices from 0 to ``count - 1``."""
+    return torch.linspace(0, count - 1, min(count, MAX_TOKENS_FOR_RANK)).round().long()
 
 
 def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] | None = None) -> list[Row]:

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
-from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, kept_generators
+from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
 from data.erasing import Erase
 from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
-from data.transforms import SMALL, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
+from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +179,12 @@ def build_datasets(
     train = val = None
     if training:
         index = run_once(lambda: build_index(cfg, "train"))
-        in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
+        in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
-        options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > SMALL else decode_image
+        options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > MAX_SMALL_SIZE else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = run_once(lambda: build_index(cfg, "val"))
-    in_memory = build_memory(cfg, len(index), rank=rank, world_size=world_size)
+    in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
@@ -215,7 +215,7 @@ def build_index(cfg: CfgNode, split: str) -> Index:
     return index_folder(root / split, cache=cache)
 
 
-def build_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
+def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
     """Positions of the zip archive's images that this process keeps in memory: none, all, or every ``world_size``-th."""
     if not cfg.DATA.ZIP_MODE or cfg.DATA.CACHE_MODE == "no":
         return range(0)
@@ -253,7 +253,7 @@ def build_train_transform(cfg: CfgNode) -> Transform:
             color_jitter=cfg.AUG.COLOR_JITTER,
             auto_augment=policy,
         )
-        with kept_generators():
+        with restore_generators():
             transform(Image.new("RGB", (64, 64)))
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(

@@ -83,10 +83,11 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         names = ImageNetInfo(subset).label_names() if subset else []
         ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
         source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
+        remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
     else:
-        ids, source = _read_ids(Path(class_map)), class_map
+        ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for it"
     if missing := [name for name in classes if name not in ids]:
-        raise DataError(f"{source}: no class id for directory {_shorten(missing)}; add a line for it, or remove it")
+        raise DataError(f"{source}: no class id for directory {_shorten(missing)}; {remedy}, or remove the directory")
     if len(classes) < 2:
         raise DataError(
             f"{source}: val/ has only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: val/ "

@@ -23,7 +23,7 @@ from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
-SEED_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
+STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * repeats + repeat instead of epoch
 
@@ -154,14 +154,14 @@ class ImageDataset(Dataset):
                     return Sample(None, -1, key, decode_errors)
                 if self.unreadable == "error" or len(decode_errors) > MAX_REPLACEMENTS:
                     raise
-                position = draw_seed(self.seed or 0, *key, SEED_OF_REPLACEMENT, len(decode_errors)) % len(self)
+                position = draw_seed(self.seed or 0, *key, STREAM_OF_REPLACEMENT, len(decode_errors)) % len(self)
         return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), decode_errors)
 
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
             return self.transform(image)
         # Workers draw no other random numbers, so their generators need not be restored.
-        with kept_generators() if get_worker_info() is None else nullcontext():
+        with restore_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
             return self.transform(image)
 
@@ -265,7 +265,7 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
+def restore_generators() -> Iterator[None]:
     """Restore the states of the CPU generators of ``random``, ``numpy`` and ``torch`` on exit."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -25,11 +25,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
-CLASS_NAMES = "classes.txt"  # next to archives: one class name per line
+CLASS_NAMES_FILE = "classes.txt"  # next to archives: one class name per line
 MAX_FILE_SIZE = 2**28  # bytes of one image file
 MAX_COMPRESSION_RATIO = 1000  # decompressed over compressed size of an archive's entry
 MIN_CACHED_IMAGES = 10_000  # images; scanning fewer is faster than reading a cache
-SECONDS_BETWEEN_LINES = 30  # between progress lines in the log
+SECONDS_BETWEEN_LOG_LINES = 30  # between progress lines in the log
 CACHE_FORMAT = 2  # version of the index cache
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
 
@@ -140,7 +140,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in image_entries],
             "checksums": [entry.CRC for entry in image_entries],
         }
-        watched = [archive, listing, root / CLASS_NAMES]
+        watched = [archive, listing, root / CLASS_NAMES_FILE]
         return _create(archive, classes, names, labels, archives=[archive], **storage), watched
 
     return _cached(scan, archive, [archive], cache)
@@ -173,7 +173,7 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
                 sizes.append(size)
         storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         classes = _class_names(root, labels, source)
-        return _create(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES]
+        return _create(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES_FILE]
 
     return _cached(scan, source, shards, cache)
 
@@ -252,7 +252,7 @@ def _with_progress(items: Sequence, source: Path, names: list) -> Iterator:
     last_line = time.monotonic()
     for done, item in enumerate(items):
         yield item
-        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LOG_LINES:
             last_line = time.monotonic()
             logger.info("%s: %d images found, %d of %d directories or archives read", source, len(names), done + 1, len(items))
 
@@ -471,7 +471,7 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     missing = next(class_id for class_id in itertools.count() if class_id not in present)
     if missing < max(present):  # checked before the lists below, whose length grows with the largest class id
         raise DataError(f"{source}: has no image of class {missing}; class ids must start at 0, without gaps")
-    listing = root / CLASS_NAMES
+    listing = root / CLASS_NAMES_FILE
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
         classes = read_class_names(listing)

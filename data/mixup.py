@@ -4,9 +4,9 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from data.datasets import draw_seed, kept_generators, seed_generators
+from data.datasets import draw_seed, restore_generators, seed_generators
 
-SEED_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
+STREAM_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
 
 
 class StepMixup:
@@ -40,8 +40,8 @@ class StepMixup:
             images, targets = (
                 torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
             )
-        with kept_generators():
-            seed_generators(draw_seed(self.seed, step, self.rank, SEED_OF_MIXUP))
+        with restore_generators():
+            seed_generators(draw_seed(self.seed, step, self.rank, STREAM_OF_MIXUP))
             images, targets = self.mixup(images, targets)
         if count % 2:
             images, targets = (torch.cat([values[: middle + 1], values[middle + 2 :]]) for values in (images, targets))

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
-SMALL = 32  # pixels; up to this size, training crops from a padded image, and evaluation does not crop
+MAX_SMALL_SIZE = 32  # pixels; up to this size, training crops from a padded image, and evaluation does not crop
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def create_train_transform(
 ) -> Transform:
     """Create the training augmentation, which returns uint8; normalisation and erasing follow on the device.
 
-    Above ``SMALL`` pixels, the transform also accepts tensors as returned by ``decode_pixels``.
+    Above ``MAX_SMALL_SIZE`` pixels, the transform also accepts tensors as returned by ``decode_pixels``.
 
     Args:
         img_size: pixels, one number or (height, width).
@@ -57,7 +57,7 @@ def create_train_transform(
         auto_augment=None if auto_augment in ("", "none", "None") else auto_augment,
         use_prefetcher=True,
     )
-    if max(size) > SMALL:
+    if max(size) > MAX_SMALL_SIZE:
         crop = RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio), interpolation=interpolation)
         return transforms.Compose([crop, *augment.transforms[1:]])
     crop = [
@@ -130,7 +130,7 @@ class Preprocessing:
     @property
     def effective_crop_pct(self) -> float:
         """``crop_pct``, or 1 if nothing is cropped: with ``none``, and for small images."""
-        return 1.0 if self.crop_mode == "none" or max(self.img_size) <= SMALL else self.crop_pct
+        return 1.0 if self.crop_mode == "none" or max(self.img_size) <= MAX_SMALL_SIZE else self.crop_pct
 
     @property
     def timm_crop_mode(self) -> str:

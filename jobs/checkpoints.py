@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Prefixes of the keys to read from the config in a checkpoint of the reference implementation. Its training keys are ignored:
 # they have other meanings there, and its learning rates are already scaled by the batch size.
-MODEL_SECTIONS = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
+MODEL_KEY_PREFIXES = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 # Prefixes of the keys that change the result of an evaluation.
-EVALUATION_SECTIONS = (
+EVALUATION_KEY_PREFIXES = (
     "MODEL.TYPE",
     "MODEL.NUM_CLASSES",
     "MODEL.SWIN.",
@@ -30,7 +30,7 @@ EVALUATION_SECTIONS = (
     "DATA.IMG_SIZE",
     "DATA.INTERPOLATION",
 )
-EVALUATION_SECTIONS += ("DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.INTERPOLATION")
+EVALUATION_KEY_PREFIXES += ("DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.INTERPOLATION")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None
     if not isinstance(tree, Mapping):
         return None
     from_this_project = "num_updates" in checkpoint.state or "class_names" in checkpoint.state
-    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if from_this_project else MODEL_SECTIONS)
+    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if from_this_project else MODEL_KEY_PREFIXES)
 
 
 def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Sequence = ()) -> CfgNode:
@@ -142,7 +142,7 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:
-        log_differences(stored, requested, checkpoint.path, sections=EVALUATION_SECTIONS, level=logging.WARNING)
+        log_differences(stored, requested, checkpoint.path, sections=EVALUATION_KEY_PREFIXES, level=logging.WARNING)
     return requested
 
 

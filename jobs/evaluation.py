@@ -56,7 +56,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
         cfg: the config of --cfg; None for the checkpoint's own config.
         opts: KEY, VALUE, ... of the command line.
     """
-    checkpoint = on_all(world, lambda: open_checkpoint(choose_reference(args, cfg)))
+    checkpoint = on_all(world, lambda: open_checkpoint(choose_checkpoint(args, cfg)))
     digest = on_main(world, lambda: checkpoint.digest)
     on_all(world, partial(check_same_file, checkpoint, digest))
     cfg = choose_config(checkpoint, cfg, opts)
@@ -98,7 +98,7 @@ def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
         raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy that they share")
 
 
-def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
+def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
     """The checkpoint to evaluate: --resume, else --pretrained, else MODEL.RESUME, else MODEL.PRETRAINED.
 
     TRAIN.AUTO_RESUME has no effect on an evaluation.

@@ -57,7 +57,7 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     4. ``scratch``: random weights.
 
     --resume and --pretrained together are rejected, see ``utils.config``. --eval does not use this function, see
-    ``jobs.evaluation.choose_reference``.
+    ``jobs.evaluation.choose_checkpoint``.
 
     Raises:
         ConfigError: TRAIN.FREEZE_BACKBONE without weights to start from.

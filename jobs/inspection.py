@@ -20,7 +20,7 @@ from jobs.evaluation import load_models
 from utils.config import ConfigError, load_config
 
 
-class Inspected(NamedTuple):
+class InspectedModel(NamedTuple):
     """A model in evaluation mode on the CPU, its checkpoint, and the config that it was built from."""
 
     model: nn.Module
@@ -28,7 +28,7 @@ class Inspected(NamedTuple):
     cfg: CfgNode
 
 
-def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> Inspected:
+def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> InspectedModel:
     """Open a model with the weights of a checkpoint, in evaluation mode on the CPU.
 
     Args:
@@ -43,7 +43,7 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
     (model,) = load_models(checkpoint, cfg, labels=(weights,), device=torch.device("cpu")).values()
-    return Inspected(model.eval(), checkpoint, cfg)
+    return InspectedModel(model.eval(), checkpoint, cfg)
 
 
 class InspectedImages:

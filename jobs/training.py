@@ -90,7 +90,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         where = f"{trainer.phase} after update {trainer.state.num_updates}"
         raise lost_rank_error(world, error, where) from None
     finally:
-        trainer.writing.close()
+        trainer.background_write.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
         directory.close()

@@ -88,20 +88,20 @@ class ComparedAttention(NamedTuple):
     Attributes:
         function: maps (q, k, v, key_mask) to the output, shapes as above.
         single_head: give the function one head with all channels.
-        convolves: add the depthwise convolution of v.
+        has_convolution: add the depthwise convolution of v.
     """
 
     function: Callable[..., Tensor]
     single_head: bool = False
-    convolves: bool = False
+    has_convolution: bool = False
 
 
-COMPARED = {
+COMPARED_ATTENTIONS = {
     "relu": ComparedAttention(relu_attention),
     "efficient": ComparedAttention(efficient_attention),
     "hydra": ComparedAttention(hydra_attention, single_head=True),
     "angular": ComparedAttention(angular_attention),
-    "enhanced": ComparedAttention(relu_attention, convolves=True),
+    "enhanced": ComparedAttention(relu_attention, has_convolution=True),
     "softmax": ComparedAttention(softmax_attention),
 }
 

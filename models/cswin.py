@@ -59,7 +59,7 @@ class StripedAttention(nn.Module):
             width: stripe width along that axis; None or a width of at least the side covers the whole side.
         """
         self.axis = axis
-        self.native = grid
+        self.native_grid = grid
         self.width = None if stripe_of(grid, axis, width) == grid else width
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.register_buffer("native_mask", None, persistent=False)
@@ -67,11 +67,11 @@ class StripedAttention(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Store the mask of the native map in a buffer, so that training steps do not compute it."""
-        self.native_mask = self.mask(self.native, like=self.get_v.weight)
+        self.native_mask = self.mask(self.native_grid, like=self.get_v.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the native map in place."""
-        self.native = grid
+        self.native_grid = grid
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -92,7 +92,7 @@ class StripedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grid = tuple(q.shape[1:3])
         window, padded = self.layout(grid)
-        mask = self.native_mask if grid == self.native else self.mask(grid, like=q)
+        mask = self.native_mask if grid == self.native_grid else self.mask(grid, like=q)
         if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))

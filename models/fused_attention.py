@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-BLOCK_ON_CPU = 2**19  # elements of q or k per block; larger blocks exceed the caches, smaller ones add call overhead
+# Elements of q or k per block: larger blocks exceed the caches, smaller ones add call overhead.
+MAX_BLOCK_ELEMENTS_ON_CPU = 2**19
 
 
 class Features(NamedTuple):
@@ -68,7 +69,7 @@ class Blocks:
     """Splits a batch into blocks of images; if a single image exceeds the limit, its tokens are split as well."""
 
     def __init__(self, num_images: int, num_tokens: int, channels: int, device: torch.device):
-        limit = BLOCK_ON_CPU if device.type == "cpu" else num_images * num_tokens * channels
+        limit = MAX_BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else num_images * num_tokens * channels
         self.num_images = num_images
         self.images_per_block = max(1, min(num_images, limit // (num_tokens * channels)))
         self.tokens_per_block = max(1, limit // channels)

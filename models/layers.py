@@ -300,12 +300,12 @@ class Backbone(nn.Module):
         """Smallest supported image side in pixels; below it, a stage would have no tokens or no keys."""
 
         def fits(side: int) -> bool:
-            maps = zip(self.stage_grids((side, side)), self.smallest_maps(), strict=True)
+            maps = zip(self.stage_grids((side, side)), self.min_map_sides(), strict=True)
             return all(min(grid) >= smallest for grid, smallest in maps)
 
         return next(side for side in itertools.count(1) if fits(side))
 
-    def smallest_maps(self) -> list[int]:
+    def min_map_sides(self) -> list[int]:
         """Minimum side of every stage's token map, in the order of ``stage_grids``."""
         return [1] * len(self.stage_grids((1, 1)))
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import COMPARED, count_keys, linear_attention
+from models.attention import COMPARED_ATTENTIONS, count_keys, linear_attention
 from models.fused_attention import EPS, focused_attention, is_transformed, without_autocast
 from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 
@@ -20,7 +20,7 @@ def focus(x: Tensor, power: float) -> Tensor:
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
-KINDS = ("focused", *COMPARED)
+KINDS = ("focused", *COMPARED_ATTENTIONS)
 
 
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
@@ -81,7 +81,7 @@ class FocusedLinearAttention(nn.Module):
     ):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose a number of heads that divides it")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
         if kind not in KINDS:
@@ -98,10 +98,12 @@ class FocusedLinearAttention(nn.Module):
             num_keys = num_prefix_tokens + self.key_grid[0] * self.key_grid[1]
             self.scale = nn.Parameter(torch.zeros(1, 1, dim))
             self.positional_encoding = nn.Parameter(torch.zeros(1, num_keys, dim))
-        convolves = rank_restoration and (kind == "focused" or COMPARED[kind].convolves)
+        has_convolution = rank_restoration and (kind == "focused" or COMPARED_ATTENTIONS[kind].has_convolution)
         head_dim = dim // num_heads
         # One filter per channel of a head, shared by all heads.
-        self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if convolves else None
+        self.dwc = (
+            nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if has_convolution else None
+        )
 
     def attend(
         self,
@@ -176,7 +178,7 @@ class FocusedLinearAttention(nn.Module):
             mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, :, None]
         one_hot = one_hot.expand(k.shape[0], -1, -1)  # (B, M, M)
         key_grid = key_grid or self.key_grid
-        if self.kind != "focused" and COMPARED[self.kind].single_head:
+        if self.kind != "focused" and COMPARED_ATTENTIONS[self.kind].single_head:
             columns = []
             for column in one_hot.unbind(-1):
                 values = column.unsqueeze(-1).expand(-1, -1, self.dim)
@@ -222,7 +224,7 @@ class FocusedLinearAttention(nn.Module):
                 q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
                 out = linear_attention(q, k if key_mask is None else k * key_mask, value, count_keys(key_mask), eps=EPS)
             else:
-                compared = COMPARED[self.kind]
+                compared = COMPARED_ATTENTIONS[self.kind]
                 num_heads = 1 if compared.single_head else self.num_heads
                 out = compared.function(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
             return out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)

@@ -34,7 +34,7 @@ SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction ratio of softmax blocks, 
 BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class Reduction(nn.Module):
+class SpatialReduction(nn.Module):
     """Mixin: q is projected from the map; k and v are projected from the map after a strided convolution."""
 
     def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
@@ -61,7 +61,7 @@ def reduce_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
     return grid[0] // reduction, grid[1] // reduction
 
 
-class LinearAttention(FocusedLinearAttention, Reduction):
+class LinearAttention(FocusedLinearAttention, SpatialReduction):
     """Focused linear attention over the whole map. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], reduction: int, linear: Mapping, **projections):
@@ -81,7 +81,7 @@ class LinearAttention(FocusedLinearAttention, Reduction):
         return reduce_grid(stage_map, self.reduction)
 
 
-class SoftmaxAttention(Reduction):
+class SoftmaxAttention(SpatialReduction):
     """Softmax attention over the whole map. (B, H, W, C) -> the same."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int, *, attn_drop: float, **projections):
@@ -167,7 +167,7 @@ class PyramidBackbone(Backbone):
 
     first_conv = "patch_embed1.proj"
     kernel_sizes: tuple[int, ...]  # one per patch embedding
-    own_part: str  # name of the version-specific part
+    version_part: str  # name of the version-specific part
     map_part: str  # name of the part whose output is the stage's map
 
     def __init__(
@@ -219,7 +219,7 @@ class PyramidBackbone(Backbone):
                     )
                     for letter, rate in zip(attention_types[index], rates[index], strict=True)
                 ]
-                parts = {"patch_embed": embed, self.own_part: self.create_own_part(dim, grid), "block": Stage(*blocks)}
+                parts = {"patch_embed": embed, self.version_part: self.create_version_part(dim, grid), "block": Stage(*blocks)}
                 for part, module in parts.items():
                     setattr(self, f"{part}{index + 1}", module)
             self.norm = nn.Identity()  # neither version has a final norm
@@ -229,10 +229,10 @@ class PyramidBackbone(Backbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         raise NotImplementedError
 
-    def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
         raise NotImplementedError
 
-    def stage(self, part: str, index: int) -> nn.Module | nn.Parameter:
+    def stage_part(self, part: str, index: int) -> nn.Module | nn.Parameter:
         """A part of a stage by zero-based index. Names are one-based, as in released checkpoints."""
         return getattr(self, f"{part}{index + 1}")
 
@@ -246,15 +246,15 @@ class PyramidBackbone(Backbone):
             grids.append(grid)
         return grids
 
-    def smallest_maps(self) -> list[int]:
+    def min_map_sides(self) -> list[int]:
         return self.reductions[: len(self.feature_info)]
 
     def stage_blocks(self) -> list[Iterable[nn.Module]]:
-        return [self.stage("block", index) for index in range(len(self.feature_info))]
+        return [self.stage_part("block", index) for index in range(len(self.feature_info))]
 
     def drop_stages(self, num_kept: int) -> None:
         for index in range(num_kept, len(self.feature_info)):
-            for part in ("patch_embed", self.own_part, "block"):
+            for part in ("patch_embed", self.version_part, "block"):
                 delattr(self, f"{part}{index + 1}")
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -279,7 +279,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     """
 
     kernel_sizes = (4, 2, 2, 2)
-    own_part = "pos_embed"
+    version_part = "pos_embed"
     map_part = "block"
     unused_entries = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
 
@@ -290,7 +290,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         return Mlp(dim, hidden_dim, drop=drop)
 
-    def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
         return nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
 
     def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
@@ -302,17 +302,17 @@ class PyramidVisionTransformer(PyramidBackbone):
         super().set_input_size(img_size)
         grids = self.native_grids(img_size)
         for index, grid in enumerate(grids):
-            table = resized_parameter(self.stage("pos_embed", index), self.grids[index], grid)
+            table = resized_parameter(self.stage_part("pos_embed", index), self.grids[index], grid)
             setattr(self, f"pos_embed{index + 1}", table)
         self.grids = grids
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):
-            x = self.stage("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
+            x = self.stage_part("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
             _, height, width, channels = x.shape
-            table = self.resized_positions(self.stage("pos_embed", index), self.grids[index], (height, width))
+            table = self.resized_positions(self.stage_part("pos_embed", index), self.grids[index], (height, width))
             x = self.pos_drop(x + table.view(1, height, width, channels))
-            x = self.stage("block", index)(x)
+            x = self.stage_part("block", index)(x)
             yield x
 
 

@@ -39,7 +39,7 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position table."""
 
     kernel_sizes = (7, 3, 3, 3)
-    own_part = "norm"
+    version_part = "norm"
     map_part = "norm"
 
     def __init__(self, **options):
@@ -49,13 +49,13 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         return ConvolutionalMlp(dim, hidden_dim, drop)
 
-    def create_own_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
         return BlockNorm(dim)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):
-            x = self.stage("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
-            x = self.stage("norm", index)(self.stage("block", index)(x))
+            x = self.stage_part("patch_embed", index)(x if index == 0 else x.permute(0, 3, 1, 2))
+            x = self.stage_part("norm", index)(self.stage_part("block", index)(x))
             yield x
 
 

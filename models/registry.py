@@ -76,19 +76,19 @@ def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
     """
     model_type = cfg.MODEL.TYPE
-    if model_type not in NAMES:
-        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_suggest_nearest(model_type, NAMES)}")
-    name = NAMES[model_type]
+    if model_type not in REGISTERED_NAMES:
+        raise ValueError(f"MODEL.TYPE={model_type!r} is not a model{_suggest_nearest(model_type, REGISTERED_NAMES)}")
+    name = REGISTERED_NAMES[model_type]
     return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
 
 
-LARGEST_UNCROPPED = 32  # pixels per side; evaluation does not crop images up to this size
+MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation does not crop images up to this size
 
 
 def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
     """timm config of a model with the evaluation transform of ``cfg``."""
     size = to_pair(cfg.DATA.IMG_SIZE)
-    uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= LARGEST_UNCROPPED
+    uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= MAX_UNCROPPED_SIZE
     interpolation = cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION
     return {
         "architecture": cfg.MODEL.NAME,
@@ -140,7 +140,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
 
 
 # Largest linear window for which the reference keeps the softmax window at 7.
-LARGEST_WINDOW_AT_224 = 56
+MAX_WINDOW_AT_224 = 56
 
 
 def _swin_arguments(cfg: CfgNode) -> dict:
@@ -151,7 +151,7 @@ def _swin_arguments(cfg: CfgNode) -> dict:
         "depths": cfg.MODEL.SWIN.DEPTHS,
         "num_heads": cfg.MODEL.SWIN.NUM_HEADS,
         "window_size": cfg.MODEL.SWIN.WINDOW_SIZE,
-        "softmax_window": 7 if cfg.MODEL.SWIN.WINDOW_SIZE <= LARGEST_WINDOW_AT_224 else 12,
+        "softmax_window": 7 if cfg.MODEL.SWIN.WINDOW_SIZE <= MAX_WINDOW_AT_224 else 12,
         "mlp_ratio": cfg.MODEL.SWIN.MLP_RATIO,
         "qkv_bias": cfg.MODEL.SWIN.QKV_BIAS,
         "patch_norm": cfg.MODEL.SWIN.PATCH_NORM,
@@ -192,7 +192,7 @@ FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
 }
 
 # MODEL.TYPE -> registered name. The keys of MODEL.SWIN set the size of flatten_swin, those of MODEL.DEIT that of flatten_deit.
-NAMES: dict[str, str] = {
+REGISTERED_NAMES: dict[str, str] = {
     "flatten_swin": "flatten_swin_t",
     "flatten_pvt_tiny": "flatten_pvt_t",
     "flatten_pvt_small": "flatten_pvt_s",

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
 from utils.files import replacing
 
-DRAWN = ("entropy", "top 5 %", "distance", "effective rank")  # measures in measures.png
+PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")  # measures in measures.png
 
 
 def draw_measures(rows, path: Path) -> None:
@@ -26,7 +26,7 @@ def draw_measures(rows, path: Path) -> None:
     blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    for axis, name in zip(axes.flat, DRAWN, strict=True):
+    for axis, name in zip(axes.flat, PLOTTED_MEASURES, strict=True):
         for form in forms:
             values = [mean_over_heads(rows, block, form, name) for block in blocks]
             values = [float("nan") if value is None else value for value in values]
@@ -45,7 +45,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
 
     from analysis.maps import capture
     from analysis.measures import singular_values
-    from analysis.summary import OWN, WITH_CONVOLUTION, matrices, spread
+    from analysis.summary import OWN, WITH_CONVOLUTION, evenly_spaced, matrices
 
     with torch.no_grad(), capture(model, names) as attentions:
         model(image.unsqueeze(0))
@@ -60,7 +60,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
         for form in (OWN, WITH_CONVOLUTION):
             if form in weights:
                 matrix = weights[form][0, 0]
-                values = singular_values(matrix[spread(len(matrix))][:, spread(matrix.shape[1])])
+                values = singular_values(matrix[evenly_spaced(len(matrix))][:, evenly_spaced(matrix.shape[1])])
                 axis.semilogy(range(1, len(values) + 1), (values / values[0]).clamp(min=1e-9), label=form)
         if attention.is_linear:
             axis.axvline(attention.q.shape[-1], color="grey", linewidth=0.8, linestyle="--", label="head dimension")
@@ -72,7 +72,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    from analysis.pages import names_of
+    from analysis.pages import module_names
     from analysis.summary import report, summarise, write_csv, write_json
     from jobs.inspection import InspectedImages, open_model
     from jobs.prediction import find_images
@@ -80,7 +80,7 @@ def analyze(args: argparse.Namespace) -> None:
 
     setup_logging(rank=0)
     model, checkpoint, cfg = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
-    names = names_of(model, args.blocks)
+    names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images)[:: args.every], cfg)
     normalised = (images.read(position)[1] for position in range(len(images)))
     rows = summarise(model, progress(normalised, len(images), "images"), names)

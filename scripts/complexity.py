@@ -68,7 +68,7 @@ def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[
 
 
 def print_table() -> None:
-    print("| model | parameters | paper | GFLOPs | other operations, G | paper |")
+    print("| model | parameters | paper: parameters | multiply-adds, G | other operations, G | paper: multiply-adds |")
     print("|---|---|---|---|---|---|")
     for name in list_models():
         parameters, products, others = measure(name)

@@ -28,7 +28,7 @@ from utils.config import ConfigError, image_size, load_config, to_dict
 from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
-LARGEST_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
+MAX_RELATIVE_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
 MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
 
@@ -79,10 +79,10 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
 
 
 def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> float:
-    """Compare exported logits with the model's. Returns the largest error, relative as for ``LARGEST_ERROR``.
+    """Compare exported logits with the model's. Returns the largest error, relative as for ``MAX_RELATIVE_ERROR``.
 
     Raises:
-        ExportError: the error exceeds ``LARGEST_ERROR``.
+        ExportError: the error exceeds ``MAX_RELATIVE_ERROR``.
     """
     errors = []
     with torch.inference_mode():
@@ -90,8 +90,10 @@ def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> fl
             expected, actual = model(images[:count]), exported(images[:count])
             errors.append((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
     error = torch.stack(errors).max().item()  # NaN if any error is NaN
-    if not error <= LARGEST_ERROR:
-        raise ExportError(f"{path}: relative error {error:.2g} of the logits exceeds {LARGEST_ERROR:.0e}; do not use this file")
+    if not error <= MAX_RELATIVE_ERROR:
+        raise ExportError(
+            f"{path}: relative error {error:.2g} of the logits exceeds {MAX_RELATIVE_ERROR:.0e}; do not use this file"
+        )
     return error
 
 

@@ -63,6 +63,8 @@ OPERATORS = {
     ast.Pow: "*",
 }
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+# Keyword arguments that assert something or set a layout: their mutants are equivalent or harmless.
+HARMLESS_KEYWORDS = {"strict", "missing_ok", "exist_ok", "indent", "fontsize", "rotation", "dpi", "figsize", "alpha", "shrink"}
 REPORTING = {"logger", "warnings", "print"}  # calls of these are not mutated: no test needs to check them
 
 
@@ -164,6 +166,10 @@ class MutantFinder(ast.NodeVisitor):
                 return
             self.add(node, "pass")
         self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg not in HARMLESS_KEYWORDS:
+            self.visit(node.value)
 
     # Nodes that are mutated.
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset
-from data.index import CLASS_NAMES, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
+from data.index import CLASS_NAMES_FILE, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
 from utils.log import progress, setup_logging
 
 ROUND = 1024  # images submitted to the workers at a time
@@ -64,7 +64,7 @@ def pack(
         raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
     if (target / split).is_dir():
         raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
-    class_list = target / CLASS_NAMES
+    class_list = target / CLASS_NAMES_FILE
     if class_list.is_file() and read_class_names(class_list) != index.classes:
         raise DataError(f"{class_list}: lists different classes than {source / split}; choose another directory")
     dataset = ImageDataset(index, None)
@@ -81,7 +81,7 @@ def pack(
             files = (_read(dataset, short_side, quality, position) for position in range(len(index)))
         try:
             digests = _write(archive, folder, split, index, files, shard_size)
-            (folder / CLASS_NAMES).write_text(
+            (folder / CLASS_NAMES_FILE).write_text(
                 "".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape"
             )
         except BrokenProcessPool:
@@ -101,7 +101,7 @@ def check_names(index: Index, archive: str) -> None:
         DataError: a name is not allowed.
     """
     if invalid := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
-        raise DataError(f"{index.source}/{invalid!r}: {CLASS_NAMES} cannot contain a class with a line break; rename it")
+        raise DataError(f"{index.source}/{invalid!r}: {CLASS_NAMES_FILE} cannot contain a class with a line break; rename it")
     for position in range(len(index)):
         name = index.name(position)
         if archive == "zip" and re.search(r"[\n\r\t]", name):

@@ -48,7 +48,7 @@ def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list
 
 
 def visualize(args: argparse.Namespace) -> None:
-    from analysis.pages import names_of, trace, write_page
+    from analysis.pages import module_names, trace, write_page
     from analysis.pictures import POINTS, draw_forms, draw_overlays
     from jobs.inspection import InspectedImages
     from jobs.prediction import find_images
@@ -56,7 +56,7 @@ def visualize(args: argparse.Namespace) -> None:
     from utils.files import replacing
 
     model, checkpoint, cfg = open_at_token_grid(args)
-    names = names_of(model, args.blocks)
+    names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images), cfg)
     points = as_fractions(args.queries, *image_size(cfg))
     args.output.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from benchmarks.timing import Timing, speedup
 from models import create_model
 from tests.launch import run_script
 
-FLOAT = 4  # bytes of a float32 element
+BYTES_PER_FLOAT = 4  # bytes of a float32 element
 
 
 def test_traffic_counts_the_bytes_that_kernels_read_and_write():
@@ -30,7 +30,7 @@ def test_traffic_counts_the_bytes_that_kernels_read_and_write():
         out.copy_(y)  # reads 60, writes 60
         y.square()  # reads its argument once, writes 60
     assert counter.num_kernels == 5
-    assert (counter.bytes_read, counter.bytes_written) == (FLOAT * (66 + 66 + 66 + 60 + 60), FLOAT * 5 * 60)
+    assert (counter.bytes_read, counter.bytes_written) == (BYTES_PER_FLOAT * (66 + 66 + 66 + 60 + 60), BYTES_PER_FLOAT * 5 * 60)
 
 
 def test_peak_memory_counts_the_tensors_alive_at_the_same_time():
@@ -43,8 +43,8 @@ def test_peak_memory_counts_the_tensors_alive_at_the_same_time():
         view = z[:10]
         del z
         w = view + 1
-    assert counter.peak == 2 * 100 * FLOAT
-    assert counter.current == (100 + 10) * FLOAT
+    assert counter.peak == 2 * 100 * BYTES_PER_FLOAT
+    assert counter.current == (100 + 10) * BYTES_PER_FLOAT
     del w
 
 
@@ -55,7 +55,7 @@ def test_speedup_is_computed_per_round():
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_cswin_t", "flatten_deit_t"])
-def test_the_plain_transcription_has_the_same_logits_and_gradients(name):
+def test_the_naive_implementation_has_the_same_logits_and_gradients(name):
     """The benchmark compares two implementations of the same function."""
     depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_contestants_are_the_focused_plain_softmax_and_timm_models():
             assert f"timm {peer}" in create_contestants(name, 224)
 
 
-def test_the_operator_moves_fewer_bytes_than_the_plain_transcription():
+def test_the_operator_moves_fewer_bytes_than_the_naive_implementation():
     """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in multiples of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):

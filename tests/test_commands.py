@@ -23,7 +23,7 @@ from utils.schedule import global_batch_size
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-EIGHT = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
+EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
 
 # Command without its launcher, parameters of the model in millions, job, and expected values of config keys.
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
@@ -122,12 +122,12 @@ def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
     cfg = load_config(args.cfg, overrides(args, ema=script == "main_ema.py"))
     check_usage(args, cfg, CONFIGS)
     check_model(cfg)
-    assert ("evaluate" if args.eval else choose_initialization(cfg, EIGHT).kind) == job
+    assert ("evaluate" if args.eval else choose_initialization(cfg, EIGHT_PROCESSES).kind) == job
     assert tmp_path / "IMAGENET" == Path(cfg.DATA.DATA_PATH)
     assert args.find_unused_params == ("--find-unused-params" in command)
     config = flatten(cfg)
     assert {key: config[key] for key in keys} == keys
-    assert global_batch_size(cfg, EIGHT.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
+    assert global_batch_size(cfg, EIGHT_PROCESSES.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
     with torch.device("meta"):
         model = build_model(cfg)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import jobs.evaluation
 import jobs.training
 from jobs.checkpoints import open_checkpoint
 from jobs.initialization import Initialization, check_data, find_unusable, is_finished, resume
@@ -218,6 +219,21 @@ def test_training_and_check_apply_the_arithmetic_of_the_config(toy_config, toy_d
         assert outcome.exit_codes == [0], outcome.output
 
 
+def test_evaluation_applies_the_arithmetic_of_the_config(trained, toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        original = jobs.evaluation.evaluate
+
+        def evaluate(*arguments, **options):
+            assert not torch.backends.cuda.matmul.allow_tf32
+            return original(*arguments, **options)
+
+        jobs.evaluation.evaluate = evaluate
+
+    arguments = [*toy_arguments(toy_config, toy_data, tmp_path, "TF32", False), "--eval", "--resume", trained]
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [0], outcome.output
+
+
 # --- Resume
 
 
@@ -268,6 +284,18 @@ def test_tensorboard_contains_scalars_text_and_images(tmp_path):
     assert b"SEED: 0" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     (image,) = events.Images("first_batch")
     assert (image.height, image.width) == (4, 5)
+
+
+def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, steps in ((0, (1, 2, 3)), (2, (3,))):
+        metrics = MetricsWriter(tmp_path, resumed_at)
+        for step in steps:
+            metrics.scalars(step, "train", {"loss": float(10 * resumed_at + step)})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
 
 
 # --- Evaluation

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.evaluation import choose_reference
+from jobs.evaluation import choose_checkpoint
 from jobs.initialization import choose_initialization
 from scripts.soak import read_state
 from tests.conftest import CONFIGS, write_images
@@ -239,6 +239,10 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy
         ),
         (["--eval", "--resume", "flatten_swin_t", "--opts", "TEST.REAL_LABELS", "imagenet"], "imagenet: no such file"),
         (["--model-ema", "--no-model-ema"], "give one of them"),
+        (["--eval", "--check"], "--eval and --check: give one of them"),
+        (["--replay", "x.pth"], "--replay: uses the config of its run; leave out --cfg"),
+        (["--opts", "TEST.PREDICTIONS", "True"], "has an effect only with --eval"),
+        (["--eval", "--resume", "."], "is a directory without best.pth"),
         (["--resume", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "no such directory"),
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
@@ -376,7 +380,7 @@ def test_initialization_follows_the_precedence_table(
         args = parse_arguments("")
         cfg = load_config(args.cfg, overrides(args))
         check_usage(args, cfg, CONFIGS)
-        return ("evaluate", choose_reference(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
+        return ("evaluate", choose_checkpoint(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
 
     if expected[0] == "refused":
         with pytest.raises(ConfigError, match=expected[1]):

@@ -26,7 +26,7 @@ CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # class ids of Ima
 # smaller map completely, which changes the model.
 SIZES = {"flatten_pvt_v2_b0": 64, "flatten_pvt_t": 64, "flatten_swin_t": 64, "flatten_cswin_t": 224}
 # Model -> entries of the reference's file that our model does not have: PVT's unused norm, Swin's constant buffers.
-LEFTOVERS = {
+UNUSED_ENTRIES = {
     "flatten_pvt_t": {"norm.weight": (512,), "norm.bias": (512,)},
     "flatten_swin_t": {"layers.2.blocks.0.attn.relative_position_index": (49, 49), "layers.2.blocks.1.attn_mask": (4, 49, 49)},
 }
@@ -34,7 +34,7 @@ LEFTOVERS = {
 
 def reference_file(name: str, state: dict) -> bytes:
     """Checkpoint in the format of the reference's main.py; for CSwin in that of its main_ema.py, which adds EMA weights."""
-    state = OrderedDict(state) | {entry: torch.ones(shape) for entry, shape in LEFTOVERS.get(name, {}).items()}
+    state = OrderedDict(state) | {entry: torch.ones(shape) for entry, shape in UNUSED_ENTRIES.get(name, {}).items()}
     content = {
         "model": state,
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-3)}]},

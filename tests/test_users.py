@@ -289,6 +289,7 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
     assert "epoch 1/2 [12/12]" in outcome.output
     assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
     assert "sha256" not in outcome.output
+    assert "ATTN_TYPE" not in outcome.output  # the config is only in the log file
 
 
 def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_config, toy_data, tmp_path):

@@ -129,7 +129,7 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
         try:
             read_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s; trying the one before", error)
+            logger.warning("%s; trying the previous one", error)
         else:
             return path
     return None

@@ -67,7 +67,7 @@ _ALIASES = {
     "CLIP": "TRAIN.CLIP_GRAD",
 }
 
-LONGEST_NAME = 255  # bytes in a file name
+MAX_NAME_BYTES = 255  # bytes in a file name
 REFERENCE_PROCESSES = 8  # GPUs of the reference's recipes
 
 
@@ -306,8 +306,8 @@ def _validate(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"{key}={leaves[key]!r}: is used as a directory name; give a name other than . and .., without slashes"
             )
-        if len(os.fsencode(leaves[key])) > LONGEST_NAME:
-            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {LONGEST_NAME} bytes")
+        if len(os.fsencode(leaves[key])) > MAX_NAME_BYTES:
+            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
     _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)

@@ -85,7 +85,7 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     timeout, on_gpu = timedelta(seconds=timeout_seconds), device.type == "cuda"
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_seconds=timeout_seconds), store)
+        store = dist.PrefixStore(agree_on_launch_id(store, rank, size, timeout_seconds=timeout_seconds), store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("collectives", store),
@@ -124,7 +124,7 @@ def check_driver(devices: Path = Path("/dev")) -> None:
         )
 
 
-def agree_on_start(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
+def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
     """Wait for all processes of this launch, and return its unique id, which serves as a key prefix in the store.
 
     torchrun keeps its store when it restarts the processes, which is a new launch. Without the prefix, the new processes
@@ -186,7 +186,7 @@ class SideChannel(nn.Module):
         """Logits and the extra parameter, (length,)."""
         return self.model(images), self.channel.view_as(self.channel)
 
-    def take(self) -> Tensor:
+    def pop_means(self) -> Tensor:
         """Return and clear the means over all processes, (length,), of the numbers sent since the last call."""
         means = self.channel.grad.clone()
         self.channel.grad = None

@@ -17,7 +17,7 @@ from weights.reader import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 8.0  # approximate duration of a measurement
+MEASUREMENT_SECONDS = 8.0  # approximate duration of a measurement
 MAX_UPDATES = 50
 
 
@@ -43,7 +43,7 @@ def dry_run(trainer: Trainer) -> None:
     logger.info("training: the first update took %.1f s", seconds)
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
     # Rank 0 decides the number: all processes must take part in every update.
-    count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(SECONDS / max(seconds, 1e-3)))))
+    count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
     update_seconds = _time(lambda: _drain(islice(updates, count)), trainer) / count
     report = trainer.receive(keep=0)[-1]
     logger.info(
@@ -84,7 +84,7 @@ def _updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
 
 
 def _time_loading(trainer: Trainer, epoch: int) -> float:
-    """Seconds per batch, over ``SECONDS`` or the rest of the epoch, after each worker has delivered one batch."""
+    """Seconds per batch, over ``MEASUREMENT_SECONDS`` or the rest of the epoch, after each worker has delivered one batch."""
     loader = trainer.train_loader
     loader.set_position(epoch)
     batches = iter(loader)
@@ -92,7 +92,7 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     started, count = time.monotonic(), 0
     for _ in batches:
         count += 1
-        if time.monotonic() - started > SECONDS:
+        if time.monotonic() - started > MEASUREMENT_SECONDS:
             break
     return (time.monotonic() - started) / count
 

@@ -17,7 +17,7 @@ from utils.metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
+MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
 MAX_CLASSES_WITH_COUNTS = 20  # with more classes, the confusion matrix has no numbers in its cells
 
@@ -121,7 +121,7 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions, strict=False):
         picture = image.copy()
-        picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
         axis.imshow(picture)
         axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
     with replacing(path) as temporary:

@@ -77,7 +77,7 @@ def train_step(
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
     failed = torch.zeros((), device=device) if failed is None else failed
     accumulate_gradients(model, criterion, scaler, batches, seeds=seeds, amp_dtype=amp_dtype, requests=requests)
-    loss, *requested = side_channel(model).take()
+    loss, *requested = side_channel(model).pop_means()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaled = amp_dtype == torch.float16
     if scaled:

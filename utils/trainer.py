@@ -28,7 +28,7 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-SEED_OF_STEP = 3  # part of the seed of the model's draws; differs from those of images and of mixup
+STREAM_OF_MODEL = 3  # part of the seed of the model's draws; differs from those of images and of mixup
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # images, targets, number of the forward pass -> mixed
 MAX_SKIPPED = 20  # number of consecutive updates skipped by fp16 that ends the run
 
@@ -171,7 +171,7 @@ class Trainer:
         self.updates_per_epoch = train_loader.updates_per_epoch
         self.phase = "start-up"
         self.reports = Reports()
-        self.writing = BackgroundWrite()  # writes checkpoints, on rank 0
+        self.background_write = BackgroundWrite()  # writes checkpoints, on rank 0
         self.failed = torch.zeros((), device=world.device)  # see train_step
         self.skipped_in_a_row = 0
         self.last_save = time.monotonic()
@@ -297,7 +297,7 @@ class Trainer:
         If the last write failed, a save is requested immediately, because ``save`` reports the error to all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
-        saving = (due or self.writing.failed) and self.world.is_main
+        saving = (due or self.background_write.failed) and self.world.is_main
         if saving:
             self.last_save = time.monotonic()  # request the save only once
         requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
@@ -422,10 +422,10 @@ class Trainer:
 
     def start_saving(self, *, best: bool) -> None:
         """The part of ``save`` that runs on rank 0."""
-        self.writing.wait()
+        self.background_write.wait()
         state = to_host(self.state.to_dict() | self.header, copy=True)
         path = checkpoint_path(self.output, self.state.num_updates)
-        self.writing.start(partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints))
+        self.background_write.start(partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints))
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is written.
@@ -434,7 +434,7 @@ class Trainer:
             CheckpointError, OtherRankError: it could not be written.
         """
         self.phase = "saving"
-        on_main(self.world, self.writing.wait)
+        on_main(self.world, self.background_write.wait)
 
     def save_and_stop(self, meter: "Meter | None" = None) -> NoReturn:
         """Save the state in the middle of an epoch, or before an evaluation, and end the run.
@@ -482,7 +482,7 @@ def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -
 
 def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
     """Seed of the model's random draws (drop path, dropout) in one forward pass of one process."""
-    return int(np.random.SeedSequence((seed, forward_pass, rank, SEED_OF_STEP)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, forward_pass, rank, STREAM_OF_MODEL)).generate_state(1)[0])
 
 
 class Meter:

@@ -23,7 +23,7 @@ from weights.reader import CheckpointError, sha256, verify
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0  # for connecting, and for each read
-SECONDS_BETWEEN_LINES = 30.0  # between progress lines in the log
+SECONDS_BETWEEN_LOG_LINES = 30.0  # between progress lines in the log
 _BLOCK = 1 << 20  # bytes
 # First bytes of the accepted formats: zip (torch.save), pickle and tar (torch.save before 1.6), safetensors (JSON header).
 _SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
@@ -131,7 +131,7 @@ def _copy(response, file, total: int, title: str) -> int:
             file.write(block)
             received += len(block)
             bar.update(len(block))
-            if bar_hidden and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            if bar_hidden and time.monotonic() - last_line > SECONDS_BETWEEN_LOG_LINES:
                 last_line = time.monotonic()
                 logger.info("%s: %.0f of %.0f MiB", title, received / 2**20, total / 2**20)
     return received

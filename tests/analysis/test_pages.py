@@ -16,7 +16,7 @@ from PIL import Image
 
 import scripts.visualize_attention
 from analysis.maps import capture, token_positions
-from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, names_of, sample_queries, trace, write_page
+from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, module_names, sample_queries, trace, write_page
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
 from tests.launch import run_script
@@ -109,9 +109,9 @@ def test_encoded_maps_are_exact_to_half_a_quantisation_step():
 
 def test_unknown_block_names_are_rejected():
     model, _ = create_case("deit linear")
-    assert names_of(model, ["blocks.1"]) == ["blocks.1.attn"]
+    assert module_names(model, ["blocks.1"]) == ["blocks.1.attn"]
     with pytest.raises(ValueError, match=r"no attention module has this name; choose among blocks\.0\.attn"):
-        names_of(model, ["layers"])
+        module_names(model, ["layers"])
 
 
 PROBE = """

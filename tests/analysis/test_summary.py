@@ -9,7 +9,7 @@ import torch
 import scripts.analyze_focus
 from analysis.maps import capture
 from analysis.measures import entropy
-from analysis.summary import MEASURES, OWN, WITH_CONVOLUTION, matrices, mean_over_heads, report, spread, summarise
+from analysis.summary import MEASURES, OWN, WITH_CONVOLUTION, evenly_spaced, matrices, mean_over_heads, report, summarise
 from models.deit import DeiT
 from models.swin import SwinTransformer
 from tests.analysis.test_maps import SMALL_DEIT, SMALL_SWIN, randomise
@@ -41,6 +41,12 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
             (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
             assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
             assert len(row.values["entropy"]) == 2
+        weights = attention.matrix()[0, :, 1:, 1:]
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values  # without the class token
+        (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, 1)]
+        assert (row.head_dim, row.num_keys) == (attention.q.shape[3], weights.shape[2])
+        for measure, count in (("top 1 %", 1), ("top 5 %", 3), ("top 10 %", 6)):  # of 64 keys
+            assert row.values[measure][0] == pytest.approx(weights[1, :, :count].sum(dim=-1).mean().item(), abs=1e-5)
     softmax_rows = [row for row in rows if row.block == "blocks.1.attn"]
     assert {row.form for row in softmax_rows} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
@@ -58,9 +64,9 @@ def test_the_convolution_share_is_zero_without_the_convolution():
 
 
 def test_many_positions_are_sampled_evenly():
-    assert spread(5).tolist() == [0, 1, 2, 3, 4]
-    assert len(spread(3136)) == 784
-    assert spread(3136)[-1] == 3135
+    assert evenly_spaced(5).tolist() == [0, 1, 2, 3, 4]
+    assert len(evenly_spaced(3136)) == 784
+    assert evenly_spaced(3136)[-1] == 3135
 
 
 def test_the_matrices_exclude_the_class_token():

@@ -19,7 +19,7 @@ from data.build import (
 )
 from data.datasets import ImageDataset, seed_generators
 from data.index import DataError, index_zip
-from data.samplers import TrainBatches
+from data.samplers import TrainBatches, separate_copies
 from utils.config import load_config
 
 CPU = torch.device("cpu")
@@ -173,3 +173,22 @@ def test_reading_an_image_does_not_change_the_random_generators_of_the_process(t
         seed_generators(3)
         dataset[(0, 1)]
         assert generator() == expected
+
+
+@pytest.mark.parametrize("batch_size", range(5, 12))
+def test_a_batch_with_two_copies_of_up_to_two_images_is_ordered_so_that_no_copies_are_mixed(batch_size):
+    """Position i is mixed with position B - 1 - i, and the middle of an odd batch with position 0."""
+    rng = random.Random(batch_size)
+    for _ in range(200):
+        indices = list(range(batch_size))
+        for copy in rng.sample(range(2, batch_size), rng.randrange(1, 3)):
+            indices[copy] = copy % 2
+        rng.shuffle(indices)
+        order = separate_copies(indices)
+        assert sorted(order) == list(range(batch_size))
+        ordered = [indices[position] for position in order]
+        partners = ordered[::-1]
+        if batch_size % 2:
+            partners[batch_size // 2] = ordered[0]
+        if max(map(indices.count, indices)) == 2:
+            assert all(one != other for one, other in zip(ordered, partners, strict=True)), indices

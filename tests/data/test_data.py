@@ -380,12 +380,31 @@ def test_archive_dataset_can_be_pickled_for_spawned_workers(packed):
         ("a.png\n", "is not a name, a tab"),
         ("a.png\t0\n../b.png\t2\n", "no image of class 1"),
         ("x.png\t0\n", "x.png is missing"),
+        ("a.png\t5\n", "no image of class 0"),
     ],
 )
 def test_zip_archives_that_do_not_match_their_map_are_rejected(tmp_path, lines, message):
     with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
         archive.writestr("a.png", b"")
     (tmp_path / "val_map.txt").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        index_zip(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        ("cat\ncat\n", "duplicate class name cat"),
+        ("cat\n", "has class id 1, but .* has 1 class names"),
+        ("a\nb\nc\n", "no image of class 2"),
+    ],
+)
+def test_class_names_that_do_not_match_the_class_ids_of_an_archive_are_rejected(tmp_path, class_names, message):
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+        archive.writestr("b.png", b"")
+    (tmp_path / "val_map.txt").write_text("a.png\t0\nb.png\t1\n")
+    (tmp_path / "classes.txt").write_text(class_names)
     with pytest.raises(DataError, match=message):
         index_zip(tmp_path, "val")
 

@@ -28,7 +28,7 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 
 @contextlib.contextmanager
-def plain_form():
+def unfused_form():
     """Select the unfused form, as if torch.compile were active."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -41,9 +41,9 @@ def outputs_and_gradients(operator, tokens, **options):
     return out, torch.autograd.grad((out * weights).sum(), [*tokens, *operator.parameters()])
 
 
-def assert_equals_plain_form(operator, tokens, **options):
+def assert_equals_unfused_form(operator, tokens, **options):
     out, gradients = outputs_and_gradients(operator, tokens, **options)
-    with plain_form():
+    with unfused_form():
         expected_out, expected = outputs_and_gradients(operator, tokens, **options)
     torch.testing.assert_close(out, expected_out)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
@@ -66,26 +66,26 @@ def assert_equals_plain_form(operator, tokens, **options):
     ],
     ids=str,
 )
-def test_values_and_gradients_equal_those_of_the_plain_form(options, prefix):
+def test_values_and_gradients_equal_those_of_the_unfused_form(options, prefix):
     operator = random_operator((4, 5), num_prefix_tokens=prefix, **options)
-    assert_equals_plain_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
+    assert_equals_unfused_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
 
 
 @pytest.mark.parametrize("key_grid", [(2, 3), (1, 1)])
-def test_reduced_keys_give_the_gradients_of_the_plain_form(key_grid):
+def test_reduced_keys_give_the_gradients_of_the_unfused_form(key_grid):
     operator = random_operator((4, 5), key_grid=key_grid)
-    assert_equals_plain_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
+    assert_equals_unfused_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
 
 
-def test_masked_keys_give_the_gradients_of_the_plain_form():
+def test_masked_keys_give_the_gradients_of_the_unfused_form():
     operator = random_operator((4, 5))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[1] = False  # an image without keys
-    assert_equals_plain_form(operator, random_tokens(3, 20, 20), key_mask=mask)
+    assert_equals_unfused_form(operator, random_tokens(3, 20, 20), key_mask=mask)
 
 
-def test_resized_positional_encodings_give_the_gradients_of_the_plain_form():
-    assert_equals_plain_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
+def test_resized_positional_encodings_give_the_gradients_of_the_unfused_form():
+    assert_equals_unfused_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
 
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
@@ -96,7 +96,7 @@ def test_the_epsilons_contribute_to_the_gradients(std):
     with torch.no_grad():
         q[:, 3] = -q[:, 3].abs()
         k[:, 5] = -10 - k[:, 5].abs()
-    assert_equals_plain_form(operator, [q, k, v])
+    assert_equals_unfused_form(operator, [q, k, v])
 
 
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
@@ -123,16 +123,16 @@ def test_single_precision_neither_overflows_nor_underflows(scale, std):
 @pytest.mark.parametrize("num_keys", [20, 6])
 def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit, num_keys):
     """The blocks contain one token, several tokens, one image, or two images."""
-    monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
+    monkeypatch.setattr(models.fused_attention, "MAX_BLOCK_ELEMENTS_ON_CPU", limit)
     operator = random_operator((4, 5), key_grid=(4, 5) if num_keys == 20 else (2, 3))
-    assert_equals_plain_form(operator, random_tokens(5, 20, num_keys))
+    assert_equals_unfused_form(operator, random_tokens(5, 20, num_keys))
 
 
 @pytest.mark.parametrize(
     ("limit", "num_image_blocks", "num_token_blocks"), [(1, 5, 5), (4, 5, 3), (7, 5, 2), (12, 5, 1), (24, 3, 1), (10**6, 1, 1)]
 )
 def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, num_image_blocks, num_token_blocks):
-    monkeypatch.setattr(models.fused_attention, "BLOCK_ON_CPU", limit)
+    monkeypatch.setattr(models.fused_attention, "MAX_BLOCK_ELEMENTS_ON_CPU", limit)
     blocks = Blocks(5, 5, 2, torch.device("cpu"))
     parts = [list(blocks.images()), list(blocks.tokens(5))]
     assert [len(part) for part in parts] == [num_image_blocks, num_token_blocks]
@@ -156,7 +156,7 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(run, [*tokens, *parameters.values()], fast_mode=False)
 
 
-def test_second_derivatives_require_the_plain_form():
+def test_second_derivatives_require_the_unfused_form():
     operator = random_operator((2, 3))
     packed = torch.randn(1, 6, 3 * C).double().requires_grad_()
     second_derivatives = []
@@ -171,7 +171,7 @@ def test_second_derivatives_require_the_plain_form():
     torch.testing.assert_close(*second_derivatives)
 
 
-def test_torch_func_uses_the_plain_form():
+def test_torch_func_uses_the_unfused_form():
     operator = random_operator((2, 3))
     packed = torch.randn(2, 6, 3 * C).double().requires_grad_()
 
@@ -249,7 +249,7 @@ def test_gradients_of_the_convolution_equal_those_of_autograd(side, grid):
     """Some maps are larger than the kernel, others are smaller in one dimension."""
     operator = random_operator(grid, kernel_size=side)
     num_tokens = grid[0] * grid[1]
-    assert_equals_plain_form(operator, random_tokens(3, num_tokens, num_tokens))
+    assert_equals_unfused_form(operator, random_tokens(3, num_tokens, num_tokens))
 
 
 @pytest.mark.parametrize("side", [1, 3, 5, 7])

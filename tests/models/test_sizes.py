@@ -58,8 +58,7 @@ def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, s
 
 def test_a_checkpoint_of_the_image_size_of_the_paper_loads_at_a_non_square_size():
     """The size changes from 224 x 224 to 160 x 320 pixels. Stage 2 has stripes of 28 x 7 tokens."""
-    options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (14, 7), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
-    options |= {"attn_type": "LLL", "linear_splits": (14, 7, None)}
+    options = {**HIERARCHY, "attn_type": "LLL", "linear_splits": (14, 7, None), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
     source, target = (CSwinTransformer(**options, img_size=size).eval() for size in (224, (160, 320)))
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

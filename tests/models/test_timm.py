@@ -446,6 +446,9 @@ def test_pruning_keeps_the_final_norm_unless_it_is_requested_or_the_width_change
         model.prune_intermediate_layers([-1], **({"prune_norm": True} if prune_norm else {}))
         assert isinstance(model.norm, torch.nn.Identity) == (prune_norm or "pvt" in name)  # PVT has no final norm
         assert isinstance(model.head, torch.nn.Identity)
+    model = mixed(name)
+    model.prune_intermediate_layers([0])
+    assert isinstance(model.norm, torch.nn.Identity) == ("deit" not in name)  # all blocks of DeiT have the same width
 
 
 def test_nested_models_load_only_their_own_entries():

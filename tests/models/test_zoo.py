@@ -440,14 +440,16 @@ def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
     widths = []
     for blocks in model.stage_blocks():
         stripes = [module for module in next(iter(blocks)).modules() if hasattr(module, "native_mask")]
-        widths.append({min(stripe_of(stripe.native, stripe.axis, stripe.width)) for stripe in stripes})
+        widths.append({min(stripe_of(stripe.native_grid, stripe.axis, stripe.width)) for stripe in stripes})
     assert widths == [{1}, {2}, {7}, {7}]
 
 
-def test_models_without_a_size_in_the_paper_have_the_size_of_their_softmax_models():
+def test_models_without_a_size_in_the_paper_have_the_size_of_the_original_models():
     """PVTv2-B5 has 3, 6, 40 and 3 blocks; DeiT-S and DeiT-B have 12 blocks of 384 and 768 channels."""
     pvt = create_model("flatten_pvt_v2_b5", device="meta")
     assert [len(list(blocks)) for blocks in pvt.stage_blocks()] == [3, 6, 40, 3]
+    hidden_dims = [{block.mlp.fc1.out_features for block in blocks} for blocks in pvt.stage_blocks()]
+    assert hidden_dims == [{4 * 64}, {4 * 128}, {4 * 320}, {4 * 512}]
     for name, channels in (("flatten_deit_s", 384), ("flatten_deit_b", 768)):
         deit = create_model(name, device="meta")
         assert (len(deit.blocks), deit.num_features) == (12, channels)

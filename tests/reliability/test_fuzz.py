@@ -18,7 +18,7 @@ from utils.config import ConfigError, load_config
 from weights.reader import CheckpointError, read_checkpoint
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]
-BOUNDED = settings(
+FUZZ_SETTINGS = settings(
     max_examples=400,
     deadline=None,
     derandomize=True,
@@ -36,7 +36,7 @@ def damaged(content: bytes, seed: int) -> bytes:
 
 
 @given(content=st.binary(max_size=400), name=st.sampled_from(["x.pth", "x.safetensors"]))
-@BOUNDED
+@FUZZ_SETTINGS
 def test_arbitrary_bytes_are_rejected_as_a_checkpoint(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError):
@@ -60,7 +60,7 @@ YAML = st.text(alphabet="ABCDEFMODELTRAINDATA:._-{}[]&*!?|>'\"# \n\t0123456789e�
 
 
 @given(text=YAML | st.text(max_size=80))
-@BOUNDED
+@FUZZ_SETTINGS
 def test_arbitrary_text_is_read_as_a_config_or_rejected(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     with suppress(ConfigError):
@@ -79,7 +79,7 @@ LINES = st.lists(st.text(alphabet="ab.0123456789\t \\/-\r\x85²٣", max_size=12)
 
 
 @given(content=LINES.map(str.encode) | st.binary(max_size=60))
-@BOUNDED
+@FUZZ_SETTINGS
 def test_arbitrary_maps_of_zip_archives_are_read_or_rejected(content, tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("a", b"x")
@@ -89,7 +89,7 @@ def test_arbitrary_maps_of_zip_archives_are_read_or_rejected(content, tmp_path):
 
 
 @given(content=LINES.map(str.encode) | st.binary(max_size=60))
-@BOUNDED
+@FUZZ_SETTINGS
 def test_arbitrary_class_maps_and_label_files_are_read_or_rejected(content, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(content)

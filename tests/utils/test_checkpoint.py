@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(saved, ho
     with pytest.raises(CheckpointError, match=newer.name):
         read_checkpoint(newer)
     assert newest_intact_checkpoint(saved.parent) == saved
-    assert "trying the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -6,7 +6,7 @@ import yaml
 
 from models import build_model
 from models.linear_attention import KINDS
-from models.registry import NAMES
+from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS
 from utils.config import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 from utils.config_keys import INFINITY, KEYS
@@ -155,6 +155,18 @@ MODEL:
         ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
         ("AUG: {CUTMIX_MINMAX: [1, 2]}", [], "AUG.CUTMIX_MINMAX=[1.0, 2.0]"),
         ("AUG: {CUTMIX_MINMAX: [0.8, 0.2]}", [], "AUG.CUTMIX_MINMAX=[0.8, 0.2]"),
+        ("MODEL: {TYPE: flatten_pvt_tiny, LA: {PVT_LA_SR_RATIOS: '842'}}", [], "give one digit per stage, as in 8421"),
+        (
+            "MODEL: {TYPE: FLatten_CSWin_64_24181_tiny_224, LA: {CSWIN_LA_SPLIT_SIZE: 7-7}}",
+            [],
+            "one number per stage, as in 56",
+        ),
+        ("MODEL: {SWIN: {DEPTHS: [1, 1, 1]}}", [], "make them equally long"),
+        ("DATA: {MEAN: [0.5, 0.5]}", [], "DATA.MEAN=[0.5, 0.5]: give three numbers"),
+        ("DATA: {STD: [0.5, 0.5, 0]}", [], "STD must be above 0"),
+        ("AUG: {SCALE: [0.5, 0.1]}", [], "AUG.SCALE=[0.5, 0.1]"),
+        ("AUG: {RATIO: [1.0]}", [], "AUG.RATIO=[1.0]"),
+        ("TRAIN: {OPTIMIZER: {BETAS: [0.9, 1.0]}}", [], "TRAIN.OPTIMIZER.BETAS=[0.9, 1.0]"),
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
@@ -217,7 +229,7 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
 
 
 def test_config_choices_equal_the_available_models_and_kinds():
-    assert set(KEYS["MODEL.TYPE"].choices) == set(NAMES)
+    assert set(KEYS["MODEL.TYPE"].choices) == set(REGISTERED_NAMES)
     assert set(KEYS["MODEL.LA.KIND"].choices) == set(KINDS)
 
 

@@ -20,9 +20,10 @@ from utils.distributed import (
     LostRankError,
     MissingDeviceError,
     OtherRankError,
-    agree_on_start,
+    agree_on_launch_id,
     check_driver,
     on_all,
+    on_main,
     setup,
     sum_over_processes,
 )
@@ -61,9 +62,9 @@ def test_ranks_that_do_not_start_are_named_in_the_error():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=1))
     with pytest.raises(LostRankError, match=r"rank 1, 2 did not start within COLLECTIVE_TIMEOUT=0\.1 s"):
-        agree_on_start(store, 0, 3, timeout_seconds=0.1)
+        agree_on_launch_id(store, 0, 3, timeout_seconds=0.1)
     with pytest.raises(LostRankError, match="did not start within"):
-        agree_on_start(store, 1, 3, timeout_seconds=0.1)
+        agree_on_launch_id(store, 1, 3, timeout_seconds=0.1)
 
 
 def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch):
@@ -84,6 +85,23 @@ def fail_in_rank_one(world) -> None:
     with pytest.raises(ValueError if world.rank == 1 else OtherRankError):
         on_all(world, task)
     assert on_all(world, lambda: world.rank) == world.rank
+
+
+def record_groups(world) -> None:
+    groups, broadcast = [], dist.broadcast_object_list
+
+    def record(values, src, group):
+        groups.append(group)
+        broadcast(values, src=src, group=group)
+
+    dist.broadcast_object_list = record
+    assert on_main(world, lambda: "scan", long_timeout=True) == "scan"
+    assert on_main(world, lambda: "save") == "save"
+    assert groups == [world.long_timeout_group, None]
+
+
+def test_only_tasks_with_a_long_timeout_use_the_group_with_the_long_timeout():
+    run_in_processes(record_groups, processes=2)
 
 
 def test_a_task_that_fails_in_one_process_fails_in_all_processes():

@@ -81,7 +81,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
 
 
 @pytest.fixture
-def accuracies(monkeypatch) -> list[int]:
+def correct_counts(monkeypatch) -> list[int]:
     """Numbers of correct predictions for 10 images, one per evaluation; further evaluations reuse the last number."""
     counts = [5]
 
@@ -96,7 +96,7 @@ def accuracies(monkeypatch) -> list[int]:
 # Background saving.
 
 
-def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, accuracies, monkeypatch):
+def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, correct_counts, monkeypatch):
     """The state after two updates is written only after the third update has changed the weights."""
     expected = create_trainer(tmp_path / "expected", save_steps=2)
     (tmp_path / "expected").mkdir()
@@ -125,14 +125,14 @@ def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_p
         assert_equal(read_checkpoint(path), read_checkpoint(tmp_path / "expected" / path.name))
 
 
-def test_a_failed_write_ends_training_at_the_next_update(tmp_path, accuracies, monkeypatch):
+def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path, save_steps=1)
 
     def fail(state, path):
         raise CheckpointError("no space")
 
     def step_after_failure(*arguments, **options):
-        while trainer.state.num_updates == 1 and not trainer.writing.failed:
+        while trainer.state.num_updates == 1 and not trainer.background_write.failed:
             time.sleep(0.01)
         return step(*arguments, **options)
 
@@ -144,7 +144,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, accuracies, m
     assert trainer.state.num_updates == 2
 
 
-def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, accuracies, monkeypatch):
+def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
     assert trainer.requests().tolist() == [0, 0]
 
@@ -153,12 +153,12 @@ def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, accuracies,
 
     monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
     trainer.save()
-    while not trainer.writing.failed:
+    while not trainer.background_write.failed:
         time.sleep(0.01)
     assert trainer.requests().tolist() == [0, 1]
 
 
-def test_a_failure_of_the_last_write_fails_the_run(tmp_path, accuracies, monkeypatch):
+def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, monkeypatch):
     def fail(state, path):
         raise CheckpointError("no space")
 
@@ -170,8 +170,8 @@ def test_a_failure_of_the_last_write_fails_the_run(tmp_path, accuracies, monkeyp
 # Evaluations and checkpoints at the ends of epochs.
 
 
-def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, accuracies):
-    accuracies[:] = [4, 6, 6, 5]
+def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, correct_counts):
+    correct_counts[:] = [4, 6, 6, 5]
     trainer = create_trainer(tmp_path, num_epochs=4)
     trainer.fit()
     assert trainer.state.best == {"acc1": 60.0, "weights": "ema", "epoch": 2, "num_updates": 3 * UPDATES_PER_EPOCH}
@@ -180,15 +180,15 @@ def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, accuracies):
     assert best["best"] == trainer.state.best  # the checkpoint is saved after the evaluation
 
 
-def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, accuracies):
+def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, correct_counts):
     """SAVE_FREQ is 2 in a run of 5 epochs. The first evaluation is the best, so its state is saved too."""
-    accuracies[:] = [9, 1]
+    correct_counts[:] = [9, 1]
     create_trainer(tmp_path, num_epochs=5, save_freq=2).fit()
     epochs = sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(tmp_path))
     assert epochs == [1, 2, 4, 5]
 
 
-def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, accuracies):
+def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, correct_counts):
     evaluated = []
     trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
     evaluate = utils.trainer.evaluate
@@ -278,7 +278,7 @@ class Metrics:
         self.points.append((step, name, image))
 
 
-def test_a_logged_point_has_the_mean_loss_since_the_previous_one_and_the_last_learning_rate(tmp_path, accuracies, monkeypatch):
+def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_rate(tmp_path, correct_counts, monkeypatch):
     """PRINT_FREQ is 3 in an epoch of 4 updates: points are logged after 3 and after 4 updates."""
     trainer, reports = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()
@@ -317,7 +317,7 @@ def test_the_first_batch_is_logged_as_a_grid_with_each_image_scaled_to_its_own_r
         torch.testing.assert_close(grid[0, row : row + 2, column : column + 2], torch.tensor([[0.0, 1.0], [0.5, 0.25]]))
 
 
-def test_only_the_first_batch_of_a_run_is_logged(tmp_path, accuracies):
+def test_only_the_first_batch_of_a_run_is_logged(tmp_path, correct_counts):
     for num_updates in (0, 3):
         trainer, shown = create_trainer(tmp_path / str(num_updates)), []
         trainer.show_batch = shown.append
@@ -325,3 +325,11 @@ def test_only_the_first_batch_of_a_run_is_logged(tmp_path, accuracies):
         trainer.train_epoch(0)
         first = next(iter_batches(trainer)).images
         assert [torch.equal(images, first) for images in shown] == ([True] if num_updates == 0 else [])
+
+
+def test_a_model_on_the_device_of_evaluation_is_not_copied():
+    model = nn.Linear(2, 3)
+    assert utils.trainer._on_device(model, DEVICE) is model
+    copied = utils.trainer._on_device(model, torch.device("meta"))
+    assert copied.weight.device.type == "meta"
+    assert model.weight.device.type == "cpu"
