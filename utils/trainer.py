@@ -235,6 +235,7 @@ class Trainer:
             first = next(batches)
             self.show_batch(first.images)
             batches = chain([first], batches)
+            del first  # a batch in device memory
         batches = self.mixed_batches(batches)
         updates = range(first_update, self.updates_per_epoch)
         for update in progress(updates, len(updates), f"epoch {epoch}/{recipe.num_epochs}", seconds_between_lines=math.inf):
