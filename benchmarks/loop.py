@@ -66,8 +66,8 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
         mixed = trainer.mixed_batches(batches)
         for _ in range(updates):
             trainer.update(mixed)
-            meter.add(trainer.receive(keep=1))
-        meter.add(trainer.receive(keep=0))
+            meter.add(trainer.collect_reports(max_pending=1))
+        meter.add(trainer.collect_reports(max_pending=0))
         meter.log()
 
     criterion, dtype = nn.CrossEntropyLoss(label_smoothing=cfg.MODEL.LABEL_SMOOTHING), amp_dtype(cfg)

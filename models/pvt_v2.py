@@ -36,11 +36,11 @@ class ConvolutionalMlp(Mlp):
 
 
 class PyramidVisionTransformerV2(PyramidBackbone):
-    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position table."""
+    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position embeddings."""
 
     kernel_sizes = (7, 3, 3, 3)
-    version_part = "norm"
-    map_part = "norm"
+    extra_module = "norm"
+    map_module = "norm"
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -49,7 +49,7 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         return ConvolutionalMlp(dim, hidden_dim, drop)
 
-    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
+    def create_extra_module(self, dim: int, grid: tuple[int, int]) -> nn.Module:
         return BlockNorm(dim)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:

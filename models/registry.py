@@ -139,7 +139,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Largest linear window for which the reference keeps the softmax window at 7.
+# Largest window of linear blocks for which the reference uses softmax windows of 7; above it, they are 12.
 MAX_WINDOW_AT_224 = 56
 
 
@@ -172,7 +172,7 @@ def _cswin_arguments(cfg: CfgNode) -> dict:
 
 def _deit_arguments(cfg: CfgNode) -> dict:
     arguments = {"pos_drop_rate": cfg.MODEL.DROP_RATE}
-    if cfg.MODEL.TYPE != "flatten_deit":  # a named size
+    if cfg.MODEL.TYPE != "flatten_deit":  # the type names a fixed size; MODEL.DEIT does not apply
         return arguments
     return arguments | {
         "patch_size": cfg.MODEL.DEIT.PATCH_SIZE,

@@ -1,6 +1,6 @@
 """Export a trained model as safetensors with timm's config.json, as a torch.export program (.pt2), or as ONNX.
 
-The directory also gets a model card. If it has the safetensors file, timm loads it:
+A model card is also written to the directory. If the format safetensors was exported, timm can load the directory:
 ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded back and
 compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
 pip install onnx onnxscript onnxruntime.
@@ -56,7 +56,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    with sdpa_kernel(SDPBackend.MATH):  # its output has the memory layout of the exported (decomposed) attention
+    with sdpa_kernel(SDPBackend.MATH):  # the exported attention is decomposed, and only this backend has its memory layout
         program = torch.onnx.export(
             model,
             (images,),
@@ -79,7 +79,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
 
 
 def _largest_error(model: nn.Module, exported, images: Tensor, path: Path) -> float:
-    """Compare exported logits with the model's. Returns the largest error, relative as for ``MAX_RELATIVE_ERROR``.
+    """Compare exported logits with the model's. Returns the largest relative error, as defined at ``MAX_RELATIVE_ERROR``.
 
     Raises:
         ExportError: the error exceeds ``MAX_RELATIVE_ERROR``.
@@ -157,7 +157,7 @@ def model_card(
 
 
 def find_evaluation(path: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
-    """Read the ``eval.json`` at ``path``, or without a path, the matching one next to the checkpoint; None if there is none.
+    """Read the ``eval.json`` at ``path``. Without a path, read the matching one next to the checkpoint, or return None.
 
     Raises:
         ExportError: the file at ``path`` cannot be read, or belongs to another checkpoint or other weights.
@@ -194,7 +194,7 @@ def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, cl
 
 
 def export(args: argparse.Namespace) -> dict[str, str]:
-    """Export a checkpoint in all requested formats. Returns a description by file name.
+    """Export a checkpoint in all requested formats. Returns a dictionary from file name to description.
 
     Raises:
         ExportError: an exported file does not match the model.
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: the more accurate ones in training")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the higher accuracy in training")
     parser.add_argument(
         "--eval-json",
         type=Path,

@@ -46,7 +46,7 @@ def pack(
 
     Args:
         archive: zip or tar.
-        short_side: images whose shorter side is longer are downscaled to this number of pixels; 0: no downscaling.
+        short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
         quality: JPEG quality of downscaled JPEG files; other formats are downscaled to PNG.
         shard_size: images per tar file.
         workers: processes for downscaling; 0: the calling process.
@@ -105,10 +105,10 @@ def check_names(index: Index, archive: str) -> None:
     for position in range(len(index)):
         name = index.name(position)
         if archive == "zip" and re.search(r"[\n\r\t]", name):
-            raise DataError(f"{index.source}/{name!r}: a map cannot contain a name with a tab or a line break; rename it")
+            raise DataError(f"{index.source}/{name!r}: a map file cannot contain a name with a tab or a line break; rename it")
         if archive == "zip" and not _is_unicode(name):
             raise DataError(
-                f"{index.source}/{name!r}: a zip archive cannot contain a name that is not UTF-8; rename it, or pack tar"
+                f"{index.source}/{name!r}: a zip archive cannot contain a name that is not UTF-8; rename it, or pack as tar"
             )
 
 
@@ -202,7 +202,7 @@ def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> N
     """Check that archives have the labels and classes of the source index, and images with these sha256 digests."""
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
-        raise DataError(f"{packed.source}: differs from the packed index; the disk may be faulty")
+        raise DataError(f"{packed.source}: its labels or classes differ from those of the source; the disk may be faulty")
     for position, digest in enumerate(progress(digests, len(digests), title)):
         if hashlib.sha256(dataset.read(position)).digest() != digest:
             raise DataError(f"{packed.source}: {packed.name(position)} differs when read back; the disk may be faulty")
@@ -219,7 +219,7 @@ def main() -> None:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="downscale images whose shorter side is longer to this length",
+        help="maximum length of the shorter side; larger images are downscaled (default: no downscaling)",
     )
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled JPEG files, 1 to 95")
     parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="images per tar file")

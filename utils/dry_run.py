@@ -45,7 +45,7 @@ def dry_run(trainer: Trainer) -> None:
     # Rank 0 decides the number: all processes must take part in every update.
     count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
     update_seconds = _time(lambda: _drain(islice(updates, count)), trainer) / count
-    report = trainer.receive(keep=0)[-1]
+    report = trainer.collect_reports(max_pending=0)[-1]
     logger.info(
         "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
     )

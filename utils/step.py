@@ -143,9 +143,9 @@ class Reports:
             copied.record()
         self._sent.append((update, report, copied))
 
-    def receive(self, *, keep: int) -> Iterator[tuple[int, Report]]:
-        """Yield the number and report of each update in order, except for the newest ``keep`` updates."""
-        while len(self._sent) > keep:
+    def collect_reports(self, *, max_pending: int) -> Iterator[tuple[int, Report]]:
+        """Yield the number and report of each update in order, except for the newest ``max_pending`` updates."""
+        while len(self._sent) > max_pending:
             update, report, copied = self._sent.popleft()
             if copied is not None:
                 copied.synchronize()

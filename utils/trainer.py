@@ -243,13 +243,13 @@ class Trainer:
             done = update + 1
             saving = recipe.save_steps > 0 and done % recipe.save_steps == 0
             logging_now = saving or done % recipe.print_freq == 0 or done == self.updates_per_epoch
-            reports = self.receive(keep=0 if logging_now or state.scales_loss else 1)
+            reports = self.collect_reports(max_pending=0 if logging_now or state.scales_loss else 1)
             meter.add(reports)
             if any(report.stop > 0 for report in reports):
                 self.save_and_stop(meter)
             saving = saving or any(report.save > 0 for report in reports)
             if logging_now or saving:
-                meter.add(self.receive(keep=0))
+                meter.add(self.collect_reports(max_pending=0))
                 meter.log()
             if saving and done < self.updates_per_epoch:
                 self.save()
@@ -307,15 +307,15 @@ class Trainer:
                 requests[position] = 1
         return requests
 
-    def receive(self, *, keep: int) -> list[Report]:
-        """Reports of the updates so far, except for the newest ``keep``.
+    def collect_reports(self, *, max_pending: int) -> list[Report]:
+        """Reports of the updates so far, except for the newest ``max_pending``.
 
         Raises:
             TrainingError: in every process, if an update is not finite in fp32 or bf16, or if fp16 has skipped ``MAX_SKIPPED``
                 updates in a row. The message names the replay file.
         """
         reports = []
-        for update, report in self.reports.receive(keep=keep):
+        for update, report in self.reports.collect_reports(max_pending=max_pending):
             if not report.is_finite and (not self.state.scales_loss or self.skipped_in_a_row >= MAX_SKIPPED):
                 self.fail(update, report)
             reports.append(report)
@@ -445,7 +445,7 @@ class Trainer:
         """
         phase = self.phase
         if meter is not None:
-            meter.add(self.receive(keep=0))
+            meter.add(self.collect_reports(max_pending=0))
             meter.log()
         self.save()
         self.finish_saving()

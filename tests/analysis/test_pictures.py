@@ -93,7 +93,7 @@ def test_an_unreadable_attention_image_is_rejected_before_training(toy_config, t
 
 
 def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp_path, monkeypatch):
-    """An error such as a lack of memory is logged once. The modules return to their previous modes."""
+    """An error while drawing, such as a lack of memory, is logged once. The modules return to their previous modes."""
 
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")

@@ -1,4 +1,4 @@
-"""Models reproduce figures measured on the reference implementation (tests/reference)."""
+"""Models reproduce values recorded from the reference implementation (tests/reference)."""
 
 import pytest
 import torch

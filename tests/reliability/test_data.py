@@ -559,7 +559,7 @@ def test_file_names_that_are_not_utf8_are_packed_only_as_tar(tmp_path):
     (tmp_path / "val/a" / os.fsdecode(b"\xff.png")).write_bytes(png(7))
     packed = ImageDataset(pack(tmp_path, tmp_path / "tar", "val", archive="tar"), np.asarray)
     assert np.asarray(packed.decode(0))[0, 0, 0] == 7
-    with pytest.raises(DataError, match="cannot contain a name that is not UTF-8; rename it, or pack tar"):
+    with pytest.raises(DataError, match="cannot contain a name that is not UTF-8; rename it, or pack as tar"):
         pack(tmp_path, tmp_path / "zip", "val", archive="zip")
 
 
