@@ -31,12 +31,12 @@ class Attention:
     Args:
         name: name of the module in the model.
         q: (G, H, N, D).
-        k, v: (G, H, M, D). Masked values are zero.
-        grid, key_grid: token maps of queries and keys.
+        k, v: (G, H, M, D). The rows of v at masked keys are zero.
+        grid, key_grid: height and width of the token maps of queries and keys.
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
         output: (G, N, C), before the projection. For CSwin's softmax attention, without its convolution of v (LePE).
-        map_grid: token map of the whole block, before it is divided into groups.
+        map_grid: height and width of the block's whole token map, before the division into groups.
     """
 
     name: str
@@ -186,16 +186,16 @@ class _Recorder(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
         if q.shape[1] != module.num_heads:  # windows are passed as heads, see SoftmaxAttention.attend
-            windows = (-1, module.num_heads)
-            q, k, v, out = (x.unflatten(1, windows).flatten(0, 1) for x in (q, k, v, out))
-            attn_mask = attn_mask.unflatten(1, windows).flatten(0, 1)
+            windows_and_heads = (-1, module.num_heads)
+            q, k, v, out = (x.unflatten(1, windows_and_heads).flatten(0, 1) for x in (q, k, v, out))
+            attn_mask = attn_mask.unflatten(1, windows_and_heads).flatten(0, 1)
             attn_mask = attn_mask.repeat(len(q) // len(attn_mask), 1, 1, 1)
         out = out.transpose(1, 2).flatten(2)
         self.attentions.append(Attention(name, module, q, k, v, output=out, map_grid=self.map_grid, bias=attn_mask, **grids))
 
 
 def _maps_of(module: nn.Module, inputs: tuple) -> dict:
-    """Token maps of a softmax module for the inputs of its forward pass."""
+    """Token maps of a softmax module for the inputs of its forward pass, as keyword arguments of ``Attention``."""
     if isinstance(module, swin.SoftmaxWindowAttention):
         return {"grid": inputs[1], "key_grid": inputs[1]}
     if isinstance(module, cswin.SoftmaxStripes):
@@ -204,7 +204,7 @@ def _maps_of(module: nn.Module, inputs: tuple) -> dict:
     if isinstance(module, pvt.SoftmaxAttention):
         grid = tuple(inputs[0].shape[1:3])
         return {"grid": grid, "key_grid": pvt.reduce_grid(grid, module.reduction)}
-    return {"grid": inputs[1], "key_grid": inputs[1], "num_prefix_tokens": 1}
+    return {"grid": inputs[1], "key_grid": inputs[1], "num_prefix_tokens": 1}  # DeiT, with a class token
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
         A list to which each forward pass appends one ``Attention`` per module, in the order of execution.
 
     Raises:
-        ValueError: a name is not that of an attention module of the model.
+        ValueError: the model has no attention module of one of the names.
     """
     modules = attention_modules(model)
     if unknown := [name for name in names or () if name not in modules]:
@@ -226,24 +226,24 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
     chosen = {name: modules[name] for name in names or modules}
     recorder, handles, wrapped_modules = _Recorder(), [], []
 
-    def enter(_block: nn.Module, inputs: tuple) -> None:
+    def record_map_grid(_block: nn.Module, inputs: tuple) -> None:
         recorder.map_grid = tuple(inputs[0].shape[1:3]) if inputs[0].ndim == 4 else inputs[1]
 
-    def start(name: str, module: nn.Module, inputs: tuple) -> None:
+    def start_module(name: str, module: nn.Module, inputs: tuple) -> None:
         recorder.running = name, module, _maps_of(module, inputs)
 
-    def stop(*_arguments: object) -> None:
+    def stop_module(*_arguments: object) -> None:
         recorder.running = None
 
     for block in {block_name(name): None for name in chosen}:
-        handles.append(model.get_submodule(block).register_forward_pre_hook(enter))
+        handles.append(model.get_submodule(block).register_forward_pre_hook(record_map_grid))
     for name, module in chosen.items():
         if isinstance(module, FocusedLinearAttention):
             module.attend = functools.partial(_record_linear, recorder, name, module, module.attend)
             wrapped_modules.append(module)
         else:
-            handles.append(module.register_forward_pre_hook(functools.partial(start, name)))
-            handles.append(module.register_forward_hook(stop))
+            handles.append(module.register_forward_pre_hook(functools.partial(start_module, name)))
+            handles.append(module.register_forward_hook(stop_module))
     try:
         with recorder:
             yield recorder.attentions
@@ -292,14 +292,14 @@ def _record_linear(
 
 
 def token_positions(model: nn.Module, attention: Attention) -> Tensor:
-    """Positions on the block's token map of the tokens of each window or stripe.
+    """Positions of the tokens of each window or stripe on the block's token map.
 
     Returns:
         (windows, N) indices into the flattened map, -1 for padding. Prefix tokens are omitted.
     """
     block, grid = model.get_submodule(block_name(attention.name)), attention.map_grid
     height, width = grid
-    positions = torch.arange(1, height * width + 1).view(1, height, width, 1)
+    positions = torch.arange(1, height * width + 1).view(1, height, width, 1)  # plus 1, so that 0 marks padding
     shift, size = (0, 0), grid
     if isinstance(block, swin.SwinBlock):
         size, shift, padded = block.layout(grid)

@@ -17,12 +17,15 @@ def distribution(weights: Tensor) -> Tensor:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Shannon entropy per query, divided by log M: 0 for a single key, 1 for uniform weights. (..., N, M) -> (..., N)."""
+    """Shannon entropy per query, divided by log M: 0 if one key has all the weight, 1 for uniform weights.
+
+    It is NaN for M = 1. (..., N, M) -> (..., N).
+    """
     return torch.special.entr(distribution(weights)).sum(dim=-1) / math.log(weights.shape[-1])
 
 
 def top_mass(weights: Tensor, fraction: float) -> Tensor:
-    """Total weight per query of the ``fraction`` of keys (at least one) with the largest weights, in [0, 1].
+    """Share of each query's weight, in [0, 1], on the ``fraction`` of keys (at least one key) with the largest weights.
 
     (..., N, M) -> (..., N).
     """
@@ -31,9 +34,9 @@ def top_mass(weights: Tensor, fraction: float) -> Tensor:
 
 
 def gini(weights: Tensor) -> Tensor:
-    """Gini index per query (https://arxiv.org/abs/0811.4706): 0 for uniform weights, 1 - 1 / M for a single key.
+    """Gini index per query (https://arxiv.org/abs/0811.4706), in [0, 1 - 1 / M].
 
-    (..., N, M) -> (..., N).
+    It is 0 for uniform weights, and 1 - 1 / M if one key has all the weight. (..., N, M) -> (..., N).
     """
     num_keys = weights.shape[-1]
     ordered = distribution(weights).sort(dim=-1).values
@@ -52,7 +55,7 @@ def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[i
 
     Args:
         weights: (..., N, M), without prefix tokens.
-        grid, key_grid: token maps of queries and keys.
+        grid, key_grid: height and width of the token maps of queries and keys.
 
     Returns:
         (..., N).
@@ -90,7 +93,7 @@ def negative_share(weights: Tensor) -> Tensor:
 
 
 def mass_share(part: Tensor, other: Tensor) -> Tensor:
-    """Absolute weight of ``part``, such as the convolution, as a fraction of the absolute weight of both matrices.
+    """Total absolute weight of ``part``, such as the convolution, as a fraction of that of both matrices together.
 
     (..., N, M) and (..., N, M) -> (...).
     """

@@ -92,8 +92,8 @@ def trace_module(
     if (convolution := attention.convolution(tokens.tolist(), mean=True)) is not None:
         maps[CONVOLUTION] = convolution
         maps[SUM] = maps[own] + maps[CONVOLUTION]
-    pictures = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
-    return BlockMaps(attention.name, queries, grid, pictures)
+    placed_maps = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
+    return BlockMaps(attention.name, queries, grid, placed_maps)
 
 
 def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tensor:
@@ -127,7 +127,7 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
         canvas = weights.unflatten(-1, attention.key_grid)
     else:
         canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
-        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # padding goes to the last cell
+        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # padding goes to an extra cell
         canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
         canvas = canvas[..., :-1].unflatten(-1, grid)
     return canvas
@@ -137,9 +137,9 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 
 
 def encode_maps(maps: Tensor) -> dict:
-    """Encode maps (H, Q, kh, kw) as int8, in units of 1/127 of the largest absolute weight of each map, which is also stored.
+    """Encode maps (H, Q, kh, kw) as int8 in base64. One step is 1/127 of a map's largest absolute weight.
 
-    Maps with more than ``MAX_KEYS`` keys per side are average-pooled.
+    The largest absolute weights are stored too. Maps with more than ``MAX_KEYS`` keys per side are average-pooled.
     """
     size = [min(side, MAX_KEYS) for side in maps.shape[-2:]]
     if list(maps.shape[-2:]) != size:
@@ -170,7 +170,7 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
 
     Args:
         image: preprocessed image, before normalisation.
-        title: model, weights and image.
+        title: heading of the page.
     """
     content = {
         "title": title,

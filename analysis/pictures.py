@@ -28,7 +28,7 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
         for cell, maps in zip(cells[1:], block.maps.values(), strict=True):
             weights = maps[:, query].mean(dim=0).cpu()
             cell.imshow(weights, cmap="RdBu_r", vmin=-_largest(weights), vmax=_largest(weights))
-            cell.set_xlabel(f"maximum weight {_largest(weights):.2g}", fontsize=7)
+            cell.set_xlabel(f"largest |weight| {_largest(weights):.2g}", fontsize=7)
     figure.suptitle(f"{block.name}: mean over heads; red: positive weights, blue: negative weights", fontsize=9)
     return figure
 
@@ -36,8 +36,8 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
 def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
     """Draw a block's attention and its depthwise convolution over the image, as in the paper's figure of focused attention.
 
-    There is one row per query. The column of the convolution shows its kernel, averaged over channels, at the query. Softmax
-    blocks have no such column.
+    There is one row per query. The column of the convolution shows its kernel, averaged over channels, at the query. Blocks
+    without a convolution have no such column.
 
     Args:
         image: preprocessed image, before normalisation.
@@ -61,7 +61,7 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
                 alpha=(0.75 * weights.abs() / largest).numpy(),
                 extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5),
             )
-            cell.set_xlabel(f"maximum weight {largest:.2g}", fontsize=7)
+            cell.set_xlabel(f"largest |weight| {largest:.2g}", fontsize=7)
     figure.suptitle(f"{block.name}: mean over heads; red: positive, blue: negative", fontsize=9)
     return figure
 
@@ -87,4 +87,5 @@ def _draw_query(axis: Axes, image: Image.Image, block: BlockMaps, query: int) ->
 
 
 def _largest(weights: Tensor) -> float:
+    """Largest absolute weight; positive even if all weights are zero, because ``draw_overlays`` divides by it."""
     return max(weights.abs().max().item(), 1e-30)

@@ -75,10 +75,13 @@ def matrices(attention: Attention) -> dict[str, Tensor]:
 
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
-    """Compute each of ``MEASURES`` for weights (G, H, N, M), as a mean over groups and queries. Returns (H,) by measure.
+    """Compute each of ``MEASURES`` for weights (G, H, N, M), as a mean over groups and queries.
 
     Args:
-        own: (G, H, N, M) weights without the convolution; equal to ``weights`` for a form that has none.
+        own: (G, H, N, M) weights without the convolution; equal to ``weights`` for a form without a convolution.
+
+    Returns:
+        A dictionary from measure to one value per head, (H,).
     """
     spectrum = singular_values(weights[..., evenly_spaced(weights.shape[-2]), :][..., evenly_spaced(weights.shape[-1])])
     per_query = {

@@ -7,21 +7,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operations by name.
+# Names of operations that launch no kernel.
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}
-CONSTANTS = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}  # they do not read their argument
-OVERWRITES = {"copy_", "fill_", "zero_"}  # they write their first argument without reading it
+# Names of operations that read only the shape and type of their argument.
+CONSTANTS = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
+# Names of operations that write their first argument without reading it.
+OVERWRITES = {"copy_", "fill_", "zero_"}
 
 
 def num_bytes(tensor: Tensor) -> int:
     """Bytes of the distinct elements of a tensor; an expanded dimension counts once."""
-    count = tensor.element_size()
+    size = tensor.element_size()
     for side, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= side if stride else 1
-    return count if tensor.numel() else 0
+        size *= side if stride else 1
+    return size if tensor.numel() else 0
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -46,16 +48,17 @@ class TrafficCounter(TorchDispatchMode):
         if name in ALLOCATIONS:
             return out
         arguments = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        unread = {a.name for a in schema.arguments if a.name in written and (a.kwarg_only or name in OVERWRITES)}
-        read = [leaf for key, value in arguments.items() if key not in unread for leaf in tree_leaves(value)]
-        read = [leaf for leaf in read if isinstance(leaf, Tensor) and name not in CONSTANTS]
+        written_names = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        # Written arguments that are keyword-only, such as ``out``, are not read.
+        unread_names = {a.name for a in schema.arguments if a.name in written_names and (a.kwarg_only or name in OVERWRITES)}
+        inputs = [leaf for key, value in arguments.items() if key not in unread_names for leaf in tree_leaves(value)]
+        inputs = [leaf for leaf in inputs if isinstance(leaf, Tensor) and name not in CONSTANTS]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not written and results and all(_storage(result) in set(map(_storage, read)) for result in results):
+        if not written_names and results and all(_storage_id(result) in set(map(_storage_id, inputs)) for result in results):
             return out  # a view
         self.num_kernels += 1
-        distinct = {(_storage(leaf), leaf.storage_offset(), leaf.shape, leaf.stride()): leaf for leaf in read}
-        self.bytes_read += sum(map(num_bytes, distinct.values()))
+        distinct_inputs = {(_storage_id(leaf), leaf.storage_offset(), leaf.shape, leaf.stride()): leaf for leaf in inputs}
+        self.bytes_read += sum(map(num_bytes, distinct_inputs.values()))
         self.bytes_written += sum(map(num_bytes, results))
         return out
 
@@ -66,23 +69,23 @@ class MemoryCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.current = self.peak = 0
-        self._known: set[int] = set()
+        self._counted_storages: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        known = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        input_storages = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in known | self._known:
+            if isinstance(leaf, Tensor) and _storage_id(leaf) not in input_storages | self._counted_storages:
                 self._watch(leaf.untyped_storage())
         self.peak = max(self.peak, self.current)
         return out
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
+        self._counted_storages.add(key)
         self.current += size
         weakref.finalize(storage, self._release, key, size)
 
     def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self._counted_storages.discard(key)
         self.current -= size

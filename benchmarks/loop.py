@@ -40,21 +40,21 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
         shutil.rmtree(folder, ignore_errors=True)
     records = []
     for name, timing in timings.items():
-        ratio = speedup(timings[BARE], timing)
+        ratio = speedup(timings[BARE], timing)  # time of the task over that of the bare step
         records.append({"task": name, "time_over_bare_step": [ratio.median, ratio.low, ratio.high]})
     return records
 
 
 def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Callable[[], None]]:
-    """Create the tasks to compare, by name. Each makes ``updates`` optimizer updates."""
+    """Create the tasks to compare, by name. Each runs ``updates`` optimizer updates."""
     loader, state, accumulation = trainer.train_loader, trainer.state, trainer.recipe.accumulation
 
-    def epochs() -> Iterator:
+    def batches_of_all_epochs() -> Iterator:
         for epoch in range(10**6):
             loader.set_position(epoch)
             yield from loader
 
-    loader_batches = epochs()
+    loader_batches = batches_of_all_epochs()
     batch = next(loader_batches)
     original_ema = state.ema
 
@@ -87,15 +87,15 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
             scaler.update()
             state.optimizer.zero_grad()
 
-    def same_batch() -> Iterator:
+    def repeated_batch() -> Iterator:
         while True:  # clone, since mixup changes a batch in place
             yield replace(batch, images=batch.images.clone())
 
     tasks = {
         BARE: run_bare,
-        LOOP: lambda: run_loop(same_batch(), original_ema),
+        LOOP: lambda: run_loop(repeated_batch(), original_ema),
         LOADER: lambda: run_loop(loader_batches, original_ema),
     }
     if original_ema is not None:
-        tasks[WITHOUT_AVERAGE] = lambda: run_loop(same_batch(), None)
+        tasks[WITHOUT_AVERAGE] = lambda: run_loop(repeated_batch(), None)
     return tasks

@@ -10,9 +10,15 @@ EPS = 1e-6
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
-    """Compute eq. 3 to 8 step by step with the parameters of ``module``, at its native map size and without masks.
+    """Compute eq. 3 to 8 step by step with the parameters of ``module``, without masks.
 
-    q, k, v: (B, N, C). Returns (B, N, C).
+    Args:
+        q: (B, N, C).
+        k, v: (B, M, C), where M is the number of tokens of the module's positional encoding.
+        grid: (height, width) of the map of the queries.
+
+    Returns:
+        (B, N, C).
     """
     num_heads, power = module.num_heads, module.focusing_factor
     k = k + module.positional_encoding
@@ -27,16 +33,16 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttent
     root_scale = k.shape[-2] ** -0.5
     out = q @ ((k.transpose(-2, -1) * root_scale) @ (values * root_scale)) * normaliser
     out = out.transpose(1, 2).flatten(2)
-    prefix, num_images = module.num_prefix_tokens, v.shape[0]
-    maps = v[:, prefix:]
+    num_prefix, num_images = module.num_prefix_tokens, v.shape[0]
+    maps = v[:, num_prefix:]
     if maps.shape[1] != grid[0] * grid[1]:
         maps = F.interpolate(maps.transpose(1, 2), size=grid[0] * grid[1], mode="linear").transpose(1, 2)
-    heads = maps.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)
-    restored = module.dwc(heads.contiguous()).flatten(2).unflatten(0, (num_images, num_heads)).flatten(1, 2).transpose(1, 2)
-    out = out + (F.pad(restored, (0, 0, prefix, 0)) if prefix else restored)
+    head_maps = maps.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)
+    conv_out = module.dwc(head_maps.contiguous()).flatten(2).unflatten(0, (num_images, num_heads)).flatten(1, 2).transpose(1, 2)
+    out = out + (F.pad(conv_out, (0, 0, num_prefix, 0)) if num_prefix else conv_out)
     if isinstance(module, LinearStripes):
-        positions = module.get_v(v.transpose(1, 2).contiguous().unflatten(-1, grid))
-        out = out + positions.flatten(2).transpose(1, 2)
+        local_encoding = module.get_v(v.transpose(1, 2).contiguous().unflatten(-1, grid))
+        out = out + local_encoding.flatten(2).transpose(1, 2)
     return out
 
 

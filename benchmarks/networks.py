@@ -105,10 +105,10 @@ def measure_model(
 def measure_peak(step: Callable[[], None], device: torch.device) -> int:
     """Peak bytes of the tensors that a step creates."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+        bytes_before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - bytes_before
     with MemoryCounter() as counter:
         step()
     return counter.peak

@@ -1,4 +1,4 @@
-"""Benchmark the attention operator alone: time per token at a number of tokens, and memory traffic."""
+"""Benchmark the attention operator alone: time per token for a given number of tokens, and memory traffic."""
 
 import math
 from collections.abc import Callable
@@ -65,8 +65,8 @@ def measure_operator(
     """Time the attention functions for one number of tokens: the forward pass, and forward and backward pass together.
 
     Returns:
-        One record per pass and attention function: nanoseconds per token, and the speed-up over the naive implementation with
-        its range.
+        One record per pass and attention function: nanoseconds per token, and median, minimum and maximum of
+        the speed-up over the naive implementation.
 
     Raises:
         ValueError: the number of tokens is not a square.

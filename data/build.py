@@ -92,7 +92,7 @@ class DeviceLoader:
             StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT.
         """
         batches = iter(self.loader)
-        for number in itertools.count():
+        for batch_number in itertools.count():
             started = time.monotonic()
             try:
                 batch = next(batches)
@@ -101,10 +101,10 @@ class DeviceLoader:
             except RuntimeError as error:
                 if "DataLoader timed out" not in str(error):
                     raise
-                keys = next(itertools.islice(self.loader.batch_sampler, number, None))
+                keys = next(itertools.islice(self.loader.batch_sampler, batch_number, None))
                 index = cast(ImageDataset, self.loader.dataset).index
                 names = [index.name(position) for _, position in keys]
-                worker, source = number % self.loader.num_workers, index.source
+                worker, source = batch_number % self.loader.num_workers, index.source
                 raise StalledWorkerError(
                     f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s while reading "
                     f"{len(names)} images in {source}, {names[0]} to {names[-1]}; check the disk, or raise "
@@ -114,7 +114,7 @@ class DeviceLoader:
             yield batch
 
     def count_unreadable(self, decode_errors: list[tuple[int, str]]) -> None:
-        """Count and log unreadable images, each once.
+        """Count and log unreadable images, except those that were counted before.
 
         Raises:
             DataError: more than ``max_unreadable`` images are unreadable.
@@ -146,7 +146,8 @@ class TrainLoader(DeviceLoader):
 class Datasets:
     """Datasets of a run; ``train`` is None if the run only evaluates.
 
-    class_ids: the model's class id for each dataset class, if TEST.CLASS_MAP is set; limits accuracy to these classes.
+    class_ids: the model's class id for each class of the dataset, if TEST.CLASS_MAP is set; predictions are restricted to
+        these.
     real_labels: all correct labels of each validation image, if TEST.REAL_LABELS is set.
     """
 
@@ -165,7 +166,7 @@ def build_datasets(
     run_once: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
     model_classes: Sequence[str] = (),
 ) -> Datasets:
-    """Scan the splits, and check their classes against each other and the model before anything costly is built.
+    """Index the splits, and check that their classes match each other and the model, before the model is built.
 
     Args:
         run_once: runs a scan on one process and returns its index on every process.
@@ -181,6 +182,7 @@ def build_datasets(
         index = run_once(lambda: build_index(cfg, "train"))
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
+        # The transform for small sizes accepts only Pillow images.
         options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > MAX_SMALL_SIZE else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = run_once(lambda: build_index(cfg, "val"))
@@ -294,6 +296,7 @@ def build_train_loader(
 
 
 def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> DeviceLoader:
+    """Build the loader of the validation images."""
     batch_size = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
     batches = EvalBatches(len(dataset), batch_size, rank=rank, world_size=world_size)
     loader = _create_loader(cfg, dataset, batches, device)
@@ -355,7 +358,7 @@ def ignore_stop_signals(_worker: int) -> None:
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Collate a batch without its skipped images, in the order of ``separate_copies``.
+    """Collate the readable images of a batch, ordered by ``separate_copies`` for mixup.
 
     Returns:
         Images, targets, keys and decode errors.

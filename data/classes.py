@@ -39,25 +39,27 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
     """Check that a model is evaluated on the classes it was trained with, even if the number of classes matches.
 
-    Numeric class names do not identify a class and are not compared.
+    Names are not compared if those of the dataset or of the model are only numbers, which do not identify a class, or if the
+    two lists differ in length.
 
     Raises:
         DataError: different class names.
     """
-    is_unknown = len(model_classes) != len(names) or any(
+    is_incomparable = len(model_classes) != len(names) or any(
         list(classes) == numbered(len(classes)) for classes in (names, model_classes)
     )
-    if is_unknown or list(names) == list(model_classes):
+    if is_incomparable or list(names) == list(model_classes):
         return
-    first = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
+    class_id = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
     raise DataError(
-        f"{root}: the checkpoint was trained with other classes: class {first} is {names[first]!r} here, but "
-        f"{model_classes[first]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each directory"
+        f"{root}: the checkpoint was trained with other classes: class {class_id} is {names[class_id]!r} here, "
+        f"but {model_classes[class_id]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each "
+        "directory"
     )
 
 
 def numbered(count: int) -> list[str]:
-    """Numeric class names, as used for archives without ``classes.txt``."""
+    """Class names "0", "1", ..., as used for archives without ``classes.txt``."""
     return [str(number) for number in range(count)]
 
 
@@ -103,7 +105,7 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
 
 
 def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
-    """Read the ReaL labels (https://arxiv.org/abs/2006.07159): all correct class ids of each validation image, sometimes none.
+    """Read the ReaL labels (https://arxiv.org/abs/2006.07159): all correct class ids of each validation image, possibly none.
 
     Args:
         path: ``real.json``, a list of class ids for each of ILSVRC2012_val_00000001.JPEG, ..._00000002.JPEG, ...
@@ -128,6 +130,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
 
 
 def _read_ids(path: Path) -> dict[str, int]:
+    """Read the class id of each directory from the file TEST.CLASS_MAP."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
@@ -145,5 +148,6 @@ def _read_ids(path: Path) -> dict[str, int]:
 
 
 def _shorten(names: list[str]) -> str:
+    """The first five names, and the number of the others."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

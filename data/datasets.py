@@ -19,7 +19,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 
-# Decoders that Pillow may choose by content. GIF files often have one of the accepted extensions.
+# Decoders among which Pillow chooses by content. GIF is included, since GIF files are often named .jpg or .png.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
@@ -77,7 +77,7 @@ class ImageDataset(Dataset):
             try:
                 data = self._read_archive(position)  # short if the archive is truncated
             except OSError:
-                data = b""  # its bytes stay 0, so that ``read`` raises an error, as for truncated data
+                data = b""  # the image's bytes remain 0, which ``read`` rejects like truncated data
             self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def __getstate__(self) -> dict:
@@ -214,8 +214,8 @@ def decode_pixels(data: bytes) -> Tensor:
         Exception: as ``decode_image``.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        is_plain_jpeg = file.format == "JPEG" and file.mode == "RGB"
-    if is_plain_jpeg:
+        is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
+    if is_rgb_jpeg:
         try:
             # torchvision returns channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
@@ -250,9 +250,9 @@ class FileDataset(Dataset):
             return position, None, _reason(error)
 
 
-def draw_seed(*position: int) -> int:
-    """Hash a position in a run, such as (seed, epoch, index) or (seed, step), to a 32-bit seed."""
-    return int(np.random.SeedSequence(position).generate_state(1)[0])
+def draw_seed(*identifiers: int) -> int:
+    """Hash the numbers that identify a random draw, such as (seed, epoch, index) or (seed, step, rank), to a 32-bit seed."""
+    return int(np.random.SeedSequence(identifiers).generate_state(1)[0])
 
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:

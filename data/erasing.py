@@ -14,7 +14,7 @@ from data.datasets import Key
 
 AREA = (0.02, 1 / 3)  # range of a rectangle's area as a fraction of the image's
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
-NUM_ATTEMPTS = 10  # maximum draws for a rectangle that fits into the image
+NUM_ATTEMPTS = 10  # maximum number of attempts to draw a rectangle that fits into the image
 STREAM_OF_ERASING = 1  # hashed into the seed, so that these draws differ from the image's other draws
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
@@ -48,9 +48,10 @@ def draw_rectangles(
     Args:
         state: (B,) from ``hash_keys``.
         height, width: image size in pixels.
+        probability, max_count: see ``Erase``.
 
     Returns:
-        (K,) positions in the batch and (K, 4) top, left, height and width of the rectangles to erase.
+        For each rectangle, the position of its image in the batch, (K,), and its top, left, height and width, (K, 4).
     """
     draws = draw_uniform(state, 2 + max_count * NUM_ATTEMPTS * 4)
     counts = np.where(draws[:, 0] < probability, 1 + (draws[:, 1] * max_count).astype(int), 0)  # (B,)
@@ -71,7 +72,7 @@ class Erase:
     """Random erasing of normalised images, drawn from (seed, epoch, index).
 
     Args:
-        probability: probability that rectangles of an image are erased.
+        probability: probability that parts of an image are erased.
         mode: ``pixel`` fills with normal noise, ``rand`` with one normal draw per channel, ``const`` with 0.
         max_count: maximum number of rectangles per image; the area is divided among them.
         seed: the run's seed.

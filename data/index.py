@@ -45,11 +45,11 @@ class Index:
     Names are stored in one buffer instead of strings: it has no reference counts per name, so that workers share its memory.
 
     Args:
-        source: directory or archive, for messages; names are relative to it.
+        source: directory or archive that contains the images; names are relative to it.
         classes: class names by class id.
         labels: (N,) class ids.
-        text: all names, concatenated.
-        ends: (N,) end of each name in ``text``.
+        text: bytes of all names, concatenated.
+        ends: (N,) end of each name in ``text``, in bytes.
         archives: archive files; empty for a directory.
         archive: (N,) position of each image's archive in ``archives``.
         offsets, sizes: (N,) start and length of each image's data in its archive, in bytes.
@@ -92,15 +92,15 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
     def scan() -> tuple[Index, list[Path]]:
         names = []
         labels = []
-        folders = [root]
-        ignored = []
+        scanned_folders = [root]
+        ignored_files = []
         for label, name in enumerate(_with_progress(classes, root, names)):
-            images = _list_images(root / name, folders, ignored)
+            images = _list_images(root / name, scanned_folders, ignored_files)
             names += [f"{name}/{image}" for image in images]
             labels += [label] * len(images)
-        if ignored:
-            logger.info("%s: ignored %d files that are not images, such as %s", root, len(ignored), ignored[0])
-        return _create(root, classes, names, labels), folders
+        if ignored_files:
+            logger.info("%s: ignored %d files that are not images, such as %s", root, len(ignored_files), ignored_files[0])
+        return _create_index(root, classes, names, labels), scanned_folders
 
     return _cached(scan, root, [], cache)
 
@@ -140,8 +140,8 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
             "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in image_entries],
             "checksums": [entry.CRC for entry in image_entries],
         }
-        watched = [archive, listing, root / CLASS_NAMES_FILE]
-        return _create(archive, classes, names, labels, archives=[archive], **storage), watched
+        watched_files = [archive, listing, root / CLASS_NAMES_FILE]
+        return _create_index(archive, classes, names, labels, archives=[archive], **storage), watched_files
 
     return _cached(scan, archive, [archive], cache)
 
@@ -173,7 +173,7 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
                 sizes.append(size)
         storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         classes = _class_names(root, labels, source)
-        return _create(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES_FILE]
+        return _create_index(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES_FILE]
 
     return _cached(scan, source, shards, cache)
 
@@ -218,7 +218,7 @@ def compare_descriptions(stored: dict, current: dict) -> str:
     return "" if list(before) == list(after) else "the order of the classes has changed"
 
 
-def _create(
+def _create_index(
     source: Path,
     classes: Sequence[str],
     names: Sequence[str],
@@ -250,11 +250,13 @@ def _create(
 def _with_progress(items: Sequence, source: Path, names: list) -> Iterator:
     """Yield ``items``, the directories or archives of a scan, and periodically log the length of ``names``."""
     last_line = time.monotonic()
-    for done, item in enumerate(items):
+    for position, item in enumerate(items):
         yield item
         if time.monotonic() - last_line > SECONDS_BETWEEN_LOG_LINES:
             last_line = time.monotonic()
-            logger.info("%s: %d images found, %d of %d directories or archives read", source, len(names), done + 1, len(items))
+            logger.info(
+                "%s: %d images found, %d of %d directories or archives read", source, len(names), position + 1, len(items)
+            )
 
 
 def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives: list[Path], cache: Path | None) -> Index:
@@ -404,14 +406,14 @@ def _listing_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and the disk")
 
 
-def _list_images(folder: Path, folders: list[Path], ignored: list[str]) -> list[str]:
+def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[str]) -> list[str]:
     """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
 
     A link to one of its own parent directories, up to the split's, is skipped too.
 
     Args:
-        folders: list to which every scanned directory is appended.
-        ignored: list to which the paths of files that are not images are appended.
+        scanned_folders: list to which every scanned directory is appended.
+        ignored_files: list to which the paths of files that are not images are appended.
     """
     names = []
 
@@ -419,7 +421,7 @@ def _list_images(folder: Path, folders: list[Path], ignored: list[str]) -> list[
         identity = _identity(parent)
         if identity in ancestors:
             return
-        folders.append(parent)
+        scanned_folders.append(parent)
         for entry in _list_folder(parent):
             if entry.name.startswith("."):
                 continue
@@ -428,7 +430,7 @@ def _list_images(folder: Path, folders: list[Path], ignored: list[str]) -> list[
             elif entry.name.lower().endswith(IMG_EXTENSIONS):
                 names.append(prefix + entry.name)
             else:
-                ignored.append(str(parent / entry.name))
+                ignored_files.append(str(parent / entry.name))
 
     walk(folder, "", frozenset([_identity(folder.parent)]))
     if not names:
@@ -437,6 +439,7 @@ def _list_images(folder: Path, folders: list[Path], ignored: list[str]) -> list[
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
+    """Read names and class ids of the images of a zip archive."""
     try:
         # ``splitlines`` would also split at other characters that names may contain.
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
@@ -467,10 +470,10 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     """Class names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
         raise DataError(f"{source}: has no images; pack the data again")
-    present = set(labels)
-    missing = next(class_id for class_id in itertools.count() if class_id not in present)
-    if missing < max(present):  # checked before the lists below, whose length grows with the largest class id
-        raise DataError(f"{source}: has no image of class {missing}; class ids must start at 0, without gaps")
+    used_ids = set(labels)
+    first_unused = next(class_id for class_id in itertools.count() if class_id not in used_ids)
+    if first_unused < max(used_ids):  # checked before the lists below, whose length grows with the largest class id
+        raise DataError(f"{source}: has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
@@ -529,7 +532,8 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
     """Yield name, class id, offset and size of every image in a tar file.
 
     Raises:
-        DataError: the file is damaged, truncated or compressed, or an entry is not a plain image or class id.
+        DataError: the file is damaged, truncated or compressed, an entry is not a plain file, or images and class ids do not
+            match.
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
@@ -571,9 +575,10 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
         ) from None
     if not images:
         raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
-    if orphan := next((key for key in labels if key not in images), None):
+    if unmatched_key := next((key for key in labels if key not in images), None):
         raise DataError(
-            f"{shard}: {orphan.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with it"
+            f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with "
+            "this image"
         )
     for key, (name, offset, size) in images.items():
         if key not in labels:

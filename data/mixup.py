@@ -10,7 +10,7 @@ STREAM_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from tho
 
 
 class StepMixup:
-    """timm's Mixup, with the draws of each forward pass seeded from (seed, step, rank): processes draw independently.
+    """timm's Mixup, seeded for each forward pass from (seed, step, rank), where ``step`` counts forward passes.
 
     Args:
         seed: the run's seed.

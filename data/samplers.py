@@ -1,4 +1,4 @@
-"""Composition of batches: a pure function of (seed, epoch, update), for any number of processes."""
+"""Composition of batches, a pure function of (seed, epoch, update), so that checkpoints store no state of a sampler."""
 
 import math
 from collections.abc import Iterator
@@ -97,20 +97,20 @@ def separate_copies(indices: list[int]) -> list[int]:
         indices: (B,) index of each image; equal indices are copies.
 
     Returns:
-        (B,) positions, from 0 to B - 1 if no change is needed.
+        (B,) positions of the images in their new order; 0, 1, ..., B - 1 if no change is needed.
     """
     count, order = len(indices), list(range(len(indices)))
 
-    def collides(*positions: int) -> bool:
+    def mixes_copies(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # in odd batches, mixed with the first image, which a swap may replace
+    middle = [count // 2] * (count % 2)  # mixed with the first image, which a swap may replace; empty if B is even
     for first in range((count + 1) // 2):
-        if not collides(first):
+        if not mixes_copies(first):
             continue
         for other in range(count):
             order[first], order[other] = order[other], order[first]
-            if not collides(first, other, *middle):
+            if not mixes_copies(first, other, *middle):
                 break
             order[first], order[other] = order[other], order[first]
     return order

@@ -74,7 +74,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
-        """image: an RGB image of Pillow, or (3, H, W) uint8."""
+        """Crop and resize an image: an RGB image of Pillow, or (3, H, W) uint8."""
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
@@ -102,7 +102,7 @@ def check_policy(policy: str) -> None:
 
 
 def _deterministic(interpolation: str) -> str:
-    """Interpolation mode for evaluation: bilinear instead of ``random``, as in the reference."""
+    """Interpolation mode without random choice: bilinear instead of ``random``, as in the evaluation of the reference."""
     return "bilinear" if interpolation == "random" else interpolation
 
 
@@ -134,6 +134,7 @@ class Preprocessing:
 
     @property
     def timm_crop_mode(self) -> str:
+        """timm's name of ``crop_mode``; ``none`` becomes ``squash``, which does not crop at an effective ``crop_pct`` of 1."""
         return "center" if self.crop_mode == "short" else "squash"
 
     @property
@@ -156,8 +157,8 @@ class Preprocessing:
     def to_dict(self) -> dict:
         """Plain data for ``eval.json``; square sizes as one number."""
         return {
-            "img_size": _shorten(self.img_size),
-            "resized_to": _shorten(self.resized_to),
+            "img_size": _compact_size(self.img_size),
+            "resized_to": _compact_size(self.resized_to),
             "crop_mode": self.crop_mode,
             "crop_pct": self.effective_crop_pct,
             "interpolation": _deterministic(self.interpolation),
@@ -175,7 +176,8 @@ class Preprocessing:
         return f"resized to {resized} pixels whatever the aspect ratio ({mode}), centre crop of {size}"
 
 
-def _shorten(size: tuple[int, int]) -> int | list[int]:
+def _compact_size(size: tuple[int, int]) -> int | list[int]:
+    """One number for a square, else [height, width]."""
     return size[0] if size[0] == size[1] else list(size)
 
 

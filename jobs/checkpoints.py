@@ -38,7 +38,7 @@ class Location:
     """A weight file on disk.
 
     Args:
-        released: the released model, if the file was requested by its name or URL.
+        released: the released model whose name or URL was requested; None for other files.
         in_cache: whether the file is in the download cache.
     """
 
@@ -71,8 +71,8 @@ def locate(reference: str | Path) -> Location:
     """Resolve a path, URL or model name to a weight file. Files of URLs and released models are downloaded to the cache.
 
     Args:
-        reference: a file, a run directory (its ``best.pth``), a URL, or the name of a released model. An existing path takes
-            precedence over a model name.
+        reference: a file, a run directory (for its ``best.pth``), a URL, or the name of a released model. An existing path
+            takes precedence over a model name.
 
     Raises:
         CheckpointError: there is no such file or model, or the download failed.
@@ -94,7 +94,8 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """Locate and read a checkpoint.
 
     Raises:
-        CheckpointError: as for ``locate`` and ``read_checkpoint``, or because the file was replaced while it was read.
+        CheckpointError: the file cannot be located (see ``locate``) or read (see ``read_checkpoint``), or it was replaced while
+            it was read.
     """
     location = locate(reference)
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
@@ -122,11 +123,13 @@ def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None
 
 
 def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Sequence = ()) -> CfgNode:
-    """Return the requested config, or the checkpoint's config if None is requested. Differences between them are logged.
+    """Return ``requested``, or the checkpoint's config if ``requested`` is None.
+
+    With a requested config, log where it differs from the checkpoint's config in keys that change the result of an evaluation.
 
     Args:
         requested: the config of --cfg; None for the checkpoint's own config.
-        opts: KEY, VALUE, ... that override the checkpoint's config; already part of ``requested``.
+        opts: KEY, VALUE, ... that override the checkpoint's config; they are already applied to ``requested``.
 
     Raises:
         ConfigError: no config is requested, and the checkpoint has none.
@@ -142,21 +145,21 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:
-        log_differences(stored, requested, checkpoint.path, sections=EVALUATION_KEY_PREFIXES, level=logging.WARNING)
+        log_differences(stored, requested, checkpoint.path, prefixes=EVALUATION_KEY_PREFIXES, level=logging.WARNING)
     return requested
 
 
-def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, sections: Sequence[str] = (), level: int) -> None:
+def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, prefixes: Sequence[str] = (), level: int) -> None:
     """Log every key whose value differs from that in a checkpoint.
 
     Args:
         stored: config in the checkpoint.
         current: config of this run.
         path: file name of the checkpoint, for the message.
-        sections: prefixes of the keys to compare; empty compares all.
+        prefixes: prefixes of the keys to compare; empty: compare all keys.
         level: logging level.
     """
     stored, current = flatten(stored), flatten(current)
     for key in sorted(stored.keys() | current.keys()):
-        if key.startswith(tuple(sections) or "") and stored.get(key) != current.get(key):
+        if key.startswith(tuple(prefixes) or "") and stored.get(key) != current.get(key):
             logger.log(level, "%s: %s was %r in the checkpoint, now it is %r", path, key, stored.get(key), current.get(key))

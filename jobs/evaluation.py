@@ -107,9 +107,10 @@ def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
 
 
 def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence) -> Path:
-    """Directory of the results: the directory of the checkpoint.
+    """Directory of the results: by default, the directory of the checkpoint.
 
-    It is ``<OUTPUT>/<MODEL.NAME>/<TAG>`` if the command line sets OUTPUT or TAG, or if the checkpoint is in the download cache.
+    If the command line sets OUTPUT or TAG, or if the checkpoint is in the download cache, the directory is
+    ``<OUTPUT>/<MODEL.NAME>/<TAG>``.
     """
     if {"OUTPUT", "TAG"} & option_keys(opts) or checkpoint.location.in_cache:
         return build_output_path(cfg)
@@ -146,10 +147,10 @@ def load_models(
     """Build one model per label, with the checkpoint's weights of that label.
 
     Args:
-        labels: each raw, ema or auto.
+        labels: labels of the weights, each raw, ema or auto (see ``preferred_weights``).
 
     Raises:
-        CheckpointError: a weight is missing, unused or of another shape.
+        CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
     """
     models = {}
     for label in labels:

@@ -1,4 +1,4 @@
-"""Choose how a run is initialised, and check that a checkpoint to resume belongs to it."""
+"""Choose how a run is initialised, and check that a checkpoint to resume from matches the run's config and data."""
 
 import logging
 from functools import partial
@@ -95,7 +95,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """Reject a file that is not a checkpoint of a run, and a config that is incompatible with the checkpoint.
 
     Raises:
-        CheckpointError: the file has no complete state of a run.
+        CheckpointError: the file does not contain the complete state of a run.
         ConfigError: the architecture, the global batch size or the optimizer differs.
     """
     if unusable := find_unusable(saved):
@@ -126,7 +126,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
 
 
 def find_unusable(saved: dict) -> list[str]:
-    """Names of the checkpoint entries that are missing, or of an unexpected type or value."""
+    """Names of the checkpoint entries that are missing or have an unexpected type or value."""
     names = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
     counts = {name: saved.get(name, 0) for name in ("num_updates", "num_skipped", "last_evaluation")}
     names += [name for name, count in counts.items() if not isinstance(count, int) or count < 0]
@@ -205,7 +205,7 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
 
 
 def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume; if its best state is lost, reset the best accuracy in ``saved``.
+    """Repair ``best.pth`` of the run to resume; if the best checkpoint is lost, reset the best accuracy in ``saved``.
 
     Args:
         saved: the checkpoint to resume from.
@@ -213,5 +213,5 @@ def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
         path: file name of the checkpoint.
     """
     if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
-        logger.warning("%s: its best state is not in the output directory; the best accuracy is reset", path)
+        logger.warning("%s: the best checkpoint of its run is not in the output directory; the best accuracy is reset", path)
         saved["best"] = dict(NO_BEST)

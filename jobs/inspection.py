@@ -89,7 +89,7 @@ class AttentionPictures:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            blocks = trace(model, self.image, forms=())  # only the model's own attention
+            blocks = trace(model, self.image, forms=())  # draw only the attention that the model itself uses
         finally:
             for module, training in modes.items():
                 module.training = training

@@ -39,20 +39,20 @@ from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit status: training cannot continue
-USAGE_ERROR = 2  # exit status: config, data, checkpoint or disk
+FAILED = 1  # exit status: the job cannot continue
+USAGE_ERROR = 2  # exit status: the command, config, data or checkpoint is unusable, or the disk is full
 STOPPED = 75  # exit status: a signal stopped training; the same command resumes (EX_TEMPFAIL of sysexits.h)
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 @record
 def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
-    """Set up the processes, run the job that the command line requests, and exit with a status if it fails or is stopped.
+    """Set up the processes, run the job of the command line, and exit with a nonzero status if it fails or is stopped.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
         opts: KEY, VALUE, ... of the command line.
-        stop: records stop signals. After a signal, training finishes its update and saves; other jobs end immediately.
+        stop: records stop signals. After a signal, training saves within a few updates and exits; other jobs end immediately.
     """
     world = start_processes(cfg)
     setup_logging(world.rank)
@@ -121,7 +121,9 @@ def explain(error: RuntimeError, world: World) -> str | None:
     """The message, with its remedy, for a known error of torch; None for any other error."""
     first_line = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError):
-        remedy = "lower --batch-size (DATA.GLOBAL_BATCH_SIZE keeps the images per update), or add --use-checkpoint or --amp"
+        remedy = (
+            "lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the images per update), or add --use-checkpoint or --amp"
+        )
         return f"{first_line}; {remedy}"
     if is_lost_connection(error):
         return str(lost_rank_error(world, error, "start-up or evaluation"))

@@ -51,7 +51,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
-    """Class names by class id: the checkpoint's own, else those of the ImageNet subset of the same size, else the ids.
+    """Class names by class id: the checkpoint's own, else those of the ImageNet variant with as many classes, else the ids.
 
     WordNet ids of ImageNet-1K are replaced by their descriptions.
     """
@@ -76,7 +76,7 @@ def predict(
     num_workers: int,
     top_k: int,
 ) -> list[Prediction]:
-    """Top-k predictions for every image, in the order of ``images``. The prediction of an unreadable image has only an error.
+    """Top-k predictions for every image, in the order of ``images``. For an unreadable image, only ``error`` is set.
 
     Args:
         model: in evaluation mode, on ``device``.
@@ -90,7 +90,7 @@ def predict(
     normalize = Normalize(preprocessing.mean, preprocessing.std, device)
     predictions: list[Prediction] = []
     for samples in progress(loader, len(loader), "predict"):
-        rows = iter(_top(model, normalize, [image for _, image, _ in samples if image is not None], top_k, device))
+        rows = iter(_predict_batch(model, normalize, [image for _, image, _ in samples if image is not None], top_k, device))
         for position, image, error in samples:
             if image is None:
                 logger.warning("%s: not a readable image (%s)", images[position], error)
@@ -101,9 +101,10 @@ def predict(
 
 
 @torch.inference_mode()
-def _top(
+def _predict_batch(
     model: nn.Module, normalize: Normalize, images: list[Tensor], top_k: int, device: torch.device
 ) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Yield class ids and confidences of each image, most confident first."""
     if not images:
         return
     probabilities = model(normalize(torch.stack(images).to(device))).float().softmax(dim=1)

@@ -104,7 +104,7 @@ def _count_not_finite(values: Tensor) -> str:
 
 
 def _check_output(name: str, findings: list[str]):
-    """Forward hook that records non-finite outputs. Submodules return before their parent, so the innermost is first."""
+    """Forward hook that records non-finite outputs. Submodules return first, so the innermost is recorded first."""
 
     def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
         outputs = [value for value in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(value, Tensor)]
@@ -115,15 +115,16 @@ def _check_output(name: str, findings: list[str]):
         if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
             findings.append(
-                f"{parent or 'the model'} computes the first values that are not finite, in the input of its {child}"
+                f"{parent or 'the model'} computes the first values that are not finite, which are the input "
+                f"of its submodule {child}"
             )
             return
-        largest = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))
-        weights = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
+        largest_input = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))
+        largest_weight = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
         findings.append(
             f"the output of {name} ({type(module).__name__}) is the first that is not finite: {_count_not_finite(non_finite)} "
-            f"of shape {tuple(non_finite.shape)}; the largest absolute input is {largest:.3g}, the largest absolute weight "
-            f"{weights:.3g}"
+            f"of shape {tuple(non_finite.shape)}; the largest absolute input is {largest_input:.3g}, the largest "
+            f"absolute weight {largest_weight:.3g}"
         )
 
     return check

@@ -47,7 +47,7 @@ DRY_RUN = ".dry_run"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
-    """Train to the end, or until a signal requests a stop. A finished run is only reported.
+    """Train to the end, or until a signal requests a stop. If the run has already finished, only log that.
 
     Raises:
         Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes.
@@ -185,7 +185,7 @@ def build_trainer(
 
 
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":
-    """Attention maps of ATTENTION_IMAGE for TensorBoard; None if ATTENTION_IMAGE is empty.
+    """Build the object that draws attention maps of ATTENTION_IMAGE for TensorBoard; None if ATTENTION_IMAGE is empty.
 
     Raises:
         ConfigError: in every process, if the image cannot be read.

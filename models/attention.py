@@ -20,10 +20,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | N
     """Attention with the similarity q . k, computed without the N x M matrix (eq. 3).
 
     Args:
-        q: non-negative.
-        k: non-negative; zero for masked keys.
+        q, k: any features whose similarities q . k are not negative; k is zero for masked keys.
         num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
-        eps: added to the normaliser in case all similarities are zero.
+        eps: added to the normaliser, so that it is not zero if all similarities are zero.
 
     Returns:
         (B, H, N, D'): means of ``v`` weighted by q . k.
@@ -54,7 +53,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi, rows sum to 1."""
+    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): 1/2 + cos(q, k) / pi, normalised over the keys."""
     q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
     ones = torch.ones_like(k[..., :1])
     if key_mask is not None:
@@ -118,7 +117,7 @@ class SoftmaxAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def attend(self, x: Tensor, bias: Tensor | None = None, region: Tensor | None = None) -> Tensor:
-        """Attention and output projection.
+        """Projection to q, k and v, attention, and output projection.
 
         Args:
             x: (B, N, C).
@@ -133,7 +132,7 @@ class SoftmaxAttention(nn.Module):
         if region is None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
         else:
-            # Masks differ between windows but not between images: treat windows as heads, so that one mask is enough.
+            # Masks differ between windows but not between images: treat windows as heads, so that all images share a mask.
             num_windows = len(region)
             masked = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
             bias = bias.masked_fill(masked.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)

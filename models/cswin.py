@@ -31,32 +31,36 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-# Direction of stripes, as the axis that they divide: vertical stripes divide the width.
+# Directions of stripes. Each value is the axis of the map that the stripes divide: vertical stripes divide the width, axis 1.
 HORIZONTAL = 0
 VERTICAL = 1
 
 
 def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width of a stripe: ``width`` tokens along ``axis``, all along the other axis."""
+    """Height and width of a stripe with at most ``width`` tokens along ``axis``, and all tokens along the other axis.
+
+    If ``axis`` or ``width`` is None, the stripe is the whole map.
+    """
     if axis is None or width is None:
         return grid
     return (min(width, grid[0]), grid[1]) if axis == HORIZONTAL else (grid[0], min(width, grid[1]))
 
 
 class StripedAttention(nn.Module):
-    """Mixin: attention and a depthwise convolution of v (LePE) within stripes. q, k, v (B, H, W, C) -> the same.
+    """Mixin: attention plus a depthwise convolution of v within stripes. q, k, v: (B, H, W, C); returns (B, H, W, C).
 
-    If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it keeps its width:
-    maps are padded to a multiple of it, and the padding is masked.
+    The convolution is CSwin's locally-enhanced positional encoding (LePE). The native map is the token map at the model's
+    native input size. If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it
+    keeps its width: maps are padded to a multiple of the width, and the padding is masked.
     """
 
     def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
         """Create the layers and buffers of the mixin.
 
         Args:
-            grid: the native map.
+            grid: height and width of the native map.
             axis: ``VERTICAL`` or ``HORIZONTAL``; None for attention over the whole map.
-            width: stripe width along that axis; None or a width of at least the side covers the whole side.
+            width: stripe width in tokens along that axis; None, or a width not below the side, covers the whole side.
         """
         self.axis = axis
         self.native_grid = grid
@@ -70,36 +74,36 @@ class StripedAttention(nn.Module):
         self.native_mask = self.mask(self.native_grid, like=self.get_v.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
-        """Change the native map in place."""
+        """Change the size of the native map in place."""
         self.native_grid = grid
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Stripe and padded map for a map of this size."""
+        """Height and width of the stripe, and of the padded map, for a map of this size."""
         stripe = stripe_of(grid, self.axis, self.width)
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
     def mask(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
         """Key mask (nW, N), False for padding, on the device of ``like``; None if there is no padding."""
-        window, padded = self.layout(grid)
-        region = constant(window_regions, grid, window, (0, 0), padded, like=like)
+        stripe, padded = self.layout(grid)
+        region = constant(window_regions, grid, stripe, (0, 0), padded, like=like)
         return None if region is None else region != PADDING
 
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         """Attention plus LePE. q, k, v: (B * nW, N, C); mask: (B * nW, N), False for padding."""
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grid = tuple(q.shape[1:3])
-        window, padded = self.layout(grid)
+        stripe, padded = self.layout(grid)
         mask = self.native_mask if grid == self.native_grid else self.mask(grid, like=q)
         if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
             mask = mask.repeat(q.shape[0], 1)
-        q, k, v = (partition(t, window) for t in (q, k, v))
-        out = self.attend_within(q, k, v, window, mask)
-        out = merge(out, window, padded)
+        q, k, v = (partition(t, stripe) for t in (q, k, v))
+        out = self.attend_within(q, k, v, stripe, mask)
+        out = merge(out, stripe, padded)
         return out[:, : grid[0], : grid[1]] if padded != grid else out
 
 
@@ -110,10 +114,10 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         super().__init__(dim, num_heads, stripe_of(grid, axis, width), **linear)
         self.build_stripes(dim, grid, axis, width)
 
-    forward = StripedAttention.forward
+    forward = StripedAttention.forward  # instead of that of FocusedLinearAttention, the first base class
 
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
-        return self.attend(q, k, v, grid=window, key_mask=mask)
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
+        return self.attend(q, k, v, grid=stripe, key_mask=mask)
 
     def local_filter(self) -> tuple[Tensor, Tensor]:
         """One filter for rank restoration and LePE: the sum of their kernels."""
@@ -138,7 +142,7 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         return stage_map
 
     def position_tables(self) -> list[PositionTable]:
-        # The width of a stripe does not follow from its number of tokens.
+        # The number of tokens in a stripe does not determine its height and width, and stripes are usually not square.
         return [table._replace(assume_square=self.axis is None) for table in super().position_tables()]
 
 
@@ -151,12 +155,12 @@ class SoftmaxStripes(StripedAttention):
         self.attn_drop = attn_drop
         self.build_stripes(dim, grid, axis, width)
 
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], mask: Tensor | None) -> Tensor:
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B * nW, heads, N, D)
         mask = None if mask is None else mask[:, None, None]
         attn_drop = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attn_drop)
-        value_map = v.transpose(-2, -1).flatten(1, 2).unflatten(-1, window)
+        value_map = v.transpose(-2, -1).flatten(1, 2).unflatten(-1, stripe)
         return x.transpose(1, 2).flatten(2) + self.get_v(value_map).flatten(2).transpose(1, 2)
 
 
@@ -233,8 +237,8 @@ class Merge(nn.Module):
 class CSwinTransformer(Backbone):
     """FLatten-CSwin.
 
-    ``proj_drop_rate`` also applies to the attention's projection. The reference builds that dropout but never calls it, so
-    this model differs from the reference at rates above 0; every recipe of the paper uses 0.
+    ``proj_drop_rate`` also applies to the attention's projection. The reference implementation creates that dropout but never
+    calls it, so this model differs from the reference at rates above 0; every recipe of the paper uses 0.
 
     Args:
         img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
@@ -253,7 +257,7 @@ class CSwinTransformer(Backbone):
         device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an image that is too small, or an option without effect.
+        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
     """
 
     first_conv = "stage1_conv_embed.0"

@@ -47,7 +47,7 @@ class LinearAttention(FocusedLinearAttention):
         return self.proj_drop(self.proj(self.attend(q, k, v, grid=grid)))
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
-        """Change the native map in place."""
+        """Change the size of the native token map in place."""
         self.set_grid(grid)
 
 
@@ -91,9 +91,9 @@ class DeiT(Backbone):
         img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
             resizes its position tables (bicubic).
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
-        attn_type: one letter, L for linear attention in every block or S for softmax; or M with the number of linear
-            blocks, as in M4.
-        fc_norm: apply the final norm after pooling instead of before it; None means only with ``global_pool`` "avg".
+        attn_type: one letter, L for linear attention in every block or S for softmax; or M and the number of linear blocks,
+            which precede the softmax blocks, as in M4.
+        fc_norm: apply the final norm after pooling instead of before it; by default, only if ``global_pool`` is "avg".
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embeddings are added.
         proj_drop_rate: dropout of attention projections and MLPs.
@@ -103,7 +103,7 @@ class DeiT(Backbone):
         device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an image that is too small, or an option without effect.
+        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
     """
 
     output_fmt = "NLC"
@@ -240,7 +240,7 @@ class DeiT(Backbone):
 
         Returns:
             The output of the last computed block after the final norm, (B, N, C), and the selected outputs in the order of the
-            blocks; or only the selected outputs.
+            blocks; with ``intermediates_only``, only the latter.
 
         Raises:
             ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.

@@ -19,7 +19,10 @@ from weights.reader import choose_weights, read_checkpoint
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
-    """timm config of a model and its evaluation transform. Released accuracies were measured on images squashed to a square."""
+    """timm config of a model with its evaluation transform.
+
+    Released accuracies were measured on images squashed to a square.
+    """
     family = cast(type[Backbone], MODELS[name].func)
     return {
         "url": RELEASED[name].url if name in RELEASED else "",
@@ -53,21 +56,21 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.g
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
     """Checkpoint filter for timm: unwrap containers, drop unused entries, resize position tables.
 
-    timm stores the image size of the file in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the position
-    tables of the file do not match that size, they are assumed to come from square images.
+    timm stores the image size of the checkpoint in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the position
+    tables do not match that size, the size is ignored; see ``Backbone.resize_position_tables`` for the result without it.
 
     Args:
         state_dict: a state dict, or a checkpoint of the reference, of this project or of timm; ``preferred_weights`` selects
             between its raw and EMA weights.
 
     Raises:
-        ValueError: no weights, or a table whose shape is ambiguous.
+        ValueError: ``state_dict`` contains no weights, or a position table whose shape is ambiguous.
     """
     _, state_dict = choose_weights(state_dict, "auto", "state dict")
     arguments, config = getattr(model, "pretrained_model_args", {}), getattr(model, "pretrained_cfg", {})
-    declared = arguments.get("img_size") or config.get("input_size", ())[1:] or None
+    checkpoint_img_size = arguments.get("img_size") or config.get("input_size", ())[1:] or None
     try:
-        return model.adapt_state_dict(state_dict, img_size=declared)
+        return model.adapt_state_dict(state_dict, img_size=checkpoint_img_size)
     except ValueError:
         return model.adapt_state_dict(state_dict)
 

@@ -1,14 +1,14 @@
 """Focused linear attention with a custom backward pass that needs less time and memory than autograd.
 
-The values equal those of the unfused form in ``linear_attention``, for which autograd stores about twelve tensors of the size
-of q. Here only q, k, v, the (D, D + 1) summaries of the keys and three statistics per token are stored, and the backward
-pass recomputes the rest. Factors per token (c below) multiply the values and the results, not the features. On a CPU, tokens
-are processed in blocks that fit into the caches.
+The outputs equal those of the unfused form in ``models/linear_attention.py``, for which autograd stores about twelve tensors of
+the size of q. Here only q, k, v, the (D, D + 1) summaries of the keys and three statistics per token are stored, and the
+backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into the caches.
 
-Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens of a block.
+Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens per block.
 
-For each token, with x = (relu(input) + EPS) / scale and t = x / max(x), the feature f_p(x) is c * u, where u = t^p and
-c = max(x) |t| / |u|. With the keys' e = [c_k * v, c_k] / M, an image's summary is W = u_k^T e = [S, s], and a query's output is
+For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) is c * u, where u = t^p and
+c = max(x) |t| / |u|. The products c * u are not computed: c_k multiplies the values, and c_q cancels except in EPS / c_q. Let
+e = [c_k * v, c_k] / M for each key. The summary of an image is u_k^T e = [S, s], and the output for a query is
 
     u_q S / (u_q s + EPS / c_q).
 
@@ -52,7 +52,7 @@ class Features(NamedTuple):
 
 
 class Scratch:
-    """Buffers reused by successive blocks."""
+    """Named buffers, reused by successive blocks. Calls with the same name return the same memory, uninitialised at first."""
 
     def __init__(self, num_elements: int, like: Tensor, dtype: torch.dtype):
         self._size = num_elements
@@ -153,14 +153,16 @@ class _Run:
 
     # Both passes
 
-    def features(self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, known: bool) -> Features:
+    def features(
+        self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, reuse_statistics: bool
+    ) -> Features:
         """Features of a block of tokens.
 
         Args:
             tokens: (b, n, C).
             statistics: (3, b, 1, n, 1), see ``Features``.
             position: (1, n, C), added to the tokens.
-            known: read the statistics, as in the backward pass; if False, compute them and write them to ``statistics``.
+            reuse_statistics: read ``statistics``, as in the backward pass; if False, compute them and write them there.
         """
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
@@ -169,23 +171,28 @@ class _Run:
         else:
             torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
-        if not known:
+        if not reuse_statistics:
             torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
         unit.div_(statistics[0])  # prevents overflow and underflow of the powers
         torch.pow(unit, self.power, out=powers)
-        if not known:
+        if not reuse_statistics:
             statistics[1] = norm_over_channels(unit)
             statistics[2] = norm_over_channels(powers)
         return Features(positive, unit, powers, statistics)
 
-    def query_features(self, images: slice, tokens: slice, statistics: Tensor, *, known: bool) -> Features:
-        return self.features(self.q[images, tokens], statistics[:, images, :, tokens], known=known)
+    def query_features(self, images: slice, tokens: slice, statistics: Tensor, *, reuse_statistics: bool) -> Features:
+        return self.features(self.q[images, tokens], statistics[:, images, :, tokens], reuse_statistics=reuse_statistics)
 
-    def key_features(self, images: slice, tokens: slice, statistics: Tensor, *, known: bool) -> Features:
-        return self.features(self.k[images, tokens], statistics[:, images, :, tokens], self.position[:, tokens], known=known)
+    def key_features(self, images: slice, tokens: slice, statistics: Tensor, *, reuse_statistics: bool) -> Features:
+        return self.features(
+            self.k[images, tokens],
+            statistics[:, images, :, tokens],
+            self.position[:, tokens],
+            reuse_statistics=reuse_statistics,
+        )
 
     def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
-        """Factor c / M of each key, 0 for masked keys. (b, 1, n, 1)."""
+        """Factor c of each key times the weight of the key (1 / M by default, 0 for masked keys). (b, 1, n, 1)."""
         if self.key_weight is None:
             return keys.factor / self.num_keys
         return keys.factor * self.key_weight[images, :, tokens]
@@ -206,7 +213,7 @@ class _Run:
         return product[..., :-1], product[..., -1:]
 
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Contiguous, channels-last maps without prefix tokens. (b, n, C) -> (b, C, height, width)."""
+        """Maps in channels-last memory format, without prefix tokens. (b, n, C) -> (b, C, height, width)."""
         tokens = tokens[:, self.num_prefix :].contiguous()
         return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
 
@@ -227,13 +234,13 @@ class _Run:
         for images in self.blocks.images():
             summary = summaries[images]
             for tokens in self.blocks.tokens(self.num_keys):
-                keys = self.key_features(images, tokens, key_statistics, known=False)
+                keys = self.key_features(images, tokens, key_statistics, reuse_statistics=False)
                 values = self.weighted_values(self.key_factor(keys, images, tokens), images, tokens)
                 summary += keys.powers.transpose(-2, -1) @ values
             convolved = self.convolve(images, bias)
             for tokens in self.blocks.tokens(self.num_queries):
                 numerator, denominator = self.attend(
-                    self.query_features(images, tokens, query_statistics, known=False), summary
+                    self.query_features(images, tokens, query_statistics, reuse_statistics=False), summary
                 )
                 block = split_heads(out[images, tokens], self.num_heads)
                 if convolved is None:
@@ -254,33 +261,39 @@ class _Run:
     def backward(
         self, gradient: Tensor, summaries: Tensor, query_statistics: Tensor, key_statistics: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, position, scale, kernel and bias from the outputs of ``forward``."""
+        """Gradients of q, k, v, position, scale, kernel and bias.
+
+        Args:
+            gradient: (B, N, C), gradient of the output.
+            summaries, query_statistics, key_statistics: from ``forward``.
+        """
         gradient = gradient.contiguous()
-        # The three gradients share a buffer: if q, k and v are slices of one tensor, the buffer is its gradient.
+        # grad_q, grad_k and grad_v share a buffer: if q, k and v are parts of one tensor, ``split_channels`` uses the buffer as
+        # the gradient of that tensor. If N and M differ, only grad_k and grad_v share a buffer.
         if self.num_queries == self.num_keys:
             grad_q, grad_k, grad_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
         else:
             grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
             grad_k, grad_v = self.k.new_empty(self.num_images, self.num_keys, 2 * self.channels).chunk(2, dim=-1)
-        self.grad_log_scale = torch.zeros_like(self.inverse_scale)
+        self.grad_log_inverse_scale = torch.zeros_like(self.inverse_scale)
         grad_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
         for images in self.blocks.images():
             grad_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, grad_q[images])
             conv_grad_v = None
             if self.kernel is not None:
-                conv_grad_v, grad_image_kernel = self.convolution_gradients(images, gradient[images])
-                grad_kernel += grad_image_kernel
+                conv_grad_v, block_grad_kernel = self.convolution_gradients(images, gradient[images])
+                grad_kernel += block_grad_kernel
             self.key_gradients(images, grad_summary, key_statistics, conv_grad_v, grad_k[images], grad_v[images])
-        grad_scale = -(self.grad_log_scale * self.inverse_scale).transpose(1, 2).flatten(2)
+        grad_scale = -(self.grad_log_inverse_scale * self.inverse_scale).transpose(1, 2).flatten(2)
         grad_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
         grad_position = grad_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
         return grad_q, grad_k, grad_v, grad_position, grad_scale, grad_kernel, grad_bias
 
     def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, statistics: Tensor, grad_q: Tensor) -> Tensor:
-        """Write the gradient of q; return that of the summaries."""
+        """Write the gradient of q to ``grad_q``, and return the gradient of the summaries."""
         grad_summary = torch.zeros_like(summary)
         for tokens in self.blocks.tokens(self.num_queries):
-            queries = self.query_features(images, tokens, statistics, known=True)
+            queries = self.query_features(images, tokens, statistics, reuse_statistics=True)
             numerator, denominator = self.attend(queries, summary)
             grad_product = self.scratch("values", *numerator.shape[:-1], self.head_dim + 1)
             grad_numerator, grad_denominator = grad_product[..., :-1], grad_product[..., -1:]
@@ -306,7 +319,7 @@ class _Run:
     ) -> None:
         """Write the gradients of k and v; ``conv_grad_v``, (b, H, N, D), is the part of grad_v from the convolution."""
         for tokens in self.blocks.tokens(self.num_keys):
-            keys = self.key_features(images, tokens, statistics, known=True)
+            keys = self.key_features(images, tokens, statistics, reuse_statistics=True)
             factor = self.key_factor(keys, images, tokens)
             values = self.weighted_values(factor, images, tokens)
             grad_values = self.scratch("product", *values.shape)
@@ -329,16 +342,17 @@ class _Run:
         Args:
             scaled_grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
             grad_log_factor: (b, 1, n, 1), gradient of the logarithm of c.
-            grad_tokens: (b, n, C).
+            grad_tokens: (b, n, C), the gradient to write.
         """
-        # Gradient of log(x): scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2).
+        # Gradient of log(x): scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2). max(x) is treated as a
+        # constant, because it cancels in the output.
         positive, unit, powers = features.positive, features.unit, features.powers
         scaled_grad_powers.addcmul_(powers, -self.power * grad_log_factor / features.powers_norm.square()).mul_(powers)
         torch.mul(unit, grad_log_factor / features.unit_norm.square(), out=powers)
-        grad_log = scaled_grad_powers.addcmul_(powers, unit)
-        self.grad_log_scale += grad_log.sum(dim=(0, 2), keepdim=True)
-        torch.ops.aten.threshold_backward.grad_input(grad_log, positive, 0, grad_input=grad_log)
-        torch.div(grad_log, positive.add_(EPS), out=split_heads(grad_tokens, self.num_heads))
+        grad_log_x = scaled_grad_powers.addcmul_(powers, unit)
+        self.grad_log_inverse_scale += grad_log_x.sum(dim=(0, 2), keepdim=True)
+        torch.ops.aten.threshold_backward.grad_input(grad_log_x, positive, 0, grad_input=grad_log_x)
+        torch.div(grad_log_x, positive.add_(EPS), out=split_heads(grad_tokens, self.num_heads))
 
     def convolution_gradients(self, images: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the values, (b, H, N, D), and of the kernel."""
@@ -426,7 +440,7 @@ class _SplitChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        if torch.is_grad_enabled():  # for a second derivative
+        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
             return torch.cat(gradients, dim=-1), None
         first, width = gradients[0], gradients[0].shape[-1]
         storage, offset = first.untyped_storage()._cdata, first.storage_offset()

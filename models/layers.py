@@ -1,6 +1,6 @@
 """Components shared by the backbones: token-map helpers, position tables, and the base class with timm's interface.
 
-Shapes: B images, N tokens, C channels, H x W a token map.
+Shapes: B images, N tokens, C channels, H x W a token map, nW windows of h x w tokens per image.
 """
 
 import functools
@@ -43,7 +43,7 @@ def ceil_divide(size: int, divisor: int) -> int:
 
 @contextmanager
 def tensor_defaults(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
-    """Create the tensors of a constructor on ``device``, and its floating-point tensors in ``dtype``.
+    """Context in which new tensors are created on ``device``, and new floating-point tensors in ``dtype``.
 
     None keeps torch's current default.
     """
@@ -77,7 +77,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_p
 def resized_parameter(
     table: nn.Parameter, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0
 ) -> nn.Parameter:
-    """Resize a parameter (..., rows, C) with ``resize_grid`` to a new parameter; ``table`` itself if both maps are equal."""
+    """Resized copy of a parameter (..., rows, C), see ``resize_grid``; ``table`` itself if both maps are equal."""
     if old == new:
         return table
     rows = resize_grid(table.detach().flatten(0, -2).unsqueeze(0), old, new, num_prefix_tokens)
@@ -160,7 +160,7 @@ def window_regions(
         return None
     region = torch.zeros(padded, dtype=torch.long)
     for axis in (0, 1):
-        if shift[axis]:  # the part that the roll moves to the far edge
+        if shift[axis]:  # the part that ``roll`` moves to the opposite edge
             region.narrow(axis, 0, shift[axis]).add_(1 + axis)
     region[grid[0] :] = PADDING
     region[:, grid[1] :] = PADDING
@@ -187,10 +187,10 @@ class PositionTable(NamedTuple):
     """A parameter with one row per position, resized for other input sizes.
 
     Attributes:
-        name: parameter name, relative to the module that lists the table.
+        name: parameter name, relative to the module whose ``position_tables`` returns this object.
         grid: height and width of the table at the model's native size.
-        source_grid: maps (token map of the stage at the image size of a checkpoint, number of positions in its table) to the
-            height and width of that table; None if no height and width fit.
+        source_grid: function that returns the height and width of the table in a checkpoint, or None if none match. Arguments:
+            height and width of the stage's token map at the checkpoint's image size, and number of positions in the table.
         num_prefix_tokens: leading rows without a position.
         assume_square: if the image size of a checkpoint is unknown and the number of positions is a square, assume a
             square map.
@@ -310,7 +310,7 @@ class Backbone(nn.Module):
         return [1] * len(self.stage_grids((1, 1)))
 
     def native_grids(self, img_size: int | Iterable[int]) -> list[tuple[int, int]]:
-        """``stage_grids`` of a native image size.
+        """Check a native image size and return its ``stage_grids``.
 
         Raises:
             ValueError: a side is smaller than ``min_img_size``.
@@ -365,8 +365,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Apply ``resize_grid`` in a forward pass.
 
-        Subclasses call this method instead of the function, because timm's FX extractor wraps functions in the file of
-        ``Backbone.forward``.
+        Subclasses call this method instead of the function: timm's FX extractor can skip the tracing of ``resize_grid`` only in
+        files that define the ``forward`` of a traced module, such as this one.
         """
         return resize_grid(table, native, grid, num_prefix_tokens)
 
@@ -395,13 +395,14 @@ class Backbone(nn.Module):
 
         Args:
             indices: indices into ``feature_info``; an integer n selects the last n, None selects all.
-            norm: apply the final norm to the last stage's map; other stages have other widths.
+            norm: apply the final norm to the last stage's map, but not to other maps, which have other widths.
             stop_early: skip the stages after the last selected one.
             output_fmt: NCHW or NHWC.
             intermediates_only: return only the maps.
 
         Returns:
-            The features of the last computed stage and the selected maps in the order of the stages, or only the maps.
+            The features of the last computed stage, after the final norm if it is the model's last stage, and the selected maps
+            in the order of the stages; with ``intermediates_only``, only the maps.
 
         Raises:
             ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.
@@ -491,8 +492,8 @@ class Backbone(nn.Module):
         if global_pool is not None:
             self.global_pool = self.check_global_pool(global_pool)
         self.num_classes = num_classes
-        reference = next(self.parameters())
-        with tensor_defaults(reference.device, reference.dtype):
+        parameter = next(self.parameters())
+        with tensor_defaults(parameter.device, parameter.dtype):
             self.head = create_classifier(self.num_features, num_classes)
         self.head.train(self.training)
 
@@ -533,7 +534,7 @@ class Backbone(nn.Module):
     # Checkpoints.
 
     def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
-        """Every position table with the index of its stage, named as in the state dict."""
+        """Yield (index of the stage, table) for every position table, with names as in the state dict."""
         names = {module: name for name, module in self.named_modules()}
         for stage, blocks in enumerate(self.stage_blocks()):
             for module in itertools.chain.from_iterable(block.modules() for block in blocks):
@@ -546,7 +547,7 @@ class Backbone(nn.Module):
         """Resize (bicubic) the position tables of a checkpoint that was trained at another input size.
 
         Args:
-            state_dict: entries of a model of the same family and size.
+            state_dict: entries of the same model at any input size.
             img_size: training image size of the checkpoint in pixels, one side or (height, width): DATA.IMG_SIZE of its
                 config. It determines the shape of every stored table. Without it, a table of the model's own shape is
                 left unchanged, and any other table must come from square images.
@@ -612,7 +613,7 @@ def check_output_fmt(output_fmt: str, choices: tuple[str, str]) -> None:
 
 
 def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a dropout rate without softmax blocks: linear attention has no attention matrix."""
+    """Raise ``ValueError`` for a rate above 0 without softmax blocks: linear attention has no attention matrix."""
     if rate and "S" not in "".join(attention_types):
         raise ValueError(
             f"attn_drop_rate={rate}: has no effect, because every block is linear and has no attention matrix; use 0.0"
@@ -664,5 +665,8 @@ def _adapt_before_loading(
 
 
 def _refresh_buffers_after_loading(model: Backbone, incompatible_keys: NamedTuple) -> None:
-    """Hook of ``load_state_dict``: recompute the derived buffers of a model constructed on ``meta``."""
+    """Hook of ``load_state_dict``: recompute the non-persistent buffers.
+
+    In a model constructed on ``meta``, they have no values yet, and checkpoints do not contain them.
+    """
     model.init_non_persistent_buffers()

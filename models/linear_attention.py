@@ -15,7 +15,7 @@ from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 def focus(x: Tensor, power: float) -> Tensor:
     """Sharpen the direction of each vector and keep its length (eq. 6). x: (..., C), positive."""
     largest = x.amax(dim=-1, keepdim=True)
-    unit = x / largest  # f_p is homogeneous, so scaling changes no value and prevents overflow and underflow
+    unit = x / largest  # f_p is homogeneous, so scaling does not change the result; it prevents overflow and underflow
     sharp = unit**power
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
@@ -28,20 +28,21 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
 
     Equivalent to ``F.interpolate(mode="linear")`` of the channels, which is slow on GPUs. (B, M, C) -> (B, num_tokens, C).
     """
-    num_stored = x.shape[1]
+    num_input_tokens = x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    position = (torch.arange(num_tokens, device=x.device, dtype=dtype) + 0.5) * (num_stored / num_tokens) - 0.5
-    position = position.clamp(0, num_stored - 1)
+    position = (torch.arange(num_tokens, device=x.device, dtype=dtype) + 0.5) * (num_input_tokens / num_tokens) - 0.5
+    position = position.clamp(0, num_input_tokens - 1)
     lower = position.long()
-    upper = (lower + 1).clamp(max=num_stored - 1)
+    upper = (lower + 1).clamp(max=num_input_tokens - 1)
     return torch.lerp(x[:, lower], x[:, upper], (position - lower).to(x.dtype).unsqueeze(-1))
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of projected q, k, v on a token map: focused linear attention, or one that the paper compares with it.
+    """Attention of projected q, k, v on a token map: focused linear attention, or an attention compared with it.
 
     The module has no projections: the backbones' subclasses add them, so that parameter names match those of released
-    checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because there is no attention matrix.
+    checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because linear attention has no attention
+    matrix.
 
     Args:
         dim: channels C of q, k and v.
@@ -52,7 +53,7 @@ class FocusedLinearAttention(nn.Module):
         focusing_factor: p of eq. 6.
         kernel_size: side of the depthwise convolution's kernel, odd.
         kind: one of ``KINDS``; only ``focused`` has a positional encoding and a scale.
-        focusing: apply f_p; has an effect on ``focused`` only.
+        focusing: apply the focused function f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
     Attributes:
@@ -220,7 +221,7 @@ class FocusedLinearAttention(nn.Module):
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
             if self.kind == "focused":
-                q, k = self._map_features(q, k, key_grid)
+                q, k = self._compute_features(q, k, key_grid)
                 q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
                 out = linear_attention(q, k if key_mask is None else k * key_mask, value, count_keys(key_mask), eps=EPS)
             else:
@@ -229,7 +230,7 @@ class FocusedLinearAttention(nn.Module):
                 out = compared.function(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
             return out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
 
-    def _map_features(self, q: Tensor, k: Tensor, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _compute_features(self, q: Tensor, k: Tensor, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         k = k + resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens)
         scale = F.softplus(self.scale)
         q, k = (F.relu(q) + EPS) / scale, (F.relu(k) + EPS) / scale

@@ -22,6 +22,7 @@ class LoadReport:
     """Result of loading weights: names of the state-dict entries, grouped by outcome.
 
     Args:
+        weights: label of the loaded weights, ``raw`` or ``ema``.
         mapped: head entries whose rows were selected by class, as from an ImageNet-22k head.
         head: numbers of classes in the file and in the model, if they differ.
         coverage: fraction of the model's parameters and buffers that the file filled.
@@ -55,12 +56,13 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
 
     Entries are matched by name. Position tables are resized (bicubic, as in the reference). If the file has the head of
     ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes loads the rows
-    of the ImageNet-1k classes. A head with any other number of classes is not loaded.
+    of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
 
     Args:
         weights: ``raw``, ``ema``, or ``auto`` for those with the best accuracy in training (see ``preferred_weights``).
 
     Raises:
+        ValueError: an unknown value of ``weights``.
         CheckpointError: the file cannot be read, or belongs to another model; the message suggests the most similar one.
     """
     return fill_model(model, read_checkpoint(path), weights=weights, path=path)

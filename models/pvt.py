@@ -74,7 +74,7 @@ class LinearAttention(FocusedLinearAttention, SpatialReduction):
         return self.proj_drop(self.proj(out)).view_as(x)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
-        """Change the native map in place."""
+        """Change the size of the native token map in place."""
         self.set_grid(grid, reduce_grid(grid, self.reduction))
 
     def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
@@ -162,12 +162,12 @@ class PyramidBackbone(Backbone):
         device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an image that is too small, or an option without effect.
+        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
     """
 
     first_conv = "patch_embed1.proj"
     kernel_sizes: tuple[int, ...]  # one per patch embedding
-    extra_module: str  # name of the module that PVT and PVTv2 do not share: position embeddings or norms
+    extra_module: str  # name of the version-specific part: position embeddings in PVT, norms in PVTv2
     map_module: str  # name of the module whose output is the feature map of the stage
 
     def __init__(

@@ -36,7 +36,10 @@ class ConvolutionalMlp(Mlp):
 
 
 class PyramidVisionTransformerV2(PyramidBackbone):
-    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position embeddings."""
+    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position embeddings.
+
+    See ``PyramidBackbone`` for the arguments.
+    """
 
     kernel_sizes = (7, 3, 3, 3)
     extra_module = "norm"

@@ -1,4 +1,4 @@
-"""Model names and their constructors. ``build_model`` is the only function under ``models`` that reads a config."""
+"""Model names and their constructors. Only functions of this module of ``models`` take a config (``CfgNode``)."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -44,7 +44,7 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
         kwargs: further arguments of the family's constructor.
 
     Raises:
-        ValueError: an unknown name (the message suggests the nearest one), or an argument with a bad value.
+        ValueError: an unknown name (the message suggests the nearest one), or an argument with an invalid value.
         TypeError: an argument that the family does not accept.
     """
     if name not in MODELS:
@@ -82,7 +82,7 @@ def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
     return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
 
 
-MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation does not crop images up to this size
+MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation at input sizes up to this does not crop
 
 
 def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
@@ -108,7 +108,7 @@ def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
 def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
     """Name of the model with the entries and shapes most similar to those of a state dict; "" if none is similar."""
     stored = {(name, value.shape) for name, value in state_dict.items()}
-    best, similarity = "", 0.5  # Jaccard index of the entries
+    best, similarity = "", 0.5  # minimum Jaccard index of the entries
     for name in list_models():
         own = {(entry, value.shape) for entry, value in create_model(name, device="meta").state_dict().items()}
         if len(stored & own) / len(stored | own) > similarity:
@@ -139,7 +139,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Largest window of linear blocks for which the reference uses softmax windows of 7; above it, they are 12.
+# Largest window of linear blocks for which the reference uses softmax windows of 7; above it, it uses 12.
 MAX_WINDOW_AT_224 = 56
 
 
@@ -191,7 +191,7 @@ FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
     deit.DeiT: _deit_arguments,
 }
 
-# MODEL.TYPE -> registered name. The keys of MODEL.SWIN set the size of flatten_swin, those of MODEL.DEIT that of flatten_deit.
+# MODEL.TYPE -> registered name. MODEL.SWIN sets the size of flatten_swin, and MODEL.DEIT sets the size of flatten_deit.
 REGISTERED_NAMES: dict[str, str] = {
     "flatten_swin": "flatten_swin_t",
     "flatten_pvt_tiny": "flatten_pvt_t",

@@ -16,8 +16,8 @@ class Released:
     Args:
         name: model name, as passed to ``create_model``.
         url: download URL.
-        img_size: input size of the accuracy measurements in pixels.
-        acc1, acc5: published top-1 and top-5 accuracy in percent; None if not published.
+        img_size: input size in pixels at which the accuracies were measured.
+        acc1, acc5: published top-1 and top-5 accuracy in percent; acc5 is None if it was not published.
     """
 
     name: str

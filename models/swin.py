@@ -39,8 +39,8 @@ from models.linear_attention import FocusedLinearAttention
 class LinearWindowAttention(FocusedLinearAttention):
     """Focused linear attention within windows. (B * nW, N, C) -> the same."""
 
-    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **operator):
-        super().__init__(dim, num_heads, window, **operator)
+    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **linear):
+        super().__init__(dim, num_heads, window, **linear)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -75,7 +75,7 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         self.relative_position_index = relative_position_index(self.window).to(device)
 
     def set_window(self, window: tuple[int, int]) -> None:
-        """Change the native window in place: resize the bias table (bicubic), as a new parameter."""
+        """Change the native window in place; the resized bias table (bicubic) is a new parameter."""
         self.relative_position_bias_table = resized_parameter(
             self.relative_position_bias_table, offset_grid(self.window), offset_grid(window)
         )
@@ -106,8 +106,8 @@ class SoftmaxWindowAttention(SoftmaxAttention):
 class SwinBlock(nn.Module):
     """Window attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
 
-    If the window covers a side of the native map, it covers that side of every map. Otherwise it keeps its size: maps are
-    padded to a multiple of it, and the padding is masked.
+    The native map is the token map at the model's native input size. If the window covers a side of it, the window covers that
+    side of every map. Otherwise the window keeps its size: maps are padded to a multiple of it, and the padding is masked.
     """
 
     def __init__(
@@ -148,14 +148,14 @@ class SwinBlock(nn.Module):
         self.native_region = self.regions(self.grid, like=self.norm1.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
-        """Change the native map in place."""
+        """Change the size of the native map in place."""
         self.grid = grid
         self.window, _, _ = self.layout(grid)
         self.attn.set_window(self.window)
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Window, shift and padded map for a map of this size."""
+        """Height and width of the window, of the shift, and of the padded map, for a map of this size."""
         window = tuple(side if covers else size for side, size, covers in zip(grid, self.window, self.covers, strict=True))
         padded = tuple(ceil_divide(side, size) * size for side, size in zip(grid, window, strict=True))
         shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
@@ -271,9 +271,9 @@ class SwinTransformer(Backbone):
             resizes its position tables (bicubic).
         global_pool: "avg", or "" for unpooled outputs.
         attn_type: see ``parse_attention_types``.
-        window_size: window of linear blocks, capped at the map. The default is the first stage's map, which makes linear
-            attention global in every stage.
-        softmax_window: window of softmax blocks, capped at the map.
+        window_size: window side of linear blocks in tokens, capped at the side of the map. The default is the longer side of
+            the first stage's map, which makes linear attention global in every stage.
+        softmax_window: window side of softmax blocks in tokens, capped at the side of the map.
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the patch embedding.
         proj_drop_rate: dropout of attention projections and MLPs.
@@ -283,7 +283,7 @@ class SwinTransformer(Backbone):
         device, dtype: device and type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an image that is too small, or an option without effect.
+        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
     """
 
     first_conv = "patch_embed.proj"

@@ -101,7 +101,10 @@ def read_ablation(path: Path) -> Ablation:
 
 
 def final_accuracy(run: Run, num_epochs: int) -> float | None:
-    """Final top-1 accuracy in percent, of the EMA weights if they were evaluated, else of the raw ones; None if unfinished."""
+    """Final top-1 accuracy in percent, of the EMA weights if they were evaluated, else of the raw weights.
+
+    Returns None if the run is not finished.
+    """
     path = run.folder / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -137,7 +140,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
     """Train the given runs, ``num_slots`` at a time.
 
     Raises:
-        RuntimeError: a run failed. The other runs in progress are terminated with SIGTERM, on which they save their state.
+        RuntimeError: a run failed. The other runs in progress get SIGTERM, save their state and exit.
     """
     waiting, running, started = deque(runs), {}, time.monotonic()
     try:
@@ -202,9 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="YAML file of the ablation")
     parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
-    parser.add_argument("--output", type=Path, required=True, help="parent directory of the runs")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the runs and tables")
     parser.add_argument(
-        "--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU, else one per two cores"
+        "--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU, or one per two cores without GPU"
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs

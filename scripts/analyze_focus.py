@@ -1,8 +1,9 @@
 """Measure how focused a model's attention is, per block, head and form of attention, over a set of images.
 
-Forms: the model's own attention, the same plus its convolution, and softmax, linear, focused and Efficient attention on the
-same queries and keys. The script writes focus.json (per image), focus.csv (means per head), report.md, and two plots:
-measures.png has the measures per block, and ranks.png the singular values of each block, as in the paper's rank figure.
+Forms: the model's own attention, its sum with the convolution, and softmax, linear, focused and Efficient attention on the same
+queries and keys. The script writes focus.json (values per image), focus.csv (means per head), report.md, and two plots:
+measures.png shows four measures per block. ranks.png shows the singular values of one attention matrix per block, for the first
+image, as in the paper's figure of ranks.
 """
 
 import argparse
@@ -18,7 +19,7 @@ PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")  # measu
 
 
 def draw_measures(rows, path: Path) -> None:
-    """Plot four measures over the blocks, one line per form."""
+    """Plot four measures against the block, one line per form."""
     from matplotlib.figure import Figure
 
     from analysis.summary import mean_over_heads
@@ -39,7 +40,10 @@ def draw_measures(rows, path: Path) -> None:
 
 
 def draw_ranks(model, image, names, path: Path) -> None:
-    """Plot the relative singular values of the first head and window of each block, with and without the convolution."""
+    """Plot the singular values of each block, relative to the largest, with and without the convolution.
+
+    They are those of the first head and window for one image.
+    """
     import torch
     from matplotlib.figure import Figure
 
@@ -66,7 +70,7 @@ def draw_ranks(model, image, names, path: Path) -> None:
             axis.axvline(attention.q.shape[-1], color="grey", linewidth=0.8, linestyle="--", label="head dimension")
         axis.set_title(attention.name, fontsize=7)
     axes[0, 0].legend(fontsize=6)
-    figure.supylabel("singular value over the largest")
+    figure.supylabel("singular value, relative to the largest")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -110,7 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("focus"), help="output directory")
     parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
     )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()

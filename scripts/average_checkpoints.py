@@ -19,13 +19,17 @@ DESCRIPTION = ("config", "class_names")  # entries copied from the first checkpo
 
 
 def average(paths: list[Path], weights: str) -> dict:
-    """Average every floating-point entry in float64; other entries must be equal.
+    """Average the weights of checkpoints in float64. State-dict entries that are not floating-point must be equal.
+
+    Args:
+        weights: raw, ema or auto, see ``choose_weights``.
 
     Returns:
-        A checkpoint: ``model``, and the entries of ``DESCRIPTION`` that the first file has.
+        A checkpoint: the averages as ``model``, and the entries of ``DESCRIPTION`` that the first file has.
 
     Raises:
-        CheckpointError: a file cannot be read, lacks these weights, or differs from the first file in model or classes.
+        CheckpointError: a file cannot be read, has no ``weights``, or differs from the first file in model, classes or an entry
+            that is not floating-point.
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="auto", help="auto: for each file, the more accurate ones in training"
+        "--weights", choices=WEIGHTS, default="auto", help="auto: for each file, those with the higher accuracy in training"
     )
     args = parser.parse_args()
     if args.output.exists():

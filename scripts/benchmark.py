@@ -3,9 +3,11 @@
     model       models compared with their softmax baseline, timm's model and a naive implementation of the paper's formula
     attention   the attention operator at several numbers of tokens, and its memory traffic
     data        decoding and augmentation compared with torchvision's reader and timm's transform
-    epoch       the training loop of a config: cost of data loader, EMA and loop relative to the bare step
+    epoch       the training loop of a config, with and without data loader and EMA, compared with bare training steps
+                (forward and backward pass, gradient clipping, optimizer)
 
-Each mode prints a table. --json writes its records with versions, device and command; --png plots those of model and attention.
+Each mode prints its records as tables. --json also writes them to a file, with command, device, torch version and
+number of threads. --png plots them; only the modes model and attention have it.
 """
 
 import argparse
@@ -26,7 +28,7 @@ def parse() -> argparse.Namespace:
     modes = parser.add_subparsers(dest="mode", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--rounds", type=int, default=5, help="measurements per task, after one warm-up")
-    shared.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="also write the records to this file, as JSON")
     plotting = argparse.ArgumentParser(add_help=False)
     plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the records to this file")
 
@@ -36,10 +38,12 @@ def parse() -> argparse.Namespace:
     model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
     model.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    model.add_argument("--img-size", type=int, default=224, help="pixels")
+    model.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
     attention = modes.add_parser("attention", parents=[shared, plotting], help="the attention operator")
-    attention.add_argument("--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="square numbers")
+    attention.add_argument(
+        "--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="numbers of tokens, all square"
+    )
     attention.add_argument("--dim", type=int, default=96, help="channels")
     attention.add_argument("--heads", type=int, default=3)
     attention.add_argument(
@@ -54,7 +58,7 @@ def parse() -> argparse.Namespace:
     data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     data.add_argument("--packed", type=Path, metavar="DIR", help="the same images, packed by scripts/pack_dataset.py")
     data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="augmentation config")
-    data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers; default: all cores")
+    data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
     epoch.add_argument("--cfg", nargs="+", required=True, metavar="FILE")
@@ -74,13 +78,13 @@ def measure_models(args: argparse.Namespace, device) -> list[dict]:
 
     if unknown := [name for name in args.models if name not in list_models()]:
         raise ConfigError(f"{unknown[0]}: is not a model; choose among {', '.join(list_models())}")
-    steps = {"inference": (False,), "training": (True,), "both": (False, True)}[args.mode_of]
+    training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.mode_of]
     return [
         record
         for name in args.models
         for precision in args.precision
         for batch_size in args.batch_size
-        for training in steps
+        for training in training_flags
         for record in measure_model(
             name,
             img_size=args.img_size,
@@ -138,7 +142,7 @@ MEASURES = {"model": measure_models, "attention": measure_attention, "data": mea
 
 
 def to_markdown(records: list[dict]) -> str:
-    """Format the records as one Markdown table per kind of record."""
+    """Format the records as Markdown. Records with the same keys share a table; the keys are its columns."""
     tables: dict[tuple, list[dict]] = {}
     for record in records:
         tables.setdefault(tuple(record), []).append(record)
@@ -171,7 +175,7 @@ def draw_attention(records: list[dict], figure) -> None:
 
 
 def draw_models(records: list[dict], figure) -> None:
-    """Plot the speed-up over the naive implementation, one group of bars per model and mode."""
+    """Plot the speed-up over the naive implementation, one group of bars per model, mode, precision and batch size."""
     axis = figure.subplots()
     labels = [f"{row['model']}\n{row['mode']} {row['precision']} {row['batch_size']}" for row in records]
     groups = list(dict.fromkeys(labels))
@@ -181,7 +185,7 @@ def draw_models(records: list[dict], figure) -> None:
         edges = [groups.index(label) + position * 0.8 / len(names) for label in bars]
         axis.bar(edges, [row["speedup_over_naive"][0] for row in bars.values()], 0.8 / len(names), align="edge", label=name)
     axis.set_xticks([group + 0.4 for group in range(len(groups))], groups, fontsize=8)
-    axis.set_ylabel("images per second over those of the naive implementation")
+    axis.set_ylabel("speed-up over the naive implementation")
     axis.legend()
 
 
@@ -198,11 +202,11 @@ def main() -> None:
     except (ConfigError, DataError, ValueError) as error:
         print(f"benchmark.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     about = {
         "command": shlex.join(sys.argv),
         "torch": torch.__version__,
-        "device": name,
+        "device": device_name,
         "threads": torch.get_num_threads(),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")

@@ -25,7 +25,7 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
         weights: raw or ema, which selects the file in a directory; None selects the ``preferred`` weights of its ``eval.json``.
 
     Returns:
-        The path of the predictions file, and (prediction, target) by image name.
+        The path of the predictions file, and a dictionary from image name to (prediction, target).
 
     Raises:
         ValueError: the file does not exist, is not a predictions file, has no predictions, or is damaged.
@@ -55,7 +55,7 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     """Report both accuracies, their difference and McNemar's test.
 
     Args:
-        first, second: (prediction, target) by image name.
+        first, second: dictionaries from image name to (prediction, target).
 
     Raises:
         ValueError: the images or targets differ.
@@ -94,14 +94,14 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
 def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
     """If the image names of the two files differ, replace each name by its webdataset key, without shard and extension.
 
-    The names are unchanged if two of them have the same key.
+    If two names have the same key, all names stay unchanged.
     """
     if pairs.keys() == other.keys():
         return pairs
 
     def key(name: str) -> str:
         folder, _, file = re.sub(r"^[^/]*\.tar/", "", name).rpartition("/")
-        return f"{folder}/{file.rsplit('.', 1)[0].replace('.', '_')}"  # webdataset's key ends at the first dot
+        return f"{folder}/{file.rsplit('.', 1)[0].replace('.', '_')}"  # as pack_dataset.py does: keys must not contain dots
 
     short = {key(name): pair for name, pair in pairs.items()}
     return short if len(short) == len(pairs) else pairs
@@ -111,7 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="predictions file, or output directory of an evaluation")
     parser.add_argument("second", type=Path)
-    parser.add_argument("--weights", choices=("raw", "ema"), help="for directories (default: the preferred weights)")
+    parser.add_argument(
+        "--weights",
+        choices=("raw", "ema"),
+        help="weights whose predictions to read from a directory (default: the preferred ones)",
+    )
     args = parser.parse_args()
     try:
         (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))

@@ -1,8 +1,9 @@
 """Compare parameters and multiply-adds of the models with the paper's, or plot the cost against resolution.
 
-torch's FLOP counter covers matrix products and convolutions; half its count is the multiply-adds that papers call FLOPs. Other
-operations are counted separately: 5 per element for norms, 1 per element for pointwise operations (activations, the focused
-function, residuals). Nothing is computed: models and images are on the meta device.
+torch's FLOP counter counts the operations of matrix products and convolutions. Half of this count is the number of
+multiply-adds, which papers call FLOPs. Other operations are counted separately: 5 per element for norms, 1 per element for
+pointwise operations (activations, the focused function, residuals). Nothing is computed: models and images are on the meta
+device.
 """
 
 import argparse
@@ -57,7 +58,7 @@ class PointwiseCounter(TorchDispatchMode):
 
 
 def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[int, int, int]:
-    """Number of parameters, multiply-adds of products and convolutions, and other operations, for one image."""
+    """Numbers of parameters, of multiply-adds (matrix products and convolutions) and of other operations, for one image."""
     size = size or ((384, 384) if name.endswith("_384") else (224, 224))
     with torch.device("meta"):
         model = create_model(name, img_size=size, **options).eval()
@@ -102,14 +103,14 @@ def plot(path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     flops_axes, memory_axes = figure.subplots(1, 2)
     for attn_type, label in (("L", "focused linear"), ("S", "softmax, matrix stored")):
-        # Softmax with an explicit attention matrix: the paper's baseline for linear attention.
+        # Softmax attention replaces focused linear attention in the linear blocks. Its attention matrix is stored.
         options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}
         flops = [measure("flatten_deit_t", (side, side), **options)[1] / 1e9 for side in sides]
         memory = [activation_bytes("flatten_deit_t", side, **options) / 2**30 for side in sides]
         flops_axes.plot(sides, flops, marker="o", label=label)
         memory_axes.plot(sides, memory, marker="o", label=label)
-    flops_axes.set(xlabel="pixels of a side", ylabel="multiply-adds, G", title="FLatten-DeiT-T: cost of one image")
-    memory_axes.set(xlabel="pixels of a side", ylabel="GiB, fp32", title="Activations stored for the backward pass")
+    flops_axes.set(xlabel="side length in pixels", ylabel="multiply-adds, G", title="FLatten-DeiT-T: cost of one image")
+    memory_axes.set(xlabel="side length in pixels", ylabel="GiB, fp32", title="Activations stored for the backward pass")
     for axes in (flops_axes, memory_axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

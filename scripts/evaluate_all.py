@@ -1,7 +1,7 @@
 """Evaluate many checkpoints on one data set, and write a CSV with one row per checkpoint, sorted by accuracy.
 
-Each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is rewritten after every checkpoint, so an
-interrupted run loses no results. A checkpoint that cannot be evaluated is reported and skipped.
+Unless --cfg is set, each checkpoint is evaluated with its own config: input size, crop, classes. The CSV is rewritten after
+every checkpoint, so an interrupted run loses no results. A checkpoint that cannot be evaluated is reported and skipped.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.files import replacing
 
-WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # for throughput
+WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # forward passes in the measurement of throughput
 
 
 def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
@@ -35,7 +35,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     low, high = wilson_interval(result.correct1, result.num_images)
     images = torch.randn(args.batch_size, 3, *image_size(cfg), device=world.device)
     batches = {"warmup_batches": WARMUP_BATCHES, "measured_batches": MEASURED_BATCHES}
-    protocol = build_preprocessing(cfg).to_dict()
+    preprocessing = build_preprocessing(cfg).to_dict()
     return {
         "acc1": f"{result.acc1:.3f}",
         "acc1_low_95": f"{low:.3f}",
@@ -47,7 +47,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
         "weights": evaluation.preferred,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "images_per_second": f"{images_per_second(model, images, eval_dtype(cfg), **batches):.1f}",
-        **{key: protocol[key] for key in ("img_size", "crop_mode", "crop_pct", "interpolation")},
+        **{key: preprocessing[key] for key in ("img_size", "crop_mode", "crop_pct", "interpolation")},
         "precision": str(eval_dtype(cfg)).removeprefix("torch."),
         "checkpoint": checkpoint.path,
         "sha256": checkpoint.digest,

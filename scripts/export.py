@@ -45,7 +45,7 @@ def export_torch(model: nn.Module, images: Tensor, path: Path) -> float:
 
 
 def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str, str] | None = None) -> float:
-    """Write an ONNX file with input ``images``, output ``logits`` and dynamic batch size. Returns its relative error.
+    """Write an ONNX file with input ``images``, output ``logits`` and dynamic batch size. Returns its largest relative error.
 
     Args:
         metadata: entries of the file's ``metadata_props``.
@@ -56,7 +56,8 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    with sdpa_kernel(SDPBackend.MATH):  # the exported attention is decomposed, and only this backend has its memory layout
+    # The export decomposes attention into operations whose outputs have the memory layout of the math backend.
+    with sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model,
             (images,),
@@ -119,7 +120,14 @@ def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> d
 def model_card(
     cfg: CfgNode, checkpoint: Checkpoint, label: str, files: dict[str, str], evaluation: dict | None, *, in_timm: bool
 ) -> str:
-    """README of an export: files, input, classes, measured accuracy, usage and training recipe."""
+    """README of an export: files, input, classes, measured accuracy, usage and training recipe.
+
+    Args:
+        label: raw or ema, the exported weights.
+        files: dictionary from file name to description.
+        evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
+        in_timm: show how to load the model with timm, which needs the format safetensors.
+    """
     lines = [f"# {cfg.MODEL.NAME}", ""]
     lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
     lines += ["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items()), ""]
@@ -157,7 +165,9 @@ def model_card(
 
 
 def find_evaluation(path: Path | None, checkpoint: Checkpoint, label: str) -> dict | None:
-    """Read the ``eval.json`` at ``path``. Without a path, read the matching one next to the checkpoint, or return None.
+    """Read the ``eval.json`` at ``path``; if ``path`` is None, read the one next to the checkpoint.
+
+    Without a path, return None if there is no readable file, or if it belongs to another checkpoint or other weights.
 
     Raises:
         ExportError: the file at ``path`` cannot be read, or belongs to another checkpoint or other weights.
@@ -174,7 +184,7 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
     """Read an ``eval.json``, and check that it belongs to the checkpoint.
 
     Raises:
-        ExportError: it cannot be read, or belongs to another checkpoint or other weights.
+        ExportError: the file cannot be read, or belongs to another checkpoint or other weights.
     """
     try:
         evaluation = json.loads(path.read_text())
@@ -222,13 +232,13 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     if "torch" in args.formats:
         path = args.folder / "model.pt2"
         error = export_torch(model, images, path)
-        files[path.name] = f"largest error {error:.1e}, sha256 `{sha256(path)}`"
+        files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
     if "onnx" in args.formats:
         path = args.folder / "model.onnx"
         metadata = {"model": cfg.MODEL.NAME, "weights": label, "class_names": json.dumps(names)}
         metadata["preprocessing"] = json.dumps(build_preprocessing(cfg).to_dict())
         error = export_onnx(model, images, path, metadata)
-        files[path.name] = f"largest error {error:.1e}, sha256 `{sha256(path)}`"
+        files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
     card = model_card(cfg, checkpoint, label, files, evaluation, in_timm="safetensors" in args.formats)
     (args.folder / "README.md").write_text(card)
     return files

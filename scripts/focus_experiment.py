@@ -19,7 +19,7 @@ from utils.files import replacing
 
 SCALES = (1.0, 0.2)
 FORMS = ("softmax", "softmax, scaled", "linear", "focused")
-NUM_KEYS, DIM = 49, 32  # random vectors of the plot: window and head size of Swin-T
+NUM_KEYS, DIM = 49, 32  # size of the random vectors: tokens per window and channels per head of Swin-T
 
 
 def make_vectors() -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def mean_entropy(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> float:
 
 
 def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
-    """Factor on q and k at which softmax is as sharp as focused attention; None if there is none between 0.01 and 10.
+    """Factor of q and k at which softmax is as sharp as focused attention; None if it is not between 0.01 and 10.
 
     Args:
         form: ``softmax`` or ``softmax, scaled``.
@@ -114,7 +114,7 @@ def main() -> None:
         for form in FORMS[:2]:
             magnitude = crossing(q, k, form)
             if magnitude is not None:
-                print(f"{title}: {form} is as sharp as focused at magnitude {magnitude:.3f}, and sharper above")
+                print(f"{title}: {form} is as sharp as focused at magnitude {magnitude:.3f}, and sharper at larger ones")
     if args.plot is not None:
         draw(args.plot)
         print(f"plot: {args.plot}")

@@ -62,10 +62,11 @@ OPERATORS = {
     ast.Mod: "*",
     ast.Pow: "*",
 }
+# Functions that are replaced by their opposite.
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 # Keyword arguments that assert something or set a layout: their mutants are equivalent or harmless.
 HARMLESS_KEYWORDS = {"strict", "missing_ok", "exist_ok", "indent", "fontsize", "rotation", "dpi", "figsize", "alpha", "shrink"}
-REPORTING = {"logger", "warnings", "print"}  # calls of these are not mutated: no test needs to check them
+REPORTING = {"logger", "warnings", "print"}  # statements that call these are not mutated: no test needs to check them
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class Mutant:
     """One change of a file: the source between the offsets ``start`` and ``end`` is replaced.
 
     Args:
-        statement: line number at which the statement starts, as in coverage data.
-        in_function: whether it is inside a function, so that tests execute it. Other lines are executed at import only.
+        line: first line of the changed code.
+        statement: first line of the statement that contains it, as in coverage data.
+        in_function: whether the statement is inside a function. Other statements are executed at import only.
+        change: description of the change, for the output.
     """
 
     path: str
@@ -99,23 +102,24 @@ class MutantFinder(ast.NodeVisitor):
     def __init__(self, path: str, source: str):
         self.path = path
         self.source = source
-        starts = [0]
-        for text in source.splitlines(keepends=True):
-            starts.append(starts[-1] + len(text))
-        self.starts = starts
+        line_offsets = [0]
+        for line in source.splitlines(keepends=True):
+            line_offsets.append(line_offsets[-1] + len(line))
+        self.starts = line_offsets
         self.lines = source.splitlines()
         self.statement = 1
         self.depth = 0
         self.mutants: list[Mutant] = []
 
     def visit(self, node: ast.AST) -> None:
-        outer = self.statement
+        outer_statement = self.statement
         if isinstance(node, ast.stmt):
             self.statement = node.lineno
         super().visit(node)
-        self.statement = outer
+        self.statement = outer_statement
 
     def offset(self, line: int, column: int) -> int:
+        """Position in the source, in characters. column: in UTF-8 bytes, as in ``ast``."""
         return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
 
     def text(self, node: ast.AST) -> str:
@@ -164,7 +168,7 @@ class MutantFinder(ast.NodeVisitor):
                 root = root.value if isinstance(root, ast.Attribute) else root.func
             if isinstance(root, ast.Name) and root.id in REPORTING:
                 return
-            self.add(node, "pass")
+            self.add(node, "pass")  # removes the call
         self.generic_visit(node)
 
     def visit_keyword(self, node: ast.keyword) -> None:
@@ -221,8 +225,9 @@ class MutantFinder(ast.NodeVisitor):
             self.add(node, NAMES[node.id])
 
     def visit_Call(self, node: ast.Call) -> None:
-        plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
-        if len(plain) == len(node.args) >= 2 and not isinstance(node.args[0], ast.Constant):
+        """Swap the first two arguments."""
+        unstarred = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+        if len(unstarred) == len(node.args) >= 2 and not isinstance(node.args[0], ast.Constant):
             first, second = node.args[:2]
             self.add(first, f"{self.text(second)}, {self.text(first)}", last=second)
         self.generic_visit(node)
@@ -256,8 +261,8 @@ class Record:
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests that can detect a mutant, quickest first: those that execute its line.
 
-        A line outside functions is executed at import, and any test may depend on it. All tests are returned in this case,
-        those that execute the file first.
+        A line outside functions is executed at import, and any test may depend on it. For such a line, all tests are returned,
+        starting with those that execute the file.
         """
         lines = self.executed.get(mutant.path, {})
         tests_of_file = set().union(*lines.values())
@@ -309,8 +314,8 @@ def read_record() -> Record:
         lines = {}
         for line, contexts in data.contexts_by_lineno(file).items():
             # A context has the form TEST or TEST|PHASE, such as "tests/x.py::test_y|run".
-            names = {part for context in contexts for part in context.split("|") if "::" in part}
-            lines[line] = names
+            tests = {part for context in contexts for part in context.split("|") if "::" in part}
+            lines[line] = tests
         executed[file] = lines
     return Record(executed, json.loads((folder / "seconds.json").read_text()))
 
@@ -335,7 +340,7 @@ def run_tests(mutant: Mutant, tests: Sequence[str], seconds: Mapping[str, float]
                 shutil.copy2(ROOT / file, target)
         mutated_file = Path(folder) / mutant.path
         mutated_file.write_text(mutant.apply(mutated_file.read_text()))
-        # Two runs of pytest, since pytest may reorder the tests within one run.
+        # Two runs of pytest, so that quick tests run first: within one run, pytest may reorder the tests.
         quick = [test for test in tests if seconds.get(test, 0.0) < QUICK]
         slow = [test for test in tests if seconds.get(test, 0.0) >= QUICK]
         passed = all(
@@ -347,7 +352,7 @@ def run_tests(mutant: Mutant, tests: Sequence[str], seconds: Mapping[str, float]
 
 
 def _tests_pass(tests: Sequence[str], folder: str, *, timeout: float) -> bool:
-    """Whether tests pass in a copy of the project. A run that takes longer than ``timeout`` seconds has failed."""
+    """Whether tests pass in a copy of the project. A run that takes longer than ``timeout`` seconds counts as failed."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", f"--basetemp={folder}/tmp"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, *tests],
@@ -401,7 +406,9 @@ def main() -> None:
     sampling.add_argument("paths", nargs="*", default=list(PACKAGES), help="files or directories; default: all code")
     sampling.add_argument("--number", type=int, default=60, help="number of mutants")
     sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--budget", type=float, default=120, help="maximum seconds of tests per mutant, quickest tests first")
+    sampling.add_argument(
+        "--budget", type=float, default=120, help="maximum seconds of tests per mutant; quickest tests run first"
+    )
     args, rest = parser.parse_known_args()
     if args.mode == "record":
         record(rest)

@@ -47,7 +47,7 @@ def pack(
     Args:
         archive: zip or tar.
         short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
-        quality: JPEG quality of downscaled JPEG files; other formats are downscaled to PNG.
+        quality: JPEG quality of downscaled JPEG files; downscaled files of other formats are written as PNG.
         shard_size: images per tar file.
         workers: processes for downscaling; 0: the calling process.
 
@@ -55,7 +55,8 @@ def pack(
         The index of the archives. Every image has been read back and verified.
 
     Raises:
-        DataError: there are no images, the target exists, a name or an image is invalid, or the disk is full.
+        DataError: there are no images, the target already has this split or other classes, a name or an image is invalid, an
+            archive cannot be written, or its contents differ when read back.
     """
     index = index_folder(source / split)
     check_names(index, archive)
@@ -95,7 +96,7 @@ def pack(
 
 
 def check_names(index: Index, archive: str) -> None:
-    """Reject names that an archive or its map cannot contain.
+    """Reject names that an archive, its map file or the list of classes cannot contain.
 
     Raises:
         DataError: a name is not allowed.
@@ -144,6 +145,7 @@ def _in_rounds(pool, count: int) -> Iterator[bytes]:
 
 
 def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -> bytes:
+    """Bytes of an image file, downscaled if the shorter side exceeds ``short_side`` pixels."""
     try:
         data = dataset.read(position)
     except (OSError, ValueError) as error:
@@ -183,7 +185,7 @@ def _write(archive: str, folder: Path, split: str, index: Index, files: Iterable
         with tarfile.open(folder / f"{split}-{shard_number:06d}.tar", "w") as shard_file:
             for position in range(start, min(start + shard_size, len(index))):
                 path = PurePosixPath(index.name(position))
-                key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset's key ends at the first dot
+                key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset keys must not contain dots
                 while key in keys:
                     key = f"{key}-{position}"
                 keys.add(key)
@@ -199,7 +201,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> None:
-    """Check that archives have the labels and classes of the source index, and images with these sha256 digests."""
+    """Check that archives have the labels and classes of the source index, and that their images have the given sha256."""
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
         raise DataError(f"{packed.source}: its labels or classes differ from those of the source; the disk may be faulty")

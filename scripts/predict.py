@@ -1,7 +1,7 @@
-"""Classify unlabelled images. Write the top-k predictions as CSV and JSON, and a picture of images with their predictions.
+"""Classify unlabelled images. Write the top-k predictions as CSV and JSON, and a PNG of some images with their predictions.
 
-Model, input size and class names are read from the checkpoint. Unreadable images are listed with the reason in the CSV, the
-JSON and the log; the exit status is then 1.
+Model, input size and class names are read from the checkpoint. If there are unreadable images, they are listed with the
+reason in the CSV, the JSON and the log, and the exit status is 1.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
 
-GRID = 36  # maximum number of images in the picture
+GRID = 36  # maximum number of images in the PNG
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
     )
     args = parser.parse_args()
     for name in ("top_k", "batch_size"):
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     readable = [prediction for prediction in predictions if not prediction.error]
     written = ["predictions.csv", "predictions.json"]
     if readable:
-        step = max(len(readable) / GRID, 1)  # evenly spaced, since images are often ordered by class
+        step = max(len(readable) / GRID, 1)  # show evenly spaced images, since images are often ordered by class
         shown = [readable[int(position * step)] for position in range(min(GRID, len(readable)))]
         captions = [f"{names[p.class_ids[0]]}: {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in shown]
         pictures = [decode_image(p.image.read_bytes()) for p in shown]

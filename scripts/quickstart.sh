@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-processes=$((gpus == 1 ? 1 : 2))
+processes=$((gpus == 1 ? 1 : 2)) # one process per GPU, at most two; two processes on a CPU
 data=quickstart/digits
 output=quickstart/output
 

@@ -13,13 +13,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-readonly STOPPED=75 # exit status of main.py: stopped by a signal, with its state saved
+readonly STOPPED=75 # exit status of main.py if a signal stopped it and its state is saved
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export MASTER_ADDR MASTER_PORT
-trap : TERM # a signal must not end this script before its processes have saved their state
+trap : TERM # SIGTERM must not end this script before its processes have saved their state
 
 status=0
 # shellcheck disable=SC2016 # the variables are expanded in each process, not here

@@ -5,10 +5,11 @@ one or all processes, a stop signal to one process, a full disk, or damage to th
 faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including the
 undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
-After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless it is
-the one that was damaged. The final state must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
+After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless the
+fault damaged a checkpoint. The final state must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
 
-The seed determines kinds and times of the faults; which update they hit depends on the speed of the machine. Linux only.
+The seed determines the kinds and times of the faults. At which update they occur depends on the speed of the
+machine. Linux only.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class SoakError(Exception):
 
 
 def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
-    """First difference between two nested states, types included; None if they are bit-equal."""
+    """First difference in type or value between two nested states; None if they are equal."""
     if type(one) is not type(other):
         return f"{where}: {type(one).__name__} and {type(other).__name__}"
     if isinstance(one, torch.Tensor):
@@ -74,12 +75,12 @@ def read_state(folder: Path) -> dict:
 
 
 def newest_update(folder: Path) -> int:
-    """Number of updates at the newest checkpoint, from its file name; 0 if there is none."""
+    """Number of updates of the newest checkpoint, from its file name; 0 if there is none."""
     return max(map(num_updates_of, list_checkpoints(folder)), default=0)
 
 
 def newest_intact_update(folder: Path) -> int:
-    """Number of updates at the newest intact checkpoint; 0 if there is none."""
+    """Number of updates of the newest intact checkpoint; 0 if there is none."""
     path = newest_intact_checkpoint(folder)
     return 0 if path is None else num_updates_of(path)
 
@@ -157,7 +158,7 @@ class Job:
             process.wait()
 
 
-# --- Faults: each takes a running job, and returns a description
+# --- Faults: each function applies a fault to a running job, and returns a description of the fault
 
 
 def kill_one(job: Job, rng: random.Random) -> str:
@@ -172,9 +173,9 @@ def kill_all(job: Job, _rng: random.Random) -> str:
 
 
 def stop(job: Job, rng: random.Random) -> str:
-    rank, number = rng.randrange(len(job.processes)), rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-    os.kill(job.processes[rank].pid, number)
-    return f"{number.name} to rank {rank}"
+    rank, stop_signal = rng.randrange(len(job.processes)), rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    os.kill(job.processes[rank].pid, stop_signal)
+    return f"{stop_signal.name} to rank {rank}"
 
 
 def fill_disk(job: Job, _rng: random.Random) -> str:
@@ -188,9 +189,9 @@ def damage(job: Job, rng: random.Random) -> str:
     newest = newest_intact_checkpoint(job.folder)
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
-    kind, content = rng.choice(["cut", "overwritten", "empty", "a directory"]), newest.read_bytes()
+    kind, content = rng.choice(["truncated", "overwritten", "empty", "a directory"]), newest.read_bytes()
     newest.unlink()  # best.pth may be a link to the same file, which must stay intact
-    if kind == "cut":
+    if kind == "truncated":
         newest.write_bytes(content[: rng.randrange(len(content))])
     elif kind == "overwritten":
         middle = len(content) // 2
@@ -199,7 +200,7 @@ def damage(job: Job, rng: random.Random) -> str:
         newest.touch()
     else:
         newest.mkdir()
-    return f"SIGKILL to all processes, {newest.name} {kind}"
+    return f"SIGKILL to all processes, {newest.name} is now {kind}"
 
 
 FAULTS = {"kill one": kill_one, "kill all": kill_all, "stop": stop, "full disk": fill_disk, "damage": damage}
@@ -221,6 +222,7 @@ class Soak:
         print(f"[{time.monotonic() - self.begin:6.1f} s] {text}", flush=True)
 
     def minutes(self) -> float:
+        """Minutes since the start of the script."""
         return (time.monotonic() - self.begin) / 60
 
     def kill_jobs(self) -> None:
@@ -228,6 +230,7 @@ class Soak:
             job.kill()
 
     def job(self, name: str, *, num_processes: int, num_workers: int = 0, log: str = "") -> Job:
+        """Start the training command with output directory ``name``, and log file ``log``.txt (default: ``name``.txt)."""
         output = self.args.output
         job = Job(
             output / "digits",
@@ -260,10 +263,10 @@ class Soak:
         return read_state(job.folder)
 
     def train_disturbed(self, expected: dict) -> None:
-        """Train one run to its end, with faults until the time is up, and compare its final state with the expected one.
+        """Train one run to its end, with faults until --minutes have passed, and compare its final state with the expected one.
 
         Raises:
-            SoakError: the run does not finish, or its state differs.
+            SoakError: the run does not finish, its final state or ``best.pth`` differs, or as for ``disturb``.
         """
         self.num_runs += 1
         name = f"run{self.num_runs}"
@@ -291,7 +294,7 @@ class Soak:
         Raises:
             SoakError: a process does not end, a stop signal is not handled, or a checkpoint is lost.
         """
-        start = newest_update(job.folder)
+        update_at_start = newest_update(job.folder)
         delay = self.rng.uniform(0, self.args.longest_delay)
         kind = self.rng.choice([*FAULTS, SECOND_RUN])
         if kind == SECOND_RUN:
@@ -299,7 +302,7 @@ class Soak:
         job.wait(delay)
         if not job.running():
             return job.end(0)
-        update_before, has_saved = newest_intact_update(job.folder), newest_update(job.folder) > start
+        update_before, has_saved = newest_intact_update(job.folder), newest_update(job.folder) > update_at_start
         fault = FAULTS[kind](job, self.rng)
         statuses = job.end(SECONDS_TO_END)
         if set(statuses) == {DONE}:  # the fault came after the last save
@@ -307,7 +310,7 @@ class Soak:
         if kind == "stop" and has_saved and set(statuses) != {STOPPED}:
             raise SoakError(f"{fault}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
         if DONE in statuses:
-            raise SoakError(f"{fault}: exit statuses {statuses}; see {job.log}")
+            raise SoakError(f"{fault}: only some processes finished the run, exit statuses {statuses}; see {job.log}")
         update_after = newest_intact_update(job.folder)
         if kind != "damage" and update_after < update_before:
             raise SoakError(
@@ -323,10 +326,10 @@ class Soak:
         """Start the command again while the job trains: the second run must exit, and must not disturb the job.
 
         Returns:
-            The exit statuses of the first job, to which a fault is applied afterwards.
+            The exit statuses of the first job. A fault is applied to it afterwards if it still runs.
         """
-        start = newest_update(job.folder)
-        job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > start)
+        update_at_start = newest_update(job.folder)
+        job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > update_at_start)
         if not job.running():
             return job.end(0)
         second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")

@@ -1,6 +1,6 @@
 """Print the accuracies of runs, measured in training and by --eval of the saved checkpoint, and list their output files.
 
-The exit status is 1 if training and --eval of a checkpoint disagree.
+The exit status is 1 if training and --eval count different numbers of correct predictions for a checkpoint.
 """
 
 import argparse
@@ -10,7 +10,11 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Number of correct predictions by weights (raw, ema) when ``best.pth`` was written; empty if the run was not trained."""
+    """Numbers of correct predictions of the evaluation after which ``best.pth`` was written.
+
+    Returns:
+        A dictionary from weights (raw, ema) to the number; empty if the run was not trained.
+    """
     if not metrics.is_file():
         return {}
     records = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -3,7 +3,7 @@
 The page works offline. Click a patch or use the arrow keys to select the query. Menus select block, head and form of attention:
 the model's own, the convolution, their sum, and softmax, linear, focused and Efficient attention on the same queries and keys.
 <image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the model's own
-attention and its depthwise kernel over the image.
+attention and its depthwise kernel, drawn over the image.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def open_at_token_grid(args: argparse.Namespace):
     if not args.token_grid:
         return inspected
     stride = inspected.model.feature_info[0]["reduction"]
-    height, width = (stride * args.token_grid[side] for side in (0, -1))
+    height, width = (stride * args.token_grid[index] for index in (0, -1))  # a single number gives both
     return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
 
 
@@ -96,10 +96,11 @@ def main() -> None:
         type=int,
         default=[],
         metavar="N",
-        help="height and width, or one side, of the first block's token map; sets the input size (default: DATA.IMG_SIZE)",
+        help="height and width of the first block's token map, or one number for both; sets the input size (default: "
+        "DATA.IMG_SIZE)",
     )
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: the more accurate ones in training"
+        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
     )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for several test files: weights and inputs of the reference figures, toy data, and toy runs."""
+"""Fixtures and helpers for several test files: weights and inputs for the reference figures, toy data, and toy runs."""
 
 import json
 import os
@@ -51,12 +51,12 @@ def pytest_collection_modifyitems(items):
 
 
 def reference(name: str):
-    """Read a file of reference figures; tests/reference/README.md describes the files."""
+    """Read a file of reference figures: numbers measured on the paper's code, see tests/reference/README.md."""
     return json.loads((REFERENCE / f"{name}.json").read_text())
 
 
 def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values of a parameter in the models of the reference figures. The seed is the CRC-32 of its name."""
+    """Values of a parameter in the models for the reference figures, drawn with the CRC-32 of its name as the seed."""
     z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".weight") and len(shape) == 1:
         z = 1 + 0.1 * z
@@ -72,12 +72,12 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def formula_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inputs of the reference figures: standard normal values."""
+    """Model inputs for the reference figures: standard normal values."""
     return torch.tensor(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def fill_by_formula(model: torch.nn.Module) -> torch.nn.Module:
-    """Set every parameter to its value of ``formula_weight``."""
+    """Set every parameter to the values that ``formula_weight`` returns for it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(formula_weight(name, tuple(parameter.shape)))

@@ -1,4 +1,4 @@
-"""Run ``main.py``, scripts and functions in child processes, forked from the test so that nothing is imported again."""
+"""Run ``main.py``, scripts and functions in processes that are forked from the test, so that no package is imported again."""
 
 import logging
 import multiprocessing
@@ -38,15 +38,18 @@ def run_main(
     timeout: float = 120,
     prepare: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Run ``main.py`` on several processes, and send ``kill_signal`` to all of them once ``kill_when()`` is true.
+    """Run ``main.py`` in child processes, and send ``kill_signal`` to all of them once ``kill_when()`` is true.
 
     Args:
+        log: file to which the output of all processes is written.
+        processes: number of processes, which is the world size.
+        timeout: seconds after which the processes are killed and a TimeoutError is raised.
         prepare: called with the rank in every process, before ``main``.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
     log.write_text("")
     children = [
-        context.Process(target=_child, args=(arguments, rank, processes, port, log, prepare)) for rank in range(processes)
+        context.Process(target=_call_main, args=(arguments, rank, processes, port, log, prepare)) for rank in range(processes)
     ]
     for child in children:
         child.start()
@@ -65,7 +68,7 @@ def run_main(
 
 
 def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 120) -> Outcome:
-    """Run ``main`` of a script in a child process, as if it were started from the command line."""
+    """Run ``main`` of a script in a child process, as from the command line. It is killed after ``timeout`` seconds."""
     log.write_text("")
     name = Path(script.__file__).name
     child = multiprocessing.get_context("fork").Process(
@@ -79,7 +82,7 @@ def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 
 
 
 def run_in_processes(task: Callable, *arguments, processes: int, timeout: float = 120) -> None:
-    """Call ``task(world, *arguments)`` on every rank of a torch.distributed group; assert that all exit with status 0."""
+    """Call ``task(world, *arguments)`` on every rank of a torch.distributed group; assert that all ranks exit with status 0."""
     context, port = multiprocessing.get_context("fork"), free_port()
     children = [
         context.Process(target=_join_and_call, args=(task, arguments, rank, processes, port)) for rank in range(processes)
@@ -128,7 +131,7 @@ def _kill(children, kill_signal: int = signal.SIGKILL) -> None:
 
 
 def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
-    _redirect(log)
+    _redirect_output(log)
     torch.set_num_threads(1)
     warnings.resetwarnings()
     sys.argv = arguments
@@ -138,7 +141,7 @@ def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
         logging.shutdown()  # as the interpreter does at exit
 
 
-def _redirect(log: Path) -> None:
+def _redirect_output(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -146,11 +149,11 @@ def _redirect(log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
 
 
-def _child(
+def _call_main(
     arguments: list[str], rank: int, processes: int, port: int, log: Path, prepare: Callable[[int], None] | None
 ) -> None:
     os.setpgid(0, 0)
-    _redirect(log)
+    _redirect_output(log)
     torch.set_num_threads(1)
     warnings.resetwarnings()
     if processes > 1:

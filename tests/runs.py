@@ -16,11 +16,12 @@ class Linear(nn.Linear):
 
 
 def assert_equal(one, other, where="checkpoint"):
-    """Assert that two states are bit-equal and have the same types."""
+    """Assert that two states are bit-equal and have the same types. ``where`` names the states in the error."""
     difference = find_difference(one, other, where)
     assert difference is None, difference
 
 
 def toy_arguments(toy_config, toy_data, output, *opts):
+    """Command-line arguments of ``main.py`` for a toy run. ``opts``: KEY, VALUE, ... for --opts."""
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output]
     return [*arguments, "--opts", *map(str, opts)] if opts else arguments

@@ -30,7 +30,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """Serve ``bodies`` by name, at ``server.url`` plus "/NAME". ``server.requests`` lists the requested paths."""
+    """Serve each body at ``server.url`` plus "/" plus its name. ``server.requests`` lists the requested paths."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.bodies = bodies
     server.requests = []

@@ -1,4 +1,4 @@
-"""Ablations: validation of the file, resuming, and the table of results."""
+"""Ablations: validation of the ablation file, resuming, and the table of results."""
 
 import json
 
@@ -50,7 +50,10 @@ def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config
 
 
 def test_differences_are_paired_by_seed():
-    """By hand: differences 1, 2, 3 have mean 2 and deviation 1; the t quantile for 2 degrees of freedom is 4.3027."""
+    """The differences 1, 2 and 3 have mean 2 and standard deviation 1.
+
+    The 97.5 % quantile of Student's t with two degrees of freedom is 4.3027.
+    """
     mean, half_width = paired_difference([10.0, 20.0, 30.0], [11.0, 22.0, 33.0])
     assert mean == pytest.approx(2)
     assert half_width == pytest.approx(4.3027 / 3**0.5, abs=1e-4)

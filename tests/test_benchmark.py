@@ -28,7 +28,7 @@ def test_traffic_counts_the_bytes_that_kernels_read_and_write():
         y += row  # reads 60 and 6, writes 60
         torch.mul(x, row.expand(10, 6), out=out)  # reads 60 and the 6 stored elements of the row, writes 60
         out.copy_(y)  # reads 60, writes 60
-        y.square()  # reads its argument once, writes 60
+        y.square()  # reads 60, writes 60
     assert counter.num_kernels == 5
     assert (counter.bytes_read, counter.bytes_written) == (BYTES_PER_FLOAT * (66 + 66 + 66 + 60 + 60), BYTES_PER_FLOAT * 5 * 60)
 
@@ -71,7 +71,7 @@ def test_the_naive_implementation_has_the_same_logits_and_gradients(name):
         torch.testing.assert_close(ours, naive, rtol=2e-3, atol=2e-4 * naive.abs().max().item())
 
 
-def test_contestants_are_the_focused_plain_softmax_and_timm_models():
+def test_contestants_are_focused_naive_softmax_and_timm_models():
     contestants = create_contestants("flatten_deit_t", 64)
     assert list(contestants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}

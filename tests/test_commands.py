@@ -25,14 +25,14 @@ from weights.reader import read_checkpoint
 ROOT = Path(__file__).parent.parent
 EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
 
-# Command without its launcher, parameters of the model in millions, job, and expected values of config keys.
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
 TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
-PLAIN = {"EMA.ENABLED": False, "AMP": False}
+PLAIN = {"EMA.ENABLED": False, "AMP": False}  # config values of a command without flags
+# For each command: its text without the launcher, the model's parameters in millions, the job, and expected config values.
 COMMANDS = [
     *(
-        (f"{TRAIN.format(name)} --find-unused-params", size, "scratch", PLAIN)
-        for name, size in {
+        (f"{TRAIN.format(name)} --find-unused-params", millions, "scratch", PLAIN)
+        for name, millions in {
             "flatten_pvt_t": 12.2,
             "flatten_pvt_s": 21.7,
             "flatten_pvt_m": 37.2,
@@ -40,8 +40,8 @@ COMMANDS = [
         }.items()
     ),
     *(
-        (TRAIN.format(name), size, "scratch", PLAIN)
-        for name, size in {
+        (TRAIN.format(name), millions, "scratch", PLAIN)
+        for name, millions in {
             "flatten_pvt_v2_b0": 3.6,
             "flatten_pvt_v2_b1": 12.9,
             "flatten_pvt_v2_b2": 22.6,
@@ -55,11 +55,11 @@ COMMANDS = [
     *(
         (
             f"{TRAIN_EMA.format(name)} --model-ema --model-ema-decay {decay}",
-            size,
+            millions,
             "scratch",
             {"EMA.ENABLED": True, "EMA.DECAY": decay, "EMA.FORCE_CPU": False},
         )
-        for name, size, decay in (
+        for name, millions, decay in (
             ("flatten_cswin_t", 21, 0.99984),
             ("flatten_cswin_s", 35, 0.99984),
             ("flatten_cswin_b", 75, 0.99982),
@@ -103,9 +103,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "millions", "job", "keys"), COMMANDS, ids=[command for command, *_ in COMMANDS])
+@pytest.mark.parametrize(("command", "millions", "job", "expected"), COMMANDS, ids=[command for command, *_ in COMMANDS])
 def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
-    command, millions, job, keys, tmp_path, monkeypatch
+    command, millions, job, expected, tmp_path, monkeypatch
 ):
     (tmp_path / "WEIGHTS").write_bytes(b"")
     (tmp_path / "IMAGENET").mkdir()
@@ -126,7 +126,7 @@ def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
     assert tmp_path / "IMAGENET" == Path(cfg.DATA.DATA_PATH)
     assert args.find_unused_params == ("--find-unused-params" in command)
     config = flatten(cfg)
-    assert {key: config[key] for key in keys} == keys
+    assert {key: config[key] for key in expected} == expected
     assert global_batch_size(cfg, EIGHT_PROCESSES.size) == cfg.TRAIN.RECIPE_BATCH_SIZE or "--batch-size" in command
     with torch.device("meta"):
         model = build_model(cfg)
@@ -219,7 +219,8 @@ def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_d
     assert "give weights with --pretrained" in outcome.output
 
 
-# Flag, or its action, or its type -> its command-line arguments, the resulting config value, another value for --opts.
+# By flag, action of a flag or type of a flag: its command-line arguments, the resulting config value, and a different value
+# for --opts.
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),

@@ -79,6 +79,7 @@ def test_commands_of_main_parse_and_their_configs_load(page, words, monkeypatch,
 
 @pytest.mark.parametrize("script", sorted({words[1] for _, words in SCRIPTS}))
 def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
+    # The word after the script, if there is one, may be a subcommand.
     used = {(tuple(words[2:3]), word) for _, words in SCRIPTS if words[1] == script for word in words if word.startswith("--")}
     module = import_module(script.removesuffix(".py").replace("/", "."))
     for next_words, flag in used:

@@ -103,7 +103,7 @@ def test_class_ids_restrict_predictions_to_the_classes_of_the_dataset():
 
 
 def test_confidence_intervals_and_mcnemar_test_match_textbook_values():
-    assert wilson_interval(8, 10) == pytest.approx((49.02, 94.33), abs=0.005)  # Wilson interval, in many textbooks
+    assert wilson_interval(8, 10) == pytest.approx((49.02, 94.33), abs=0.005)  # a common textbook example
     assert wilson_interval(0, 10) == pytest.approx((0, 27.75), abs=0.005)
     assert wilson_interval(10, 10)[1] == pytest.approx(100)
     assert mcnemar_test(1, 9) == pytest.approx(22 / 1024)  # 2 (1 + 10) / 2^10
@@ -117,7 +117,7 @@ def test_confidence_intervals_and_mcnemar_test_match_textbook_values():
     assert paired_interval(0, 0, 100) == (0, 0)
 
 
-def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
+def test_the_paired_interval_excludes_zero_exactly_if_mcnemar_test_is_significant():
     for total in range(1, 25):
         for second in range(total + 1):
             low, high = paired_interval(total - second, second, 100)
@@ -125,6 +125,7 @@ def test_the_paired_interval_excludes_zero_when_the_test_is_significant():
 
 
 def create_result(targets, predictions, num_classes=3):
+    """Result with the given top-1 predictions, in which every top-5 prediction counts as correct."""
     targets, top1 = np.array(targets), np.array(predictions)
     ranked = np.stack([top1, (top1 + 1) % num_classes], axis=1)
     correct = int((targets == top1).sum())
@@ -220,7 +221,7 @@ def test_shards_are_compared_with_image_folders_whose_file_names_contain_dots():
 def test_a_predictions_file_with_truncated_or_duplicate_rows_is_rejected(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
         (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
-        (tmp_path / "eval.json").write_text("[]")
+        (tmp_path / "eval.json").write_text("[]")  # no dictionary, so the raw weights are read
         with pytest.raises(ValueError, match="truncated row or duplicate image"):
             read(tmp_path, None)
 
@@ -258,6 +259,7 @@ def test_an_empty_predictions_file_is_rejected(tmp_path):
 
 
 def run_evaluation(checkpoint, toy_config, data, output, *arguments, processes=1):
+    """Evaluate a checkpoint. Return the directory with the results, and the output of the processes."""
     command = ["--cfg", toy_config, "--data-path", data, "--output", output, "--eval", "--resume", checkpoint, *arguments]
     outcome = run_main(command, output / "log", processes=processes)
     assert set(outcome.exit_codes) == {0}, outcome.output
@@ -269,50 +271,51 @@ def read_counts(folder):
     return {label: [result[key] for key in ("correct1", "correct5", "num_images")] for label, result in results.items()}
 
 
-def write_reference_checkpoint(path, state, entry_point):
+def write_reference_checkpoint(path, state, file_format):
     """Write a checkpoint in the format of the reference.
 
     Args:
-        entry_point: "main"; "main_ema", which also saves the EMA weights; or "wrapped", with the prefix that DDP adds.
+        file_format: "main", the format of main.py; "main_ema", which adds the EMA weights; or "wrapped", main.py's format with
+            DDP's prefix in the parameter names.
     """
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin", "NUM_CLASSES": 3}), "TRAIN": CfgNode({"BASE_LR": 5e-4})})
     content = {
-        "model": {f"module.{name}" if entry_point == "wrapped" else name: value for name, value in state["model"].items()},
+        "model": {f"module.{name}" if file_format == "wrapped" else name: value for name, value in state["model"].items()},
         "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-3)}]},
         "lr_scheduler": {"t_initial": 300, "args": argparse.Namespace(cosine=True)},
         "max_accuracy": np.float64(82.1),
         "epoch": 299,
         "config": config,
     }
-    if entry_point == "main_ema":
+    if file_format == "main_ema":
         content |= {"state_dict_ema": state["state_dict_ema"], "max_accuracy_ema": 82.2}
     torch.save(content, path)
     return path
 
 
-@pytest.mark.parametrize("entry_point", ["main", "main_ema", "wrapped"])
-def test_checkpoints_of_the_reference_evaluate_to_the_same_counts_as_ours(entry_point, trained, toy_config, toy_data, tmp_path):
+@pytest.mark.parametrize("file_format", ["main", "main_ema", "wrapped"])
+def test_checkpoints_of_the_reference_evaluate_to_the_same_counts_as_ours(file_format, trained, toy_config, toy_data, tmp_path):
     (tmp_path / "ours").mkdir()
     ours = read_counts(run_evaluation(trained, toy_config, toy_data, tmp_path / "ours")[0])
-    path = write_reference_checkpoint(tmp_path / "released.pth", read_checkpoint(trained), entry_point)
+    path = write_reference_checkpoint(tmp_path / "released.pth", read_checkpoint(trained), file_format)
     folder, output = run_evaluation(path, toy_config, toy_data, tmp_path)
-    labels = ["raw", "ema"] if entry_point == "main_ema" else ["raw"]
+    labels = ["raw", "ema"] if file_format == "main_ema" else ["raw"]
     assert read_counts(folder) == {label: ours[label] for label in labels}
     for label in labels:
         assert f"{label} weights: {ours[label][0]} of 33 correct" in output
 
 
 def test_predictions_are_the_same_for_any_number_of_processes_and_workers(trained, toy_config, toy_data, tmp_path):
-    texts = []
+    tables = []
     for number, (processes, workers) in enumerate([(1, 0), (1, 2), (2, 1)]):
         output = tmp_path / str(number)
         output.mkdir()
         opts = ["--opts", "TEST.PREDICTIONS", "True", "DATA.NUM_WORKERS", workers]
         folder, _ = run_evaluation(trained, toy_config, toy_data, output, *opts, processes=processes)
         rows = list(csv.reader((folder / "predictions_ema.csv").read_text().splitlines()))
-        texts.append([[*row[:2], *row[3:]] for row in rows])
-    assert texts[0] == texts[1] == texts[2]
-    assert len(texts[0]) == 34
+        tables.append([[*row[:2], *row[3:]] for row in rows])  # without the confidence
+    assert tables[0] == tables[1] == tables[2]
+    assert len(tables[0]) == 34
     file, pairs = read(folder, None)
     preferred = read_checkpoint(trained)["best"]["weights"]
     assert file.name == f"predictions_{preferred}.csv"

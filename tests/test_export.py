@@ -45,6 +45,7 @@ def checkpoint(toy_config, tmp_path):
 
 
 def write_evaluation(path, folder, digest=None):
+    """Write ``eval.json`` for the checkpoint at ``path``, or for a checkpoint with another SHA-256 ``digest``."""
     result = {"correct1": 20, "correct5": 33, "num_images": 33, "acc1": 60.606, "acc5": 100.0, "acc1_interval_95": [43.7, 75.3]}
     record = {"sha256": digest or sha256(path), "results": {"ema": result}, "data": "/data/toy", "precision": "float32"}
     (folder / "eval.json").write_text(json.dumps(record | {"versions": {"torch": "2.11"}}))
@@ -129,7 +130,7 @@ assert other(torch.load(sys.argv[2])).shape[1] == 7
 
 
 def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monkeypatch):
-    """In a new process, check the logits, the preprocessing of the config, feature extraction, and a new head."""
+    """In a new process, check the logits, the preprocessing settings, feature extraction, and the replacement of the head."""
     path, ema_model = checkpoint
     options = ["TEST.CROP_MODE=short", "TEST.CROP_PCT=0.8", "DATA.MEAN=[0.5, 0.4, 0.3]", "TEST.INTERPOLATION=bilinear"]
     run(monkeypatch, path, tmp_path / "out", "--opts", *options)
@@ -138,8 +139,8 @@ def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monke
     arguments = [str(tmp_path / name) for name in ("out", "images.pt", "found.pt")]
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", TIMM_PROGRAM, *arguments]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
     timm_results = torch.load(tmp_path / "found.pt")
     with torch.no_grad():
         # The tolerance allows for the order of summation, which depends on the number of threads.

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: FLATTEN_TEST_GPU=1 python -m pytest tests/test_gpu.py"""
+"""Tests that need a GPU. Run them with: FLATTEN_TEST_GPU=1 python -m pytest tests/test_gpu.py"""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_operator_outputs_and_gradients_on_gpu_equal_those_on_cpu():
     tokens = [torch.randn(4, 196, 96) for _ in range(3)]
     results = []
     for device in (torch.device("cpu"), GPU):
-        module, inputs = operator.to(device), [part.to(device).requires_grad_() for part in tokens]
+        module, inputs = operator.to(device), [tensor.to(device).requires_grad_() for tensor in tokens]
         with torch.backends.cudnn.flags(allow_tf32=False):
             out = module(*inputs)
             results.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])

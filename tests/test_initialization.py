@@ -84,7 +84,7 @@ def test_a_file_in_place_of_the_output_directory_is_rejected_by_run_and_check(le
 
 
 def test_the_check_detects_the_same_problems_as_the_run(uninterrupted, toy_config, toy_data, tmp_path):
-    """A later checkpoint is rejected, a damaged one is skipped, and the directory of a running run is rejected."""
+    """Starts before an existing checkpoint and in a locked directory are rejected, and a damaged checkpoint is skipped."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
@@ -238,13 +238,13 @@ def test_evaluation_applies_the_arithmetic_of_the_config(trained, toy_config, to
 
 
 @pytest.mark.parametrize(
-    ("num_updates", "evaluated", "expected"),
+    ("num_updates", "last_evaluation", "expected"),
     [(40, 40, False), (49, 49, False), (50, 40, False), (50, 50, True), (60, 60, True)],
 )
-def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, evaluated, expected, toy_config):
-    """4 epochs and 1 cooldown epoch, of 10 updates each."""
+def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, last_evaluation, expected, toy_config):
+    """The run has 4 epochs and 1 cooldown epoch, of 10 updates each."""
     cfg = load_config(toy_config, ["TRAIN.EPOCHS", 4, "TRAIN.COOLDOWN_EPOCHS", 1])
-    saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": evaluated}
+    saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": last_evaluation}
     assert is_finished(saved, cfg) is expected
 
 
@@ -302,7 +302,7 @@ def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(tmp_path):
 
 
 def test_incomplete_weights_are_rejected_for_evaluation(trained, toy_config, toy_data, tmp_path):
-    """Entries that are missing, such as the head, would be evaluated with their random initial values."""
+    """Missing entries, such as the head, would have random values in the evaluation."""
     state = read_checkpoint(trained)
     for name, dropped in (("headless", ("head.weight", "head.bias")), ("normless", ("norm.weight",))):
         weights = {key: value for key, value in state["model"].items() if key not in dropped}

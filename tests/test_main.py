@@ -70,7 +70,7 @@ DAMAGES = {
 def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     damage, uninterrupted, toy_config, toy_data, tmp_path
 ):
-    """The same command ends bit-equal to an uninterrupted run, and renames the damaged file (R13)."""
+    """The resumed run ends bit-equal to an uninterrupted run, and renames the damaged file (R13)."""
     folder, processes = tmp_path / "toy/default", 1
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     killed = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, processes=processes)
@@ -86,7 +86,7 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
 
 
 def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    """A kill after the rename of a checkpoint and before its link leaves best.pth missing, or from an earlier evaluation."""
+    """If a run is killed before it links a new best checkpoint, best.pth is missing, or is from an earlier evaluation."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     state = read_checkpoint(list_checkpoints(folder)[0])
@@ -106,8 +106,8 @@ def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupt
 
 
 def test_the_best_accuracy_of_another_run_is_reset_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    start = list_checkpoints(uninterrupted(1))[0]
-    state = read_checkpoint(start)
+    newest = list_checkpoints(uninterrupted(1))[0]
+    state = read_checkpoint(newest)
     torch.save(state | {"num_updates": 12, "best": state["best"] | {"acc1": 99.0, "num_updates": 6}}, tmp_path / "other.pth")
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     outcome = run_main([*arguments, "--resume", tmp_path / "other.pth"], tmp_path / "log")
@@ -337,6 +337,7 @@ def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(
     assert "1 unreadable so far" in outcome.output
 
 
+# Files of --resume and of --pretrained, and the newest checkpoint of the output directory.
 NAMED, WEIGHTS, NEWEST = "named.pth", "weights.pth", "checkpoint_000000007.pth"
 REFUSED = ("refused", "give one of --resume and --pretrained")
 

@@ -65,7 +65,9 @@ def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(t
         top = entries[str(path)]["predictions"]
         assert (top[0]["class_id"], top[0]["class"]) == (class_id, f"class{class_id}")
         assert top[0]["confidence"] == pytest.approx(confidence, abs=1e-4)
-        assert sum(entry["confidence"] for entry in top) == pytest.approx(1)  # all three classes
+        assert sum(entry["confidence"] for entry in top) == pytest.approx(
+            1
+        )  # the predictions of an image include all three classes
         assert [entry["confidence"] for entry in top] == sorted((entry["confidence"] for entry in top), reverse=True)
     assert record["weights"] == read_checkpoint(trained)["best"]["weights"]
     with open(output / "predictions.csv", newline="", encoding="utf-8") as file:
@@ -90,7 +92,7 @@ def test_predict_accepts_a_single_file_and_top_k(trained, images, tmp_path):
     assert len(entry["predictions"]) == 1
 
 
-def test_directories_are_searched_by_suffix_and_named_files_are_always_used(images, tmp_path):
+def test_directories_are_searched_by_suffix_and_explicit_files_may_have_any_suffix(images, tmp_path):
     assert len(find_images([images])) == 12
     assert find_images([images / "notes.txt"]) == [images / "notes.txt"]
     (tmp_path / "none").mkdir()

@@ -10,7 +10,7 @@ IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an 
 
 
 def expected_values(recipe: dict) -> dict[str, object]:
-    """A recipe with our keys and types: EMA has its own switch, and the reduction ratios are a string."""
+    """Convert a recipe to our keys and types: EMA has its own switch, and the reduction ratios are a string."""
     values = {key: value for key, value in recipe.items() if key not in IGNORED}
     decay = values.pop("EMA.DECAY")
     values["EMA.ENABLED"] = decay is not None
@@ -47,6 +47,7 @@ def reference_spelling(key: str, value: object) -> str:
 
 
 def reference_yaml(recipe: dict) -> str:
+    """Format a recipe as a YAML file of the reference."""
     lines, open_sections = [], ()
     for key, value in sorted(recipe.items()):
         if key in ("processes", "EMA.DECAY"):  # in the reference, EMA is a command-line option

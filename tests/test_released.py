@@ -22,8 +22,8 @@ from utils.config import load_config
 from weights.download import cached_path
 
 CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # class ids of ImageNet-1K
-# Image size in pixels. The released files are for 224; smaller sizes are faster. CSwin needs 224: its stripes would cover a
-# smaller map completely, which changes the model.
+# Model -> image size in pixels. The released files are for 224; smaller sizes are faster. CSwin needs 224: its stripes would
+# cover a smaller map completely, which changes the model.
 SIZES = {"flatten_pvt_v2_b0": 64, "flatten_pvt_t": 64, "flatten_swin_t": 64, "flatten_cswin_t": 224}
 # Model -> entries of the reference's file that our model does not have: PVT's unused norm, Swin's constant buffers.
 UNUSED_ENTRIES = {
@@ -43,7 +43,7 @@ def reference_file(name: str, state: dict) -> bytes:
         "epoch": 299,
         "config": CfgNode({"MODEL": CfgNode({"TYPE": "another", "RESUME": ""}), "TRAIN": CfgNode({"BASE_LR": 1e-3})}),
     }
-    if "cswin" in name:
+    if "cswin" in name:  # the raw weights are zeros, so that only the EMA weights give the expected result
         content |= {"model": {key: torch.zeros_like(value) for key, value in state.items()}, "state_dict_ema": state}
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -51,7 +51,7 @@ def reference_file(name: str, state: dict) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
+def noise_images(tmp_path_factory):
     """Directory with validation images of random noise in three ImageNet classes."""
     root = tmp_path_factory.mktemp("photographs")
     for label, folder in enumerate(CLASSES):
@@ -63,7 +63,7 @@ def photographs(tmp_path_factory):
 
 
 def count_correct(model: torch.nn.Module, name: str, root) -> int:
-    """Count the correct predictions among the three classes, one image at a time."""
+    """Count the correct predictions, which are restricted to the three classes, one image at a time."""
     cfg = load_config(CONFIGS / f"{name}.yaml", ["DATA.IMG_SIZE", SIZES[name]])
     transform, normalize = build_preprocessing(cfg).create_transform(), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
     class_ids, correct = list(CLASSES.values()), 0
@@ -76,14 +76,14 @@ def count_correct(model: torch.nn.Module, name: str, root) -> int:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_processes(name, photographs, tmp_path, monkeypatch):
+def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_processes(name, noise_images, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     state = create_model(name).state_dict()
     with serve({name: reference_file(name, state)}) as server:
         monkeypatch.setitem(RELEASED, name, Released(name, f"{server.url}/{name}/?dl=1", 224, 30.0, None))
         options = ["TEST.CLASS_MAP=imagenet", f"DATA.IMG_SIZE={SIZES[name]}", "DATA.NUM_WORKERS=0"]
-        arguments = ["--eval", "--resume", name, "--data-path", photographs, "--output", tmp_path / "out", "--opts", *options]
+        arguments = ["--eval", "--resume", name, "--data-path", noise_images, "--output", tmp_path / "out", "--opts", *options]
         outcome = run_main(arguments, tmp_path / "log", processes=2)
         assert outcome.exit_codes == [0, 0], outcome.output
         assert len(server.requests) == 1
@@ -91,7 +91,7 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
     model = create_model(name, img_size=SIZES[name]).eval()
     model.load_state_dict(state)  # resizes the position tables
     result = record["results"]["ema" if "cswin" in name else "raw"]
-    assert (result["correct1"], result["num_images"]) == (count_correct(model, name, photographs), 12)
+    assert (result["correct1"], result["num_images"]) == (count_correct(model, name, noise_images), 12)
     assert record["preferred"] == ("ema" if "cswin" in name else "raw")
     assert record["published"]["acc1"] == 30.0
     low, high = result["acc1_interval_95"]
@@ -99,18 +99,18 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
     assert f"measured on 12 images, 30.000 published, which is {verdict} the 95 % interval" in outcome.output
 
 
-def test_an_unreleased_model_name_is_rejected_with_the_list_of_released_models(photographs, tmp_path):
-    arguments = ["--eval", "--resume", "flatten_pvt_m", "--data-path", photographs]
+def test_an_unreleased_model_name_is_rejected_with_the_list_of_released_models(noise_images, tmp_path):
+    arguments = ["--eval", "--resume", "flatten_pvt_m", "--data-path", noise_images]
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert "flatten_pvt_m: no such file or released model; released models are flatten_pvt_t" in outcome.output
 
 
-def test_a_failed_download_reports_where_to_save_the_file(photographs, tmp_path, monkeypatch):
+def test_a_failed_download_reports_where_to_save_the_file(noise_images, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     name = "flatten_pvt_v2_b0"
     monkeypatch.setitem(RELEASED, name, Released(name, "http://127.0.0.1:9/f/?dl=1", 224, 71.098, 90.596))
-    arguments = ["--eval", "--resume", name, "--data-path", photographs, "--opts", "TEST.CLASS_MAP=imagenet"]
+    arguments = ["--eval", "--resume", name, "--data-path", noise_images, "--opts", "TEST.CLASS_MAP=imagenet"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [2, 2]
     assert f"save it as {cached_path(RELEASED[name].url, name)}" in outcome.output

@@ -29,8 +29,8 @@ from weights.reader import CheckpointError, preferred_weights, read_checkpoint
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments, log, **options):
-    return run_main(list(arguments), log / "log", **options)
+def run(*arguments, log_folder, **options):
+    return run_main(list(arguments), log_folder / "log", **options)
 
 
 def copy_run(trained: Path, folder: Path) -> Path:
@@ -40,7 +40,7 @@ def copy_run(trained: Path, folder: Path) -> Path:
 
 
 def rename_classes(toy_data: Path, folder: Path, names: list[str]) -> Path:
-    """Create a dataset in ``folder`` with the toy images of class0, class1, ... under other class names."""
+    """Create a dataset in ``folder`` with the toy images of class0, class1, ... in directories with the given ``names``."""
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True)
         for label, name in enumerate(names):
@@ -52,7 +52,7 @@ def rename_classes(toy_data: Path, folder: Path, names: list[str]) -> Path:
 
 
 def test_evaluation_prefers_the_weights_that_were_best_in_training(trained, toy_data, tmp_path):
-    """Training, --eval and ``auto`` prefer the same weights."""
+    """Training, --eval and the scripts with ``--weights auto`` prefer the same weights."""
     state = read_checkpoint(trained)
     best = state["best"]
     assert preferred_weights(state) == best["weights"]
@@ -60,7 +60,7 @@ def test_evaluation_prefers_the_weights_that_were_best_in_training(trained, toy_
     assert preferred_weights(state | {"best": best | {"weights": "ema"}}) == "ema"
     assert preferred_weights({"model": state["model"], "state_dict_ema": state["state_dict_ema"]}) == "ema"
     path = copy_run(trained, tmp_path / "run")
-    outcome = run("--eval", "--resume", path, "--data-path", toy_data, log=tmp_path)
+    outcome = run("--eval", "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert outcome.output.splitlines()[-1].endswith(f" * Acc@1 {best['acc1']:.3f}")
     assert json.loads((tmp_path / "run/eval.json").read_text())["preferred"] == best["weights"]
@@ -70,7 +70,7 @@ def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(tr
     """Model, image size, classes and data path come from the checkpoint."""
     path = copy_run(trained, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    outcome = run("--eval", "--resume", path, log=tmp_path, processes=2)
+    outcome = run("--eval", "--resume", path, log_folder=tmp_path, processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
     record = json.loads((tmp_path / "elsewhere/eval.json").read_text())
     assert record["preprocessing"]["img_size"] == 40
@@ -78,13 +78,13 @@ def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(tr
     assert not (tmp_path / "output").exists()
 
 
-def test_a_config_that_differs_from_the_checkpoint_is_logged_and_keeps_the_output_directory(trained, toy_data, tmp_path):
+def test_evaluation_with_a_different_config_logs_the_differences_and_writes_next_to_the_checkpoint(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     other = tmp_path / "other.yaml"
     tree = yaml.safe_load((path.parent / "config.yaml").read_text())
     tree["MODEL"]["NAME"], tree["DATA"]["IMG_SIZE"] = "other", 32
     other.write_text(yaml.safe_dump(tree))
-    outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log=tmp_path)
+    outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "DATA.IMG_SIZE was 40 in the checkpoint, now it is 32" in outcome.output
     assert json.loads((tmp_path / "run/eval.json").read_text())["preprocessing"]["img_size"] == 32
@@ -94,7 +94,7 @@ def test_a_config_that_differs_from_the_checkpoint_is_logged_and_keeps_the_outpu
 def test_an_evaluation_with_a_tag_writes_to_the_directory_of_the_tag(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--eval", "--resume", path, "--data-path", toy_data, "--output", tmp_path / "out", "--tag", "second"]
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert (tmp_path / "out/toy/second/eval.json").is_file()
     assert not (tmp_path / "run/eval.json").exists()
@@ -102,7 +102,7 @@ def test_an_evaluation_with_a_tag_writes_to_the_directory_of_the_tag(trained, to
 
 def test_evaluating_weights_without_a_config_requires_cfg(trained, toy_data, tmp_path):
     torch.save(read_checkpoint(trained)["model"], tmp_path / "bare.pth")
-    outcome = run("--eval", "--resume", tmp_path / "bare.pth", "--data-path", toy_data, log=tmp_path)
+    outcome = run("--eval", "--resume", tmp_path / "bare.pth", "--data-path", toy_data, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "has weights but no config; give its training config with --cfg" in outcome.output
 
@@ -121,13 +121,13 @@ def test_a_fine_tuned_run_is_evaluated_with_its_own_config_file(trained, toy_dat
     config = path.parent / "config.yaml"
     config.write_text(config.read_text().replace("PRETRAINED: ''", "PRETRAINED: gone.pth"))
     assert load_config(config).MODEL.PRETRAINED == "gone.pth"
-    outcome = run("--cfg", config, "--eval", "--resume", path, "--data-path", toy_data, log=tmp_path)
+    outcome = run("--cfg", config, "--eval", "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
 
 
 def test_the_directory_of_a_run_resolves_to_its_best_checkpoint(trained, tmp_path):
     assert locate(trained.parent).path == trained
-    outcome = run("--eval", "--resume", tmp_path, log=tmp_path)
+    outcome = run("--eval", "--resume", tmp_path, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "is a directory without best.pth; give a checkpoint file" in outcome.output
     with pytest.raises(CheckpointError, match="no such file or released model; released models are flatten_pvt_t"):
@@ -142,18 +142,18 @@ def test_class_names_are_stored_and_different_class_names_are_rejected(trained, 
     assert read_checkpoint(trained)["class_names"] == ["class0", "class1", "class2"]
     path = copy_run(trained, tmp_path / "run")
     others = rename_classes(toy_data, tmp_path / "others", ["airplane", "deer", "dog"])
-    outcome = run("--eval", "--resume", path, "--data-path", others, log=tmp_path)
+    outcome = run("--eval", "--resume", path, "--data-path", others, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "class 0 is 'airplane' here, but 'class0' there" in outcome.output
     numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])  # numbers do not identify classes
-    assert run("--eval", "--resume", path, "--data-path", numbers, log=tmp_path).exit_codes == [0]
+    assert run("--eval", "--resume", path, "--data-path", numbers, log_folder=tmp_path).exit_codes == [0]
 
 
 def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data, tmp_path):
     copy_run(trained, tmp_path / "toy/default")
     others = rename_classes(toy_data, tmp_path / "others", ["class0", "class1", "class3"])
     arguments = ["--cfg", toy_config, "--data-path", others, "--output", tmp_path]
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "class class2 is missing, class class3 is new" in outcome.output
 
@@ -161,11 +161,11 @@ def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data,
 def test_a_different_number_of_classes_suggests_a_class_map_only_in_evaluation(trained, toy_config, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
-    outcome = run("--eval", "--resume", path, "--data-path", two, log=tmp_path)
+    outcome = run("--eval", "--resume", path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "add --opts TEST.CLASS_MAP" in outcome.output
     assert "MODEL.NUM_CLASSES 2" not in outcome.output
-    outcome = run("--cfg", toy_config, "--output", tmp_path, "--data-path", two, log=tmp_path)
+    outcome = run("--cfg", toy_config, "--output", tmp_path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "add --opts MODEL.NUM_CLASSES 2" in outcome.output
 
@@ -176,7 +176,7 @@ def test_a_class_map_with_a_single_class_is_rejected(trained, toy_data, tmp_path
     (tmp_path / "one/val/class1").symlink_to(toy_data / "val/class1")
     (tmp_path / "map.txt").write_text("class1 1\n")
     arguments = ["--eval", "--resume", path, "--data-path", tmp_path / "one", "--opts", "TEST.CLASS_MAP", tmp_path / "map.txt"]
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "every prediction would be correct" in outcome.output
 
@@ -190,13 +190,15 @@ def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_c
     lock = RunLock(folder)
     lock.acquire()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, log=tmp_path)
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert f"another run writes there (process {os.getpid()} on " in outcome.output
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     lock.release()
     short = ["--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]
-    assert run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, *short, log=tmp_path).exit_codes == [0]
+    assert run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, *short, log_folder=tmp_path).exit_codes == [
+        0
+    ]
 
 
 def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, tmp_path):
@@ -205,7 +207,7 @@ def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, 
     for kill_signal in (signal.SIGINT, signal.SIGTERM):
         shutil.rmtree(folder, ignore_errors=True)
         options = {"kill_when": lambda: any(folder.glob("checkpoint_*.pth")), "kill_signal": kill_signal}
-        outcome = run(*arguments, log=tmp_path, **options)
+        outcome = run(*arguments, log_folder=tmp_path, **options)
         assert outcome.exit_codes == [75], outcome.output
         assert "Traceback" not in outcome.output
         assert outcome.output.splitlines()[-1].endswith("which is saved; the same command resumes there")
@@ -217,7 +219,7 @@ def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_pa
         jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]
-    outcome = run(*arguments, log=tmp_path, prepare=prepare)
+    outcome = run(*arguments, log_folder=tmp_path, prepare=prepare)
     assert outcome.exit_codes == [130], outcome.output
     assert "Traceback" not in outcome.output
     assert outcome.output.splitlines()[-1].endswith("WARNING stopped")
@@ -231,10 +233,10 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
 
     output = tmp_path / "output"
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]
-    outcome = run(*arguments, log=tmp_path, prepare=prepare)
+    outcome = run(*arguments, log_folder=tmp_path, prepare=prepare)
     assert outcome.exit_codes == [-signal.SIGTERM], outcome.output
     assert len(list(tmp_path.glob(".dry_run*"))) == 1
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert not list(tmp_path.glob(".dry_run*"))
 
@@ -244,7 +246,7 @@ def test_a_check_does_not_delete_the_directory_of_a_running_check(toy_config, to
     running.mkdir()
     lock = RunLock(running)
     lock.acquire()
-    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check", log=tmp_path)
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check", log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert [path.name for path in tmp_path.glob(".dry_run*")] == [running.name]
     lock.release()
@@ -255,7 +257,7 @@ def test_an_error_in_all_processes_ends_each_of_them_with_status_2(toy_config, t
     (tmp_path / "bad/train").symlink_to(toy_data / "train")
     for _ in range(3):
         outcome = run(
-            "--cfg", toy_config, "--data-path", tmp_path / "bad", "--output", tmp_path / "out", log=tmp_path, processes=2
+            "--cfg", toy_config, "--data-path", tmp_path / "bad", "--output", tmp_path / "out", log_folder=tmp_path, processes=2
         )
         assert outcome.exit_codes == [2, 2], outcome.output
         assert "terminate called" not in outcome.output
@@ -265,7 +267,7 @@ def test_an_error_in_all_processes_ends_each_of_them_with_status_2(toy_config, t
 def test_a_run_does_not_resume_with_a_different_image_size(trained, toy_config, toy_data, tmp_path):
     copy_run(trained, tmp_path / "toy/default")
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "DATA.IMG_SIZE", "48"]
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "DATA.IMG_SIZE=40, now it is 48: a resumed run cannot change it" in outcome.output
     assert "Traceback" not in outcome.output
@@ -274,14 +276,14 @@ def test_a_run_does_not_resume_with_a_different_image_size(trained, toy_config, 
 def test_evaluation_with_the_config_of_another_model_names_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
-    outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log=tmp_path)
+    outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log_folder=tmp_path)
     assert outcome.exit_codes == [2]
     assert "its own config is that of toy" in outcome.output
 
 
 def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.COOLDOWN_EPOCHS=1"]
-    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log=tmp_path)
+    outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "1 process on cpu" in outcome.output
     assert "2 epochs (1 and 1 of cooldown) of 12 updates, which use 96 of 102 images" in outcome.output
@@ -294,7 +296,7 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
 
 def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "4"]
-    outcome = run(*arguments, log=tmp_path, processes=2)
+    outcome = run(*arguments, log_folder=tmp_path, processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
     assert outcome.output.count("the recipe has 64 images") == 1
     assert "add --opts DATA.GLOBAL_BATCH_SIZE 64" in _batch_advice(64, 8, 102)
@@ -304,7 +306,7 @@ def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_confi
 
 def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check"]
-    outcome = run(*arguments, log=tmp_path)
+    outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "ETA" not in outcome.output
     assert "-1:" not in outcome.output
@@ -314,7 +316,9 @@ def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data,
 @pytest.mark.parametrize(
     ("decay", "num_updates", "warned"), [(0.998, 72, True), (0.9, 72, False), (0.9999, 300 * 1251, False), (0.9999, 9999, True)]
 )
-def test_an_ema_over_more_updates_than_the_run_has_logs_a_warning(decay, num_updates, warned, toy_config, caplog):
+def test_a_warning_is_logged_if_the_ema_averages_over_more_updates_than_the_run_has(
+    decay, num_updates, warned, toy_config, caplog
+):
     cfg = load_config(toy_config, ["EMA.DECAY", decay])
     with caplog.at_level(logging.WARNING):
         log_ema(cfg, num_updates, World(0, 0, 1, torch.device("cpu")))
@@ -402,7 +406,7 @@ def test_an_ema_in_host_memory_logs_a_warning_on_a_gpu(toy_config, caplog):
 
 
 def test_throughput_reports_the_model_and_the_device(toy_config, tmp_path):
-    outcome = run("--cfg", toy_config, "--throughput", log=tmp_path)
+    outcome = run("--cfg", toy_config, "--throughput", log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "toy at 40 x 40 on CPU" in outcome.output
     assert "images/s, float32" in outcome.output

@@ -1,6 +1,6 @@
 """Command-line flags and the config keys that they set.
 
-This module imports nothing heavy, so that usage errors are reported immediately.
+This module does not import torch or timm, which takes seconds, so that usage errors are reported immediately.
 """
 
 import argparse
@@ -67,7 +67,10 @@ FLAGS = {
         None,
         {"nargs": "+", "metavar": "FILE", "help": "one or more YAML configs, see configs/; optional with --eval"},
     ),
-    "--opts": (None, {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "config keys to override, or KEY=VALUE"}),
+    "--opts": (
+        None,
+        {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "override config keys: KEY VALUE or KEY=VALUE"},
+    ),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "directory with train/ and val/"}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
@@ -82,7 +85,7 @@ FLAGS = {
         {"action": "store_true", "help": "activation checkpointing, to save memory"},
     ),
     "--amp": ("AMP", {"action": "store_true", "help": "mixed precision in AMP_DTYPE, bf16 or fp16"}),
-    "--output": ("OUTPUT", {"metavar": "DIR", "help": "root of the output directories"}),
+    "--output": ("OUTPUT", {"metavar": "DIR", "help": "output directory; a run is written to DIR/<MODEL.NAME>/<TAG>"}),
     "--tag": ("TAG", {"help": "name of the run"}),
     "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint of --resume"}),
     "--check": (None, {"action": "store_true", "help": "run each part of training once; report errors and the bottleneck"}),
@@ -109,7 +112,7 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
         raise ConfigError("--model-ema and --no-model-ema: give one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
     if values["--eval"] and values["--resume"] and not values["--pretrained"]:
-        pairs += ["MODEL.PRETRAINED", ""]  # set in config.yaml of a run that started from pretrained weights
+        pairs += ["MODEL.PRETRAINED", ""]  # a run's config.yaml may set it, which conflicts with --resume
     for flag, (key, _) in FLAGS.items():
         value = values[flag]
         if key is not None and value is not None and value is not False:
@@ -183,18 +186,18 @@ def _check_folder(name: str, path: str) -> None:
         raise ConfigError(f"{name}={path}: no such directory; give the one with train/ and val/")
 
 
-def _check_weights(name: str, reference: str, configs: Path) -> None:
-    """Reject a reference that is not a URL, a file, a directory with ``best.pth``, or a model name."""
-    if not reference:
+def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
+    """Reject a checkpoint that is not a URL, a file, a directory with ``best.pth``, or a model name."""
+    if not checkpoint:
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
-    path = Path(reference).expanduser()
-    if reference.startswith(("http://", "https://")) or os.path.isfile(path):
+    path = Path(checkpoint).expanduser()
+    if checkpoint.startswith(("http://", "https://")) or os.path.isfile(path):
         return
     if os.path.isdir(path):
         if not (path / "best.pth").is_file():
-            raise ConfigError(f"{name}={reference}: is a directory without best.pth; give a checkpoint file")
+            raise ConfigError(f"{name}={checkpoint}: is a directory without best.pth; give a checkpoint file")
         return
     models = [file.stem for file in configs.glob("*.yaml")]
-    if reference not in models:
-        near = get_close_matches(reference, models, n=1) if not path.suffix else []
-        raise ConfigError(f"{name}={reference}: no such file" + (f"; did you mean the model {near[0]}?" if near else ""))
+    if checkpoint not in models:
+        near = get_close_matches(checkpoint, models, n=1) if not path.suffix else []
+        raise ConfigError(f"{name}={checkpoint}: no such file" + (f"; did you mean the model {near[0]}?" if near else ""))

@@ -1,4 +1,4 @@
-"""Background writes of logs and checkpoints. A failed log write is only logged; a failed checkpoint write ends the run."""
+"""Background writes of logs and checkpoints. A failed log write causes a warning; a failed checkpoint write ends the run."""
 
 import logging
 import os
@@ -86,7 +86,7 @@ class BackgroundWrite:
         return self._write is not None and self._write.done() and self._write.exception() is not None
 
     def close(self) -> None:
-        """Wait for the write, and log its error instead of raising it. For the end of a run, which may have another error."""
+        """Wait for the write, and log its error: raising it at the end of a run would hide an earlier error."""
         try:
             self.wait()
         except Exception as error:

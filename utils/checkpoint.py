@@ -62,7 +62,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
             f"{path}: checkpoint not written, the old ones are untouched: {error} (it needs {size} bytes, {free} are free); "
-            "make room, or lower KEEP_CHECKPOINTS; the same command resumes"
+            "free disk space, or lower KEEP_CHECKPOINTS; the same command resumes"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def link_best(path: Path, best: Path) -> None:
     def write(temporary: Path) -> None:
         try:
             os.link(path, temporary)
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -158,7 +158,9 @@ def rename_damaged(folder: Path, *, num_updates: int) -> None:
 
 
 def repair_best(best: Path, state: dict, path: Path) -> bool:
-    """Link ``best.pth`` to the checkpoint that a run resumes from, if the process was killed before it did so.
+    """Link ``best.pth`` to the checkpoint that a run resumes from, if that is the best one and is not linked yet.
+
+    This happens if the process was killed between the write of the checkpoint and its link.
 
     Args:
         best: path of ``best.pth``.
@@ -166,7 +168,7 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
         path: the checkpoint that the run resumes from.
 
     Returns:
-        Whether ``best.pth`` is now the best state that the checkpoint records. True if the run has no evaluation yet.
+        Whether ``best.pth`` is now the best checkpoint according to ``state``; also True if the run has no evaluation yet.
     """
     num_updates = state["best"]["num_updates"]
     if num_updates < 0:  # not evaluated yet

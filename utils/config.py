@@ -1,6 +1,7 @@
-"""Configuration: defaults, BASE files, config files and command line, merged in this order, then validated and frozen.
+"""Load the configuration of a run.
 
-``utils.config_keys`` defines the keys.
+Defaults, BASE files, config files and command line are merged in this order, so that later ones override earlier ones. The
+result is validated and frozen. ``utils.config_keys`` defines the keys.
 """
 
 import ast
@@ -77,7 +78,7 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
     Args:
         path: one or more YAML files, such as a model's and a recipe's; later files override earlier ones. Missing keys come
             from the BASE files, then from the defaults.
-        opts: key, value, key, value ... that override the files.
+        opts: KEY, VALUE, ... or KEY=VALUE, ...; they override the files.
 
     Raises:
         ConfigError: unknown key, wrong type, illegal value, missing file or cyclic BASE files.
@@ -96,9 +97,9 @@ def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, secti
 
     Args:
         tree: the stored configuration as nested dictionaries.
-        opts: key, value, key, value ... that override the stored values.
+        opts: KEY, VALUE, ... or KEY=VALUE, ...; they override the stored values.
         source: file name, for messages.
-        sections: prefixes of the keys to read; empty reads all.
+        sections: prefixes of the keys to read; () reads all keys.
 
     Raises:
         ConfigError: an illegal value.
@@ -125,8 +126,8 @@ def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
     return cfg
 
 
-def _section(cfg: CfgNode, dotted: str) -> CfgNode:
-    for name in filter(None, dotted.split(".")):
+def _section(cfg: CfgNode, dotted_name: str) -> CfgNode:
+    for name in filter(None, dotted_name.split(".")):
         cfg = cfg[name]
     return cfg
 
@@ -184,6 +185,7 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
 
 
 def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Yield every key of a config file with its value; sections are joined by dots. ``node`` is the section of the defaults."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if "." in str(key):
@@ -211,6 +213,7 @@ def option_keys(opts: Sequence) -> set[str]:
 
 
 def _pairs(opts: Sequence) -> Iterator[tuple[str, object]]:
+    """Yield (key, value) for every ``KEY VALUE`` or ``KEY=VALUE``."""
     words = list(opts)
     while words:
         key, equals_sign, value = str(words.pop(0)).partition("=")
@@ -231,13 +234,14 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
             if _literal(value) != _REFERENCE_ONLY[key]:
                 raise ConfigError(f"{source}: {key}={value!r} has no effect here; remove it")
             return
-        raise ConfigError(f"{source}: unknown key {key}{_nearest(key, cfg)}")
+        raise ConfigError(f"{source}: unknown key {key}{_suggest_key(key, cfg)}")
     if isinstance(node[leaf], CfgNode):
         raise ConfigError(f"{source}: {key} is a section; set one of its keys: {', '.join(node[leaf])}")
     node[leaf] = _convert(value, node[leaf], key, source)
 
 
-def _nearest(key: str, cfg: CfgNode) -> str:
+def _suggest_key(key: str, cfg: CfgNode) -> str:
+    """End of an error message that suggests the key most similar to an unknown one; "" if none is similar."""
     known = {name.upper(): name for name in flatten(cfg)}
     normalised = key.upper().lstrip("-").replace("-", "_")
     leaf = normalised.rsplit(".", 1)[-1]
@@ -259,32 +263,32 @@ def _literal(value: object) -> object:
         return value
 
 
-def _convert(value: object, default: object, key: str, source: str) -> object:
-    """Convert a value to the type of the key's default."""
+def _convert(value: object, example: object, key: str, source: str) -> object:
+    """Convert a value to the type of ``example``, which is the current value of the key, or an item of its list."""
     literal = _literal(value)
     if literal is None and key in _MAY_BE_NONE:
         return None
     if key in _MAY_BE_PAIR and isinstance(literal, (list, tuple)):
         return [_convert(item, 0, key, source) for item in literal]
-    if isinstance(default, list) and key in _MAY_BE_PAIR:
-        default = 0  # an earlier file set a pair
-    if isinstance(default, bool):
+    if isinstance(example, list) and key in _MAY_BE_PAIR:
+        example = 0  # an earlier file set a pair
+    if isinstance(example, bool):
         if isinstance(literal, bool):
             return literal
-    elif isinstance(default, str):
+    elif isinstance(example, str):
         if isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
-    elif isinstance(default, int):
+    elif isinstance(example, int):
         if isinstance(literal, int) and not isinstance(literal, bool):
             return literal
-    elif isinstance(default, float) or key == "TRAIN.CLIP_GRAD":
+    elif isinstance(example, float) or key == "TRAIN.CLIP_GRAD":
         if isinstance(literal, (int, float)) and not isinstance(literal, bool):
             return float(literal)
-    elif isinstance(literal, (list, tuple)):  # the default is a list, or None for an optional list
-        default_item = default[0] if default else 0.0
-        return [_convert(item, default_item, key, source) for item in literal]
-    expected = "list" if default is None else type(default).__name__
-    raise ConfigError(f"{source}: {key}={value!r} is {type(literal).__name__}; give {expected}, such as {default!r}")
+    elif isinstance(literal, (list, tuple)):  # the example is a list, or None for an optional list
+        example_item = example[0] if example else 0.0
+        return [_convert(item, example_item, key, source) for item in literal]
+    expected = "list" if example is None else type(example).__name__
+    raise ConfigError(f"{source}: {key}={value!r} is {type(literal).__name__}; give {expected}, such as {example!r}")
 
 
 _MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
@@ -331,7 +335,7 @@ def _validate_model(cfg: CfgNode) -> None:
     la_keys, swin_keys, deit_keys = cfg.MODEL.LA, cfg.MODEL.SWIN, cfg.MODEL.DEIT
     defaults = flatten(_defaults())
     for key, value in flatten(cfg).items():
-        types = next((types for start, types in _FAMILY_KEYS.items() if key.startswith(start)), MODEL_TYPES)
+        types = next((types for prefix, types in _FAMILY_KEYS.items() if key.startswith(prefix)), MODEL_TYPES)
         if cfg.MODEL.TYPE not in types and value != defaults[key]:
             raise ConfigError(f"{key}={value!r}: has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
     if la_keys.KERNEL_SIZE % 2 == 0:
@@ -360,7 +364,7 @@ def _validate_model(cfg: CfgNode) -> None:
         if heads < 1 or swin_keys.EMBED_DIM * 2**stage % heads:
             raise ConfigError(
                 f"MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: {heads} heads do not divide the "
-                f"{swin_keys.EMBED_DIM * 2**stage} channels of stage {stage + 1}; change it or MODEL.SWIN.EMBED_DIM"
+                f"{swin_keys.EMBED_DIM * 2**stage} channels of stage {stage + 1}; change the heads or MODEL.SWIN.EMBED_DIM"
             )
     if deit_keys.EMBED_DIM % deit_keys.NUM_HEADS:
         raise ConfigError(

@@ -27,7 +27,7 @@ class Key:
         default: default value, which also determines the type of the key.
         meaning: what the key does, and its unit, for the documentation.
         choices: legal values; () for no restriction.
-        minimum, maximum: smallest and largest legal number; None for no restriction.
+        minimum, maximum: smallest and largest legal number. Without a minimum, the value is not restricted.
         is_path: the value is a path, in which ~ is expanded.
     """
 
@@ -45,22 +45,24 @@ KEYS = {
     "DATA.DATA_PATH": Key("", "directory with `train/` and `val/`, or with their archives", is_path=True),
     "DATA.DATASET": Key(
         "imagenet",
-        "accepted for the paper's configs; `imagenet`, the only choice, applies to any data set in any layout",
+        "has no effect; the paper's configs set it to `imagenet`, which is accepted for every data set",
         choices=("imagenet",),
     ),
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "images of zip archives that a process keeps in memory: none, all, or an equal part per process",
+        "images of zip archives that a process keeps in memory: `no` none, `full` all, `part` an equal part per process",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
-        "~/.cache/flatten", "directory that caches the list of images of large splits; empty: scan at every start", is_path=True
+        "~/.cache/flatten",
+        "directory in which the lists of images of large splits are cached; empty: scan at every start",
+        is_path=True,
     ),
     "DATA.UNREADABLE": Key(
         "error",
-        "policy for unreadable training images: end the run, leave them out of their batch, or substitute other images; "
-        "in evaluation, an unreadable image is always an error",
+        "unreadable training images: `error` ends the run, `skip` omits them from their batch, `replace` substitutes other "
+        "images; in evaluation, an unreadable image is always an error",
         choices=("error", "skip", "replace"),
     ),
     "DATA.MAX_UNREADABLE": Key(
@@ -76,13 +78,14 @@ KEYS = {
     "DATA.IMG_SIZE": Key(224, "input size in pixels: one number for a square, or `[height, width]`"),
     "DATA.INTERPOLATION": Key(
         "bicubic",
-        "interpolation for resizing; `random` chooses per image in training, and is bilinear in evaluation",
+        "interpolation for resizing; `random` chooses bicubic or bilinear per image in training, but is bilinear in evaluation "
+        "and for input sizes up to 32 pixels",
         choices=("bicubic", "bilinear", "random"),
     ),
     "DATA.MEAN": Key(IMAGENET_MEAN, "mean per channel, of values in [0, 1]"),
     "DATA.STD": Key(IMAGENET_STD, "standard deviation per channel, of values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
-        8, "loader workers per training process; at most the CPU cores divided by the processes of the machine", minimum=0
+        8, "loader workers per training process; reduced to the CPU cores divided by the processes of the machine", minimum=0
     ),
     "DATA.WORKER_TIMEOUT": Key(
         30.0, "maximum seconds to wait for a batch from a loader worker before the run fails; 0: no limit", minimum=0
@@ -93,10 +96,15 @@ KEYS = {
         "flatten_swin", "model family; for PVT, CSwin and most DeiT models, the type includes the size", choices=MODEL_TYPES
     ),
     "MODEL.NAME": Key("flatten_swin_t", "name of the model's output directory"),
-    "MODEL.NUM_CLASSES": Key(1000, "number of classes; must be that of the data", minimum=1),
+    "MODEL.NUM_CLASSES": Key(
+        1000, "number of classes of the model; must equal that of the data, except with `TEST.CLASS_MAP`", minimum=1
+    ),
     "MODEL.DROP_RATE": Key(0.0, "dropout rate of embeddings, attention projections and MLPs", minimum=0, maximum=0.999),
     "MODEL.DROP_PATH_RATE": Key(
-        0.1, "stochastic-depth rate of the last block; it increases linearly from 0 over the blocks", minimum=0, maximum=0.999
+        0.1,
+        "drop-path rate (stochastic depth) of the last block; the rate increases linearly from 0 over the blocks",
+        minimum=0,
+        maximum=0.999,
     ),
     "MODEL.LABEL_SMOOTHING": Key(0.1, "fraction of the target that is spread over all classes", minimum=0, maximum=0.999),
     "MODEL.RESUME": Key(
@@ -111,8 +119,8 @@ KEYS = {
     "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
-        "window side of linear blocks in tokens, at most the side of the token map; windows of softmax blocks have side 7, "
-        "or 12 if this value is above 56",
+        "window side of linear blocks in tokens; reduced to the side of the token map if larger; windows of softmax blocks "
+        "have side 7, or 12 if this value is above 56",
         minimum=1,
     ),
     "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01),
@@ -153,7 +161,9 @@ KEYS = {
         minimum=0,
     ),
     "TRAIN.WEIGHT_DECAY": Key(
-        0.05, "weight decay of matrices and kernels; norms, biases and position tables have none", minimum=0
+        0.05,
+        "weight decay; norms, biases, relative-position bias tables, and DeiT's class token and position embedding have none",
+        minimum=0,
     ),
     "TRAIN.LAYER_DECAY": Key(
         1.0,
@@ -183,15 +193,22 @@ KEYS = {
     "AUG.COLOR_JITTER": Key(
         0.4, "strength of colour jitter; without effect if `AUG.AUTO_AUGMENT` is on, as in timm", minimum=0
     ),
-    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy of timm, or `none`"),
-    "AUG.SCALE": Key([0.08, 1.0], "minimum and maximum area of a random crop, as a fraction of the image"),
-    "AUG.RATIO": Key([3 / 4, 4 / 3], "minimum and maximum aspect ratio (width / height) of a random crop"),
+    "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy of timm, or `none`"),
+    "AUG.SCALE": Key(
+        [0.08, 1.0],
+        "minimum and maximum area of a random crop, as a fraction of the image; without effect for input sizes up to 32 "
+        "pixels, where images are resized, padded by 4 pixels and cropped",
+    ),
+    "AUG.RATIO": Key(
+        [3 / 4, 4 / 3],
+        "minimum and maximum aspect ratio (width / height) of a random crop; without effect for input sizes up to 32 pixels",
+    ),
     "AUG.HFLIP": Key(0.5, "probability of a horizontal flip", minimum=0, maximum=1),
-    "AUG.REPROB": Key(0.25, "probability of random erasing", minimum=0, maximum=1),
+    "AUG.REPROB": Key(0.25, "probability of random erasing per image", minimum=0, maximum=1),
     "AUG.REMODE": Key(
         "pixel", "random erasing: noise per pixel, one random colour, or zeros", choices=("pixel", "rand", "const")
     ),
-    "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles", minimum=1),
+    "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles per image", minimum=1),
     "AUG.REPEATS": Key(
         1,
         "repeated augmentation: number of differently augmented copies of an image per epoch; the number of updates per epoch "
@@ -201,7 +218,8 @@ KEYS = {
     "AUG.MIXUP": Key(0.8, "alpha of mixup; 0: off", minimum=0),
     "AUG.CUTMIX": Key(1.0, "alpha of CutMix; 0: off", minimum=0),
     "AUG.CUTMIX_MINMAX": Key(
-        None, "`[minimum, maximum]` side of the CutMix rectangle as a fraction of the image side, instead of alpha"
+        None,
+        "`[minimum, maximum]` side of the CutMix rectangle as a fraction of the image side; replaces `AUG.CUTMIX`; None: off",
     ),
     "AUG.MIXUP_PROB": Key(1.0, "probability that a batch is mixed", minimum=0, maximum=1),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, "probability of CutMix instead of mixup if both are on", minimum=0, maximum=1),
@@ -215,7 +233,7 @@ KEYS = {
     "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
     "EMA.FORCE_CPU": Key(False, "keep the EMA weights in host memory"),
     # Evaluation
-    "TEST.CROP": Key(True, "switch in the paper's configs; False means `TEST.CROP_MODE none`"),
+    "TEST.CROP": Key(True, "crop in evaluation; False has the same effect as `TEST.CROP_MODE none`"),
     "TEST.CROP_MODE": Key(
         "squash",
         "resize to `DATA.IMG_SIZE / TEST.CROP_PCT`, then crop the centre: `squash` resizes both sides whatever the aspect "
@@ -229,12 +247,12 @@ KEYS = {
     "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
     "TEST.CLASS_MAP": Key(
         "",
-        "`--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, or a file "
-        "with the class id of each directory",
+        "class ids for `--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, "
+        "or a file with the class id of each directory",
         is_path=True,
     ),
     "TEST.REAL_LABELS": Key(
-        "", "`--eval` reports accuracy on ImageNet's ReaL labels as well: path of their `real.json`", is_path=True
+        "", "file `real.json`, with which `--eval` also reports the accuracy on ImageNet's ReaL labels", is_path=True
     ),
     "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
     "TEST.PRECISION": Key("fp32", "precision of evaluation: fp32, or that of training", choices=("fp32", "train")),
@@ -245,11 +263,14 @@ KEYS = {
     "TAG": Key("default", "name of the run"),
     "DETERMINISTIC": Key(
         "off",
-        "deterministic algorithms, with a warning or an error where an operation has none",
+        "`warn` and `error` select deterministic algorithms, with a warning or an error if an operation has none",
         choices=("off", "warn", "error"),
     ),
     "TF32": Key(True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), as torch 1.11 did"),
-    "CUDNN_BENCHMARK": Key(True, "let cuDNN time its algorithms for every new shape; without effect with `DETERMINISTIC`"),
+    "CUDNN_BENCHMARK": Key(
+        True,
+        "time cuDNN's algorithms for every new input shape and use the fastest; no effect unless `DETERMINISTIC` is `off`",
+    ),
     "SEED": Key(
         0, "seed of initial weights, image order, augmentation, mixup, dropout and drop path", minimum=0, maximum=2**32 - 1
     ),

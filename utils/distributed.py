@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
 LONG_TIMEOUT = timedelta(hours=1)  # for waiting while rank 0 lists a data set, perhaps a million files on a slow disk
-SECONDS_TO_REGISTER = 5.0  # time that ranks have to register in the store after a failed collective
+SECONDS_TO_REGISTER = 5.0  # maximum wait for ranks to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
 
@@ -127,14 +127,14 @@ def check_driver(devices: Path = Path("/dev")) -> None:
 def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
     """Wait for all processes of this launch, and return its unique id, which serves as a key prefix in the store.
 
-    torchrun keeps its store when it restarts the processes, which is a new launch. Without the prefix, the new processes
-    would read the addresses of processes that have ended.
+    When torchrun restarts the processes, it keeps its store; the restart counts as a new launch. Without the prefix, the new
+    processes would read the addresses of processes that have ended.
 
     Rank 0 publishes the id. Every other rank registers a token under the id that it reads. Since that id may be the one of an
     earlier launch, the rank reads it again until rank 0 confirms the token.
 
     Raises:
-        LostRankError: with the ranks that did not start in time.
+        LostRankError: a rank did not start in time; the message of rank 0 lists all such ranks.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
     if rank == 0:
@@ -167,10 +167,10 @@ def cleanup() -> None:
 
 
 class SideChannel(nn.Module):
-    """A model with an extra parameter, whose gradient serves to average numbers over processes in DDP's synchronisation.
+    """A model with an extra parameter, whose gradient is a vector of numbers that DDP averages over the processes.
 
     Add ``channel @ numbers`` to the loss: its value is 0, and after the backward pass the gradient of the channel is the mean
-    of the numbers over all processes, or NaN if any of them was not finite. No further collective is needed.
+    of the numbers over all processes, which is not finite if any of them was not. No further collective is needed.
 
     Args:
         model: maps images (B, 3, H, W) to logits.
@@ -194,7 +194,7 @@ class SideChannel(nn.Module):
 
 
 def side_channel(model: nn.Module) -> SideChannel:
-    """The ``SideChannel`` in a model from ``wrap``, without DDP."""
+    """The ``SideChannel`` of a model that ``wrap`` returned, with or without DDP."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -210,7 +210,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
-        **{_SYNC_BUFFERS: False},  # masks and indices are constant
+        **{_SYNC_BUFFERS: False},  # the buffers are masks and indices, which are constant
     )
 
 
@@ -267,7 +267,8 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
     """Run ``task`` in every process and return this process's result; if it fails in one process, all processes fail.
 
     Raises:
-        OtherRankError: in the processes where ``task`` succeeded, if it failed in another; those raise their own errors.
+        OtherRankError: in the processes where ``task`` succeeded, if it failed in another one. A process where it failed
+            raises its own error.
     """
     error = result = None
     try:
@@ -313,6 +314,6 @@ def _find_missing_ranks(world: World) -> list[int]:
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
             time.sleep(0.05)
-    except (dist.DistError, RuntimeError):  # the store is gone, and rank 0 hosted it (unless torchrun does)
+    except (dist.DistError, RuntimeError):  # the store's host has ended: rank 0, unless torchrun is the host
         return [0]
     return sorted(missing)

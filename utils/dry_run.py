@@ -18,7 +18,7 @@ from weights.reader import read_checkpoint
 logger = logging.getLogger(__name__)
 
 MEASUREMENT_SECONDS = 8.0  # approximate duration of a measurement
-MAX_UPDATES = 50
+MAX_UPDATES = 50  # maximum number of updates in the measurement of the update time
 
 
 def dry_run(trainer: Trainer) -> None:
@@ -38,7 +38,7 @@ def dry_run(trainer: Trainer) -> None:
     first = next(iter(trainer.train_loader))
     logger.info("data: first images after %.1f s", time.monotonic() - started)
 
-    updates = _updates(trainer, repeat(first))
+    updates = _run_updates(trainer, repeat(first))
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
     seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
@@ -71,10 +71,10 @@ def dry_run(trainer: Trainer) -> None:
         )
     # The sum waits until all processes have read the checkpoint; then the caller may delete the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
-    _conclude(trainer, trainer.header["global_batch_size"], remaining_updates, *averages.tolist())
+    _log_bottleneck(trainer, trainer.header["global_batch_size"], remaining_updates, *averages.tolist())
 
 
-def _updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
+def _run_updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
     """Run one update per iteration, without end."""
     trainer.model.train()
     mixed = trainer.mixed_batches(batches)
@@ -97,23 +97,23 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     return (time.monotonic() - started) / count
 
 
-def _conclude(
+def _log_bottleneck(
     trainer: Trainer, images_per_update: int, remaining_updates: int, update_seconds: float, loading_seconds: float
 ) -> None:
     """Log speeds, expected durations and the bottleneck.
 
     Args:
         remaining_updates: updates until the end of the run.
-        update_seconds: seconds per update on a loaded batch.
+        update_seconds: seconds per update on batches that are already loaded.
         loading_seconds: seconds to load the batches of an update.
     """
-    slower = max(update_seconds, loading_seconds)
+    seconds_per_update = max(update_seconds, loading_seconds)
     logger.info(
         "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, an epoch takes %s and the run %s",
         images_per_update / update_seconds,
         images_per_update / loading_seconds,
-        format_duration(trainer.updates_per_epoch * slower),
-        format_duration(remaining_updates * slower),
+        format_duration(trainer.updates_per_epoch * seconds_per_update),
+        format_duration(remaining_updates * seconds_per_update),
     )
     if loading_seconds > update_seconds:
         logger.warning(

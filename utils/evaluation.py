@@ -41,7 +41,7 @@ class EvalResult:
         weights: label of the weights, raw or ema.
         correct1, correct5: numbers of images with a correct top-1 and top-5 prediction.
         num_classes: number of classes that can be predicted; with five or fewer, every top-5 prediction is correct.
-        predictions: only on rank 0, and only with ``keep_predictions``.
+        predictions: predictions for every image; None on other ranks than 0, and without ``keep_predictions``.
     """
 
     weights: str
@@ -138,7 +138,7 @@ class _Counter:
         self.num_images += len(targets)
         self.num_classes = logits.shape[1]
         ranked = logits.topk(min(5, self.num_classes), dim=1).indices
-        correct = ranked == targets.unsqueeze(1)  # (B, 5)
+        correct = ranked == targets.unsqueeze(1)  # (B, k), k <= 5
         loss = F.cross_entropy(logits, targets, reduction="sum")
         not_finite = (~logits.isfinite()).any(dim=1).sum()
         self.sums += torch.stack([correct[:, 0].sum(), correct.sum(), loss, not_finite]).double()
@@ -152,7 +152,7 @@ class _Counter:
         Args:
             indices: positions in the dataset of this process's images, if predictions are kept.
         """
-        # A process without batches does not know the number of classes.
+        # A process without batches does not know the number of classes; average it over the others.
         counts = self.sums.new_tensor([self.num_images, self.num_classes, self.num_classes > 0])
         *sums, total, class_sum, num_with_batches = sum_over_processes(torch.cat([self.sums, counts])).tolist()
         correct1, correct5, loss, not_finite = sums
@@ -169,7 +169,7 @@ class _Counter:
 
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
         """The predictions of all processes, in the dataset's order; None except on rank 0."""
-        local = np.empty((0, 0)), np.empty(0), np.empty(0)
+        local = np.empty((0, 0)), np.empty(0), np.empty(0)  # ranked classes and confidence, targets, positions
         if indices:
             local = torch.cat(self.predictions).cpu().numpy(), torch.cat(self.targets).cpu().numpy(), np.array(indices)
         gathered = gather_on_main(world, local)

@@ -108,7 +108,7 @@ def setup_logging(rank: int, output: Path | None = None) -> None:
         console.addFilter(lambda record: not getattr(record, "file_only", False))
         root.addHandler(console)
     if output is not None:
-        root.addHandler(_log_file(output / f"log_rank{rank}.txt"))
+        root.addHandler(_file_handler(output / f"log_rank{rank}.txt"))
     logging.captureWarnings(True)
 
 
@@ -142,7 +142,7 @@ def _console() -> _Console:
     return _Console()
 
 
-def _log_file(path: Path) -> _Handler:
+def _file_handler(path: Path) -> _Handler:
     def write(text: str) -> None:
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
@@ -196,7 +196,7 @@ class MetricsWriter:
         self._write_line = Sink(str(self._path))
         self._write_event = Sink(f"{output}: TensorBoard events")
         self._board = None
-        self._write_line(_cut_after, self._path, step, evaluated)
+        self._write_line(_discard_later_records, self._path, step, evaluated)
         self._write_event(self._open_board, step)
 
     def _open_board(self, step: int) -> None:
@@ -214,7 +214,7 @@ class MetricsWriter:
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
         """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point ``kind/name`` for every value."""
-        # JSON has no infinity or NaN, which gradient norms may be in fp16.
+        # JSON cannot represent infinity and NaN, which are possible gradient norms in fp16.
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._write_line(self._append, json.dumps({"step": step, "kind": kind, **record}))
         for name, value in values.items():
@@ -237,8 +237,8 @@ class MetricsWriter:
         self._write_event.flush()
 
 
-def _cut_after(path: Path, step: int, evaluated: bool) -> None:
-    """Remove the records of later steps and of a pending evaluation, and lines that were truncated when a process was killed.
+def _discard_later_records(path: Path, step: int, evaluated: bool) -> None:
+    """Remove records of later steps or of an incomplete evaluation, and lines truncated when a process was killed.
 
     Args:
         evaluated: see ``MetricsWriter``.
@@ -249,8 +249,8 @@ def _cut_after(path: Path, step: int, evaluated: bool) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            pending = record["step"] == step and not evaluated and record["kind"].startswith("eval")
-            if record["step"] <= step and not pending:
+            incomplete = record["step"] == step and not evaluated and record["kind"].startswith("eval")
+            if record["step"] <= step and not incomplete:
                 remaining.append(line)
         except (ValueError, TypeError, KeyError, AttributeError):  # a truncated line, or not a record
             continue

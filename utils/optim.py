@@ -28,13 +28,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": parameters, "weight_decay": 0.0 if exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
-        for exempt in (False, True)
+        {"params": parameters, "weight_decay": 0.0 if is_exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
+        for is_exempt in (False, True)
         for scale in sorted({scales[name] for name in trainable})
-        if (parameters := [p for name, p in trainable.items() if (name in no_decay) == exempt and scales[name] == scale])
+        if (parameters := [p for name, p in trainable.items() if (name in no_decay) == is_exempt and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
-    # A fused optimizer updates all parameters in one kernel, if the device supports it.
+    # Fused optimizers update many parameters in one kernel. They are used only on CUDA devices and CPUs.
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trainable.values())
     if options.NAME == "sgd":
         sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)

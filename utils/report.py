@@ -17,7 +17,7 @@ from utils.metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
-MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in a grid
+MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in ``draw_predictions``
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
 MAX_CLASSES_WITH_COUNTS = 20  # with more classes, the confusion matrix has no numbers in its cells
 
@@ -41,8 +41,8 @@ def write_evaluation(
         about: further entries of ``eval.json``, such as the checkpoint and the preprocessing.
         classes: class names by class id.
         names: image names, in the dataset's order.
-        real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without any are
-            excluded. None: no accuracy on ReaL labels.
+        real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without any do
+            not count. None: do not compute the accuracy on ReaL labels.
         predictions: whether to write ``predictions_<weights>.csv`` too.
     """
     record = about | {
@@ -87,7 +87,7 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix. Colours are percentages of the true class; cells have counts if there are few classes."""
+    """Draw a confusion matrix. Colours show percentages of the images of a class; with few classes, cells also show counts."""
     from matplotlib.figure import Figure
 
     num_classes = len(classes)
@@ -145,28 +145,28 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
         "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no infinity
     }
     if real_labels is not None:
-        counted = [
+        labelled = [
             (prediction, labels)
             for prediction, labels in zip(result.predictions.model_classes, real_labels, strict=True)
             if labels
         ]
-        correct = sum(int(prediction) in labels for prediction, labels in counted)
-        acc1 = 100 * correct / max(len(counted), 1)
-        record["real"] = {"correct1": correct, "num_images": len(counted), "acc1": acc1}
+        correct = sum(int(prediction) in labels for prediction, labels in labelled)
+        acc1 = 100 * correct / max(len(labelled), 1)
+        record["real"] = {"correct1": correct, "num_images": len(labelled), "acc1": acc1}
     return record
 
 
 def _class_rows(classes: Sequence[str], matrices: dict[str, np.ndarray]) -> Iterable[list]:
-    for label, name in enumerate(classes):
-        total = int(next(iter(matrices.values()))[label].sum())
-        counts = [int(matrix[label, label]) for matrix in matrices.values()]
+    for class_id, name in enumerate(classes):
+        total = int(next(iter(matrices.values()))[class_id].sum())
+        counts = [int(matrix[class_id, class_id]) for matrix in matrices.values()]
         yield [name, total, *(value for correct in counts for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:
     predictions = result.predictions
     for position in sorted(range(len(names)), key=names.__getitem__):
-        ranked = [classes[label] for label in predictions.ranked[position]]
+        ranked = [classes[class_id] for class_id in predictions.ranked[position]]
         yield [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]
 
 

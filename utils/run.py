@@ -42,7 +42,7 @@ def create_output_directory(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a start that is earlier than an intact checkpoint of the directory: two branches of the run would mix there.
+    """Reject a run that would start before an intact checkpoint of the directory: it would mix checkpoints of two runs.
 
     Args:
         num_updates: updates done at the start.
@@ -109,7 +109,7 @@ class RunDirectory:
                     path.unlink()
 
     def write_config(self, text: str) -> None:
-        """Write ``config.yaml``. A failure is only a warning, since checkpoints contain the config too."""
+        """Write ``config.yaml``. A failure causes only a warning, since checkpoints contain the config too."""
         path = self.path / "config.yaml"
         try:
             with replacing(path) as temporary:
@@ -121,7 +121,7 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Release the lock and remove the directories that this run created. For runs that fail before their first update."""
+        """Release the lock and remove the directories that this run created. Only for runs that fail before any update."""
         self._lock.release()
         if self.path in self._created:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -169,9 +169,8 @@ class RunLock:
         try:
             import fcntl
 
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the lock belongs to one process: loader workers do not inherit it
+            # Unlike flock, lockf locks for one process: loader workers do not inherit the lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown process"

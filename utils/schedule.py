@@ -15,10 +15,11 @@ REFERENCE_BATCH = 512  # global batch size to which TRAIN.BASE_LR, WARMUP_LR and
 class Schedule:
     """Linear warm-up, then decay. Lengths are in updates.
 
-    cosine: decays to ``min_lr``, as if the cosine had started at update 0. linear: decays from the end of the warm-up to
-    ``LINEAR_END * base_lr``, as in the reference; ``min_lr`` is unused. Both are constant after ``num_updates``. step:
-    multiplies ``base_lr`` by ``decay_rate`` every ``decay_updates``, counted from update 0, also after ``num_updates``, as in
-    timm.
+    Args:
+        name: ``cosine``: half a cosine from ``base_lr`` at update 0 to ``min_lr`` at ``num_updates``; the warm-up replaces its
+            first part. ``linear``: from ``base_lr`` after the warm-up to ``LINEAR_END * base_lr`` at ``num_updates``, as in the
+            reference; ``min_lr`` is unused. Both are constant after ``num_updates``. ``step``: ``base_lr`` is multiplied by
+            ``decay_rate`` every ``decay_updates``, counted from update 0, also after ``num_updates``, as in timm.
     """
 
     name: str
@@ -27,8 +28,8 @@ class Schedule:
     min_lr: float
     num_updates: int
     warmup_updates: int = 0
-    decay_updates: int = 1  # step only
-    decay_rate: float = 0.1
+    decay_updates: int = 1  # used by ``step``
+    decay_rate: float = 0.1  # used by ``step``
 
     def __call__(self, update: int) -> float:
         """Learning rate of one update, counted from 0."""
@@ -71,7 +72,7 @@ def global_batch_size(cfg: CfgNode, world_size: int) -> int:
 
 
 def build_schedule(cfg: CfgNode, *, updates_per_epoch: int, world_size: int) -> Schedule:
-    """Build the schedule: TRAIN.*LR scaled to the global batch, TRAIN.*EPOCHS converted to updates."""
+    """Build the schedule: learning rates are scaled to the global batch, and epochs are converted to updates."""
     factor = global_batch_size(cfg, world_size) / REFERENCE_BATCH
     return Schedule(
         name=cfg.TRAIN.LR_SCHEDULER.NAME,

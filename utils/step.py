@@ -116,8 +116,8 @@ def accumulate_gradients(
     num_batches = len(seeds)
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
-        deferred = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
-        with model.no_sync() if deferred else nullcontext():
+        without_sync = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
+        with model.no_sync() if without_sync else nullcontext():
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits, channel = model(images)
                 loss = criterion(logits, targets) / num_batches
@@ -144,7 +144,7 @@ class Reports:
         self._sent.append((update, report, copied))
 
     def collect_reports(self, *, max_pending: int) -> Iterator[tuple[int, Report]]:
-        """Yield the number and report of each update in order, except for the newest ``max_pending`` updates."""
+        """Remove and yield the number and report of each queued update in order, except for the newest ``max_pending``."""
         while len(self._sent) > max_pending:
             update, report, copied = self._sent.popleft()
             if copied is not None:

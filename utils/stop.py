@@ -1,4 +1,4 @@
-"""Stop signals: a handler sets a flag, and the training loop saves a checkpoint and exits at its next update."""
+"""Stop signals: a handler sets a flag; the training loop then saves a checkpoint within a few updates and exits."""
 
 import os
 import signal

@@ -28,8 +28,9 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-STREAM_OF_MODEL = 3  # part of the seed of the model's draws; differs from those of images and of mixup
-Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]  # images, targets, number of the forward pass -> mixed
+STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of images and mixup
+# Images, targets, number of the forward pass -> mixed images and targets.
+Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 MAX_SKIPPED = 20  # number of consecutive updates skipped by fp16 that ends the run
 
 
@@ -43,8 +44,8 @@ def check_trained(*, num_updates: int, num_skipped: int) -> None:
         raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
 
 
-# The best evaluation of a run (here: none yet): accuracy in percent, label of the weights (raw or ema), epoch, and number of
-# updates.
+# Value of ``TrainState.best`` before the first evaluation. Entries: top-1 accuracy in percent, label of the weights (raw or
+# ema), epoch, and number of updates.
 NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
 
 
@@ -53,7 +54,7 @@ class TrainState:
     """Complete state of a run at the end of an update.
 
     Args:
-        scales_loss: whether the loss is scaled (fp16), so that ``scaler`` has a state.
+        scales_loss: whether the loss is scaled (fp16); only then do checkpoints contain the state of ``scaler``.
         num_updates: number of updates so far, including skipped ones; it determines the position in the data.
         num_skipped: number of updates that fp16 skipped; the learning-rate schedule does not count them.
         last_evaluation: ``num_updates`` at the last evaluation.
@@ -108,7 +109,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the training loop. Epochs include the cooldown. Intervals (``*_freq``, ``save_*``) are as in the config."""
+    """Settings of the training loop. Epochs include the cooldown. ``*_freq`` and ``save_*`` have the units of the config."""
 
     num_epochs: int
     accumulation: int
@@ -130,10 +131,10 @@ class Trainer:
     Args:
         model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
         mixup: mixes a batch, given the number of its forward pass; None for no mixing.
-        metrics: writer of curves, on rank 0.
+        metrics: writer of ``metrics.jsonl`` and TensorBoard events; None on ranks other than 0 and in a dry run.
         header: entries of every checkpoint besides the state, such as config, class names and global batch size.
         stop: returns whether a signal requested a stop of this process.
-        draw: returns (name, matplotlib figure) pairs for a model, which are written after each evaluation; None for no figures.
+        draw: returns (name, matplotlib figure) pairs for a model, to write after each evaluation; None for no figures.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Trainer:
             first = next(batches)
             self.show_batch(first.images)
             batches = chain([first], batches)
-            del first  # a batch in device memory
+            del first  # otherwise this reference would keep the batch in device memory
         batches = self.mixed_batches(batches)
         updates = range(first_update, self.updates_per_epoch)
         for update in progress(updates, len(updates), f"epoch {epoch}/{recipe.num_epochs}", seconds_between_lines=math.inf):
@@ -308,7 +309,7 @@ class Trainer:
         return requests
 
     def collect_reports(self, *, max_pending: int) -> list[Report]:
-        """Reports of the updates so far, except for the newest ``max_pending``.
+        """Reports that were not collected yet, except for those of the newest ``max_pending`` updates.
 
         Raises:
             TrainingError: in every process, if an update is not finite in fp32 or bf16, or if fp16 has skipped ``MAX_SKIPPED``
@@ -345,7 +346,7 @@ class Trainer:
         """Weights, position and images of an update, for ``--replay``."""
         name = self.train_loader.loader.dataset.index.name
         epoch, first_update = divmod(update, self.updates_per_epoch)
-        images = []  # names by process and forward pass
+        images = []  # image names of each forward pass of each process
         for rank in range(self.world.size):
             sampler = copy.copy(self.train_loader.loader.batch_sampler)
             sampler.rank = rank

@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 30.0  # for connecting, and for each read
 SECONDS_BETWEEN_LOG_LINES = 30.0  # between progress lines in the log
 _BLOCK = 1 << 20  # bytes
-# First bytes of the accepted formats: zip (torch.save), pickle and tar (torch.save before 1.6), safetensors (JSON header).
+# First bytes of the accepted formats: zip (torch.save), pickle (torch.save before 1.6), safetensors (length and JSON header).
 _SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
-_TAR_MAGIC = (b"ustar", 257)
+_TAR_MAGIC = (b"ustar", 257)  # tar files of early torch.save: magic bytes and their offset
 
 
 def is_url(text: str) -> bool:
@@ -35,7 +35,7 @@ def is_url(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Directory of downloaded weight files: ``checkpoints`` of torch.hub's cache (TORCH_HOME)."""
+    """Directory of downloaded weight files: ``checkpoints`` in the cache of torch.hub (TORCH_HOME)."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -86,7 +86,7 @@ def fetch(url: str, name: str = "") -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock a path against other processes of this machine; has no effect if the file system has no locks."""
+    """Lock a path against other processes of this machine; has no effect if platform or file system lacks locks."""
     with open(path.with_name(path.name + ".lock"), "w") as file:
         with suppress(ImportError, OSError):
             import fcntl

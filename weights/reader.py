@@ -24,8 +24,9 @@ WEIGHTS = ("raw", "ema", "auto")
 METADATA_KEY = "flatten"  # safetensors metadata entry with config, class names and other plain data, as JSON
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
-# Types other than tensors that released files contain. All are plain data: the reference's config (a yacs CfgNode, read as a
-# dictionary), timm's arguments (a Namespace), and accuracies (numpy scalars, whose module differs between numpy 1 and 2).
+# Types and functions, other than those of torch, that the pickles of released files refer to. They create only plain data: the
+# reference's config (a yacs CfgNode, read as a dictionary), timm's arguments (a Namespace), and accuracies (numpy scalars;
+# their module differs between numpy 1 and 2, and pickle stores their bytes with codecs.encode).
 _PLAIN_GLOBALS = [
     (collections.OrderedDict, "yacs.config.CfgNode"),
     argparse.Namespace,
@@ -128,7 +129,7 @@ def _describe_global(message: str) -> str:
 
 
 def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
-    """State dicts of a checkpoint by label, ``raw`` and ``ema``, without the prefixes of DDP and torch.compile."""
+    """A dictionary from label (``raw``, ``ema``) to state dict, without the prefixes of DDP and torch.compile."""
     state_dicts = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
         "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),

@@ -1,4 +1,7 @@
-"""Attention maps reproduce the computation of the modules: weights times values equal the output of the module."""
+"""Attention maps reproduce the computation of the modules: weights times values equal the output of the module.
+
+Shapes: G groups of tokens that attend to each other, N queries, M keys, H heads, C channels, D channels per head.
+"""
 
 import pytest
 import torch
@@ -51,7 +54,7 @@ CASES = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Change all parameters so that none is zero, as after training."""
+    """Make all parameters non-zero, as after training. Return the model in float64 and evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,6 +63,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def capture_case(case: str) -> list:
+    """Capture the attention of every module in a forward pass, and assert that this does not change the logits."""
     model, size = CASES[case]()
     model = randomise(model)
     height, width = (size, size) if isinstance(size, int) else size
@@ -126,7 +130,7 @@ def test_attention_weights_of_masked_keys_are_zero():
 
 
 @pytest.mark.parametrize("form", ["softmax", "linear", "focused", "efficient"])
-def test_compared_weights_equal_their_definitions(form):
+def test_attention_weights_of_every_compared_form_equal_their_definition(form):
     q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 7, 4).double()
     weights = compare(form, q, k)
     if form == "softmax":

@@ -35,7 +35,7 @@ def test_measures_of_skewed_weights_equal_hand_calculations():
     expected = -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4)) / math.log(4)
     assert entropy(SKEWED).item() == pytest.approx(expected)
     assert top_mass(SKEWED, 0.5).item() == pytest.approx(0.7)
-    assert gini(SKEWED).item() == pytest.approx(0.25)  # mean absolute difference 0.125, divided by twice the mean 0.25
+    assert gini(SKEWED).item() == pytest.approx(0.25)  # mean absolute difference over twice the mean: 0.125 / (2 * 0.25)
     assert entropy(SKEWED[:, [3, 1, 0, 2]]).item() == pytest.approx(expected)
     assert gini(-2 * SKEWED).item() == pytest.approx(0.25)
 
@@ -45,7 +45,8 @@ def test_distances_are_measured_in_patches_of_the_query_map():
     far = torch.zeros(6, 6)
     far[:, 5] = 1
     assert attention_distance(far, (2, 3), (2, 3))[0].item() == pytest.approx(math.hypot(1, 2))
-    reduced = torch.ones(16, 4) / 4  # keys of a 2 x 2 map at 1 and 3 patches, queries of a 4 x 4 map at 0.5, 1.5, ...
+    # The centres of the keys (2 x 2 map) are at 1 and 3 patches, those of the queries (4 x 4 map) at 0.5, 1.5, 2.5 and 3.5.
+    reduced = torch.ones(16, 4) / 4
     expected = sum(math.hypot(y - 0.5, x - 0.5) for y in (1, 3) for x in (1, 3)) / 4
     assert attention_distance(reduced, (4, 4), (2, 2))[0].item() == pytest.approx(expected)
 

@@ -32,7 +32,7 @@ def create_case(case: str):
 
 @pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
 def test_maps_are_the_rows_of_the_attention_matrices(case):
-    """All queries except the class token are compared, in maps of up to 14 x 14 tokens; larger maps are sampled."""
+    """All queries except the class token are compared, in maps of up to 14 x 14 tokens. Queries of larger maps are sampled."""
     model, image = create_case(case)
     with torch.no_grad(), capture(model) as attentions:
         model(image.unsqueeze(0))
@@ -76,14 +76,14 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     assert totals.median() > 0.999
 
 
-def test_large_maps_are_sampled_and_averaged():
+def test_large_maps_have_sampled_queries_and_averaged_keys():
     assert sample_queries((56, 7)).shape == (14 * 7, 2)
     assert sample_queries((56, 7))[-1].tolist() == [55, 6]
     maps = torch.arange(56.0 * 56).view(1, 1, 56, 56)
     encoded = encode_maps(maps)
     assert encoded["size"] == [28, 28]
-    corner = np.frombuffer(base64.b64decode(encoded["largest"]), dtype=np.float32)
-    assert corner == np.mean([54 * 56 + 54, 54 * 56 + 55, 55 * 56 + 54, 55 * 56 + 55])
+    largest = np.frombuffer(base64.b64decode(encoded["largest"]), dtype=np.float32)
+    assert largest == np.mean([54 * 56 + 54, 54 * 56 + 55, 55 * 56 + 54, 55 * 56 + 55])
 
 
 def test_the_tokens_at_chosen_points_are_among_the_sampled_queries():
@@ -114,32 +114,32 @@ def test_unknown_block_names_are_rejected():
         module_names(model, ["layers"])
 
 
-PROBE = """
+RECORD_ERRORS = """
 <script>
-window.faults = [];
-window.addEventListener("error", (event) => window.faults.push(event.message));
+window.errors = [];
+window.addEventListener("error", (event) => window.errors.push(event.message));
 </script>
 """
 ACTIONS = """
 <script>
-function sum() {
+function checksum() {
   const pixels = element("map").getContext("2d").getImageData(0, 0, 448, 448).data;
   return pixels.reduce((total, value, index) => (total + value * (index % 97 + 1)) % 1000003, 0);
 }
 setTimeout(() => {
-  const seen = [[sum(), element("where").textContent]];
+  const seen = [[checksum(), element("where").textContent]];
   const box = element("image").getBoundingClientRect();
   element("image").dispatchEvent(new MouseEvent("click", { clientX: box.left + 20, clientY: box.top + 20, bubbles: true }));
-  seen.push([sum(), element("where").textContent]);
+  seen.push([checksum(), element("where").textContent]);
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
-  seen.push([sum(), element("where").textContent]);
+  seen.push([checksum(), element("where").textContent]);
   element("form").value = element("form").options[1].value;
   element("form").dispatchEvent(new Event("change"));
-  seen.push([sum(), element("form").value]);
+  seen.push([checksum(), element("form").value]);
   element("block").value = 1;
   element("block").dispatchEvent(new Event("change"));
-  seen.push([sum(), element("where").textContent]);
-  document.body.innerHTML = "<pre id=report>" + JSON.stringify({ seen, faults: window.faults }) + "</pre>";
+  seen.push([checksum(), element("where").textContent]);
+  document.body.innerHTML = "<pre id=report>" + JSON.stringify({ seen, errors: window.errors }) + "</pre>";
 }, 500);
 </script>
 """
@@ -152,7 +152,7 @@ def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
     page = tmp_path / "page.html"
     write_page(page, picture, trace(model, image), "a </script> title")
     text = page.read_text()
-    page.write_text(text.replace("<head>", f"<head>{PROBE}").replace("</body>", f"{ACTIONS}</body>"))
+    page.write_text(text.replace("<head>", f"<head>{RECORD_ERRORS}").replace("</body>", f"{ACTIONS}</body>"))
     command = [
         BROWSER,
         "--headless",
@@ -164,7 +164,7 @@ def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
     ]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', completed.stdout).group(1)))
-    assert report["faults"] == []
+    assert report["errors"] == []
     (initial, initial_text), (clicked, clicked_text), (moved, moved_text), (other_form, form), (other_block, _) = report["seen"]
     assert initial_text == "query: row 3, column 3 of a 8 x 8 map"
     assert clicked_text == "query: row 0, column 0 of a 8 x 8 map"
@@ -205,7 +205,7 @@ def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("options", "message"),
     [
         (["--images", "nothing.png"], "nothing.png: no such file or directory"),
         (["--queries", "40,0"], "--queries 40,0: outside the model's input of 40 x 40 pixels"),
@@ -213,8 +213,8 @@ def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
         (["--token-grid", "8", "0"], "--token-grid 8 0: give one or two numbers above 0"),
     ],
 )
-def test_invalid_arguments_are_rejected(trained, toy_data, tmp_path, wrong, message):
-    arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, *wrong]
+def test_invalid_arguments_are_rejected(trained, toy_data, tmp_path, options, message):
+    arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, *options]
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert message in outcome.output

@@ -18,7 +18,7 @@ IMAGE = Image.new("RGB", (30, 20), (10, 200, 30))
 
 
 def make_block(*, is_linear: bool) -> BlockMaps:
-    """A 2 x 3 map with all six queries and two heads."""
+    """Random maps of a block with 2 x 3 tokens and two heads, for all six queries."""
     torch.manual_seed(0)
     queries = torch.cartesian_prod(torch.arange(2), torch.arange(3))
     maps = {"linear attention" if is_linear else "softmax attention": torch.rand(2, 6, 2, 3)}
@@ -93,7 +93,7 @@ def test_an_unreadable_attention_image_is_rejected_before_training(toy_config, t
 
 
 def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp_path, monkeypatch):
-    """An error while drawing, such as a lack of memory, is logged once. The modules return to their previous modes."""
+    """An error while drawing, such as a lack of memory, is logged once. Every module returns to its previous mode."""
 
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")

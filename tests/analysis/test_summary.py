@@ -41,12 +41,12 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
             (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
             assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
             assert len(row.values["entropy"]) == 2
-        weights = attention.matrix()[0, :, 1:, 1:]
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values  # without the class token
+        weights = attention.matrix()[0, :, 1:, 1:]  # normalised again below, because the class token is excluded
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values
         (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, 1)]
         assert (row.head_dim, row.num_keys) == (attention.q.shape[3], weights.shape[2])
-        for measure, count in (("top 1 %", 1), ("top 5 %", 1), ("top 10 %", 2)):  # of 16 keys
-            assert row.values[measure][0] == pytest.approx(weights[1, :, :count].sum(dim=-1).mean().item(), abs=1e-5)
+        for measure, num_largest in (("top 1 %", 1), ("top 5 %", 1), ("top 10 %", 2)):  # of 16 keys
+            assert row.values[measure][0] == pytest.approx(weights[1, :, :num_largest].sum(dim=-1).mean().item(), abs=1e-5)
     softmax_rows = [row for row in rows if row.block == "blocks.1.attn"]
     assert {row.form for row in softmax_rows} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
@@ -94,7 +94,7 @@ def test_one_command_writes_tables_plots_and_a_report(trained, toy_data, tmp_pat
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_has_a_row_per_block():
+def test_every_table_of_the_report_has_a_row_per_block():
     model = SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN).eval()
     text = report(summarise(model, [torch.randn(3, 32, 32)]), {"model": "small"})
     assert text.count("| `layers.0.blocks.0.attn` | linear |") == len(MEASURES)

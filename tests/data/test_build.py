@@ -67,7 +67,7 @@ def test_training_and_evaluation_images_are_normalised_with_the_configured_mean_
     ],
 )
 def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data):
-    """Compared with Pillow: 100 x 70 pixels are resized to 45 x 45 (40 / 0.875), then the central 40 x 40 are cropped."""
+    """The pixels equal Pillow's: the image is resized to 45 x 45 (40 / 0.875, rounded down), then cropped to 40 x 40."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))
     transform = build_preprocessing(config(toy_config, toy_data, *opts, "TEST.CROP", True)).create_transform()
     resized = image.resize((45, 45), mode).crop((2, 2, 42, 42))
@@ -93,16 +93,16 @@ def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_confi
     leaves every pixel black or white.
     """
     mix = build_mixup(config(toy_config, toy_data, "AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix))
-    num_grey = 0
+    num_grey_batches = 0
     for step in range(60):
         images = torch.cat([torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)])
         mixed, _ = mix(images, torch.tensor([0, 1]), step)
-        num_grey += bool(((mixed > 0.2) & (mixed < 0.8)).any())
-    assert num_grey in expected
+        num_grey_batches += bool(((mixed > 0.2) & (mixed < 0.8)).any())
+    assert num_grey_batches in expected
 
 
 def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, toy_data):
-    """Every pixel of an image equals its class id, so image and target must be mixed with the same ratio."""
+    """Every pixel of an image equals its class id, so the mean of a mixed image is the expected class id of its target."""
     mix = build_mixup(
         config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
     )
@@ -118,7 +118,7 @@ def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, 
 
 
 def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_config, toy_data):
-    def first_epoch(seed: int):
+    def read_first_epoch(seed: int):
         """Return the order of the images, {index: image}, image 5 of the first epoch, and the targets of a mixed batch."""
         cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
         dataset = build_datasets(cfg, training=True).train
@@ -129,7 +129,7 @@ def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_conf
             images |= dict(zip(batch.indices, batch.images, strict=True))
         return order, images, dataset[(0, 5)].image, build_mixup(cfg)(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), 0)[1]
 
-    one, other = first_epoch(0), first_epoch(1)
+    one, other = read_first_epoch(0), read_first_epoch(1)
     assert one[0] != other[0]
     assert not torch.equal(one[2], other[2])
     assert not torch.equal(one[3], other[3])
@@ -176,13 +176,13 @@ def test_reading_an_image_does_not_change_the_random_generators_of_the_process(t
 
 
 @pytest.mark.parametrize("batch_size", range(5, 12))
-def test_a_batch_with_two_copies_of_up_to_two_images_is_ordered_so_that_no_copies_are_mixed(batch_size):
-    """Position i is mixed with position B - 1 - i, and the middle of an odd batch with position 0."""
+def test_images_that_occur_at_most_twice_in_a_batch_are_never_mixed_with_their_copy(batch_size):
+    """In a batch of size B, position i is mixed with position B - 1 - i, and the middle of an odd batch with position 0."""
     rng = random.Random(batch_size)
     for _ in range(200):
         indices = list(range(batch_size))
-        for copy in rng.sample(range(2, batch_size), rng.randrange(1, 3)):
-            indices[copy] = copy % 2
+        for position in rng.sample(range(2, batch_size), rng.randrange(1, 3)):
+            indices[position] = position % 2  # a copy of image 0 or 1
         rng.shuffle(indices)
         order = separate_copies(indices)
         assert sorted(order) == list(range(batch_size))

@@ -54,8 +54,10 @@ def test_augmented_images_depend_only_on_seed_epoch_and_index(toy_config, toy_da
     cfg = config(toy_config, toy_data, "AUG.REPROB", 1.0)
     expected, order = read_epoch(cfg, epoch=1)
     for workers in (1, 2, 4):
-        images, same_order = read_epoch(config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.NUM_WORKERS", workers), epoch=1)
-        assert same_order == order
+        images, order_with_workers = read_epoch(
+            config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.NUM_WORKERS", workers), epoch=1
+        )
+        assert order_with_workers == order
         assert all(torch.equal(images[index], expected[index]) for index in expected)
     half_batch_cfg = config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.BATCH_SIZE", 4)
     parts = [read_epoch(half_batch_cfg, epoch=1, rank=rank, world_size=2)[0] for rank in (0, 1)]
@@ -124,7 +126,7 @@ def preprocessing(size, **options):
 
 
 def test_squash_mode_resizes_to_a_square_and_crops_the_centre():
-    """The left half of an image of 400 x 100 pixels is black. After the resize to a square, the edge is still in the middle."""
+    """The left half of the image is black. After the resize to a square, the edge of the black half is still in the middle."""
     pixels = np.full((100, 400, 3), 255, np.uint8)
     pixels[:, :200] = 0
     image = preprocessing(224, interpolation="bilinear").create_transform()(Image.fromarray(pixels))
@@ -159,7 +161,7 @@ def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resi
 
 
 def test_short_mode_fills_another_aspect_ratio_without_distortion():
-    """To fill 30 x 90 pixels, an image of 90 x 150 is scaled by 0.6 on both axes: the larger of 30 / 90 and 90 / 150."""
+    """Sizes are height x width. To fill 30 x 90 pixels, the image of 90 x 150 is scaled by max(30 / 90, 90 / 150) = 0.6."""
     image = preprocessing((30, 90), crop_mode="short", crop_pct=1.0).create_transform()(NOISE)
     expected = NOISE.resize((90, 54), Image.Resampling.BICUBIC).crop((0, 12, 90, 42))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
@@ -185,7 +187,7 @@ def test_preprocessing_description_contains_all_settings():
     assert str(preprocessing(64, crop_mode="none")) == "resized to 64 x 64 pixels (bicubic), no crop"
 
 
-def test_ten_thousand_training_augmentations_succeed_and_rarely_coincide():
+def test_ten_thousand_training_augmentations_succeed_and_most_of_them_differ():
     transform = create_train_transform(
         32,
         interpolation="bicubic",
@@ -279,7 +281,7 @@ def test_invalid_directory_layouts_are_rejected_with_a_remedy(tmp_path):
         index_folder(tmp_path / "val")
 
 
-def read_folder(folder, **options):
+def create_folder_dataset(folder, **options):
     return ImageDataset(index_folder(folder), preprocessing(32).create_transform(), **options)
 
 
@@ -287,13 +289,13 @@ def test_error_names_the_unreadable_image(tmp_path):
     write_images(tmp_path, "val", classes=1, per_class=1)
     (tmp_path / "val/class0/000.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"class0/000.png: not a readable image"):
-        read_folder(tmp_path / "val")[(0, 0)]
+        create_folder_dataset(tmp_path / "val")[(0, 0)]
 
 
 def test_images_with_non_ascii_file_names_are_read(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     os.rename(tmp_path / "val/class1/002.png", tmp_path / "val/class1/zürich 東京.png")
-    dataset = read_folder(tmp_path / "val")
+    dataset = create_folder_dataset(tmp_path / "val")
     assert len(dataset) == 6
     assert dataset.index.name(5) == "class1/zürich 東京.png"
     assert dataset[(0, 5)].label == 1
@@ -310,7 +312,7 @@ def test_eval_loader_keeps_the_order_of_the_dataset(toy_config, toy_data):
 
 @pytest.fixture(scope="module")
 def packed(toy_data, tmp_path_factory):
-    """Return {layout: (directory, options)}: the toy data in each archive layout, and the config options to read them."""
+    """Return {layout: (directory, options)}: the toy data in each archive layout, and the config options for reading it."""
     roots = {name: tmp_path_factory.mktemp(name) for name in ("zip", "tar")}
     for name, root in roots.items():
         for split in ("train", "val"):
@@ -338,8 +340,8 @@ def test_archives_give_the_same_tensors_as_directories(toy_config, toy_data, pac
     root, opts = packed[layout]
     for epoch in (0, 1):
         expected, order = read_epoch(config(toy_config, toy_data), epoch=epoch)
-        images, same_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=epoch)
-        assert same_order == order
+        images, archive_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=epoch)
+        assert archive_order == order
         assert all(torch.equal(images[index], expected[index]) for index in expected)
 
 
@@ -522,7 +524,7 @@ def write_unreadable_images(folder):
 
 @pytest.fixture(scope="module")
 def partly_unreadable(tmp_path_factory):
-    """Directory with training images, and the names of the unreadable ones.
+    """Directory with ``train/``, and the names of its unreadable images.
 
     Class a has 2 readable images and all unreadable ones; class b has 20 readable images.
     """
@@ -537,7 +539,7 @@ def partly_unreadable(tmp_path_factory):
 
 def test_every_unreadable_image_raises_an_error_under_the_error_policy(partly_unreadable):
     root, unreadable_names = partly_unreadable
-    dataset = read_folder(root / "train")
+    dataset = create_folder_dataset(root / "train")
     for position in range(len(dataset)):
         name = Path(dataset.index.name(position)).name
         if name in unreadable_names:
@@ -549,21 +551,21 @@ def test_every_unreadable_image_raises_an_error_under_the_error_policy(partly_un
 
 def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadable):
     root, unreadable_names = partly_unreadable
-    dataset, strict = read_folder(root / "train", unreadable="skip"), read_folder(root / "train")
+    dataset, error_dataset = create_folder_dataset(root / "train", unreadable="skip"), create_folder_dataset(root / "train")
     samples = [dataset[(1, position)] for position in range(len(dataset))]
     images, targets, keys, decode_errors = collate(samples)
     assert sorted(Path(dataset.index.name(index)).name for index, _ in decode_errors) == unreadable_names
     assert [index for _, index in keys] == [sample.key[1] for sample in samples if sample.image is not None]
     for image, target, key in zip(images, targets, keys, strict=True):
-        assert target == strict.index.labels[key[1]]
-        assert torch.equal(image, strict[key].image)
+        assert target == error_dataset.index.labels[key[1]]
+        assert torch.equal(image, error_dataset[key].image)
     with pytest.raises(DataError, match="no image of its batch can be read"):
         collate([sample for sample in samples if sample.image is None])
 
 
-def test_replacement_images_have_matching_labels_and_depend_only_on_seed_and_position(partly_unreadable):
+def test_replacement_images_have_matching_labels_and_depend_only_on_seed_epoch_and_index(partly_unreadable):
     root, unreadable_names = partly_unreadable
-    dataset, same_seed = (read_folder(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
+    dataset, same_seed = (create_folder_dataset(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
     replacements = set()
     for position in range(len(dataset)):
         sample, same_sample = dataset[(2, position)], same_seed[(2, position)]
@@ -585,7 +587,7 @@ def test_images_of_unusual_pixel_modes_are_converted_to_rgb(tmp_path, mode):
     else:
         image = Image.new("RGBA", (20, 20), (128, 128, 128, 100)) if mode != "CMYK" else Image.new("RGB", (20, 20), 3 * (128,))
         image.convert(mode).save(folder / "x.png", "JPEG" if mode == "CMYK" else "PNG")
-    decoded = np.asarray(read_folder(tmp_path / "val").decode(0))
+    decoded = np.asarray(create_folder_dataset(tmp_path / "val").decode(0))
     assert decoded.shape == (20, 20, 3)
     assert abs(decoded.astype(int) - 128).max() <= 2
 
@@ -611,8 +613,9 @@ def test_repeated_augmentation_puts_three_copies_of_each_image_into_an_update(wo
             updates[number] += batch
     for number, keys in enumerate(updates):
         unique = order[4 * number : 4 * number + 4]
+        # A key is (repeats * epoch + copy, index).
         assert sorted(keys) == sorted((3 * 2 + copy, index) for index in unique for copy in range(3))
-    if world_size == 1:  # timm mixes the first with the last; an image is not mixed with its own copy
+    if world_size == 1:  # timm mixes each image with the one at the same position in the reversed batch
         assert all(a[1] != b[1] for keys in updates for a, b in zip(keys, keys[::-1], strict=True))
 
 
@@ -830,7 +833,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     ],
     ids=["jpeg", "jpeg 4:4:4", "progressive", "grey", "cmyk", "png", "palette", "webp"],
 )
-def test_training_decoder_gives_the_pixels_of_pillow(data):
+def test_training_decoder_returns_the_same_pixels_as_pillow(data):
     expected = torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
     assert torch.equal(decode_pixels(data), expected)
 
@@ -842,14 +845,14 @@ def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
         for decode in (decode_image, decode_pixels):
             with pytest.raises(Exception, match=r"\w") as caught:
                 decode(damaged)
-            errors.append((type(caught.value), str(caught.value).split("0x")[0]))
+            errors.append((type(caught.value), str(caught.value).split("0x")[0]))  # without the memory address
         assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [224, (48, 64)])
 def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
-    """Both draw the same random numbers, for enlarged and reduced crops. Their mean difference is below 0.01 pixel levels."""
+    """Both draw the same random numbers. Some of the crops are enlarged, and others are reduced."""
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)
     differences = []
@@ -868,7 +871,7 @@ def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
         differences.append(crop - expected)
     all_differences = np.concatenate([difference.ravel() for difference in differences])
     assert np.abs(all_differences).max() <= 2
-    assert abs(all_differences.mean()) < 0.01
+    assert abs(all_differences.mean()) < 0.01  # no bias
     assert np.abs(all_differences).mean() < 0.05
 
 

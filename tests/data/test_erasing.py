@@ -61,14 +61,14 @@ def test_uniform_draws_are_uniform_and_independent():
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.03
 
 
-def test_splitmix_reproduces_the_published_sequence():
+def test_splitmix64_reproduces_the_published_sequence():
     """The expected values are the first outputs of Vigna's reference implementation for the seed 1234567."""
     draws = draw_uniform(np.array([1234567], dtype=np.uint64), 3)
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert draws[0].tolist() == [(value >> 11) * 2.0**-53 for value in expected]
 
 
-def test_random_state_differs_for_every_seed_epoch_and_index():
+def test_random_state_is_unique_for_each_seed_epoch_and_index():
     states = [hash_keys(seed, [(epoch, index)])[0] for seed in (0, 1, 2**32 - 1) for epoch in range(3) for index in range(3)]
     assert len(set(states)) == 27
 
@@ -102,7 +102,8 @@ def test_two_rectangles_of_an_image_have_different_noise():
     keys = [(0, index) for index in range(40)]
     erased = erase(torch.full((40, 3, SIDE, SIDE), 9.0), keys)
     positions, _ = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=1.0, max_count=2)
-    images_with_two = np.flatnonzero(np.bincount(positions) == 2)
-    assert len(images_with_two) > 5
-    num_colours = [len(erased[image, 0].unique()) - 1 for image in images_with_two.tolist()]
+    images_with_two_rectangles = np.flatnonzero(np.bincount(positions) == 2)
+    assert len(images_with_two_rectangles) > 5
+    # One of the values is the background. A rectangle may cover the other one, so that only one colour remains.
+    num_colours = [len(erased[image, 0].unique()) - 1 for image in images_with_two_rectangles.tolist()]
     assert max(num_colours) == 2

@@ -89,22 +89,22 @@ def test_resized_positional_encodings_give_the_gradients_of_the_unfused_form():
 
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
-def test_the_epsilons_contribute_to_the_gradients(std):
-    """Epsilons dominate for tiny inputs. Where q or k is negative in all channels, only the epsilons remain."""
+def test_features_dominated_by_the_epsilon_give_the_gradients_of_the_unfused_form(std):
+    """The epsilon dominates for tiny inputs. For a token that is negative in all channels, only the epsilon remains."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
         q[:, 3] = -q[:, 3].abs()
-        k[:, 5] = -10 - k[:, 5].abs()
+        k[:, 5] = -10 - k[:, 5].abs()  # remains negative after the positional encoding is added
     assert_equals_unfused_form(operator, [q, k, v])
 
 
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
 @pytest.mark.parametrize("std", [1e-3, 1.0, 1e6])
 def test_single_precision_neither_overflows_nor_underflows(scale, std):
-    """Tokens that are negative in all channels have features of 1e-6 / softplus(scale).
+    """The features of a token that is negative in all channels equal 1e-6 / softplus(scale).
 
-    The norm of their cubes sums sixth powers, which underflow in float32 for large scales.
+    The norm of their cubes requires a sum of sixth powers, which underflow in float32 for large scales.
     """
     operator = random_operator((4, 5), rank_restoration=False)
     torch.nn.init.constant_(operator.scale, scale)
@@ -134,13 +134,13 @@ def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit,
 def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, num_image_blocks, num_token_blocks):
     monkeypatch.setattr(models.fused_attention, "MAX_BLOCK_ELEMENTS_ON_CPU", limit)
     blocks = Blocks(5, 5, 2, torch.device("cpu"))
-    parts = [list(blocks.images()), list(blocks.tokens(5))]
-    assert [len(part) for part in parts] == [num_image_blocks, num_token_blocks]
-    for part in parts:
-        assert [position for block in part for position in range(5)[block]] == list(range(5))
+    partitions = [list(blocks.images()), list(blocks.tokens(5))]
+    assert [len(partition) for partition in partitions] == [num_image_blocks, num_token_blocks]
+    for partition in partitions:
+        assert [position for block in partition for position in range(5)[block]] == list(range(5))
 
 
-def test_other_devices_process_all_images_in_one_block():
+def test_devices_other_than_the_cpu_process_all_images_in_one_block():
     blocks = Blocks(64, 10_000, 768, torch.device("meta"))
     assert len(list(blocks.images())) == len(list(blocks.tokens(10_000))) == 1
 
@@ -181,7 +181,7 @@ def test_torch_func_uses_the_unfused_form():
     torch.testing.assert_close(torch.func.grad(loss)(packed.detach()), torch.autograd.grad(loss(packed), packed)[0])
 
 
-def test_gradients_that_are_strided_within_a_token_are_concatenated_by_a_copy():
+def test_gradients_whose_channels_are_not_contiguous_are_concatenated_correctly():
     packed = torch.randn(2, 4, 12).requires_grad_()
     weights = torch.randn(2, 4, 12)
     gradients = [
@@ -218,7 +218,7 @@ def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("copied"))
         torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # If the parts have other uses, their gradients are separate tensors and are concatenated by a copy.
+    # If other operations use the parts, their gradients are separate tensors and are concatenated by a copy.
     out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
     assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
     q, _, v = split_channels(packed, 3)
@@ -243,29 +243,29 @@ def test_the_forward_pass_saves_no_token_map_for_the_backward_pass():
     assert sum(saved.values()) < tokens[0].numel()
 
 
-@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("grid", [(8, 9), (4, 12)], ids=str)
-def test_gradients_of_the_convolution_equal_those_of_autograd(side, grid):
+def test_gradients_of_the_convolution_equal_those_of_autograd(kernel_size, grid):
     """Some maps are larger than the kernel, others are smaller in one dimension."""
-    operator = random_operator(grid, kernel_size=side)
+    operator = random_operator(grid, kernel_size=kernel_size)
     num_tokens = grid[0] * grid[1]
     assert_equals_unfused_form(operator, random_tokens(3, num_tokens, num_tokens))
 
 
-@pytest.mark.parametrize("side", [1, 3, 5, 7])
-def test_the_convolution_equals_a_sum_of_shifted_and_weighted_maps(side):
-    """The output with rank restoration minus the output without it is the convolution of the values with zero padding."""
-    operator = random_operator((6, 7), kernel_size=side)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+def test_the_convolution_equals_a_sum_of_shifted_and_weighted_maps(kernel_size):
+    """The output with rank restoration minus the output without it is the convolution of the zero-padded values."""
+    operator = random_operator((6, 7), kernel_size=kernel_size)
     tokens = random_tokens(2, 42, 42)
     with torch.no_grad():
         with_convolution = operator(*tokens)
         kernel, bias = operator.local_filter()
         operator.dwc = None
         local = with_convolution - operator(*tokens)
-        padded = torch.nn.functional.pad(tokens[2].unflatten(1, (6, 7)), (0, 0, *(side // 2,) * 4))
+        padded = torch.nn.functional.pad(tokens[2].unflatten(1, (6, 7)), (0, 0, *(kernel_size // 2,) * 4))
         expected = sum(
             padded[:, row : row + 6, column : column + 7] * kernel[:, 0, row, column]
-            for row in range(side)
-            for column in range(side)
+            for row in range(kernel_size)
+            for column in range(kernel_size)
         )
     torch.testing.assert_close(local, (expected + bias).flatten(1, 2))

@@ -11,7 +11,7 @@ B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
 
 
-def heads(x):
+def split_heads(x):
     return x.unflatten(-1, (H, D)).transpose(1, 2)
 
 
@@ -30,7 +30,7 @@ def random_inputs(num_queries=N, num_keys=N):
 
 
 def definition(operator, q, k, v, grid=GRID):
-    """Equations 3 to 8 of the paper, with an explicit weight for every pair of query and key."""
+    """Compute the output by equations 3 to 8 of the paper, with an explicit weight for every pair of query and key."""
 
     def map_features(x):
         x = (F.relu(x) + 1e-6) / F.softplus(operator.scale)
@@ -39,10 +39,10 @@ def definition(operator, q, k, v, grid=GRID):
         powered = x**operator.focusing_factor
         return x.norm(dim=-1, keepdim=True) * powered / powered.norm(dim=-1, keepdim=True)
 
-    q, k = heads(map_features(q)), heads(map_features(k + operator.positional_encoding))
+    q, k = split_heads(map_features(q)), split_heads(map_features(k + operator.positional_encoding))
     num_keys = k.shape[2]
     similarity = q @ k.transpose(-2, -1)  # (B, H, N, M)
-    out = (similarity / num_keys) @ heads(v) / (similarity.mean(dim=-1, keepdim=True) + 1e-6)
+    out = (similarity / num_keys) @ split_heads(v) / (similarity.mean(dim=-1, keepdim=True) + 1e-6)
     out = out.transpose(1, 2).flatten(2)
     if operator.dwc is None:
         return out
@@ -98,12 +98,12 @@ def similarity_attention(similarity, v):
 
 
 def naive(kind, q, k, v):
-    """One of the attentions that the paper compares, with an explicit attention matrix."""
+    """Compute one of the kinds of attention that the paper compares, with an explicit weight for every query and key."""
     if kind == "hydra":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         # Every channel is a separate head with similarity q_n * k_m. Hydra does not normalise rows.
         return torch.einsum("bnc,bmc,bmc->bnc", q, k, v)
-    q, k, v = heads(q), heads(k), heads(v)
+    q, k, v = split_heads(q), split_heads(k), split_heads(v)
     if kind == "softmax":
         out = (q @ k.transpose(-2, -1) / D**0.5).softmax(dim=-1) @ v
     elif kind == "efficient":
@@ -117,7 +117,7 @@ def naive(kind, q, k, v):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "focused"])
-def test_a_compared_attention_equals_its_naive_form_forward_and_backward(kind):
+def test_every_other_kind_of_attention_equals_its_naive_form_forward_and_backward(kind):
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()
     expected = naive(kind, q, k, v)
@@ -165,13 +165,13 @@ def definition_without_convolution(operator, q, k, v):
 
 def test_linear_attention_weights_are_not_negative_and_sum_to_one():
     q, k = torch.rand(1, 1, 9, 4), torch.rand(1, 1, 20, 4)
-    weights = linear_attention(q, k, torch.eye(20).expand(1, 1, -1, -1))
+    weights = linear_attention(q, k, torch.eye(20).expand(1, 1, -1, -1))  # one-hot values: the output equals the weights
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 1, 9))
 
 
-# Maximum error relative to the largest output; 4e-7, 6e-4 and 4e-3 were measured. In half precision, the error includes the
-# rounding of the convolution and of the output.
+# Bounds of the maximum error, relative to the largest output. The measured errors are 4e-7, 6e-4 and 4e-3. In half precision,
+# they include the rounding of the convolution and of the output.
 ERROR_BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -186,7 +186,7 @@ def test_every_precision_is_within_an_error_bound_of_float64(dtype, magnitude, s
     q, k, v = (torch.randn(1, side * side, 32) for _ in range(3))
     q, k = (q * magnitude).to(dtype), (k * magnitude).to(dtype)
     v = v.to(dtype)
-    q[:, 3], k[:, 4] = 0, 0  # rows of zeros
+    q[:, 3], k[:, 4] = 0, 0  # tokens whose channels are all zero
     exact = copy_in_double(operator)(q.double(), k.double(), v.double())
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -253,8 +253,8 @@ def test_different_numbers_of_keys_and_values_are_rejected():
         random_operator()(q, k, v[:, 1:])
 
 
-@pytest.mark.parametrize(("num_stored", "num_tokens"), [(49, 3136), (49, 196), (6, 20), (1, 9), (7, 5), (4, 4)])
-def test_stretched_tokens_equal_linear_interpolation(num_stored, num_tokens):
-    x = torch.randn(2, num_stored, 3, dtype=torch.double, requires_grad=True)
+@pytest.mark.parametrize(("num_values", "num_tokens"), [(49, 3136), (49, 196), (6, 20), (1, 9), (7, 5), (4, 4)])
+def test_stretched_tokens_equal_linear_interpolation(num_values, num_tokens):
+    x = torch.randn(2, num_values, 3, dtype=torch.double, requires_grad=True)
     expected = F.interpolate(x.transpose(1, 2), size=num_tokens, mode="linear", align_corners=False).transpose(1, 2)
     assert_same_forward_and_backward(stretch_tokens(x, num_tokens), expected, [x])

@@ -33,6 +33,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
         num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+    # As above, ignore the unused norm. A norm that the model uses is in ``expected`` and is not ignored.
     assert model.no_weight_decay() == set(figures["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = figures["img_size"]
     with torch.no_grad():
@@ -76,10 +77,10 @@ def test_eight_steps_of_training_follow_the_reference(case):
             assert state[name].norm().item() == pytest.approx(norm, rel=1e-3)
 
 
-def labels_of(step, batch):
+def labels_of(step, batch_size):
     import numpy as np
 
-    return np.random.RandomState(200 + step).randint(0, 1000, batch)
+    return np.random.RandomState(200 + step).randint(0, 1000, batch_size)
 
 
 @pytest.mark.parametrize("case", FINE_TUNINGS)

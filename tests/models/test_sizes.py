@@ -11,20 +11,20 @@ from models.pvt import PyramidVisionTransformer
 from models.pvt_v2 import PyramidVisionTransformerV2
 from models.swin import SwinTransformer
 
-PYRAMID = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
-HIERARCHY = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
+TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin
 TOY_DEIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 # Constructor and options of one small model per kind of position table.
 KINDS = {
-    "swin, global": (SwinTransformer, {**HIERARCHY, "attn_type": "LL"}),
-    "swin, linear windows": (SwinTransformer, {**HIERARCHY, "attn_type": "LL", "window_size": 3}),
-    "swin, softmax windows": (SwinTransformer, {**HIERARCHY, "attn_type": "SS", "softmax_window": 3}),
-    "pvt": (PyramidVisionTransformer, {**PYRAMID, "attn_type": "LL"}),
-    "pvt, reduced keys": (PyramidVisionTransformer, {**PYRAMID, "attn_type": "LS", "linear_reductions": (2, 1)}),
-    "pvt v2": (PyramidVisionTransformerV2, {**PYRAMID, "attn_type": "LL"}),
-    "cswin, global": (CSwinTransformer, {**HIERARCHY, "attn_type": "LL"}),
-    "cswin, linear stripes": (CSwinTransformer, {**HIERARCHY, "attn_type": "LL", "linear_splits": (3, None)}),
-    "cswin, softmax stripes": (CSwinTransformer, {**HIERARCHY, "attn_type": "SS", "softmax_splits": (3, 3)}),
+    "swin, global": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL"}),
+    "swin, linear windows": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL", "window_size": 3}),
+    "swin, softmax windows": (SwinTransformer, {**TOY_SWIN, "attn_type": "SS", "softmax_window": 3}),
+    "pvt": (PyramidVisionTransformer, {**TOY_PVT, "attn_type": "LL"}),
+    "pvt, reduced keys": (PyramidVisionTransformer, {**TOY_PVT, "attn_type": "LS", "linear_reductions": (2, 1)}),
+    "pvt v2": (PyramidVisionTransformerV2, {**TOY_PVT, "attn_type": "LL"}),
+    "cswin, global": (CSwinTransformer, {**TOY_SWIN, "attn_type": "LL"}),
+    "cswin, linear stripes": (CSwinTransformer, {**TOY_SWIN, "attn_type": "LL", "linear_splits": (3, None)}),
+    "cswin, softmax stripes": (CSwinTransformer, {**TOY_SWIN, "attn_type": "SS", "softmax_splits": (3, 3)}),
     "deit": (DeiT, {**TOY_DEIT, "patch_size": 8}),
 }
 
@@ -49,16 +49,16 @@ def assert_same_logits(one, other, size):
 @pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, size):
-    """Given the image size of the checkpoint, the loaded model equals the source model called at the new size."""
+    """If the image size of the checkpoint is given, the loaded model equals the source model called at the new size."""
     source, target = build(kind, source_size), build(kind, size)
     state_dict = source.state_dict()
     target.load_state_dict(state_dict | target.resize_position_tables(state_dict, img_size=source_size))
     assert_same_logits(target, source, size)
 
 
-def test_a_checkpoint_of_the_image_size_of_the_paper_loads_at_a_non_square_size():
+def test_a_checkpoint_for_224_pixels_loads_exactly_at_a_non_square_size():
     """The size changes from 224 x 224 to 160 x 320 pixels. Stage 2 has stripes of 28 x 7 tokens."""
-    options = {**HIERARCHY, "attn_type": "LLL", "linear_splits": (14, 7, None), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
+    options = {**TOY_SWIN, "attn_type": "LLL", "linear_splits": (14, 7, None), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
     source, target = (CSwinTransformer(**options, img_size=size).eval() for size in (224, (160, 320)))
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -69,8 +69,8 @@ def test_a_checkpoint_of_the_image_size_of_the_paper_loads_at_a_non_square_size(
 
 
 def test_resizing_keeps_the_width_of_a_stripe():
-    """A table of 196 positions is a stripe of 28 x 7, not a square of 14 x 14. The expected table is resized to 56 x 7."""
-    options = {**HIERARCHY, "attn_type": "LL", "linear_splits": (7, None)}
+    """A table of 196 positions belongs to a stripe of 28 x 7 tokens, not to a square of 14 x 14. It is resized to 56 x 7."""
+    options = {**TOY_SWIN, "attn_type": "LL", "linear_splits": (7, None)}
     source, target = (CSwinTransformer(**options, img_size=size, device="meta") for size in (112, 224))
     shapes = {name: value.shape for name, value in source.state_dict().items()}
     names = [f"stage1.{block}.attns.{axis}.positional_encoding" for block in (0, 1) for axis in (0, 1)]
@@ -86,7 +86,7 @@ def test_resizing_keeps_the_width_of_a_stripe():
 
 def test_a_relative_position_table_of_a_non_square_window_is_resized_as_a_2d_map():
     """A stage of 2 x 4 tokens has windows of 2 x 4 tokens and therefore 3 x 7 relative positions."""
-    options = {**HIERARCHY, "attn_type": "SS", "patch_size": 16, "depths": (1, 1)}
+    options = {**TOY_SWIN, "attn_type": "SS", "patch_size": 16, "depths": (1, 1)}
     source, target = SwinTransformer(**options, img_size=(32, 64)), SwinTransformer(**options, img_size=64)
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
     table = torch.randn(3 * 7, 2)
@@ -117,8 +117,8 @@ def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is
             "pos_embed: the checkpoint's 12 positions .* img_size",
         ),
         (
-            CSwinTransformer(**HIERARCHY, attn_type="LL", linear_splits=(4, None), img_size=64),
-            CSwinTransformer(**HIERARCHY, attn_type="LL", linear_splits=(4, None), img_size=96),
+            CSwinTransformer(**TOY_SWIN, attn_type="LL", linear_splits=(4, None), img_size=64),
+            CSwinTransformer(**TOY_SWIN, attn_type="LL", linear_splits=(4, None), img_size=96),
             "stage1.0.attns.0.positional_encoding: the checkpoint's 96 positions .* img_size",
         ),
     ],
@@ -152,6 +152,7 @@ def test_set_input_size_preserves_the_logits_at_the_new_size(kind, size):
     }
 
 
+# The excluded kinds have fixed windows or softmax stripes. The shapes of their tables do not depend on the image size.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "windows" not in kind and "softmax" not in kind])
 def test_set_input_size_gives_tables_of_the_same_shapes_as_a_model_built_at_that_size(kind):
     changed = build(kind, 64)
@@ -170,9 +171,9 @@ def test_image_sizes_may_be_integers_and_sequences_of_any_type(size):
     assert DeiT(**TOY_DEIT, img_size=size).pos_embed.shape == (1, 17, 16)
 
 
-# Minimum side, computed by hand. PVT has patches of 4 pixels and halves the map three times. The first convolution of CSwin
-# needs 7 pixels, of which 4 are padding. The first softmax blocks of PVTv2 reduce a map of
-# ceil(side / 4) tokens per side by 8, so they need 8 tokens per side.
+# Minimum image side in pixels, computed by hand. PVT has patches of 4 pixels and halves the map three times. The first
+# convolution of CSwin has a kernel of 7 pixels and adds 4 pixels of padding. The first softmax blocks of PVTv2 reduce a map of
+# ceil(side / 4) tokens per side by a factor of 8, so they need at least 8 tokens per side.
 MINIMUM_SIZES = {
     "swin": (SwinTransformer, {}, 1),
     "pvt": (PyramidVisionTransformer, {}, 32),
@@ -185,8 +186,8 @@ MINIMUM_SIZES = {
 
 @pytest.mark.parametrize(("constructor", "options", "smallest"), MINIMUM_SIZES.values(), ids=MINIMUM_SIZES)
 def test_images_below_the_minimum_size_are_rejected_with_that_size(constructor, options, smallest):
-    small = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
-    model = constructor(img_size=smallest, num_classes=3, **small, **options).eval()
+    depth_options = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
+    model = constructor(img_size=smallest, num_classes=3, **depth_options, **options).eval()
     with torch.no_grad():
         assert torch.isfinite(model(torch.randn(1, 3, smallest, smallest + 5))).all()
     too_small = (smallest - 1, smallest + 5)
@@ -198,4 +199,4 @@ def test_images_below_the_minimum_size_are_rejected_with_that_size(constructor, 
     with pytest.raises(ValueError, match=message):
         model.set_input_size(too_small)
     with pytest.raises(ValueError, match=message):
-        constructor(img_size=too_small, **small, **options)
+        constructor(img_size=too_small, **depth_options, **options)

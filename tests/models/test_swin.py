@@ -56,7 +56,7 @@ def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
 
 
 def naive_softmax_block(block, x, window):
-    """Output of the block, computed for one window at a time from its real tokens only."""
+    """Compute the output of the block one window at a time, from its real tokens (without padding)."""
     attention, height, width = block.attn, x.shape[1], x.shape[2]
     normed, out = block.norm1(x), torch.zeros_like(x)
     bias = attention.position_bias(window)[0]
@@ -67,8 +67,8 @@ def naive_softmax_block(block, x, window):
             real = [r * window[1] + c for r in range(rows) for c in range(columns)]
             q, k, v = attention.qkv(tokens.flatten(1, 2)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + bias[:, real][:, :, real]
-            mixed = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-            out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
+            attended = attention.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            out[:, top : top + rows, left : left + columns] = attended.unflatten(1, (rows, columns))
     x = x + out
     return x + block.mlp(block.norm2(x))
 
@@ -82,21 +82,22 @@ def test_softmax_windows_equal_a_loop_over_windows_of_real_tokens(side):
 
 
 def naive_linear_block(block, x, window):
+    """Like ``naive_softmax_block``, for linear attention."""
     attention, height, width = block.attn, x.shape[1], x.shape[2]
     normed, out = block.norm1(x), torch.zeros_like(x)
     for top in range(0, height, window[0]):
         for left in range(0, width, window[1]):
             tokens = normed[:, top : top + window[0], left : left + window[1]]
             rows, columns = tokens.shape[1:3]
-            # The positional encoding of the window's real tokens.
+            # Temporarily crop the positional encoding and the grids of the module to the real tokens of the window.
             table = attention.positional_encoding.unflatten(1, window)[:, :rows, :columns].flatten(1, 2)
             q, k, v = attention.qkv(tokens.flatten(1, 2)).chunk(3, dim=-1)
             full_table = attention.positional_encoding.data
             attention.positional_encoding.data = table.data
             attention.grid, attention.key_grid, grids = (rows, columns), (rows, columns), (attention.grid, attention.key_grid)
-            mixed = attention.proj(attention.attend(q, k, v))
+            attended = attention.proj(attention.attend(q, k, v))
             attention.positional_encoding.data, (attention.grid, attention.key_grid) = full_table, grids
-            out[:, top : top + rows, left : left + columns] = mixed.unflatten(1, (rows, columns))
+            out[:, top : top + rows, left : left + columns] = attended.unflatten(1, (rows, columns))
     x = x + out
     return x + block.mlp(block.norm2(x))
 
@@ -111,7 +112,7 @@ def test_linear_windows_equal_a_loop_over_windows_of_real_tokens(side):
 
 
 @pytest.mark.parametrize("size", [64, 96, (64, 96), (60, 52)], ids=str)
-def test_images_of_other_sizes_give_finite_logits(size):
+def test_images_of_any_size_give_finite_logits(size):
     height, width = (size, size) if isinstance(size, int) else size
     logits = toy(window_size=8)(torch.randn(2, 3, height, width))
     assert logits.shape == (2, 5)
@@ -121,6 +122,7 @@ def test_images_of_other_sizes_give_finite_logits(size):
 def test_a_global_block_stays_global_at_every_size():
     model = toy(attn_type="LL", window_size=56)
     block = model.layers[0].blocks[1]
+    # The layout consists of window, shift, and size of the padded map.
     assert block.layout((31, 47)) == ((31, 47), (0, 0), (31, 47))
     windowed = toy(attn_type="LL", window_size=8).layers[0].blocks[1]
     assert windowed.layout((31, 47)) == ((8, 8), (4, 4), (32, 48))
@@ -157,7 +159,7 @@ def test_reset_classifier_replaces_the_head():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 32)
 
 
-def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_map():
+def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_image_size():
     """It is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the reference."""
     model = create_model("flatten_swin_t", img_size=256, device="meta")
     assert {block.window for block in model.layers[2].blocks} == {(7, 7)}

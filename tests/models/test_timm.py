@@ -98,7 +98,7 @@ def test_input_size_and_crop_follow_the_evaluation_recipe_of_the_reference(name)
 
 @pytest.mark.parametrize("name", list_models())
 def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
-    """Corresponds to timm's test_model_forward_features, for the getter and for hooks."""
+    """Corresponds to timm's test_model_forward_features, for the ``feature_cls`` values "getter" and "hook"."""
     for feature_cls in ("getter", "hook"):
         features = timm.create_model(name, features_only=True, feature_cls=feature_cls, img_size=64, device="meta")
         channels, reductions = features.feature_info.channels(), features.feature_info.reduction()
@@ -133,7 +133,7 @@ def test_intermediates_of_every_model_match_the_forward_pass(name):
         (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
         two = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
         assert len(two) == 2
-    if "deit" not in name:  # the norm is applied to all maps of DeiT
+    if "deit" not in name:  # with ``norm``, DeiT normalises all maps, the other models only the last
         torch.testing.assert_close(first, maps[0])
         torch.testing.assert_close(two[1], maps[1])
 
@@ -179,7 +179,7 @@ def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
-def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normed(name):
+def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normalised(name):
     model, images = mixed(name), torch.randn(2, 3, 64, 64)
     channels_last = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
     without_norm = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
@@ -194,6 +194,7 @@ def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normed(name
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("indices", [0, 6, 13, [4, 99], [-13], []], ids=str)
 def test_invalid_indices_of_feature_maps_are_rejected(name, indices):
+    # DeiT has 12 feature maps, so that 6 is valid and is replaced by 13; the other models have 4.
     with pytest.raises(ValueError, match="feature maps"):
         create_model(name, device="meta").take_indices(indices if "deit" not in name or indices != 6 else 13)
 
@@ -284,7 +285,7 @@ def test_drop_rate_sets_the_dropout_before_the_classifier(name):
 
 
 RATES = [(name, rate) for name in FAMILIES for rate in ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate")]
-# Models that do not have this argument.
+# Models without a position table do not have the argument ``pos_drop_rate``.
 WITHOUT_POSITION_TABLE = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
 
 
@@ -364,7 +365,7 @@ def test_copied_and_unpickled_models_compute_and_load_like_the_original(name):
 
 
 def with_unused_entries(name: str, state_dict: dict) -> dict:
-    """The state dict with the additional entries that the reference saves and never reads."""
+    """The state dict with the additional entries that the reference saves but does not use."""
     if "swin_t" in name and "cswin" not in name:
         tables = [entry for entry in state_dict if entry.endswith("relative_position_bias_table")]
         for entry in tables:
@@ -406,7 +407,7 @@ def test_the_checkpoint_filter_drops_only_unused_entries():
             model.load_state_dict({**entries, "stray": torch.zeros(1)})
 
 
-def test_the_checkpoint_filter_uses_the_declared_input_size():
+def test_the_checkpoint_filter_uses_the_input_size_of_the_pretrained_cfg():
     """The weights of a model for 112 pixels with stripes of 28 x 7 tokens are loaded into a model for 224 pixels."""
     options = {"linear_splits": (7, 3, 3, None), "attn_type": "LLLL", "depths": (1, 1, 1, 1), "num_classes": 5}
     source = timm.create_model("flatten_cswin_t", img_size=112, **options).eval()
@@ -430,7 +431,7 @@ def test_a_model_saved_for_the_hub_loads_from_its_directory(name, tmp_path):
 
 
 def test_features_of_early_stages_accept_smaller_images():
-    """One stage of PVT needs 4 pixels, two stages need 8, and all four need 32."""
+    """The first stage of PVT needs images of 4 pixels per side, the first two stages need 8, and all four need 32."""
     model = create_model("flatten_pvt_t", img_size=64)
     for num_stages, smallest in ((4, 32), (2, 8), (1, 4)):
         model.prune_intermediate_layers([num_stages - 1])
@@ -440,7 +441,7 @@ def test_features_of_early_stages_accept_smaller_images():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pruning_keeps_the_final_norm_unless_it_is_requested_or_the_width_changes(name):
+def test_pruning_keeps_the_final_norm_unless_its_removal_is_requested_or_the_width_changes(name):
     for prune_norm in (False, True):
         model = mixed(name)
         model.prune_intermediate_layers([-1], **({"prune_norm": True} if prune_norm else {}))

@@ -45,13 +45,13 @@ def small(name, **options):
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_runs_at_three_sizes_and_every_parameter_gets_a_gradient(name):
     model = create_model(name, num_classes=3, drop_path_rate=0.0)
-    native = 384 if name.endswith("_384") else 224
-    for size in ((native, native), (160, 160), (96, 128)):
+    native_size = 384 if name.endswith("_384") else 224
+    for size in ((native_size, native_size), (160, 160), (96, 128)):
         with torch.no_grad():
             logits = model(torch.randn(1, 3, *size))
         assert logits.shape == (1, 3)
         assert torch.isfinite(logits).all()
-    # A small size is enough: which parameters get a gradient does not depend on it.
+    # A small size suffices, because the set of parameters that get a gradient does not depend on the size.
     model(torch.randn(2, 3, 96, 128)).square().sum().backward()
     gradients = {entry: parameter.grad for entry, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
@@ -64,14 +64,16 @@ def test_every_model_runs_at_three_sizes_and_every_parameter_gets_a_gradient(nam
 def test_parameters_and_multiply_adds_match_the_paper(name):
     num_parameters, multiply_adds, _ = measure(name)
     millions, billions = PAPER[name]
+    # The paper gives some numbers of parameters in whole millions.
     assert num_parameters / 1e6 == pytest.approx(millions, abs=0.1 if isinstance(millions, float) else 0.6)
     assert multiply_adds / 1e9 == pytest.approx(billions, rel=0.02, abs=0.05)
 
 
 def test_deit_tiny_has_the_hand_computed_number_of_parameters():
-    """DeiT-T has 5,717,416 parameters.
+    """The original DeiT-T has 5,717,416 parameters.
 
-    Each of the 12 blocks adds 192 scales, a positional encoding of 197 x 192, and 64 filters of 25 weights and a bias.
+    Linear attention adds to each of the 12 blocks 192 scales, a positional encoding of 197 x 192 values, and 64 filters of 25
+    weights and a bias.
     """
     assert measure("flatten_deit_t")[0] == 5_717_416 + 12 * (192 + 197 * 192 + 64 * 26)
 
@@ -156,9 +158,9 @@ def test_training_and_evaluation_compile_to_one_graph_each(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_exports(name):
-    native = 384 if name.endswith("_384") else 224
-    model, images = randomise(create_model(name)).eval(), torch.randn(1, 3, native, native)
+def test_every_model_can_be_exported(name):
+    native_size = 384 if name.endswith("_384") else 224
+    model, images = randomise(create_model(name)).eval(), torch.randn(1, 3, native_size, native_size)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images), rtol=1e-3, atol=1e-4)
 
@@ -299,14 +301,14 @@ def test_a_linear_probe_trains_only_the_head_on_features_in_evaluation_mode(name
     assert torch.equal(model.eval()(images), model.train()(images))
 
 
-@pytest.mark.parametrize("chans", [1, 4])
+@pytest.mark.parametrize("in_chans", [1, 4])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_number_of_input_channels_is_an_argument(name, chans):
-    assert create_model(name, num_classes=2, img_size=64, in_chans=chans)(torch.randn(1, chans, 64, 64)).shape == (1, 2)
+def test_the_number_of_input_channels_is_an_argument(name, in_chans):
+    assert create_model(name, num_classes=2, img_size=64, in_chans=in_chans)(torch.randn(1, in_chans, 64, 64)).shape == (1, 2)
 
 
 def naive_stripes(attention, q, k, v, window):
-    """Attention, rank restoration and LePE, computed separately for one stripe at a time from its real tokens only."""
+    """Compute attention, rank restoration and LePE one stripe at a time, from its real tokens (without padding)."""
     out = torch.zeros_like(q)
     height, width = q.shape[1:3]
     num_heads, head_dim = attention.num_heads, q.shape[-1] // attention.num_heads
@@ -325,14 +327,14 @@ def naive_stripes(attention, q, k, v, window):
                 queries, keys = (focus((F.relu(t) + 1e-6) / scale, 3) for t in (queries, keys))
                 queries, keys = (t.unflatten(-1, (num_heads, head_dim)).transpose(1, 2) for t in (queries, keys))
                 similarity = queries @ keys.transpose(-2, -1)
-                mixed = similarity @ values / (similarity.sum(dim=-1, keepdim=True) + 1e-6 * similarity.shape[-1])
+                attended = similarity @ values / (similarity.sum(dim=-1, keepdim=True) + 1e-6 * similarity.shape[-1])
                 heads = maps.unflatten(1, (num_heads, head_dim)).flatten(0, 1)
                 restored = attention.dwc(heads).unflatten(0, (-1, num_heads)).flatten(1, 2).permute(0, 2, 3, 1)
             else:
-                mixed = (queries @ keys.transpose(-2, -1) / head_dim**0.5).softmax(dim=-1) @ values
+                attended = (queries @ keys.transpose(-2, -1) / head_dim**0.5).softmax(dim=-1) @ values
                 restored = 0
             lepe = attention.get_v(maps).permute(0, 2, 3, 1)
-            out[box] = mixed.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + lepe
+            out[box] = attended.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + lepe
     return out
 
 
@@ -353,7 +355,7 @@ def test_narrow_stripes_equal_a_loop_over_stripes(attn_type, side):
     generator = torch.Generator().manual_seed(0)
     for attention, window in zip(model.stage1[0].attns, ((side, 3), (3, side)), strict=True):
         q, k, v = (torch.randn(2, side, side, 8, generator=generator) for _ in range(3))
-        if attn_type == "L":
+        if attn_type == "L":  # crop the positional encoding of the 12 x 12 map to the map of this test
             attention.grid = attention.key_grid = tuple(min(s, side) for s in attention.grid)
             table = attention.positional_encoding.data.unflatten(1, (12, 3) if window[1] == 3 else (3, 12))
             attention.positional_encoding.data = table[:, :side, :side].flatten(1, 2).contiguous()
@@ -363,7 +365,7 @@ def test_narrow_stripes_equal_a_loop_over_stripes(attn_type, side):
 
 
 def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_for_any_stripe_width():
-    """As in the reference, each has one attention over all channels, with a table of 7 x 7 positions."""
+    """As in the reference, each block has one attention over all channels, with a table of 7 x 7 positions."""
     opts = ["MODEL.LA.ATTN_TYPE", "LLLL", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "7-7-7-1"]
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / "flatten_cswin_t.yaml", opts))
@@ -444,8 +446,8 @@ def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
     assert widths == [{1}, {2}, {7}, {7}]
 
 
-def test_models_without_a_size_in_the_paper_have_the_size_of_the_original_models():
-    """PVTv2-B5 has 3, 6, 40 and 3 blocks; DeiT-S and DeiT-B have 12 blocks of 384 and 768 channels."""
+def test_models_that_the_paper_omits_have_the_size_of_the_original_models():
+    """The stages of PVTv2-B5 have 3, 6, 40 and 3 blocks; DeiT-S and DeiT-B have 12 blocks of 384 and 768 channels."""
     pvt = create_model("flatten_pvt_v2_b5", device="meta")
     assert [len(list(blocks)) for blocks in pvt.stage_blocks()] == [3, 6, 40, 3]
     hidden_dims = [{block.mlp.fc1.out_features for block in blocks} for blocks in pvt.stage_blocks()]

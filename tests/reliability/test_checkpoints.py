@@ -78,12 +78,19 @@ FILE_OPERATIONS = [
 
 
 def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool:
-    """Save in a child process that is killed before file operation ``number``. Return True if it exited without a kill."""
+    """Save in a child process that is killed before its file operation ``number``, counted from 1.
+
+    Args:
+        best: also link the checkpoint as ``best.pth``.
+
+    Returns:
+        True if the process exited before that operation, without a kill.
+    """
     process = os.fork()
     if process == 0:
         count = 0
 
-        def guard(original):
+        def count_and_kill(original):
             def call(*arguments, **options):
                 nonlocal count
                 count += 1
@@ -94,7 +101,7 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
             return call
 
         for module, name in FILE_OPERATIONS:
-            setattr(module, name, guard(getattr(module, name)))
+            setattr(module, name, count_and_kill(getattr(module, name)))
         path = checkpoint_path(folder, state["num_updates"])
         save_checkpoint(state, path)
         if best:
@@ -112,7 +119,10 @@ def create_state(num_updates: int) -> dict:
 
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "later save"])
 def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tmp_path):
-    """With KEEP_CHECKPOINTS 1, there is always an intact checkpoint, and it is never older than before the save."""
+    """With KEEP_CHECKPOINTS 1, an intact checkpoint exists at every moment after the first save is complete.
+
+    The newest intact checkpoint is never older than the one before the save.
+    """
     for number in range(1, 100):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -121,7 +131,7 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
         finished = save_and_kill(folder, number, create_state(2), best=False)
         newest = newest_intact_checkpoint(folder)
         if first and newest is None:
-            assert not list_checkpoints(folder)  # no checkpoint existed, and incomplete files are not listed
+            assert not list_checkpoints(folder)  # killed before the first checkpoint was complete
         else:
             assert read_checkpoint(newest)["num_updates"] in (1, 2)
         if finished:
@@ -131,10 +141,10 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
         remove_surplus(folder, keep=1)
         assert [path.name for path in folder.iterdir()] == ["checkpoint_000000003.pth"]
     assert finished
-    assert number > 6
+    assert number > 6  # the save has at least 6 file operations
 
 
-def test_r14_a_kill_at_any_file_operation_of_a_best_save_is_repaired_on_resume(tmp_path):
+def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_path):
     """After the repair, ``best.pth`` is the state that the newest checkpoint records as the best one."""
     for number in range(1, 100):
         folder = tmp_path / str(number)
@@ -150,13 +160,13 @@ def test_r14_a_kill_at_any_file_operation_of_a_best_save_is_repaired_on_resume(t
         if finished:
             break
     assert finished
-    assert number > 10
+    assert number > 10  # the save has at least 10 file operations
 
 
 def test_r14_run_killed_before_it_links_the_best_checkpoint_is_repaired_on_resume(
     uninterrupted, toy_config, toy_data, tmp_path
 ):
-    """The run receives SIGKILL between the rename of the checkpoint and its link as ``best.pth``."""
+    """The run receives SIGKILL after it renames the checkpoint, and before it links the checkpoint as ``best.pth``."""
 
     def prepare(rank: int) -> None:
         call_before(utils.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -262,7 +272,7 @@ def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
         else:
             assert newest_intact == older, description
             detected += 1
-    assert detected >= 20 + 64 // 2
+    assert detected >= 20 + 64 // 2  # all truncations, and at least half of the flipped bits
 
 
 # --- Concurrent processes in one directory
@@ -356,11 +366,11 @@ def test_r5_run_resumed_with_another_number_of_loader_workers_ends_equal(uninter
 def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_config, toy_data, tmp_path):
     """Compare a run on 2, then 4, then 1 processes with an uninterrupted run on 1 process.
 
-    Drop path, dropout and mixup are disabled, because their random numbers depend on the rank.
+    Drop path, dropout, mixup and CutMix are disabled, because their random numbers depend on the rank.
     """
-    no_random_layers = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
+    no_random_operations = ["MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EPOCHS", 1]
     options = [
-        *no_random_layers,
+        *no_random_operations,
         "DATA.GLOBAL_BATCH_SIZE",
         8,
         "DATA.BATCH_SIZE",
@@ -373,17 +383,17 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
         9,
     ]
     losses = {}
-    for name, counts in (("alone", (1,)), ("changing", (2, 4, 1))):
+    for name, process_counts in (("alone", (1,)), ("changing", (2, 4, 1))):
         arguments = toy_arguments(toy_config, toy_data, tmp_path / name, *options)
         folder = tmp_path / name / "toy/default"
-        for position, processes in enumerate(counts):
-            last = position + 1 == len(counts)
+        for position, processes in enumerate(process_counts):
+            last = position + 1 == len(process_counts)
 
-            def stop_after_save(rank: int, last: bool = last) -> None:
+            def stop_at_first_save(rank: int, last: bool = last) -> None:
                 if not last and rank == 0:
                     call_before(utils.trainer, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
-            outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_after_save)
+            outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_at_first_save)
             assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
@@ -414,13 +424,13 @@ def test_r8_run_stopped_during_accumulation_saves_after_a_full_update_and_ends_e
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:
-        # The first call seeds the initial weights. Signal in the third forward pass of the eighth update.
+        # The first call seeds the initial weights. Send the signal before the third forward pass of the eighth update.
         call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
     folder = tmp_path / "stopped/toy/default"
-    # The ninth update requests the stop, and its report is read after the tenth update.
+    # The ninth update transmits the stop request, and the report of the ninth update is read after the tenth update.
     assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 10
     assert run_main(stopped, tmp_path / "log").exit_codes == [0]
     assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "alone", *options), tmp_path / "log").exit_codes == [0]

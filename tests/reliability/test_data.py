@@ -69,7 +69,7 @@ def tar_entries(count: int) -> dict[str, bytes]:
 
 
 def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(tmp_path):
-    """The shard is truncated at any byte, or one bit of a header is flipped."""
+    """The shard is truncated at a random byte, or one bit of a header is flipped."""
     shard = write_tar(tmp_path / "train-0.tar", tar_entries(30))
     intact, rng = shard.read_bytes(), random.Random(0)
     with tarfile.open(shard) as archive:
@@ -79,7 +79,8 @@ def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(
         if trial % 2:
             damaged = intact[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
         else:
-            position = rng.choice(headers) + rng.randrange(154)  # name, mode, owner, size, time, digits of the checksum
+            # The first 154 bytes of a header are name, mode, owner, size, time, and the digits of the checksum.
+            position = rng.choice(headers) + rng.randrange(154)
             damaged = intact[:position] + bytes([intact[position] ^ 1 << rng.randrange(7)]) + intact[position + 1 :]
         shard.write_bytes(damaged)
         with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
@@ -147,7 +148,7 @@ def write_zip(root: Path, contents: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [range(0), range(4)], ids=["from disk", "in memory"])
-def test_damaged_image_in_an_archive_is_treated_as_the_policy_specifies(in_memory, tmp_path, monkeypatch):
+def test_unreadable_policy_applies_to_damaged_images_in_archives(in_memory, tmp_path, monkeypatch):
     write_zip(tmp_path, [png(n) for n in range(4)])
     content = (tmp_path / "train.zip").read_bytes()
     position = content.index(png(2)) + 30
@@ -165,13 +166,14 @@ def test_damaged_image_in_an_archive_is_treated_as_the_policy_specifies(in_memor
 
     original = os.pread
 
-    def fail(descriptor: int, size: int, offset: int) -> bytes:
+    def fail_for_image_1(descriptor: int, size: int, offset: int) -> bytes:
         if offset == index.offsets[1]:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(descriptor, size, offset)
 
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "pread", fail_for_image_1)
     dataset = ImageDataset(index, np.asarray, unreadable="skip", **options)
+    # Image 1 cannot be read from the disk, and image 2 is damaged.
     assert [dataset[0, number].image is None for number in range(4)] == [False, True, True, False]
 
 
@@ -181,7 +183,8 @@ def test_maps_with_additional_columns_and_names_without_the_utf8_flag_are_read(t
         archive.writestr("0.png", png())
         archive.writestr("xxxxxxx.png", png())
     content = (tmp_path / "train.zip").read_bytes()
-    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))  # Info-ZIP omits the flag, too
+    # Like Info-ZIP, write a UTF-8 name without the UTF-8 flag.
+    (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))
     (tmp_path / "train_map.txt").write_text(f"0.png\t0\t \n{name}\t1 \textra\n", encoding="utf-8")
     index = index_zip(tmp_path, "train")
     assert [index.name(position) for position in range(2)] == ["0.png", name]
@@ -299,7 +302,7 @@ def count_unreadable(trials: int, tmp_path) -> int:
     write_images(tmp_path, "train", classes=1, per_class=1, size=8)
     dataset, rng, unreadable = ImageDataset(index_folder(tmp_path / "train"), np.asarray), random.Random(0), 0
     contents = [encode(kind) for kind in FORMATS] + [encode("JPEG", "CMYK"), encode("PNG", "P")]
-    contents += [encode("TIFF", compression=how) for how in ("tiff_lzw", "tiff_deflate", "jpeg")]
+    contents += [encode("TIFF", compression=name) for name in ("tiff_lzw", "tiff_deflate", "jpeg")]
     for trial in range(trials):
         content = damage(contents[trial % len(contents)], rng)
         dataset.read = lambda position, content=content: content
@@ -316,7 +319,7 @@ def test_d10_twenty_thousand_damaged_images_raise_no_error_other_than_data_error
 
 
 def test_d1_unsupported_image_formats_are_rejected():
-    """Pillow detects formats by content. PostScript would start an interpreter; other decoders raise unexpected exceptions."""
+    """Pillow detects formats by content. Its PostScript decoder would start an interpreter; others raise unexpected errors."""
     Image.init()
     for kind in ("EPS", "ICNS", "TGA", "DDS", "QOI"):
         if kind in Image.SAVE:
@@ -325,7 +328,7 @@ def test_d1_unsupported_image_formats_are_rejected():
 
 
 def test_d1_supported_image_formats_are_read():
-    """The first image of a file with two images is read (MPO, which some cameras write as JPEG)."""
+    """Of an MPO file, which contains several images, the first one is read; some cameras name these files ``.jpg``."""
     for kind in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         assert decode_image(encode(kind)).size == (24, 24)
     buffer, image = io.BytesIO(), Image.new("RGB", (24, 24), "red")
@@ -340,7 +343,7 @@ def test_d1_sixteen_bit_images_are_scaled_and_deeper_ones_are_rejected(tmp_path)
         buffer = io.BytesIO()
         Image.fromarray(values).save(buffer, kind)
         assert (np.asarray(decode_image(buffer.getvalue()))[..., 0] == expected).all()
-    header = b"P5 8 8 65535\n"
+    header = b"P5 8 8 65535\n"  # PGM: 8 x 8 pixels of 16 bits
     assert (np.asarray(decode_image(header + values.astype(">u2").tobytes()))[..., 0] == expected).all()
     small_values = np.full((8, 8), 200, np.int32)
     for pixels in (values.astype(np.int32) * 1000, small_values, -small_values, values.astype(np.float32)):
@@ -367,19 +370,19 @@ def test_d1_named_pipes_and_huge_files_are_unreadable_images(tmp_path):
 # --- Augmentation
 
 
-@pytest.mark.parametrize("skipped", [0, 1, 2])
+@pytest.mark.parametrize("num_skipped", [0, 1, 2])
 @pytest.mark.parametrize("batch_size", [64, 127, 128])
 @pytest.mark.parametrize("repeats", [1, 2, 3, 4])
-def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats, skipped):
+def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats, num_skipped):
     """Every image has a distinct class, so that each mixed target has exactly two classes."""
     batches = TrainBatches(1000, batch_size, accumulation=1, repeats=repeats, rank=0, world_size=1, seed=0)
     mixup = StepMixup(seed=0, num_classes=1000, mixup_alpha=0.8, label_smoothing=0.0)
     seen = []
     for step, batch in enumerate(itertools.islice(batches, 7)):
         samples = [Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), index, (epoch, index), []) for epoch, index in batch]
-        samples[:skipped] = [sample._replace(image=None) for sample in samples[:skipped]]
+        samples[:num_skipped] = [sample._replace(image=None) for sample in samples[:num_skipped]]
         images, targets, keys, _ = collate(samples)
-        assert len(keys) == batch_size - skipped
+        assert len(keys) == batch_size - num_skipped
         _, mixed = mixup(images.float(), targets, step)
         own_probabilities = mixed[torch.arange(len(keys)), targets]
         assert ((mixed > 0).sum(dim=1) == 2).all()
@@ -488,7 +491,7 @@ def test_packing_does_not_overwrite_an_existing_map(tmp_path):
     assert (tmp_path / "val_map.txt").read_text() == "mine"
 
 
-def test_full_disk_ends_packing_with_the_required_size(tmp_path, monkeypatch):
+def test_full_disk_ends_packing_and_the_error_gives_the_required_size(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
 
     def raise_no_space(*_arguments, **_options):
@@ -522,21 +525,21 @@ def test_unreadable_image_ends_packing_and_the_error_names_it(tmp_path):
     assert list((tmp_path / "tar").iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signal_ends_packing_and_leaves_no_files(number, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_packing_and_leaves_no_files(signal_number, tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
 
     def send_signal(*_arguments) -> None:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal_number)
 
     def main_with_signal() -> None:
-        signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+        signal.signal(signal_number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
         scripts.pack_dataset._compare = send_signal
         scripts.pack_dataset.main()
 
     script = SimpleNamespace(__file__=scripts.pack_dataset.__file__, main=main_with_signal)
     outcome = run_script(script, [tmp_path, tmp_path / "tar", "--splits", "val"], tmp_path / "log")
-    assert outcome.exit_codes == [128 + number]
+    assert outcome.exit_codes == [128 + signal_number]
     assert list((tmp_path / "tar").iterdir()) == []
 
 
@@ -593,16 +596,16 @@ def test_unusual_file_names_are_packed_and_read_back(archive, tmp_path):
 def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
     write_images(tmp_path, "train", classes=3, per_class=3, size=8)
     folder = tmp_path / "train"
-    before = describe_index(index_folder(folder))
-    assert compare_descriptions(before, describe_index(index_folder(folder))) == ""
-    assert before["num_images"] == 9
+    original_description = describe_index(index_folder(folder))
+    assert compare_descriptions(original_description, describe_index(index_folder(folder))) == ""
+    assert original_description["num_images"] == 9
 
     def describe_change(change) -> str:
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
         change(copy)
-        return compare_descriptions(before, describe_index(index_folder(copy)))
+        return compare_descriptions(original_description, describe_index(index_folder(copy)))
 
     assert describe_change(lambda root: (root / "class1/001.png").unlink()) == "class class1 had 3 images, now it has 2"
     assert describe_change(lambda root: (root / "class1/9.png").write_bytes(png())) == "class class1 had 3 images, now it has 4"
@@ -614,7 +617,7 @@ def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
     assert describe_change(lambda root: shutil.copytree(root / "class1", root / "more")) == "class more is new"
     write_zip(tmp_path, [png(n) for n in range(4)])
     archive = describe_index(index_zip(tmp_path, "train"))
-    write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])
+    write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])  # changes image 2, of class 0
     assert "class 0 has the same number of images" in compare_descriptions(
         archive, describe_index(index_zip(tmp_path, "train"))
     )
@@ -623,8 +626,8 @@ def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
 # --- Large indices
 
 
-def make_large_index(source: Path, num_images: int) -> Index:
-    """Create an index similar to that of ImageNet: 1,000 classes and names of equal length."""
+def create_large_index(source: Path, num_images: int) -> Index:
+    """Create an index similar to that of ImageNet: 1,000 classes, and image names of equal length."""
     name = b"n01440764/n01440764_10026.JPEG"
     return Index(
         source=source,
@@ -652,12 +655,14 @@ def read_many_names(worker: int, index: Index, results) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="private memory is measured only on Linux")
-@pytest.mark.parametrize(("num_images", "seconds"), [(1_280_000, 1), pytest.param(14_000_000, 2, marks=pytest.mark.slow)])
-def test_d5_workers_share_the_memory_of_a_large_index_and_its_cache_loads_quickly(num_images, seconds, tmp_path):
-    data.index._write_cache(tmp_path / "index.npz", make_large_index(tmp_path, num_images), {})
+@pytest.mark.parametrize(
+    ("num_images", "max_cpu_seconds"), [(1_280_000, 1), pytest.param(14_000_000, 2, marks=pytest.mark.slow)]
+)
+def test_d5_workers_share_the_memory_of_a_large_index_and_its_cache_loads_quickly(num_images, max_cpu_seconds, tmp_path):
+    data.index._write_cache(tmp_path / "index.npz", create_large_index(tmp_path, num_images), {})
     started = time.process_time()
     index = data.index._read_cache(tmp_path / "index.npz", tmp_path, [])
-    assert time.process_time() - started < seconds
+    assert time.process_time() - started < max_cpu_seconds
     assert len(index) == num_images
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()

@@ -17,6 +17,8 @@ from tests.runs import assert_equal, toy_arguments
 pytestmark = pytest.mark.reliability
 ROOT = Path(__file__).parent.parent.parent
 
+# Fake ``srun``: start the command after the options on two ranks. Once there is a new checkpoint, send SIGUSR1 to both of them,
+# unless PREEMPT is "no".
 SRUN = f"""#!{sys.executable}
 import os, pathlib, signal, subprocess, sys, time
 
@@ -36,6 +38,7 @@ while any(task.poll() is None for task in tasks):
     time.sleep(0.005)
 sys.exit(max(task.returncode for task in tasks))
 """
+# Fake ``scontrol``: print the address of the only node, and append the ids of requeued jobs to the file $REQUEUED.
 SCONTROL = """#!/usr/bin/env bash
 case "$1" in
   show) echo 127.0.0.1 ;;
@@ -55,7 +58,7 @@ def write_program(path: Path, text: str) -> None:
 def test_s5_preempted_slurm_job_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
     """Run ``scripts/slurm.sh`` with a fake ``scontrol`` and a fake ``srun``.
 
-    After a checkpoint, the fake ``srun`` sends SIGUSR1 to its tasks, as at a preemption.
+    After a new checkpoint, the fake ``srun`` sends SIGUSR1 to the processes, as SLURM does before a preemption.
     """
     expected = uninterrupted(2)
     programs, requeued = tmp_path / "bin", tmp_path / "requeued"
@@ -93,6 +96,7 @@ def test_s5_preempted_slurm_job_is_requeued_and_ends_equal(preemptions, uninterr
 
 
 def torchrun(arguments: list, log: Path, *options: object, program: str | Path = "main.py") -> subprocess.Popen:
+    """Start ``torchrun <options> <program> <arguments>`` in a new session, with its output appended to ``log``."""
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, [*options, program, *arguments])]
     with open(log, "a") as file:
         return subprocess.Popen(
@@ -126,6 +130,7 @@ def find_workers(output: Path, **variables: str) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Wait until ``condition()`` is true; assert that ``process`` is running, and that at most ``seconds`` pass."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, log.read_text()
@@ -134,7 +139,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path
 
 
 @pytest.mark.parametrize("kills", [pytest.param(1, id="1 kill"), pytest.param(3, id="3 kills", marks=pytest.mark.slow)])
-def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, toy_config, toy_data, tmp_path):
+def test_s6_torchrun_restarts_a_job_after_one_of_its_ranks_is_killed(kills, uninterrupted, toy_config, toy_data, tmp_path):
     expected, folder, log = uninterrupted(2), tmp_path / "toy/default", tmp_path / "log"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 10)
     job = torchrun(arguments, log, "--standalone", "--nproc_per_node=2", "--max-restarts=3")
@@ -155,7 +160,7 @@ def test_s6_torchrun_restarts_a_job_whose_rank_is_killed(kills, uninterrupted, t
 
 @pytest.mark.slow
 def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, toy_data, tmp_path):
-    """Two agents with a c10d rendezvous simulate two nodes. One is killed with its rank; the job resumes on the other."""
+    """Two torchrun agents simulate two nodes. One agent is killed with its rank; the job resumes on the other one."""
     folder, logs = tmp_path / "toy/default", [tmp_path / "log0", tmp_path / "log1"]
     options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "DATA.GLOBAL_BATCH_SIZE", 8, "COLLECTIVE_TIMEOUT", 10]
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
@@ -172,6 +177,7 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
         assert len(find_workers(tmp_path, WORLD_SIZE="2")) == 2
         os.killpg(agents[1].pid, signal.SIGKILL)
         for worker in find_workers(tmp_path, WORLD_SIZE="2"):
+            # After the command name in parentheses, the second field is the parent's process id.
             parent = (Path("/proc") / str(worker) / "stat").read_text().rsplit(")", 1)[1].split()[1]
             if int(parent) != agents[0].pid:
                 os.kill(worker, signal.SIGKILL)

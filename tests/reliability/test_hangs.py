@@ -33,7 +33,7 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     def prepare(rank: int) -> None:
         if rank == 1:
             call_before(utils.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
-            if fault == "hangs":  # ends the hanging process 14 s after its start
+            if fault == "hangs":  # SIGALRM ends the hanging process 14 s after its start
                 signal.alarm(14)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "COLLECTIVE_TIMEOUT", 3)
@@ -49,7 +49,7 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
 
 
 def report_time(line: str) -> float:
-    """Time of a log line in seconds since the epoch."""
+    """Time of a log line in seconds since 1970."""
     return time.mktime(time.strptime(re.search(r"\[(.{19})\]", line).group(1), "%Y-%m-%d %H:%M:%S"))
 
 
@@ -70,7 +70,7 @@ def test_d8_error_names_the_lost_loader_worker(fault, message, toy_config, toy_d
             from torch.utils.data import get_worker_info
 
             if get_worker_info() and get_worker_info().id == 1:
-                assert os.getpid() not in (parent, test_process)
+                assert os.getpid() not in (parent, test_process)  # kill or stall only a loader worker
                 os.kill(os.getpid(), signal.SIGKILL) if fault == "killed" else time.sleep(60)
             return original(self, key)
 

@@ -23,7 +23,7 @@ UPDATE = 3  # the update at which a fault is injected, counted from 0
 
 
 class FaultyLoss(nn.CrossEntropyLoss):
-    """Cross entropy whose value or gradient is NaN at one update."""
+    """Cross entropy whose value or gradient is NaN at the update ``UPDATE``."""
 
     def __init__(self, fault: str):
         super().__init__()
@@ -113,12 +113,12 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
         states.append(copy.deepcopy(model.state_dict()))
     assert [bool(report.isfinite().all()) for report in reports] == [True, True, False, True]
     assert not torch.equal(states[0]["weight"], states[1]["weight"])
-    for later in states[2:]:
-        assert all(torch.equal(value, states[1][key]) for key, value in later.items())
+    for later_state in states[2:]:
+        assert all(torch.equal(value, states[1][key]) for key, value in later_state.items())
 
 
 def overflow_in(first: int, last: int):
-    """Return a ``prepare`` function that makes gradients infinite in forward passes ``first`` to ``last``, from 1 on."""
+    """Return a ``prepare`` function that makes gradients infinite in forward passes ``first`` to ``last``, counted from 1."""
 
     class Overflowing(nn.CrossEntropyLoss):
         calls = 0
@@ -151,8 +151,9 @@ def test_n2_fp16_skips_update_schedule_and_ema_together(toy_config, toy_data, tm
             assert all(torch.equal(value, before[weights][name]) for name, value in after[weights].items())
         assert after["scaler"]["scale"] < before["scaler"]["scale"]
     assert not torch.equal(states[7]["model"]["head.weight"], before["model"]["head.weight"])
-    rates = {number: state["optimizer"]["param_groups"][0]["lr"] for number, state in states.items()}
-    assert rates[7] == rates[4] != rates[3]  # the first successful update uses the learning rate of the first skipped one
+    learning_rates = {number: state["optimizer"]["param_groups"][0]["lr"] for number, state in states.items()}
+    # Update 7, the first after the skipped ones, uses the learning rate of update 4, the first skipped one.
+    assert learning_rates[7] == learning_rates[4] != learning_rates[3]
 
 
 def test_n2_twenty_skipped_updates_in_a_row_end_the_run(toy_config, toy_data, tmp_path):

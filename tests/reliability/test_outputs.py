@@ -25,21 +25,22 @@ def create_arguments(toy_config, toy_data, output) -> list:
 
 
 def broken_pipe() -> int:
+    """Write end of a pipe whose read end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
 
 
 def full_pipe() -> int:
-    """Write end of a full pipe that is not read; the read end stays open, so that writing blocks."""
+    """Write end of a full pipe. The read end stays open and is never read, so that writing blocks."""
     _, writer = os.pipe()
     os.set_blocking(writer, False)
-    os.write(writer, bytes(1 << 20))  # fills the pipe's buffer
+    os.write(writer, bytes(1 << 20))  # writes until the pipe's buffer is full
     os.set_blocking(writer, True)
     return writer
 
 
-def redirect(descriptor: int) -> None:
+def redirect_stdout(descriptor: int) -> None:
     os.dup2(descriptor, 1)
 
 
@@ -49,9 +50,9 @@ def close_console() -> None:
 
 
 CONSOLES = {
-    "broken pipe": lambda: redirect(broken_pipe()),
-    "blocked pipe": lambda: redirect(full_pipe()),
-    "full disk": lambda: redirect(os.open("/dev/full", os.O_WRONLY)),
+    "broken pipe": lambda: redirect_stdout(broken_pipe()),
+    "blocked pipe": lambda: redirect_stdout(full_pipe()),
+    "full disk": lambda: redirect_stdout(os.open("/dev/full", os.O_WRONLY)),
     "closed": close_console,
     "not UTF-8": lambda: sys.stdout.reconfigure(encoding="ascii"),
 }
@@ -114,18 +115,18 @@ def test_r16_full_disk_for_logs_and_metrics_does_not_end_the_run(output, uninter
         """From the second epoch on, make every write to ``output`` fail with ENOSPC."""
         original_open, original_event = open, utils.log.MetricsWriter._event
 
-        def raise_no_space() -> None:
+        def fail_after_first_epoch() -> None:
             if (tmp_path / "toy/default/checkpoint_000000012.pth").exists():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         def open_or_fail(file, *rest, **options):
             if str(file).endswith(output):
-                raise_no_space()
+                fail_after_first_epoch()
             return original_open(file, *rest, **options)
 
         def event_or_fail(self, *rest):
             if output == "events":
-                raise_no_space()
+                fail_after_first_epoch()
             return original_event(self, *rest)
 
         utils.log.open = open_or_fail

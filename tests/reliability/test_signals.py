@@ -39,11 +39,11 @@ class FunctionalStub:
     cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
 
 
-def signal_in(phase: str, number: int):
-    """Return a ``prepare`` function that makes one rank send signal ``number`` to itself in ``phase``."""
+def signal_in(phase: str, signal_number: int):
+    """Return a ``prepare`` function that makes one rank send ``signal_number`` to itself in ``phase``."""
 
     def send() -> None:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal_number)
 
     def prepare(rank: int) -> None:
         if phase == "save" and rank == 0:
@@ -62,7 +62,7 @@ def signal_in(phase: str, number: int):
 
 
 @pytest.mark.parametrize(
-    ("phase", "number"),
+    ("phase", "signal_number"),
     [
         ("start-up", signal.SIGTERM),
         ("step", signal.SIGUSR1),
@@ -72,11 +72,11 @@ def signal_in(phase: str, number: int):
     ],
 )
 def test_s1_signal_to_one_rank_stops_all_ranks_and_saves_their_state(
-    phase, number, uninterrupted, toy_config, toy_data, tmp_path
+    phase, signal_number, uninterrupted, toy_config, toy_data, tmp_path
 ):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     folder = tmp_path / "toy/default"
-    stopped = run_main(arguments, tmp_path / "log", processes=2, prepare=signal_in(phase, number))
+    stopped = run_main(arguments, tmp_path / "log", processes=2, prepare=signal_in(phase, signal_number))
     assert stopped.exit_codes == [STOPPED, STOPPED], stopped.output
     if phase == "start-up":
         assert "stopped before the first update" in stopped.output
@@ -99,13 +99,13 @@ def test_s1_signal_to_one_rank_stops_all_ranks_and_saves_their_state(
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGKILL])
 def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpoints(second, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        def hang() -> None:
+        def send_two_signals_and_hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # this is the writer thread; the main thread handles the first signal meanwhile
             os.kill(os.getpid(), second)
             time.sleep(60)
 
-        call_before(utils.trainer, "save_checkpoint", 3, hang)
+        call_before(utils.trainer, "save_checkpoint", 3, send_two_signals_and_hang)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare, timeout=30)
@@ -114,11 +114,13 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
     assert [read_checkpoint(path)["num_updates"] for path in checkpoints] == [4, 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_s3_loader_workers_ignore_a_signal_to_their_process_group(number, uninterrupted, toy_config, toy_data, tmp_path):
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_s3_loader_workers_ignore_a_signal_to_their_process_group(signal_number, uninterrupted, toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
     folder = tmp_path / "toy/default"
-    stopped = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, kill_signal=number)
+    stopped = run_main(
+        arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, kill_signal=signal_number
+    )
     assert stopped.exit_codes == [STOPPED], stopped.output
     assert "Traceback" not in stopped.output
     assert stopped.output.count("which is saved") == 1
@@ -143,8 +145,8 @@ def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy
     assert [path.name for path in list_checkpoints(default_output / "toy/default")] == ["checkpoint_000000012.pth"]
 
 
-def test_a_run_stopped_beyond_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):
-    """TRAIN.EPOCHS is lowered below the position of a killed run."""
+def test_a_run_that_resumes_after_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):
+    """A run is killed in its second epoch, and resumes with TRAIN.EPOCHS 1."""
     folder = tmp_path / "toy/default"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
 

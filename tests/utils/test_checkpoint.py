@@ -59,6 +59,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(saved, o
 
 
 def damage(path, how):
+    """Empty a file, truncate it, or flip one bit near its middle. ``how`` also seeds the random position."""
     data = bytearray(path.read_bytes())
     rng = random.Random(how)
     if how == "empty":
@@ -83,11 +84,11 @@ def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(saved, ho
     assert "trying the previous one" in caplog.text
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_without_hard_links_best_is_a_verified_copy_or_stays_unchanged(damaged, saved, monkeypatch):
+@pytest.mark.parametrize("copy_is_damaged", [False, True])
+def test_without_hard_links_best_pth_becomes_a_verified_copy_or_remains_unchanged(copy_is_damaged, saved, monkeypatch):
     best = saved.with_name("best.pth")
     shutil.copy(saved, best)
-    before, synced, original = best.read_bytes(), [], os.fsync
+    before, synced, original_fsync = best.read_bytes(), [], os.fsync
 
     def refuse(*_arguments):
         raise OSError(1, "Operation not permitted")
@@ -97,12 +98,12 @@ def test_without_hard_links_best_is_a_verified_copy_or_stays_unchanged(damaged, 
 
     def fsync(descriptor):
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        original(descriptor)
+        original_fsync(descriptor)
 
     save_checkpoint({"model": toy().state_dict(), "num_updates": 2}, saved)
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "fsync", fsync)
-    if damaged:
+    if copy_is_damaged:
         monkeypatch.setattr(shutil, "copyfile", copy_truncated)
         with pytest.raises(CheckpointError, match="the old ones are untouched"):
             checkpoint.link_best(saved, best)
@@ -156,7 +157,7 @@ def test_files_with_other_names_are_neither_listed_nor_deleted(saved):
 def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
-        newer.mkdir()
+        newer.mkdir()  # a directory is not an intact checkpoint
         checkpoint.rename_damaged(saved.parent, num_updates=1)
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
@@ -252,7 +253,7 @@ def test_a_checkpoint_of_the_reference_loads_with_its_pickled_config(tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_arguments_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path):
+def test_argparse_namespaces_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path):
     extras = {
         "args": argparse.Namespace(lr=1, name="x"),
         "best": np.float64(82.1),
@@ -311,24 +312,25 @@ def test_a_file_of_another_model_is_rejected(tmp_path):
         load_weights(toy(), tmp_path / "half.pth")
 
 
-# Number of tables that grow with the image size, in the smallest model of each family. Swin: encodings of stages 1 and 2, and
-# tables of the softmax windows, which grow from 7 to 12 tokens. PVT: 4 position tables and the encodings of 8 blocks. PVTv2:
-# encodings of 8 blocks. CSwin: encodings of stages 1 and 2. DeiT: the position table and the encodings of 12 blocks.
-RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
+# Number of position tables and positional encodings (PE) that grow with the image size, in the smallest model of each family.
+# Swin: PE of 4 blocks in stages 1 and 2, and relative position tables of 8 softmax blocks, whose windows grow from 7 to 12
+# tokens. PVT: 4 position tables and PE of 8 blocks. PVTv2: PE of 8 blocks. CSwin: 2 PE in each of the 3 blocks of stages 1
+# and 2. DeiT: the position table and PE of 12 blocks.
+NUM_RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
 
 
 @pytest.mark.parametrize("size", [384, 448])
-@pytest.mark.parametrize("name", RESIZED)
+@pytest.mark.parametrize("name", NUM_RESIZED)
 def test_every_entry_is_loaded_or_resized_at_a_higher_resolution(name, size, tmp_path):
     source = create_model(name, num_classes=10)
     torch.save({"model": source.state_dict()}, tmp_path / "224.pth")
-    options = {"softmax_window": 12} if "swin_t" in name and "cswin" not in name else {}  # as in the Swin config of 384 pixels
+    options = {"softmax_window": 12} if "swin_t" in name and "cswin" not in name else {}  # as in the Swin config for 384 pixels
     model = create_model(name, num_classes=10, img_size=size, **options)
     target = model.state_dict()
     report = load_weights(model, tmp_path / "224.pth")
     grown = [entry for entry, value in source.state_dict().items() if value.shape != target[entry].shape]
     assert sorted(report.resized) == sorted(grown)
-    assert len(grown) == RESIZED[name]
+    assert len(grown) == NUM_RESIZED[name]
     assert sorted(report.loaded + report.resized) == sorted(target)
     assert report.missing == report.unused == report.reinitialised == report.mapped == []
     assert report.coverage == 1
@@ -371,6 +373,7 @@ def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_image
     assert sorted(report.mapped) == ["head.bias", "head.weight"]
     assert report.head == (21841, 1000)
     assert report.reinitialised == ["1 rows of head.weight", "1 rows of head.bias"]
+    # One row of the head, with 16 weights and a bias, is not loaded.
     assert report.coverage == pytest.approx(1 - 17 / sum(p.numel() for p in model.state_dict().values()))
     names_22k, names_1k = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
     rows = model.head.bias.tolist()

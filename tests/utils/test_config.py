@@ -49,7 +49,8 @@ def test_every_recipe_combines_with_every_model(path, model):
     header = header_of(path)
     assert f"configs/recipes/{path.name}" in header
     assert f"(global batch {cfg.TRAIN.RECIPE_BATCH_SIZE})" in header
-    # A recipe overrides the training settings of every model's config: with it, only these two keys depend on the model.
+    # A recipe overrides the training settings of every model's config. Outside MODEL and DATA, only these two keys still depend
+    # on the model.
     other = flatten(load_config([CONFIGS / "flatten_cswin_b_384.yaml", path]))
     assert {key for key, value in other.items() if value != flatten(cfg)[key] and not key.startswith(("MODEL", "DATA"))} <= {
         "EMA.DECAY",
@@ -80,7 +81,8 @@ def test_a_dumped_config_loads_and_dumps_to_the_same_bytes(tmp_path):
         ("AUG: {CUTMIX_MINMAX: None}", "AUG.CUTMIX_MINMAX", None),
         ("MODEL: {SWIN: {DEPTHS: '(1, 1, 2, 1)'}}", "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
         ("TRAIN: {OPTIMIZER: {BETAS: [0, 0.99]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.99]),
-        ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),  # keys of the reference at their default values
+        # Keys of the reference that have no effect here are accepted at their default values.
+        ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),
     ],
 )
 def test_yaml_in_the_style_of_the_reference_is_read_with_the_intended_types(tmp_path, text, key, expected):
@@ -207,7 +209,7 @@ def test_an_unknown_model_type_is_rejected_and_never_evaluated(tmp_path):
         load_config(path)
 
 
-def test_deit_takes_its_size_from_the_config(tmp_path):
+def test_the_config_determines_the_size_of_deit(tmp_path):
     """The expected number of parameters is computed by hand, for linear attention with a 5 x 5 kernel."""
     text = """
 DATA: {IMG_SIZE: 32}
@@ -273,7 +275,7 @@ def test_the_recipe_batch_size_defaults_to_eight_times_the_batch_size_of_the_fil
     assert load_config(write(tmp_path, text="TRAIN: {RECIPE_BATCH_SIZE: 96}")).TRAIN.RECIPE_BATCH_SIZE == 96
 
 
-def test_a_stored_config_loads_without_unknown_keys_and_without_its_pretrained_weights():
+def test_loading_a_stored_config_drops_unknown_keys_and_the_path_of_pretrained_weights():
     tree = to_dict(load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.PRETRAINED", "x.pth", "TRAIN.EPOCHS", 70]))
     tree["MODEL"]["GONE"] = 1
     cfg = load_stored_config(tree, ["SEED", 3], source="x.pth")
@@ -282,13 +284,13 @@ def test_a_stored_config_loads_without_unknown_keys_and_without_its_pretrained_w
     assert (cfg.TRAIN.EPOCHS, cfg.MODEL.DROP_PATH_RATE) == (300, 0.2)
 
 
-def test_every_key_is_read_outside_the_config():
-    """Keys are read by their full names; those of the optimizer are read through their section."""
+def test_every_key_is_read_outside_the_config_modules():
+    """A key is read by its full name, such as cfg.TRAIN.EPOCHS. utils/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
     text = "\n".join(path.read_text() for path in SOURCES if path.name not in ("config.py", "config_keys.py"))
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
     read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}
     unread = flatten(load_config(CONFIGS / "flatten_swin_t.yaml")).keys() - read
-    assert unread == {"BASE", "DATA.DATASET"}  # a list of files that the loader resolves, and a key with one choice
+    assert unread == {"BASE", "DATA.DATASET"}  # BASE is resolved by load_config; DATA.DATASET has only one choice
 
 
 def test_every_key_has_a_meaning_and_a_legal_default():

@@ -45,7 +45,7 @@ def join_and_sum(rank: int, port: int, delay: float, restart: int) -> None:
 
 
 @pytest.mark.parametrize("late_rank", [0, 1])
-def test_a_restart_reads_no_address_of_the_previous_start(late_rank):
+def test_a_restart_does_not_read_addresses_of_the_previous_start(late_rank):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     for restart in range(3):
@@ -87,7 +87,7 @@ def fail_in_rank_one(world) -> None:
     assert on_all(world, lambda: world.rank) == world.rank
 
 
-def record_groups(world) -> None:
+def assert_broadcast_groups(world) -> None:
     groups, broadcast = [], dist.broadcast_object_list
 
     def record(values, src, group):
@@ -101,7 +101,7 @@ def record_groups(world) -> None:
 
 
 def test_only_tasks_with_a_long_timeout_use_the_group_with_the_long_timeout():
-    run_in_processes(record_groups, processes=2)
+    run_in_processes(assert_broadcast_groups, processes=2)
 
 
 def test_a_task_that_fails_in_one_process_fails_in_all_processes():

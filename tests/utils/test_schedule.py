@@ -39,10 +39,11 @@ def test_a_global_batch_size_that_is_not_divisible_is_rejected():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (4 of 8 updates) and stays at 1 % of 10 after the end.
+        # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (after 4 of 8 updates) and ends at 1 % of the base rate.
         ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 5.05, 10: 0.1, 99: 0.1}),
         # Step decay ignores min_lr, and continues during the cooldown, after the 10 updates.
         ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 1.25, 12: 0.625}),
+        # The cosine starts at update 0, not after the warm-up: it is halfway between base_lr and min_lr at 5 of 10 updates.
         ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
     ],
 )

@@ -46,11 +46,11 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
     whole, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
     divided, other_optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
     loss, norm = step(whole, optimizer, scaler, [(images, targets)])
-    same_loss, same_norm = step(
+    accumulated_loss, accumulated_norm = step(
         divided, other_optimizer, scaler, list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
     )
-    torch.testing.assert_close(same_loss, loss)
-    torch.testing.assert_close(same_norm, norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(accumulated_loss, loss)
+    torch.testing.assert_close(accumulated_norm, norm, rtol=1e-6, atol=0)
     torch.testing.assert_close(divided.weight, whole.weight, rtol=1e-6, atol=1e-8)
 
 
@@ -140,14 +140,14 @@ class HostAccess(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.operations = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
         between_devices = len({tensor.device.type for tensor in tensors if tensor.numel() > 1}) > 1
         if between_devices or function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select"):
-            self.found.append(str(function))
+            self.operations.append(str(function))
         return out
 
 
@@ -166,11 +166,12 @@ def test_no_model_reads_values_or_copies_between_devices_in_training(name, size)
     with HostAccess() as access:
         nn.CrossEntropyLoss(label_smoothing=0.1)(model(images), targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-    assert access.found == []
+    assert access.operations == []
+    # Control: HostAccess records a read and a copy.
     with HostAccess() as access:
         torch.ones(3).max().item()
         torch.empty(2).to("meta")
-    assert access.found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+    assert access.operations == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
@@ -183,7 +184,7 @@ def test_an_update_reads_no_tensor_value_on_the_host(dtype, optimizer_name):
     with HostAccess() as access:
         step(model, optimizer, scaler, batches, 1.0, dtype)
         ema.update(model)
-    assert access.found == []
+    assert access.operations == []
 
 
 def test_sgd_gives_finite_weights_after_a_skipped_first_update():
@@ -195,7 +196,7 @@ def test_sgd_gives_finite_weights_after_a_skipped_first_update():
         for gradient in (float("inf"), 1.0):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, gradient)
-            scaler.scale(torch.ones(()))
+            scaler.scale(torch.ones(()))  # initialises the loss scale
             scaler.step(optimizer)
             scaler.update()
         for parameter, before in zip(model.parameters(), initial.parameters(), strict=True):
@@ -208,7 +209,7 @@ def test_sgd_gives_finite_weights_after_a_skipped_first_update():
 def test_fp16_clips_the_unscaled_gradient_and_reports_its_norm():
     """With SGD at learning rate 1, the weights change by the clipped gradient, whose norm is 0.01.
 
-    The loss scale of 65,536 does not affect it.
+    The loss scale of 65,536 does not affect this norm.
     """
     model, _, _, _ = setup()
     reference = copy.deepcopy(model)
@@ -241,9 +242,9 @@ def test_sgd_uses_nesterov_momentum():
     torch.testing.assert_close(model.weight.detach(), expected)
 
 
-def test_a_restored_state_has_the_loss_scale_of_the_file_and_the_options_of_the_config():
+def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_decay_of_the_config():
     saved = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.3), scales_loss=True)
-    saved.scaler.scale(torch.ones(()))
+    saved.scaler.scale(torch.ones(()))  # initialises the loss scale
     saved.scaler.update(128.0)
     state = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.1), scales_loss=True)
     state.load_dict(copy.deepcopy(saved.to_dict()))

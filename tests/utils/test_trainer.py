@@ -146,7 +146,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
 
 def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
-    assert trainer.requests().tolist() == [0, 0]
+    assert trainer.requests().tolist() == [0, 0]  # to stop, and to save
 
     def fail(state, path):
         raise CheckpointError("no space")
@@ -206,7 +206,7 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
 
 
 def test_an_update_uses_its_own_learning_rate_and_then_updates_the_ema_weights(tmp_path):
-    """The hand-computed step is SGD with 3 times the scheduled rate (HEAD_LR_SCALE), and then e = 0.9 e + 0.1 w."""
+    """The hand-computed step is SGD with 3 times the scheduled rate (HEAD_LR_SCALE), and then e = 0.9 e + 0.1 w (e: EMA)."""
     updates = []
     trainer = create_trainer(
         tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: updates.append(update) or 0.01
@@ -238,13 +238,13 @@ def iter_batches(trainer: Trainer):
 def test_random_numbers_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_path):
     """With 2 forward passes per update, update 3 starts with forward pass 6, wherever the run was resumed."""
 
-    def draws(num_updates: int, count: int, **changes) -> list[float]:
+    def draws(num_updates: int, num_passes: int, **changes) -> list[float]:
         trainer, numbers = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0)), []
         trainer.state.model.register_forward_pre_hook(lambda *_: numbers.append(torch.rand(1).item()))
         trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
         trainer.state.num_updates = num_updates
         mixed = trainer.mixed_batches(iter_batches(trainer))
-        for _ in range(count // 2):
+        for _ in range(num_passes // 2):
             trainer.update(mixed)
         return numbers
 
@@ -278,7 +278,9 @@ class Metrics:
         self.points.append((step, name, image))
 
 
-def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_rate(tmp_path, correct_counts, monkeypatch):
+def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_learning_rate(
+    tmp_path, correct_counts, monkeypatch
+):
     """PRINT_FREQ is 3 in an epoch of 4 updates: points are logged after 3 and after 4 updates."""
     trainer, reports = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()

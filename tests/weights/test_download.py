@@ -19,6 +19,7 @@ def checkpoint_bytes() -> bytes:
 
 
 GOOD = checkpoint_bytes()
+# Response bodies by the last part of the URL. The server truncates ``cut`` at every request, and ``once`` at the first.
 BODIES = {
     **dict.fromkeys(("good", "good.pth", "cut", "once"), GOOD),
     "page": b"<!DOCTYPE html><html><body>Please log in</body></html>",
@@ -34,7 +35,7 @@ def server(tmp_path, monkeypatch):
         yield server
 
 
-def list_directory_of(path):
+def list_parent_directory(path):
     """Sorted names of the files in the directory of ``path``."""
     return sorted(file.name for file in path.parent.iterdir())
 
@@ -67,7 +68,7 @@ def test_urls_without_a_file_name_have_distinct_cache_paths(server):
         ("damaged", "the downloaded file is damaged"),
     ],
 )
-def test_failed_download_leaves_no_file_and_the_error_names_the_path_for_a_manual_download(server, name, reason):
+def test_failed_download_leaves_only_a_lock_file_and_the_error_names_the_path_for_a_manual_download(server, name, reason):
     url = f"{server.url}/{name}"
     with pytest.raises(CheckpointError) as caught:
         fetch(url, name)
@@ -76,7 +77,7 @@ def test_failed_download_leaves_no_file_and_the_error_names_the_path_for_a_manua
     assert reason in message
     path = cached_path(url, name)
     assert f"save it as {path}" in message
-    assert list_directory_of(path) == [f"{name}.pth.lock"]
+    assert list_parent_directory(path) == [f"{name}.pth.lock"]
 
 
 def test_download_succeeds_after_an_interrupted_one(server):
