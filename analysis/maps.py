@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from models import cswin, pvt, swin
 from models.attention import SoftmaxAttention, efficient_attention, linear_attention, relu_attention, softmax_attention
 from models.fused_attention import EPS
-from models.layers import partition
+from models.layers import partition_windows
 from models.linear_attention import FocusedLinearAttention, focus
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
@@ -309,4 +309,4 @@ def token_positions(model: nn.Module, attention: Attention) -> Tensor:
         padded = grid
     positions = F.pad(positions, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
     positions = positions.roll((-shift[0], -shift[1]), dims=(1, 2))
-    return partition(positions, size)[..., 0] - 1
+    return partition_windows(positions, size)[..., 0] - 1

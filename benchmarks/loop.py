@@ -20,7 +20,7 @@ from utils.trainer import Meter, Trainer
 
 LOOP = "loop on one batch"
 LOADER = "loop with the loader"
-WITHOUT_AVERAGE = "loop without the average"  # without EMA
+WITHOUT_EMA = "loop without the average"  # without EMA
 BARE = "bare step"
 
 
@@ -97,5 +97,5 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
         LOADER: lambda: run_loop(loader_batches, original_ema),
     }
     if original_ema is not None:
-        tasks[WITHOUT_AVERAGE] = lambda: run_loop(repeated_batch(), None)
+        tasks[WITHOUT_EMA] = lambda: run_loop(repeated_batch(), None)
     return tasks

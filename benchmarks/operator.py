@@ -11,7 +11,7 @@ from benchmarks.counting import TrafficCounter
 from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models.fused_attention import split_channels
-from models.layers import merge, partition
+from models.layers import merge_windows, partition_windows
 from models.linear_attention import FocusedLinearAttention
 
 OURS = "focused"
@@ -32,8 +32,8 @@ def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softm
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     def windows(qkv: Tensor) -> Tensor:
-        out = softmax(partition(qkv.unflatten(1, grid), (WINDOW, WINDOW)))
-        return merge(out, (WINDOW, WINDOW), grid).flatten(1, 2)
+        out = softmax(partition_windows(qkv.unflatten(1, grid), (WINDOW, WINDOW)))
+        return merge_windows(out, (WINDOW, WINDOW), grid).flatten(1, 2)
 
     attentions = {
         OURS: lambda qkv: operator(*split_channels(qkv, 3)),

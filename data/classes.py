@@ -24,6 +24,8 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             parts.append(f"val/ lacks {_shorten(missing)}")
         if extra := sorted(set(val) - set(train)):
             parts.append(f"val/ also has {_shorten(extra)}")
+        if not parts:
+            parts.append("val/ has the classes of train/ in another order")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     if len(val) != num_classes:
         remedy = (

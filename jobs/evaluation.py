@@ -20,7 +20,7 @@ from models.loading import fill_model
 from models.released import Released
 from utils.config import option_keys
 from utils.distributed import World, on_all, on_main
-from utils.environment import build_arithmetic
+from utils.environment import apply_numerical_settings
 from utils.evaluation import EvalResult, evaluate, log_results
 from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
@@ -124,7 +124,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         ConfigError, DataError, CheckpointError: config, data and checkpoint do not match.
     """
     check_model(cfg)
-    build_arithmetic(cfg)
+    apply_numerical_settings(cfg)
     datasets = build_datasets(
         cfg,
         training=False,

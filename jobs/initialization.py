@@ -21,7 +21,7 @@ from weights.reader import CheckpointError, read_checkpoint
 logger = logging.getLogger(__name__)
 
 # Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
-MODEL_KEYS = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
+ARCHITECTURE_KEY_PREFIXES = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
 # Entries that a checkpoint must have to be resumed, and their types.
 STATE_TYPES = {
     "model": dict,
@@ -75,7 +75,7 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     return Initialization("scratch", "")
 
 
-def read_run(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
+def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
     """Read the checkpoint to resume from, and check it against the config; None if the run does not resume."""
     if init.kind != "resume":
         return None
@@ -98,7 +98,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         CheckpointError: the file does not contain the complete state of a run.
         ConfigError: the architecture, the global batch size or the optimizer differs.
     """
-    if unusable := find_unusable(saved):
+    if unusable := find_unusable_entries(saved):
         raise CheckpointError(
             f"{path}: is not the state of a run ({', '.join(unusable)} missing or of another type); start from its weights "
             "with --pretrained"
@@ -106,7 +106,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, value in configured.items():
         stored_value = stored.get(key, value)
-        if stored_value != value and key.startswith(MODEL_KEYS):
+        if stored_value != value and key.startswith(ARCHITECTURE_KEY_PREFIXES):
             raise ConfigError(
                 f"{path}: was saved with {key}={stored_value!r}, now it is {value!r}: a resumed run cannot change it; choose "
                 "another --tag; add --pretrained to start from these weights"
@@ -125,7 +125,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         )
 
 
-def find_unusable(saved: dict) -> list[str]:
+def find_unusable_entries(saved: dict) -> list[str]:
     """Names of the checkpoint entries that are missing or have an unexpected type or value."""
     names = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
     counts = {name: saved.get(name, 0) for name in ("num_updates", "num_skipped", "last_evaluation")}

@@ -68,7 +68,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: 
         logger.error("%s", error)
         leave(world, FAILED)
     except RuntimeError as error:
-        message = explain(error, world)
+        message = describe_known_error(error, world)
         if message is None:
             raise
         logger.error("%s", message)
@@ -117,7 +117,7 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world
         train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
 
 
-def explain(error: RuntimeError, world: World) -> str | None:
+def describe_known_error(error: RuntimeError, world: World) -> str | None:
     """The message, with its remedy, for a known error of torch; None for any other error."""
     first_line = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError):

@@ -12,7 +12,7 @@ from data.build import build_datasets, build_mixup, build_train_loader
 from models import build_model
 from utils.config import load_stored_config
 from utils.distributed import World
-from utils.environment import build_arithmetic
+from utils.environment import apply_numerical_settings
 from utils.optim import amp_dtype, build_criterion
 from utils.schedule import accumulation_steps
 from utils.trainer import mix_batches, seed_of_pass
@@ -39,7 +39,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
     if "replay" not in state:
         raise CheckpointError(f"{path}: has no update to repeat; give the replay_*.pth of a run")
     cfg, update = load_stored_config(state["config"], opts, source=path), state["replay"]["update"]
-    build_arithmetic(cfg)
+    apply_numerical_settings(cfg)
     dataset = build_datasets(cfg, training=True).train
     model = build_model(cfg).to(world.device).train()
     model.load_state_dict(state["model"])

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from models import build_model
 from utils.config import image_size
 from utils.distributed import World
-from utils.environment import build_arithmetic
+from utils.environment import apply_numerical_settings
 from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def images_per_second(
 
 def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log the images per second of the forward pass on random images, and the names of model and device."""
-    build_arithmetic(cfg)
+    apply_numerical_settings(cfg)
     model = build_model(cfg).to(world.device).eval()
     if cfg.TRAIN.COMPILE:
         model = torch.compile(model)

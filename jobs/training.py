@@ -19,7 +19,7 @@ from jobs.initialization import (
     choose_initialization,
     describe_data,
     is_finished,
-    read_run,
+    read_resumed_checkpoint,
     restore_best,
     resume,
 )
@@ -28,7 +28,7 @@ from models.loading import load_weights
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.dry_run import dry_run
-from utils.environment import build_arithmetic, describe_environment
+from utils.environment import apply_numerical_settings, describe_environment
 from utils.log import FILE_ONLY, MetricsWriter, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.run import RunDirectory, RunLock, build_output_path, check_available, check_is_newest
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DRY_RUN = ".dry_run"  # prefix of the temporary directory of --check
+DRY_RUN_PREFIX = ".dry_run"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
@@ -52,9 +52,9 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     Raises:
         Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes.
     """
-    build_arithmetic(cfg)
+    apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
-    saved = read_run(cfg, world, init)
+    saved = read_resumed_checkpoint(cfg, world, init)
     if saved is not None and is_finished(saved, cfg):
         check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
         logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
@@ -98,7 +98,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
 
 def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
     """Run each part of training once in a temporary output directory, and report the bottleneck."""
-    build_arithmetic(cfg)
+    apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
     directory = on_main(world, lambda: create_temporary_directory(check_available(output)))
     lock = RunLock(directory)
@@ -106,7 +106,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
         lock.acquire()
     logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init)
     try:
-        saved = read_run(cfg, world, init)
+        saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and is_finished(saved, cfg):
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
@@ -250,7 +250,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
             cfg.TRAIN.BASE_LR * recipe_batch / REFERENCE_BATCH,
             _batch_advice(recipe_batch, global_batch // steps, num_images) if global_batch != recipe_batch else "",
         )
-        log_ema(cfg, epochs * updates_per_epoch, world)
+        warn_about_ema(cfg, epochs * updates_per_epoch, world)
 
 
 def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> str:
@@ -273,7 +273,7 @@ def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> s
     )
 
 
-def log_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
+def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
     """Warn if the EMA slows training down, or if a short run leaves it near the initial weights."""
     if not cfg.EMA.ENABLED:
         return
@@ -320,11 +320,11 @@ def create_temporary_directory(parent: Path) -> Path:
     Raises:
         ConfigError: ``parent`` cannot be written.
     """
-    for old in parent.glob(f"{DRY_RUN}*"):
+    for old in parent.glob(f"{DRY_RUN_PREFIX}*"):
         with contextlib.suppress(ConfigError):  # a running --check uses it
             RunLock(old).check()
             shutil.rmtree(old, ignore_errors=True)
     try:
-        return Path(tempfile.mkdtemp(prefix=DRY_RUN, dir=parent))
+        return Path(tempfile.mkdtemp(prefix=DRY_RUN_PREFIX, dir=parent))
     except OSError as error:
         raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None

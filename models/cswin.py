@@ -18,14 +18,14 @@ from models.layers import (
     Backbone,
     PositionTable,
     Stage,
+    cached_constant,
     ceil_divide,
     check_attention_dropout,
-    constant,
     drop_path_rates,
     init_weights,
-    merge,
+    merge_windows,
     parse_attention_types,
-    partition,
+    partition_windows,
     tensor_defaults,
     window_regions,
 )
@@ -36,7 +36,7 @@ HORIZONTAL = 0
 VERTICAL = 1
 
 
-def stripe_of(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
+def stripe_size(grid: tuple[int, int], axis: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of a stripe with at most ``width`` tokens along ``axis``, and all tokens along the other axis.
 
     If ``axis`` or ``width`` is None, the stripe is the whole map.
@@ -64,7 +64,7 @@ class StripedAttention(nn.Module):
         """
         self.axis = axis
         self.native_grid = grid
-        self.width = None if stripe_of(grid, axis, width) == grid else width
+        self.width = None if stripe_size(grid, axis, width) == grid else width
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.register_buffer("native_mask", None, persistent=False)
         self.init_non_persistent_buffers()
@@ -80,13 +80,13 @@ class StripedAttention(nn.Module):
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the stripe, and of the padded map, for a map of this size."""
-        stripe = stripe_of(grid, self.axis, self.width)
+        stripe = stripe_size(grid, self.axis, self.width)
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
     def mask(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
         """Key mask (nW, N), False for padding, on the device of ``like``; None if there is no padding."""
         stripe, padded = self.layout(grid)
-        region = constant(window_regions, grid, stripe, (0, 0), padded, like=like)
+        region = cached_constant(window_regions, grid, stripe, (0, 0), padded, like=like)
         return None if region is None else region != PADDING
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
@@ -101,9 +101,9 @@ class StripedAttention(nn.Module):
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
             mask = mask.repeat(q.shape[0], 1)
-        q, k, v = (partition(t, stripe) for t in (q, k, v))
+        q, k, v = (partition_windows(t, stripe) for t in (q, k, v))
         out = self.attend_within(q, k, v, stripe, mask)
-        out = merge(out, stripe, padded)
+        out = merge_windows(out, stripe, padded)
         return out[:, : grid[0], : grid[1]] if padded != grid else out
 
 
@@ -111,7 +111,7 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
     """Focused linear attention within stripes."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, linear: Mapping):
-        super().__init__(dim, num_heads, stripe_of(grid, axis, width), **linear)
+        super().__init__(dim, num_heads, stripe_size(grid, axis, width), **linear)
         self.build_stripes(dim, grid, axis, width)
 
     forward = StripedAttention.forward  # instead of that of FocusedLinearAttention, the first base class
@@ -348,7 +348,7 @@ class CSwinTransformer(Backbone):
             return {"stem": stem, "blocks": [(r"^(?:stage|merge)(\d+)", None), (r"^norm", (99999,))]}
         return {
             "stem": stem,
-            "blocks": [(r"^stage(\d+)\.(\d+)", None), (r"^merge(\d+)", (99,)), (r"^norm", (99999,))],
+            "blocks": [(r"^stage(\d+)\.(\d+)", None), (r"^merge_windows(\d+)", (99,)), (r"^norm", (99999,))],
         }
 
 

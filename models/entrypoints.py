@@ -45,12 +45,12 @@ def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
 
 
 # Models whose evaluation differs from the defaults of ``_cfg``, as in the reference's recipes.
-EVALUATIONS = {
+EVALUATION_OVERRIDES = {
     "flatten_swin_b_384": {"img_size": 384, "crop_pct": 1.0},
     "flatten_cswin_b_384": {"img_size": 384},
 }
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATIONS.get(name, {})) for name in MODELS})
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATION_OVERRIDES.get(name, {})) for name in MODELS})
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:

@@ -133,14 +133,14 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     ]
 
 
-def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+def partition_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Split maps into windows. (B, H, W, C) -> (B * nW, h * w, C)."""
     x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def merge(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Inverse of ``partition``: (B * nW, h * w, C) -> (B, H, W, C)."""
+def merge_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Inverse of ``partition_windows``: (B * nW, h * w, C) -> (B, H, W, C)."""
     rows, columns = grid[0] // window[0], grid[1] // window[1]
     x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
@@ -165,10 +165,10 @@ def window_regions(
     region[grid[0] :] = PADDING
     region[:, grid[1] :] = PADDING
     region = region.roll((-shift[0], -shift[1]), dims=(0, 1))
-    return partition(region[None, :, :, None], window).squeeze(-1)
+    return partition_windows(region[None, :, :, None], window).squeeze(-1)
 
 
-def constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
+def cached_constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
     """``build(*arguments)`` on the device of ``like``, cached so that forward passes do not copy it to a GPU again."""
     if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # a tracer's values must not be cached
         value = build(*arguments)

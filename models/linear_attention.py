@@ -20,7 +20,7 @@ def focus(x: Tensor, power: float) -> Tensor:
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
-KINDS = ("focused", *COMPARED_ATTENTIONS)
+ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 
 
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
@@ -52,7 +52,7 @@ class FocusedLinearAttention(nn.Module):
         num_prefix_tokens: tokens before the map (a class token), in queries and keys.
         focusing_factor: p of eq. 6.
         kernel_size: side of the depthwise convolution's kernel, odd.
-        kind: one of ``KINDS``; only ``focused`` has a positional encoding and a scale.
+        kind: one of ``ATTENTION_KINDS``; only ``focused`` has a positional encoding and a scale.
         focusing: apply the focused function f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
@@ -85,8 +85,8 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose a number of heads that divides it")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+        if kind not in ATTENTION_KINDS:
+            raise ValueError(f"kind={kind!r}: choose one of {', '.join(ATTENTION_KINDS)}")
         self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens

@@ -167,8 +167,8 @@ class PyramidBackbone(Backbone):
 
     first_conv = "patch_embed1.proj"
     kernel_sizes: tuple[int, ...]  # one per patch embedding
-    extra_module: str  # name of the version-specific part: position embeddings in PVT, norms in PVTv2
-    map_module: str  # name of the module whose output is the feature map of the stage
+    version_part_name: str  # name of the version-specific part: position embeddings in PVT, norms in PVTv2
+    map_part_name: str  # name of the module whose output is the feature map of the stage
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class PyramidBackbone(Backbone):
         super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
         self.num_features = dims[-1]
         self.feature_info = [
-            {"num_chs": dims[index], "reduction": 4 * 2**index, "module": f"{self.map_module}{index + 1}"}
+            {"num_chs": dims[index], "reduction": 4 * 2**index, "module": f"{self.map_part_name}{index + 1}"}
             for index in range(len(depths))
         ]
         rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
@@ -219,7 +219,11 @@ class PyramidBackbone(Backbone):
                     )
                     for letter, rate in zip(attention_types[index], rates[index], strict=True)
                 ]
-                parts = {"patch_embed": embed, self.extra_module: self.create_extra_module(dim, grid), "block": Stage(*blocks)}
+                parts = {
+                    "patch_embed": embed,
+                    self.version_part_name: self.create_version_part(dim, grid),
+                    "block": Stage(*blocks),
+                }
                 for part, module in parts.items():
                     setattr(self, f"{part}{index + 1}", module)
             self.norm = nn.Identity()  # neither version has a final norm
@@ -229,7 +233,7 @@ class PyramidBackbone(Backbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         raise NotImplementedError
 
-    def create_extra_module(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
         raise NotImplementedError
 
     def stage_part(self, part: str, index: int) -> nn.Module | nn.Parameter:
@@ -254,7 +258,7 @@ class PyramidBackbone(Backbone):
 
     def drop_stages(self, num_kept: int) -> None:
         for index in range(num_kept, len(self.feature_info)):
-            for part in ("patch_embed", self.extra_module, "block"):
+            for part in ("patch_embed", self.version_part_name, "block"):
                 delattr(self, f"{part}{index + 1}")
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -279,8 +283,8 @@ class PyramidVisionTransformer(PyramidBackbone):
     """
 
     kernel_sizes = (4, 2, 2, 2)
-    extra_module = "pos_embed"
-    map_module = "block"
+    version_part_name = "pos_embed"
+    map_part_name = "block"
     unused_entries = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
 
     def __init__(self, *, pos_drop_rate: float = 0.0, **options):
@@ -290,7 +294,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         return Mlp(dim, hidden_dim, drop=drop)
 
-    def create_extra_module(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
         return nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
 
     def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:

@@ -42,8 +42,8 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     """
 
     kernel_sizes = (7, 3, 3, 3)
-    extra_module = "norm"
-    map_module = "norm"
+    version_part_name = "norm"
+    map_part_name = "norm"
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -52,7 +52,7 @@ class PyramidVisionTransformerV2(PyramidBackbone):
     def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
         return ConvolutionalMlp(dim, hidden_dim, drop)
 
-    def create_extra_module(self, dim: int, grid: tuple[int, int]) -> nn.Module:
+    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
         return BlockNorm(dim)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:

@@ -20,14 +20,14 @@ from models.layers import (
     Backbone,
     PositionTable,
     Stage,
+    cached_constant,
     ceil_divide,
     check_attention_dropout,
-    constant,
     drop_path_rates,
     init_weights,
-    merge,
+    merge_windows,
     parse_attention_types,
-    partition,
+    partition_windows,
     resize_grid,
     resized_parameter,
     tensor_defaults,
@@ -94,7 +94,7 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         table, index = self.relative_position_bias_table, self.relative_position_index
         if window != self.window:
             table = resize_grid(table.unsqueeze(0), offset_grid(self.window), offset_grid(window))[0]
-            index = constant(relative_position_index, window, like=table)
+            index = cached_constant(relative_position_index, window, like=table)
         num_tokens = window[0] * window[1]
         return table[index.flatten()].view(1, num_tokens, num_tokens, -1).permute(0, 3, 1, 2)
 
@@ -169,7 +169,7 @@ class SwinBlock(nn.Module):
         window, shift, padded = self.layout(grid)
         if padded == grid and isinstance(self.attn, LinearWindowAttention):
             return None
-        return constant(window_regions, grid, window, shift, padded, like=like)
+        return cached_constant(window_regions, grid, window, shift, padded, like=like)
 
     def attend(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
@@ -179,8 +179,8 @@ class SwinBlock(nn.Module):
             x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-        x = self.attn(partition(x, window), window, region)
-        x = merge(x, window, padded)
+        x = self.attn(partition_windows(x, window), window, region)
+        x = merge_windows(x, window, padded)
         if any(shift):
             x = x.roll(shift, dims=(1, 2))
         return x[:, : grid[0], : grid[1]] if padded != grid else x

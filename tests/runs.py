@@ -5,7 +5,7 @@ from torch import nn
 from scripts.soak import find_difference
 
 
-class Linear(nn.Linear):
+class LinearClassifier(nn.Linear):
     """A linear classifier for tests of the trainer, with the methods that ``build_optimizer`` calls."""
 
     def no_weight_decay(self) -> set[str]:

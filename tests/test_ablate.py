@@ -44,8 +44,8 @@ def test_every_experiment_file_defines_18_runs_in_distinct_directories(path, tmp
 
 
 def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config, tmp_path):
-    (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("LA.KIND", "LA.KINDS"))
-    with pytest.raises(ConfigError, match=r"unknown key MODEL\.LA\.KINDS"):
+    (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("LA.KIND", "LA.ATTENTION_KINDS"))
+    with pytest.raises(ConfigError, match=r"unknown key MODEL\.LA\.ATTENTION_KINDS"):
         read_ablation(tmp_path / "file.yaml").runs(tmp_path)
 
 

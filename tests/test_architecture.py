@@ -64,6 +64,7 @@ def test_only_build_functions_take_the_config(path):
         "global_batch_size",
         "image_size",
         "check_usage",
+        "apply_numerical_settings",
     )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and any(

@@ -12,14 +12,14 @@ import torch
 import jobs.evaluation
 import jobs.training
 from jobs.checkpoints import open_checkpoint
-from jobs.initialization import Initialization, check_data, find_unusable, is_finished, resume
+from jobs.initialization import Initialization, check_data, find_unusable_entries, is_finished, resume
 from jobs.training import build_trainer
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints, save_checkpoint
 from utils.config import ConfigError, load_config
 from utils.distributed import World
-from utils.environment import build_arithmetic
+from utils.environment import apply_numerical_settings
 from utils.errors import TrainingError
 from utils.log import MetricsWriter
 from utils.run import RunLock, check_available
@@ -41,9 +41,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_entry_is_named(change, trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
-    assert find_unusable(state) == []
+    assert find_unusable_entries(state) == []
     (name,) = CHANGES[change]
-    assert find_unusable(state | CHANGES[change]) == [name]
+    assert find_unusable_entries(state | CHANGES[change]) == [name]
     if change == "text in best":
         save_checkpoint(state | CHANGES[change], tmp_path / "file.pth")
         outcome = run_main(
@@ -174,12 +174,12 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
 
 
 def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeypatch):
-    # ``build_arithmetic`` sets the variable; with this pair of calls, monkeypatch restores it after the test.
+    # ``apply_numerical_settings`` sets the variable; with this pair of calls, monkeypatch restores it after the test.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         for value, enabled, only_warns in (("error", True, False), ("warn", True, True)):
-            build_arithmetic(load_config(toy_config, ["DETERMINISTIC", value, "TF32", False]))
+            apply_numerical_settings(load_config(toy_config, ["DETERMINISTIC", value, "TF32", False]))
             assert torch.are_deterministic_algorithms_enabled() == enabled
             assert torch.is_deterministic_algorithms_warn_only_enabled() == only_warns
             assert not torch.backends.cuda.matmul.allow_tf32
@@ -188,7 +188,7 @@ def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeyp
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-        build_arithmetic(load_config(toy_config))
+        apply_numerical_settings(load_config(toy_config))
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark
@@ -198,7 +198,7 @@ def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeyp
 def test_amp_on_a_gpu_without_bf16_recommends_fp16(supported, toy_config, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    build_arithmetic(load_config(toy_config, ["AMP", True]))
+    apply_numerical_settings(load_config(toy_config, ["AMP", True]))
     assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
 
 
@@ -221,15 +221,16 @@ def test_training_and_check_apply_the_arithmetic_of_the_config(toy_config, toy_d
 
 def test_evaluation_applies_the_arithmetic_of_the_config(trained, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
         original = jobs.evaluation.evaluate
 
         def evaluate(*arguments, **options):
-            assert not torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cuda.matmul.allow_tf32  # TF32 is on by default
             return original(*arguments, **options)
 
         jobs.evaluation.evaluate = evaluate
 
-    arguments = [*toy_arguments(toy_config, toy_data, tmp_path, "TF32", False), "--eval", "--resume", trained]
+    arguments = [*toy_arguments(toy_config, toy_data, tmp_path), "--eval", "--resume", trained]
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
 

@@ -18,7 +18,7 @@ import jobs.evaluation
 import jobs.training
 from data.build import build_num_workers
 from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
-from jobs.training import _batch_advice, log_ema
+from jobs.training import _batch_advice, warn_about_ema
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.config import ConfigError, load_config
@@ -321,7 +321,7 @@ def test_a_warning_is_logged_if_the_ema_averages_over_more_updates_than_the_run_
 ):
     cfg = load_config(toy_config, ["EMA.DECAY", decay])
     with caplog.at_level(logging.WARNING):
-        log_ema(cfg, num_updates, World(0, 0, 1, torch.device("cpu")))
+        warn_about_ema(cfg, num_updates, World(0, 0, 1, torch.device("cpu")))
     assert bool(caplog.records) == warned
 
 
@@ -401,7 +401,7 @@ def test_an_ema_in_host_memory_logs_a_warning_on_a_gpu(toy_config, caplog):
     for device, expected in (("cpu", 0), ("cuda", 1)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            log_ema(cfg, 10**6, World(0, 0, 1, torch.device(device)))
+            warn_about_ema(cfg, 10**6, World(0, 0, 1, torch.device(device)))
         assert sum("EMA.FORCE_CPU copies all weights" in record.message for record in caplog.records) == expected
 
 

@@ -49,7 +49,7 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def build_arithmetic(cfg: CfgNode) -> None:
+def apply_numerical_settings(cfg: CfgNode) -> None:
     """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU has no bf16."""
     if cfg.DETERMINISTIC != "off":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS, which reads it at its first call

@@ -5,6 +5,7 @@ import http.client
 import logging
 import os
 import re
+import ssl
 import sys
 import time
 import urllib.error
@@ -115,7 +116,7 @@ def _download(url: str, path: Path) -> None:
     except urllib.error.HTTPError as error:
         error.close()
         raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the URL{hint}") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise CheckpointError(f"{url}: cannot be downloaded ({reason}); check the network and try again{hint}") from None
     finally:
@@ -133,7 +134,8 @@ def _copy(response, file, total: int, title: str) -> int:
             bar.update(len(block))
             if bar_hidden and time.monotonic() - last_line > SECONDS_BETWEEN_LOG_LINES:
                 last_line = time.monotonic()
-                logger.info("%s: %.0f of %.0f MiB", title, received / 2**20, total / 2**20)
+                size = f" of {total / 2**20:.0f}" if total else ""  # the server may not send the size
+                logger.info("%s: %.0f%s MiB", title, received / 2**20, size)
     return received
 
 

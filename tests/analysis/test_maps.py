@@ -11,7 +11,7 @@ from analysis.measures import attention_distance
 from models import create_model
 from models.cswin import CSwinTransformer
 from models.deit import DeiT
-from models.linear_attention import KINDS, FocusedLinearAttention
+from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention
 from models.pvt import PyramidVisionTransformer
 from models.swin import SwinTransformer
 
@@ -44,7 +44,7 @@ CASES = {
             SwinTransformer(img_size=32, attn_type="LL", linear={"kind": kind}, **SMALL_SWIN),
             32,
         )
-        for kind in KINDS
+        for kind in ATTENTION_KINDS
     },
     "swin without focusing": lambda: (
         SwinTransformer(img_size=32, attn_type="LL", linear={"focusing": False, "rank_restoration": False}, **SMALL_SWIN),

@@ -261,6 +261,7 @@ def test_no_mixup_is_built_if_mixup_and_cutmix_are_disabled(toy_config, toy_data
     [
         (["a", "b"], ["a"], 2, "val/ lacks b"),
         (["a"], ["a", "b"], 1, "val/ also has b"),
+        (["b", "a"], ["a", "b"], 2, "val/ has the classes of train/ in another order"),
         (["a", "b"], ["a", "b"], 3, "add --opts MODEL.NUM_CLASSES 2"),
     ],
 )

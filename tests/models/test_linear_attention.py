@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.attention import linear_attention
-from models.linear_attention import KINDS, FocusedLinearAttention, focus, stretch_tokens
+from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention, focus, stretch_tokens
 
 B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
@@ -116,7 +116,7 @@ def naive(kind, q, k, v):
     return out.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "focused"])
+@pytest.mark.parametrize("kind", [kind for kind in ATTENTION_KINDS if kind != "focused"])
 def test_every_other_kind_of_attention_equals_its_naive_form_forward_and_backward(kind):
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()
@@ -128,7 +128,7 @@ def test_every_other_kind_of_attention_equals_its_naive_form_forward_and_backwar
     assert_same_forward_and_backward(out, expected, [q, k, v])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_masked_padding_does_not_change_the_outputs_of_real_tokens(kind):
     """A padded map with a key mask gives the same output for the original tokens as the map without padding."""
     operator = random_operator(kind=kind)
@@ -218,7 +218,7 @@ def test_invalid_arguments_are_rejected_with_a_remedy(options, message):
         FocusedLinearAttention(**{"dim": C, "num_heads": H, "grid": GRID, **options})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_an_image_with_all_keys_masked_gives_zeros_and_finite_gradients(kind):
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()

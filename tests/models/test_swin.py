@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from models import build_model, create_model
-from models.layers import drop_path_rates, parse_attention_types
-from models.swin import SwinTransformer, merge, partition, window_regions
+from models.layers import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
+from models.swin import SwinTransformer
 from tests.conftest import CONFIGS
 from utils.config import load_config
 
@@ -38,10 +38,10 @@ def test_invalid_attention_types_are_rejected(attn_type):
 
 def test_merge_inverts_the_partition_into_windows():
     x = torch.arange(2 * 6 * 8 * 3).view(2, 6, 8, 3)
-    windows = partition(x, (3, 4))
+    windows = partition_windows(x, (3, 4))
     assert windows.shape == (8, 12, 3)
     assert torch.equal(windows[1].view(3, 4, 3), x[0, :3, 4:])  # windows are ordered row by row
-    assert torch.equal(merge(windows, (3, 4), (6, 8)), x)
+    assert torch.equal(merge_windows(windows, (3, 4), (6, 8)), x)
 
 
 def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():

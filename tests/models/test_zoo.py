@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
-from models.cswin import CSwinTransformer, stripe_of
-from models.linear_attention import KINDS, focus
+from models.cswin import CSwinTransformer, stripe_size
+from models.linear_attention import ATTENTION_KINDS, focus
 from models.loading import load_weights
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, formula_image
@@ -165,7 +165,7 @@ def test_every_model_can_be_exported(name):
         torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
 def test_every_kind_of_attention_gives_every_parameter_of_a_network_a_gradient(kind):
     model = create_model("flatten_deit_t", num_classes=3, img_size=64, depth=2, drop_path_rate=0.0, linear={"kind": kind})
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
@@ -442,7 +442,7 @@ def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
     widths = []
     for blocks in model.stage_blocks():
         stripes = [module for module in next(iter(blocks)).modules() if hasattr(module, "native_mask")]
-        widths.append({min(stripe_of(stripe.native_grid, stripe.axis, stripe.width)) for stripe in stripes})
+        widths.append({min(stripe_size(stripe.native_grid, stripe.axis, stripe.width)) for stripe in stripes})
     assert widths == [{1}, {2}, {7}, {7}]
 
 

@@ -455,6 +455,7 @@ def test_index_is_not_cached_without_a_home_directory(toy_config, toy_data, monk
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # recently changed data are not cached
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
     assert not Path("~").exists()
 

@@ -10,7 +10,7 @@ from torch import nn
 import jobs.training
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from tests.runs import Linear, toy_arguments
+from tests.runs import LinearClassifier, toy_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
@@ -102,7 +102,7 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.OPTIMIZER.NAME", name])
     world = World(0, 0, 1, torch.device("cpu"))
     torch.manual_seed(0)
-    model = Linear(6, 3)
+    model = LinearClassifier(6, 3)
     optimizer, scaler, failed = build_optimizer(cfg, model), build_scaler(cfg, world.device), torch.zeros(())
     wrapped, reports, states = wrap(model, world, num_scalars=3), [], []
     for update in range(4):

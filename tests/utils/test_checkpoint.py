@@ -339,27 +339,35 @@ def test_every_entry_is_loaded_or_resized_at_a_higher_resolution(name, size, tmp
 
 
 @pytest.mark.parametrize(
-    ("change", "missing", "unused"),
+    ("change", "missing", "unused", "reinitialised"),
     [
-        (lambda weights: weights, [], []),
+        (lambda weights: weights, [], [], []),
         (
             lambda weights: {name.replace("head.", "fc."): value for name, value in weights.items()},
             ["head.bias", "head.weight"],
             ["fc.bias", "fc.weight"],
+            [],
         ),
         (
             lambda weights: {name: value for name, value in weights.items() if not name.startswith("head.")},
             ["head.bias", "head.weight"],
             [],
+            [],
+        ),
+        (
+            lambda weights: weights | {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)},
+            [],
+            [],
+            ["head.bias", "head.weight"],
         ),
     ],
-    ids=["same head", "renamed head", "no head"],
+    ids=["same head", "renamed head", "no head", "other classes"],
 )
-def test_the_load_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused):
+def test_the_load_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused, reinitialised):
     torch.save(change(toy().state_dict()), tmp_path / "file.pth")
     report = load_weights(toy(), tmp_path / "file.pth")
-    assert (sorted(report.missing), sorted(report.unused), report.reinitialised) == (missing, unused, [])
-    assert sorted(report.loaded + report.missing) == sorted(toy().state_dict())
+    assert (sorted(report.missing), sorted(report.unused), sorted(report.reinitialised)) == (missing, unused, reinitialised)
+    assert sorted(report.loaded + report.missing + report.reinitialised) == sorted(toy().state_dict())
 
 
 def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_imagenet(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from models import build_model
-from models.linear_attention import KINDS
+from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS
 from utils.config import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
@@ -204,9 +204,11 @@ def test_missing_files_and_cycles_of_base_files_are_rejected(tmp_path):
 
 
 def test_an_unknown_model_type_is_rejected_and_never_evaluated(tmp_path):
-    path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": "__import__('os')"}}))
+    expression = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
+    path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": expression}}))
     with pytest.raises(ConfigError, match=r"MODEL.TYPE=.*: choose one of flatten_swin"):
         load_config(path)
+    assert not (tmp_path / "evaluated").exists()
 
 
 def test_the_config_determines_the_size_of_deit(tmp_path):
@@ -232,7 +234,7 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
 
 def test_config_choices_equal_the_available_models_and_kinds():
     assert set(KEYS["MODEL.TYPE"].choices) == set(REGISTERED_NAMES)
-    assert set(KEYS["MODEL.LA.KIND"].choices) == set(KINDS)
+    assert set(KEYS["MODEL.LA.KIND"].choices) == set(ATTENTION_KINDS)
 
 
 def test_options_may_be_written_with_an_equals_sign():

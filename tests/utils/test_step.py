@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import create_model
 from tests.conftest import CONFIGS
-from tests.runs import Linear
+from tests.runs import LinearClassifier
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.evaluation import evaluate
@@ -22,7 +22,7 @@ CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 def setup(*opts):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["EMA.ENABLED", True, "EMA.DECAY", 0.9, *opts])
     torch.manual_seed(0)
-    model = Linear(6, 3)
+    model = LinearClassifier(6, 3)
     return model, build_optimizer(cfg, model), build_scaler(cfg, torch.device("cpu")), build_ema(cfg, model)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import utils.trainer
 from tests.conftest import CONFIGS
-from tests.runs import Linear, assert_equal
+from tests.runs import LinearClassifier, assert_equal
 from utils.checkpoint import BEST, list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
@@ -49,7 +49,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
     settings = ["EMA.ENABLED", True, "EMA.DECAY", 0.9, "TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.0]
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", [*settings, *opts])
     torch.manual_seed(0)
-    model = Linear(6, 3)
+    model = LinearClassifier(6, 3)
     defaults = {
         "num_epochs": 2,
         "accumulation": 1,

@@ -3,10 +3,12 @@
 import hashlib
 import io
 import multiprocessing
+import ssl
 
 import pytest
 import torch
 
+import weights.download
 from tests.server import serve
 from weights.download import cached_path, fetch, is_url
 from weights.reader import CheckpointError, read_checkpoint
@@ -90,6 +92,15 @@ def test_network_error_names_the_url_and_the_path_for_a_manual_download(tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x: cannot be downloaded .*save it as .*toy\.pth"):
         fetch("http://127.0.0.1:9/x", "toy")
+
+
+def test_error_of_the_encrypted_connection_is_reported_as_a_failed_download(server, monkeypatch):
+    def fail(*_):
+        raise ssl.SSLError("decryption failed")
+
+    monkeypatch.setattr(weights.download, "_copy", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be downloaded \(.*decryption failed.*\); check the network"):
+        fetch(f"{server.url}/good", "toy")
 
 
 def test_manually_downloaded_file_is_used_without_a_request(server):
