@@ -355,7 +355,7 @@ def test_every_entry_is_loaded_or_resized_at_a_higher_resolution(name, size, tmp
             [],
         ),
         (
-            lambda weights: weights | {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)},
+            lambda weights: weights | {"head.weight": torch.zeros(9, 16), "head.bias": torch.zeros(9)},
             [],
             [],
             ["head.bias", "head.weight"],
