@@ -446,6 +446,15 @@ def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
     assert widths == [{1}, {2}, {7}, {7}]
 
 
+@pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b1", "flatten_cswin_t", "flatten_deit_t"])
+def test_a_family_without_arguments_is_its_tiny_model(name):
+    model = create_model(name, device="meta")
+    default = type(model)(device="meta")
+    assert [(key, value.shape) for key, value in default.state_dict().items()] == [
+        (key, value.shape) for key, value in model.state_dict().items()
+    ]
+
+
 def test_models_that_the_paper_omits_have_the_size_of_the_original_models():
     """The stages of PVTv2-B5 have 3, 6, 40 and 3 blocks; DeiT-S and DeiT-B have 12 blocks of 384 and 768 channels."""
     pvt = create_model("flatten_pvt_v2_b5", device="meta")

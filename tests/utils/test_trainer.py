@@ -16,6 +16,7 @@ from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
+from utils.step import Report
 from utils.trainer import Recipe, Trainer, TrainState
 from weights.reader import CheckpointError, read_checkpoint
 
@@ -335,3 +336,15 @@ def test_a_model_on_the_device_of_evaluation_is_not_copied():
     copied = utils.trainer._on_device(model, torch.device("meta"))
     assert copied.weight.device.type == "meta"
     assert model.weight.device.type == "cpu"
+
+
+def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
+    """Three updates of 7 images in two seconds."""
+    trainer = create_trainer(tmp_path)
+    trainer.metrics = Metrics()
+    meter = utils.trainer.Meter(0, trainer)
+    meter.add([Report(1.0, 1.0, 0.0, 0.0)] * 3)
+    meter.started -= 2
+    meter.log()
+    ((_, _, values),) = trainer.metrics.points
+    assert values["images_per_second"] == pytest.approx(3 * 7 / 2, rel=0.05)
