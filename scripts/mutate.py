@@ -40,6 +40,7 @@ source = {source}
 omit = */.venv/*, */tests/*
 data_file = {data}
 patch = fork, subprocess, _exit
+disable_warnings = no-data-collected, module-not-imported, module-not-measured, already-imported, trace-changed
 """
 COMPARISONS = {
     ast.Lt: "<=",

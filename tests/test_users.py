@@ -282,7 +282,7 @@ def test_evaluation_with_the_config_of_another_model_names_the_model_of_the_chec
 
 
 def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, toy_data, tmp_path):
-    options = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.COOLDOWN_EPOCHS=1"]
+    options = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.COOLDOWN_EPOCHS=1", "EMA.ENABLED=True", "EMA.DECAY=0.9"]
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "1 process on cpu" in outcome.output
@@ -292,6 +292,7 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
     assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
     assert "sha256" not in outcome.output
     assert "ATTN_TYPE" not in outcome.output  # the config is only in the log file
+    assert "averages over about" not in outcome.output  # the EMA averages over 10 updates of 24
 
 
 def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_config, toy_data, tmp_path):

@@ -566,8 +566,10 @@ def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadab
 
 def test_replacement_images_have_matching_labels_and_depend_only_on_seed_epoch_and_index(partly_unreadable):
     root, unreadable_names = partly_unreadable
-    dataset, same_seed = (create_folder_dataset(root / "train", unreadable="replace", seed=seed) for seed in (3, 3))
-    replacements = set()
+    dataset, same_seed, other_seed = (
+        create_folder_dataset(root / "train", unreadable="replace", seed=seed) for seed in (3, 3, 4)
+    )
+    replacements, other_replacements = [], []
     for position in range(len(dataset)):
         sample, same_sample = dataset[(2, position)], same_seed[(2, position)]
         assert torch.equal(sample.image, same_sample.image)
@@ -575,8 +577,10 @@ def test_replacement_images_have_matching_labels_and_depend_only_on_seed_epoch_a
         assert sample.label == dataset.index.labels[sample.key[1]]
         assert bool(sample.decode_errors) == (Path(dataset.index.name(position)).name in unreadable_names)
         if sample.decode_errors:
-            replacements.add(sample.key[1])
-    assert len(replacements) > 1
+            replacements.append(sample.key[1])
+            other_replacements.append(other_seed[(2, position)].key[1])
+    assert len(set(replacements)) > 1
+    assert replacements != other_replacements
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "I;16", "P", "RGBA", "LA"])

@@ -436,14 +436,15 @@ def test_linear_layers_and_norms_are_initialised_alike_in_every_family(name):
             assert not module.bias.any(), module_name
 
 
-def test_softmax_stripes_of_cswin_are_1_2_7_7_tokens_wide():
-    """The widths are those of the CSwin paper. The last stage has a map of 7 x 7 tokens at 224 pixels."""
-    model = create_model("flatten_cswin_t", attn_type="SSSS", device="meta")
+@pytest.mark.parametrize(("name", "largest"), [("flatten_cswin_t", 7), ("flatten_cswin_b_384", 12)])
+def test_softmax_stripes_of_cswin_have_the_widths_of_the_cswin_paper(name, largest):
+    """The last stage has a map of 7 x 7 tokens at 224 pixels, and of 12 x 12 at 384."""
+    model = create_model(name, attn_type="SSSS", device="meta")
     widths = []
     for blocks in model.stage_blocks():
         stripes = [module for module in next(iter(blocks)).modules() if hasattr(module, "native_mask")]
         widths.append({min(stripe_size(stripe.native_grid, stripe.axis, stripe.width)) for stripe in stripes})
-    assert widths == [{1}, {2}, {7}, {7}]
+    assert widths == [{1}, {2}, {largest}, {largest}]
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b1", "flatten_cswin_t", "flatten_deit_t"])

@@ -7,7 +7,7 @@ import yaml
 from models import build_model
 from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
-from tests.conftest import CONFIGS
+from tests.conftest import CONFIGS, reference
 from utils.config import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 from utils.config_keys import INFINITY, KEYS
 
@@ -122,6 +122,7 @@ MODEL:
         ("TRAIN: 3", [], "TRAIN=3 is a section"),
         ("", ["TRAIN", "3"], "TRAIN is a section"),
         ("TRAIN: {EPOCHS: many}", [], "TRAIN.EPOCHS='many' is str; give int"),
+        ("TRAIN: {BASE_LR: fast}", [], "TRAIN.BASE_LR='fast' is str; give float"),
         ("TRAIN: {EPOCHS: 2.5}", [], "TRAIN.EPOCHS=2.5 is float"),
         ("AMP: 1", [], "AMP=1 is int; give bool"),
         ("", ["SEED"], "'SEED' has no value"),
@@ -293,6 +294,83 @@ def test_every_key_is_read_outside_the_config_modules():
     read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}
     unread = flatten(load_config(CONFIGS / "flatten_swin_t.yaml")).keys() - read
     assert unread == {"BASE", "DATA.DATASET"}  # BASE is resolved by load_config; DATA.DATASET has only one choice
+
+
+# Defaults of the keys that the recipes of the reference do not set; tests/test_recipes.py checks the others.
+DEFAULTS = {
+    "DATA.DATA_PATH": "",
+    "DATA.DATASET": "imagenet",
+    "DATA.ZIP_MODE": False,
+    "DATA.CACHE_MODE": "part",
+    "DATA.INDEX_CACHE": "~/.cache/flatten",
+    "DATA.UNREADABLE": "error",
+    "DATA.MAX_UNREADABLE": 100,
+    "DATA.GLOBAL_BATCH_SIZE": 0,
+    "DATA.INTERPOLATION": "bicubic",
+    "DATA.MEAN": [0.485, 0.456, 0.406],
+    "DATA.STD": [0.229, 0.224, 0.225],
+    "DATA.NUM_WORKERS": 8,
+    "DATA.WORKER_TIMEOUT": 30.0,
+    "DATA.PIN_MEMORY": True,
+    "MODEL.NAME": "flatten_swin_t",
+    "MODEL.NUM_CLASSES": 1000,
+    "MODEL.RESUME": "",
+    "MODEL.PRETRAINED": "",
+    "MODEL.SWIN.PATCH_SIZE": 4,
+    "MODEL.SWIN.MLP_RATIO": 4.0,
+    "MODEL.SWIN.QKV_BIAS": True,
+    "MODEL.SWIN.PATCH_NORM": True,
+    "MODEL.DEIT.PATCH_SIZE": 16,
+    "MODEL.DEIT.EMBED_DIM": 192,
+    "MODEL.DEIT.DEPTH": 12,
+    "MODEL.DEIT.NUM_HEADS": 3,
+    "MODEL.LA.KIND": "focused",
+    "MODEL.LA.FOCUSING": True,
+    "MODEL.LA.RANK_RESTORATION": True,
+    "TRAIN.RECIPE_BATCH_SIZE": 0,
+    "TRAIN.LAYER_DECAY": 1.0,
+    "TRAIN.HEAD_LR_SCALE": 1.0,
+    "TRAIN.FREEZE_BACKBONE": False,
+    "TRAIN.ACCUMULATION_STEPS": 0,
+    "TRAIN.USE_CHECKPOINT": False,
+    "TRAIN.COMPILE": False,
+    "TRAIN.AUTO_RESUME": True,
+    "AUG.SCALE": [0.08, 1.0],
+    "AUG.HFLIP": 0.5,
+    "AUG.REPEATS": 1,
+    "EMA.ENABLED": False,
+    "EMA.FORCE_CPU": False,
+    "TEST.CROP_MODE": "squash",
+    "TEST.CROP_PCT": 0.875,
+    "TEST.INTERPOLATION": "",
+    "TEST.BATCH_SIZE": 0,
+    "TEST.CLASS_MAP": "",
+    "TEST.REAL_LABELS": "",
+    "TEST.PREDICTIONS": False,
+    "TEST.PRECISION": "fp32",
+    "AMP": False,
+    "AMP_DTYPE": "bf16",
+    "OUTPUT": "output",
+    "TAG": "default",
+    "DETERMINISTIC": "off",
+    "TF32": True,
+    "CUDNN_BENCHMARK": True,
+    "SEED": 0,
+    "COLLECTIVE_TIMEOUT": 600.0,
+    "PRINT_FREQ": 10,
+    "SAVE_FREQ": 1,
+    "SAVE_STEPS": 0,
+    "SAVE_MINUTES": 15.0,
+    "EVAL_FREQ": 1,
+    "ATTENTION_IMAGE": "",
+    "KEEP_CHECKPOINTS": 2,
+    "AUG.RATIO": [3 / 4, 4 / 3],
+}
+
+
+def test_defaults_of_keys_outside_the_recipes_are_those_of_the_table():
+    recipe_keys = reference("recipes")["recipes"]["flatten_swin_t"].keys()
+    assert {name: key.default for name, key in KEYS.items() if name not in recipe_keys and name != "BASE"} == DEFAULTS
 
 
 def test_every_key_has_a_meaning_and_a_legal_default():
