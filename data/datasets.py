@@ -23,7 +23,7 @@ from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
-STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
+RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * repeats + repeat instead of epoch
 
@@ -154,7 +154,7 @@ class ImageDataset(Dataset):
                     return Sample(None, -1, key, decode_errors)
                 if self.unreadable == "error" or len(decode_errors) > MAX_REPLACEMENTS:
                     raise
-                position = draw_seed(self.seed or 0, *key, STREAM_OF_REPLACEMENT, len(decode_errors)) % len(self)
+                position = draw_seed(self.seed or 0, *key, RNG_STREAM_OF_REPLACEMENT, len(decode_errors)) % len(self)
         return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), decode_errors)
 
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:

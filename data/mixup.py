@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.datasets import draw_seed, restore_generators, seed_generators
 
-STREAM_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
+RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
 
 
 class StepMixup:
@@ -41,7 +41,7 @@ class StepMixup:
                 torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
             )
         with restore_generators():
-            seed_generators(draw_seed(self.seed, step, self.rank, STREAM_OF_MIXUP))
+            seed_generators(draw_seed(self.seed, step, self.rank, RNG_STREAM_OF_MIXUP))
             images, targets = self.mixup(images, targets)
         if count % 2:
             images, targets = (torch.cat([values[: middle + 1], values[middle + 2 :]]) for values in (images, targets))

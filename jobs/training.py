@@ -70,7 +70,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
         logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
         trainer = build_trainer(cfg, world, init, saved, output=output, find_unused_parameters=find_unused_parameters)
-        trainer.header["environment"] = environment
+        trainer.metadata["environment"] = environment
     except (ConfigError, DataError, CheckpointError):
         setup_logging(world.rank)
         directory.discard()
@@ -173,7 +173,7 @@ def build_trainer(
         recipe=build_recipe(cfg, world),
         world=world,
         output=output,
-        header={
+        metadata={
             "config": to_dict(cfg),
             "class_names": list(datasets.train.index.classes),
             "data": data,

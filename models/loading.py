@@ -14,7 +14,7 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 
 logger = logging.getLogger(__name__)
 
-MIN_COVERAGE = 0.8  # minimum fraction of the model that the file fills, and of the file that the model uses
+MIN_COVERAGE = 0.8  # a file is rejected if it fills less of the model, or if the model uses less of it
 
 
 @dataclass
@@ -23,7 +23,7 @@ class LoadReport:
 
     Args:
         weights: label of the loaded weights, ``raw`` or ``ema``.
-        mapped: head entries whose rows were selected by class, as from an ImageNet-22k head.
+        mapped: head entries built from the rows of a larger head that belong to the model's classes, as of ImageNet-22k.
         head: numbers of classes in the file and in the model, if they differ.
         coverage: fraction of the model's parameters and buffers that the file filled.
     """
@@ -93,7 +93,7 @@ def _stored_value(state: Mapping, section: str, key: str) -> object:
 def _match(
     model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str | None, img_size: int | list[int] | None
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The weights of a file that fit a model, and the completed report.
+    """The entries of a file whose names and shapes match the model, and the completed report.
 
     Args:
         origin: model name in the file's config, for messages.

@@ -55,7 +55,7 @@ def reference(name: str):
     return json.loads((REFERENCE / f"{name}.json").read_text())
 
 
-def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def seeded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Values of a parameter in the models for the reference figures, drawn with the CRC-32 of its name as the seed."""
     z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".weight") and len(shape) == 1:
@@ -71,16 +71,16 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(z, dtype=torch.float32)
 
 
-def formula_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+def seeded_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Model inputs for the reference figures: standard normal values."""
     return torch.tensor(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
-def fill_by_formula(model: torch.nn.Module) -> torch.nn.Module:
-    """Set every parameter to the values that ``formula_weight`` returns for it."""
+def fill_with_seeded_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Set every parameter to the values that ``seeded_weight`` returns for it."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(formula_weight(name, tuple(parameter.shape)))
+            parameter.copy_(seeded_weight(name, tuple(parameter.shape)))
     return model
 
 

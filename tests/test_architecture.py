@@ -51,7 +51,7 @@ def test_a_library_is_imported_by_its_listed_files_only(path):
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_only_build_functions_take_the_config(path):
-    """Only functions that build an object or read the config have a parameter ``cfg``."""
+    """Apart from a few exceptions, only functions that build an object take the config."""
     if relative(path) == "utils/config.py":
         return
     allowed = (

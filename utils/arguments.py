@@ -109,7 +109,7 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
     """
     values = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
     if values["--model-ema"] and values["--no-model-ema"]:
-        raise ConfigError("--model-ema and --no-model-ema: give one of them")
+        raise ConfigError("--model-ema and --no-model-ema: give only one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
     if values["--eval"] and values["--resume"] and not values["--pretrained"]:
         pairs += ["MODEL.PRETRAINED", ""]  # a run's config.yaml may set it, which conflicts with --resume
@@ -132,7 +132,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     """
     jobs = [f"--{job}" for job in ("throughput", "eval", "check", "replay") if getattr(args, job)]
     if len(jobs) > 1:
-        raise ConfigError(f"{' and '.join(jobs)}: give one of them")
+        raise ConfigError(f"{' and '.join(jobs)}: give only one of them")
     if args.replay:
         if cfg is not None:
             raise ConfigError("--replay: uses the config of its run; leave out --cfg")
@@ -169,7 +169,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has numbered checkpoints, without ``utils.checkpoint``, whose import takes seconds."""
+    """Whether a run directory has numbered checkpoints. Importing ``utils.checkpoint`` for this would take seconds."""
     try:
         return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:

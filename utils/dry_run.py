@@ -71,7 +71,7 @@ def dry_run(trainer: Trainer) -> None:
         )
     # The sum waits until all processes have read the checkpoint; then the caller may delete the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
-    _log_bottleneck(trainer, trainer.header["global_batch_size"], remaining_updates, *averages.tolist())
+    _log_bottleneck(trainer, trainer.metadata["global_batch_size"], remaining_updates, *averages.tolist())
 
 
 def _run_updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:

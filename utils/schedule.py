@@ -19,7 +19,7 @@ class Schedule:
         name: ``cosine``: half a cosine from ``base_lr`` at update 0 to ``min_lr`` at ``num_updates``; the warm-up replaces its
             first part. ``linear``: from ``base_lr`` after the warm-up to ``LINEAR_END * base_lr`` at ``num_updates``, as in the
             reference; ``min_lr`` is unused. Both are constant after ``num_updates``. ``step``: ``base_lr`` is multiplied by
-            ``decay_rate`` every ``decay_updates``, counted from update 0, also after ``num_updates``, as in timm.
+            ``decay_rate`` every ``decay_updates`` updates, counted from 0; as in timm, also after ``num_updates``.
     """
 
     name: str

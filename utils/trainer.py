@@ -28,10 +28,10 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of images and mixup
+RNG_STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of images and mixup
 # Images, targets, number of the forward pass -> mixed images and targets.
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-MAX_SKIPPED = 20  # number of consecutive updates skipped by fp16 that ends the run
+MAX_SKIPPED = 20  # the run ends after this many consecutive updates with non-finite gradients in fp16
 
 
 def check_trained(*, num_updates: int, num_skipped: int) -> None:
@@ -109,7 +109,9 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the training loop. Epochs include the cooldown. ``*_freq`` and ``save_*`` have the units of the config."""
+    """Settings of the training loop. Epochs include the cooldown. Units: ``print_freq`` and ``save_steps`` in
+    updates, ``save_freq`` and ``eval_freq`` in epochs, ``save_minutes`` in minutes.
+    """
 
     num_epochs: int
     accumulation: int
@@ -132,7 +134,7 @@ class Trainer:
         model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
         mixup: mixes a batch, given the number of its forward pass; None for no mixing.
         metrics: writer of ``metrics.jsonl`` and TensorBoard events; None on ranks other than 0 and in a dry run.
-        header: entries of every checkpoint besides the state, such as config, class names and global batch size.
+        metadata: entries of every checkpoint besides the state, such as config, class names and global batch size.
         stop: returns whether a signal requested a stop of this process.
         draw: returns (name, matplotlib figure) pairs for a model, to write after each evaluation; None for no figures.
     """
@@ -151,7 +153,7 @@ class Trainer:
         world: World,
         output: Path,
         metrics: MetricsWriter | None = None,
-        header: dict,
+        metadata: dict,
         stop: Callable[[], bool] = lambda: False,
         draw: Callable[[nn.Module], Iterable[tuple[str, object]]] | None = None,
     ):
@@ -166,7 +168,7 @@ class Trainer:
         self.world = world
         self.output = output
         self.metrics = metrics
-        self.header = header
+        self.metadata = metadata
         self.stop = stop
         self.draw = draw
         self.updates_per_epoch = train_loader.updates_per_epoch
@@ -195,7 +197,7 @@ class Trainer:
         for epoch in range(done_epochs, self.recipe.num_epochs):
             self.train_epoch(epoch)
             self.finish_epoch(epoch)
-        if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS is now lower than the epochs that the run has done
+        if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was reduced below the number of trained epochs
             self.save(best=self.evaluate(done_epochs))
         self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
@@ -290,13 +292,13 @@ class Trainer:
             state.ema.update(state.model)
 
     def learning_rate(self, num_updates: int) -> float:
-        """Learning rate of the next update after ``num_updates`` updates, before the multiplier of each parameter group."""
+        """Learning rate of update ``num_updates``, counted from 0, before the multiplier of each parameter group."""
         return self.schedule(num_updates - self.state.num_skipped)
 
     def requests(self) -> Tensor:
         """(2,) requests of this process, each 0 or 1: to stop, and (only on rank 0) to save a checkpoint.
 
-        If the last write failed, a save is requested immediately, because ``save`` reports the error to all processes.
+        If the last write failed, a save is requested immediately: ``save`` raises the error in all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
         saving = (due or self.background_write.failed) and self.world.is_main
@@ -338,8 +340,8 @@ class Trainer:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
         raise TrainingError(
-            f"{what}. It changed no weights, and the checkpoints are untouched. main.py --replay {path} repeats it and names "
-            f"the first module whose output is not finite. {advice}"
+            f"{what}. The update changed no weights, and the checkpoints are untouched. main.py --replay {path} repeats the update "
+            f"and names the first module whose output is not finite. {advice}"
         )
 
     def describe_update(self, update: int) -> dict:
@@ -355,7 +357,7 @@ class Trainer:
         return {
             "model": self.state.model.state_dict(),
             "replay": {"update": update, "epoch": epoch, "images": images},
-            **self.header,
+            **self.metadata,
         }
 
     def show_batch(self, images: Tensor) -> None:
@@ -425,7 +427,7 @@ class Trainer:
     def start_saving(self, *, best: bool) -> None:
         """The part of ``save`` that runs on rank 0."""
         self.background_write.wait()
-        state = to_host(self.state.to_dict() | self.header, copy=True)
+        state = to_host(self.state.to_dict() | self.metadata, copy=True)
         path = checkpoint_path(self.output, self.state.num_updates)
         self.background_write.start(partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints))
 
@@ -458,8 +460,8 @@ class Trainer:
 def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
     """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
 
-    This function runs in another thread, so it has no reference to the trainer. If that were the last reference, the thread
-    would destroy the trainer and its loaders.
+    This function runs in another thread and therefore gets no reference to the trainer: if it held the last one, the trainer
+    and its loaders would be destroyed in that thread.
 
     Raises:
         CheckpointError: it could not be written.
@@ -484,7 +486,7 @@ def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -
 
 def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
     """Seed of the model's random draws (drop path, dropout) in one forward pass of one process."""
-    return int(np.random.SeedSequence((seed, forward_pass, rank, STREAM_OF_MODEL)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, forward_pass, rank, RNG_STREAM_OF_MODEL)).generate_state(1)[0])
 
 
 class Meter:
@@ -517,7 +519,7 @@ class Meter:
             "loss": sum(finite_losses) / len(finite_losses) if finite_losses else math.nan,
             "lr": trainer.learning_rate(state.num_updates - 1),
             "grad_norm": self.reports[-1].grad_norm,
-            "images_per_second": len(self.reports) * trainer.header["global_batch_size"] / seconds,
+            "images_per_second": len(self.reports) * trainer.metadata["global_batch_size"] / seconds,
             "data_wait": (trainer.train_loader.seconds_waited - self.waited_before) / seconds,
             "memory_mib": _peak_memory(trainer.world.device) / 2**20,
         }

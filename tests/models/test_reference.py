@@ -6,7 +6,7 @@ from torch import nn
 
 from models import build_model
 from models.loading import load_weights
-from tests.conftest import CONFIGS, REFERENCE, fill_by_formula, formula_image, reference
+from tests.conftest import CONFIGS, REFERENCE, fill_with_seeded_weights, reference, seeded_image
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.optim import build_ema, build_optimizer, build_scaler
@@ -26,7 +26,7 @@ def build(config, opts):
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_builds_the_model_of_the_reference(case):
     figures = reference(case)
-    model = fill_by_formula(build(figures["config"], figures["opts"])).eval()
+    model = fill_with_seeded_weights(build(figures["config"], figures["opts"])).eval()
     expected = {name: shape for name, shape, kind in figures["state_dict"] if kind == "param"}
     num_parameters = figures["params"]
     if "pvt_" in case and "v2" not in case:
@@ -37,7 +37,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
     assert model.no_weight_decay() == set(figures["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = figures["img_size"]
     with torch.no_grad():
-        logits = model(formula_image(0, (figures["batch"], 3, side, side)))
+        logits = model(seeded_image(0, (figures["batch"], 3, side, side)))
     torch.testing.assert_close(logits[:, :8], torch.tensor(figures["logits_first8"]), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits.mean(dim=1), torch.tensor(figures["logits_mean"]), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits.std(dim=1), torch.tensor(figures["logits_std"]), atol=1e-4, rtol=0)
@@ -49,7 +49,7 @@ def test_eight_steps_of_training_follow_the_reference(case):
     figures = reference(case)
     opts = [*figures["opts"], "MODEL.DROP_PATH_RATE", 0.0, "EMA.ENABLED", True, "EMA.DECAY", figures["ema_decay"]]
     cfg = load_config(CONFIGS / f"{figures['config']}.yaml", [*opts, "TRAIN.WEIGHT_DECAY", figures["weight_decay"]])
-    model = fill_by_formula(build_model(cfg))
+    model = fill_with_seeded_weights(build_model(cfg))
     optimizer, ema = build_optimizer(cfg, model), build_ema(cfg, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=figures["label_smoothing"])
     wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), num_scalars=3)
@@ -57,7 +57,7 @@ def test_eight_steps_of_training_follow_the_reference(case):
     for step in range(figures["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = figures["lr_used"][step]
-        images = formula_image(100 + step, (figures["batch"], 3, side, side))
+        images = seeded_image(100 + step, (figures["batch"], 3, side, side))
         labels = torch.from_numpy(labels_of(step, figures["batch"]))
         loss, grad_norm, _, _ = train_step(
             wrapped,
@@ -86,7 +86,7 @@ def labels_of(step, batch_size):
 @pytest.mark.parametrize("case", FINE_TUNINGS)
 def test_loading_at_a_higher_resolution_resizes_tables_as_the_reference_does(case, tmp_path):
     figures = reference(case)
-    source = fill_by_formula(build(figures["source"], figures["source_opts"]))
+    source = fill_with_seeded_weights(build(figures["source"], figures["source_opts"]))
     torch.save({"model": source.state_dict()}, tmp_path / "source.pth")
     target = build(figures["target"], figures["target_opts"]).eval()
     report = load_weights(target, tmp_path / "source.pth")
@@ -101,6 +101,6 @@ def test_loading_at_a_higher_resolution_resizes_tables_as_the_reference_does(cas
         torch.testing.assert_close(table.flatten()[:8], torch.tensor(expected["first8"]), atol=1e-5, rtol=1e-4)
     side = figures["img_size"]
     with torch.no_grad():
-        logits = target(formula_image(0, (1, 3, side, side)))
+        logits = target(seeded_image(0, (1, 3, side, side)))
     torch.testing.assert_close(logits[:, :8], torch.tensor(figures["logits_first8"]), atol=1e-4, rtol=0)
     assert logits.argmax(dim=1).tolist() == figures["argmax"]

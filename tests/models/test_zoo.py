@@ -18,7 +18,7 @@ from models.cswin import CSwinTransformer, stripe_size
 from models.linear_attention import ATTENTION_KINDS, focus
 from models.loading import load_weights
 from scripts.complexity import PAPER, measure
-from tests.conftest import CONFIGS, formula_image
+from tests.conftest import CONFIGS, seeded_image
 from utils.config import load_config
 from utils.optim import build_optimizer
 
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         model = small(name).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(1)
-        model(formula_image(0, (2, 3, 64, 64))).square().sum().backward()
+        model(seeded_image(0, (2, 3, 64, 64))).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)

@@ -266,7 +266,7 @@ def test_argparse_namespaces_and_numpy_scalars_in_released_files_are_read_as_dat
     assert load_weights(toy(), tmp_path / "released.pth").coverage == 1
 
 
-def test_entries_that_are_not_named_tensors_are_ignored(tmp_path):
+def test_entries_that_are_not_tensors_with_string_names_are_ignored(tmp_path):
     state = {"model": toy().state_dict() | {"epoch": 3, 7: torch.zeros(1)}, "model_ema": torch.zeros(1)}
     torch.save(state, tmp_path / "odd.pth")
     report = load_weights(toy(), tmp_path / "odd.pth")

@@ -77,7 +77,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
         recipe=Recipe(**defaults | recipe),
         world=world,
         output=output,
-        header={"config": {}, "global_batch_size": 7 * recipe.get("accumulation", 1)},
+        metadata={"config": {}, "global_batch_size": 7 * recipe.get("accumulation", 1)},
     )
 
 
