@@ -109,8 +109,9 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the training loop. Epochs include the cooldown. Units: ``print_freq`` and ``save_steps`` in
-    updates, ``save_freq`` and ``eval_freq`` in epochs, ``save_minutes`` in minutes.
+    """Settings of the training loop; epochs include the cooldown.
+
+    Units: updates (``print_freq``, ``save_steps``), epochs (``save_freq``, ``eval_freq``), minutes (``save_minutes``).
     """
 
     num_epochs: int
@@ -340,8 +341,8 @@ class Trainer:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
         raise TrainingError(
-            f"{what}. The update changed no weights, and the checkpoints are untouched. main.py --replay {path} repeats the update "
-            f"and names the first module whose output is not finite. {advice}"
+            f"{what}. The update changed no weights, and the checkpoints are untouched. main.py --replay {path} repeats the "
+            f"update and names the first module whose output is not finite. {advice}"
         )
 
     def describe_update(self, update: int) -> dict:
