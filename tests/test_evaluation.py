@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from yacs.config import CfgNode
 
+import jobs.evaluation
 from data.samplers import EvalBatches
 from scripts import average_checkpoints
 from scripts.average_checkpoints import average
@@ -343,6 +345,19 @@ def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, t
     options = ["--opts", "MODEL.NUM_CLASSES", "2"]
     assert read_counts(run_evaluation(tmp_path / "two.pth", toy_config, data, tmp_path / "two", *options)[0]) == counts
     assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
+
+
+def test_an_evaluation_of_different_files_in_two_processes_is_rejected(trained, toy_config, toy_data, tmp_path):
+    """Nodes may have different files under the same path."""
+
+    def prepare(rank: int) -> None:
+        original = jobs.evaluation.open_checkpoint
+        jobs.evaluation.open_checkpoint = lambda path: replace(original(path), digest=f"digest {rank}")
+
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--eval", "--resume", trained]
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "differs between processes; evaluate a copy that they share" in outcome.output
 
 
 def test_a_dry_run_runs_every_step_and_deletes_its_files(toy_config, toy_data, tmp_path):

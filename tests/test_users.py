@@ -305,6 +305,13 @@ def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_confi
     assert "the images of all processes divide 64" in _batch_advice(64, 24, 1000)
 
 
+def test_a_check_measures_a_dataset_of_one_batch(toy_config, toy_data, tmp_path):
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "102"]
+    outcome = run(*arguments, log_folder=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "loading alone:" in outcome.output
+
+
 def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check"]
     outcome = run(*arguments, log_folder=tmp_path)
