@@ -1,5 +1,6 @@
 """Write docs/configuration.md from the table of config keys, utils/config_keys.py."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -75,4 +76,5 @@ def create_page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(create_page())

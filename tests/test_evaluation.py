@@ -158,7 +158,7 @@ def test_evaluation_files_have_counts_per_class_predictions_and_accuracy_on_real
     assert [row["image"] for row in rows] == sorted(names)
     assert rows[0] == {
         **{"image": "a.png", "target": "a, b", "prediction": "cat", "second": "dog", "confidence": "0.5000"},
-        **dict.fromkeys(("third", "fourth", "fifth")),
+        **dict.fromkeys(("third", "fourth", "fifth"), ""),
     }
     assert (tmp_path / "confusion.png").stat().st_size > 5000
     assert not list(tmp_path.glob(".*incomplete*"))
