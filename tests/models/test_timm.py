@@ -187,6 +187,8 @@ def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normalised(
     for one, other in zip(channels_last, channels_first, strict=True):
         torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
     torch.testing.assert_close(channels_last[-1], model.norm(without_norm[-1]))
+    if "pvt" not in name:  # PVT has no final norm
+        assert not torch.allclose(channels_last[-1], without_norm[-1])
     for one, other in zip(channels_last[:-1], without_norm[:-1], strict=True):
         torch.testing.assert_close(one, other)
 

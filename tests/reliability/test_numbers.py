@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import jobs.training
+from jobs.replay import find_non_finite
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from tests.runs import LinearClassifier, toy_arguments
@@ -115,6 +116,40 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
     assert not torch.equal(states[0]["weight"], states[1]["weight"])
     for later_state in states[2:]:
         assert all(torch.equal(value, states[1][key]) for key, value in later_state.items())
+
+
+class Splitter(nn.Module):
+    """Returns a pair, of which the second part divides by zero."""
+
+    def forward(self, x):
+        return x, x[:, :2] / 0
+
+
+class PairClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.splitter = Splitter()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        finite, infinite = self.splitter(x)
+        return self.head(finite) + infinite.sum()
+
+
+def test_n1_replay_finds_a_non_finite_tensor_in_a_tuple_of_outputs():
+    finding = find_non_finite(
+        PairClassifier(), nn.CrossEntropyLoss(), torch.ones(4, 6), torch.zeros(4, dtype=torch.long), torch.float32
+    )
+    assert finding.startswith(
+        "the output of splitter (Splitter) is the first that is not finite: 8 of 8 values of shape (4, 2)"
+    )
+
+
+def test_n1_replay_reports_the_shape_of_a_non_finite_output():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    nn.init.constant_(model[1].weight, float("inf"))
+    finding = find_non_finite(model, nn.CrossEntropyLoss(), torch.ones(4, 6), torch.zeros(4, dtype=torch.long), torch.float32)
+    assert finding.startswith("the output of 1 (Linear) is the first that is not finite: 12 of 12 values of shape (4, 3)")
 
 
 def overflow_in(first: int, last: int):
