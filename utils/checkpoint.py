@@ -43,7 +43,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
-    """Let ``write`` create a temporary file beside ``path``, then rename it to ``path``.
+    """Let ``write`` create a temporary file next to ``path``, then rename it to ``path``.
 
     Args:
         write: function that writes the file, given the temporary path.
