@@ -20,7 +20,7 @@ from utils.trainer import Meter, Trainer
 
 LOOP = "loop on one batch"
 LOADER = "loop with the loader"
-WITHOUT_EMA = "loop without the average"  # without EMA
+WITHOUT_EMA = "loop without the average"
 BARE = "bare step"
 
 

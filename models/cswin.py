@@ -310,9 +310,9 @@ class CSwinTransformer(Backbone):
                 dim, last = embed_dim * 2**index, index == len(grids) - 1
                 blocks = []
                 for letter, rate in zip(attention_types[index], rates[index], strict=True):
-                    options |= {"attention_type": letter, "drop_path": rate}
-                    options["split_size"] = None if last else splits[letter][index]
-                    blocks.append(Block(dim, num_heads[index], grid, **options))
+                    split_size = None if last else splits[letter][index]
+                    own = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
+                    blocks.append(Block(dim, num_heads[index], grid, **own, **options))
                 setattr(self, f"stage{index + 1}", Stage(*blocks))
                 if not last:
                     setattr(self, f"merge{index + 1}", Merge(dim))

@@ -77,7 +77,6 @@ def write_evaluation(
 
 
 PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "third", "fourth", "fifth"]
-NUM_RANKED = 5  # the columns from "prediction" on
 
 
 def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
@@ -168,8 +167,8 @@ def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence
     predictions = result.predictions
     for position in sorted(range(len(names)), key=names.__getitem__):
         ranked = [classes[class_id] for class_id in predictions.ranked[position]]
-        ranked += [""] * (NUM_RANKED - len(ranked))  # with fewer than five classes
-        yield [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]
+        row = [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]
+        yield row + [""] * (len(PREDICTION_COLUMNS) - len(row))  # fewer than five classes
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -403,9 +403,7 @@ def test_zip_archives_that_do_not_match_their_map_are_rejected(tmp_path, lines, 
     ],
 )
 def test_class_names_that_do_not_match_the_class_ids_of_an_archive_are_rejected(tmp_path, class_names, message):
-    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
-        archive.writestr("a.png", b"")
-        archive.writestr("b.png", b"")
+    write_zip([("a.png", b""), ("b.png", b"")], tmp_path)
     (tmp_path / "val_map.txt").write_text("a.png\t0\nb.png\t1\n")
     (tmp_path / "classes.txt").write_text(class_names)
     with pytest.raises(DataError, match=message):
