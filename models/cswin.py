@@ -348,7 +348,7 @@ class CSwinTransformer(Backbone):
             return {"stem": stem, "blocks": [(r"^(?:stage|merge)(\d+)", None), (r"^norm", (99999,))]}
         return {
             "stem": stem,
-            "blocks": [(r"^stage(\d+)\.(\d+)", None), (r"^merge_windows(\d+)", (99,)), (r"^norm", (99999,))],
+            "blocks": [(r"^stage(\d+)\.(\d+)", None), (r"^merge(\d+)", (99,)), (r"^norm", (99999,))],
         }
 
 
