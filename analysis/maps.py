@@ -1,7 +1,7 @@
-"""Attention maps of a model, recomputed from the queries and keys of its blocks. The model is not changed.
+"""Attention maps of a model, recomputed from the queries and keys of its attention modules.
 
-Shapes: G groups of tokens that attend to each other (images times windows or stripes), N queries, M keys, H heads, C channels,
-D channels per head.
+Shapes: G groups of tokens that attend to each other (one group per image, or per window or stripe of an image), N queries,
+M keys, H heads, C channels, D channels per head.
 """
 
 import functools
@@ -21,7 +21,8 @@ from models.layers import partition_windows
 from models.linear_attention import FocusedLinearAttention, focus
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
-FORMS = ("softmax", "linear", "focused", "efficient")  # forms of attention to compare on the same queries and keys
+# Forms of attention: attention functions that are compared on the same queries and keys.
+FORMS = ("softmax", "linear", "focused", "efficient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,10 @@ class Attention:
         grid, key_grid: height and width of the token maps of queries and keys.
         key_mask: (G, M), False for padding; None if there is none. Linear attention only.
         bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
-        output: (G, N, C), before the projection. For CSwin's softmax attention, without its convolution of v (LePE).
-        map_grid: height and width of the block's whole token map, before the division into groups.
+        output: (G, N, C), before the output projection. For CSwin's softmax attention, it excludes CSwin's depthwise
+            convolution of v (LePE).
+        map_grid: height and width of the block's whole token map, before it is divided into windows or stripes.
+        num_prefix_tokens: number of tokens before those of the map: 1 for DeiT's class token.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Attention:
 
     @torch.no_grad()
     def matrix(self) -> Tensor:
-        """Attention weights (G, H, N, M), without the convolution. For ``hydra``, every channel is a head: (G, C, N, M)."""
+        """Attention weights without the convolution: (G, H, N, M); (G, C, N, M) for ``hydra``, where each channel is a head."""
         if not self.is_linear:
             similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
             return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
@@ -67,12 +70,12 @@ class Attention:
 
     @torch.no_grad()
     def convolution(self, queries: Sequence[int] | None = None, *, mean: bool = False) -> Tensor | None:
-        """Weights (C, R, M) of the depthwise convolution for R queries; None without a convolution.
+        """Weights (C, R, M) of the depthwise convolution of v for R queries; None if the module has no convolution.
 
-        In CSwin, the convolution includes LePE.
+        For CSwin's linear attention, the weights include those of LePE.
 
         Args:
-            queries: indices of the R queries, including prefix tokens; all queries by default.
+            queries: indices of the R queries, where prefix tokens come first; all queries by default.
             mean: return the mean over channels, (1, R, M).
         """
         kernel = self.module.local_filter()[0] if self.is_linear else None
@@ -86,7 +89,8 @@ class Attention:
         """Weights (G, H, N, M) of another form of attention for the same queries and keys, without masks or biases.
 
         Args:
-            form: one of ``FORMS``. ``linear`` and ``focused`` use relu; ``focused`` has p = 3 and no learned scale.
+            form: one of ``FORMS``. ``linear`` and ``focused`` apply relu to q and k; ``focused`` has focusing factor 3 and no
+                learned scale.
 
         Raises:
             ValueError: the form is unknown.
@@ -97,7 +101,11 @@ class Attention:
 def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
     """Attention weights (..., N, M) of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
 
-    ``focused`` sharpens the channels of each head separately.
+    ``focused`` applies the focused function (eq. 6) to each head separately, not to all channels as ``FocusedLinearAttention``
+    does.
+
+    Args:
+        power: focusing factor of ``focused``.
 
     Raises:
         ValueError: the form is unknown.
@@ -123,14 +131,14 @@ def convolution_matrix(
     queries: Sequence[int] | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """Matrix of a depthwise convolution of a token map: the convolution's output is matrix @ tokens + bias, per channel.
+    """Express a depthwise convolution of a token map as one matrix per channel: its output is matrix @ tokens + bias.
 
     Args:
         kernel: (channels, 1, side, side).
-        grid: token map of the queries.
+        grid: height and width of the token map of the queries.
         num_keys: number M of value tokens, including prefix tokens. If their map is smaller than ``grid``, the matrix includes
-            the interpolation along the flattened tokens.
-        queries: indices of R queries, including prefix tokens; all queries by default.
+            their linear interpolation along the flattened tokens.
+        queries: indices of R queries, where prefix tokens come first; all queries by default.
 
     Returns:
         (channels, R, M). Rows and columns of prefix tokens are zero.
@@ -154,7 +162,7 @@ def convolution_matrix(
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Attention modules of a model by name, in the order of the network."""
+    """Attention modules of a model by name, from the first block to the last."""
     kinds = (FocusedLinearAttention, *SOFTMAX_MODULES)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
@@ -166,7 +174,7 @@ def block_name(name: str) -> str:
 
 @dataclass
 class _Recorder(TorchFunctionMode):
-    """Records inputs and output of softmax attention while one of the chosen modules runs."""
+    """Records the arguments and result of ``F.scaled_dot_product_attention`` while a chosen softmax module runs."""
 
     attentions: list[Attention] = field(default_factory=list)
 
@@ -194,8 +202,8 @@ class _Recorder(TorchFunctionMode):
         self.attentions.append(Attention(name, module, q, k, v, output=out, map_grid=self.map_grid, bias=attn_mask, **grids))
 
 
-def _maps_of(module: nn.Module, inputs: tuple) -> dict:
-    """Token maps of a softmax module for the inputs of its forward pass, as keyword arguments of ``Attention``."""
+def _grid_arguments(module: nn.Module, inputs: tuple) -> dict:
+    """Sizes of a softmax module's token maps, as keyword arguments of ``Attention``. inputs: those of its forward pass."""
     if isinstance(module, swin.SoftmaxWindowAttention):
         return {"grid": inputs[1], "key_grid": inputs[1]}
     if isinstance(module, cswin.SoftmaxStripes):
@@ -218,7 +226,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
         A list to which each forward pass appends one ``Attention`` per module, in the order of execution.
 
     Raises:
-        ValueError: the model has no attention module of one of the names.
+        ValueError: an entry of ``names`` is not the name of an attention module.
     """
     modules = attention_modules(model)
     if unknown := [name for name in names or () if name not in modules]:
@@ -230,7 +238,7 @@ def capture(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[li
         recorder.map_grid = tuple(inputs[0].shape[1:3]) if inputs[0].ndim == 4 else inputs[1]
 
     def start_module(name: str, module: nn.Module, inputs: tuple) -> None:
-        recorder.running = name, module, _maps_of(module, inputs)
+        recorder.running = name, module, _grid_arguments(module, inputs)
 
     def stop_module(*_arguments: object) -> None:
         recorder.running = None
@@ -288,7 +296,7 @@ def _record_linear(
     return out
 
 
-# --- Positions on the image
+# --- Positions on the token map
 
 
 def token_positions(model: nn.Module, attention: Attention) -> Tensor:

@@ -1,7 +1,7 @@
-"""Measures of focus and diversity of attention matrices.
+"""Measures of attention matrices: concentration on few keys, distance, rank, and similarity between queries.
 
-Shapes: N queries, M keys; leading dimensions (images, heads) are kept. Weights that include a convolution may be negative.
-Measures that need a distribution use the absolute weights, normalised per query.
+Shapes: N queries, M keys, K singular values; leading dimensions (images, heads) are kept. Weights that include a convolution
+may be negative. Measures that need a distribution use the absolute weights, normalised per query.
 """
 
 import math
@@ -25,9 +25,9 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def top_mass(weights: Tensor, fraction: float) -> Tensor:
-    """Share of each query's weight, in [0, 1], on the ``fraction`` of keys (at least one key) with the largest weights.
+    """Sum of each query's largest normalised weights, over the given fraction of the keys (at least one key).
 
-    (..., N, M) -> (..., N).
+    (..., N, M) -> (..., N), in [0, 1].
     """
     count = max(1, round(fraction * weights.shape[-1]))
     return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
@@ -45,13 +45,15 @@ def gini(weights: Tensor) -> Tensor:
 
 
 def token_centres(grid: tuple[int, int], query_grid: tuple[int, int]) -> Tensor:
-    """Centres (y, x) of the tokens of ``grid``, in units of the tokens of ``query_grid``: (height * width, 2)."""
+    """Centres (y, x) of the tokens of a map of size ``grid``, in units of one token of ``query_grid``: (height * width, 2)."""
     axes = [(torch.arange(side) + 0.5) * (queries / side) for side, queries in zip(grid, query_grid, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
 def attention_distance(weights: Tensor, grid: tuple[int, int], key_grid: tuple[int, int]) -> Tensor:
-    """Weighted mean distance between a query and its keys, in patches (https://arxiv.org/abs/2010.11929, figure 7).
+    """Mean distance from a query to the keys, weighted by attention (https://arxiv.org/abs/2010.11929, figure 7).
+
+    The unit is one token of the query map.
 
     Args:
         weights: (..., N, M), without prefix tokens.
@@ -70,7 +72,7 @@ def singular_values(weights: Tensor) -> Tensor:
 
 
 def numerical_rank(values: Tensor, tolerance: float = 1e-5) -> Tensor:
-    """Number of singular values above ``tolerance`` times the largest. (..., K) -> (...)."""
+    """Number of singular values above ``tolerance`` times the largest. values: (..., K), descending. Returns (...)."""
     return (values > tolerance * values[..., :1]).sum(dim=-1)
 
 
@@ -80,7 +82,7 @@ def effective_rank(values: Tensor) -> Tensor:
 
 
 def row_similarity(weights: Tensor) -> Tensor:
-    """Mean cosine similarity of the rows of different queries: 1 if all have the same weights. (..., N, M) -> (...)."""
+    """Mean cosine similarity between the rows of different queries; 1 if all rows are equal. (..., N, M) -> (...)."""
     rows = torch.nn.functional.normalize(weights, dim=-1)
     num_queries = rows.shape[-2]
     total = rows.sum(dim=-2).square().sum(dim=-1)  # over all pairs, including each row with itself
@@ -88,12 +90,12 @@ def row_similarity(weights: Tensor) -> Tensor:
 
 
 def negative_share(weights: Tensor) -> Tensor:
-    """Fraction of the total absolute weight that is negative. (..., N, M) -> (...)."""
+    """Absolute sum of the negative weights as a fraction of the sum of all absolute weights. (..., N, M) -> (...)."""
     return weights.clamp(max=0).abs().sum(dim=(-2, -1)) / weights.abs().sum(dim=(-2, -1))
 
 
 def mass_share(part: Tensor, other: Tensor) -> Tensor:
-    """Total absolute weight of ``part``, such as the convolution, as a fraction of that of both matrices together.
+    """Sum of the absolute weights of ``part``, such as the convolution, as a fraction of the sum over both matrices.
 
     (..., N, M) and (..., N, M) -> (...).
     """

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from analysis.maps import FORMS, Attention, attention_modules, capture, token_positions
 
-MAX_QUERIES = 14  # per side of the map; on larger maps, queries are sampled
-MAX_KEYS = 28  # per side of the map on the page; larger maps are average-pooled
+MAX_QUERIES = 14  # per side of the token map; on larger maps, queries are sampled
+MAX_KEYS = 28  # per side of a map on the page; larger maps are average-pooled
 Point = tuple[float, float]  # (y, x) as fractions of the image's height and width
 TEMPLATE = Path(__file__).parent / "page.html"
 CONVOLUTION, SUM = "convolution", "attention + convolution"
@@ -27,7 +27,7 @@ CONVOLUTION, SUM = "convolution", "attention + convolution"
 
 @dataclass(frozen=True, eq=False)
 class BlockMaps:
-    """Attention of one module for one image.
+    """Attention maps of one module for one image.
 
     Args:
         name: name of the module.
@@ -47,7 +47,7 @@ class BlockMaps:
         return int((centres - torch.tensor(point)).square().sum(dim=-1).argmin())
 
     def centre(self, query: int) -> Point:
-        """Point at the centre of a chosen query's token."""
+        """Centre of the token of a chosen query."""
         y, x = ((self.queries[query] + 0.5) / torch.tensor(self.grid)).tolist()
         return y, x
 
@@ -117,17 +117,19 @@ def token_at(point: Point, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Place weights (H, Q, M) on the image: (H, Q, kh, kw), zero outside the window of the query.
+    """Arrange weights (H, Q, M) as maps of the keys, (H, Q, kh, kw). Keys outside the query's window get zero.
 
     Args:
-        positions: (Q, N) positions of the tokens in each query's window, -1 for padding.
+        positions: (Q, N) indices of the tokens of each query's window in the flattened map, -1 for padding.
+        grid: height and width of the block's token map.
     """
     weights = weights[..., attention.num_prefix_tokens :]
     if attention.key_grid != attention.grid:  # spatially reduced keys have their own map
         canvas = weights.unflatten(-1, attention.key_grid)
     else:
         canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
-        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)  # padding goes to an extra cell
+        # Padding is written to an extra last cell, which is dropped below.
+        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)
         canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
         canvas = canvas[..., :-1].unflatten(-1, grid)
     return canvas
@@ -139,7 +141,7 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 def encode_maps(maps: Tensor) -> dict:
     """Encode maps (H, Q, kh, kw) as int8 in base64. One step is 1/127 of a map's largest absolute weight.
 
-    The largest absolute weights are stored too. Maps with more than ``MAX_KEYS`` keys per side are average-pooled.
+    The largest absolute weights are stored too. Maps with more than ``MAX_KEYS`` keys per side are average-pooled first.
     """
     size = [min(side, MAX_KEYS) for side in maps.shape[-2:]]
     if list(maps.shape[-2:]) != size:
@@ -200,5 +202,5 @@ def module_names(model: nn.Module, blocks: list[str] | None) -> list[str]:
         return names
     for block in blocks:
         if not any(name.startswith(block) for name in names):
-            raise ValueError(f"{block}: no attention module has this name; choose among {', '.join(names)}")
+            raise ValueError(f"{block}: no name of an attention module starts with this; choose among {', '.join(names)}")
     return [name for name in names if name.startswith(tuple(blocks))]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from analysis.pages import CONVOLUTION, BlockMaps, Point
 
-POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))  # queries shown by default
-SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # negative and positive weights; opacity shows their magnitude
+# The pictures show the queries at these points by default.
+POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))
+SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # colours of negative and positive weights; opacity shows their magnitude
 
 
 def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
@@ -19,7 +20,7 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
 
     Args:
         image: preprocessed image, before normalisation.
-        points: for each point, the nearest chosen query is shown.
+        points: for each point, the nearest query of ``block.queries`` is shown.
     """
     figure, rows = _grid(len(points), list(block.maps))
     for cells, point in zip(rows, points, strict=True):
@@ -36,14 +37,14 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
 def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
     """Draw a block's attention and its depthwise convolution over the image, as in the paper's figure of focused attention.
 
-    There is one row per query. The column of the convolution shows its kernel, averaged over channels, at the query. Blocks
-    without a convolution have no such column.
+    There is one row per query. The convolution column shows the kernel at the query, averaged over channels; it is absent for
+    blocks without a convolution.
 
     Args:
         image: preprocessed image, before normalisation.
-        points: for each point, the nearest chosen query is shown.
+        points: for each point, the nearest query of ``block.queries`` is shown.
     """
-    own = next(iter(block.maps))
+    own = next(iter(block.maps))  # the first map is that of the module's own attention
     forms = [form for form in (own, CONVOLUTION) if form in block.maps]
     figure, rows = _grid(len(points), forms)
     for cells, point in zip(rows, points, strict=True):

@@ -136,13 +136,13 @@ def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] |
 
 
 def mean_over_heads(rows: Sequence[Row], block: str, form: str, name: str) -> float | None:
-    """Mean of the measure ``name`` over heads and images; None if the block does not have the form."""
+    """Mean of the measure ``name`` over heads and images; None if the block has no rows of this form."""
     values = [row.mean(name) for row in rows if row.block == block and row.form == form]
     return sum(values) / len(values) if values else None
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write one line per block, form and head: the mean of each measure over the images."""
+    """Write a CSV file with one line per block, form and head: the mean of each measure over the images."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["block", "attention", "form", "head", "head_dim", "num_keys", *MEASURES])
@@ -153,7 +153,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
-    """Write the values of every image, and the metadata ``about``."""
+    """Write a JSON file with the metadata ``about`` and the values of every image."""
     content = about | {"rows": [vars(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -30,7 +30,7 @@ def _storage_id(tensor: Tensor) -> int:
 class TrafficCounter(TorchDispatchMode):
     """Count kernel launches and the bytes that they read and write, assuming one pass over each tensor per kernel.
 
-    Views and allocations are not counted. Traffic within a kernel, such as that of a convolution's workspace, is not counted.
+    Views, allocations and traffic within a kernel, such as accesses to the workspace of a convolution, are not counted.
     """
 
     def __init__(self):

@@ -56,7 +56,7 @@ class OurDataset(Dataset):
 
 
 def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
-    """Images per CPU second of each task, and the ratio to the first task. In each round, every task runs once."""
+    """Images per CPU second of each task, and the speed-up over the first task. In each round, every task runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():
@@ -102,13 +102,13 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     cfg.DATA.DATA_PATH = str(packed)
     index = build_index(cfg, "train")
     if len(index) < num_images:
-        raise DataError(f"{packed}: has {len(index)} training images, fewer than the {num_images} to compare with")
+        raise DataError(f"{packed}: has {len(index)} training images, fewer than the {num_images} files of --images")
     dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
     return lambda position: dataset[0, position]
 
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max_workers: int) -> list[dict]:
-    """Images per second of a loader with 0 to ``max_workers`` workers."""
+    """Images per second of each data set in a loader with 0 to ``max_workers`` workers."""
     datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
     for (name, dataset), num_workers in itertools.product(datasets.items(), range(max_workers + 1)):

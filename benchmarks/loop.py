@@ -1,4 +1,4 @@
-"""Benchmark the training loop: cost of data loader, EMA and the loop itself relative to the bare step."""
+"""Benchmark the training loop: cost of data loader, EMA and the loop itself relative to the bare training step."""
 
 import shutil
 import tempfile
@@ -19,8 +19,8 @@ from utils.optim import amp_dtype
 from utils.trainer import Meter, Trainer
 
 LOOP = "loop on one batch"
-LOADER = "loop with the loader"
-WITHOUT_EMA = "loop without the average"
+LOADER = "loop with the data loader"
+WITHOUT_EMA = "loop on one batch, without EMA"
 BARE = "bare step"
 
 
@@ -40,7 +40,7 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
         shutil.rmtree(folder, ignore_errors=True)
     records = []
     for name, timing in timings.items():
-        ratio = speedup(timings[BARE], timing)  # time of the task over that of the bare step
+        ratio = speedup(timings[BARE], timing)  # time of the task divided by the time of the bare step
         records.append({"task": name, "time_over_bare_step": [ratio.median, ratio.low, ratio.high]})
     return records
 

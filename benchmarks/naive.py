@@ -1,4 +1,4 @@
-"""Focused linear attention as a literal transcription of the paper's equations: the baseline of the benchmarks."""
+"""Naive implementation of focused linear attention, the baseline of the benchmarks."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,12 +10,12 @@ EPS = 1e-6
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttention, grid: tuple[int, int]) -> Tensor:
-    """Compute eq. 3 to 8 step by step with the parameters of ``module``, without masks.
+    """Compute eq. 3 to 8 of the paper step by step, with the parameters of ``module`` and without masks.
 
     Args:
         q: (B, N, C).
         k, v: (B, M, C), where M is the number of tokens of the module's positional encoding.
-        grid: (height, width) of the map of the queries.
+        grid: (height, width) of the token map of the queries.
 
     Returns:
         (B, N, C).
@@ -52,7 +52,9 @@ def use_naive_attention(model: nn.Module) -> nn.Module:
     def replace(module: FocusedLinearAttention) -> None:
         def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
             if key_mask is not None:
-                raise ValueError("the naive implementation has no masks; choose an --img-size that the windows divide")
+                raise ValueError(
+                    "the naive implementation does not support masks; choose an --img-size for which no window is padded"
+                )
             return naive_attention(q, k, v, module, grid or module.grid)
 
         module.attend = attend

@@ -1,4 +1,4 @@
-"""Benchmark models against their softmax baseline, timm's counterpart, and the naive implementation of the paper's formula."""
+"""Benchmark models against the same network with softmax attention or naive linear attention, and against timm's model."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
 
-# Our model -> timm's model of the same family and size. timm has no PVT and no CSwin.
+# Our model -> timm's model of the same family and size. timm has no PVT (v1) and no CSwin.
 PEERS = {
     "flatten_swin_t": "swin_tiny_patch4_window7_224",
     "flatten_swin_s": "swin_small_patch4_window7_224",
@@ -29,7 +29,8 @@ def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
     """Create the models to compare, by label."""
     ours = create_model(name, img_size=img_size)
     contestants = {"focused": ours, "naive implementation": use_naive_attention(create_model(name, img_size=img_size))}
-    attn_type = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)  # DeiT has a single stage
+    # One letter per stage. DeiT has a single stage.
+    attn_type = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)
     contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=attn_type)
     if name in PEERS:
         options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 accepts any size
@@ -70,7 +71,7 @@ def measure_model(
 ) -> list[dict]:
     """Measure images per second, speed-up over the naive implementation, and peak memory of an uncompiled training step.
 
-    The peak covers the tensors of a step, without weights and images. On a CPU, workspaces of kernels are not counted.
+    The peak includes the tensors that a step creates, but not weights and images. On a CPU, it excludes workspaces of kernels.
     """
     torch.manual_seed(0)
     contestants = create_contestants(name, img_size)

@@ -107,7 +107,7 @@ def measure_operator(
 
 
 def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
-    """Count kernel launches and bytes of the operator and the naive implementation in fp32.
+    """Count kernel launches and bytes moved by the operator and by the naive implementation in fp32.
 
     The tensors are on the meta device, so nothing is computed. The minimum for the forward pass is to read q, k and v and to
     write the output. For the backward pass, it is to read q, k, v and the output's gradient, and to write the gradients of
@@ -115,7 +115,7 @@ def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int)
 
     Returns:
         One record per attention and pass. ``maps``: bytes in units of one (B, N, C) tensor. ``over_minimum``: bytes divided by
-        the minimum.
+        the minimum number of bytes.
     """
     side = math.isqrt(num_tokens)
     with torch.device("meta"):

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class StalledWorkerError(RuntimeError):
-    """A loader worker timed out. The message includes the worker, its images and the remedy."""
+    """A loader worker timed out. The message includes the worker, the images of its batch and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Batch:
 
 
 class DeviceLoader:
-    """Loader of batches that are normalised on the device and, in training, randomly erased there.
+    """Data loader that copies batches to the device, normalises them there and, in training, applies random erasing.
 
     Args:
-        max_unreadable: maximum number of unreadable images before an error ends the run.
+        max_unreadable: maximum number of unreadable images of this process; one more ends the run with an error.
 
     Attributes:
         seconds_waited: time spent waiting for the loader workers, excluding copies to the device.
@@ -89,7 +89,7 @@ class DeviceLoader:
         """Yield the batches of ``loader``, before the copy to the device.
 
         Raises:
-            StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT.
+            StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT seconds.
         """
         batches = iter(self.loader)
         for batch_number in itertools.count():
@@ -108,7 +108,7 @@ class DeviceLoader:
                 raise StalledWorkerError(
                     f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s while reading "
                     f"{len(names)} images in {source}, {names[0]} to {names[-1]}; check the disk, or raise "
-                    "DATA.WORKER_TIMEOUT. The same command resumes"
+                    "DATA.WORKER_TIMEOUT. The same command resumes the run"
                 ) from None
             self.seconds_waited += time.monotonic() - started
             yield batch
@@ -132,7 +132,7 @@ class DeviceLoader:
 
 
 class TrainLoader(DeviceLoader):
-    """Loader of one epoch's batches, starting at a given update."""
+    """Loader of the training batches of one epoch, which can start at any update of the epoch."""
 
     @property
     def updates_per_epoch(self) -> int:
@@ -166,10 +166,10 @@ def build_datasets(
     run_once: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
     model_classes: Sequence[str] = (),
 ) -> Datasets:
-    """Index the splits, and check that their classes match each other and the model, before the model is built.
+    """Build the datasets of a run, and check that the classes of the splits match each other and the model.
 
     Args:
-        run_once: runs a scan on one process and returns its index on every process.
+        run_once: calls its argument, which indexes a split, on one process, and returns the index on every process.
         model_classes: class names with which the evaluated checkpoint was trained, by class id; () if unknown.
 
     Raises:
@@ -182,7 +182,7 @@ def build_datasets(
         index = run_once(lambda: build_index(cfg, "train"))
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
-        # The transform for small sizes accepts only Pillow images.
+        # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
         options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > MAX_SMALL_SIZE else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = run_once(lambda: build_index(cfg, "val"))
@@ -208,7 +208,7 @@ def build_datasets(
 def build_index(cfg: CfgNode, split: str) -> Index:
     """Index a split: its zip archive with --zip, else its directory, or its tar shards if there is no such directory."""
     root = Path(cfg.DATA.DATA_PATH)
-    # Without a home directory, ~ is not expanded; the cache is then disabled.
+    # If there is no home directory, ~ is not expanded in the path; the cache is then disabled.
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
@@ -304,7 +304,7 @@ def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_s
 
 
 def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
-    """Build mixup and CutMix; None if both are disabled, so that targets remain class ids."""
+    """Build mixup and CutMix; None if both are disabled. Without them, targets remain class ids."""
     if not (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None):
         return None
     return StepMixup(
@@ -322,7 +322,7 @@ def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
 
 
 def build_num_workers(cfg: CfgNode) -> int:
-    """DATA.NUM_WORKERS, limited to the CPU cores per process, since more workers would only compete for them."""
+    """Number of loader workers: DATA.NUM_WORKERS, or the number of CPU cores per process if that is lower."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     return min(cfg.DATA.NUM_WORKERS, max(count_cores() // processes, 1))
 
@@ -364,7 +364,7 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tupl
         Images, targets, keys and decode errors.
 
     Raises:
-        DataError: all images were skipped.
+        DataError: no image of the batch is readable.
     """
     decode_errors = [error for sample in samples for error in sample.decode_errors]
     readable = [sample for sample in samples if sample.image is not None]

@@ -31,7 +31,7 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
         remedy = (
             f"add --opts MODEL.NUM_CLASSES {len(val)}"
             if train is not None
-            else "add --opts TEST.CLASS_MAP with the class id of each directory (imagenet for WordNet ids)"
+            else "add --opts TEST.CLASS_MAP imagenet if directories are named by WordNet id, or a file with their class ids"
         )
         raise DataError(
             f"{root}: contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; {remedy}, or check --data-path"
@@ -39,10 +39,9 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
 
 
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
-    """Check that a model is evaluated on the classes it was trained with, even if the number of classes matches.
+    """Check that the class names of a dataset are those that the model was trained with.
 
-    Names are not compared if those of the dataset or of the model are only numbers, which do not identify a class, or if the
-    two lists differ in length.
+    The check is skipped if the two lists differ in length, or if either list is "0", "1", ..., which does not identify classes.
 
     Raises:
         DataError: different class names.
@@ -54,9 +53,9 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
         return
     class_id = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
     raise DataError(
-        f"{root}: the checkpoint was trained with other classes: class {class_id} is {names[class_id]!r} here, "
-        f"but {model_classes[class_id]!r} there; check --data-path, or add --opts TEST.CLASS_MAP with the class id of each "
-        "directory"
+        f"{root}: the checkpoint was trained with other classes: class {class_id} is {names[class_id]!r} in the "
+        f"data, but {model_classes[class_id]!r} in the checkpoint; check --data-path, or add --opts TEST.CLASS_MAP with the "
+        "class id of each directory"
     )
 
 
@@ -66,7 +65,7 @@ def numbered(count: int) -> list[str]:
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
-    """Read the model's class id for each class of a dataset; accuracy is then computed among these classes only.
+    """Read the model's class id for each class of a dataset; predictions are then restricted to these class ids.
 
     Args:
         class_map: ``imagenet`` for directories named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
@@ -79,9 +78,9 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
     if class_map == "imagenet":
         if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
             raise DataError(
-                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, which does not identify them among "
-                f"{num_classes}; name the directories, or the lines of classes.txt, by WordNet id, or set TEST.CLASS_MAP "
-                "to a file"
+                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, so they cannot be matched with the "
+                f"model's {num_classes} classes; name the directories, or the lines of classes.txt, by WordNet id, or "
+                "set TEST.CLASS_MAP to a file"
             )
         subset = infer_imagenet_subset({"num_classes": num_classes})
         names = ImageNetInfo(subset).label_names() if subset else []
@@ -114,7 +113,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
         names: image names to look up.
 
     Raises:
-        DataError: an invalid file, or an image without an entry in it.
+        DataError: an invalid file, or an image that has no entry in the file.
     """
     try:
         labels = json.loads(Path(path).read_text())
@@ -132,7 +131,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
 
 
 def _read_ids(path: Path) -> dict[str, int]:
-    """Read the class id of each directory from the file TEST.CLASS_MAP."""
+    """Read the class id of each directory from the file that TEST.CLASS_MAP specifies."""
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
@@ -150,6 +149,6 @@ def _read_ids(path: Path) -> dict[str, int]:
 
 
 def _shorten(names: list[str]) -> str:
-    """The first five names, and the number of the others."""
+    """Join up to five names with commas, followed by the number of omitted names."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -19,13 +19,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 
-# Decoders among which Pillow chooses by content. GIF is included, since GIF files are often named .jpg or .png.
+# Formats that Pillow may decode, detected from the content of a file. GIF is included, since some GIF files are named .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
-MAX_REPLACEMENTS = 100  # attempts to find a readable substitute for an image
-RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these draws differ from the image's other draws
+MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
+RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from the image's other ones
 
-Key = tuple[int, int]  # (epoch, index); with repeated augmentation, epoch * repeats + repeat instead of epoch
+Key = tuple[int, int]  # (epoch, index); with repeated augmentation, (epoch * repeats + copy number, index)
 
 
 class Sample(NamedTuple):
@@ -69,7 +69,7 @@ class ImageDataset(Dataset):
         self.unreadable = unreadable
         self._archives: dict[int, int] = {}
         self._in_memory = in_memory
-        # A single array has no reference counts per image, so that workers share its memory.
+        # Use one array: with one object per image, updates of reference counts would make every forked worker copy the memory.
         sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._memory = np.zeros(self._starts[-1], dtype=np.uint8)
@@ -77,7 +77,7 @@ class ImageDataset(Dataset):
             try:
                 data = self._read_archive(position)  # short if the archive is truncated
             except OSError:
-                data = b""  # the image's bytes remain 0, which ``read`` rejects like truncated data
+                data = b""  # the image's bytes remain 0; ``read`` rejects them, since their checksum is wrong
             self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def __getstate__(self) -> dict:
@@ -113,7 +113,7 @@ class ImageDataset(Dataset):
         return data
 
     def _read_archive(self, position: int) -> bytes:
-        """Read an image's bytes as stored. ``pread`` does not move the file position, which workers share."""
+        """Read an image's bytes as stored in the archive. ``pread`` is used, since forked workers share the file position."""
         archive, size, offset = (int(values[position]) for values in (self.index.archive, self.index.sizes, self.index.offsets))
         return os.pread(self._open(archive), size, offset)
 
@@ -160,7 +160,7 @@ class ImageDataset(Dataset):
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
             return self.transform(image)
-        # Workers draw no other random numbers, so their generators need not be restored.
+        # Loader workers draw no other random numbers, so their generators need not be restored.
         with restore_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
             return self.transform(image)
@@ -206,12 +206,12 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def decode_pixels(data: bytes) -> Tensor:
-    """Decode a file's bytes as ``decode_image`` does, to (3, H, W) uint8 with channels last in memory.
+    """Decode a file's bytes to a (3, H, W) uint8 tensor with channels last in memory.
 
-    torchvision decodes RGB JPEG files, which avoids Pillow's conversions; Pillow decodes all others.
+    torchvision decodes RGB JPEG files directly to tensors; ``decode_image`` decodes all other files.
 
     Raises:
-        Exception: as ``decode_image``.
+        Exception: any exception that ``decode_image`` raises.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
         is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
@@ -219,13 +219,13 @@ def decode_pixels(data: bytes) -> Tensor:
         try:
             # torchvision returns channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:  # damaged; decode it with Pillow below, whose error message has the reason
+        except RuntimeError:  # damaged: decode it with Pillow below, whose error message states the reason
             pass
     return torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
 
 
 def _reason(error: Exception) -> str:
-    """Reason why an image cannot be read. For an unknown format, Pillow's message has only a memory address."""
+    """Reason why an image cannot be read. Pillow's message about an unknown format contains only a memory address."""
     return "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
@@ -259,7 +259,7 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
     """Seed the CPU generators of ``random``, ``numpy`` and ``torch``, and torch's CUDA generator if ``device`` is a GPU."""
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every backend and takes 300 times as long
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds the GPU backends, which takes 300 times as long
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 

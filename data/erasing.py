@@ -1,4 +1,4 @@
-"""Random erasing (https://arxiv.org/abs/1708.04896) as in timm, with vectorised draws for a batch.
+"""Random erasing (https://arxiv.org/abs/1708.04896) as in timm, with the random numbers of a batch drawn at once.
 
 Shapes: B images, at most R rectangles per image, K rectangles in total.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from data.datasets import Key
 
-AREA = (0.02, 1 / 3)  # range of a rectangle's area as a fraction of the image's
+AREA = (0.02, 1 / 3)  # range of a rectangle's area, as a fraction of the image's area
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
 NUM_ATTEMPTS = 10  # maximum number of attempts to draw a rectangle that fits into the image
-RNG_STREAM_OF_ERASING = 1  # hashed into the seed, so that these draws differ from the image's other draws
+RNG_STREAM_OF_ERASING = 1  # hashed into the seed, so that these random draws differ from the image's other ones
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
 
@@ -69,12 +69,12 @@ def draw_rectangles(
 
 
 class Erase:
-    """Random erasing of normalised images, drawn from (seed, epoch, index).
+    """Random erasing of normalised images, seeded from (seed, epoch, index).
 
     Args:
         probability: probability that parts of an image are erased.
         mode: ``pixel`` fills with normal noise, ``rand`` with one normal draw per channel, ``const`` with 0.
-        max_count: maximum number of rectangles per image; the area is divided among them.
+        max_count: maximum number of rectangles per image; the erased area is divided among them.
         seed: the run's seed.
         device: device of the images.
     """
@@ -96,7 +96,7 @@ class Erase:
             if self.mode == "const":
                 region.zero_()
                 continue
-            # Every rectangle of an image has a seed of its own, below 2^63.
+            # Each rectangle of an image has its own seed. The shift keeps the seed below 2^63.
             number_in_image = number - int(np.searchsorted(positions, position))
             self.generator.manual_seed(int(state[position] >> np.uint64(1)) ^ number_in_image)
             if self.mode == "pixel":

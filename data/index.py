@@ -1,7 +1,8 @@
 """Index of a dataset split: image names, labels and offsets in archives.
 
-Layouts: directories (``<split>/<class>/<image>``), the reference's zip archives (``<split>.zip`` and ``<split>_map.txt``), and
-tar shards in webdataset's format (``<split>-*.tar``, with ``<key>.jpg`` and its class id in ``<key>.cls``).
+Layouts: directories (``<split>/<class>/<image>``), zip archives as in the reference implementation (``<split>.zip``
+and ``<split>_map.txt``), and tar shards in webdataset's format (``<split>-*.tar``, with ``<key>.jpg`` and its class id in
+``<key>.cls``).
 """
 
 import errno
@@ -26,11 +27,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES_FILE = "classes.txt"  # next to archives: one class name per line
-MAX_FILE_SIZE = 2**28  # bytes of one image file
-MAX_COMPRESSION_RATIO = 1000  # decompressed over compressed size of an archive's entry
-MIN_CACHED_IMAGES = 10_000  # images; scanning fewer is faster than reading a cache
+MAX_FILE_SIZE = 2**28  # bytes; larger image files are rejected
+MAX_COMPRESSION_RATIO = 1000  # maximum ratio of decompressed to compressed size of an archive entry
+MIN_CACHED_IMAGES = 10_000  # smaller splits are not cached, since scanning them is faster than reading a cache
 SECONDS_BETWEEN_LOG_LINES = 30  # between progress lines in the log
-CACHE_FORMAT = 2  # version of the index cache
+CACHE_FORMAT = 2  # version of the file format of cached indices
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
 
 
@@ -40,9 +41,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Images of a split by position.
+    """Names, labels and storage locations of the images of a split, by position.
 
-    Names are stored in one buffer instead of strings: it has no reference counts per name, so that workers share its memory.
+    Names are stored in one buffer: with one string per name, updates of reference counts would make every forked worker copy
+    the memory.
 
     Args:
         source: directory or archive that contains the images; names are relative to it.
@@ -106,7 +108,7 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
 
 
 def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
-    """Index ``root/<split>.zip`` by ``root/<split>_map.txt``, whose lines are: name in the archive, tab, class id.
+    """Index ``root/<split>.zip`` with ``root/<split>_map.txt``, whose lines are: name in the archive, tab, class id.
 
     Raises:
         DataError: a missing file, a malformed line, class ids with gaps, an image missing from the archive, or an entry
@@ -129,7 +131,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
                 offsets = [_data_offset(file, entry.header_offset) for entry in image_entries]
                 ends = [offset + entry.compress_size for offset, entry in zip(offsets, image_entries, strict=True)]
                 if max(ends) > os.fstat(file.fileno()).st_size:
-                    raise zipfile.BadZipFile("an entry extends beyond its end")
+                    raise zipfile.BadZipFile("an entry extends beyond the end of the file")
         except DataError:
             raise
         except Exception as error:  # zipfile raises many exception types on damaged archives
@@ -147,7 +149,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 
 
 def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Index:
-    """Index the uncompressed tar shards ``root/<split>-*.tar``, in which an image and its class id share a key (webdataset).
+    """Index the uncompressed tar shards ``root/<split>-*.tar``, in webdataset's format (see the module's docstring).
 
     Class names are the lines of ``root/classes.txt`` if it exists, else numbers.
 
@@ -203,7 +205,7 @@ def describe_index(index: Index) -> dict:
 
 
 def compare_descriptions(stored: dict, current: dict) -> str:
-    """The first difference between two descriptions of a split, in words; "" if there is none."""
+    """Describe the first difference between two results of ``describe_index``; "" if there is none."""
     before, after = ({name: (count, digest) for name, count, digest in split["classes"]} for split in (stored, current))
     if removed := [name for name in before if name not in after]:
         added = [name for name in after if name not in before]
@@ -248,7 +250,7 @@ def _create_index(
 
 
 def _with_progress(items: Sequence, source: Path, names: list) -> Iterator:
-    """Yield ``items``, the directories or archives of a scan, and periodically log the length of ``names``."""
+    """Yield the directories or archives of a scan, and periodically log the number of images found so far, ``len(names)``."""
     last_line = time.monotonic()
     for position, item in enumerate(items):
         yield item
@@ -275,7 +277,8 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
     if cache_file is None or len(index) < MIN_CACHED_IMAGES:
         return index
     stamps = _stamps(paths)
-    # Data that changed less than 2 s before the scan, or during it, could change again without a new time stamp.
+    # Time stamps may have a resolution of 2 s: data that changed during the scan or less than 2 s before it could change again
+    # without a new time stamp, so their index is not cached.
     if max(mtime for _, mtime, *_ in stamps.values()) >= started - 2 * 10**9:
         return index
     try:
@@ -311,8 +314,8 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
         if [str(archive.absolute()) for archive in archives] != header["archives"]:
             raise ValueError("the list of archives has changed")
         index = Index(
-            # The caller's path is used, since the working directory may differ. Names in tar shards start with the shard's
-            # file name, and are relative to the directory of the shards.
+            # Use the caller's paths: stored relative paths would be wrong in another working directory. The source of tar
+            # shards is their directory, since image names start with the file name of the shard.
             source=source.parent if len(archives) and source not in archives else source,
             classes=header["classes"],
             archives=[str(archive) for archive in archives],
@@ -325,7 +328,7 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
     """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist.
 
-    A directory's times change with its entries.
+    The times of a directory change when entries are added or removed.
     """
 
     def stamp(path: Path) -> list[int]:
@@ -357,8 +360,8 @@ def _archive_hint(split: Path) -> str:
     if not archives:
         return ""
     return (
-        f". Found {archives[0].name}: name tar shards {split.name}-*.tar, not compressed, and zip archives "
-        f"{split.name}.zip, with --zip"
+        f". Found {archives[0].name}: name tar shards {split.name}-*.tar and do not compress them; name a "
+        f"zip archive {split.name}.zip and add --zip"
     )
 
 
@@ -384,13 +387,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself
+        if error.errno == errno.ELOOP:  # a symbolic link that refers to itself
             return False
         raise _listing_error(entry.path, error) from None
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode, which identify links to the same directory.
+    """Device and inode number of a directory, which are the same for every link to it.
 
     Raises:
         DataError: the directory cannot be accessed.
@@ -409,7 +412,7 @@ def _listing_error(path: str | Path, error: OSError) -> DataError:
 def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[str]) -> list[str]:
     """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
 
-    A link to one of its own parent directories, up to the split's, is skipped too.
+    A link to one of its parent directories, up to the directory of the split, is skipped too; following it would never end.
 
     Args:
         scanned_folders: list to which every scanned directory is appended.
@@ -441,13 +444,13 @@ def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
     """Read names and class ids of the images of a zip archive."""
     try:
-        # ``splitlines`` would also split at other characters that names may contain.
+        # ``splitlines`` would also split at characters other than newlines, which names may contain.
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it must list the archive's images") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
-        name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference
+        name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference implementation
         label = columns[0].strip() if columns else ""
         if not is_class_id(label):
             raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
@@ -462,7 +465,7 @@ def is_class_id(text: str) -> bool:
 
 
 def read_class_names(listing: Path) -> list[str]:
-    """Read the lines of ``classes.txt``; ``splitlines`` would also split at other characters that names may contain."""
+    """Read the lines of ``classes.txt``; ``splitlines`` would also split at characters other than newlines."""
     return listing.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
 
 
@@ -496,7 +499,7 @@ def _check_name(archive: Path, name: str) -> None:
 
 
 def _entry_names(entry: zipfile.ZipInfo) -> list[str]:
-    """Names under which ``<split>_map.txt`` may list an entry: some programs write UTF-8 names without the UTF-8 flag."""
+    """Names that ``<split>_map.txt`` may use for an entry: some programs write UTF-8 names without the UTF-8 flag."""
     if entry.flag_bits & 0x800:
         return [entry.filename]
     try:
@@ -512,7 +515,9 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
     if entry.flag_bits & 1:
         raise DataError(f"{archive}: {entry.filename} is encrypted; pack it without a password")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{archive}: {entry.filename} is neither stored nor deflated; pack it again, stored")
+        raise DataError(
+            f"{archive}: {entry.filename} is compressed by a method other than deflate; pack it again without compression"
+        )
     if entry.file_size > min(MAX_FILE_SIZE, MAX_COMPRESSION_RATIO * max(entry.compress_size, 1)):
         raise DataError(
             f"{archive}: {entry.filename} decompresses from {entry.compress_size} to {entry.file_size} bytes, too many "
@@ -521,7 +526,7 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
 
 
 def _data_offset(file, header_offset: int) -> int:
-    """Offset of an entry's data, from its local header, whose extra field may differ from the central directory's."""
+    """Offset of an entry's data, computed from its local header: the central directory may have a different extra field."""
     header = os.pread(file.fileno(), _LOCAL_HEADER, header_offset)
     if header[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"no entry at byte {header_offset}")

@@ -1,4 +1,4 @@
-"""Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), drawn from (seed, step, rank)."""
+"""Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), seeded from (seed, step, rank)."""
 
 import torch
 from timm.data import Mixup
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.datasets import draw_seed, restore_generators, seed_generators
 
-RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these draws differ from those of the images
+RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these random draws differ from those of the images
 
 
 class StepMixup:
@@ -24,7 +24,9 @@ class StepMixup:
         self.mixup = Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch with its reverse, in place if B is even; if B is odd, the middle image is mixed with the first one.
+        """Mix a batch with the same batch in reverse order, in place if B is even.
+
+        If B is odd, the middle image is mixed with the first one.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -36,7 +38,7 @@ class StepMixup:
         """
         count = len(images)
         middle = count // 2
-        if count % 2:  # timm mixes with the reversed batch; give the middle image a copy of the first as partner
+        if count % 2:  # timm would mix the middle image with itself; insert a copy of the first image as its partner
             images, targets = (
                 torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
             )

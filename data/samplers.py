@@ -1,4 +1,4 @@
-"""Composition of batches, a pure function of (seed, epoch, update), so that checkpoints store no state of a sampler."""
+"""Batch samplers that depend only on (seed, epoch, update), so that checkpoints need no sampler state."""
 
 import math
 from collections.abc import Iterator
@@ -17,15 +17,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """Training batches of one process for one epoch, complete updates only.
+    """Training batches of one process for one epoch; an incomplete last update is dropped.
 
-    Update u uses images u * G to (u + 1) * G of the epoch's order, where G is the global batch size. They are divided among
-    forward passes and processes, so the images of an update do not depend on the number of processes.
+    Update u uses positions u * G to (u + 1) * G - 1 of the epoch's permutation of the images, where G is the global batch size.
+    These images are divided among forward passes and processes, so that an update uses the same images with any number of
+    processes, if G is the same.
 
-    With ``repeats`` above 1 (https://arxiv.org/abs/1902.05509, 3 in DeiT's recipe), each image occupies ``repeats`` consecutive
-    places of that order, with different augmentations, and each update reads all first copies before the second ones. The
-    number of updates per epoch is unchanged, so an epoch uses fewer images.
-    ``separate_copies`` prevents mixup of an image with itself.
+    With ``repeats`` above 1 (repeated augmentation, https://arxiv.org/abs/1902.05509; 3 in DeiT's recipe), each image of the
+    permutation is repeated ``repeats`` times in a row, with different augmentations. Within an update, the first copies of all
+    images come before the second copies. The number of updates per epoch is unchanged, so an epoch uses fewer images.
+    The collate function then reorders each batch with ``separate_copies``, so that, if possible, mixup mixes no copies.
 
     Args:
         num_samples: size of the dataset.
@@ -80,18 +81,18 @@ class TrainBatches(Sampler[list[Key]]):
 
 
 def partner(position: int, count: int) -> int:
-    """Position of the image that mixup mixes with the one at ``position``: the same position in the reversed batch.
+    """Position of the image that mixup mixes with the image at ``position`` in a batch of ``count`` images.
 
-    In batches of odd size, the middle image is mixed with the first, see ``data.mixup``.
+    Mixup mixes a batch with the same batch in reverse order; if ``count`` is odd, it mixes the middle image with the first one.
     """
     opposite = count - 1 - position
     return opposite if opposite != position else 0
 
 
 def separate_copies(indices: list[int]) -> list[int]:
-    """Order of a batch in which mixup does not mix an image with a copy of itself.
+    """Find an order of a batch in which mixup does not mix an image with a copy of itself.
 
-    In small batches, copies may still be mixed: the search is greedy, and such an order may not exist.
+    In small batches, copies may still be mixed: such an order may not exist, and the greedy search may not find it.
 
     Args:
         indices: (B,) index of each image; equal indices are copies.
@@ -104,7 +105,7 @@ def separate_copies(indices: list[int]) -> list[int]:
     def mixes_copies(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # mixed with the first image, which a swap may replace; empty if B is even
+    middle = [count // 2] * (count % 2)  # its partner is the first image, which a swap may change; empty if B is even
     for first in range((count + 1) // 2):
         if not mixes_copies(first):
             continue

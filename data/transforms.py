@@ -68,19 +68,19 @@ def create_train_transform(
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with the same random draws, but with torch's uint8 kernels for the resize.
+    """timm's random resized crop, with the same random draws, but resized by torch's uint8 kernels instead of Pillow.
 
     The kernels take a third of Pillow's time. Their results differ from Pillow's by at most 2 of 255 levels.
     """
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
-        """Crop and resize an image: an RGB image of Pillow, or (3, H, W) uint8."""
+        """Crop and resize an RGB Pillow image or a (3, H, W) uint8 tensor."""
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
         top, left = min(top, image.shape[1] - 1), min(left, image.shape[2] - 1)
-        height, width = max(height, 1), max(width, 1)  # the crop of an image of one or two pixels may round to 0
+        height, width = max(height, 1), max(width, 1)  # for an image of one or two pixels, the crop size may round to 0
         crop = image[None, :, top : top + height, left : left + width]
         resized = F.interpolate(crop, size=self.size, mode=mode.value, antialias=True, align_corners=False)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
@@ -92,17 +92,17 @@ _POLICY = re.compile(
 
 
 def check_policy(policy: str) -> None:
-    """Check the sections of a timm policy; timm uses ``assert``, which ``python -O`` removes.
+    """Check the syntax of a timm augmentation policy; timm checks it with ``assert``, which ``python -O`` removes.
 
     Raises:
-        ValueError: an unknown section.
+        ValueError: the policy has an unknown section (policies consist of sections separated by hyphens).
     """
     if policy not in ("", "none", "None") and not _POLICY.fullmatch(policy):
         raise ValueError("unknown section")
 
 
 def _deterministic(interpolation: str) -> str:
-    """Interpolation mode without random choice: bilinear instead of ``random``, as in the evaluation of the reference."""
+    """Replace ``random`` interpolation by bilinear, as the reference implementation does in evaluation."""
     return "bilinear" if interpolation == "random" else interpolation
 
 
@@ -115,9 +115,9 @@ class Preprocessing:
         crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, whatever the aspect ratio, and crops the
             centre; ``short`` resizes the shorter side to that size, keeps the aspect ratio, and crops the centre; ``none``
             resizes to ``img_size``.
-        crop_pct: ratio of the centre crop's side to the resized image's.
-        interpolation: bicubic, bilinear or random (which means bilinear here).
-        mean, std: per channel, for values in [0, 1].
+        crop_pct: ratio of the centre crop's side to the resized image's side.
+        interpolation: bicubic, bilinear or random (random is replaced by bilinear).
+        mean, std: per channel, for pixel values in [0, 1].
     """
 
     img_size: tuple[int, int]
@@ -155,7 +155,7 @@ class Preprocessing:
         )
 
     def to_dict(self) -> dict:
-        """Plain data for ``eval.json``; square sizes as one number."""
+        """Convert to plain data for ``eval.json``, with a square size as one number."""
         return {
             "img_size": _compact_size(self.img_size),
             "resized_to": _compact_size(self.resized_to),

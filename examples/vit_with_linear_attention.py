@@ -15,12 +15,12 @@ from models.linear_attention import FocusedLinearAttention
 
 
 class LinearAttention(nn.Module):
-    """Replacement for a timm ``Attention``: the same projections, with focused linear attention between them.
+    """Focused linear attention with the query, key, value and output projections of a timm ``Attention``.
 
     Args:
-        attention: the module to replace.
-        grid: height and width of the patch token map.
-        num_prefix_tokens: class and register tokens before the patch tokens.
+        attention: the timm module to replace; its projections are reused.
+        grid: height and width of the map of patch tokens.
+        num_prefix_tokens: number of class and register tokens before the patch tokens.
     """
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int], num_prefix_tokens: int):
@@ -36,13 +36,13 @@ class LinearAttention(nn.Module):
         return self.proj(self.operator(q, k, v))
 
 
-def swap(model: nn.Module) -> nn.Module:
-    """Replace the attention of every block of a timm VisionTransformer, in place."""
+def replace_attention(model: nn.Module) -> nn.Module:
+    """Replace the attention module of every block of a timm VisionTransformer, in place."""
     for block in model.blocks:
         block.attn = LinearAttention(block.attn, model.patch_embed.grid_size, model.num_prefix_tokens)
     return model
 
 
 if __name__ == "__main__":
-    vit = swap(timm.create_model("vit_tiny_patch16_224", num_classes=10))
+    vit = replace_attention(timm.create_model("vit_tiny_patch16_224", num_classes=10))
     print(vit(torch.randn(2, 3, 224, 224)).shape)

@@ -1,1 +1,1 @@
-"""The jobs that ``main.py`` and the scripts start. This package uses models, data and utils; none of them imports it."""
+"""The jobs that ``main.py`` and the scripts start. This package imports models, data and utils, which do not import it."""

@@ -17,8 +17,8 @@ from weights.reader import CheckpointError, read_checkpoint, sha256
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Prefixes of the keys to read from the config in a checkpoint of the reference implementation. Its training keys are ignored:
-# they have other meanings there, and its learning rates are already scaled by the batch size.
+# Prefixes of the keys to read from the config in a checkpoint of the reference implementation. Training keys are ignored: they
+# have different meanings there, and the stored learning rates are already scaled by the batch size.
 MODEL_KEY_PREFIXES = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
 # Prefixes of the keys that change the result of an evaluation.
 EVALUATION_KEY_PREFIXES = (
@@ -108,7 +108,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
 
 def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:
-    """The config of a checkpoint: the shipped config for a released model, else the stored config; None if there is none.
+    """The config of a checkpoint: the file in ``configs/`` for a released model, else the stored config; None if there is none.
 
     Args:
         opts: KEY, VALUE, ... that override the config.
@@ -141,7 +141,7 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
         return cfg
     try:
         stored = stored_config(checkpoint)
-    except ConfigError as error:  # the requested config is used anyway
+    except ConfigError as error:  # the stored config is only compared with the requested one
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:

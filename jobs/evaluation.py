@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a data set."""
+"""Evaluate a checkpoint on a dataset."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results and models of an evaluation, by label of the weights (raw, ema).
+    """Results, models and datasets of an evaluation. Results and models are keyed by label of the weights (raw, ema).
 
     Args:
         preferred: label of the weights whose result is reported.
@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world: World) -> None:
-    """Evaluate all weights of a checkpoint, raw and EMA, and write the results to its directory (see ``choose_output``).
+    """Evaluate the raw and EMA weights of a checkpoint, and write the results to its directory (see ``choose_output``).
 
     Args:
         cfg: the config of --cfg; None for the checkpoint's own config.
@@ -63,7 +63,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     output = choose_output(cfg, checkpoint, opts)
     on_main(world, lambda: create_output_directory(output))
     logger.info(
-        "%s on %s, output in %s; start: evaluate %s", format_process_count(world), world.device.type, output, checkpoint.path
+        "%s on %s, output in %s; evaluating %s", format_process_count(world), world.device.type, output, checkpoint.path
     )
     evaluation = evaluate_weights(checkpoint, cfg, world)
     index = evaluation.datasets.val.index
@@ -165,12 +165,12 @@ def load_models(
 
 
 def log_published(released: Released, result: EvalResult) -> None:
-    """Log a measured accuracy next to the published one."""
+    """Log a measured accuracy, the published one, and whether the published one is in the confidence interval."""
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
     top5 = "" if released.acc5 is None else f", Acc@5 {result.acc5:.3f} and {released.acc5:.3f}"
     logger.info(
-        "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% interval %.3f to %.3f%s",
+        "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% confidence interval %.3f to %.3f%s",
         released.name,
         result.acc1,
         result.num_images,
@@ -183,7 +183,7 @@ def log_published(released: Released, result: EvalResult) -> None:
 
 
 def describe_evaluation(cfg: CfgNode, checkpoint: Checkpoint) -> dict:
-    """Entries of ``eval.json`` other than the results."""
+    """Entries of ``eval.json`` that describe the evaluation; the results are added by ``write_evaluation``."""
     released = checkpoint.location.released
     return {
         "model": cfg.MODEL.NAME,

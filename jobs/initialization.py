@@ -71,7 +71,9 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     if cfg.MODEL.PRETRAINED:
         return Initialization("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
     if cfg.TRAIN.FREEZE_BACKBONE:
-        raise ConfigError("TRAIN.FREEZE_BACKBONE=True: a head on random features learns little; give weights with --pretrained")
+        raise ConfigError(
+            "TRAIN.FREEZE_BACKBONE=True: a head trained on random features has a low accuracy; give weights with --pretrained"
+        )
     return Initialization("scratch", "")
 
 
@@ -120,8 +122,8 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if stored_optimizer != optimizer:
         raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; keep it, or start a "
-            "new run with --pretrained and another --tag"
+            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; restore the old "
+            "optimizer, or start a new run with --pretrained and another --tag"
         )
 
 
@@ -181,7 +183,7 @@ def describe_data(datasets: Datasets, world: World) -> dict:
 
 
 def check_data(saved: dict | None, data: dict, path: str) -> None:
-    """Reject a resume if the data have changed: epochs would consist of other images, or class ids would mean other classes.
+    """Refuse to resume if the data have changed, since epochs would use different images or class ids would mean other classes.
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.
@@ -194,7 +196,7 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     saved = saved or {}
     stored, names = saved.get("data"), saved.get("class_names")
     current = [name for name, *_ in data["train"]["classes"]]
-    if not stored and names and list(names) != current:  # an old checkpoint, without a description of its data
+    if not stored and names and list(names) != current:  # checkpoints of earlier versions have no description of their data
         raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore the data")
     for split in ("train", "val") if stored else ():
         if change := compare_descriptions(stored[split], data[split]):
@@ -205,7 +207,7 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
 
 
 def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume; if the best checkpoint is lost, reset the best accuracy in ``saved``.
+    """Repair ``best.pth`` of the run to resume. If the best checkpoint is lost, reset the best accuracy in ``saved``.
 
     Args:
         saved: the checkpoint to resume from.

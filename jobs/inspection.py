@@ -1,4 +1,4 @@
-"""Load a model and images for an inspection of its attention, and draw attention maps during training."""
+"""Load a model and images to inspect the model's attention, and draw attention maps during training."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,14 +18,16 @@ from data.transforms import Normalize
 from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
 from jobs.evaluation import load_models
 from utils.config import ConfigError, load_config
+from weights.reader import choose_weights
 
 
 class InspectedModel(NamedTuple):
-    """A model in evaluation mode on the CPU, its checkpoint, and the config that it was built from."""
+    """A model in evaluation mode on the CPU, its checkpoint, its config, and the label of its weights (raw or ema)."""
 
     model: nn.Module
     checkpoint: Checkpoint
     cfg: CfgNode
+    weights: str
 
 
 def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> InspectedModel:
@@ -42,12 +44,13 @@ def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
-    (model,) = load_models(checkpoint, cfg, labels=(weights,), device=torch.device("cpu")).values()
-    return InspectedModel(model.eval(), checkpoint, cfg)
+    label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
+    model = load_models(checkpoint, cfg, labels=(label,), device=torch.device("cpu"))[label]
+    return InspectedModel(model.eval(), checkpoint, cfg, label)
 
 
 class InspectedImages:
-    """Image files with the preprocessing of evaluation, as PIL images and as normalised tensors.
+    """Image files, read with the evaluation preprocessing, as PIL images and as normalised tensors.
 
     Raises:
         DataError: from ``read``, if the file cannot be read.
@@ -63,7 +66,7 @@ class InspectedImages:
         return len(self.paths)
 
     def read(self, position: int) -> tuple[Image.Image, Tensor]:
-        """The preprocessed image before normalisation, and the normalised tensor, (3, H, W)."""
+        """Read an image: the preprocessed image before normalisation, and the normalised (3, H, W) tensor."""
         _, pixels, decode_error = self._files[position]
         if pixels is None:
             raise DataError(f"{self.paths[position]}: not a readable image ({decode_error})")

@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 FAILED = 1  # exit status: the job cannot continue
 USAGE_ERROR = 2  # exit status: the command, config, data or checkpoint is unusable, or the disk is full
-STOPPED = 75  # exit status: a signal stopped training; the same command resumes (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit status: a signal stopped training; the same command resumes it (EX_TEMPFAIL of sysexits.h)
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 @record
 def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
-    """Set up the processes, run the job of the command line, and exit with a nonzero status if it fails or is stopped.
+    """Set up the processes, run the requested job, and exit with a nonzero status if the job fails or is stopped.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
@@ -128,7 +128,7 @@ def describe_known_error(error: RuntimeError, world: World) -> str | None:
     if is_lost_connection(error):
         return str(lost_rank_error(world, error, "start-up or evaluation"))
     if "DataLoader worker" in str(error):
-        return f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if memory is short; the same command resumes"
+        return f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if memory is short; the same command resumes the run"
     return None
 
 
@@ -152,6 +152,6 @@ def leave(world: World, status: int) -> None:
 
 
 def without_traceback(error: Exception) -> str:
-    """Message of an error. For an error of a loader worker, whose text is a traceback, this is the end of its last line."""
+    """Message of an error. An error from a loader worker contains a traceback, of which only the final message is returned."""
     text = str(error).strip()
     return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text

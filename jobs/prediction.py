@@ -31,7 +31,7 @@ class Prediction:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the files among ``paths``, and all image files below the directories among them, sorted per directory.
+    """List every file in ``paths``, and all image files below every directory in ``paths``, sorted per directory.
 
     Raises:
         DataError: a path does not exist, or a directory has no images.
@@ -51,7 +51,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
-    """Class names by class id: the checkpoint's own, else those of the ImageNet variant with as many classes, else the ids.
+    """Class names by class id: from the checkpoint, else from the ImageNet variant with this number of classes, else the ids.
 
     WordNet ids of ImageNet-1K are replaced by their descriptions.
     """

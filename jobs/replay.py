@@ -1,4 +1,4 @@
-"""Repeat a non-finite update, and find the first module with a non-finite output."""
+"""Repeat a training update with a non-finite loss or gradient, and find the first module with a non-finite output."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def replay_update(path: str, opts: Sequence, world: World) -> None:
-    """Repeat the forward and backward passes of an update, and log the first non-finite value.
+    """Repeat the forward and backward passes of a training update, and log where the first non-finite value occurs.
 
     The passes of all processes of the run are repeated sequentially, on one device.
 
@@ -60,7 +60,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
 def read_update(
     cfg: CfgNode, dataset, update: int, *, rank: int, world_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Batches of one process in one update, as in training: images, targets and the seed of the forward pass."""
+    """Yield the batches that one process used in one update: images, targets and the seed of the forward pass."""
     accumulation = accumulation_steps(cfg, world_size)
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
@@ -71,7 +71,7 @@ def read_update(
 
 
 def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
-    """Description of the first non-finite value in a forward and backward pass; "" if there is none.
+    """Run a forward and backward pass, and describe the first non-finite value; "" if there is none.
 
     Args:
         images: (B, 3, H, W).
@@ -104,7 +104,7 @@ def _count_not_finite(values: Tensor) -> str:
 
 
 def _check_output(name: str, findings: list[str]):
-    """Forward hook that records non-finite outputs. Submodules return first, so the innermost is recorded first."""
+    """Create a forward hook that records non-finite outputs. The innermost module is recorded first."""
 
     def check(module: nn.Module, inputs: tuple, named_inputs: dict, output: object) -> None:
         outputs = [value for value in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(value, Tensor)]

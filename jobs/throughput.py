@@ -16,7 +16,7 @@ from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
 
-WARMUP_BATCHES = 50  # as in the reference
+WARMUP_BATCHES = 50  # as in the reference implementation
 MEASURED_BATCHES = 30
 
 
@@ -41,7 +41,7 @@ def images_per_second(
 
 
 def measure_throughput(cfg: CfgNode, world: World) -> None:
-    """Log the images per second of the forward pass on random images, and the names of model and device."""
+    """Log the images per second of the forward pass on random images, with the model, device and precision."""
     apply_numerical_settings(cfg)
     model = build_model(cfg).to(world.device).eval()
     if cfg.TRAIN.COMPILE:

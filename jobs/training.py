@@ -47,10 +47,10 @@ DRY_RUN_PREFIX = ".dry_run"  # prefix of the temporary directory of --check
 
 
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
-    """Train to the end, or until a signal requests a stop. If the run has already finished, only log that.
+    """Train to the end, or until a signal requests a stop. If the run has already finished, only log a message.
 
     Raises:
-        Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes.
+        Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes the run.
     """
     apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
@@ -76,7 +76,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         directory.discard()
         raise
     trainer.stop = stop.requested
-    del saved  # frees the host memory of a second copy of the state
+    del saved  # the state was loaded into the trainer; free the host memory of this copy
     if world.is_main:
         directory.write_config(cfg.dump())
         state = trainer.state
@@ -216,7 +216,7 @@ def format_process_count(world: World) -> str:
 
 
 def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, loader) -> None:
-    """Log model size, epochs, batch size and learning rate, and compare the latter two with those of the recipe."""
+    """Log model size, epochs, batch size and learning rate; warn if the batch size is not TRAIN.RECIPE_BATCH_SIZE."""
     updates_per_epoch, num_images = loader.updates_per_epoch, len(loader.loader.dataset)
     global_batch, steps = global_batch_size(cfg, world.size), accumulation_steps(cfg, world.size)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
@@ -262,19 +262,20 @@ def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> s
         num_images: size of the training set.
     """
     if recipe_batch > num_images:
-        return f". The learning rate is scaled to the batch; {num_images} images are too few for the recipe's batch"
+        return f". The learning rate is scaled with the batch size; {num_images} images are too few for the recipe's batch size"
     if recipe_batch % images_per_pass:
         return (
-            f". The learning rate is scaled to the batch; for the recipe's batch, choose a --batch-size so that the images of "
-            f"all processes divide {recipe_batch}"
+            f". The learning rate is scaled with the batch size; for the recipe's batch size, choose --batch-size such that "
+            f"--batch-size times the number of processes divides {recipe_batch}"
         )
     return (
-        f". The learning rate is scaled to the batch; for the recipe's batch add --opts DATA.GLOBAL_BATCH_SIZE {recipe_batch}"
+        f". The learning rate is scaled with the batch size; for the recipe's batch size, add --opts DATA.GLOBAL_BATCH_SIZE "
+        f"{recipe_batch}"
     )
 
 
 def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
-    """Warn if the EMA slows training down, or if a short run leaves it near the initial weights."""
+    """Warn if the EMA slows training down, or if the run is so short that the EMA stays near the initial weights."""
     if not cfg.EMA.ENABLED:
         return
     if cfg.EMA.FORCE_CPU and world.device.type != "cpu":
@@ -297,7 +298,7 @@ def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
 
 
 def build_recipe(cfg: CfgNode, world: World) -> Recipe:
-    """The settings of the training loop."""
+    """Build the settings of the training loop."""
     return Recipe(
         num_epochs=cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS,
         accumulation=accumulation_steps(cfg, world.size),
@@ -315,13 +316,13 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
 
 
 def create_temporary_directory(parent: Path) -> Path:
-    """Create the temporary directory of --check in ``parent``, and delete those that killed processes left there.
+    """Create the temporary directory of --check in ``parent``, and delete directories that killed --check processes left there.
 
     Raises:
         ConfigError: ``parent`` cannot be written.
     """
     for old in parent.glob(f"{DRY_RUN_PREFIX}*"):
-        with contextlib.suppress(ConfigError):  # a running --check uses it
+        with contextlib.suppress(ConfigError):  # keep a directory that a running --check still uses
             RunLock(old).check()
             shutil.rmtree(old, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""FLatten Transformers: ``build_model`` from a config, ``create_model`` by name, ``list_models``, ``nearest_model``."""
+"""FLatten Transformer models, created from a config (``build_model``) or by name (``create_model``, ``list_models``)."""
 
 from models.entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
 from models.registry import build_arguments, build_model, create_model, list_models, nearest_model

@@ -1,9 +1,12 @@
-"""Linear attention, and the attentions that the paper compares with focused linear attention.
+"""Linear attention, and the attention functions that the paper compares with focused linear attention.
+
+The paper is FLatten Transformer (https://arxiv.org/abs/2308.00442); equation numbers refer to it.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 
-All attention functions take q (B, H, N, D), k (B, H, M, D) and v (B, H, M, D'), and return (B, H, N, D'). A ``key_mask`` is
-(B, 1, M, 1) bool, False for masked keys; at least one key of every image or window must not be masked.
+All attention functions take q (B, H, N, D), k (B, H, M, D) and v (B, H, M, D'), and return (B, H, N, D'); D' is the number of
+channels of v. A ``key_mask`` is (B, 1, M, 1) bool, False for masked keys; at least one key of every image or window must not be
+masked.
 """
 
 from collections.abc import Callable
@@ -17,12 +20,12 @@ from models.fused_attention import EPS
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
-    """Attention with the similarity q . k, computed without the N x M matrix (eq. 3).
+    """Linear attention: similarities are dot products q . k, and the N x M matrix is not computed (eq. 3).
 
     Args:
-        q, k: any features whose similarities q . k are not negative; k is zero for masked keys.
-        num_keys: number of keys to average over, an integer or (B, 1, 1, 1); M by default.
-        eps: added to the normaliser, so that it is not zero if all similarities are zero.
+        q, k: features with non-negative dot products q . k; k must be zero for masked keys.
+        num_keys: number of unmasked keys, an integer or a tensor (B, 1, 1, 1); M by default.
+        eps: added to the normaliser (the mean of q . k over the keys), which is zero if all similarities are zero.
 
     Returns:
         (B, H, N, D'): means of ``v`` weighted by q . k.
@@ -35,7 +38,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | N
 
 
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Efficient attention (https://arxiv.org/abs/1812.01243): softmax over q's channels and over k's tokens."""
+    """Efficient attention (https://arxiv.org/abs/1812.01243): softmax of q over its channels and of k over its tokens."""
     if key_mask is not None:
         k = k.masked_fill(~key_mask, float("-inf"))
     return q.softmax(dim=-1) @ (k.softmax(dim=-2).transpose(-2, -1) @ v)
@@ -44,7 +47,7 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
 
-    q, k, v: (B, 1, N or M, C). They are not split into heads, so q and k are normalised over all C channels.
+    q (B, 1, N, C), k and v (B, 1, M, C) are not split into heads, because q and k are normalised over all C channels.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if key_mask is not None:
@@ -53,7 +56,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear part of Castling-ViT (https://arxiv.org/abs/2211.10526): 1/2 + cos(q, k) / pi, normalised over the keys."""
+    """Linear term of the attention of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi."""
     q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
     ones = torch.ones_like(k[..., :1])
     if key_mask is not None:
@@ -72,7 +75,7 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = No
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the comparison."""
+    """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the paper's comparison."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
 
 
@@ -82,12 +85,12 @@ def count_keys(key_mask: Tensor | None) -> Tensor | None:
 
 
 class ComparedAttention(NamedTuple):
-    """An attention that replaces focused linear attention in an ablation.
+    """An attention function that can replace focused linear attention in an ablation, and how to call it.
 
     Attributes:
-        function: maps (q, k, v, key_mask) to the output, shapes as above.
-        single_head: give the function one head with all channels.
-        has_convolution: add the depthwise convolution of v.
+        function: maps (q, k, v, key_mask) to the output; shapes as in the module docstring.
+        single_head: pass q, k and v as one head with all channels.
+        has_convolution: add a depthwise convolution of v to the output, as in focused linear attention.
     """
 
     function: Callable[..., Tensor]
@@ -106,7 +109,7 @@ COMPARED_ATTENTIONS = {
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head softmax attention with its projections. (B, N, C) -> the same."""
+    """Multi-head softmax attention with qkv and output projections. (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float):
         super().__init__()
@@ -117,11 +120,11 @@ class SoftmaxAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def attend(self, x: Tensor, bias: Tensor | None = None, region: Tensor | None = None) -> Tensor:
-        """Projection to q, k and v, attention, and output projection.
+        """Project x to q, k and v, apply softmax attention, and project the output.
 
         Args:
             x: (B, N, C).
-            bias: (1, H, N, N), added to the similarities.
+            bias: (1, H, N, N), added to the attention logits.
             region: (nW, N) region ids for nW windows per image; requires a bias. Tokens attend only to tokens with the same
                 id. Window i of the batch uses row i modulo nW.
         """
@@ -132,7 +135,7 @@ class SoftmaxAttention(nn.Module):
         if region is None:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
         else:
-            # Masks differ between windows but not between images: treat windows as heads, so that all images share a mask.
+            # Masks differ between windows but not between images: treat windows as heads, so that all images share one mask.
             num_windows = len(region)
             masked = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
             bias = bias.masked_fill(masked.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)

@@ -1,6 +1,6 @@
 """FLatten-CSwin: CSwin Transformer (https://arxiv.org/abs/2107.00652) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW stripes of h x w = N tokens, C channels, D channels per head.
+Shapes: B images, H x W a token map, nW stripes of h x w = N tokens per image, C channels, D channels per head.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-# Directions of stripes. Each value is the axis of the map that the stripes divide: vertical stripes divide the width, axis 1.
+# Directions of stripes. The value is the axis along which the map is split into stripes: axis 1, the width, for vertical ones.
 HORIZONTAL = 0
 VERTICAL = 1
 
@@ -50,8 +50,8 @@ class StripedAttention(nn.Module):
     """Mixin: attention plus a depthwise convolution of v within stripes. q, k, v: (B, H, W, C); returns (B, H, W, C).
 
     The convolution is CSwin's locally-enhanced positional encoding (LePE). The native map is the token map at the model's
-    native input size. If the stripe covers the divided side of the native map, it covers that side of every map. Otherwise it
-    keeps its width: maps are padded to a multiple of the width, and the padding is masked.
+    native input size. If one stripe covers the whole native map, one stripe covers every map. Otherwise the stripe width is
+    fixed: maps of other sizes are padded to a multiple of the width, and the padding is masked.
     """
 
     def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
@@ -60,7 +60,8 @@ class StripedAttention(nn.Module):
         Args:
             grid: height and width of the native map.
             axis: ``VERTICAL`` or ``HORIZONTAL``; None for attention over the whole map.
-            width: stripe width in tokens along that axis; None, or a width not below the side, covers the whole side.
+            width: stripe width in tokens along ``axis``. If it is None or at least the side of the native map along that axis,
+                one stripe covers the whole map.
         """
         self.axis = axis
         self.native_grid = grid
@@ -70,7 +71,7 @@ class StripedAttention(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Store the mask of the native map in a buffer, so that training steps do not compute it."""
+        """Store the mask of the native map in a buffer, so that training steps do not recompute it."""
         self.native_mask = self.mask(self.native_grid, like=self.get_v.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
@@ -79,7 +80,7 @@ class StripedAttention(nn.Module):
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of the stripe, and of the padded map, for a map of this size."""
+        """Sizes (height, width) of a stripe and of the padded map, for a map of size ``grid``."""
         stripe = stripe_size(grid, self.axis, self.width)
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
 
@@ -114,13 +115,13 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         super().__init__(dim, num_heads, stripe_size(grid, axis, width), **linear)
         self.build_stripes(dim, grid, axis, width)
 
-    forward = StripedAttention.forward  # instead of that of FocusedLinearAttention, the first base class
+    forward = StripedAttention.forward  # otherwise inherited from FocusedLinearAttention, the first base class
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         return self.attend(q, k, v, grid=stripe, key_mask=mask)
 
     def local_filter(self) -> tuple[Tensor, Tensor]:
-        """One filter for rank restoration and LePE: the sum of their kernels."""
+        """Kernel and bias of one convolution for both rank restoration and LePE: the sums of their kernels and biases."""
         kernel, bias = super().local_filter()
         if kernel is None:
             return self.get_v.weight, self.get_v.bias
@@ -166,10 +167,10 @@ class SoftmaxStripes(StripedAttention):
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
-    """Cross-shaped attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
+    """Cross-shaped window attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C).
 
-    One half of the channels attends within vertical stripes and the other half within horizontal ones. If the stripe covers
-    the native map in both directions, all channels attend over the whole map.
+    One half of the channels attends within vertical stripes and the other half within horizontal ones. If the stripe width is
+    at least the longer side of the native map, all channels attend over the whole map.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class ChannelsLast(nn.Module):
 
 
 class Merge(nn.Module):
-    """Halve the map and double the channels by a convolution. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
+    """Strided convolution that halves the map and doubles the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -237,27 +238,27 @@ class Merge(nn.Module):
 class CSwinTransformer(Backbone):
     """FLatten-CSwin.
 
-    ``proj_drop_rate`` also applies to the attention's projection. The reference implementation creates that dropout but never
-    calls it, so this model differs from the reference at rates above 0; every recipe of the paper uses 0.
+    ``proj_drop_rate`` also applies to the output projection of attention. The paper's code creates that dropout but never calls
+    it, so this model differs from the paper's code at rates above 0; every config of the paper uses 0.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
-            resizes its position tables (bicubic).
-        global_pool: "avg", or "" for unpooled outputs.
+        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
+            resizes its positional encodings by bicubic interpolation.
+        global_pool: "avg" for the mean of the token map, or "" for no pooling.
         attn_type: see ``parse_attention_types``.
-        linear_splits: stripe width of linear blocks, one per stage; None for the whole map. By default the whole map in
-            every stage.
-        softmax_splits: stripe width of softmax blocks, one per stage. In the last stage all blocks attend over the whole
-            map, whatever the width.
+        linear_splits: stripe width of linear blocks in tokens, one per stage; None for attention over the whole map, which is
+            the default in every stage.
+        softmax_splits: stripe width of softmax blocks in tokens, one per stage. In the last stage, both options are ignored
+            and all blocks attend over the whole map.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
-        drop_path_rate: stochastic-depth rate of the last block.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
+        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: device and type of the parameters; torch's defaults if None.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
+        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "stage1_conv_embed.0"
@@ -311,8 +312,8 @@ class CSwinTransformer(Backbone):
                 blocks = []
                 for letter, rate in zip(attention_types[index], rates[index], strict=True):
                     split_size = None if last else splits[letter][index]
-                    own = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
-                    blocks.append(Block(dim, num_heads[index], grid, **own, **options))
+                    block_options = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
+                    blocks.append(Block(dim, num_heads[index], grid, **block_options, **options))
                 setattr(self, f"stage{index + 1}", Stage(*blocks))
                 if not last:
                     setattr(self, f"merge{index + 1}", Merge(dim))
@@ -321,7 +322,7 @@ class CSwinTransformer(Backbone):
             self.build_head(drop_rate)
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
-        grids = [tuple((side - 3) // 4 + 1 for side in img_size)]  # 7 x 7 patches, stride 4, padding 2
+        grids = [tuple((side - 3) // 4 + 1 for side in img_size)]  # kernel 7 x 7, stride 4, padding 2
         while len(grids) < len(self.feature_info):
             grids.append(tuple(ceil_divide(side, 2) for side in grids[-1]))
         return grids

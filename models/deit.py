@@ -1,8 +1,8 @@
 """FLatten-DeiT: DeiT (https://arxiv.org/abs/2012.12877) with focused linear attention in every block.
 
-The paper reports results, but the code was never published. This implementation keeps the class token, attends over all
-tokens, and convolves only the patch tokens. With ``global_pool`` "token", the convolution of the last block therefore does not
-influence the logits and has a zero gradient.
+The paper reports results of this model, but its code was never published. This implementation keeps the class token, attends
+over all tokens, and applies the depthwise convolution to the patch tokens only. With ``global_pool`` "token", the convolution
+of the last block therefore does not influence the logits and has a zero gradient.
 
 Shapes: B images, N = 1 + H * W tokens, C channels.
 """
@@ -34,7 +34,7 @@ from models.linear_attention import FocusedLinearAttention
 
 
 class LinearAttention(FocusedLinearAttention):
-    """Focused linear attention over class and patch tokens. (B, N, C) -> the same."""
+    """Focused linear attention over class and patch tokens. (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], *, qkv_bias: bool, proj_drop: float, linear: Mapping):
         super().__init__(dim, num_heads, grid, num_prefix_tokens=1, **linear)
@@ -52,7 +52,7 @@ class LinearAttention(FocusedLinearAttention):
 
 
 class SoftmaxTokenAttention(SoftmaxAttention):
-    """Softmax attention over class and patch tokens. (B, N, C) -> the same."""
+    """Softmax attention over class and patch tokens. (B, N, C) -> (B, N, C)."""
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.attend(x)
@@ -61,7 +61,7 @@ class SoftmaxTokenAttention(SoftmaxAttention):
 def create_attention(
     attention_type: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **projections
 ) -> nn.Module:
-    """Create the attention of an ``L`` or ``S`` block."""
+    """Create the attention module of a linear (``L``) or softmax (``S``) block."""
     if attention_type == "L":
         return LinearAttention(dim, num_heads, grid, linear=linear, **projections)
     return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **projections)
@@ -69,7 +69,7 @@ def create_attention(
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
-    """Attention and MLP, both residual and pre-normed. (B, N, C) -> the same."""
+    """Attention and MLP, each pre-norm with a residual connection. (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, proj_drop: float, drop_path: float):
         super().__init__()
@@ -85,25 +85,25 @@ class Block(nn.Module):
 
 
 class DeiT(Backbone):
-    """FLatten-DeiT, with the interface of timm's VisionTransformer. Its feature maps are the outputs of its blocks.
+    """FLatten-DeiT, with the interface of timm's VisionTransformer and one feature map per block.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
-            resizes its position tables (bicubic).
+        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
+            resizes its position embeddings and positional encodings by bicubic interpolation.
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
-        attn_type: one letter, L for linear attention in every block or S for softmax; or M and the number of linear blocks,
-            which precede the softmax blocks, as in M4.
+        attn_type: "L" for linear or "S" for softmax attention in every block; or "M" and a number of blocks, as in "M4", for
+            linear attention in the first 4 blocks and softmax attention in the rest.
         fc_norm: apply the final norm after pooling instead of before it; by default, only if ``global_pool`` is "avg".
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embeddings are added.
         proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
-        drop_path_rate: stochastic-depth rate of the last block.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
+        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: device and type of the parameters; torch's defaults if None.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
+        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     output_fmt = "NLC"
@@ -172,7 +172,7 @@ class DeiT(Backbone):
             self.build_head(drop_rate)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the patch map for an image size in pixels."""
+        """Height and width of the map of patch tokens for an image size in pixels."""
         return height // self.patch_size, width // self.patch_size
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -205,7 +205,7 @@ class DeiT(Backbone):
             yield x
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pool the tokens. (B, N, C) -> (B, C); all tokens if ``global_pool`` is ""."""
+        """Pool the tokens. (B, N, C) -> (B, C); unchanged if ``global_pool`` is ""."""
         if self.global_pool == "token":
             return x[:, 0]
         return x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool else x
@@ -228,19 +228,19 @@ class DeiT(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """The outputs of selected blocks, as timm's VisionTransformer returns them.
+        """Outputs of the selected blocks, with the interface of timm's VisionTransformer.
 
         Args:
-            indices: indices of blocks; an integer n selects the last n, None selects all.
+            indices: indices of blocks; an integer n selects the last n blocks, None selects all.
             return_prefix_tokens: pair every output with its class token, (B, 1, C).
             norm: apply the final norm to every output.
             stop_early: skip the blocks after the last selected one.
             output_fmt: NCHW for maps, or NLC for patch tokens.
-            intermediates_only: return only the outputs.
+            intermediates_only: return only the list of selected outputs.
 
         Returns:
             The output of the last computed block after the final norm, (B, N, C), and the selected outputs in the order of the
-            blocks; with ``intermediates_only``, only the latter.
+            blocks; with ``intermediates_only``, only the selected outputs.
 
         Raises:
             ValueError: an index out of range, an unknown format, or an image side smaller than ``min_img_size``.
@@ -266,7 +266,7 @@ class DeiT(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """``forward_intermediates`` with DINO's arguments, as in timm's VisionTransformer.
+        """``forward_intermediates`` with the arguments of DINO's method of this name, as in timm's VisionTransformer.
 
         Args:
             n: number of blocks from the end, or indices of blocks.

@@ -19,9 +19,10 @@ from weights.reader import choose_weights, read_checkpoint
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
-    """timm config of a model with its evaluation transform.
+    """timm's ``pretrained_cfg`` of a model: URL of released weights, input size and evaluation transform.
 
-    Released accuracies were measured on images squashed to a square.
+    ``crop_mode`` is "squash" because the released accuracies were measured on images resized to a square, with the aspect ratio
+    changed.
     """
     family = cast(type[Backbone], MODELS[name].func)
     return {
@@ -44,7 +45,7 @@ def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
     }
 
 
-# Models whose evaluation differs from the defaults of ``_cfg``, as in the reference's recipes.
+# Models whose input size or crop in the paper's configs differs from the defaults of ``_cfg``.
 EVALUATION_OVERRIDES = {
     "flatten_swin_b_384": {"img_size": 384, "crop_pct": 1.0},
     "flatten_cswin_b_384": {"img_size": 384},
@@ -54,14 +55,14 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATION_OV
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
-    """Checkpoint filter for timm: unwrap containers, drop unused entries, resize position tables.
+    """Checkpoint filter for timm: extract the state dict, drop unused entries and resize position tables.
 
     timm stores the image size of the checkpoint in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the position
-    tables do not match that size, the size is ignored; see ``Backbone.resize_position_tables`` for the result without it.
+    tables do not match that size, they are resized as in ``Backbone.resize_position_tables`` without an ``img_size``.
 
     Args:
-        state_dict: a state dict, or a checkpoint of the reference, of this project or of timm; ``preferred_weights`` selects
-            between its raw and EMA weights.
+        state_dict: a state dict, or a checkpoint of the paper's code, of this project or of timm;
+            ``weights.reader.preferred_weights`` selects between its raw and EMA weights.
 
     Raises:
         ValueError: ``state_dict`` contains no weights, or a position table whose shape is ambiguous.
@@ -76,7 +77,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
-    """Build a model as timm does, with the released checkpoint if ``pretrained``.
+    """Create a model with timm's ``build_model_with_cfg``, and load pretrained weights if ``pretrained``.
 
     Released files are read here, because they contain a config object that timm's loader rejects.
     """
@@ -92,7 +93,7 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
         feature_cfg={"out_indices": tuple(range(_num_maps(name, kwargs))), "feature_cls": "getter"},
         **kwargs,
     )
-    for module in model.modules():  # a feature extractor and the model inside it both have the config
+    for module in model.modules():  # free the weights: a feature extractor and its model keep them in their configs
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 
@@ -111,7 +112,7 @@ def _read_released(name: str) -> dict[str, Tensor]:
 
 
 def _num_maps(name: str, kwargs: Mapping) -> int:
-    """Number of feature maps: blocks of DeiT, stages of other families."""
+    """Number of feature maps: one per block in DeiT, one per stage in other families."""
     arguments = {**MODELS[name].keywords, **kwargs}
     return arguments["depth"] if "depth" in arguments else len(arguments["depths"])
 
@@ -163,7 +164,7 @@ def flatten_pvt_m(pretrained: bool = False, **kwargs) -> PyramidVisionTransforme
 
 @register_model
 def flatten_pvt_b(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    """FLatten-PVT-B, the reference's PVT-Large."""
+    """FLatten-PVT-B, called PVT-Large in the paper's code."""
     return _create("flatten_pvt_b", pretrained, **kwargs)
 
 

@@ -2,13 +2,14 @@
 
 The outputs equal those of the unfused form in ``models/linear_attention.py``, for which autograd stores about twelve tensors of
 the size of q. Here only q, k, v, the (D, D + 1) summaries of the keys and three statistics per token are stored, and the
-backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into the caches.
+backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into its caches.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens per block.
 
-For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) is c * u, where u = t^p and
-c = max(x) |t| / |u|. The products c * u are not computed: c_k multiplies the values, and c_q cancels except in EPS / c_q. Let
-e = [c_k * v, c_k] / M for each key. The summary of an image is u_k^T e = [S, s], and the output for a query is
+For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) (eq. 6 of the paper) is c * u, where
+u = t^p and c = max(x) |t| / |u|. Subscripts q and k denote queries and keys. The products c * u are not computed: c_k
+multiplies the values, and c_q cancels except in EPS / c_q. Let e = [c_k * v, c_k] / M for each key. The summary of an image is
+u_k^T e = [S, s], and the output for a query, before the convolution is added, is
 
     u_q S / (u_q s + EPS / c_q).
 
@@ -24,13 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-6
+EPS = 1e-6  # added to features and normalisers to prevent division by zero
 # Elements of q or k per block: larger blocks exceed the caches, smaller ones add call overhead.
 MAX_BLOCK_ELEMENTS_ON_CPU = 2**19
 
 
 class Features(NamedTuple):
-    """Features of a block of tokens, split into heads, and their statistics."""
+    """Features of a block of tokens, split into heads, and their statistics; the module docstring defines the symbols."""
 
     positive: Tensor  # (b, H, n, D), relu(input)
     unit: Tensor  # (b, H, n, D), t
@@ -91,7 +92,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def is_transformed() -> bool:
-    """Whether a compiler, a tracer or ``torch.func`` is active, which requires standard operations."""
+    """Whether a compiler, a tracer or ``torch.func`` is active; these need standard operations, not custom backward passes."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
@@ -151,7 +152,7 @@ class _Run:
         self.blocks = Blocks(self.num_images, max(self.num_queries, self.num_keys), self.channels, q.device)
         self.scratch = Scratch(self.blocks.size // self.head_dim * (self.head_dim + 1), q, self.dtype)
 
-    # Both passes
+    # Used in both passes
 
     def features(
         self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, reuse_statistics: bool
@@ -167,7 +168,7 @@ class _Run:
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
         if position is None:
-            torch.maximum(tokens, self.zero, out=positive)  # promotes the dtype, unlike clamp
+            torch.maximum(tokens, self.zero, out=positive)  # unlike clamp, accepts an output of another dtype
         else:
             torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
@@ -192,7 +193,7 @@ class _Run:
         )
 
     def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
-        """Factor c of each key times the weight of the key (1 / M by default, 0 for masked keys). (b, 1, n, 1)."""
+        """Factor c of each key times the weight of that key: 1 / M by default, 0 for masked keys. (b, 1, n, 1)."""
         if self.key_weight is None:
             return keys.factor / self.num_keys
         return keys.factor * self.key_weight[images, :, tokens]
@@ -213,7 +214,7 @@ class _Run:
         return product[..., :-1], product[..., -1:]
 
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Maps in channels-last memory format, without prefix tokens. (b, n, C) -> (b, C, height, width)."""
+        """Convert tokens to maps in channels-last memory format, without prefix tokens. (b, n, C) -> (b, C, height, width)."""
         tokens = tokens[:, self.num_prefix :].contiguous()
         return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
 
@@ -268,8 +269,8 @@ class _Run:
             summaries, query_statistics, key_statistics: from ``forward``.
         """
         gradient = gradient.contiguous()
-        # grad_q, grad_k and grad_v share a buffer: if q, k and v are parts of one tensor, ``split_channels`` uses the buffer as
-        # the gradient of that tensor. If N and M differ, only grad_k and grad_v share a buffer.
+        # grad_q, grad_k and grad_v share a buffer: if q, k and v are parts of one tensor, ``split_channels`` returns the
+        # buffer as the gradient of that tensor, without a copy. If N and M differ, only grad_k and grad_v share a buffer.
         if self.num_queries == self.num_keys:
             grad_q, grad_k, grad_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
         else:
@@ -377,9 +378,9 @@ class _Run:
 
 
 def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:
-    """Gradient of a depthwise kernel, (C, 1, side, side): the maps convolved with the gradient as the kernel.
+    """Gradient of a depthwise kernel, (C, 1, side, side): convolve the maps with the output gradient as the kernel.
 
-    On a CPU and for kernels larger than 3 x 3, it needs a third of the time of torch's gradient, and a tenth in bfloat16.
+    On a CPU, for kernels larger than 3 x 3, this takes a third of the time of torch's backward pass, in bfloat16 a tenth.
 
     Args:
         maps, gradient: input of the convolution and gradient of its output, (b, C, height, width).
@@ -412,7 +413,7 @@ def focused_attention(
 ) -> Tensor:
     """Focused linear attention plus a depthwise convolution of the values, (B, N, C) in the dtype of ``v``.
 
-    It supports only first derivatives and computes in float32 or higher precision, except for the convolution.
+    Only first derivatives are supported. Except for the convolution, computations are in float32 or higher precision.
 
     Args:
         q: (B, N, C).
@@ -420,7 +421,7 @@ def focused_attention(
         position: (1, M, C), added to k.
         scale: (1, 1, C), positive; divides q and k.
         kernel, bias: (C, 1, side, side) and (C,) of the convolution, which requires M = N; None omits it.
-        key_weight: (B, 1, M, 1), weight of each key in the means over keys; 1 / M by default.
+        key_weight: (B, 1, M, 1), weight of each key in sums over the keys; 1 / M by default.
         power: exponent p of the focused function, eq. 6 of the paper; 1 for plain linear attention.
         grid: height and width of the token map.
         num_prefix_tokens: tokens before the map, excluded from the convolution.
@@ -454,7 +455,7 @@ class _SplitChannels(torch.autograd.Function):
 
 
 def split_channels(packed: Tensor, num_parts: int) -> tuple[Tensor, ...]:
-    """Split the last dimension into equal parts, which are views.
+    """Split the last dimension into views of equal size.
 
     The backward pass does not copy gradients that are adjacent in memory, as ``focused_attention`` writes them.
     """

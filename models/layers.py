@@ -1,4 +1,4 @@
-"""Components shared by the backbones: token-map helpers, position tables, and the base class with timm's interface.
+"""Components shared by the backbones: token-map helpers, resizable position tables, and the base class with timm's interface.
 
 Shapes: B images, N tokens, C channels, H x W a token map, nW windows of h x w tokens per image.
 """
@@ -29,7 +29,7 @@ PADDING = -1  # region id of padding, see ``window_regions``
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Convert a size, given as one integer (of any integer type) or two, to (height, width)."""
+    """Convert an integer (of any integer type) or a pair of integers to (height, width)."""
     if hasattr(size, "__index__"):
         side = operator.index(size)
         return side, side
@@ -43,9 +43,9 @@ def ceil_divide(size: int, divisor: int) -> int:
 
 @contextmanager
 def tensor_defaults(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
-    """Context in which new tensors are created on ``device``, and new floating-point tensors in ``dtype``.
+    """Context manager that creates new tensors on ``device``, and new floating-point tensors in ``dtype``.
 
-    None keeps torch's current default.
+    With None, torch's current default is used.
     """
     previous_dtype = torch.get_default_dtype()
     with nullcontext() if device is None else torch.device(device):
@@ -58,13 +58,14 @@ def tensor_defaults(device: torch.device | str | None, dtype: torch.dtype | None
 
 @register_notrace_function  # FX cannot trace the comparison of sizes
 def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Resample a table with one row per token to another token map (bicubic); prefix rows stay unchanged.
+    """Resize a table with one row per token to another map size by bicubic interpolation; prefix rows stay unchanged.
 
     Args:
         table: (1, num_prefix_tokens + old height * old width, C).
+        old, new: height and width of the token map before and after.
 
     Returns:
-        (1, num_prefix_tokens + new height * new width, C); ``table`` itself if both maps are equal.
+        (1, num_prefix_tokens + new height * new width, C); ``table`` itself if ``old`` equals ``new``.
     """
     if old == new:
         return table
@@ -77,7 +78,7 @@ def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_p
 def resized_parameter(
     table: nn.Parameter, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0
 ) -> nn.Parameter:
-    """Resized copy of a parameter (..., rows, C), see ``resize_grid``; ``table`` itself if both maps are equal."""
+    """Copy of a parameter (..., rows, C), resized with ``resize_grid``; ``table`` itself if ``old`` equals ``new``."""
     if old == new:
         return table
     rows = resize_grid(table.detach().flatten(0, -2).unsqueeze(0), old, new, num_prefix_tokens)
@@ -85,7 +86,7 @@ def resized_parameter(
 
 
 def square_grid(num_tokens: int) -> tuple[int, int] | None:
-    """The square map with ``num_tokens`` tokens, or None if there is no such square."""
+    """Height and width of a square map with ``num_tokens`` tokens; None if ``num_tokens`` is not a square number."""
     side = math.isqrt(num_tokens)
     return (side, side) if side * side == num_tokens else None
 
@@ -102,7 +103,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
-    """Stochastic-depth rate of every block of every stage: linear in the block's depth, from 0 to ``rate``."""
+    """Stochastic-depth rates by stage and block, increasing linearly from 0 in the first block to ``rate`` in the last."""
     depths = list(depths)
     steps = max(sum(depths) - 1, 1)
     rates = (rate * block / steps for block in range(sum(depths)))
@@ -113,8 +114,8 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     """Expand an attention type to one letter per block: ``L`` for linear, ``S`` for softmax attention.
 
     Args:
-        attn_type: one letter per stage. ``M`` makes the first n blocks of its stage ``L`` and the rest ``S``; n is the
-            number after the letters: ``LLMS3`` with depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
+        attn_type: one letter per stage, followed by a number n if a letter is ``M``: the first n blocks of an ``M`` stage are
+            ``L`` and the rest ``S``. For example, ``LLMS3`` with depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
 
     Raises:
         ValueError: an unknown letter, a wrong number of letters, ``M`` without a number or a number without ``M``.
@@ -125,7 +126,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
     if ("M" in letters) != bool(digits):
-        raise ValueError(f"attention type {attn_type!r}: M requires a number after the letters, as in LLMS3, and vice versa")
+        raise ValueError(f"attention type {attn_type!r}: M and a number after the letters, as in LLMS3, must be given together")
     num_linear = int(digits or 0)
     return [
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
@@ -151,16 +152,16 @@ def window_regions(
 ) -> Tensor | None:
     """Region id of each token of each window; softmax attention is restricted to tokens of the same region.
 
-    A cyclic shift puts tokens from opposite edges of the map in one window; they get different ids. Padding is a region too.
+    A cyclic shift puts tokens from opposite edges of the map in one window; they get different ids. Padding has its own id.
 
     Returns:
-        (nW, h * w) ids, ``PADDING`` for padding; None if no window mixes regions.
+        (nW, h * w) ids, ``PADDING`` for padding; None if there is neither shift nor padding.
     """
     if padded == grid and not any(shift):
         return None
     region = torch.zeros(padded, dtype=torch.long)
     for axis in (0, 1):
-        if shift[axis]:  # the part that ``roll`` moves to the opposite edge
+        if shift[axis]:  # the rows or columns that ``roll`` moves to the opposite edge
             region.narrow(axis, 0, shift[axis]).add_(1 + axis)
     region[grid[0] :] = PADDING
     region[:, grid[1] :] = PADDING
@@ -169,8 +170,8 @@ def window_regions(
 
 
 def cached_constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``build(*arguments)`` on the device of ``like``, cached so that forward passes do not copy it to a GPU again."""
-    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # a tracer's values must not be cached
+    """``build(*arguments)`` on the device of ``like``, cached so that it is copied to a GPU only once."""
+    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # tensors created in a trace must not be cached
         value = build(*arguments)
         return None if value is None else value.to(like.device)
     return _build_constant(build, arguments, like.device)
@@ -178,20 +179,20 @@ def cached_constant(build: Callable[..., Tensor | None], *arguments: tuple[int, 
 
 @functools.lru_cache(maxsize=128)
 def _build_constant(build: Callable[..., Tensor | None], arguments: tuple, device: torch.device) -> Tensor | None:
-    with torch.inference_mode(False):  # a backward pass could not use inference tensors
+    with torch.inference_mode(False):  # autograd cannot save inference tensors
         value = build(*arguments)
         return None if value is None else value.to(device)
 
 
 class PositionTable(NamedTuple):
-    """A parameter with one row per position, resized for other input sizes.
+    """Describes a parameter with one row per token or relative position, which is resized for other input sizes.
 
     Attributes:
         name: parameter name, relative to the module whose ``position_tables`` returns this object.
         grid: height and width of the table at the model's native size.
         source_grid: function that returns the height and width of the table in a checkpoint, or None if none match. Arguments:
             height and width of the stage's token map at the checkpoint's image size, and number of positions in the table.
-        num_prefix_tokens: leading rows without a position.
+        num_prefix_tokens: leading rows without a position, such as that of the class token.
         assume_square: if the image size of a checkpoint is unknown and the number of positions is a square, assume a
             square map.
     """
@@ -231,8 +232,8 @@ class Backbone(nn.Module):
 
     timm's FX feature extractor (``feature_cls="fx"``) treats the blocks as leaf modules. ``torch.fx.symbolic_trace`` and
     ``torch.jit.script`` do not work, because Python code computes windows, padding and masks from the size of the map; use
-    ``torch.export`` instead. An export with a dynamic height or width is specialised to the branches that its example image
-    takes, and raises an error for sizes that take other branches.
+    ``torch.export`` instead. An export with a dynamic height or width is specialised to the code branches that its example
+    image takes, and raises an error for sizes that take other branches.
 
     A subclass sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
     ``module`` of every map), implements ``forward_stages``, ``stage_grids``, ``stage_blocks``, ``drop_stages`` and
@@ -242,7 +243,7 @@ class Backbone(nn.Module):
         output_fmt: layout of the features inside the model, as seen by forward hooks.
         global_pools: accepted values of ``global_pool``; "" disables pooling.
         first_conv: name of the model's first convolution.
-        unused_entries: regular expression for the names of state-dict entries that the reference saves but never uses.
+        unused_entries: regular expression for the names of state-dict entries that the paper's code saves but never uses.
     """
 
     output_fmt = "NHWC"
@@ -322,11 +323,11 @@ class Backbone(nn.Module):
     def set_input_size(self, img_size: int | Iterable[int]) -> None:
         """Change the native input size in place: resize position tables (bicubic) and rebuild the attention masks.
 
-        The logits for images of the new size do not change. The parameters of resized tables are new objects, so create the
-        optimizer afterwards.
+        The logits for images of the new size do not change, because forward passes resize tables in the same way. Parameters of
+        resized tables are new objects, so create the optimizer afterwards.
 
         Args:
-            img_size: pixels, one side or (height, width).
+            img_size: pixels, an integer or (height, width).
 
         Raises:
             ValueError: a side is smaller than ``min_img_size``.
@@ -339,7 +340,7 @@ class Backbone(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Recompute the non-persistent buffers on the device of the parameters.
 
-        Required after ``to_empty`` on a model constructed on ``meta``; ``load_state_dict`` does this automatically.
+        Required after ``to_empty`` on a model constructed on the ``meta`` device; ``load_state_dict`` does this automatically.
         """
         named_apply(_init_buffers_of, self)
 
@@ -365,13 +366,13 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Apply ``resize_grid`` in a forward pass.
 
-        Subclasses call this method instead of the function: timm's FX extractor can skip the tracing of ``resize_grid`` only in
-        files that define the ``forward`` of a traced module, such as this one.
+        Subclasses call this method, not ``resize_grid``: timm's FX extractor excludes that function from tracing only if it is
+        called in a source file that defines the ``forward`` of a traced module, as this file does.
         """
         return resize_grid(table, native, grid, num_prefix_tokens)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Mean over the token map: (B, h, w, C) -> (B, C); the map itself if ``global_pool`` is ""."""
+        """Mean over the token map. (B, h, w, C) -> (B, C); unchanged if ``global_pool`` is ""."""
         return x.mean(dim=(1, 2)) if self.global_pool else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -391,17 +392,17 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of selected stages, as timm's hierarchical models return them.
+        """Feature maps of the selected stages, with the interface of timm's hierarchical models.
 
         Args:
-            indices: indices into ``feature_info``; an integer n selects the last n, None selects all.
-            norm: apply the final norm to the last stage's map, but not to other maps, which have other widths.
+            indices: indices into ``feature_info``; an integer n selects the last n maps, None selects all.
+            norm: apply the final norm to the last stage's map, but not to other maps, whose numbers of channels differ.
             stop_early: skip the stages after the last selected one.
             output_fmt: NCHW or NHWC.
             intermediates_only: return only the maps.
 
         Returns:
-            The features of the last computed stage, after the final norm if it is the model's last stage, and the selected maps
+            The output of the last computed stage, after the final norm if that stage is the model's last, and the selected maps
             in the order of the stages; with ``intermediates_only``, only the maps.
 
         Raises:
@@ -420,7 +421,7 @@ class Backbone(nn.Module):
         return (features if stop_early and max(selected) < last else self.norm(features)), maps
 
     def run_stages(self, x: Tensor, selected: Sequence[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
-        """The features of the last computed stage, and those of the stages in ``selected``; all before the final norm."""
+        """Outputs, before the final norm, of the last computed stage and of the stages in ``selected``."""
         check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
         maps = []
         for index, features in enumerate(self.forward_stages(x)):
@@ -524,7 +525,7 @@ class Backbone(nn.Module):
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters to train without weight decay: norms, biases and relative-position tables."""
+        """Names of the parameters to train without weight decay: norms, biases and relative-position bias tables."""
         return {
             name
             for name, parameter in self.named_parameters()
@@ -547,16 +548,16 @@ class Backbone(nn.Module):
         """Resize (bicubic) the position tables of a checkpoint that was trained at another input size.
 
         Args:
-            state_dict: entries of the same model at any input size.
-            img_size: training image size of the checkpoint in pixels, one side or (height, width): DATA.IMG_SIZE of its
-                config. It determines the shape of every stored table. Without it, a table of the model's own shape is
-                left unchanged, and any other table must come from square images.
+            state_dict: weights of the same model, trained at any input size.
+            img_size: training image size of the checkpoint in pixels, an integer or (height, width): DATA.IMG_SIZE of its
+                config. It determines the height and width of every stored table. Without it, a table with the model's shape
+                is left unchanged, and any other table is assumed to be square.
 
         Returns:
             Resized tables by name; unchanged tables are omitted.
 
         Raises:
-            ValueError: a table does not match ``img_size``, or its shape is ambiguous without it.
+            ValueError: a table does not match ``img_size``, or its height and width are ambiguous because ``img_size`` is None.
         """
         grids = None if img_size is None else self.stage_grids(to_pair(img_size))
         resized = {}
@@ -576,7 +577,7 @@ class Backbone(nn.Module):
                     height, width = to_pair(img_size)
                     raise ValueError(
                         f"{table.name}: {num_positions} positions in the checkpoint do not match images of "
-                        f"{height} x {width} pixels; give the img_size that the checkpoint was trained at"
+                        f"{height} x {width} pixels; give the img_size at which the checkpoint was trained"
                     )
             if grid != table.grid:
                 new = resize_grid(rows.unsqueeze(0), grid, table.grid, table.num_prefix_tokens)
@@ -586,7 +587,7 @@ class Backbone(nn.Module):
     def adapt_state_dict(
         self, state_dict: Mapping[str, Tensor], img_size: int | Iterable[int] | None = None
     ) -> dict[str, Tensor]:
-        """Drop the entries that the reference saves but never uses, and resize position tables.
+        """Drop the entries that the paper's code saves but never uses, and resize position tables.
 
         ``load_state_dict`` calls this automatically, without an ``img_size``. See ``resize_position_tables``.
         """
@@ -630,16 +631,16 @@ def create_classifier(num_features: int, num_classes: int) -> nn.Module:
 
 
 def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
-    """The grid of a stored table whose image size is unknown.
+    """Height and width of a position table in a checkpoint whose image size is unknown.
 
     Raises:
-        ValueError: the table does not determine its grid.
+        ValueError: the number of positions does not determine the height and width.
     """
     grid = square_grid(num_positions) if table.assume_square else None
     if grid is None:
         raise ValueError(
             f"{table.name}: the checkpoint's {num_positions} positions do not determine a height and a width; "
-            "give its config, or the img_size that it was trained at"
+            "load it with its config, or give the img_size at which it was trained"
         )
     return grid
 
@@ -667,6 +668,6 @@ def _adapt_before_loading(
 def _refresh_buffers_after_loading(model: Backbone, incompatible_keys: NamedTuple) -> None:
     """Hook of ``load_state_dict``: recompute the non-persistent buffers.
 
-    In a model constructed on ``meta``, they have no values yet, and checkpoints do not contain them.
+    In a model constructed on the ``meta`` device, they have no values yet, and checkpoints do not contain them.
     """
     model.init_non_persistent_buffers()

@@ -13,9 +13,9 @@ from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
 
 
 def focus(x: Tensor, power: float) -> Tensor:
-    """Sharpen the direction of each vector and keep its length (eq. 6). x: (..., C), positive."""
+    """Focused function f_p (eq. 6): raise elements to ``power`` and restore the norm of each vector. x: (..., C), positive."""
     largest = x.amax(dim=-1, keepdim=True)
-    unit = x / largest  # f_p is homogeneous, so scaling does not change the result; it prevents overflow and underflow
+    unit = x / largest  # prevents overflow and underflow of the powers; ``largest`` is multiplied back below
     sharp = unit**power
     return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
@@ -24,9 +24,10 @@ ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 
 
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
-    """Interpolate linearly along the flattened tokens, not over the map, because released weights were trained this way.
+    """Change the number of tokens by linear interpolation of the token sequence. (B, M, C) -> (B, num_tokens, C).
 
-    Equivalent to ``F.interpolate(mode="linear")`` of the channels, which is slow on GPUs. (B, M, C) -> (B, num_tokens, C).
+    The sequence is interpolated, not the map, because released weights were trained this way. Equivalent to
+    ``F.interpolate(mode="linear")`` along the tokens, which is slow on GPUs.
     """
     num_input_tokens = x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -38,7 +39,7 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of projected q, k, v on a token map: focused linear attention, or an attention compared with it.
+    """Focused linear attention, or a variant compared with it, for projected q, k and v on a token map.
 
     The module has no projections: the backbones' subclasses add them, so that parameter names match those of released
     checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because linear attention has no attention
@@ -48,9 +49,9 @@ class FocusedLinearAttention(nn.Module):
         dim: channels C of q, k and v.
         num_heads: heads H; must divide ``dim``.
         grid: height and width of the queries' token map, N = height * width (+ prefix tokens).
-        key_grid: the keys' token map if they are spatially reduced; ``grid`` by default.
-        num_prefix_tokens: tokens before the map (a class token), in queries and keys.
-        focusing_factor: p of eq. 6.
+        key_grid: height and width of the token map of keys and values if it is spatially reduced; ``grid`` by default.
+        num_prefix_tokens: number of tokens before the map (such as a class token), in queries and keys.
+        focusing_factor: exponent p of the focused function f_p, eq. 6.
         kernel_size: side of the depthwise convolution's kernel, odd.
         kind: one of ``ATTENTION_KINDS``; only ``focused`` has a positional encoding and a scale.
         focusing: apply the focused function f_p; has an effect on ``focused`` only.
@@ -121,8 +122,8 @@ class FocusedLinearAttention(nn.Module):
         Args:
             q: (B, N, C).
             k, v: (B, M, C); M < N with spatial reduction.
-            grid, key_grid: the token maps of this call if they differ from those of the constructor; the positional
-                encoding is then resized (bicubic).
+            grid, key_grid: heights and widths of the token maps of this call if they differ from those given to the
+                constructor; the positional encoding is then resized by bicubic interpolation.
             key_mask: (B, M) bool, False for masked keys (padding). The output is zero if all keys of an image are masked.
 
         Returns:
@@ -157,15 +158,15 @@ class FocusedLinearAttention(nn.Module):
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
         if self.dwc is None:
             return None, None
-        # All heads share the filters. Repeating them allows the value map to be a view; splitting it into heads would copy it.
+        # All heads share the filters. Repeating the filters avoids splitting the value map into heads, which would copy it.
         return self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
 
     def attention_matrix(
         self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
     ) -> Tensor:
-        """Attention weights of ``attend``, without its convolution, for analysis; quadratic in the number of tokens.
+        """Attention weights of ``attend``, without its convolution.
 
-        Args: see ``attend``.
+        For analysis only: time and memory are quadratic in the number of tokens. See ``attend`` for the arguments.
 
         Returns:
             (B, H, N, M), to be multiplied by the values of each head; (B, C, N, M) for ``hydra``, where every channel is a
@@ -189,7 +190,7 @@ class FocusedLinearAttention(nn.Module):
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
-        """Change the native token maps in place; the resized positional encoding (bicubic) is a new parameter."""
+        """Change the native token maps in place; a resized positional encoding is a new parameter."""
         key_grid = key_grid or grid
         if self.kind == "focused":
             self.positional_encoding = resized_parameter(
@@ -216,7 +217,7 @@ class FocusedLinearAttention(nn.Module):
             )
 
     def _attend_unfused(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-        """Attention without the convolution, in standard operations. (B, N, C)."""
+        """Attention without the convolution, computed with standard torch operations. Returns (B, N, C)."""
         with without_autocast(q.device):
             compute_dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
@@ -253,7 +254,7 @@ class FocusedLinearAttention(nn.Module):
         kernel: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Attention and convolution by ``focused_attention``. (B, N, C)."""
+        """Attention and convolution, computed by ``focused_attention``. Returns (B, N, C)."""
         same_map = q.shape[1] == k.shape[1]
         out = focused_attention(
             q,
@@ -272,7 +273,7 @@ class FocusedLinearAttention(nn.Module):
         return out if same_map or kernel is None else self._restore_rank(out, v, grid, kernel, bias)
 
     def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int], kernel: Tensor, bias: Tensor) -> Tensor:
-        """Add the depthwise convolution of ``v`` to the patch tokens of ``out``, (B, N, C)."""
+        """Add the depthwise convolution of ``v`` to the map tokens of ``out``, (B, N, C); prefix tokens stay unchanged."""
         prefix, (height, width) = self.num_prefix_tokens, grid
         values = v[:, prefix:]
         if values.shape[1] != height * width:

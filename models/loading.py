@@ -14,7 +14,7 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 
 logger = logging.getLogger(__name__)
 
-MIN_COVERAGE = 0.8  # a file is rejected if it fills less of the model, or if the model uses less of it
+MIN_COVERAGE = 0.8  # minimum fraction of the model that a file must fill, and of the file that the model must use
 
 
 @dataclass
@@ -23,7 +23,7 @@ class LoadReport:
 
     Args:
         weights: label of the loaded weights, ``raw`` or ``ema``.
-        mapped: head entries built from the rows of a larger head that belong to the model's classes, as of ImageNet-22k.
+        mapped: head entries copied from the rows of the ImageNet-1k classes in a larger head, such as one for ImageNet-22k.
         head: numbers of classes in the file and in the model, if they differ.
         coverage: fraction of the model's parameters and buffers that the file filled.
     """
@@ -54,22 +54,22 @@ class LoadReport:
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
     """Load weights of the same model, trained at any input size and with any number of classes.
 
-    Entries are matched by name. Position tables are resized (bicubic, as in the reference). If the file has the head of
+    Entries are matched by name. Position tables are resized (bicubic, as in the paper's code). If the file has the head of
     ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes loads the rows
     of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
 
     Args:
-        weights: ``raw``, ``ema``, or ``auto`` for those with the best accuracy in training (see ``preferred_weights``).
+        weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``weights.reader.preferred_weights``).
 
     Raises:
         ValueError: an unknown value of ``weights``.
-        CheckpointError: the file cannot be read, or belongs to another model; the message suggests the most similar one.
+        CheckpointError: the file cannot be read, or belongs to another model; the message names it or a similar model.
     """
     return fill_model(model, read_checkpoint(path), weights=weights, path=path)
 
 
 def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
-    """``load_weights`` from a checkpoint in memory; ``path`` is for messages."""
+    """Load weights from a checkpoint in memory, see ``load_weights``; ``path`` is used only in messages."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
@@ -84,7 +84,7 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
 
 
 def _stored_value(state: Mapping, section: str, key: str) -> object:
-    """A value of the config in a checkpoint; None if it is missing."""
+    """Value of a config key in a checkpoint; None if it is missing."""
     config = state.get("config")
     node = config.get(section) if isinstance(config, Mapping) else None
     return node.get(key) if isinstance(node, Mapping) else None
@@ -93,7 +93,7 @@ def _stored_value(state: Mapping, section: str, key: str) -> object:
 def _match(
     model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str | None, img_size: int | list[int] | None
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The entries of a file whose names and shapes match the model, and the completed report.
+    """Select the entries of a file that match the model's names and shapes, and complete the report.
 
     Args:
         origin: model name in the file's config, for messages.
@@ -102,7 +102,7 @@ def _match(
     own, head = model.state_dict(), _head_names(model)
 
     def mismatch(reason: str) -> CheckpointError:
-        hint = f": its own config is that of {origin}" if origin else describe_nearest(stored)
+        hint = f": the file contains the config of {origin}" if origin else describe_nearest(stored)
         return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
 
     try:
@@ -127,7 +127,7 @@ def _match(
                 fitting[name][list(rows)] = value[list(rows.values())].to(own[name])
                 report.mapped.append(name)
                 if num_new := len(own[name]) - len(rows):
-                    report.reinitialised.append(f"{num_new} rows of {name}")
+                    report.reinitialised.append(f"{name} (new rows: {num_new})")
                     num_unfilled += num_new * own[name][0].numel()
         else:
             raise mismatch(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
@@ -143,11 +143,11 @@ def _match(
     fraction, reason = min(
         (filled_entries, f"fills only {filled_entries:.0%} of the model's entries"),
         (filled_values, f"fills only {filled_values:.0%} of the model's values"),
-        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of it"),
+        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of the file's values"),
     )
     if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
-        raise mismatch(f"{reason}; {len(report.missing)} missing, {len(report.unused)} unused: {examples} ...")
+        raise mismatch(f"{reason}; {len(report.missing)} entries missing, {len(report.unused)} unused: {examples} ...")
     return fitting, report
 
 
@@ -172,6 +172,6 @@ def _head_names(model: nn.Module) -> set[str]:
 
 
 def describe_nearest(state_dict: Mapping[str, Tensor]) -> str:
-    """The end of an error message about weights that do not fit: the model whose entries are most similar."""
+    """End of an error message about weights of another model: name the model with the most similar entries."""
     name = nearest_model(state_dict)
     return f": its entries are most similar to those of {name}" if name else ": it is not similar to any known model"

@@ -35,7 +35,7 @@ BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class SpatialReduction(nn.Module):
-    """Mixin: q is projected from the map; k and v are projected from the map after a strided convolution."""
+    """Mixin with projections: q is projected from the map, k and v from the map after a strided convolution."""
 
     def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -57,12 +57,12 @@ class SpatialReduction(nn.Module):
 
 
 def reduce_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
-    """The keys' map after a convolution with kernel size and stride ``reduction``."""
+    """Height and width of the keys' map after a convolution with kernel size and stride ``reduction``."""
     return grid[0] // reduction, grid[1] // reduction
 
 
 class LinearAttention(FocusedLinearAttention, SpatialReduction):
-    """Focused linear attention over the whole map. (B, H, W, C) -> the same."""
+    """Focused linear attention over the whole map. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], reduction: int, linear: Mapping, **projections):
         super().__init__(dim, num_heads, grid, key_grid=reduce_grid(grid, reduction), **linear)
@@ -82,7 +82,7 @@ class LinearAttention(FocusedLinearAttention, SpatialReduction):
 
 
 class SoftmaxAttention(SpatialReduction):
-    """Softmax attention over the whole map. (B, H, W, C) -> the same."""
+    """Softmax attention over the whole map. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int, *, attn_drop: float, **projections):
         super().__init__()
@@ -109,7 +109,7 @@ def create_attention(
     attn_drop: float,
     **projections,
 ) -> nn.Module:
-    """Create the attention of an ``L`` or ``S`` block."""
+    """Create the attention module of a linear (``L``) or softmax (``S``) block."""
     if attention_type == "L":
         return LinearAttention(dim, num_heads, grid, reduction, linear, **projections)
     return SoftmaxAttention(dim, num_heads, reduction, attn_drop=attn_drop, **projections)
@@ -117,7 +117,7 @@ def create_attention(
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
-    """Attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same."""
+    """Attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A strided convolution and a norm. (B, C, H, W) -> (B, h, w, C')."""
+    """Strided convolution and layer norm. (B, C, H, W) -> (B, h, w, C')."""
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int):
         super().__init__()
@@ -149,20 +149,20 @@ class PyramidBackbone(Backbone):
     """Base of PVT and PVTv2: stage i consists of ``patch_embed{i}``, ``block{i}`` and one version-specific part.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
-            resizes its position tables (bicubic).
-        global_pool: "avg", or "" for unpooled outputs.
+        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
+            resizes its position embeddings (PVT) and positional encodings by bicubic interpolation.
+        global_pool: "avg" for the mean of the token map, or "" for no pooling.
         attn_type: see ``parse_attention_types``.
         linear_reductions: spatial reduction ratio of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
-        drop_path_rate: stochastic-depth rate of the last block.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
+        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: device and type of the parameters; torch's defaults if None.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
+        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "patch_embed1.proj"
@@ -237,14 +237,14 @@ class PyramidBackbone(Backbone):
         raise NotImplementedError
 
     def stage_part(self, part: str, index: int) -> nn.Module | nn.Parameter:
-        """A part of a stage by zero-based index. Names are one-based, as in released checkpoints."""
+        """Part of a stage. ``index`` is zero-based; attribute names are one-based, as in released checkpoints."""
         return getattr(self, f"{part}{index + 1}")
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         grids, grid = [], img_size
         for index in range(len(self.feature_info)):
             stride = 2 if index else 4
-            # Overlapping kernels are padded at the border; other kernels drop an incomplete last patch.
+            # Overlapping kernels are padded at the border; other kernels ignore an incomplete last patch.
             overlaps = self.kernel_sizes[index] > stride
             grid = tuple(ceil_divide(side, stride) if overlaps else side // stride for side in grid)
             grids.append(grid)
@@ -285,7 +285,7 @@ class PyramidVisionTransformer(PyramidBackbone):
     kernel_sizes = (4, 2, 2, 2)
     version_part_name = "pos_embed"
     map_part_name = "block"
-    unused_entries = re.compile(r"norm\.(weight|bias)")  # the reference builds a final norm and never calls it
+    unused_entries = re.compile(r"norm\.(weight|bias)")  # the paper's code creates a final norm but never calls it
 
     def __init__(self, *, pos_drop_rate: float = 0.0, **options):
         super().__init__(**options)
@@ -324,5 +324,5 @@ SIZES = {
     "flatten_pvt_t": {"depths": (2, 2, 2, 2)},
     "flatten_pvt_s": {"depths": (3, 4, 6, 3)},
     "flatten_pvt_m": {"depths": (3, 4, 18, 3)},
-    "flatten_pvt_b": {"depths": (3, 8, 27, 3)},  # PVT-Large of the reference
+    "flatten_pvt_b": {"depths": (3, 8, 27, 3)},  # PVT-Large in the paper's code
 }

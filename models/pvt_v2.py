@@ -13,7 +13,7 @@ from models.pvt import BlockNorm, PyramidBackbone
 
 
 class DepthwiseConvolution(nn.Module):
-    """Depthwise 3 x 3 convolution. (B, H, W, C) -> the same."""
+    """Depthwise 3 x 3 convolution. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -24,7 +24,7 @@ class DepthwiseConvolution(nn.Module):
 
 
 class ConvolutionalMlp(Mlp):
-    """An MLP with a depthwise convolution before its activation. (B, H, W, C) -> the same."""
+    """MLP with a depthwise convolution before its activation. (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float):
         super().__init__(dim, hidden_dim, drop=drop)
@@ -36,7 +36,7 @@ class ConvolutionalMlp(Mlp):
 
 
 class PyramidVisionTransformerV2(PyramidBackbone):
-    """FLatten-PVTv2: overlapping patches, convolutional MLPs, a norm after every stage and no position embeddings.
+    """FLatten-PVTv2: overlapping patch embeddings, convolutional MLPs, a norm after every stage and no position embeddings.
 
     See ``PyramidBackbone`` for the arguments.
     """

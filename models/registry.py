@@ -1,4 +1,4 @@
-"""Model names and their constructors. Only functions of this module of ``models`` take a config (``CfgNode``)."""
+"""Model names and constructors, and models created from configs. No other module of ``models`` takes a config (``CfgNode``)."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 from models import cswin, deit, pvt, pvt_v2, swin
 from models.layers import Backbone, to_pair
 
-# Model name -> constructor with the arguments of its size.
+# Model name -> constructor with the arguments of that model size.
 MODELS: dict[str, partial[Backbone]] = {
     name: partial(constructor, **size)
     for constructor, sizes in (
@@ -34,18 +34,18 @@ def list_models() -> list[str]:
 def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, **kwargs) -> nn.Module:
     """Create a model by name, with random weights.
 
-    As in timm, ``drop_rate`` is the dropout before the classifier. The reference's MODEL.DROP_RATE, the dropout of
+    As in timm, ``drop_rate`` is the dropout before the classifier. The config key MODEL.DROP_RATE, the dropout of
     embeddings, projections and MLPs, corresponds to ``pos_drop_rate`` and ``proj_drop_rate``.
 
     Args:
         name: one of ``list_models()``.
-        num_classes: outputs of the head; 0 for pooled features.
-        img_size: native input size in pixels, one side or (height, width); the default depends on the name (224 or 384).
-        kwargs: further arguments of the family's constructor.
+        num_classes: number of outputs of the head; 0 to return pooled features instead of logits.
+        img_size: native input size in pixels, an integer or (height, width); by default 384 for models named *_384, else 224.
+        kwargs: further arguments of the model's constructor.
 
     Raises:
         ValueError: an unknown name (the message suggests the nearest one), or an argument with an invalid value.
-        TypeError: an argument that the family does not accept.
+        TypeError: an argument that the model's constructor does not accept.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)}; models.list_models() lists all")
@@ -55,9 +55,9 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
-    """Create the model that a config describes: MODEL.TYPE and the keys of its family.
+    """Create the model that the MODEL and DATA sections of a config describe.
 
-    The evaluation transform of the config becomes the model's ``pretrained_cfg``, so that
+    The evaluation transform of the config is stored in the model's ``pretrained_cfg``, so that
     ``timm.data.resolve_model_data_config(model)`` returns it.
 
     Raises:
@@ -70,7 +70,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
-    """Registered name and ``create_model`` arguments of a config's model, as plain data.
+    """Name and arguments with which ``create_model`` creates the model of a config, as plain data.
 
     Raises:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.
@@ -86,7 +86,7 @@ MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation at input sizes up to this
 
 
 def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
-    """timm config of a model with the evaluation transform of ``cfg``."""
+    """timm's ``pretrained_cfg`` of a model, with the evaluation transform of ``cfg``."""
     size = to_pair(cfg.DATA.IMG_SIZE)
     uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= MAX_UNCROPPED_SIZE
     interpolation = cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION
@@ -139,7 +139,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Largest window of linear blocks for which the reference uses softmax windows of 7; above it, it uses 12.
+# The paper's code uses softmax windows of 7 x 7 tokens if MODEL.SWIN.WINDOW_SIZE is at most this, and of 12 x 12 otherwise.
 MAX_WINDOW_AT_224 = 56
 
 
@@ -172,7 +172,7 @@ def _cswin_arguments(cfg: CfgNode) -> dict:
 
 def _deit_arguments(cfg: CfgNode) -> dict:
     arguments = {"pos_drop_rate": cfg.MODEL.DROP_RATE}
-    if cfg.MODEL.TYPE != "flatten_deit":  # the type names a fixed size; MODEL.DEIT does not apply
+    if cfg.MODEL.TYPE != "flatten_deit":  # other types determine the model size; MODEL.DEIT does not apply
         return arguments
     return arguments | {
         "patch_size": cfg.MODEL.DEIT.PATCH_SIZE,
@@ -182,7 +182,7 @@ def _deit_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# Constructor -> function that reads the arguments specific to its family from a config.
+# Constructor -> function that reads the arguments specific to that constructor from a config.
 FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
     swin.SwinTransformer: _swin_arguments,
     pvt.PyramidVisionTransformer: _pvt_arguments,

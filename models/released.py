@@ -1,7 +1,7 @@
 """Published weights of the FLatten Transformers.
 
-Source: README of the authors' repository, https://github.com/LeapLabTHU/FLatten-Transformer. Each file is a ``torch.save``
-checkpoint of the reference. Accuracies are on the 50,000 validation images of ImageNet-1K.
+Source: README of the authors' repository, https://github.com/LeapLabTHU/FLatten-Transformer. Each file is a checkpoint
+of the paper's code, written by ``torch.save``. Accuracies are on the 50,000 validation images of ImageNet-1K.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """FLatten-Swin: Swin Transformer (https://arxiv.org/abs/2103.14030) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW windows of h x w = N tokens, C channels, D channels per head.
+Shapes: B images, H x W a token map, nW windows of h x w = N tokens per image, C channels, D channels per head.
 """
 
 import re
@@ -37,7 +37,7 @@ from models.linear_attention import FocusedLinearAttention
 
 
 class LinearWindowAttention(FocusedLinearAttention):
-    """Focused linear attention within windows. (B * nW, N, C) -> the same."""
+    """Focused linear attention within windows. (B * nW, N, C) -> (B * nW, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **linear):
         super().__init__(dim, num_heads, window, **linear)
@@ -59,7 +59,7 @@ class LinearWindowAttention(FocusedLinearAttention):
 
 
 class SoftmaxWindowAttention(SoftmaxAttention):
-    """Softmax attention within windows, with relative-position bias. (B * nW, N, C) -> the same."""
+    """Softmax attention within windows, with relative-position bias. (B * nW, N, C) -> (B * nW, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, window: tuple[int, int], **options):
         super().__init__(dim, num_heads, **options)
@@ -75,7 +75,7 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         self.relative_position_index = relative_position_index(self.window).to(device)
 
     def set_window(self, window: tuple[int, int]) -> None:
-        """Change the native window in place; the resized bias table (bicubic) is a new parameter."""
+        """Change the native window in place; a resized bias table is a new parameter."""
         self.relative_position_bias_table = resized_parameter(
             self.relative_position_bias_table, offset_grid(self.window), offset_grid(window)
         )
@@ -90,7 +90,7 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         return [PositionTable("relative_position_bias_table", offset_grid(self.window), self.source_grid)]
 
     def position_bias(self, window: tuple[int, int]) -> Tensor:
-        """The learned bias for every pair of tokens, (1, H, N, N)."""
+        """Learned bias for every pair of tokens in a window, (1, heads, N, N)."""
         table, index = self.relative_position_bias_table, self.relative_position_index
         if window != self.window:
             table = resize_grid(table.unsqueeze(0), offset_grid(self.window), offset_grid(window))[0]
@@ -104,10 +104,10 @@ class SoftmaxWindowAttention(SoftmaxAttention):
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class SwinBlock(nn.Module):
-    """Window attention and MLP, both residual and pre-normed. (B, H, W, C) -> the same.
+    """Window attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C).
 
-    The native map is the token map at the model's native input size. If the window covers a side of it, the window covers that
-    side of every map. Otherwise the window keeps its size: maps are padded to a multiple of it, and the padding is masked.
+    The native map is the token map at the model's native input size. A window that covers a side of the native map covers that
+    side of every map. Otherwise the window size is fixed: maps are padded to a multiple of it, and the padding is masked.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class SwinBlock(nn.Module):
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Store the regions of the native map in a buffer, so that training steps do not compute them."""
+        """Store the regions of the native map in a buffer, so that training steps do not recompute them."""
         self.native_region = self.regions(self.grid, like=self.norm1.weight)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
@@ -155,7 +155,7 @@ class SwinBlock(nn.Module):
         self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Height and width of the window, of the shift, and of the padded map, for a map of this size."""
+        """Sizes (height, width) of a window, its shift and the padded map, for a map of size ``grid``."""
         window = tuple(side if covers else size for side, size, covers in zip(grid, self.window, self.covers, strict=True))
         padded = tuple(ceil_divide(side, size) * size for side, size in zip(grid, window, strict=True))
         shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
@@ -164,7 +164,7 @@ class SwinBlock(nn.Module):
     def regions(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
         """``window_regions`` of a map, on the device of ``like``; None if the attention needs no mask.
 
-        Linear attention masks only padding.
+        Linear attention masks only padding, so its windows may mix tokens from opposite edges of the map.
         """
         window, shift, padded = self.layout(grid)
         if padded == grid and isinstance(self.attn, LinearWindowAttention):
@@ -203,13 +203,13 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # Column by column: released weights expect the four tokens in this order.
+        # Concatenate the four tokens column by column, the order that released weights expect.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
 
 class SwinStage(nn.Module):
-    """The blocks of a stage and the layer that downsamples its map; the model calls them separately."""
+    """The blocks of a stage and its downsampling layer, called separately: the feature map is the output of the blocks."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
         super().__init__()
@@ -267,9 +267,9 @@ class SwinTransformer(Backbone):
     """FLatten-Swin.
 
     Args:
-        img_size: native input size in pixels, one side or (height, width). For images of other sizes, the model
-            resizes its position tables (bicubic).
-        global_pool: "avg", or "" for unpooled outputs.
+        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
+            resizes its positional encodings and relative-position bias tables by bicubic interpolation.
+        global_pool: "avg" for the mean of the token map, or "" for no pooling.
         attn_type: see ``parse_attention_types``.
         window_size: window side of linear blocks in tokens, capped at the side of the map. The default is the longer side of
             the first stage's map, which makes linear attention global in every stage.
@@ -277,13 +277,13 @@ class SwinTransformer(Backbone):
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the patch embedding.
         proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have none.
-        drop_path_rate: stochastic-depth rate of the last block.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
+        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
         linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
-        device, dtype: device and type of the parameters; torch's defaults if None.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Raises:
-        ValueError: an ``img_size`` below the minimum, an invalid option, or an option without effect.
+        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "patch_embed.proj"
@@ -377,13 +377,13 @@ class SwinTransformer(Backbone):
 
 
 def capped_windows(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Windows of every size, capped at the map; no two have the same number of tokens."""
+    """Yield windows of side 1, 2, ..., capped at the sides of the map; no two windows have the same number of tokens."""
     for size in range(1, max(grid) + 1):
         yield min(size, grid[0]), min(size, grid[1])
 
 
 def relative_position_index(window: tuple[int, int]) -> Tensor:
-    """Row of the bias table for each pair of tokens of a window, (N, N)."""
+    """Row index into the bias table for each pair of tokens in a window, (N, N)."""
     rows, columns = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + window[0] - 1

@@ -1,4 +1,4 @@
-"""Train the arms of an ablation with several seeds, and compare each arm with the baseline.
+"""Train the arms (variants) of an ablation with several seeds, and compare each arm with the baseline.
 
 A YAML file lists the configs, the options shared by all arms, the seeds, and the options of each arm:
 
@@ -10,9 +10,9 @@ A YAML file lists the configs, the options shared by all arms, the seeds, and th
       softmax: {MODEL.LA.KIND: softmax}
       focused: {}
 
-Each arm and seed is an ordinary run in <output>/<MODEL.NAME>/<arm>_<seed>. Repeating the command skips finished runs and
-resumes the others. The script writes table.md and table.json: mean and standard deviation over seeds, and the difference of
-each arm from the baseline, paired by seed, with its 95 % confidence interval.
+Each combination of arm and seed is one run of main.py in <output>/<MODEL.NAME>/<arm>_<seed>. Repeating the command skips
+finished runs and resumes the others. The script writes table.md and table.json: mean and standard deviation of the top-1
+accuracy over seeds, and the difference of each arm from the baseline, paired by seed, with its 95 % confidence interval.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KEYS = {"cfg": list, "opts": dict, "seeds": list, "baseline": str, "arms": dict}
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed."""
+    """The training run of one arm with one seed."""
 
     arm: str
     seed: int
@@ -50,7 +50,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Contents of an ablation file. arms: options by arm name."""
+    """Contents of an ablation file. ``arms`` maps the name of each arm to its options."""
 
     cfg: list[str]
     opts: dict
@@ -59,10 +59,10 @@ class Ablation:
     arms: dict[str, dict]
 
     def runs(self, output: Path) -> list[Run]:
-        """List all runs, ordered by seed, so that an interrupted ablation has completed all arms of the first seeds.
+        """List all runs, ordered by seed, so that an interrupted ablation has completed all arms for the first seeds.
 
         Raises:
-            ConfigError: an arm has an illegal option.
+            ConfigError: an arm has an invalid option.
         """
         runs = []
         for seed in self.seeds:
@@ -96,7 +96,7 @@ def read_ablation(path: Path) -> Ablation:
     if content["baseline"] not in content["arms"]:
         raise ConfigError(f"{path}: baseline={content['baseline']!r}: not an arm; choose one of {', '.join(content['arms'])}")
     if len(content["seeds"]) < 2 or not all(isinstance(seed, int) for seed in content["seeds"]):
-        raise ConfigError(f"{path}: seeds={content['seeds']}: the deviation over seeds needs at least two integers")
+        raise ConfigError(f"{path}: seeds={content['seeds']}: give at least two integers, to compute the standard deviation")
     return Ablation(**content | {"arms": {str(arm): options or {} for arm, options in content["arms"].items()}})
 
 
@@ -166,7 +166,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
             process.wait()
 
 
-# --- The table
+# --- Table of results
 
 
 def paired_difference(first: list[float], second: list[float]) -> tuple[float, float]:
@@ -179,7 +179,11 @@ def paired_difference(first: list[float], second: list[float]) -> tuple[float, f
 
 
 def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
-    """One row per arm, highest mean first. Intervals are not corrected for multiple comparisons."""
+    """Create one row per arm, highest mean first.
+
+    ``beyond_noise`` is true if the 95 % confidence interval of the difference excludes zero. Intervals are not corrected for
+    multiple comparisons.
+    """
     rows = []
     for arm, values in accuracies.items():
         row = {"arm": arm, "mean": statistics.mean(values), "deviation": statistics.stdev(values), "accuracies": values}
@@ -207,7 +211,11 @@ def main() -> None:
     parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
     parser.add_argument("--output", type=Path, required=True, help="directory of the runs and tables")
     parser.add_argument(
-        "--parallel", type=int, default=0, metavar="N", help="concurrent runs; 0: one per GPU, or one per two cores without GPU"
+        "--parallel",
+        type=int,
+        default=0,
+        metavar="N",
+        help="concurrent runs; 0: one per GPU, or one per two CPU cores if there is no GPU",
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs

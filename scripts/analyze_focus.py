@@ -1,9 +1,10 @@
 """Measure how focused a model's attention is, per block, head and form of attention, over a set of images.
 
-Forms: the model's own attention, its sum with the convolution, and softmax, linear, focused and Efficient attention on the same
-queries and keys. The script writes focus.json (values per image), focus.csv (means per head), report.md, and two plots:
-measures.png shows four measures per block. ranks.png shows the singular values of one attention matrix per block, for the first
-image, as in the paper's figure of ranks.
+The forms are the model's own attention, the sum of this attention and the depthwise convolution, and softmax, linear, focused
+and Efficient attention (https://arxiv.org/abs/1812.01243) computed from the same queries and keys. The script writes focus.json
+(values per image), focus.csv (means per head), report.md, and two plots: measures.png shows four measures per block. ranks.png
+shows the singular values of one attention matrix per block, for the first image; the paper has a similar figure about the rank
+of attention matrices.
 """
 
 import argparse
@@ -19,7 +20,7 @@ PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")  # measu
 
 
 def draw_measures(rows, path: Path) -> None:
-    """Plot four measures against the block, one line per form."""
+    """Plot ``PLOTTED_MEASURES`` per block, with one line per form of attention."""
     from matplotlib.figure import Figure
 
     from analysis.summary import mean_over_heads
@@ -40,9 +41,9 @@ def draw_measures(rows, path: Path) -> None:
 
 
 def draw_ranks(model, image, names, path: Path) -> None:
-    """Plot the singular values of each block, relative to the largest, with and without the convolution.
+    """Plot the singular values of one attention matrix per block, relative to the largest, with and without the convolution.
 
-    They are those of the first head and window for one image.
+    The matrix is that of the first head and window for one image.
     """
     import torch
     from matplotlib.figure import Figure
@@ -83,14 +84,14 @@ def analyze(args: argparse.Namespace) -> None:
     from utils.log import progress, setup_logging
 
     setup_logging(rank=0)
-    model, checkpoint, cfg = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
+    model, checkpoint, cfg, weights = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images)[:: args.every], cfg)
     normalised = (images.read(position)[1] for position in range(len(images)))
     rows = summarise(model, progress(normalised, len(images), "images"), names)
     about = {
         "model": cfg.MODEL.NAME,
-        "weights": f"{args.weights} of {checkpoint.path}, sha256 {checkpoint.digest}",
+        "weights": f"{weights} of {checkpoint.path}, sha256 {checkpoint.digest}",
         "images": f"{len(images)} from {', '.join(map(str, args.images))}",
         "input size": str(cfg.DATA.IMG_SIZE),
     }
@@ -112,14 +113,17 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
     parser.add_argument("--output", type=Path, default=Path("focus"), help="output directory")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
+    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="names or prefixes of attention modules (default: all)")
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
+        "--weights",
+        choices=("raw", "ema", "auto"),
+        default="auto",
+        help="auto: raw or ema, whichever was more accurate in training",
     )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
     if args.every < 1:
-        parser.error(f"--every {args.every}: give 1 or more")
+        parser.error(f"--every {args.every}: must be at least 1")
     from data.index import DataError
     from weights.reader import CheckpointError
 

@@ -19,7 +19,7 @@ DESCRIPTION = ("config", "class_names")  # entries copied from the first checkpo
 
 
 def average(paths: list[Path], weights: str) -> dict:
-    """Average the weights of checkpoints in float64. State-dict entries that are not floating-point must be equal.
+    """Average the weights of checkpoints in float64. State-dict entries that are not floating-point must be equal in all files.
 
     Args:
         weights: raw, ema or auto, see ``choose_weights``.
@@ -28,8 +28,8 @@ def average(paths: list[Path], weights: str) -> dict:
         A checkpoint: the averages as ``model``, and the entries of ``DESCRIPTION`` that the first file has.
 
     Raises:
-        CheckpointError: a file cannot be read, has no ``weights``, or differs from the first file in model, classes or an entry
-            that is not floating-point.
+        CheckpointError: a file cannot be read, does not contain the requested weights, or differs from the first file in model,
+            classes or an entry that is not floating-point.
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -39,14 +39,16 @@ def average(paths: list[Path], weights: str) -> dict:
         if path == paths[0]:
             metadata = {key: state[key] for key in DESCRIPTION if key in state}
         if state.get("class_names", metadata.get("class_names")) != metadata.get("class_names"):
-            raise CheckpointError(f"{path}: has different classes than {paths[0]}; average checkpoints of one data set")
+            raise CheckpointError(f"{path}: has different classes than {paths[0]}; all checkpoints must have the same classes")
         _, state_dict = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
-            raise CheckpointError(f"{path}: is a different model than {paths[0]}; average checkpoints of one model")
+            raise CheckpointError(f"{path}: is a different model than {paths[0]}; all checkpoints must be of the same model")
         for name, value in state_dict.items():
             if not value.is_floating_point():
                 if name in total and not torch.equal(total[name], value):
-                    raise CheckpointError(f"{path}: the non-floating-point entry {name} differs from that of {paths[0]}")
+                    raise CheckpointError(
+                        f"{path}: the non-floating-point entry {name} differs from the same entry of {paths[0]}"
+                    )
                 total[name] = value
                 continue
             dtypes.setdefault(name, value.dtype)
@@ -60,7 +62,10 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, default="auto", help="auto: for each file, those with the higher accuracy in training"
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="auto: for each file raw or ema, whichever was more accurate in training",
     )
     args = parser.parse_args()
     if args.output.exists():

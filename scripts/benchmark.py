@@ -1,13 +1,15 @@
-"""Measure speed, memory and memory traffic. The tasks that are compared run alternately in one process.
+"""Measure speed, memory and memory traffic. Ratios of times compare tasks that run alternately in one process.
 
-    model       models compared with their softmax baseline, timm's model and a naive implementation of the paper's formula
+    model       complete models, compared with the same network with softmax attention, with timm's model, and with a naive
+                implementation of the paper's formula
     attention   the attention operator at several numbers of tokens, and its memory traffic
-    data        decoding and augmentation compared with torchvision's reader and timm's transform
+    data        decoding and augmentation, compared with torchvision's reader and timm's transform, and loading with different
+                numbers of workers
     epoch       the training loop of a config, with and without data loader and EMA, compared with bare training steps
                 (forward and backward pass, gradient clipping, optimizer)
 
-Each mode prints its records as tables. --json also writes them to a file, with command, device, torch version and
-number of threads. --png plots them; only the modes model and attention have it.
+Each mode prints its measurements as tables. --json also writes them to a file, with command, device, torch version and
+number of threads. --png plots them (modes model and attention only).
 """
 
 import argparse
@@ -28,13 +30,13 @@ def parse() -> argparse.Namespace:
     modes = parser.add_subparsers(dest="mode", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--rounds", type=int, default=5, help="measurements per task, after one warm-up")
-    shared.add_argument("--json", type=Path, metavar="FILE", help="also write the records to this file, as JSON")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file, as JSON")
     plotting = argparse.ArgumentParser(add_help=False)
-    plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the records to this file")
+    plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the measurements to this file")
 
     model = modes.add_parser("model", parents=[shared, plotting], help="complete models")
     model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
-    model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which step to measure")
+    model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which steps to measure")
     model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
     model.add_argument("--batch-size", type=int, nargs="+", default=[8])
@@ -42,7 +44,11 @@ def parse() -> argparse.Namespace:
 
     attention = modes.add_parser("attention", parents=[shared, plotting], help="the attention operator")
     attention.add_argument(
-        "--tokens", type=int, nargs="+", default=[196, 784, 3136, 16384, 65536], help="numbers of tokens, all square"
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[196, 784, 3136, 16384, 65536],
+        help="numbers of tokens; each must be a square number",
     )
     attention.add_argument("--dim", type=int, default=96, help="channels")
     attention.add_argument("--heads", type=int, default=3)
@@ -50,14 +56,18 @@ def parse() -> argparse.Namespace:
         "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
     )
     attention.add_argument(
-        "--most-softmax-tokens", type=int, default=4096, help="softmax is measured up to this number of tokens"
+        "--most-softmax-tokens", type=int, default=4096, help="maximum number of tokens for softmax attention"
     )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
     data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
     data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
-    data.add_argument("--packed", type=Path, metavar="DIR", help="the same images, packed by scripts/pack_dataset.py")
-    data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="augmentation config")
+    data.add_argument(
+        "--packed", type=Path, metavar="DIR", help="archives of the same images, written by scripts/pack_dataset.py"
+    )
+    data.add_argument(
+        "--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="config that sets the augmentation"
+    )
     data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
@@ -67,7 +77,7 @@ def parse() -> argparse.Namespace:
     epoch.add_argument("--updates", type=int, default=10, help="optimizer updates per measurement")
     args = parser.parse_args()
     if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: give 1 or more")
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
     return args
 
 
@@ -77,7 +87,7 @@ def measure_models(args: argparse.Namespace, device) -> list[dict]:
     from utils.optim import PRECISIONS as DTYPES
 
     if unknown := [name for name in args.models if name not in list_models()]:
-        raise ConfigError(f"{unknown[0]}: is not a model; choose among {', '.join(list_models())}")
+        raise ConfigError(f"{unknown[0]}: unknown model; choose among {', '.join(list_models())}")
     training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.mode_of]
     return [
         record
@@ -154,7 +164,7 @@ def to_markdown(records: list[dict]) -> str:
 
 
 def format_cell(value: object) -> str:
-    if isinstance(value, list):  # a ratio and its range
+    if isinstance(value, list):  # [median, minimum, maximum] of a ratio
         return "{:.2f} ({:.2f} to {:.2f})".format(*value)
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -64,7 +64,7 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     if first.keys() != second.keys():
         unmatched = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"{len(unmatched)} images are in only one of the files ({unmatched[0]}, ...); evaluate both on the same data. "
+            f"images in only one of the files: {len(unmatched)} ({unmatched[0]}, ...); evaluate both on the same data. "
             "Packing as tar renames images whose names differ only in the extension"
         )
     if mismatch := next((name for name in first if first[name][1] != second[name][1]), None):
@@ -87,14 +87,14 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     lines.append(f"second - first {difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f})")
     p = mcnemar_test(only_first, only_second)
     verdict = "differ" if p < 0.05 else "do not differ"
-    lines.append(f"McNemar's exact test: p = {p:.3g}; at the 5 % level, the two {verdict} significantly")
+    lines.append(f"McNemar's exact test: p = {p:.3g}; at the 5 % level, the two models {verdict} significantly")
     return "\n".join(lines)
 
 
 def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[str, str]]:
-    """If the image names of the two files differ, replace each name by its webdataset key, without shard and extension.
+    """Replace image names by their webdataset keys, without shard and extension, if ``other`` has different image names.
 
-    If two names have the same key, all names stay unchanged.
+    This pairs images in directories with their copies in tar shards. If two names have the same key, no name is replaced.
     """
     if pairs.keys() == other.keys():
         return pairs
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         choices=("raw", "ema"),
-        help="weights whose predictions to read from a directory (default: the preferred ones)",
+        help="read the predictions of these weights from a directory (default: the preferred weights of its eval.json)",
     )
     args = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
-"""Compare parameters and multiply-adds of the models with the paper's, or plot the cost against resolution.
+"""Compare parameters and multiply-adds of the models with the values in the paper, or plot the cost against resolution.
 
 torch's FLOP counter counts the operations of matrix products and convolutions. Half of this count is the number of
-multiply-adds, which papers call FLOPs. Other operations are counted separately: 5 per element for norms, 1 per element for
-pointwise operations (activations, the focused function, residuals). Nothing is computed: models and images are on the meta
-device.
+multiply-adds, which papers call FLOPs. Other operations are counted separately: 5 per element for layer norms, 1 per element
+for pointwise operations and reductions (activations, the focused function, residual additions). Nothing is computed: models and
+images are on the meta device.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import create_model, list_models
 
 # Millions of parameters and billions of multiply-adds, as published in the paper. For the sizes that the paper omits (PVT-M and
-# -B, PVTv2-B0, -B3 and -B4), they come from the paper's code.
+# -B, PVTv2-B0, -B3 and -B4), the values come from the paper's code.
 PAPER = {
     "flatten_deit_t": (6.1, 1.1),
     "flatten_pvt_t": (12.2, 2.0),
@@ -103,7 +103,7 @@ def plot(path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     flops_axes, memory_axes = figure.subplots(1, 2)
     for attn_type, label in (("L", "focused linear"), ("S", "softmax, matrix stored")):
-        # Softmax attention replaces focused linear attention in the linear blocks. Its attention matrix is stored.
+        # Softmax attention replaces focused linear attention in the same blocks, and stores its attention matrix.
         options = {"attn_type": "L", "linear": {"kind": "softmax", "rank_restoration": False}} if attn_type == "S" else {}
         flops = [measure("flatten_deit_t", (side, side), **options)[1] / 1e9 for side in sides]
         memory = [activation_bytes("flatten_deit_t", side, **options) / 2**30 for side in sides]

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the table of config keys, utils/config_keys.py."""
+"""Write docs/configuration.md from the table of config keys in utils/config_keys.py."""
 
 import argparse
 import sys
@@ -20,9 +20,9 @@ SECTIONS = {
     "TRAIN.LR_SCHEDULER": "Learning-rate schedule",
     "TRAIN.OPTIMIZER": "Optimizer",
     "AUG": "Augmentation",
-    "EMA": "Averaged weights",
+    "EMA": "Averaged weights (EMA)",
     "TEST": "Evaluation",
-    "": "The run",
+    "": "Precision, output and checkpoints",
 }
 INTRODUCTION = """# Configuration
 
@@ -30,15 +30,15 @@ INTRODUCTION = """# Configuration
 
 A config file lists only what differs from the defaults below and from its `BASE` files. The order of precedence, lowest first:
 defaults, `BASE` files, the files of `--cfg` (later ones override earlier ones), `--opts KEY VALUE` (or `KEY=VALUE`), and other
-flags. An unknown key or an illegal value is an error that names the key and the remedy. `config.yaml` in the output directory
-has the resolved config; it loads again unchanged. The paper's YAML files load unchanged.
+flags. An unknown key or an illegal value is an error; the message names the key and the remedy. `config.yaml` in the output
+directory contains the resolved config and can be passed to `--cfg`. The paper's YAML files load unchanged.
 
 `python main.py --help` lists the flags.
 """
 
 
 def describe_values(key: Key) -> str:
-    """Choices or range of a key."""
+    """Choices or range of a key, as Markdown."""
     if key.choices:
         return ", ".join(f"`{choice}`" if choice else "empty" for choice in key.choices)
     if isinstance(key.default, bool):

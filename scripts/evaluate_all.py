@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
     parser.add_argument("--data-path", required=True, help="directory with val/")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config for all checkpoints (default: each one's own)")
+    parser.add_argument(
+        "--cfg", nargs="+", metavar="FILE", help="config for all checkpoints (default: the config of each checkpoint)"
+    )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass for throughput (default: 16)")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Export a trained model as safetensors with timm's config.json, as a torch.export program (.pt2), or as ONNX.
 
-A model card is also written to the directory. If the format safetensors was exported, timm can load the directory:
+A model card (README.md) is also written to the directory. If the format safetensors was exported, timm can load the directory:
 ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded back and
 compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
 pip install onnx onnxscript onnxruntime.
@@ -56,7 +56,8 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    # The export decomposes attention into operations whose outputs have the memory layout of the math backend.
+    # torch.onnx replaces attention by the operations of the math backend. If another backend ran during the export, the outputs
+    # of attention would have another memory layout than the exported operations.
     with sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model,
@@ -120,13 +121,13 @@ def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> d
 def model_card(
     cfg: CfgNode, checkpoint: Checkpoint, label: str, files: dict[str, str], evaluation: dict | None, *, in_timm: bool
 ) -> str:
-    """README of an export: files, input, classes, measured accuracy, usage and training recipe.
+    """Text of the model card: files, input, classes, measured accuracy, usage and training recipe.
 
     Args:
         label: raw or ema, the exported weights.
         files: dictionary from file name to description.
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
-        in_timm: show how to load the model with timm, which needs the format safetensors.
+        in_timm: show how to load the model with timm; requires that the format safetensors was exported.
     """
     lines = [f"# {cfg.MODEL.NAME}", ""]
     lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
@@ -191,7 +192,7 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); pass the eval.json of an evaluation") from None
     if evaluation["sha256"] != digest or label not in evaluation["results"]:
-        raise ExportError(f"{path}: belongs to another file or other weights; evaluate this checkpoint")
+        raise ExportError(f"{path}: belongs to another checkpoint or other weights; evaluate this checkpoint")
     return evaluation
 
 
@@ -251,12 +252,14 @@ def main() -> None:
     parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
-    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="auto: those with the higher accuracy in training")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="auto: raw or ema, whichever was more accurate in training"
+    )
     parser.add_argument(
         "--eval-json",
         type=Path,
         metavar="FILE",
-        help="accuracy for the model card (default: the eval.json next to the checkpoint)",
+        help="eval.json with the accuracy for the model card (default: the one next to the checkpoint)",
     )
     args = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
-"""Compare the sharpness of softmax, linear and focused linear attention on an example of the paper's authors.
+"""Compare the sharpness of softmax, linear and focused linear attention in an experiment of the paper's authors.
 
-The example has one query and five keys; each is a vector of four positive integers. The script prints the attention weights for
-the original vectors and for the vectors times 0.2. --plot draws the entropy of the weights against the magnitude of the vectors
-and against the focusing factor.
+The experiment has one query and five keys; each is a vector of four positive integers. Attention is sharper if the entropy of
+its weights is lower. The script prints the attention weights for the original vectors and for the vectors times 0.2. --plot
+draws the entropy against the magnitude of the vectors and against the focusing factor.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from utils.files import replacing
 
 SCALES = (1.0, 0.2)
 FORMS = ("softmax", "softmax, scaled", "linear", "focused")
-NUM_KEYS, DIM = 49, 32  # size of the random vectors: tokens per window and channels per head of Swin-T
+NUM_KEYS, DIM = 49, 32  # number of random keys and their channels, as in a window and a head of Swin-T
 
 
 def make_vectors() -> tuple[Tensor, Tensor]:
-    """The query (1, 4) and the keys (5, 4) of the authors' experiment."""
+    """Query (1, 4) and keys (5, 4) of the authors' experiment."""
     generator = torch.Generator().manual_seed(5)
     keys = torch.randint(1, 9, (4, 5), generator=generator).T
     return torch.tensor([[1.0, 2.0, 4.0, 9.0]]).double(), keys.double()
 
 
 def attention_weights(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
-    """(N, M) weights for q (N, D) and k (M, D).
+    """Attention weights (N, M) for q (N, D) and k (M, D).
 
     Args:
-        form: one of ``FORMS``; ``softmax`` does not divide the similarities by the square root of D.
+        form: one of ``FORMS``. ``softmax, scaled`` divides the similarities by the square root of D; ``softmax`` does not.
     """
     if form == "softmax":
         return compare("softmax", q * q.shape[-1] ** 0.5, k)
@@ -53,7 +53,7 @@ def table() -> str:
 
 
 def random_vectors() -> tuple[Tensor, Tensor]:
-    """64 queries and 49 keys from a normal distribution."""
+    """64 queries (64, 32) and 49 keys (49, 32) from a normal distribution."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(64, DIM, generator=generator), torch.randn(NUM_KEYS, DIM, generator=generator)
     return q.double(), k.double()
@@ -64,7 +64,9 @@ def mean_entropy(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> float:
 
 
 def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
-    """Factor of q and k at which softmax is as sharp as focused attention; None if it is not between 0.01 and 10.
+    """Factor by which q and k must be multiplied to make softmax as sharp as focused attention.
+
+    Returns None if no factor between 0.01 and 10 does this.
 
     Args:
         form: ``softmax`` or ``softmax, scaled``.
@@ -114,7 +116,10 @@ def main() -> None:
         for form in FORMS[:2]:
             magnitude = crossing(q, k, form)
             if magnitude is not None:
-                print(f"{title}: {form} is as sharp as focused at magnitude {magnitude:.3f}, and sharper at larger ones")
+                print(
+                    f"{title}: {form} is as sharp as focused attention if q and k are multiplied by {magnitude:.3f}, "
+                    "and sharper if the factor is larger"
+                )
     if args.plot is not None:
         draw(args.plot)
         print(f"plot: {args.plot}")

@@ -13,14 +13,14 @@ from sklearn.datasets import load_digits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="output directory of train/<digit>/ and val/<digit>/")
-    parser.add_argument("--size", type=int, default=64, help="side length in pixels; the originals have 8")
+    parser.add_argument("folder", type=Path, help="output directory; the images are written to train/<digit>/ and val/<digit>/")
+    parser.add_argument("--size", type=int, default=64, help="side length in pixels; the original images have 8")
     args = parser.parse_args()
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         folder = args.folder / ("val" if index % 5 == 0 else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))  # grey levels 0 to 16
+        image = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))  # scikit-learn's grey levels are 0 to 16
         image.resize((args.size, args.size), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
     print(f"{len(digits.target)} images in {args.folder}")
 

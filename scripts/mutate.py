@@ -1,4 +1,4 @@
-"""Sample mutants of the code and count how many of them the tests detect: a tool for developers.
+"""Mutation testing: sample mutants of the code, and count how many of them the tests detect.
 
 A mutant is the code with one small mistake: a comparison, an operator, a constant, a condition, an argument or a statement is
 changed. The tests that execute the changed line are run on the mutant. The mutant is killed if one of them fails.
@@ -63,9 +63,9 @@ OPERATORS = {
     ast.Mod: "*",
     ast.Pow: "*",
 }
-# Functions that are replaced by their opposite.
+# Built-in functions, each replaced by its opposite.
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
-# Keyword arguments that assert something or set a layout: their mutants are equivalent or harmless.
+# Keyword arguments that are not mutated: they only check something or set a layout, so tests need not detect their mutants.
 HARMLESS_KEYWORDS = {"strict", "missing_ok", "exist_ok", "indent", "fontsize", "rotation", "dpi", "figsize", "alpha", "shrink"}
 REPORTING = {"logger", "warnings", "print"}  # statements that call these are not mutated: no test needs to check them
 
@@ -76,7 +76,7 @@ class Mutant:
 
     Args:
         line: first line of the changed code.
-        statement: first line of the statement that contains it, as in coverage data.
+        statement: first line of the statement that contains the change; coverage is recorded for this line.
         in_function: whether the statement is inside a function. Other statements are executed at import only.
         change: description of the change, for the output.
     """
@@ -260,7 +260,7 @@ class Record:
     seconds: dict[str, float]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """The tests that can detect a mutant, quickest first: those that execute its line.
+        """Tests that execute the line of a mutant, quickest first.
 
         A line outside functions is executed at import, and any test may depend on it. For such a line, all tests are returned,
         starting with those that execute the file.
@@ -311,7 +311,7 @@ def read_record() -> Record:
     data = CoverageData(basename=str(folder / "coverage"))
     data.read()
     executed = {}
-    for file in data.measured_files():  # relative to the project
+    for file in data.measured_files():  # paths relative to the repository root
         lines = {}
         for line, contexts in data.contexts_by_lineno(file).items():
             # A context has the form TEST or TEST|PHASE, such as "tests/x.py::test_y|run".

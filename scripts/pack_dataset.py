@@ -96,7 +96,7 @@ def pack(
 
 
 def check_names(index: Index, archive: str) -> None:
-    """Reject names that an archive, its map file or the list of classes cannot contain.
+    """Reject names that an archive, the map file of a zip archive or the list of classes cannot contain.
 
     Raises:
         DataError: a name is not allowed.
@@ -204,7 +204,7 @@ def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> N
     """Check that archives have the labels and classes of the source index, and that their images have the given sha256."""
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
-        raise DataError(f"{packed.source}: its labels or classes differ from those of the source; the disk may be faulty")
+        raise DataError(f"{packed.source}: has other labels or classes than the source; the disk may be faulty")
     for position, digest in enumerate(progress(digests, len(digests), title)):
         if hashlib.sha256(dataset.read(position)).digest() != digest:
             raise DataError(f"{packed.source}: {packed.name(position)} differs when read back; the disk may be faulty")
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for downscaling")
     args = parser.parse_args()
     if args.short_side < 0 or not 1 <= args.quality <= 95 or args.shard_size < 1 or args.workers < 0:
-        parser.error("--short-side and --workers: 0 or more; --quality: 1 to 95; --shard-size: 1 or more")
+        parser.error("--short-side and --workers must be at least 0, --quality 1 to 95, and --shard-size at least 1")
     setup_logging(rank=0)
     for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
         if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
@@ -241,7 +241,7 @@ def main() -> None:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
         print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
-    print(f"use it with: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
+    print(f"options for main.py: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
 
 
 if __name__ == "__main__":

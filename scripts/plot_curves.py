@@ -13,7 +13,7 @@ def read(folder: Path) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output directories, <output>/<model>/<tag>")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of training runs, <output>/<model>/<tag>")
     parser.add_argument("--png", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     for run in args.runs:

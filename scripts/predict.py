@@ -1,7 +1,7 @@
 """Classify unlabelled images. Write the top-k predictions as CSV and JSON, and a PNG of some images with their predictions.
 
-Model, input size and class names are read from the checkpoint. If there are unreadable images, they are listed with the
-reason in the CSV, the JSON and the log, and the exit status is 1.
+Model, input size and class names are read from the checkpoint. Unreadable images are listed with the reason in the CSV, the
+JSON and the log; the exit status is then 1.
 """
 
 import argparse
@@ -29,12 +29,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default: %(default)s)")
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
+        "--weights",
+        choices=("raw", "ema", "auto"),
+        default="auto",
+        help="auto: raw or ema, whichever was more accurate in training",
     )
     args = parser.parse_args()
     for name in ("top_k", "batch_size"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least 1")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     for path in args.images:
         if not path.exists():
             parser.error(f"{path}: no such file or directory")

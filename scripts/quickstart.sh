@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train, evaluate and fine-tune a small FLatten-Swin on real images in minutes. Only packages are downloaded; all output is in
-# .venv and quickstart/.
+# Train, evaluate and fine-tune a small FLatten-Swin on real images in a few minutes. Only packages are downloaded; all output
+# is in .venv and quickstart/.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -21,7 +21,7 @@ batch=$((64 / processes))
 run "train at 48 pixels" --cfg configs/quickstart.yaml --batch-size "$batch"
 trained="$output/quickstart/default/best.pth"
 run "evaluate the saved checkpoint" --cfg configs/quickstart.yaml --eval --resume "$trained"
-run "evaluate it at 64 pixels" --cfg configs/quickstart_64.yaml --tag before --eval --resume "$trained"
+run "evaluate the same checkpoint at 64 pixels" --cfg configs/quickstart_64.yaml --tag before --eval --resume "$trained"
 run "fine-tune at 64 pixels" --cfg configs/quickstart_64.yaml --batch-size "$batch" --pretrained "$trained"
 run "evaluate the fine-tuned checkpoint" --cfg configs/quickstart_64.yaml --eval \
   --resume "$output/quickstart_64/default/best.pth"

@@ -2,8 +2,8 @@
 # Train on several nodes under SLURM: sbatch --nodes=2 scripts/slurm.sh --cfg configs/X.yaml ...
 # Arguments are passed to main.py. Submit from the root of this repository, on a file system that all nodes share.
 #
-# SLURM starts one process per GPU and signals them all two minutes before the time limit, or at preemption. They save their
-# state at the same update and exit with status 75; the job is then requeued and resumes from that checkpoint.
+# SLURM starts one process per GPU. Two minutes before the time limit, or at preemption, it sends a signal to all processes.
+# They save their state at the same update and exit with status 75; the job is then requeued and resumes from that checkpoint.
 #SBATCH --job-name=flatten
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -1,12 +1,13 @@
-"""Train under random faults for a given time, and compare each finished run with an undisturbed one.
+"""Train under random faults for a given time, and compare each finished run with an undisturbed run (without faults).
 
-A small model is trained on handwritten digits. Each start of the training command gets one fault at a random time: SIGKILL to
-one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of these
-faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including the
-undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
+A small model is trained on handwritten digits. Each time the training command is started, one fault follows at a random time:
+SIGKILL to one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of
+these faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including
+the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless the
-fault damaged a checkpoint. The final state must be bit-equal to the undisturbed one: model, EMA, optimizer, scaler, counters.
+fault damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to that of the
+undisturbed run.
 
 The seed determines the kinds and times of the faults. At which update they occur depends on the speed of the
 machine. Linux only.
@@ -42,11 +43,11 @@ UNREADABLE_IMAGES = 3  # number of truncated training images
 COLLECTIVE_TIMEOUT = 20  # seconds
 SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # maximum time from a fault to the end of all processes
 BYTES_OF_FULL_DISK = 20_000  # file-size limit that simulates a full disk; smaller than a checkpoint
-DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py
+DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py: finished, user error or full disk, stopped by a signal
 
 
 class SoakError(Exception):
-    """A guarantee was violated: state was lost, or a process did not end."""
+    """A guarantee was violated: state was lost or differs, or a process did not end."""
 
 
 def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
@@ -190,7 +191,7 @@ def damage(job: Job, rng: random.Random) -> str:
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["truncated", "overwritten", "empty", "a directory"]), newest.read_bytes()
-    newest.unlink()  # best.pth may be a link to the same file, which must stay intact
+    newest.unlink()  # do not overwrite the file: best.pth may be a hard link to it, and must stay intact
     if kind == "truncated":
         newest.write_bytes(content[: rng.randrange(len(content))])
     elif kind == "overwritten":
@@ -266,7 +267,7 @@ class Soak:
         """Train one run to its end, with faults until --minutes have passed, and compare its final state with the expected one.
 
         Raises:
-            SoakError: the run does not finish, its final state or ``best.pth`` differs, or as for ``disturb``.
+            SoakError: the run does not finish, its final state or ``best.pth`` differs, or ``disturb`` raises it.
         """
         self.num_runs += 1
         name = f"run{self.num_runs}"
@@ -305,7 +306,7 @@ class Soak:
         update_before, has_saved = newest_intact_update(job.folder), newest_update(job.folder) > update_at_start
         fault = FAULTS[kind](job, self.rng)
         statuses = job.end(SECONDS_TO_END)
-        if set(statuses) == {DONE}:  # the fault came after the last save
+        if set(statuses) == {DONE}:  # the run finished, because the fault came after the last save
             return statuses
         if kind == "stop" and has_saved and set(statuses) != {STOPPED}:
             raise SoakError(f"{fault}: exit statuses {statuses}, not {STOPPED}; see {job.log}")
@@ -323,7 +324,7 @@ class Soak:
         return statuses
 
     def start_second_run(self, job: Job) -> list[int]:
-        """Start the command again while the job trains: the second run must exit, and must not disturb the job.
+        """Start a second run in the directory of a running job. It must exit with status 2 and must not disturb the job.
 
         Returns:
             The exit statuses of the first job. A fault is applied to it afterwards if it still runs.
@@ -359,7 +360,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kinds and times of the faults")
     parser.add_argument("--processes", type=int, default=2, help="processes of the training job")
-    parser.add_argument("--longest-delay", type=float, default=20.0, help="maximum seconds from a start to the fault")
+    parser.add_argument(
+        "--longest-delay", type=float, default=20.0, help="maximum seconds from a start of the command to its fault"
+    )
     parser.add_argument("--output", type=Path, default=Path("soak"), help="directory for data, runs, logs and soak.json")
     args = parser.parse_args()
     if GLOBAL_BATCH_SIZE % args.processes:

@@ -1,4 +1,4 @@
-"""Print the accuracies of runs, measured in training and by --eval of the saved checkpoint, and list their output files.
+"""Print the accuracies of runs, measured in training and by main.py --eval of a saved checkpoint, and list their output files.
 
 The exit status is 1 if training and --eval count different numbers of correct predictions for a checkpoint.
 """
@@ -13,7 +13,7 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
     """Numbers of correct predictions of the evaluation after which ``best.pth`` was written.
 
     Returns:
-        A dictionary from weights (raw, ema) to the number; empty if the run was not trained.
+        A dictionary from weights (raw, ema) to the number; empty if ``metrics`` does not exist (no training in this run).
     """
     if not metrics.is_file():
         return {}

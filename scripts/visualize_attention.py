@@ -1,9 +1,10 @@
 """Draw the attention maps of a model: one HTML page per image, and two PNG files per image and block.
 
-The page works offline. Click a patch or use the arrow keys to select the query. Menus select block, head and form of attention:
-the model's own, the convolution, their sum, and softmax, linear, focused and Efficient attention on the same queries and keys.
-<image>_<block>.png shows these forms side by side for a few queries. <image>_<block>_overlay.png shows the model's own
-attention and its depthwise kernel, drawn over the image.
+The page works offline. Click a patch or use the arrow keys to select the query. Menus select the block, the head and the form
+of attention: the model's own attention, its depthwise convolution, the sum of both, or softmax, linear, focused or Efficient
+attention (https://arxiv.org/abs/1812.01243) computed from the same queries and keys. <image>_<block>.png shows all forms side
+by side for a few queries. <image>_<block>_overlay.png shows the model's own attention and the kernel of its depthwise
+convolution, drawn over the image.
 """
 
 import argparse
@@ -15,19 +16,19 @@ from utils.config import ConfigError
 
 
 def open_at_token_grid(args: argparse.Namespace):
-    """Open the model at the input size that gives its first block the token map of --token-grid."""
+    """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
     from jobs.inspection import open_model
 
     inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     if not args.token_grid:
         return inspected
     stride = inspected.model.feature_info[0]["reduction"]
-    height, width = (stride * args.token_grid[index] for index in (0, -1))  # a single number gives both
+    height, width = (stride * args.token_grid[index] for index in (0, -1))  # a single number is used for both
     return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
 
 
 def parse_point(text: str) -> tuple[int, int]:
-    """Row and column of a pixel, from ``ROW,COLUMN``."""
+    """Parse ``ROW,COLUMN``, the position of a pixel."""
     try:
         row, column = map(int, text.split(","))
     except ValueError:
@@ -55,7 +56,7 @@ def visualize(args: argparse.Namespace) -> None:
     from utils.config import image_size
     from utils.files import replacing
 
-    model, checkpoint, cfg = open_at_token_grid(args)
+    model, checkpoint, cfg, weights = open_at_token_grid(args)
     names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images), cfg)
     points = as_fractions(args.queries, *image_size(cfg))
@@ -63,7 +64,7 @@ def visualize(args: argparse.Namespace) -> None:
     for position, path in enumerate(images.paths):
         picture, image = images.read(position)
         blocks = trace(model, image, names, points=points)
-        title = f"{cfg.MODEL.NAME}, {args.weights} weights of {checkpoint.path.name}, {path.name}"
+        title = f"{cfg.MODEL.NAME}, {weights} weights of {checkpoint.path.name}, {path.name}"
         page = args.output / f"{path.stem}.html"
         write_page(page, picture, blocks, title)
         for block in blocks:
@@ -81,14 +82,14 @@ def main() -> None:
     parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config (default: the checkpoint's own)")
     parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     parser.add_argument("--output", type=Path, default=Path("attention"), help="output directory")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="prefixes of module names (default: all)")
+    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="names or prefixes of attention modules (default: all)")
     parser.add_argument(
         "--queries",
         nargs="+",
         type=parse_point,
         default=[],
         metavar="ROW,COLUMN",
-        help="pixels of the model's input; the PNG files show the queries at these pixels (default: four points)",
+        help="show the queries at these pixels of the model's input in the PNG files (default: four points)",
     )
     parser.add_argument(
         "--token-grid",
@@ -96,11 +97,14 @@ def main() -> None:
         type=int,
         default=[],
         metavar="N",
-        help="height and width of the first block's token map, or one number for both; sets the input size (default: "
-        "DATA.IMG_SIZE)",
+        help="choose the input size so that the first block has a token map of this height and width, or one number for both "
+        "(default: the input size is DATA.IMG_SIZE)",
     )
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "auto"), default="auto", help="auto: those with the higher accuracy in training"
+        "--weights",
+        choices=("raw", "ema", "auto"),
+        default="auto",
+        help="auto: raw or ema, whichever was more accurate in training",
     )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for several test files: weights and inputs for the reference figures, toy data, and toy runs."""
+"""Fixtures and helpers for several test files: reference values with their weights and inputs, toy data, and toy runs."""
 
 import json
 import os
@@ -51,12 +51,12 @@ def pytest_collection_modifyitems(items):
 
 
 def reference(name: str):
-    """Read a file of reference figures: numbers measured on the paper's code, see tests/reference/README.md."""
+    """Read a file of reference values, which were measured on the paper's code; see tests/reference/README.md."""
     return json.loads((REFERENCE / f"{name}.json").read_text())
 
 
 def seeded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Values of a parameter in the models for the reference figures, drawn with the CRC-32 of its name as the seed."""
+    """Random values of a parameter, as used for the reference values; the seed is the CRC-32 of the parameter name."""
     z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".weight") and len(shape) == 1:
         z = 1 + 0.1 * z
@@ -72,7 +72,7 @@ def seeded_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def seeded_image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Model inputs for the reference figures: standard normal values."""
+    """Random model inputs, as used for the reference values: standard normal, drawn with the given seed."""
     return torch.tensor(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
@@ -122,7 +122,7 @@ PRINT_FREQ: 2
 
 @pytest.fixture(scope="session")
 def toy_config(tmp_path_factory) -> Path:
-    """Config of a model that trains in seconds, with every random operation enabled."""
+    """Config of a model that trains in seconds, with augmentation, mixup, dropout and drop path enabled."""
     path = tmp_path_factory.mktemp("config") / "toy.yaml"
     path.write_text(TOY_CONFIG)
     return path
@@ -142,7 +142,7 @@ def trained(toy_config, toy_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(toy_config, toy_data, tmp_path_factory):
-    """Return a function that takes a number of processes and returns the directory of an uninterrupted run on them."""
+    """Return a function that trains without interruption on a given number of processes and returns the output directory."""
     folders = {}
 
     from tests.launch import run_main

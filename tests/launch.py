@@ -68,7 +68,7 @@ def run_main(
 
 
 def run_script(script: ModuleType, arguments: list, log: Path, timeout: float = 120) -> Outcome:
-    """Run ``main`` of a script in a child process, as from the command line. It is killed after ``timeout`` seconds."""
+    """Run ``main`` of a script in a child process, as from the command line; kill the process after ``timeout`` seconds."""
     log.write_text("")
     name = Path(script.__file__).name
     child = multiprocessing.get_context("fork").Process(
@@ -138,7 +138,7 @@ def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
     try:
         task()
     finally:
-        logging.shutdown()  # as the interpreter does at exit
+        logging.shutdown()  # child processes of multiprocessing skip this exit handler
 
 
 def _redirect_output(log: Path) -> None:
@@ -164,4 +164,4 @@ def _call_main(
     try:
         main.main()
     finally:
-        logging.shutdown()  # as the interpreter does at exit
+        logging.shutdown()  # child processes of multiprocessing skip this exit handler

@@ -1,4 +1,4 @@
-"""Helpers for toy runs: a classifier, command-line arguments, and the comparison of states."""
+"""Helpers for toy runs: a classifier, command-line arguments, and a bit-exact comparison of checkpoints."""
 
 from torch import nn
 
@@ -16,7 +16,7 @@ class LinearClassifier(nn.Linear):
 
 
 def assert_equal(one, other, where="checkpoint"):
-    """Assert that two states are bit-equal and have the same types. ``where`` names the states in the error."""
+    """Assert that two nested states, such as checkpoints, have equal types and values. ``where`` names them in the error."""
     difference = find_difference(one, other, where)
     assert difference is None, difference
 

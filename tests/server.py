@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """Send the body whose name is the last part of the path.
+        """Send the response body whose name is the last part of the URL path.
 
-        The body ``cut`` is always truncated to half; the body ``once`` is truncated only at the first request.
+        The body named ``cut`` is always truncated to half its length; the body named ``once`` only at the first request.
         """
         self.server.requests.append(self.path)
         name = self.path.split("?")[0].strip("/").split("/")[-1]
@@ -30,7 +30,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """Serve each body at ``server.url`` plus "/" plus its name. ``server.requests`` lists the requested paths."""
+    """Serve response bodies by name, at ``<server.url>/<name>``. ``server.requests`` lists the requested paths."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.bodies = bodies
     server.requests = []

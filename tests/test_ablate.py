@@ -1,4 +1,4 @@
-"""Ablations: validation of the ablation file, resuming, and the table of results."""
+"""Ablations with scripts/ablate.py: validation of the ablation file, confidence intervals, resuming, and the result table."""
 
 import json
 
@@ -16,7 +16,7 @@ seeds: [0, 1]
 baseline: softmax
 arms:
   softmax: {{MODEL.LA.KIND: softmax}}
-  both parts: {{}}
+  focused attention: {{}}
 """
 
 
@@ -27,10 +27,10 @@ arms:
         ("cfg: [a]", "arms, baseline, seeds: unknown or missing"),
         ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
         ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),
-        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "the deviation over seeds needs at least two integers"),
+        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "give at least two integers, to compute the standard deviation"),
     ],
 )
-def test_an_invalid_ablation_file_is_rejected_and_the_key_is_named(text, message, tmp_path):
+def test_an_invalid_ablation_file_is_rejected_and_the_error_names_the_key(text, message, tmp_path):
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         read_ablation(tmp_path / "file.yaml")
@@ -40,7 +40,7 @@ def test_an_invalid_ablation_file_is_rejected_and_the_key_is_named(text, message
 @pytest.mark.parametrize("path", sorted((scripts.ablate.ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_file_defines_18_runs_in_distinct_directories(path, tmp_path):
     runs = read_ablation(path).runs(tmp_path)
-    assert len({run.folder for run in runs}) == len(runs) == 18
+    assert len({run.folder for run in runs}) == len(runs) == 18  # 6 arms with 3 seeds
 
 
 def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config, tmp_path):
@@ -49,8 +49,8 @@ def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config
         read_ablation(tmp_path / "file.yaml").runs(tmp_path)
 
 
-def test_differences_are_paired_by_seed():
-    """The differences 1, 2 and 3 have mean 2 and standard deviation 1.
+def test_accuracy_differences_between_arms_are_paired_by_seed():
+    """Hand-computed confidence interval: the differences 1, 2 and 3 have mean 2 and standard deviation 1.
 
     The 97.5 % quantile of Student's t with two degrees of freedom is 4.3027.
     """
@@ -76,10 +76,11 @@ def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, t
         arm: [final_accuracy(run, 1) for run in ablation.runs(tmp_path / "out") if run.arm == arm] for arm in ablation.arms
     }
     assert {row["arm"]: row["accuracies"] for row in rows} == expected
-    mtime_before = (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns
+    mtime_before = (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns
+    # Simulate an interruption: one run lacks its metrics and its last checkpoint.
     (tmp_path / "out/toy/softmax_0/metrics.jsonl").unlink()
     (tmp_path / "out/toy/softmax_0/checkpoint_000000003.pth").unlink()
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
     assert "4 runs of 1 epochs, 3 of them finished" in outcome.output
     assert json.loads((tmp_path / "out/table.json").read_text()) == rows
-    assert (tmp_path / "out/toy/both_parts_1/metrics.jsonl").stat().st_mtime_ns == mtime_before
+    assert (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns == mtime_before

@@ -1,4 +1,4 @@
-"""Import boundaries, and other rules for the code of the packages."""
+"""Import boundaries between the packages, and coding rules for the library code."""
 
 import ast
 from pathlib import Path
@@ -36,22 +36,22 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_package_imports_only_the_layers_below_it(path):
+def test_a_package_imports_only_the_project_packages_that_it_may_import(path):
     package = path.relative_to(ROOT).parts[0]
     top_level_names = {name.split(".")[0] for name in imports(path)}
     assert not top_level_names & ({*ALLOWED, "benchmarks", "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_library_is_imported_by_its_listed_files_only(path):
+def test_a_third_party_library_is_imported_only_by_the_files_that_may_import_it(path):
     top_level_names = {name.split(".")[0] for name in imports(path)}
     for library, importers in IMPORTERS.items():
         assert library not in top_level_names or relative(path) in importers
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_only_build_functions_take_the_config(path):
-    """Apart from a few exceptions, only functions that build an object take the config."""
+def test_only_build_functions_and_listed_exceptions_take_the_config(path):
+    """Only functions named ``build_*`` or ``*_arguments``, and those in ``allowed``, have a parameter ``cfg``."""
     if relative(path) == "utils/config.py":
         return
     allowed = (

@@ -1,4 +1,4 @@
-"""Benchmarks: hand-computed memory traffic and peak memory, the naive implementation, and runs of the script."""
+"""Benchmarks: counts of memory traffic and peak memory, the naive implementation, and runs of scripts/benchmark.py."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.launch import run_script
 BYTES_PER_FLOAT = 4  # bytes of a float32 element
 
 
-def test_traffic_counts_the_bytes_that_kernels_read_and_write():
+def test_memory_traffic_counts_the_bytes_that_kernels_read_and_write():
     x, row = torch.ones(10, 6), torch.ones(6)
     out = torch.empty(10, 6)
     with TrafficCounter() as counter:
@@ -40,7 +40,7 @@ def test_peak_memory_counts_the_tensors_alive_at_the_same_time():
         z = y + 1
         del y
         z = z + 1
-        view = z[:10]
+        view = z[:10]  # keeps the memory of z alive
         del z
         w = view + 1
     assert counter.peak == 2 * 100 * BYTES_PER_FLOAT
@@ -55,8 +55,8 @@ def test_speedup_is_computed_per_round():
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_cswin_t", "flatten_deit_t"])
-def test_the_naive_implementation_has_the_same_logits_and_gradients(name):
-    """The benchmark compares two implementations of the same function."""
+def test_models_with_naive_attention_have_the_same_logits_and_gradients(name):
+    """A comparison of speed requires that both implementations of the attention compute the same function."""
     depths = {"flatten_deit_t": {"depth": 2}}.get(name, {"depths": (1, 1, 1, 1)})
     torch.manual_seed(0)
     model = create_model(name, num_classes=3, img_size=64, drop_path_rate=0.0, **depths)
@@ -71,7 +71,7 @@ def test_the_naive_implementation_has_the_same_logits_and_gradients(name):
         torch.testing.assert_close(ours, naive, rtol=2e-3, atol=2e-4 * naive.abs().max().item())
 
 
-def test_contestants_are_focused_naive_softmax_and_timm_models():
+def test_a_model_is_benchmarked_against_naive_softmax_and_timm_models():
     contestants = create_contestants("flatten_deit_t", 64)
     assert list(contestants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
@@ -81,15 +81,15 @@ def test_contestants_are_focused_naive_softmax_and_timm_models():
             assert f"timm {peer}" in create_contestants(name, 224)
 
 
-def test_the_operator_moves_fewer_bytes_than_the_naive_implementation():
-    """Upper bounds for the figures in docs/performance.md; ``maps`` is the traffic in multiples of the size of q."""
+def test_the_attention_operator_moves_fewer_bytes_than_the_naive_implementation():
+    """Upper bounds for the memory traffic in docs/performance.md. ``maps`` is the traffic in multiples of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
         assert records[OURS, pass_name]["bytes"] < max_ratio * records[NAIVE, pass_name]["bytes"]
     assert records[OURS, "forward and backward"]["maps"] < 134
 
 
-def test_every_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):
+def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):
     common = ["--rounds", 1, "--json", tmp_path / "records.json"]
     runs = {
         "attention": ["--tokens", 49, 64, "--dim", 8, "--heads", 2, "--batch-size", 1, "--png", tmp_path / "attention.png"],

@@ -1,4 +1,8 @@
-"""Commands of the reference's README give the same job, model and config here, with ``configs/`` instead of ``cfgs/``."""
+"""Commands of the reference implementation's README select the same job, model and config in this project.
+
+The commands are listed without their launcher, and with ``configs/`` instead of ``cfgs/``. Other tests cover training on toy
+data, fine-tuning recipes, and the precedence of flags, --opts and config files.
+"""
 
 import ast
 import json
@@ -28,7 +32,7 @@ EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
 TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
 PLAIN = {"EMA.ENABLED": False, "AMP": False}  # config values of a command without flags
-# For each command: its text without the launcher, the model's parameters in millions, the job, and expected config values.
+# (command without its launcher, model parameters in millions, "evaluate" or the initialization, expected config values)
 COMMANDS = [
     *(
         (f"{TRAIN.format(name)} --find-unused-params", millions, "scratch", PLAIN)
@@ -76,7 +80,7 @@ COMMANDS = [
     (TRAIN_EMA.format("flatten_swin_t"), 29, "scratch", {"EMA.ENABLED": True, "EMA.DECAY": 0.9999}),
     (f"{TRAIN_EMA.format('flatten_cswin_t')} --no-model-ema", 21, "scratch", {"EMA.ENABLED": False}),
     (f"{TRAIN_EMA.format('flatten_cswin_t')} --opts EMA.ENABLED False", 21, "scratch", {"EMA.ENABLED": False}),
-    # Older launchers append the local rank.
+    # Older launchers pass the local rank as a flag.
     (f"{TRAIN.format('flatten_swin_t')} --local-rank 0", 29, "scratch", PLAIN),
     (f"{TRAIN.format('flatten_swin_t')} --local_rank=1", 29, "scratch", PLAIN),
     (f"{TRAIN.format('flatten_swin_t')} --eval --resume WEIGHTS", 29, "evaluate", {"TEST.CROP": True}),
@@ -133,7 +137,7 @@ def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
-def test_the_command_sequence_of_the_reference_runs_on_toy_data(toy_config, toy_data, tmp_path):
+def test_the_commands_of_the_reference_run_in_sequence_on_toy_data(toy_config, toy_data, tmp_path):
     """Train with EMA, evaluate, resume, fine-tune at a higher resolution, evaluate again, and measure throughput."""
     common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path]
     short = ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
@@ -156,7 +160,7 @@ def test_the_command_sequence_of_the_reference_runs_on_toy_data(toy_config, toy_
 
 
 def test_training_and_evaluation_support_non_square_images(toy_config, toy_data, trained, tmp_path):
-    """Train, fine-tune from square to wide images and from wide to tall ones, evaluate both, and measure throughput."""
+    """Train, fine-tune from square to wide images and from wide to tall ones, evaluate both models, and measure throughput."""
     common = ["--data-path", toy_data, "--output", tmp_path]
     short = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.BASE_LR=1e-3"]
     wide, tall = tmp_path / "toy/wide/best.pth", tmp_path / "toy/tall/best.pth"
@@ -173,9 +177,9 @@ def test_training_and_evaluation_support_non_square_images(toy_config, toy_data,
         assert message in outcome.output
     assert json.loads((wide.parent / "eval.json").read_text())["preprocessing"]["img_size"] == [32, 64]
     state = read_checkpoint(tall)["model"]
-    assert state["layers.0.blocks.0.attn.positional_encoding"].shape[1] == 14 * 8  # 56 x 32 pixels in patches of 4
+    assert state["layers.0.blocks.0.attn.positional_encoding"].shape[1] == 14 * 8  # 56 x 32 pixels in patches of 4 x 4
     encoding = read_checkpoint(wide)["model"]["layers.0.blocks.0.attn.positional_encoding"]
-    assert encoding.shape[1] == 8 * 16
+    assert encoding.shape[1] == 8 * 16  # 32 x 64 pixels
 
 
 def test_main_ema_calls_main_with_ema_enabled():
@@ -186,11 +190,11 @@ def test_main_ema_calls_main_with_ema_enabled():
 
 
 def test_both_fine_tuning_recipes_train_on_a_different_number_of_classes(toy_config, toy_data, tmp_path):
-    """Fine-tune from three classes to two; --cfg lists the model's config and the recipe. Evaluate with the same configs."""
+    """Train on three classes, fine-tune on two with the configs of model and recipe, and evaluate with the same configs."""
     for split in ("train", "val"):
         for label in (0, 2):
             (tmp_path / "two" / split).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "two" / split / f"own{label}").symlink_to(toy_data / split / f"class{label}")
+            (tmp_path / "two" / split / f"new_class{label}").symlink_to(toy_data / split / f"class{label}")
     short = ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     common = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *short]
     assert run_main(common, tmp_path / "log").exit_codes == [0]
@@ -219,8 +223,7 @@ def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_d
     assert "give weights with --pretrained" in outcome.output
 
 
-# By flag, action of a flag or type of a flag: its command-line arguments, the resulting config value, and a different value
-# for --opts.
+# Flag, else its action, else its type -> (arguments of the flag, resulting config value, a different value for --opts)
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),

@@ -1,4 +1,4 @@
-"""README and docs: link targets exist, commands parse, config keys exist, and generated pages are up to date."""
+"""README and docs: link targets exist, commands parse, config keys exist, and docs/configuration.md is up to date."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Return (page, words) for every command in a bash code block."""
+    """Return (file name of the page, words of the command) for every command in a bash code block."""
     page_commands = []
     for page in PAGES:
         for block in code_blocks(page, "bash"):
@@ -35,14 +35,15 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 COMMANDS = commands()
-TRAINING = [(page, words) for page, words in COMMANDS if any(word in ("main.py", "main_ema.py") for word in words)]
+MAIN_COMMANDS = [(page, words) for page, words in COMMANDS if any(word in ("main.py", "main_ema.py") for word in words)]
 SCRIPTS = [(page, words) for page, words in COMMANDS if words[0] == "python" and words[1].startswith(("scripts/", "examples/"))]
 
 
 def test_pages_contain_commands_of_known_programs_only():
-    assert len(TRAINING) > 10
+    # Without commands, the other tests would have no cases, and would pass.
+    assert len(MAIN_COMMANDS) > 10
     assert len(SCRIPTS) > 12
-    others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in TRAINING + SCRIPTS}
+    others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in MAIN_COMMANDS + SCRIPTS}
     assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source"}
 
 
@@ -59,27 +60,27 @@ def test_links_point_to_existing_files_and_headings(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
-@pytest.mark.parametrize(("page", "words"), TRAINING, ids=lambda value: value if isinstance(value, str) else "")
-def test_commands_of_main_parse_and_their_configs_load(page, words, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("page", "words"), MAIN_COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
+def test_main_py_commands_parse_and_their_configs_load(page, words, monkeypatch, tmp_path):
     start = next(index for index, word in enumerate(words) if word in ("main.py", "main_ema.py"))
     if "..." in words:
-        pytest.skip("a template for clusters, not a complete command")
+        pytest.skip("'...' marks a template for clusters, not a complete command")
     monkeypatch.chdir(ROOT)
     (tmp_path / "data").mkdir()
     arguments = [str(tmp_path / "data") if words[index - 1] == "--data-path" else word for index, word in enumerate(words)]
     monkeypatch.setattr(sys, "argv", arguments[start:])
     args = parse_arguments(main.__doc__)
     if args.replay:
-        pytest.skip("needs a file that a run has written")
+        pytest.skip("--replay needs a file that a run has written")
     cfg = load_config(args.cfg, overrides(args)) if args.cfg else None
     if args.eval and args.resume.startswith("output/"):
-        args.resume = args.cfg = __file__  # any file that exists
+        args.resume = args.cfg = __file__  # any existing file: there is no checkpoint in output/
     check_usage(args, cfg, main.CONFIGS)
 
 
 @pytest.mark.parametrize("script", sorted({words[1] for _, words in SCRIPTS}))
 def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
-    # The word after the script, if there is one, may be a subcommand.
+    # The word after the script's name may be a subcommand.
     used = {(tuple(words[2:3]), word) for _, words in SCRIPTS if words[1] == script for word in words if word.startswith("--")}
     module = import_module(script.removesuffix(".py").replace("/", "."))
     for next_words, flag in used:
@@ -91,7 +92,7 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_documented_keys_exist_and_python_blocks_parse(page):
+def test_documented_config_keys_exist_and_python_blocks_parse(page):
     known = flatten(load_config(ROOT / "configs/flatten_swin_t.yaml")).keys()
     sections = {key.rpartition(".")[0] for key in known}
     for key in re.findall(r"`((?:DATA|MODEL|TRAIN|AUG|EMA|TEST)\.[A-Z_.\d]+)", page.read_text()):

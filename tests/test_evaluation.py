@@ -1,4 +1,4 @@
-"""Evaluation: counts on any number of processes, checkpoints of the reference, class maps, and result files."""
+"""Evaluation: counts of correct predictions, checkpoints of the reference implementation, class maps, and result files."""
 
 import argparse
 import csv
@@ -57,7 +57,7 @@ def evaluate_batches(world, num_images, batch_size):
 
 
 def save_counts(world, folder):
-    """Write one file per rank with the counts and the loss of every case, and on rank 0 also the predictions."""
+    """Write a file per rank with counts and loss for every number of images and batch size; on rank 0 also the predictions."""
     results = {}
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         for batch_size in (1, 7, 128):
@@ -119,7 +119,7 @@ def test_confidence_intervals_and_mcnemar_test_match_textbook_values():
     assert paired_interval(0, 0, 100) == (0, 0)
 
 
-def test_the_paired_interval_excludes_zero_exactly_if_mcnemar_test_is_significant():
+def test_the_paired_interval_excludes_zero_if_and_only_if_mcnemars_test_is_significant():
     for total in range(1, 25):
         for second in range(total + 1):
             low, high = paired_interval(total - second, second, 100)
@@ -135,7 +135,7 @@ def create_result(targets, predictions, num_classes=3):
     return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
 
 
-def test_evaluation_files_have_counts_per_class_predictions_and_accuracy_on_real_labels(tmp_path):
+def test_result_files_contain_class_counts_predictions_and_accuracy_on_real_labels(tmp_path):
     result = create_result([0, 0, 1, 2], [0, 1, 1, 0])
     assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     names, real = ["d.png", "c.png", "b.png", "a.png"], [[0], [1, 2], [], [2]]
@@ -144,8 +144,8 @@ def test_evaluation_files_have_counts_per_class_predictions_and_accuracy_on_real
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["model"] == "x"
     assert record["results"]["raw"]["real"] == {"correct1": 2, "num_images": 3, "acc1": pytest.approx(200 / 3)}
-    assert record["results"]["raw"]["acc1_interval_95"] == pytest.approx([15.0, 85.0], abs=0.05)  # 2 of 4
-    assert record["results"]["raw"]["acc5_interval_95"] == pytest.approx([51.01, 100.0], abs=0.05)  # 4 of 4
+    assert record["results"]["raw"]["acc1_interval_95"] == pytest.approx([15.0, 85.0], abs=0.05)  # 2 of 4 correct
+    assert record["results"]["raw"]["acc5_interval_95"] == pytest.approx([51.01, 100.0], abs=0.05)  # 4 of 4 correct
     with open(tmp_path / "eval_classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["class"], row["num_images"], row["correct1_raw"]) for row in rows] == [
@@ -179,7 +179,7 @@ def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_p
 
 
 def test_real_labels_are_class_ids_of_the_model(tmp_path):
-    """With a class map, the first and second class of the dataset are classes 7 and 9 of the model."""
+    """With a class map, the predictions are classes 7 and 9 of the model. The ReaL labels are 7 and 3, so one is correct."""
     predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
     result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
     options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
@@ -188,7 +188,7 @@ def test_real_labels_are_class_ids_of_the_model(tmp_path):
     assert real == {"correct1": 1, "num_images": 2, "acc1": 50.0}
 
 
-def test_an_evaluation_deletes_stale_predictions_of_the_previous_one(tmp_path):
+def test_an_evaluation_deletes_prediction_files_of_the_previous_evaluation(tmp_path):
     options = {"about": {}, "classes": ["a", "$x_$", "c"], "names": ["1", "2", "3"], "real_labels": None}
     results = {"raw": create_result([0, 1, 2], [0, 1, 2]), "ema": create_result([0, 1, 2], [1, 2, 0])}
     write_evaluation(tmp_path, results, preferred="ema", predictions=True, **options)
@@ -205,8 +205,8 @@ def test_two_evaluations_are_compared_on_the_same_images():
     text = compare(first, second)
     assert "correct only in the first 10, only in the second 25" in text
     assert "second - first +15.00 points" in text
-    assert f"p = {mcnemar_test(10, 25):.3g}; at the 5 % level, the two differ significantly" in text
-    with pytest.raises(ValueError, match="1 images are in only one of the files"):
+    assert f"p = {mcnemar_test(10, 25):.3g}; at the 5 % level, the two models differ significantly" in text
+    with pytest.raises(ValueError, match="images in only one of the files: 1 "):
         compare(first, {name: pair for name, pair in second.items() if name != "7"})
     with pytest.raises(ValueError, match="3: has target cat in the first file and dog in the second"):
         compare(first, second | {"3": ("cat", "dog")})
@@ -214,7 +214,7 @@ def test_two_evaluations_are_compared_on_the_same_images():
     assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
 
 
-def test_shards_are_compared_with_image_folders_whose_file_names_contain_dots():
+def test_predictions_for_shards_and_for_image_files_with_dots_in_their_names_are_paired():
     folder = {f"a/x.{number}.png": ("cat", "cat") for number in range(3)}
     shards = {f"val-000000.tar/a/x_{number}.png": ("cat", "cat") for number in range(3)}
     assert compare(folder, shards).startswith("3 images")
@@ -223,7 +223,7 @@ def test_shards_are_compared_with_image_folders_whose_file_names_contain_dots():
 def test_a_predictions_file_with_truncated_or_duplicate_rows_is_rejected(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
         (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
-        (tmp_path / "eval.json").write_text("[]")  # no dictionary, so the raw weights are read
+        (tmp_path / "eval.json").write_text("[]")  # not a dictionary: read() selects the raw weights
         with pytest.raises(ValueError, match="truncated row or duplicate image"):
             read(tmp_path, None)
 
@@ -277,8 +277,8 @@ def write_reference_checkpoint(path, state, file_format):
     """Write a checkpoint in the format of the reference.
 
     Args:
-        file_format: "main", the format of main.py; "main_ema", which adds the EMA weights; or "wrapped", main.py's format with
-            DDP's prefix in the parameter names.
+        file_format: "main", the format of its main.py; "main_ema", which adds the EMA weights; or "wrapped", main.py's format
+            with DDP's prefix in the parameter names.
     """
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin", "NUM_CLASSES": 3}), "TRAIN": CfgNode({"BASE_LR": 5e-4})})
     content = {
@@ -315,7 +315,7 @@ def test_predictions_are_the_same_for_any_number_of_processes_and_workers(traine
         opts = ["--opts", "TEST.PREDICTIONS", "True", "DATA.NUM_WORKERS", workers]
         folder, _ = run_evaluation(trained, toy_config, toy_data, output, *opts, processes=processes)
         rows = list(csv.reader((folder / "predictions_ema.csv").read_text().splitlines()))
-        tables.append([[*row[:2], *row[3:]] for row in rows])  # without the confidence
+        tables.append([[*row[:2], *row[3:]] for row in rows])  # without the confidence, which may differ by rounding
     assert tables[0] == tables[1] == tables[2]
     assert len(tables[0]) == 34
     file, pairs = read(folder, None)
@@ -325,8 +325,8 @@ def test_predictions_are_the_same_for_any_number_of_processes_and_workers(traine
 
 
 def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, toy_config, toy_data, tmp_path):
-    """The dataset has classes 2 and 0 of the model. Its counts equal those of a model whose head has only these two rows."""
-    data = tmp_path / "variant"
+    """Evaluate on classes 2 and 0: the counts equal those of a model whose head has only the rows of these two classes."""
+    data = tmp_path / "subset"
     for name, label in (("a", 2), ("b", 0)):
         (data / "val").mkdir(parents=True, exist_ok=True)
         (data / "val" / name).symlink_to(toy_data / f"val/class{label}")
@@ -348,7 +348,7 @@ def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, t
 
 
 def test_an_evaluation_of_different_files_in_two_processes_is_rejected(trained, toy_config, toy_data, tmp_path):
-    """Nodes may have different files under the same path."""
+    """Nodes may have different files at the same path; the test simulates this with a different digest in each process."""
 
     def prepare(rank: int) -> None:
         original = jobs.evaluation.open_checkpoint
@@ -360,7 +360,7 @@ def test_an_evaluation_of_different_files_in_two_processes_is_rejected(trained, 
     assert "differs between processes; evaluate a copy that they share" in outcome.output
 
 
-def test_a_dry_run_runs_every_step_and_deletes_its_files(toy_config, toy_data, tmp_path):
+def test_a_dry_run_runs_each_part_of_training_and_deletes_its_files(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
@@ -407,7 +407,7 @@ def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy
     average_checkpoints.main()
     counts = []
     for checkpoint in (trained, same, mean):
-        output = tmp_path / f"of {checkpoint.stem}"
+        output = tmp_path / f"evaluation of {checkpoint.stem}"
         output.mkdir()
         counts.append(read_counts(run_evaluation(checkpoint, toy_config, toy_data, output)[0]))
     assert counts[1]["raw"] == counts[0]["ema"]  # averaging a checkpoint with itself gives its preferred weights, here EMA

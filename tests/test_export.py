@@ -19,7 +19,7 @@ from tests.conftest import CONFIGS
 from utils.config import load_config, to_dict
 from weights.reader import sha256
 
-# Warnings that torch 2.11 causes in its own code.
+# Ignore the warnings that torch 2.11 raises about its own code.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -52,7 +52,7 @@ def write_evaluation(path, folder, digest=None):
     return folder / "eval.json"
 
 
-def test_every_format_exports_the_ema_weights_and_the_card_describes_them(checkpoint, toy_config, tmp_path, monkeypatch):
+def test_every_format_exports_the_ema_weights_and_the_model_card_describes_them(checkpoint, toy_config, tmp_path, monkeypatch):
     path, ema_model = checkpoint
     folder = tmp_path / "out"
     write_evaluation(path, tmp_path)  # next to the checkpoint, where the export looks for it
@@ -92,12 +92,12 @@ def test_an_export_with_different_logits_is_rejected(tmp_path, monkeypatch):
         export._largest_error(model, lambda images: model(images) * float("nan"), torch.randn(3, 3, 2, 2), tmp_path)
 
 
-def test_the_card_does_not_use_an_evaluation_of_another_checkpoint(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
+def test_the_model_card_does_not_use_an_evaluation_of_another_checkpoint(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
     path, _ = checkpoint
     other_evaluation = write_evaluation(path, tmp_path, digest="0" * 64)
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", other_evaluation)
-    assert "belongs to another file or other weights" in capsys.readouterr().err
+    assert "belongs to another checkpoint or other weights" in capsys.readouterr().err
     run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the eval.json next to the checkpoint does not match either
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):
@@ -106,7 +106,7 @@ def test_the_card_does_not_use_an_evaluation_of_another_checkpoint(checkpoint, t
 
 
 def test_exported_weights_contain_config_and_class_names(checkpoint, tmp_path, monkeypatch):
-    """The exported file can be opened and exported again without a config."""
+    """The exported file can be opened and exported again without --cfg."""
     run(monkeypatch, checkpoint[0], tmp_path / "out")
     opened = open_checkpoint(tmp_path / "out/model.safetensors")
     assert opened.class_names == tuple(NAMES)
@@ -136,12 +136,12 @@ def test_an_exported_directory_loads_as_a_timm_model(checkpoint, tmp_path, monke
     run(monkeypatch, path, tmp_path / "out", "--opts", *options)
     images = torch.randn(2, 3, 40, 40)
     torch.save(images, tmp_path / "images.pt")
-    arguments = [str(tmp_path / name) for name in ("out", "images.pt", "found.pt")]
+    arguments = [str(tmp_path / name) for name in ("out", "images.pt", "timm_results.pt")]
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", TIMM_PROGRAM, *arguments]
     completed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr
-    timm_results = torch.load(tmp_path / "found.pt")
+    timm_results = torch.load(tmp_path / "timm_results.pt")
     with torch.no_grad():
         # The tolerance allows for the order of summation, which depends on the number of threads.
         torch.testing.assert_close(timm_results["logits"], ema_model.eval()(images), rtol=0, atol=1e-6)
@@ -173,7 +173,7 @@ def test_timm_resolves_the_preprocessing_of_the_config(path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_every_family_exports_to_torch_export_and_onnx(name, tmp_path):
+def test_every_model_family_exports_to_torch_export_and_onnx(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(name, num_classes=10, img_size=96).eval()
     images = torch.randn(3, 3, 96, 96)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, o
 GPU = torch.device("cuda", 0)
 
 
-def test_operator_outputs_and_gradients_on_gpu_equal_those_on_cpu():
+def test_linear_attention_has_the_same_outputs_and_gradients_on_gpu_and_cpu():
     torch.manual_seed(0)
     operator = FocusedLinearAttention(96, 3, (14, 14))
     for parameter in operator.parameters():
@@ -33,14 +33,15 @@ def test_operator_outputs_and_gradients_on_gpu_equal_those_on_cpu():
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_an_update_does_not_synchronise_host_and_gpu(name):
+def test_a_training_update_does_not_synchronise_host_and_gpu(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["AMP", True])
     model = create_model(name, drop_path_rate=0.1).to(GPU).train()
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
     wrapped = wrap(model, World(0, 0, 1, GPU), num_scalars=3)
     images, targets = torch.randn(4, 3, 224, 224, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
-    train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)  # creates the optimizer state
+    # The first update also creates the optimizer state, so only the second one is checked.
+    train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
         report = train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)

@@ -1,4 +1,4 @@
-"""Initial state of a run, rejected checkpoints and output directories, and what a run records."""
+"""Initialization of runs: rejected checkpoints and output directories, numerical settings, resuming, and metrics files."""
 
 import json
 import os
@@ -26,26 +26,27 @@ from utils.run import RunLock, check_available
 from utils.trainer import check_trained
 from weights.reader import CheckpointError, read_checkpoint
 
-CHANGES = {
-    "no config": {"config": None},
-    "negative count": {"num_updates": -5},
-    "zero updates per epoch": {"updates_per_epoch": 0},
-    "empty best": {"best": {}},
-    "text in best": {"best": {"acc1": "x", "weights": "raw", "epoch": 0, "num_updates": "y"}},
-    "text instead of a count": {"num_skipped": "x"},
-    "number instead of data": {"data": 7},
-    "data of one split": {"data": {"train": {}}},
+# Test case -> invalid entry of a checkpoint.
+INVALID_ENTRIES = {
+    "config is None": {"config": None},
+    "num_updates is negative": {"num_updates": -5},
+    "updates_per_epoch is zero": {"updates_per_epoch": 0},
+    "best is empty": {"best": {}},
+    "best contains text": {"best": {"acc1": "x", "weights": "raw", "epoch": 0, "num_updates": "y"}},
+    "num_skipped is text": {"num_skipped": "x"},
+    "data is a number": {"data": 7},
+    "data lacks the split val": {"data": {"train": {}}},
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_entry_is_named(change, trained, toy_config, toy_data, tmp_path):
+@pytest.mark.parametrize("case", INVALID_ENTRIES)
+def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_error_names_it(case, trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     assert find_unusable_entries(state) == []
-    (name,) = CHANGES[change]
-    assert find_unusable_entries(state | CHANGES[change]) == [name]
-    if change == "text in best":
-        save_checkpoint(state | CHANGES[change], tmp_path / "file.pth")
+    (name,) = INVALID_ENTRIES[case]
+    assert find_unusable_entries(state | INVALID_ENTRIES[case]) == [name]
+    if case == "best contains text":
+        save_checkpoint(state | INVALID_ENTRIES[case], tmp_path / "file.pth")
         outcome = run_main(
             [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
         )
@@ -62,7 +63,7 @@ def test_files_that_are_not_checkpoints_are_rejected(content, toy_config, toy_da
         assert "Traceback" not in outcome.output
 
 
-# --- The directory of a run
+# --- Output directory
 
 
 def test_a_rejected_run_creates_no_output_directory(toy_config, toy_data, tmp_path):
@@ -73,24 +74,24 @@ def test_a_rejected_run_creates_no_output_directory(toy_config, toy_data, tmp_pa
 
 
 @pytest.mark.parametrize("level", ["output", "output/toy", "output/toy/default"])
-def test_a_file_in_place_of_the_output_directory_is_rejected_by_run_and_check(level, toy_config, toy_data, tmp_path):
+def test_a_file_at_the_output_path_is_rejected_by_training_and_by_check(level, toy_config, toy_data, tmp_path):
     (tmp_path / level).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / level).write_text("mine")
+    (tmp_path / level).write_text("text")
     for flags in ([], ["--check"]):
         outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path / "output"), *flags], tmp_path / "log")
         assert outcome.exit_codes == [2], outcome.output
         assert "choose another --output" in outcome.output
-    assert (tmp_path / level).read_text() == "mine"
+    assert (tmp_path / level).read_text() == "text"
 
 
-def test_the_check_detects_the_same_problems_as_the_run(uninterrupted, toy_config, toy_data, tmp_path):
-    """Starts before an existing checkpoint and in a locked directory are rejected, and a damaged checkpoint is skipped."""
+def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, toy_data, tmp_path):
+    """--check rejects a start earlier than the newest checkpoint and a locked directory; it skips a damaged checkpoint."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
     outcome = run_main(command, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "later than this start" in outcome.output
+    assert "but this run starts from the earlier update" in outcome.output
     newest, older = list_checkpoints(folder)
     newest.write_bytes(newest.read_bytes()[:1000])
     before = {path.name for path in folder.iterdir()}
@@ -104,11 +105,11 @@ def test_the_check_detects_the_same_problems_as_the_run(uninterrupted, toy_confi
     outcome = run_main(command, tmp_path / "log")
     lock.release()
     assert outcome.exit_codes == [2]
-    assert "another run writes there" in outcome.output
+    assert "another run writes to this directory" in outcome.output
     assert check_available(folder) == folder
 
 
-def test_a_resumed_run_ignores_pretrained_weights_and_logs_it(uninterrupted, toy_config, toy_data, tmp_path):
+def test_a_resumed_run_ignores_pretrained_weights_and_logs_a_warning(uninterrupted, toy_config, toy_data, tmp_path):
     shutil.copytree(uninterrupted(1), tmp_path / "toy/default")
     arguments = toy_arguments(toy_config, toy_data, tmp_path)
     outcome = run_main([*arguments, "--pretrained", tmp_path / "other.pth"], tmp_path / "log")
@@ -146,7 +147,7 @@ def test_an_output_directory_without_access_permission_is_rejected(toy_config, t
     assert "cannot be written to (Permission denied); choose another --output" in outcome.output
 
 
-def test_a_run_of_an_earlier_version_does_not_resume_on_renamed_classes():
+def test_a_checkpoint_without_a_data_description_is_rejected_if_classes_were_renamed():
     saved, data = {"class_names": ["a", "b"]}, {"train": {"classes": [["a", 1, ""], ["c", 1, ""]]}, "val": {}}
     with pytest.raises(ConfigError, match=r"was saved with the classes \['a', 'b'\]"):
         check_data(saved, data, "file.pth")
@@ -160,7 +161,7 @@ def test_a_finished_run_that_skipped_every_update_fails():
         check_trained(num_updates=5, num_skipped=5)
 
 
-# --- Records
+# --- Recorded environment, and numerical settings
 
 
 def test_log_and_checkpoint_record_environment_and_config(trained):
@@ -202,7 +203,7 @@ def test_amp_on_a_gpu_without_bf16_recommends_fp16(supported, toy_config, monkey
     assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
 
 
-def test_training_and_check_apply_the_arithmetic_of_the_config(toy_config, toy_data, tmp_path):
+def test_training_and_check_apply_the_numerical_settings_of_the_config(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         original = jobs.training.build_trainer
 
@@ -219,13 +220,13 @@ def test_training_and_check_apply_the_arithmetic_of_the_config(toy_config, toy_d
         assert outcome.exit_codes == [0], outcome.output
 
 
-def test_evaluation_applies_the_arithmetic_of_the_config(trained, toy_config, toy_data, tmp_path):
+def test_evaluation_applies_the_numerical_settings_of_the_config(trained, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         original = jobs.evaluation.evaluate
 
         def evaluate(*arguments, **options):
-            assert torch.backends.cuda.matmul.allow_tf32  # TF32 is on by default
+            assert torch.backends.cuda.matmul.allow_tf32  # the config enables TF32 by default
             return original(*arguments, **options)
 
         jobs.evaluation.evaluate = evaluate
@@ -235,7 +236,7 @@ def test_evaluation_applies_the_arithmetic_of_the_config(trained, toy_config, to
     assert outcome.exit_codes == [0], outcome.output
 
 
-# --- Resume
+# --- Resuming, and metrics files
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
 
 
 def test_resuming_discards_metrics_after_the_checkpoint_and_keeps_earlier_ones(tmp_path):
-    """Resume at step 2, with and without the evaluation of that step."""
+    """Resume at step 2: once after the evaluation of this step was completed, and once before."""
     for evaluated, expected in ((True, [(1, "train"), (2, "train"), (2, "eval_raw")]), (False, [(1, "train"), (2, "train")])):
         output = tmp_path / str(evaluated)
         output.mkdir()
@@ -299,13 +300,13 @@ def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(tmp_path):
     assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
 
 
-# --- Evaluation
+# --- Loading of weights, and gradient checkpointing
 
 
 def test_incomplete_weights_are_rejected_for_evaluation(trained, toy_config, toy_data, tmp_path):
     """Missing entries, such as the head, would have random values in the evaluation."""
     state = read_checkpoint(trained)
-    for name, dropped in (("headless", ("head.weight", "head.bias")), ("normless", ("norm.weight",))):
+    for name, dropped in (("no_head", ("head.weight", "head.bias")), ("no_norm", ("norm.weight",))):
         weights = {key: value for key, value in state["model"].items() if key not in dropped}
         torch.save({"model": weights}, tmp_path / f"{name}.pth")
         arguments = [*toy_arguments(toy_config, toy_data, tmp_path), "--eval", "--resume", tmp_path / f"{name}.pth"]

@@ -1,4 +1,4 @@
-"""Runs of main.py: training, kills and resuming, evaluation, fine-tuning, and rejected arguments."""
+"""Runs of main.py: training, resuming after SIGKILL, evaluation, fine-tuning, and rejected arguments."""
 
 import json
 import os
@@ -57,6 +57,7 @@ def read_metrics(folder: Path) -> list[tuple]:
     return [tuple(record.get(name) for name in names) for record in records]
 
 
+# Kind of damage -> function that damages the checkpoint at the given path.
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "changed byte": lambda path: path.write_bytes(path.read_bytes()[:-3000] + b"\xff" + path.read_bytes()[-2999:]),
@@ -70,7 +71,7 @@ DAMAGES = {
 def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     damage, uninterrupted, toy_config, toy_data, tmp_path
 ):
-    """The resumed run ends bit-equal to an uninterrupted run, and renames the damaged file (R13)."""
+    """The resumed run ends bit-equal to an uninterrupted run, and renames the damaged file (R13 in docs/reliability.md)."""
     folder, processes = tmp_path / "toy/default", 1
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     killed = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, processes=processes)
@@ -86,7 +87,7 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
 
 
 def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    """If a run is killed before it links a new best checkpoint, best.pth is missing, or is from an earlier evaluation."""
+    """If a run is killed before it links best.pth to a new checkpoint, best.pth is missing or an earlier checkpoint."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     state = read_checkpoint(list_checkpoints(folder)[0])
@@ -105,7 +106,7 @@ def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupt
         assert read_checkpoint(folder / "best.pth")["num_updates"] == 12
 
 
-def test_the_best_accuracy_of_another_run_is_reset_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
+def test_resuming_from_the_checkpoint_of_another_run_resets_the_best_accuracy(uninterrupted, toy_config, toy_data, tmp_path):
     newest = list_checkpoints(uninterrupted(1))[0]
     state = read_checkpoint(newest)
     torch.save(state | {"num_updates": 12, "best": state["best"] | {"acc1": 99.0, "num_updates": 6}}, tmp_path / "other.pth")
@@ -128,7 +129,7 @@ def kill_processes_with_argument(folder: Path) -> None:
             continue
 
 
-def test_torchrun_trains_and_resumes_after_sigkill(uninterrupted, toy_config, toy_data, tmp_path):
+def test_a_torchrun_job_resumes_after_sigkill_and_ends_bit_equal(uninterrupted, toy_config, toy_data, tmp_path):
     expected = uninterrupted(2)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"),
@@ -163,8 +164,8 @@ def test_rerunning_a_finished_run_changes_no_file(uninterrupted, toy_config, toy
 
 
 @pytest.fixture(scope="session")
-def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
-    """Return a function that takes a number of processes and a batch size, and returns the counts in eval.json."""
+def evaluation_counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
+    """Return a function that evaluates a checkpoint with a number of processes and a batch size, and returns the counts."""
     checkpoint = uninterrupted(1) / "best.pth"
 
     def run(processes: int, batch_size: int) -> dict:
@@ -181,11 +182,11 @@ def counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_counts_are_the_same_for_any_number_of_processes_and_batch_size(
-    processes, batch_size, counts, uninterrupted
+    processes, batch_size, evaluation_counts, uninterrupted
 ):
     records = [json.loads(line) for line in (uninterrupted(1) / "metrics.jsonl").read_text().splitlines()]
     best = max((r for r in records if r["kind"].startswith("eval")), key=lambda r: (r["acc1"], r["step"]))
-    measured = counts(processes, batch_size)
+    measured = evaluation_counts(processes, batch_size)
     assert set(measured) == {"raw", "ema"}
     for label, (correct1, correct5, num_images) in measured.items():
         reported = next(r for r in records if r["kind"] == f"eval_{label}" and r["step"] == best["step"])
@@ -240,7 +241,7 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy
         (["--eval", "--resume", "flatten_swin_t", "--opts", "TEST.REAL_LABELS", "imagenet"], "imagenet: no such file"),
         (["--model-ema", "--no-model-ema"], "give only one of them"),
         (["--eval", "--check"], "--eval and --check: give only one of them"),
-        (["--replay", "x.pth"], "--replay: uses the config of its run; leave out --cfg"),
+        (["--replay", "x.pth"], "--replay: uses the config stored in the replay file; leave out --cfg"),
         (["--opts", "TEST.PREDICTIONS", "True"], "has an effect only with --eval"),
         (["--eval", "--resume", "."], "is a directory without best.pth"),
         (["--resume", "nowhere.pth"], "no such file"),
@@ -265,8 +266,8 @@ def test_invalid_arguments_end_with_status_2_and_a_remedy(arguments, expected, t
     assert "Traceback" not in outcome.output
 
 
-def test_losses_are_the_same_for_any_division_of_the_global_batch(toy_config, toy_data, tmp_path):
-    """Without random operations, losses agree up to rounding on 1 and 2 processes, with 1 and 2 accumulation steps."""
+def test_losses_are_the_same_for_any_number_of_processes_and_accumulation_steps(toy_config, toy_data, tmp_path):
+    """The global batch size is fixed and random operations are disabled, so the losses agree up to rounding."""
     no_randomness = ["TRAIN.EPOCHS", 1, "MODEL.DROP_PATH_RATE", 0, "MODEL.DROP_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0]
     runs = {}
     for processes, batch_size in ((1, 8), (2, 4), (1, 4), (2, 2)):
@@ -291,7 +292,7 @@ def test_losses_are_the_same_for_any_division_of_the_global_batch(toy_config, to
         (["--opts", "MODEL.NUM_CLASSES", "2"], "a resumed run cannot change it"),
         (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints would mix"),
     ],
-    ids=["batch", "optimizer", "classes", "fork"],
+    ids=["batch size", "optimizer", "classes", "auto-resume"],
 )
 def test_arguments_that_conflict_with_the_existing_run_are_rejected_and_no_file_changes(
     arguments, expected, uninterrupted, toy_config, toy_data, tmp_path
@@ -314,7 +315,7 @@ def test_a_run_resumes_although_its_pretrained_file_is_missing(uninterrupted, to
     assert "resumed after update 36" in outcome.output
 
 
-def test_an_unreadable_training_image_ends_all_processes_and_is_named(toy_config, tmp_path):
+def test_an_unreadable_training_image_ends_all_processes_and_the_error_names_it(toy_config, tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path, split, classes=3, per_class=10)
     (tmp_path / "train/class1/004.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -337,8 +338,8 @@ def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(
     assert "1 unreadable so far" in outcome.output
 
 
-# Files of --resume and of --pretrained, and the newest checkpoint of the output directory.
-NAMED, WEIGHTS, NEWEST = "named.pth", "weights.pth", "checkpoint_000000007.pth"
+# File names: the value of --resume, the value of --pretrained, and the newest checkpoint in the output directory.
+RESUMED, WEIGHTS, NEWEST = "resumed.pth", "weights.pth", "checkpoint_000000007.pth"
 REFUSED = ("refused", "give one of --resume and --pretrained")
 
 
@@ -353,10 +354,10 @@ REFUSED = ("refused", "give one of --resume and --pretrained")
         (False, True, False, True, ("evaluate", WEIGHTS)),
         (False, True, True, False, ("resume", NEWEST)),
         (False, True, True, True, ("evaluate", WEIGHTS)),
-        (True, False, False, False, ("resume", NAMED)),
-        (True, False, False, True, ("evaluate", NAMED)),
-        (True, False, True, False, ("resume", NAMED)),
-        (True, False, True, True, ("evaluate", NAMED)),
+        (True, False, False, False, ("resume", RESUMED)),
+        (True, False, False, True, ("evaluate", RESUMED)),
+        (True, False, True, False, ("resume", RESUMED)),
+        (True, False, True, True, ("evaluate", RESUMED)),
         (True, True, False, False, REFUSED),
         (True, True, False, True, REFUSED),
         (True, True, True, False, REFUSED),
@@ -366,14 +367,14 @@ REFUSED = ("refused", "give one of --resume and --pretrained")
 def test_initialization_follows_the_precedence_table(
     toy_config, tmp_path, monkeypatch, resume, pretrained, auto_resume, evaluating, expected
 ):
-    """The directory of the run contains a checkpoint; the next test covers a directory without one."""
+    """The output directory contains a checkpoint. The next test covers an output directory without checkpoints."""
     folder = tmp_path / "toy" / "default"
     folder.mkdir(parents=True)
     torch.save({"model": {}}, folder / NEWEST)
-    for name in (NAMED, WEIGHTS):
+    for name in (RESUMED, WEIGHTS):
         torch.save({"model": {}}, tmp_path / name)
     arguments = ["--cfg", str(toy_config), "--output", str(tmp_path), "--data-path", str(tmp_path)]
-    arguments += ["--resume", str(tmp_path / NAMED)] * resume + ["--pretrained", str(tmp_path / WEIGHTS)] * pretrained
+    arguments += ["--resume", str(tmp_path / RESUMED)] * resume + ["--pretrained", str(tmp_path / WEIGHTS)] * pretrained
     arguments += ["--eval"] * evaluating + ["--opts", "TRAIN.AUTO_RESUME", str(auto_resume)]
     monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
 
@@ -412,7 +413,9 @@ def test_a_class_missing_in_val_is_rejected(toy_config, tmp_path):
 @pytest.mark.parametrize(
     "options", [["AMP", True, "AMP_DTYPE", "bf16"], ["AMP", True, "AMP_DTYPE", "fp16"]], ids=["bf16", "fp16"]
 )
-def test_mixed_precision_with_accumulation_and_gradient_checkpointing_stays_finite(options, toy_config, toy_data, tmp_path):
+def test_weights_stay_finite_in_mixed_precision_with_accumulation_and_gradient_checkpointing(
+    options, toy_config, toy_data, tmp_path
+):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options, "TRAIN.ACCUMULATION_STEPS", 2)
     outcome = run_main([*arguments, "TRAIN.USE_CHECKPOINT", True], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output

@@ -1,4 +1,4 @@
-"""Predictions for images without labels, and the evaluation of many checkpoints into one table."""
+"""Predictions for images without labels, evaluation of several checkpoints, and averaged checkpoints."""
 
 import csv
 import json
@@ -20,22 +20,25 @@ from weights.reader import read_checkpoint
 
 @pytest.fixture
 def images(toy_data, tmp_path):
-    """Directory with three subdirectories of readable images, three unreadable image files, and a text file."""
+    """Directory with three subdirectories of readable images, three unreadable image files, and a text file.
+
+    Paths contain spaces, non-ASCII characters and ``$``, which starts a formula in matplotlib.
+    """
     folder = tmp_path / "images"
     for label in range(3):
-        (folder / f"of class{label}").mkdir(parents=True)
+        (folder / f"class {label}").mkdir(parents=True)
         for index in range(3):
-            shutil.copy(toy_data / f"val/class{label}/{index:03d}.png", folder / f"of class{label}/$été{index}.png")
+            shutil.copy(toy_data / f"val/class{label}/{index:03d}.png", folder / f"class {label}/$été{index}.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("no image")
-    content = (folder / "of class0/$été0.png").read_bytes()
+    content = (folder / "class 0/$été0.png").read_bytes()
     (folder / "cut.png").write_bytes(content[: len(content) // 2])
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
 def predict_by_hand(checkpoint, toy_config, path):
-    """Confidence and class id for one image, resized to 45 x 45 pixels by Pillow, with a centre crop of 40 x 40."""
+    """Confidence and class id of the top-1 prediction. Pillow resizes the image to 45 x 45 pixels, and crops 40 x 40."""
     state = read_checkpoint(checkpoint)
     model = build_model(load_config(toy_config)).eval()
     model.load_state_dict(state["model" if state["best"]["weights"] == "raw" else "state_dict_ema"])
@@ -60,14 +63,13 @@ def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(t
     for name in ("empty.png", "text.jpg"):
         assert entries[str(images / name)]["error"] == "not an image of a known format"
     assert entries[str(images / "cut.png")]["error"]
-    for path in (images / "of class0/$été0.png", images / "of class2/$été2.png"):
+    for path in (images / "class 0/$été0.png", images / "class 2/$été2.png"):
         confidence, class_id = predict_by_hand(trained, toy_config, path)
         top = entries[str(path)]["predictions"]
         assert (top[0]["class_id"], top[0]["class"]) == (class_id, f"class{class_id}")
         assert top[0]["confidence"] == pytest.approx(confidence, abs=1e-4)
-        assert sum(entry["confidence"] for entry in top) == pytest.approx(
-            1
-        )  # the predictions of an image include all three classes
+        # The predictions include all three classes, so their confidences sum to 1.
+        assert sum(entry["confidence"] for entry in top) == pytest.approx(1)
         assert [entry["confidence"] for entry in top] == sorted((entry["confidence"] for entry in top), reverse=True)
     assert record["weights"] == read_checkpoint(trained)["best"]["weights"]
     with open(output / "predictions.csv", newline="", encoding="utf-8") as file:
@@ -83,7 +85,7 @@ def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(t
 
 
 def test_predict_accepts_a_single_file_and_top_k(trained, images, tmp_path):
-    path = images / "of class1/$été1.png"
+    path = images / "class 1/$été1.png"
     arguments = [path, "--resume", trained.parent, "--output", tmp_path / "out", "--top-k", 1, "--workers", 1]
     outcome = run_script(predict, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -106,13 +108,13 @@ def create_checkpoint(tmp_path, *names):
     return Checkpoint(Location(tmp_path / "x.pth"), {}, "", names)
 
 
-def test_class_names_come_from_the_checkpoint_then_from_imagenet(tmp_path):
+def test_class_names_come_from_the_checkpoint_else_from_imagenet_else_are_class_ids(tmp_path):
     assert class_names(create_checkpoint(tmp_path, "cat", "dog"), 2) == ["cat", "dog"]
     assert class_names(create_checkpoint(tmp_path, "n01440764", "other"), 2) == ["tench, Tinca tinca", "other"]
     imagenet = class_names(create_checkpoint(tmp_path), 1000)
     assert (imagenet[0], imagenet[207], len(imagenet)) == ("tench, Tinca tinca", "golden retriever", 1000)
     assert class_names(create_checkpoint(tmp_path), 3) == ["0", "1", "2"]
-    assert class_names(create_checkpoint(tmp_path, "cat"), 3) == ["0", "1", "2"]  # ignored: one name for 3 classes
+    assert class_names(create_checkpoint(tmp_path, "cat"), 3) == ["0", "1", "2"]  # a single name for 3 classes is ignored
 
 
 def read_csv(path):
@@ -120,7 +122,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(trained, toy_data, tmp_path):
+def test_evaluate_all_writes_a_table_of_checkpoints_sorted_by_accuracy(trained, toy_data, tmp_path):
     """Evaluate a trained model, random weights at another image size, averaged weights, and an unreadable file."""
     state = read_checkpoint(trained)
     torch.manual_seed(1)
@@ -128,15 +130,15 @@ def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(traine
         key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state["model"].items()
     }
     config = json.loads(json.dumps(state["config"]))
-    config["DATA"]["IMG_SIZE"], config["MODEL"]["NAME"] = 48, "fresh"
+    config["DATA"]["IMG_SIZE"], config["MODEL"]["NAME"] = 48, "other"
     size_independent = {key: value for key, value in random_weights.items() if "positional" not in key}
     model = build_model(load_config([], ["DATA.IMG_SIZE", 48, *model_options(config)]))
     resized = model.state_dict() | size_independent
-    torch.save({"model": resized, "config": config, "class_names": state["class_names"]}, tmp_path / "fresh.pth")
+    torch.save({"model": resized, "config": config, "class_names": state["class_names"]}, tmp_path / "other.pth")
     average_arguments = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
     assert run_script(average_checkpoints, average_arguments, tmp_path / "log").exit_codes == [0]
     (tmp_path / "broken.pth").write_bytes(b"none")
-    files = [tmp_path / "fresh.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "mean.pth"]
+    files = [tmp_path / "other.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "mean.pth"]
     arguments = [*files, "--data-path", toy_data, "--csv", tmp_path / "table.csv", "--batch-size", 2]
     outcome = run_script(evaluate_all, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
@@ -146,16 +148,16 @@ def test_many_checkpoints_are_evaluated_into_one_table_sorted_by_accuracy(traine
     assert len(rows) == 3
     assert [float(row["acc1"]) for row in rows] == sorted((float(row["acc1"]) for row in rows), reverse=True)
     by_file = {row["checkpoint"]: row for row in rows}
-    first = by_file[str(trained)]
-    assert float(first["acc1"]) == pytest.approx(state["best"]["acc1"], abs=1e-3)
-    assert (first["weights"], first["num_images"], first["crop_mode"]) == (state["best"]["weights"], "33", "squash")
-    assert int(first["parameters"]) == sum(value.numel() for name, value in state["model"].items() if "index" not in name)
-    assert float(first["images_per_second"]) > 0
-    assert (by_file[str(tmp_path / "fresh.pth")]["img_size"], by_file[str(tmp_path / "fresh.pth")]["model"]) == ("48", "fresh")
+    row = by_file[str(trained)]
+    assert float(row["acc1"]) == pytest.approx(state["best"]["acc1"], abs=1e-3)
+    assert (row["weights"], row["num_images"], row["crop_mode"]) == (state["best"]["weights"], "33", "squash")
+    assert int(row["parameters"]) == sum(value.numel() for name, value in state["model"].items() if "index" not in name)
+    assert float(row["images_per_second"]) > 0
+    assert (by_file[str(tmp_path / "other.pth")]["img_size"], by_file[str(tmp_path / "other.pth")]["model"]) == ("48", "other")
 
 
 def model_options(config):
-    """Options [KEY, VALUE, ...] that configure the model of a stored config."""
+    """Config overrides [KEY, VALUE, ...] that select the model of a stored config."""
     return [word for key in ("TYPE", "NUM_CLASSES") for word in (f"MODEL.{key}", config["MODEL"][key])] + [
         word
         for section in ("SWIN", "LA")

@@ -1,4 +1,4 @@
-"""Our configs equal the resolved values of the reference's 17 YAML files (tests/reference/recipes.json)."""
+"""Our configs have the values of the reference implementation's 17 YAML files, which tests/reference/recipes.json lists."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from tests.conftest import CONFIGS, reference
 from utils.config import flatten, load_config
 
 RECIPES = reference("recipes")["recipes"]
-IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an entry that is not a key
+IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an entry that is not a config key
 
 
 def expected_values(recipe: dict) -> dict[str, object]:
-    """Convert a recipe to our keys and types: EMA has its own switch, and the reduction ratios are a string."""
+    """Convert a recipe to our config keys and types: EMA.ENABLED is a separate key, and the reduction ratios are a string."""
     values = {key: value for key, value in recipe.items() if key not in IGNORED}
     decay = values.pop("EMA.DECAY")
     values["EMA.ENABLED"] = decay is not None
@@ -39,10 +39,10 @@ def reference_spelling(key: str, value: object) -> str:
     if isinstance(value, list):
         return f"[ {', '.join(map(str, value))} ]"
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # an integer in place of a float
+        return str(int(value))  # 1.0 is written as 1
     if isinstance(value, float) and value < 1e-2:
         mantissa, exponent = f"{value:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"  # 5e-4: without a decimal point, YAML parses a string
+        return f"{float(mantissa):g}e{int(exponent)}"  # 5e-4 has no decimal point, so YAML parses it as a string
     return str(value)
 
 
@@ -72,7 +72,7 @@ def test_every_yaml_file_of_the_reference_loads_unchanged(name, tmp_path):
         key: value for key, value in expected.items() if not key.startswith("EMA")
     }
     different = {key for key in config if config[key] != ours[key]}
-    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY"}  # recipes.json contains no MODEL.NAME
+    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY"}  # keys that the generated file lacks
 
 
 def test_generated_yaml_uses_the_spelling_of_the_reference():

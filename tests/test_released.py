@@ -1,4 +1,4 @@
-"""Released weights by name: a local server provides files in the format of the reference."""
+"""Released weights, selected by model name. A local server provides files in the format of the reference implementation."""
 
 import argparse
 import io
@@ -22,10 +22,10 @@ from utils.config import load_config
 from weights.download import cached_path
 
 CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # class ids of ImageNet-1K
-# Model -> image size in pixels. The released files are for 224; smaller sizes are faster. CSwin needs 224: its stripes would
-# cover a smaller map completely, which changes the model.
+# Model -> image size in pixels. The released files are for 224 pixels; smaller sizes are faster. CSwin needs 224: its stripes
+# would cover a smaller feature map completely, which changes the model.
 SIZES = {"flatten_pvt_v2_b0": 64, "flatten_pvt_t": 64, "flatten_swin_t": 64, "flatten_cswin_t": 224}
-# Model -> entries of the reference's file that our model does not have: PVT's unused norm, Swin's constant buffers.
+# Model -> shapes of the state-dict entries that only the reference's model has: PVT's unused norm, Swin's constant buffers.
 UNUSED_ENTRIES = {
     "flatten_pvt_t": {"norm.weight": (512,), "norm.bias": (512,)},
     "flatten_swin_t": {"layers.2.blocks.0.attn.relative_position_index": (49, 49), "layers.2.blocks.1.attn_mask": (4, 49, 49)},
@@ -33,7 +33,7 @@ UNUSED_ENTRIES = {
 
 
 def reference_file(name: str, state: dict) -> bytes:
-    """Checkpoint in the format of the reference's main.py; for CSwin in that of its main_ema.py, which adds EMA weights."""
+    """Bytes of a checkpoint as written by the reference's main.py, or for CSwin by its main_ema.py, which adds EMA weights."""
     state = OrderedDict(state) | {entry: torch.ones(shape) for entry, shape in UNUSED_ENTRIES.get(name, {}).items()}
     content = {
         "model": state,
@@ -53,7 +53,7 @@ def reference_file(name: str, state: dict) -> bytes:
 @pytest.fixture(scope="module")
 def noise_images(tmp_path_factory):
     """Directory with validation images of random noise in three ImageNet classes."""
-    root = tmp_path_factory.mktemp("photographs")
+    root = tmp_path_factory.mktemp("noise_images")
     for label, folder in enumerate(CLASSES):
         (root / "val" / folder).mkdir(parents=True)
         for index in range(4):
@@ -63,7 +63,7 @@ def noise_images(tmp_path_factory):
 
 
 def count_correct(model: torch.nn.Module, name: str, root) -> int:
-    """Count the correct predictions, which are restricted to the three classes, one image at a time."""
+    """Count correct predictions, one image at a time. Predictions are restricted to the three classes of ``CLASSES``."""
     cfg = load_config(CONFIGS / f"{name}.yaml", ["DATA.IMG_SIZE", SIZES[name]])
     transform, normalize = build_preprocessing(cfg).create_transform(), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
     class_ids, correct = list(CLASSES.values()), 0
@@ -89,14 +89,14 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
         assert len(server.requests) == 1
     record = json.loads((tmp_path / f"out/{name}/default/eval.json").read_text())
     model = create_model(name, img_size=SIZES[name]).eval()
-    model.load_state_dict(state)  # resizes the position tables
+    model.load_state_dict(state)  # resizes position embeddings and bias tables
     result = record["results"]["ema" if "cswin" in name else "raw"]
     assert (result["correct1"], result["num_images"]) == (count_correct(model, name, noise_images), 12)
     assert record["preferred"] == ("ema" if "cswin" in name else "raw")
     assert record["published"]["acc1"] == 30.0
     low, high = result["acc1_interval_95"]
     verdict = "within" if low <= 30 <= high else "outside"
-    assert f"measured on 12 images, 30.000 published, which is {verdict} the 95 % interval" in outcome.output
+    assert f"measured on 12 images, 30.000 published, which is {verdict} the 95 % confidence interval" in outcome.output
 
 
 def test_an_unreleased_model_name_is_rejected_with_the_list_of_released_models(noise_images, tmp_path):
@@ -139,7 +139,10 @@ def test_pretrained_accepts_a_url_and_timm_downloads_released_weights_by_name(
 
 
 def test_released_models_match_the_readme_of_the_reference():
-    """Image size, top-1 and top-5 accuracy of every model; a top-1 accuracy is a count out of 50,000 images."""
+    """Image size, top-1 and top-5 accuracy of every model.
+
+    The number of correct predictions, which is the top-1 accuracy times 50,000 images, must be a whole number.
+    """
     assert {file.name: (file.img_size, file.acc1, file.acc5) for file in RELEASED.values()} == {
         "flatten_pvt_t": (224, 77.758, 93.910),
         "flatten_pvt_v2_b0": (224, 71.098, 90.596),

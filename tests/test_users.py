@@ -1,4 +1,4 @@
-"""Defaults, mistakes and error messages that users encounter on the command line."""
+"""Defaults, log messages and error messages of main.py and the scripts."""
 
 import json
 import logging
@@ -107,7 +107,7 @@ def test_evaluating_weights_without_a_config_requires_cfg(trained, toy_data, tmp
     assert "has weights but no config; give its training config with --cfg" in outcome.output
 
 
-def test_stored_config_of_a_reference_file_keeps_its_model_but_not_its_scaled_learning_rate(trained, tmp_path):
+def test_the_config_of_a_reference_checkpoint_provides_the_model_but_not_the_scaled_learning_rate(trained, tmp_path):
     swin = {"EMBED_DIM": 24, "APE": False}
     model = {"TYPE": "flatten_swin", "NAME": "theirs", "NUM_CLASSES": 3, "SWIN": CfgNode(swin)}
     tree = CfgNode({"MODEL": CfgNode(model), "TRAIN": CfgNode({"BASE_LR": 1e-3}), "DATA": CfgNode({"IMG_SIZE": 64})})
@@ -116,7 +116,7 @@ def test_stored_config_of_a_reference_file_keeps_its_model_but_not_its_scaled_le
     assert (cfg.MODEL.NAME, cfg.MODEL.SWIN.EMBED_DIM, cfg.DATA.IMG_SIZE, cfg.TRAIN.BASE_LR) == ("theirs", 24, 64, 5e-4)
 
 
-def test_a_fine_tuned_run_is_evaluated_with_its_own_config_file(trained, toy_data, tmp_path):
+def test_evaluation_with_the_config_of_a_run_ignores_its_missing_pretrained_file(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     config = path.parent / "config.yaml"
     config.write_text(config.read_text().replace("PRETRAINED: ''", "PRETRAINED: gone.pth"))
@@ -138,14 +138,15 @@ def test_the_directory_of_a_run_resolves_to_its_best_checkpoint(trained, tmp_pat
 
 
 def test_class_names_are_stored_and_different_class_names_are_rejected(trained, toy_data, tmp_path):
-    """An accuracy on other classes would be meaningless, even if their number matches that of the model."""
+    """An accuracy on other classes would be meaningless, even if the number of classes is the same."""
     assert read_checkpoint(trained)["class_names"] == ["class0", "class1", "class2"]
     path = copy_run(trained, tmp_path / "run")
     others = rename_classes(toy_data, tmp_path / "others", ["airplane", "deer", "dog"])
     outcome = run("--eval", "--resume", path, "--data-path", others, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "class 0 is 'airplane' here, but 'class0' there" in outcome.output
-    numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])  # numbers do not identify classes
+    assert "class 0 is 'airplane' in the data, but 'class0' in the checkpoint" in outcome.output
+    # Directories named by number are accepted, because numbers do not identify classes.
+    numbers = rename_classes(toy_data, tmp_path / "numbers", ["0", "1", "2"])
     assert run("--eval", "--resume", path, "--data-path", numbers, log_folder=tmp_path).exit_codes == [0]
 
 
@@ -158,7 +159,9 @@ def test_a_run_does_not_resume_on_renamed_classes(trained, toy_config, toy_data,
     assert "class class2 is missing, class class3 is new" in outcome.output
 
 
-def test_a_different_number_of_classes_suggests_a_class_map_only_in_evaluation(trained, toy_config, toy_data, tmp_path):
+def test_the_error_for_a_different_number_of_classes_suggests_a_class_map_only_in_evaluation(
+    trained, toy_config, toy_data, tmp_path
+):
     path = copy_run(trained, tmp_path / "run")
     two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
     outcome = run("--eval", "--resume", path, "--data-path", two, log_folder=tmp_path)
@@ -181,7 +184,7 @@ def test_a_class_map_with_a_single_class_is_rejected(trained, toy_data, tmp_path
     assert "every prediction would be correct" in outcome.output
 
 
-# --- Runs
+# --- Training and dry runs (--check)
 
 
 def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_config, toy_data, tmp_path):
@@ -192,7 +195,7 @@ def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_c
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert f"another run writes there (process {os.getpid()} on " in outcome.output
+    assert f"another run writes to this directory (process {os.getpid()} on " in outcome.output
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     lock.release()
     short = ["--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]
@@ -225,8 +228,8 @@ def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_pa
     assert outcome.output.splitlines()[-1].endswith("WARNING stopped")
 
 
-def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(toy_config, toy_data, tmp_path):
-    """A check installs no Python signal handler, because Python runs no handler while the process waits for a GPU."""
+def test_sigterm_ends_a_check_immediately_and_the_next_check_deletes_its_directory(toy_config, toy_data, tmp_path):
+    """--check restores the default handler of SIGTERM: a Python handler would not run while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
         jobs.training.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)
@@ -241,7 +244,7 @@ def test_sigterm_ends_a_check_at_once_and_the_next_check_deletes_its_directory(t
     assert not list(tmp_path.glob(".dry_run*"))
 
 
-def test_a_check_does_not_delete_the_directory_of_a_running_check(toy_config, toy_data, tmp_path):
+def test_a_check_does_not_delete_the_directory_of_another_running_check(toy_config, toy_data, tmp_path):
     running = tmp_path / ".dry_run-running"
     running.mkdir()
     lock = RunLock(running)
@@ -273,12 +276,12 @@ def test_a_run_does_not_resume_with_a_different_image_size(trained, toy_config, 
     assert "Traceback" not in outcome.output
 
 
-def test_evaluation_with_the_config_of_another_model_names_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
+def test_the_error_for_the_config_of_another_model_names_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
     outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "its own config is that of toy" in outcome.output
+    assert "the file contains the config of toy" in outcome.output
 
 
 def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, toy_data, tmp_path):
@@ -292,7 +295,7 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
     assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
     assert "sha256" not in outcome.output
     assert "ATTN_TYPE" not in outcome.output  # the config is only in the log file
-    assert "averages over about" not in outcome.output  # the EMA averages over 10 updates of 24
+    assert "averages over about" not in outcome.output  # no warning: the EMA averages over 10 of the 24 updates
 
 
 def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_config, toy_data, tmp_path):
@@ -302,10 +305,10 @@ def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_confi
     assert outcome.output.count("the recipe has 64 images") == 1
     assert "add --opts DATA.GLOBAL_BATCH_SIZE 64" in _batch_advice(64, 8, 102)
     assert "too few for the recipe's batch" in _batch_advice(1024, 8, 102)
-    assert "the images of all processes divide 64" in _batch_advice(64, 24, 1000)
+    assert "--batch-size times the number of processes divides 64" in _batch_advice(64, 24, 1000)
 
 
-def test_a_check_measures_a_dataset_of_one_batch(toy_config, toy_data, tmp_path):
+def test_a_check_measures_data_loading_for_a_dataset_of_one_batch(toy_config, toy_data, tmp_path):
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "102"]
     outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
@@ -317,7 +320,7 @@ def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data,
     outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "ETA" not in outcome.output
-    assert "-1:" not in outcome.output
+    assert "-1:" not in outcome.output  # a negative duration
     assert "Acc@1" not in outcome.output  # one batch is too small for an accuracy
 
 
@@ -347,7 +350,7 @@ def test_num_workers_is_limited_to_the_cores_per_process(toy_config, monkeypatch
 # --- The command line
 
 
-def call(*arguments):
+def run_python(*arguments):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -363,6 +366,7 @@ def call(*arguments):
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),
+        (["--eval", "--pretrained", "x.pth", "--data-path", "."], 2, "--pretrained=x.pth: no such file"),
         (["--eval", "--resume", "flaten_swin_t"], 2, "did you mean the model flatten_swin_t?"),
         (["--eval"], 2, "no weights to evaluate"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--opts", "TRAIN.EPOCHS", "DATA.DATA_PATH", "x"], 2, "has no value"),
@@ -372,12 +376,12 @@ def test_command_line_errors_are_reported_before_torch_is_imported(arguments, st
     program = (
         "import sys, runpy; sys.argv = ['main.py', *{arguments!r}]\n"
         "try: runpy.run_path('main.py', run_name='__main__')\n"
-        "finally: print('heavy', [name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
+        "finally: print('imported', [name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
     )
-    done = call("-c", program.format(arguments=arguments))
+    done = run_python("-c", program.format(arguments=arguments))
     assert done.returncode == status, done.stderr
     assert message in done.stdout + done.stderr
-    assert "heavy []" in done.stdout
+    assert "imported []" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -386,7 +390,7 @@ def test_command_line_errors_are_reported_before_torch_is_imported(arguments, st
         (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: contains no metrics.jsonl"),
         (["scripts/summarise.py", "docs"], "docs: contains no eval.json"),
         (["scripts/benchmark.py"], "the following arguments are required: mode"),
-        (["scripts/benchmark.py", "model", "flaten_swin_t"], "flaten_swin_t: is not a model; choose among flatten_cswin_b"),
+        (["scripts/benchmark.py", "model", "flaten_swin_t"], "flaten_swin_t: unknown model; choose among flatten_cswin_b"),
         (["scripts/benchmark.py", "attention", "--tokens", "200"], "--tokens 200: give a square number, such as 196"),
         (["scripts/benchmark.py", "data", "--images", "none.jpg"], "none.jpg: no such file or directory"),
         (
@@ -398,7 +402,7 @@ def test_command_line_errors_are_reported_before_torch_is_imported(arguments, st
     ],
 )
 def test_scripts_report_invalid_arguments_without_a_traceback(command, message):
-    done = call(*command)
+    done = run_python(*command)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

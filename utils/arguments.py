@@ -18,7 +18,7 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
     """Parse the command line; exit with a suggestion on an unknown flag.
 
     Args:
-        flags: flags of ``FLAGS`` to accept; None accepts all.
+        flags: names of the flags to accept, from ``FLAGS``; None accepts all.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for name, (_, options) in FLAGS.items():
@@ -31,7 +31,7 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
 
 
 def _hint(unknown: str) -> str:
-    """Suggestion for an unknown flag: the config key for flags of other programs, else the nearest flag."""
+    """End of the error message for an unknown flag: the config key for a flag of another program, else a similar flag."""
     flag = unknown.split("=")[0]
     if flag in _KEYS_OF_OTHER_FLAGS:
         return f": set it with --opts {_KEYS_OF_OTHER_FLAGS[flag]} VALUE"
@@ -39,7 +39,7 @@ def _hint(unknown: str) -> str:
     return f": did you mean {near[0]}?" if near else "; see --help"
 
 
-# Flag of timm, Swin or torchvision -> our config key.
+# Flag of timm, torchvision or the Swin Transformer code -> config key of this project.
 _KEYS_OF_OTHER_FLAGS = {
     "--lr": "TRAIN.BASE_LR",
     "--epochs": "TRAIN.EPOCHS",
@@ -65,7 +65,11 @@ _KEYS_OF_OTHER_FLAGS = {
 FLAGS = {
     "--cfg": (
         None,
-        {"nargs": "+", "metavar": "FILE", "help": "one or more YAML configs, see configs/; optional with --eval"},
+        {
+            "nargs": "+",
+            "metavar": "FILE",
+            "help": "one or more YAML configs, see configs/; optional with --eval, not used with --replay",
+        },
     ),
     "--opts": (
         None,
@@ -74,7 +78,10 @@ FLAGS = {
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "directory with train/ and val/"}),
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
-    "--cache-mode": ("DATA.CACHE_MODE", {"choices": ("no", "full", "part"), "help": "with --zip: images to keep in memory"}),
+    "--cache-mode": (
+        "DATA.CACHE_MODE",
+        {"choices": ("no", "full", "part"), "help": "with --zip: images that each process keeps in memory"},
+    ),
     "--resume": (
         "MODEL.RESUME",
         {"metavar": "FILE", "help": "checkpoint to resume or evaluate: file, run directory, URL or released model"},
@@ -84,15 +91,21 @@ FLAGS = {
         "TRAIN.USE_CHECKPOINT",
         {"action": "store_true", "help": "activation checkpointing, to save memory"},
     ),
-    "--amp": ("AMP", {"action": "store_true", "help": "mixed precision in AMP_DTYPE, bf16 or fp16"}),
+    "--amp": ("AMP", {"action": "store_true", "help": "mixed precision; AMP_DTYPE selects bf16 or fp16"}),
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "output directory; a run is written to DIR/<MODEL.NAME>/<TAG>"}),
     "--tag": ("TAG", {"help": "name of the run"}),
-    "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint of --resume"}),
+    "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint given by --resume"}),
     "--check": (None, {"action": "store_true", "help": "run each part of training once; report errors and the bottleneck"}),
-    "--replay": (None, {"metavar": "FILE", "help": "repeat a non-finite update from a run's replay_*.pth"}),
+    "--replay": (
+        None,
+        {"metavar": "FILE", "help": "repeat an update whose loss or gradient was not finite, from replay_*.pth"},
+    ),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
-    "--find-unused-params": (None, {"action": "store_true", "help": "find_unused_parameters of DDP; no model here needs it"}),
-    "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # from older launchers; LOCAL_RANK is used instead
+    "--find-unused-params": (
+        None,
+        {"action": "store_true", "help": "set find_unused_parameters in DDP; no model here needs it"},
+    ),
+    "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # ignored; set by older launchers
     "--local_rank": (None, {"type": int, "help": argparse.SUPPRESS}),
     "--model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "maintain an EMA of the weights"}),
     "--no-model-ema": ("EMA.ENABLED", {"action": "store_true", "help": "disable the EMA"}),
@@ -102,7 +115,7 @@ FLAGS = {
 
 
 def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
-    """Config overrides of the command line as KEY, VALUE, ...; later pairs override earlier ones.
+    """Config overrides from the command line, as a list KEY, VALUE, ...; later pairs override earlier ones.
 
     Args:
         ema: enable the EMA unless the command line disables it.
@@ -112,7 +125,7 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
         raise ConfigError("--model-ema and --no-model-ema: give only one of them")
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
     if values["--eval"] and values["--resume"] and not values["--pretrained"]:
-        pairs += ["MODEL.PRETRAINED", ""]  # a run's config.yaml may set it, which conflicts with --resume
+        pairs += ["MODEL.PRETRAINED", ""]  # --cfg may set it, which would conflict with --resume
     for flag, (key, _) in FLAGS.items():
         value = values[flag]
         if key is not None and value is not None and value is not False:
@@ -124,7 +137,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     """Reject conflicting flags and missing files.
 
     Args:
-        cfg: None with --replay, and with --eval if the checkpoint's own config is used.
+        cfg: None without --cfg, as with --replay, or with --eval if the config stored in the checkpoint is used.
         configs: directory of the shipped configs; their file names are the model names.
 
     Raises:
@@ -135,14 +148,15 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError(f"{' and '.join(jobs)}: give only one of them")
     if args.replay:
         if cfg is not None:
-            raise ConfigError("--replay: uses the config of its run; leave out --cfg")
+            raise ConfigError("--replay: uses the config stored in the replay file; leave out --cfg")
         if not Path(args.replay).is_file():
             raise ConfigError(f"--replay {args.replay}: no such file")
         return
     if cfg is None:
         if not args.eval:
             raise ConfigError("--cfg is missing: give a config, such as configs/flatten_swin_t.yaml")
-        _check_weights("--resume", args.resume or args.pretrained, configs)
+        name = "--pretrained" if args.pretrained and not args.resume else "--resume"
+        _check_weights(name, args.resume or args.pretrained, configs)
         if args.data_path:
             _check_folder("--data-path", args.data_path)
         return
@@ -150,10 +164,10 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
     for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
         if cfg.TEST[key] and not args.eval:
-            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add it, or remove the key")
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add --eval, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
-    # A run that resumes from its own directory does not read --pretrained.
+    # A run that resumes from its output directory does not read MODEL.PRETRAINED, so that file may be missing.
     resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
     for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key]:
@@ -169,7 +183,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has numbered checkpoints. Importing ``utils.checkpoint`` for this would take seconds."""
+    """Whether a run directory has numbered checkpoints. Does not use ``utils.checkpoint``, whose import takes seconds."""
     try:
         return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:

@@ -9,8 +9,8 @@ from queue import SimpleQueue
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED = 10_000  # maximum queued writes per output; further ones are dropped
-SECONDS_AT_EXIT = 5.0  # maximum wait for an output when the process ends
+MAX_QUEUED = 10_000  # maximum number of queued writes per output; further writes are dropped
+SECONDS_AT_EXIT = 5.0  # maximum wait for the queued writes of an output when the process ends
 
 
 class Sink:
@@ -54,7 +54,7 @@ class Sink:
         except Exception as error:  # any error: a failed log write must not end the run
             if not self._failed:
                 self._failed = True
-                logger.warning("%s: not written (%s: %s); the run continues without it", self.name, type(error).__name__, error)
+                logger.warning("%s: not written (%s: %s); the run continues", self.name, type(error).__name__, error)
 
 
 class BackgroundWrite:
@@ -65,15 +65,15 @@ class BackgroundWrite:
         self._write: Future | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Run a write in the background. Call ``wait`` before a second one."""
+        """Run a write in the background. Call ``wait`` before starting the next one."""
         assert self._write is None, "call wait() first, which raises the error of the previous write"
         self._write = self._executor.submit(write)
 
     def wait(self) -> None:
-        """Wait for the write, if there is one.
+        """Wait for the current write, if there is one.
 
         Raises:
-            Exception: the error of the write.
+            Exception: the error with which the write failed.
         """
         write = self._write
         self._write = None

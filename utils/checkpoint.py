@@ -1,7 +1,8 @@
 """Write, verify, rotate and repair checkpoints. A new file is verified before it replaces another one.
 
-A checkpoint is a dictionary of plain data, among others ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``,
-``num_updates``, ``best``, ``config`` and ``class_names``. The first two keys are those of the reference implementation.
+A checkpoint is a dictionary of plain data. Its keys include ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``,
+``num_updates``, ``best``, ``config`` and ``class_names``. Checkpoints of the reference implementation (the authors' code) use
+the same names for the first two.
 """
 
 import logging
@@ -57,7 +58,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         temporary.unlink(missing_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, CheckpointError) as error:  # torch turns some failed writes into RuntimeError
+    except (OSError, RuntimeError, CheckpointError) as error:  # torch raises RuntimeError for some failed writes
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
@@ -97,7 +98,7 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
 
 
 def remove_surplus(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files of killed processes.
+    """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files that killed processes left.
 
     The newest checkpoint must be verified before the call. ``best.pth`` is not numbered, so it is never deleted.
     """
@@ -145,7 +146,7 @@ def is_intact(path: Path) -> bool:
 
 
 def rename_damaged(folder: Path, *, num_updates: int) -> None:
-    """Rename damaged checkpoints of more than ``num_updates`` updates to ``*.damaged``; resume and rotation ignore those."""
+    """Rename damaged checkpoints later than update ``num_updates`` to ``*.damaged``; resume and rotation ignore these files."""
     for path in list_checkpoints(folder):
         if num_updates_of(path) <= num_updates:
             return
@@ -158,9 +159,9 @@ def rename_damaged(folder: Path, *, num_updates: int) -> None:
 
 
 def repair_best(best: Path, state: dict, path: Path) -> bool:
-    """Link ``best.pth`` to the checkpoint that a run resumes from, if that is the best one and is not linked yet.
+    """Link ``best.pth`` to the checkpoint that a run resumes from, if that checkpoint is the best one and not linked yet.
 
-    This happens if the process was killed between the write of the checkpoint and its link.
+    The link is missing if the process was killed after writing the checkpoint and before linking it.
 
     Args:
         best: path of ``best.pth``.
@@ -168,7 +169,7 @@ def repair_best(best: Path, state: dict, path: Path) -> bool:
         path: the checkpoint that the run resumes from.
 
     Returns:
-        Whether ``best.pth`` is now the best checkpoint according to ``state``; also True if the run has no evaluation yet.
+        Whether ``best.pth`` is now the checkpoint that ``state`` records as the best; also True before the first evaluation.
     """
     num_updates = state["best"]["num_updates"]
     if num_updates < 0:  # not evaluated yet

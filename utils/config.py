@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from utils.config_keys import KEYS, MODEL_TYPES
+from utils.config_keys import INFINITY, KEYS, MODEL_TYPES
 
 
 class ConfigError(ValueError):
@@ -33,7 +33,7 @@ def _defaults() -> CfgNode:
     return cfg
 
 
-# Keys of the reference that have no effect here; accepted at their default value and ignored.
+# Keys of the reference implementation (the authors' code) that have no effect here -> their default, the only legal value.
 _REFERENCE_ONLY = {
     "AMP_OPT_LEVEL": "",
     "EVAL_MODE": False,
@@ -46,14 +46,14 @@ _REFERENCE_ONLY = {
     "TRAIN.START_EPOCH": 0,
 }
 
-# Key prefix -> values of MODEL.TYPE that read these keys. Other types accept only the default.
+# Key prefix -> values of MODEL.TYPE that read the keys with this prefix. With any other type, only their default is legal.
 _FAMILY_KEYS = {
     "MODEL.SWIN.": ("flatten_swin",),
     "MODEL.DEIT.": ("flatten_deit",),
     "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
 }
-# Name of a key in other projects -> our key.
+# Name of a key in other projects -> key of this project.
 _ALIASES = {
     "LR": "TRAIN.BASE_LR",
     "LEARNING_RATE": "TRAIN.BASE_LR",
@@ -68,8 +68,8 @@ _ALIASES = {
     "CLIP": "TRAIN.CLIP_GRAD",
 }
 
-MAX_NAME_BYTES = 255  # bytes in a file name
-REFERENCE_PROCESSES = 8  # GPUs of the reference's recipes
+MAX_NAME_BYTES = 255  # maximum length of a file name on common file systems
+REFERENCE_PROCESSES = 8  # number of GPUs in the recipes of the reference implementation
 
 
 def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) -> CfgNode:
@@ -92,8 +92,8 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
 def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:
     """Load the configuration stored in a checkpoint, completed with defaults, validated and frozen.
 
-    Unknown keys (from another version or the reference) are ignored. MODEL.RESUME and MODEL.PRETRAINED are cleared, since
-    they describe the start of that run.
+    Unknown keys (from another version or the reference implementation) are ignored. MODEL.RESUME and MODEL.PRETRAINED are
+    cleared, since they apply only to the start of the run that wrote the checkpoint.
 
     Args:
         tree: the stored configuration as nested dictionaries.
@@ -113,10 +113,10 @@ def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, secti
 
 
 def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
-    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before the command line overrides the batch size of the recipe
+    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before --opts override the recipe's batch size
         cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
-    cfg.BASE = [""]  # already merged: a dump of this config is self-contained
+    cfg.BASE = [""]  # BASE files are merged; loading a dump of this config must not merge them again
     for name in (name for name, key in KEYS.items() if key.is_path):
         section, _, leaf = name.rpartition(".")
         node = _section(cfg, section)
@@ -161,7 +161,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path}: a config is a YAML file; its name ends in .yaml or .yml")
+        raise ConfigError(f"{path}: is not a YAML file; give a config whose name ends in .yaml or .yml")
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
@@ -185,7 +185,14 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
 
 
 def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "") -> Iterable[tuple[str, object]]:
-    """Yield every key of a config file with its value; sections are joined by dots. ``node`` is the section of the defaults."""
+    """Yield every key of a config file with its value; sections and keys are joined by dots.
+
+    Args:
+        tree: a section of the file.
+        node: the same section of the default config.
+        source: file name, for messages.
+        prefix: name of the section, with a final dot.
+    """
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if "." in str(key):
@@ -264,14 +271,19 @@ def _literal(value: object) -> object:
 
 
 def _convert(value: object, example: object, key: str, source: str) -> object:
-    """Convert a value to the type of ``example``, which is the current value of the key, or an item of its list."""
+    """Convert a value to the type of ``example``.
+
+    Args:
+        example: the current value of the key, or, for an item of a list, an item of the current list.
+        source: file name or flag, for messages.
+    """
     literal = _literal(value)
     if literal is None and key in _MAY_BE_NONE:
         return None
     if key in _MAY_BE_PAIR and isinstance(literal, (list, tuple)):
         return [_convert(item, 0, key, source) for item in literal]
     if isinstance(example, list) and key in _MAY_BE_PAIR:
-        example = 0  # an earlier file set a pair
+        example = 0  # an earlier file set a pair; one number is legal too
     if isinstance(example, bool):
         if isinstance(literal, bool):
             return literal
@@ -304,7 +316,8 @@ def _validate(cfg: CfgNode) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name}={value!r}: choose one of {', '.join(filter(None, key.choices))}{hint}")
         if key.minimum is not None and value is not None and not key.minimum <= value <= key.maximum:
-            raise ConfigError(f"{name}={value!r}: give a number from {key.minimum} to {key.maximum}")
+            remedy = f"of at least {key.minimum}" if key.maximum == INFINITY else f"from {key.minimum} to {key.maximum}"
+            raise ConfigError(f"{name}={value!r}: give a number {remedy}")
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(
@@ -328,7 +341,7 @@ def _validate_sizes(cfg: CfgNode) -> None:
     if (not isinstance(size, int) and len(size) != 2) or min(image_size(cfg)) < 1:
         raise ConfigError(f"DATA.IMG_SIZE={size}: give one number of pixels, or [height, width]")
     if not cfg.TEST.CROP and cfg.TEST.CROP_MODE == "short":
-        raise ConfigError("TEST.CROP=False: means TEST.CROP_MODE none, but TEST.CROP_MODE=short; give one of them")
+        raise ConfigError("TEST.CROP=False: disables the crop, which conflicts with TEST.CROP_MODE=short; give one of them")
 
 
 def _validate_model(cfg: CfgNode) -> None:
@@ -358,7 +371,7 @@ def _validate_model(cfg: CfgNode) -> None:
     if len(swin_keys.DEPTHS) != len(swin_keys.NUM_HEADS):
         raise ConfigError(
             f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS} and MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: "
-            "both need one number per stage; make them equally long"
+            "both need one number per stage; give lists of the same length"
         )
     for stage, heads in enumerate(swin_keys.NUM_HEADS):
         if heads < 1 or swin_keys.EMBED_DIM * 2**stage % heads:
@@ -380,8 +393,8 @@ def _validate_recipe(cfg: CfgNode) -> None:
         )
     if cfg.DATA.GLOBAL_BATCH_SIZE and cfg.TRAIN.ACCUMULATION_STEPS > 1:
         raise ConfigError(
-            f"TRAIN.ACCUMULATION_STEPS={cfg.TRAIN.ACCUMULATION_STEPS}: follows from DATA.GLOBAL_BATCH_SIZE="
-            f"{cfg.DATA.GLOBAL_BATCH_SIZE}; give one of them"
+            f"TRAIN.ACCUMULATION_STEPS={cfg.TRAIN.ACCUMULATION_STEPS}: conflicts with DATA.GLOBAL_BATCH_SIZE="
+            f"{cfg.DATA.GLOBAL_BATCH_SIZE}, which determines the number of forward passes; give only one of them"
         )
     if cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.LAYER_DECAY < 1:
         raise ConfigError(
@@ -393,10 +406,10 @@ def _validate_recipe(cfg: CfgNode) -> None:
             raise ConfigError(f"DATA.{key}={cfg.DATA[key]}: give three numbers; STD must be above 0")
     for key in ("SCALE", "RATIO"):
         if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
-            raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give [smallest, largest], both above 0")
+            raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give [minimum, maximum] with 0 < minimum <= maximum")
     minmax = cfg.AUG.CUTMIX_MINMAX
     if minmax is not None and not (len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1):
-        raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [smallest, largest], 0 < smallest < largest <= 1, or None")
+        raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [minimum, maximum] with 0 < minimum < maximum <= 1, or None")
     betas = cfg.TRAIN.OPTIMIZER.BETAS
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers, each at least 0 and below 1")

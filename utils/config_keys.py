@@ -40,9 +40,15 @@ class Key:
 
 
 KEYS = {
-    "BASE": Key([""], "config files that this file overrides; paths relative to this file; later ones override earlier ones"),
+    "BASE": Key(
+        [""],
+        "config files to inherit from, with paths relative to this file; later files override earlier ones, and this file "
+        "overrides all of them",
+    ),
     # Data
-    "DATA.DATA_PATH": Key("", "directory with `train/` and `val/`, or with their archives", is_path=True),
+    "DATA.DATA_PATH": Key(
+        "", "directory with `train/` and `val/`, or with zip archives or tar shards of these splits", is_path=True
+    ),
     "DATA.DATASET": Key(
         "imagenet",
         "has no effect; the paper's configs set it to `imagenet`, which is accepted for every data set",
@@ -51,12 +57,12 @@ KEYS = {
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "images of zip archives that a process keeps in memory: `no` none, `full` all, `part` an equal part per process",
+        "images of zip archives that each process keeps in memory: `no`: none, `full`: all, `part`: an equal part",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
         "~/.cache/flatten",
-        "directory in which the lists of images of large splits are cached; empty: scan at every start",
+        "cache directory for the image lists of large splits; empty: no cache, list the images at every start",
         is_path=True,
     ),
     "DATA.UNREADABLE": Key(
@@ -71,21 +77,23 @@ KEYS = {
     "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1),
     "DATA.GLOBAL_BATCH_SIZE": Key(
         0,
-        "images per update, over all processes and as many forward passes as needed; 0: `DATA.BATCH_SIZE` times processes "
-        "times `TRAIN.ACCUMULATION_STEPS`",
+        "images per update, over all processes; gradients are accumulated over as many forward passes as this needs; 0: "
+        "`DATA.BATCH_SIZE` times the number of processes times `TRAIN.ACCUMULATION_STEPS`",
         minimum=0,
     ),
     "DATA.IMG_SIZE": Key(224, "input size in pixels: one number for a square, or `[height, width]`"),
     "DATA.INTERPOLATION": Key(
         "bicubic",
-        "interpolation for resizing; `random` chooses bicubic or bilinear per image in training, but is bilinear in evaluation "
-        "and for input sizes up to 32 pixels",
+        "interpolation for resizing; `random` chooses bicubic or bilinear for each training image, but means bilinear in "
+        "evaluation and for input sizes up to 32 pixels",
         choices=("bicubic", "bilinear", "random"),
     ),
     "DATA.MEAN": Key(IMAGENET_MEAN, "mean per channel, of values in [0, 1]"),
     "DATA.STD": Key(IMAGENET_STD, "standard deviation per channel, of values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
-        8, "loader workers per training process; reduced to the CPU cores divided by the processes of the machine", minimum=0
+        8,
+        "loader workers per training process; limited to the machine's CPU cores divided by its training processes",
+        minimum=0,
     ),
     "DATA.WORKER_TIMEOUT": Key(
         30.0, "maximum seconds to wait for a batch from a loader worker before the run fails; 0: no limit", minimum=0
@@ -95,9 +103,11 @@ KEYS = {
     "MODEL.TYPE": Key(
         "flatten_swin", "model family; for PVT, CSwin and most DeiT models, the type includes the size", choices=MODEL_TYPES
     ),
-    "MODEL.NAME": Key("flatten_swin_t", "name of the model's output directory"),
+    "MODEL.NAME": Key("flatten_swin_t", "name of the model; also the name of its directory in `OUTPUT`"),
     "MODEL.NUM_CLASSES": Key(
-        1000, "number of classes of the model; must equal that of the data, except with `TEST.CLASS_MAP`", minimum=1
+        1000,
+        "number of classes of the model; must equal the number of classes of the data, except with `TEST.CLASS_MAP`",
+        minimum=1,
     ),
     "MODEL.DROP_RATE": Key(0.0, "dropout rate of embeddings, attention projections and MLPs", minimum=0, maximum=0.999),
     "MODEL.DROP_PATH_RATE": Key(
@@ -137,44 +147,56 @@ KEYS = {
         "one letter per stage: `L` linear, `S` softmax, `M` first linear, then softmax; with `M`, append the number of linear "
         "blocks, as in `LLMS3`",
     ),
-    "MODEL.LA.PVT_LA_SR_RATIOS": Key("1111", "PVT: spatial reduction ratio of linear blocks, one digit per stage"),
+    "MODEL.LA.PVT_LA_SR_RATIOS": Key(
+        "1111", "PVT: spatial reduction ratio of keys and values in linear blocks, one digit per stage"
+    ),
     "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key("56-28-14-7", "CSwin: stripe width of linear blocks in tokens, one number per stage"),
     "MODEL.LA.KIND": Key(
         "focused",
-        "attention of the linear blocks: `focused`, or another one from the paper's comparison",
+        "attention of the linear blocks: `focused` is the paper's method; the paper compares it with the others",
         choices=("focused", "relu", "efficient", "hydra", "angular", "enhanced", "softmax"),
     ),
-    "MODEL.LA.FOCUSING": Key(True, "apply the focused function"),
-    "MODEL.LA.RANK_RESTORATION": Key(True, "add the depthwise convolution of the values"),
+    "MODEL.LA.FOCUSING": Key(True, "apply the focused function; no effect unless `MODEL.LA.KIND` is `focused`"),
+    "MODEL.LA.RANK_RESTORATION": Key(
+        True, "add the depthwise convolution of the values; affects only `MODEL.LA.KIND` `focused` and `enhanced`"
+    ),
     # Training
     "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1),
     "TRAIN.WARMUP_EPOCHS": Key(
         20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
     ),
-    "TRAIN.COOLDOWN_EPOCHS": Key(0, "additional epochs at the final learning rate; `step` continues to decay", minimum=0),
-    "TRAIN.BASE_LR": Key(5e-4, "peak learning rate, per 512 images of the global batch", minimum=0),
-    "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update, per 512 images of the global batch", minimum=0),
-    "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule, per 512 images of the global batch", minimum=0),
+    "TRAIN.COOLDOWN_EPOCHS": Key(
+        0, "additional epochs at the final learning rate; the `step` schedule continues to decay", minimum=0
+    ),
+    "TRAIN.BASE_LR": Key(
+        5e-4, "peak learning rate at a global batch of 512 images; scaled linearly with the global batch size", minimum=0
+    ),
+    "TRAIN.WARMUP_LR": Key(5e-7, "learning rate of the first update; scaled like `TRAIN.BASE_LR`", minimum=0),
+    "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule; scaled like `TRAIN.BASE_LR`", minimum=0),
     "TRAIN.RECIPE_BATCH_SIZE": Key(
         0,
-        "global batch size of the recipe, for comparison in the log; 0: 8 times the `DATA.BATCH_SIZE` of the config files",
+        "global batch size of the recipe; a run with a different one logs a warning; 0: 8 times the `DATA.BATCH_SIZE` of the "
+        "config files",
         minimum=0,
     ),
     "TRAIN.WEIGHT_DECAY": Key(
         0.05,
-        "weight decay; norms, biases, relative-position bias tables, and DeiT's class token and position embedding have none",
+        "weight decay; not applied to norms, biases, relative-position bias tables, and DeiT's class token and position "
+        "embedding",
         minimum=0,
     ),
     "TRAIN.LAYER_DECAY": Key(
         1.0,
-        "layer-wise decay: ratio of the learning rate of each layer to that of the next layer towards the head; 1: off",
+        "layer-wise learning-rate decay: ratio of a layer's learning rate to that of the next layer towards the head; 1: off",
         minimum=1e-6,
         maximum=1,
     ),
     "TRAIN.HEAD_LR_SCALE": Key(1.0, "learning-rate multiplier of the classification head", minimum=0),
     "TRAIN.FREEZE_BACKBONE": Key(False, "train only the head (linear probe); the frozen layers are in evaluation mode"),
     "TRAIN.CLIP_GRAD": Key(5.0, "maximum L2 norm of the gradient over all parameters; 0 or None: no clipping", minimum=0),
-    "TRAIN.ACCUMULATION_STEPS": Key(0, "forward passes per update; 0 means 1", minimum=0),
+    "TRAIN.ACCUMULATION_STEPS": Key(
+        0, "forward passes per update; 0: as many as `DATA.GLOBAL_BATCH_SIZE` needs, or 1 without it", minimum=0
+    ),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
     "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
     "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
@@ -184,14 +206,16 @@ KEYS = {
         choices=("cosine", "linear", "step"),
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, "`step`: learning-rate multiplier of each decay", minimum=1e-9, maximum=1),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(
+        0.1, "`step`: factor by which each decay multiplies the learning rate", minimum=1e-9, maximum=1
+    ),
     "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` uses Nesterov momentum", choices=("adamw", "sgd")),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
     "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of SGD", minimum=0, maximum=1),
     # Augmentation
     "AUG.COLOR_JITTER": Key(
-        0.4, "strength of colour jitter; without effect if `AUG.AUTO_AUGMENT` is on, as in timm", minimum=0
+        0.4, "strength of colour jitter; no effect unless `AUG.AUTO_AUGMENT` is `none`, as in timm", minimum=0
     ),
     "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy of timm, or `none`"),
     "AUG.SCALE": Key(
@@ -206,7 +230,9 @@ KEYS = {
     "AUG.HFLIP": Key(0.5, "probability of a horizontal flip", minimum=0, maximum=1),
     "AUG.REPROB": Key(0.25, "probability of random erasing per image", minimum=0, maximum=1),
     "AUG.REMODE": Key(
-        "pixel", "random erasing: noise per pixel, one random colour, or zeros", choices=("pixel", "rand", "const")
+        "pixel",
+        "fill of random erasing: `pixel`: noise per pixel, `rand`: one random colour, `const`: zeros",
+        choices=("pixel", "rand", "const"),
     ),
     "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles per image", minimum=1),
     "AUG.REPEATS": Key(
@@ -219,9 +245,11 @@ KEYS = {
     "AUG.CUTMIX": Key(1.0, "alpha of CutMix; 0: off", minimum=0),
     "AUG.CUTMIX_MINMAX": Key(
         None,
-        "`[minimum, maximum]` side of the CutMix rectangle as a fraction of the image side; replaces `AUG.CUTMIX`; None: off",
+        "`[minimum, maximum]` side of the CutMix rectangle as a fraction of the image side; overrides `AUG.CUTMIX`; None: off",
     ),
-    "AUG.MIXUP_PROB": Key(1.0, "probability that a batch is mixed", minimum=0, maximum=1),
+    "AUG.MIXUP_PROB": Key(
+        1.0, "probability that a batch (or pair or image, see `AUG.MIXUP_MODE`) is mixed", minimum=0, maximum=1
+    ),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, "probability of CutMix instead of mixup if both are on", minimum=0, maximum=1),
     "AUG.MIXUP_MODE": Key(
         "batch",
@@ -236,37 +264,49 @@ KEYS = {
     "TEST.CROP": Key(True, "crop in evaluation; False has the same effect as `TEST.CROP_MODE none`"),
     "TEST.CROP_MODE": Key(
         "squash",
-        "resize to `DATA.IMG_SIZE / TEST.CROP_PCT`, then crop the centre: `squash` resizes both sides whatever the aspect "
-        "ratio, as for the published accuracies; `short` resizes the shorter side; `none` resizes to `DATA.IMG_SIZE`",
+        "resize to `DATA.IMG_SIZE / TEST.CROP_PCT`, then crop the centre: `squash` resizes both sides and ignores the aspect "
+        "ratio, as for the published accuracies; `short` resizes the shorter side and keeps the aspect ratio; `none` resizes "
+        "both sides to `DATA.IMG_SIZE` and does not crop",
         choices=("squash", "short", "none"),
     ),
-    "TEST.CROP_PCT": Key(0.875, "ratio of the side of the centre crop to that of the resized image", minimum=0.01, maximum=1),
+    "TEST.CROP_PCT": Key(
+        0.875,
+        "ratio of the side of the centre crop to the side of the resized image; treated as 1 for input sizes up to 32 pixels",
+        minimum=0.01,
+        maximum=1,
+    ),
     "TEST.INTERPOLATION": Key(
-        "", "interpolation in evaluation; empty: that of `DATA.INTERPOLATION`", choices=("", "bicubic", "bilinear")
+        "", "interpolation in evaluation; empty: same as `DATA.INTERPOLATION`", choices=("", "bicubic", "bilinear")
     ),
     "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
     "TEST.CLASS_MAP": Key(
         "",
-        "class ids for `--eval` on data whose classes differ from the model's: `imagenet` for ImageNet-A, -R, -V2 and -Sketch, "
-        "or a file with the class id of each directory",
+        "for `--eval` on data whose classes differ from the model's: a file with the model's class id for each directory, or "
+        "`imagenet` for ImageNet-A, -R, -V2 and -Sketch",
         is_path=True,
     ),
     "TEST.REAL_LABELS": Key(
-        "", "file `real.json`, with which `--eval` also reports the accuracy on ImageNet's ReaL labels", is_path=True
+        "",
+        "file `real.json` with ImageNet's ReaL labels; `--eval` then also reports the accuracy on these labels",
+        is_path=True,
     ),
     "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
-    "TEST.PRECISION": Key("fp32", "precision of evaluation: fp32, or that of training", choices=("fp32", "train")),
+    "TEST.PRECISION": Key(
+        "fp32", "precision of evaluation: `fp32`, or `train` for the precision of training", choices=("fp32", "train")
+    ),
     # The run
     "AMP": Key(False, "mixed precision in training"),
-    "AMP_DTYPE": Key("bf16", "precision with `AMP`; fp16 uses a loss scaler", choices=("bf16", "fp16")),
+    "AMP_DTYPE": Key("bf16", "data type of mixed precision (`AMP`); fp16 uses a loss scaler", choices=("bf16", "fp16")),
     "OUTPUT": Key("output", "output directory; a run is written to `<OUTPUT>/<MODEL.NAME>/<TAG>`", is_path=True),
-    "TAG": Key("default", "name of the run"),
+    "TAG": Key("default", "name of the run and of its output directory"),
     "DETERMINISTIC": Key(
         "off",
         "`warn` and `error` select deterministic algorithms, with a warning or an error if an operation has none",
         choices=("off", "warn", "error"),
     ),
-    "TF32": Key(True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), as torch 1.11 did"),
+    "TF32": Key(
+        True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), as by default in torch 1.11"
+    ),
     "CUDNN_BENCHMARK": Key(
         True,
         "time cuDNN's algorithms for every new input shape and use the fastest; no effect unless `DETERMINISTIC` is `off`",
@@ -275,7 +315,7 @@ KEYS = {
         0, "seed of initial weights, image order, augmentation, mixup, dropout and drop path", minimum=0, maximum=2**32 - 1
     ),
     "COLLECTIVE_TIMEOUT": Key(
-        600.0, "maximum seconds that a process waits for the others before the run fails", minimum=1, maximum=86400
+        600.0, "maximum seconds that a process waits for the other processes before the run fails", minimum=1, maximum=86400
     ),
     "PRINT_FREQ": Key(10, "updates between log lines", minimum=1),
     "SAVE_FREQ": Key(1, "epochs between checkpoints", minimum=1),
@@ -284,8 +324,8 @@ KEYS = {
     "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
     "ATTENTION_IMAGE": Key(
         "",
-        "image for which TensorBoard shows the attention maps of the model (not of its EMA) after each evaluation; empty: none",
+        "image; after each evaluation, the model's attention maps for it (raw weights) are written to TensorBoard; empty: none",
         is_path=True,
     ),
-    "KEEP_CHECKPOINTS": Key(2, "number of the newest checkpoints to keep, besides the best", minimum=1),
+    "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),
 }

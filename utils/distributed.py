@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-LONG_TIMEOUT = timedelta(hours=1)  # for waiting while rank 0 lists a data set, perhaps a million files on a slow disk
+LONG_TIMEOUT = timedelta(hours=1)  # used while rank 0 lists a data set, which may have a million files on a slow disk
 SECONDS_TO_REGISTER = 5.0  # maximum wait for ranks to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
@@ -66,14 +66,15 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
         LostRankError: a process did not start.
     """
-    launched = "RANK" in os.environ  # WORLD_SIZE alone may be inherited from another program
+    launched = "RANK" in os.environ  # set by torchrun; another program may set only WORLD_SIZE
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if not launched:
         rank, local_rank, size = 0, 0, 1
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise MissingDeviceError(
-                f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; lower --nproc_per_node"
+                f"process {local_rank} (counted from 0) has no GPU: only {torch.cuda.device_count()} found; lower "
+                "--nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -130,7 +131,7 @@ def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_secon
     When torchrun restarts the processes, it keeps its store; the restart counts as a new launch. Without the prefix, the new
     processes would read the addresses of processes that have ended.
 
-    Rank 0 publishes the id. Every other rank registers a token under the id that it reads. Since that id may be the one of an
+    Rank 0 publishes the id. Every other rank registers a token under the id that it reads. Since that id may be from an
     earlier launch, the rank reads it again until rank 0 confirms the token.
 
     Raises:
@@ -203,7 +204,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     model = SideChannel(model, num_scalars, world.device)
     if world.size == 1:
         return model
-    # Gradients of depthwise kernels may differ in strides from their parameters; the copies that DDP then makes are small.
+    # Ignored: DDP copies gradients whose strides differ from the parameter's, as for depthwise kernels; these copies are small.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
@@ -214,7 +215,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     )
 
 
-# DDP's option ``broadcast_buffers`` has another name since torch 2.15.
+# Name of DDP's option for broadcasting buffers: ``forward_sync_buffers`` since torch 2.15, before that ``broadcast_buffers``.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -284,24 +285,24 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether an error is that of a collective, not of the computation."""
+    """Whether an error comes from a failed collective operation rather than from the computation."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:
-    """The error to report after a collective failed.
+    """Return the error to report after a failed collective operation.
 
     Every surviving process calls this function, which registers its rank in the store; ranks that do not register are lost.
 
     Args:
-        where: phase and last update of this process.
+        where: phase and last update of this process, for the message.
     """
     missing = _find_missing_ranks(world)
     what = f"rank {', '.join(map(str, missing))} is lost" if missing else "the connection between the processes is lost"
     reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
     return LostRankError(
-        f"{what}: it ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended by itself, "
-        "its own output above has the reason. The same command resumes from the newest checkpoint"
+        f"{what}: a process ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended, see "
+        "its output above for the reason. The same command resumes from the newest checkpoint"
     )
 
 
@@ -314,6 +315,6 @@ def _find_missing_ranks(world: World) -> list[int]:
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
             time.sleep(0.05)
-    except (dist.DistError, RuntimeError):  # the store's host has ended: rank 0, unless torchrun is the host
+    except (dist.DistError, RuntimeError):  # the process that hosts the store ended: rank 0, unless torchrun hosts it
         return [0]
     return sorted(missing)

@@ -36,13 +36,13 @@ def dry_run(trainer: Trainer) -> None:
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
     first = next(iter(trainer.train_loader))
-    logger.info("data: first images after %.1f s", time.monotonic() - started)
+    logger.info("data: loading the first images took %.1f s", time.monotonic() - started)
 
     updates = _run_updates(trainer, repeat(first))
     seconds = _time(lambda: next(updates), trainer)
     logger.info("training: the first update took %.1f s", seconds)
-    seconds = _time(lambda: next(updates), trainer)  # the first one includes warm-up and compilation
-    # Rank 0 decides the number: all processes must take part in every update.
+    seconds = _time(lambda: next(updates), trainer)  # the first update includes warm-up and compilation, so time the second
+    # Rank 0 chooses the number of updates for all processes, since each update needs all of them.
     count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
     update_seconds = _time(lambda: _drain(islice(updates, count)), trainer) / count
     report = trainer.collect_reports(max_pending=0)[-1]
@@ -61,7 +61,7 @@ def dry_run(trainer: Trainer) -> None:
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
     logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
-    needed = size * (recipe.keep_checkpoints + 2)  # in addition to the kept ones: the best one, and the one being written
+    needed = size * (recipe.keep_checkpoints + 2)  # two more than are kept: best.pth, and the file being written
     if needed > free + size:
         logger.warning(
             "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "
@@ -69,13 +69,13 @@ def dry_run(trainer: Trainer) -> None:
             free / 2**30,
             needed / 2**30,
         )
-    # The sum waits until all processes have read the checkpoint; then the caller may delete the directory.
+    # This sum also makes every process wait until all have read the checkpoint, since the caller then deletes the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
     _log_bottleneck(trainer, trainer.metadata["global_batch_size"], remaining_updates, *averages.tolist())
 
 
 def _run_updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
-    """Run one update per iteration, without end."""
+    """Run one update per iteration; the iterator does not end."""
     trainer.model.train()
     mixed = trainer.mixed_batches(batches)
     while True:
@@ -109,7 +109,8 @@ def _log_bottleneck(
     """
     seconds_per_update = max(update_seconds, loading_seconds)
     logger.info(
-        "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, an epoch takes %s and the run %s",
+        "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, "
+        "an epoch takes %s and the rest of the run %s",
         images_per_update / update_seconds,
         images_per_update / loading_seconds,
         format_duration(trainer.updates_per_epoch * seconds_per_update),

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, str | int]:
-    """Versions, device, command line and commit, as plain data."""
+    """Software versions, device, number of processes, command line and commit, as plain data."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with the CUDA version
+        "torch": str(torch.__version__),  # includes the CUDA version
         **{package: version(package) for package in ("torchvision", "timm", "numpy")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
@@ -33,13 +33,13 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
 
 
 def find_commit() -> str:
-    """Commit of this project, with ``+changes`` if tracked files differ from it; "" if there is no git repository or no git."""
+    """Git commit of this project, with ``+changes`` if tracked files differ from it; "" without a git repository or git."""
     if not (ROOT / ".git").exists():
         return ""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):  # no git
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or failed
         return ""
 
 
@@ -50,9 +50,9 @@ def _git(*arguments: str) -> str:
 
 
 def apply_numerical_settings(cfg: CfgNode) -> None:
-    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU has no bf16."""
+    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU only emulates bf16."""
     if cfg.DETERMINISTIC != "off":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS, which reads it at its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic cuBLAS; read at its first call
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.TF32
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"

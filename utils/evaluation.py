@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 class Predictions:
     """Predictions for every image of a dataset, in the dataset's order.
 
+    Class ids are those of the dataset unless stated otherwise; with TEST.CLASS_MAP, those of the model may differ.
+
     Args:
-        targets: (N,) class ids of the dataset.
-        ranked: (N, k) class ids of the dataset for the k <= 5 most likely classes, most likely first.
+        targets: (N,) true class ids.
+        ranked: (N, k) class ids of the k <= 5 most likely classes, most likely first.
         confidence: (N,) softmax probability of the most likely class.
-        model_classes: (N,) model's class id of the most likely class; with TEST.CLASS_MAP it may differ from the dataset's.
+        model_classes: (N,) the most likely class, as a class id of the model.
     """
 
     targets: np.ndarray
@@ -41,7 +43,7 @@ class EvalResult:
         weights: label of the weights, raw or ema.
         correct1, correct5: numbers of images with a correct top-1 and top-5 prediction.
         num_classes: number of classes that can be predicted; with five or fewer, every top-5 prediction is correct.
-        predictions: predictions for every image; None on other ranks than 0, and without ``keep_predictions``.
+        predictions: predictions for every image, on rank 0 only; None without ``keep_predictions``.
     """
 
     weights: str
@@ -81,10 +83,10 @@ def evaluate(
     """Count correct predictions over a dataset whose images are divided among the processes. Every image is counted once.
 
     Args:
-        models: models by the label of their weights, raw or ema. They are not wrapped in DDP, because processes may have
-            different numbers of batches.
+        models: label of the weights (raw or ema) -> model, not wrapped in DDP, because processes may have different numbers
+            of batches.
         loader: this process's batches.
-        class_ids: the model's class id for each class of the dataset; predictions are restricted to these. None if model and
+        class_ids: the model's class id for each class of the dataset; only these classes are predicted. None if model and
             dataset have the same classes.
         keep_predictions: collect the prediction for every image on rank 0.
         stop: returns whether this process was asked to stop.
@@ -119,7 +121,7 @@ def evaluate(
 
 
 class _Counter:
-    """Sums over the images of this process, on the device, for one model."""
+    """Evaluation sums of one model over the images of this process, kept on the device."""
 
     def __init__(self, device: torch.device, class_ids: Sequence[int] | None, keep_predictions: bool):
         self.class_ids = class_ids
@@ -147,12 +149,12 @@ class _Counter:
             self.targets.append(targets)
 
     def result(self, weights: str, indices: list[int], world: World) -> EvalResult:
-        """The result over all processes.
+        """Combine the sums of all processes into the result.
 
         Args:
-            indices: positions in the dataset of this process's images, if predictions are kept.
+            indices: positions of this process's images in the dataset; used only if predictions are kept.
         """
-        # A process without batches does not know the number of classes; average it over the others.
+        # A process without batches does not know the number of classes, so it is averaged over the other processes.
         counts = self.sums.new_tensor([self.num_images, self.num_classes, self.num_classes > 0])
         *sums, total, class_sum, num_with_batches = sum_over_processes(torch.cat([self.sums, counts])).tolist()
         correct1, correct5, loss, not_finite = sums
@@ -185,7 +187,7 @@ class _Counter:
 
 
 def log_results(results: Mapping[str, EvalResult]) -> None:
-    """Log counts, loss and accuracies of each label."""
+    """Log counts, loss and accuracies for each label of weights."""
     for label, result in results.items():
         logger.info(
             "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. The file there replaces ``path`` atomically at the end, or is deleted on an error."""
+    """Yield a temporary path to write to, then rename that file to ``path`` atomically; on an error, delete it."""
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.incomplete{path.suffix}")  # unique per writer
     try:
         yield temporary

@@ -1,6 +1,6 @@
 """Outputs of a run: log lines, a progress bar, metrics as JSON lines, and TensorBoard events.
 
-They are written in the background, see ``utils.background``.
+All are written in the background, see ``utils.background``.
 """
 
 import functools
@@ -40,7 +40,7 @@ class _Stream:
         data = text.encode(self.encoding, errors="backslashreplace")
         try:
             descriptor = self._stream.fileno()
-        except (OSError, ValueError):  # an in-memory stream
+        except (OSError, ValueError):  # an in-memory stream has no descriptor
             self._stream.write(data.decode(self.encoding))
             return
         while data:

@@ -4,7 +4,7 @@ from scipy.stats import binomtest
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of an accuracy, in percent (Wilson, 1927): within 0 and 100, and valid for small counts."""
+    """95 % confidence interval of an accuracy, in percent (Wilson, 1927). It is within [0, 100] and valid for small counts."""
     interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
     return 100 * interval.low, 100 * interval.high
 

@@ -34,12 +34,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         if (parameters := [p for name, p in trainable.items() if (name in no_decay) == is_exempt and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
-    # Fused optimizers update many parameters in one kernel. They are used only on CUDA devices and CPUs.
+    # Fused optimizers update many parameters in one kernel. This code uses them on CUDA devices and CPUs only.
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trainable.values())
     if options.NAME == "sgd":
         sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
         if options.MOMENTUM > 0:
-            # If the scaler skips the first step, fused SGD would leave its momentum uninitialised.
+            # Without these zeros, fused SGD would leave the momentum uninitialised if the scaler skips the first step.
             for parameter in trainable.values():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -49,7 +49,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Learning-rate multiplier of each parameter: layer-wise decay times the multiplier of the classification head.
 
-    Layer-wise decay (https://arxiv.org/abs/2106.08254) uses timm's layers: the stem, each block, the head with the last norm.
+    Layer-wise decay (https://arxiv.org/abs/2106.08254) uses the layers of the model's ``group_matcher``, from the stem
+    to the head.
     """
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if cfg.TRAIN.LAYER_DECAY < 1:
@@ -77,5 +78,9 @@ def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
 
 
 def build_criterion(cfg: CfgNode, *, mixed: bool) -> nn.Module:
-    """Cross entropy for class ids or probabilities; mixed targets are already smoothed by mixup."""
+    """Cross entropy for class ids or probabilities.
+
+    Args:
+        mixed: whether mixup or CutMix is used, which already smooths the targets.
+    """
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else cfg.MODEL.LABEL_SMOOTHING)

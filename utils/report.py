@@ -36,13 +36,13 @@ def write_evaluation(
     """Write the results of an evaluation to a directory; each file is replaced atomically.
 
     Args:
-        results: results by label of the weights; all with predictions.
+        results: label of the weights (raw or ema) -> result, with predictions.
         preferred: label of the weights whose accuracy is reported and whose confusion matrix is drawn.
         about: further entries of ``eval.json``, such as the checkpoint and the preprocessing.
         classes: class names by class id.
         names: image names, in the dataset's order.
-        real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without any do
-            not count. None: do not compute the accuracy on ReaL labels.
+        real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without a
+            label are not counted. None: do not compute the accuracy on ReaL labels.
         predictions: whether to write ``predictions_<weights>.csv`` too.
     """
     record = about | {
@@ -87,7 +87,7 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix. Colours show percentages of the images of a class; with few classes, cells also show counts."""
+    """Draw a confusion matrix. Colours show counts in percent of the true class; with few classes, cells show counts."""
     from matplotlib.figure import Figure
 
     num_classes = len(classes)
@@ -129,7 +129,7 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
 
 
 def _plain(text: str) -> str:
-    """Convert text so that matplotlib draws it literally: replace invalid Unicode, and escape formulas."""
+    """Convert text so that matplotlib draws it literally: replace invalid Unicode, and escape $, which starts a formula."""
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
@@ -172,7 +172,7 @@ def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    # File names may not be valid UTF-8; their bytes are written unchanged.
+    # Some image names may not be valid UTF-8; their bytes are written unchanged.
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)

@@ -1,4 +1,4 @@
-"""The output directory of a run: its path, write checks, and a lock against a second run."""
+"""The output directory of a run: its path, checks before writing, and a lock against a second run."""
 
 import contextlib
 import logging
@@ -42,10 +42,10 @@ def create_output_directory(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a run that would start before an intact checkpoint of the directory: it would mix checkpoints of two runs.
+    """Reject a run if its directory has an intact checkpoint of a later update: checkpoints of two runs would mix.
 
     Args:
-        num_updates: updates done at the start.
+        num_updates: number of updates in the state from which the run starts.
 
     Raises:
         ConfigError: the directory has an intact checkpoint of a later update.
@@ -55,8 +55,8 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
             return
         if is_intact(path):
             raise ConfigError(
-                f"{output}: has {path.name}, later than this start (update {num_updates}): checkpoints would mix. Resume "
-                "from it (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
+                f"{output}: has {path.name}, but this run starts from the earlier update {num_updates}: checkpoints would mix. "
+                "Resume from that checkpoint (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
             )
 
 
@@ -88,7 +88,7 @@ class RunDirectory:
         """Create, lock and clean up the directory: delete old incomplete files, and rename damaged checkpoints.
 
         Args:
-            num_updates: updates done at the start.
+            num_updates: number of updates in the state from which the run starts.
 
         Raises:
             ConfigError: the directory cannot be written to, is locked by another run, or has a checkpoint of a later update.
@@ -121,7 +121,7 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Release the lock and remove the directories that this run created. Only for runs that fail before any update."""
+        """Release the lock and remove the directories that this run created. Call it only before the first update."""
         self._lock.release()
         if self.path in self._created:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -175,10 +175,11 @@ class RunLock:
             file.seek(0)
             holder = file.read().strip() or "unknown process"
             raise ConfigError(
-                f"{self.path.parent}: another run writes there ({holder}); wait for it, stop it, or choose another --tag"
+                f"{self.path.parent}: another run writes to this directory ({holder}); wait for it, stop it, "
+                "or choose another --tag"
             ) from None
         except (ImportError, OSError):
-            pass  # this platform or file system has no locks
+            pass  # this platform or file system does not support locks
 
     def release(self) -> None:
         if self._file is not None:

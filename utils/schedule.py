@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 
 from utils.config import ConfigError
 
-LINEAR_END = 0.01  # final fraction of the base rate in the linear schedule
+LINEAR_END = 0.01  # final learning rate of the linear schedule, as a fraction of the base rate
 REFERENCE_BATCH = 512  # global batch size to which TRAIN.BASE_LR, WARMUP_LR and MIN_LR refer
 
 
@@ -18,8 +18,9 @@ class Schedule:
     Args:
         name: ``cosine``: half a cosine from ``base_lr`` at update 0 to ``min_lr`` at ``num_updates``; the warm-up replaces its
             first part. ``linear``: from ``base_lr`` after the warm-up to ``LINEAR_END * base_lr`` at ``num_updates``, as in the
-            reference; ``min_lr`` is unused. Both are constant after ``num_updates``. ``step``: ``base_lr`` is multiplied by
-            ``decay_rate`` every ``decay_updates`` updates, counted from 0; as in timm, also after ``num_updates``.
+            reference implementation; ``min_lr`` is unused. ``cosine`` and ``linear`` are constant after ``num_updates``.
+            ``step``: ``base_lr`` is multiplied by ``decay_rate`` every ``decay_updates`` updates, counted from update 0; as in
+            timm, this continues after ``num_updates``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""One optimizer update, and its report: loss, gradient norm and requests.
+"""One optimizer update, and its report: loss, gradient norm, and requests to stop or to save a checkpoint.
 
 The host does not wait for the device during an update, except in fp16.
 """
@@ -56,8 +56,8 @@ def train_step(
     """One optimizer update, for every precision, clipped or not, accumulated or not.
 
     An update changes no weights and no optimizer state if its loss (in any process) or its gradient is not finite. In fp32 and
-    bf16, this check runs on the device only. In fp16, the host reads its result in every update: the loss scaler regularly
-    skips updates, which EMA and schedule must skip too.
+    bf16, this check runs on the device only. In fp16, the host reads its result in every update, because the loss
+    scaler regularly skips updates, and EMA and learning-rate schedule must skip the same ones.
 
     Args:
         model: from ``utils.distributed.wrap``.
@@ -65,13 +65,13 @@ def train_step(
             (B, num_classes) probabilities after mixup.
         seeds: one seed per batch, for the model's random draws (drop path, dropout).
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
-        max_grad_norm: L2 norm over all parameters; ``inf`` measures without clipping.
+        max_grad_norm: maximum L2 norm of the gradient over all parameters; ``inf``: no clipping.
         requests: (2,) requests of this process to stop and to save, each 0 or 1.
         failed: scalar tensor, initially 0, updated in place. It becomes NaN at the first update in fp32 or bf16 that is not
             finite; later updates then change nothing.
 
     Returns:
-        (4,) numbers of a ``Report``, on the device. Reading them makes the host wait, so the caller decides when.
+        (4,) values of a ``Report``, on the device. Reading them makes the host wait, so the caller decides when to read.
     """
     device = optimizer.param_groups[0]["params"][0].device
     requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
@@ -128,7 +128,7 @@ def accumulate_gradients(
 class Reports:
     """Queue of reports that are being copied from the device to the host.
 
-    The host reads the report of an update after it has launched the next one, so that the device always has work.
+    The host reads the report of an update after it has launched the next one, so that the device is never idle.
     """
 
     def __init__(self) -> None:

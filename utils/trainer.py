@@ -28,8 +28,8 @@ from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
 logger = logging.getLogger(__name__)
 
-RNG_STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of images and mixup
-# Images, targets, number of the forward pass -> mixed images and targets.
+RNG_STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of augmentation and mixup
+# Function: images, targets, number of the forward pass -> mixed images and targets.
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 MAX_SKIPPED = 20  # the run ends after this many consecutive updates with non-finite gradients in fp16
 
@@ -56,7 +56,7 @@ class TrainState:
     Args:
         scales_loss: whether the loss is scaled (fp16); only then do checkpoints contain the state of ``scaler``.
         num_updates: number of updates so far, including skipped ones; it determines the position in the data.
-        num_skipped: number of updates that fp16 skipped; the learning-rate schedule does not count them.
+        num_skipped: number of updates skipped in fp16 (non-finite gradients); the learning-rate schedule does not count them.
         last_evaluation: ``num_updates`` at the last evaluation.
         best: the best evaluation so far, see ``NO_BEST``.
     """
@@ -185,7 +185,7 @@ class Trainer:
 
         Raises:
             Stopped: in every process, if any process was asked to stop; all updates so far are saved.
-            TrainingError: an update is not finite, or fp16 skipped too many updates.
+            TrainingError: the loss or gradient of an update is not finite, or fp16 skipped too many updates.
             CheckpointError, OtherRankError: a checkpoint could not be written.
         """
         state = self.state
@@ -212,9 +212,9 @@ class Trainer:
         )
 
     def finish_epoch(self, epoch: int) -> None:
-        """Evaluate and save at the end of an epoch, as the recipe requires. An evaluation with a new best is always saved.
+        """Evaluate and save at the end of an epoch, as the recipe requires. After a new best accuracy, it always saves.
 
-        What was already done before a resume is not repeated.
+        On resume, an evaluation or checkpoint that already exists is not repeated.
         """
         last = epoch + 1 >= self.recipe.num_epochs
         saving = last or (epoch + 1) % self.recipe.save_freq == 0
@@ -260,11 +260,14 @@ class Trainer:
                 meter.restart()
 
     def mixed_batches(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-        """Mixed images and targets of the forward passes, starting at the current position of the run."""
+        """Images and targets after mixup, for each forward pass from the current position of the run."""
         return mix_batches(batches, self.mixup, forward_pass=self.state.num_updates * self.recipe.accumulation)
 
     def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Launch one update on the next batches, and update the EMA. In fp16, an update that is not finite is skipped."""
+        """Launch one update on the next batches, and update the EMA.
+
+        In fp16, an update with a non-finite loss or gradient is skipped, and the EMA is not updated.
+        """
         state, recipe = self.state, self.recipe
         forward_passes = range(state.num_updates * recipe.accumulation, (state.num_updates + 1) * recipe.accumulation)
         learning_rate = self.learning_rate(state.num_updates)
@@ -299,7 +302,7 @@ class Trainer:
     def requests(self) -> Tensor:
         """(2,) requests of this process, each 0 or 1: to stop, and (only on rank 0) to save a checkpoint.
 
-        If the last write failed, a save is requested immediately: ``save`` raises the error in all processes.
+        If the last checkpoint write failed, a save is requested immediately, since ``save`` raises the error in all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
         saving = (due or self.background_write.failed) and self.world.is_main
@@ -315,8 +318,8 @@ class Trainer:
         """Reports that were not collected yet, except for those of the newest ``max_pending`` updates.
 
         Raises:
-            TrainingError: in every process, if an update is not finite in fp32 or bf16, or if fp16 has skipped ``MAX_SKIPPED``
-                updates in a row. The message names the replay file.
+            TrainingError: in every process, if the loss or gradient of an update is not finite in fp32 or bf16, or if fp16 has
+                skipped ``MAX_SKIPPED`` updates in a row. The message names the replay file.
         """
         reports = []
         for update, report in self.reports.collect_reports(max_pending=max_pending):
@@ -326,7 +329,7 @@ class Trainer:
         return reports
 
     def fail(self, update: int, report: Report) -> None:
-        """Write the replay file of an update that is not finite, and end the run.
+        """Write the replay file of an update with a non-finite loss or gradient, and end the run.
 
         Raises:
             TrainingError: always.
@@ -336,7 +339,7 @@ class Trainer:
         on_main(self.world, lambda: save_checkpoint(self.describe_update(update), path))
         position = f"update {update} (epoch {epoch}, both counted from 0)"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"
-        advice = "Lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or look at the images that the replay lists"
+        advice = "Lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or inspect the images that --replay lists"
         if self.state.scales_loss:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
@@ -349,7 +352,7 @@ class Trainer:
         """Weights, position and images of an update, for ``--replay``."""
         name = self.train_loader.loader.dataset.index.name
         epoch, first_update = divmod(update, self.updates_per_epoch)
-        images = []  # image names of each forward pass of each process
+        images = []  # [rank][forward pass] -> image names
         for rank in range(self.world.size):
             sampler = copy.copy(self.train_loader.loader.batch_sampler)
             sampler.rank = rank
@@ -371,19 +374,19 @@ class Trainer:
         self.metrics.image("first_batch", grid, 0)
 
     def show_figures(self) -> None:
-        """Write the figures of ``draw``. If that fails, for example for lack of memory, log it and write no more figures."""
+        """Write the figures of ``draw`` to TensorBoard. After an error, such as a lack of memory, draw no further figures."""
         try:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)
         except Exception as error:
-            logger.warning("no more figures of the model: %s", error)
+            logger.warning("figures of the model are disabled after an error: %s", error)
             self.draw = None
 
     def evaluate(self, epoch: int) -> bool:
         """Evaluate raw and EMA weights.
 
         Returns:
-            Whether one of the accuracies is the best so far, or equal to it.
+            Whether raw or EMA weights reach or exceed the best accuracy so far.
 
         Raises:
             Stopped: in every process, if any process was asked to stop; the state before the evaluation is saved.
@@ -436,7 +439,7 @@ class Trainer:
         """Wait until the newest checkpoint is written.
 
         Raises:
-            CheckpointError, OtherRankError: it could not be written.
+            CheckpointError, OtherRankError: the checkpoint could not be written.
         """
         self.phase = "saving"
         on_main(self.world, self.background_write.wait)
@@ -465,7 +468,7 @@ def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
     and its loaders would be destroyed in that thread.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the checkpoint could not be written.
     """
     started = time.monotonic()
     save_checkpoint(state, path)
@@ -514,7 +517,7 @@ class Meter:
         seconds = time.monotonic() - self.started
         done = state.num_updates - self.epoch * trainer.updates_per_epoch
         remaining_updates = trainer.recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
-        finite_losses = [report.loss for report in self.reports if report.is_finite]  # fp16 skipped the others
+        finite_losses = [report.loss for report in self.reports if report.is_finite]  # the other updates were skipped in fp16
         values = {
             "epoch": self.epoch,
             "loss": sum(finite_losses) / len(finite_losses) if finite_losses else math.nan,

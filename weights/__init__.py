@@ -1,1 +1,1 @@
-"""Read weight files safely, and download them once. This is the lowest layer: ``models`` and ``utils`` may import it."""
+"""Read weight files safely, and download and cache them. ``models`` and ``utils`` may import this package."""

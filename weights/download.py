@@ -23,12 +23,12 @@ from weights.reader import CheckpointError, sha256, verify
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_SECONDS = 30.0  # for connecting, and for each read
+TIMEOUT_SECONDS = 30.0  # for opening the connection, and for each read
 SECONDS_BETWEEN_LOG_LINES = 30.0  # between progress lines in the log
 _BLOCK = 1 << 20  # bytes
 # First bytes of the accepted formats: zip (torch.save), pickle (torch.save before 1.6), safetensors (length and JSON header).
 _SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
-_TAR_MAGIC = (b"ustar", 257)  # tar files of early torch.save: magic bytes and their offset
+_TAR_MAGIC = (b"ustar", 257)  # tar format of early torch.save versions: magic bytes and their offset
 
 
 def is_url(text: str) -> bool:
@@ -87,7 +87,7 @@ def fetch(url: str, name: str = "") -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock a path against other processes of this machine; has no effect if platform or file system lacks locks."""
+    """Lock a path against other processes of this machine. No effect if the platform or file system does not support locks."""
     with open(path.with_name(path.name + ".lock"), "w") as file:
         with suppress(ImportError, OSError):
             import fcntl
@@ -110,7 +110,7 @@ def _download(url: str, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         if total and received < total:
-            raise CheckpointError(f"{url}: the connection was cut after {received} of {total} bytes; try again{hint}")
+            raise CheckpointError(f"{url}: the connection was closed after {received} of {total} bytes; try again{hint}")
         _check_format(url, temporary, hint)
         os.replace(temporary, path)
     except urllib.error.HTTPError as error:
@@ -124,7 +124,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _copy(response, file, total: int, title: str) -> int:
-    """Copy a response to a file and return the number of bytes. Progress is a bar on a terminal, otherwise log lines."""
+    """Copy a response to a file and return the number of bytes. Show a progress bar on a terminal, otherwise log progress."""
     received, last_line = 0, time.monotonic()
     bar_hidden = not sys.stderr.isatty()
     with tqdm(total=total or None, desc=title, unit="B", unit_scale=True, leave=False, disable=bar_hidden) as bar:
@@ -155,7 +155,7 @@ def _check_format(url: str, path: Path, hint: str) -> None:
 
 
 def _compare_digest(url: str, path: Path) -> None:
-    """Record the sha256 of a new file; compare the sha256 of an earlier file with its record."""
+    """Record the sha256 of a new file; compare the sha256 of a cached file with its recorded value."""
     record, digest = path.with_name(path.name + ".sha256"), sha256(path)
     recorded = record.read_text().split() if record.is_file() else []
     if not recorded:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 WEIGHTS = ("raw", "ema", "auto")
-METADATA_KEY = "flatten"  # safetensors metadata entry with config, class names and other plain data, as JSON
+METADATA_KEY = "flatten"  # key of the safetensors metadata that contains config, class names and other plain data, as JSON
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 # Types and functions, other than those of torch, that the pickles of released files refer to. They create only plain data: the
-# reference's config (a yacs CfgNode, read as a dictionary), timm's arguments (a Namespace), and accuracies (numpy scalars;
-# their module differs between numpy 1 and 2, and pickle stores their bytes with codecs.encode).
+# config of the reference implementation (a yacs CfgNode, read as a dictionary), timm's arguments (a Namespace), and accuracies
+# (numpy scalars, whose module differs between numpy 1 and 2, and whose bytes pickle stores with codecs.encode).
 _PLAIN_GLOBALS = [
     (collections.OrderedDict, "yacs.config.CfgNode"),
     argparse.Namespace,
@@ -39,7 +39,7 @@ _PLAIN_GLOBALS = [
 
 
 class CheckpointError(ValueError):
-    """A weight file is missing, damaged, unsafe or from another model. The message includes the path and the remedy."""
+    """A weight file is missing, damaged, unsafe or does not match the model. The message includes the path and the remedy."""
 
 
 def verify(path: Path) -> None:
@@ -129,7 +129,7 @@ def _describe_global(message: str) -> str:
 
 
 def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
-    """A dictionary from label (``raw``, ``ema``) to state dict, without the prefixes of DDP and torch.compile."""
+    """State dicts of a weight file by label (``raw``, ``ema``), without the name prefixes of DDP and torch.compile."""
     state_dicts = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
         "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
@@ -158,7 +158,7 @@ def preferred_weights(state: Mapping) -> str:
 
 
 def choose_weights(state: Mapping, weights: str, path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Label and state dict of ``raw``, ``ema`` or ``auto`` (see ``preferred_weights``).
+    """Label and state dict of the requested weights: ``raw``, ``ema`` or ``auto`` (see ``preferred_weights``).
 
     Raises:
         CheckpointError: the checkpoint does not have these weights.
@@ -166,5 +166,5 @@ def choose_weights(state: Mapping, weights: str, path: str | Path) -> tuple[str,
     stored = stored_weights(state)
     label = preferred_weights(state) if weights == "auto" else weights
     if label not in stored:
-        raise CheckpointError(f"{path}: contains no {label} weights; its keys: {', '.join(map(str, state))}")
+        raise CheckpointError(f"{path}: contains no {label} weights; its keys are {', '.join(map(str, state))}")
     return label, stored[label]

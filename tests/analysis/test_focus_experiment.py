@@ -13,7 +13,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("form", "scale"), PUBLISHED)
-def test_the_weights_equal_those_published_by_the_authors(form, scale):
+def test_attention_weights_equal_those_published_by_the_authors(form, scale):
     q, k = make_vectors()
     weights = attention_weights(form, scale * q, scale * k)
     assert weights[0].tolist() == pytest.approx(PUBLISHED[form, scale], abs=5e-5)
@@ -30,6 +30,6 @@ def test_focused_attention_is_invariant_to_magnitude_and_softmax_attention_is_no
     assert mean_entropy("softmax, scaled", magnitude * q, magnitude * k) == pytest.approx(focused[1], abs=1e-6)
 
 
-def test_the_plot_is_drawn(tmp_path):
+def test_draw_writes_a_png_file(tmp_path):
     draw(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

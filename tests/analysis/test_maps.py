@@ -27,7 +27,7 @@ CASES = {
         56,
     ),
     "swin softmax, shifted": lambda: (SwinTransformer(img_size=64, attn_type="SS", softmax_window=4, **SMALL_SWIN), 64),
-    "swin at another size": lambda: (SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN), (40, 48)),
+    "swin at another input size": lambda: (SwinTransformer(img_size=32, attn_type="LS", **SMALL_SWIN), (40, 48)),
     "pvt with reduction": lambda: (
         PyramidVisionTransformer(img_size=64, attn_type="LLSS", linear_reductions=(8, 4, 2, 1), **SMALL_PVT),
         64,
@@ -54,7 +54,7 @@ CASES = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Make all parameters non-zero, as after training. Return the model in float64 and evaluation mode."""
+    """Add noise to all parameters, so that none is zero, as after training. Return the model in float64 and evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,7 +63,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def capture_case(case: str) -> list:
-    """Capture the attention of every module in a forward pass, and assert that this does not change the logits."""
+    """Capture the attention of every module in a forward pass, and assert that capturing does not change the logits."""
     model, size = CASES[case]()
     model = randomise(model)
     height, width = (size, size) if isinstance(size, int) else size
@@ -83,7 +83,7 @@ def test_weights_times_values_equal_the_output_of_the_module(case):
         matrix = attention.matrix()
         if matrix.shape[1] == attention.v.shape[1]:
             out = matrix @ attention.v  # (G, H, N, D)
-        else:  # every channel is a head
+        else:  # hydra, where every channel is a head
             values = attention.v.transpose(-2, -1).flatten(1, 2)  # (G, C, M)
             out = (matrix @ values.unsqueeze(-1)).squeeze(-1).unflatten(1, attention.v.shape[1::2]).transpose(-2, -1)
         if (convolution := attention.convolution()) is not None:
@@ -108,7 +108,7 @@ def test_rows_of_normalised_attention_sum_to_one():
         assert (sums > 0.999).double().mean() > 0.9
 
 
-def test_chosen_rows_of_the_convolution_matrix_equal_those_of_the_full_matrix():
+def test_the_convolution_matrix_equals_the_convolution_for_all_and_for_chosen_queries():
     convolution = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3)
     full = convolution_matrix(convolution.weight.detach(), (4, 6), 24)
     torch.testing.assert_close(convolution_matrix(convolution.weight.detach(), (4, 6), 24, queries=[7, 3]), full[:, [7, 3]])
@@ -168,7 +168,7 @@ def test_token_positions_contain_each_token_of_the_map_once(case):
 
 @pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
 def test_the_convolution_over_reduced_values_is_not_local(side, distance, uniform):
-    """Values are interpolated along the flattened tokens, which mixes rows and columns.
+    """Reduced values are interpolated along the flattened tokens, which mixes rows and columns of the map.
 
     docs/focus.md quotes the distances for a side of 56.
     """

@@ -1,4 +1,4 @@
-"""Measures of focus equal hand calculations."""
+"""Measures of attention matrices equal hand calculations."""
 
 import math
 
@@ -23,7 +23,7 @@ ONE_HOT = torch.eye(4)[:3]
 SKEWED = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
 
 
-def test_uniform_and_one_hot_weights_give_the_extreme_values():
+def test_entropy_gini_and_top_mass_of_uniform_and_one_hot_weights():
     for measure, uniform, one_hot in ((entropy, 1, 0), (gini, 0, 0.75)):
         torch.testing.assert_close(measure(UNIFORM), torch.full((3,), float(uniform)))
         torch.testing.assert_close(measure(ONE_HOT), torch.full((3,), float(one_hot)))
@@ -40,12 +40,12 @@ def test_measures_of_skewed_weights_equal_hand_calculations():
     assert gini(-2 * SKEWED).item() == pytest.approx(0.25)
 
 
-def test_distances_are_measured_in_patches_of_the_query_map():
+def test_distances_are_measured_in_tokens_of_the_query_map():
     assert attention_distance(torch.eye(6), (2, 3), (2, 3)).tolist() == [0] * 6
     far = torch.zeros(6, 6)
     far[:, 5] = 1
     assert attention_distance(far, (2, 3), (2, 3))[0].item() == pytest.approx(math.hypot(1, 2))
-    # The centres of the keys (2 x 2 map) are at 1 and 3 patches, those of the queries (4 x 4 map) at 0.5, 1.5, 2.5 and 3.5.
+    # In units of query tokens, the keys (2 x 2 map) have their centres at 1 and 3, and the first query has its centre at 0.5.
     reduced = torch.ones(16, 4) / 4
     expected = sum(math.hypot(y - 0.5, x - 0.5) for y in (1, 3) for x in (1, 3)) / 4
     assert attention_distance(reduced, (4, 4), (2, 2))[0].item() == pytest.approx(expected)
@@ -60,7 +60,7 @@ def test_ranks_of_known_matrices_are_correct():
     assert effective_rank(singular_values(torch.ones(6, 6))).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_row_similarity_is_the_mean_cosine_of_pairs():
+def test_row_similarity_is_the_mean_cosine_similarity_of_pairs_of_rows():
     assert row_similarity(UNIFORM).item() == pytest.approx(1)
     assert row_similarity(ONE_HOT).item() == pytest.approx(0)
     rows = torch.randn(7, 5)

@@ -20,6 +20,7 @@ from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, module_name
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
 from tests.launch import run_script
+from weights.reader import read_checkpoint
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -32,7 +33,7 @@ def create_case(case: str):
 
 @pytest.mark.parametrize("case", ["swin global", "swin windows, shifted and padded", "pvt with reduction", "deit linear"])
 def test_maps_are_the_rows_of_the_attention_matrices(case):
-    """All queries except the class token are compared, in maps of up to 14 x 14 tokens. Queries of larger maps are sampled."""
+    """Compare all queries except the class token. Maps above 14 x 14 tokens are skipped, since their queries are sampled."""
     model, image = create_case(case)
     with torch.no_grad(), capture(model) as attentions:
         model(image.unsqueeze(0))
@@ -49,7 +50,7 @@ def test_maps_are_the_rows_of_the_attention_matrices(case):
         matrix = attention.matrix()[:, :, prefix:, prefix:]
         if attention.key_grid != attention.grid:
             rows = matrix[0]
-        else:  # each window fills the rows and columns of its tokens
+        else:  # fill in the rows and columns of the tokens of each window
             rows = matrix.new_zeros(matrix.shape[1], height * width, height * width)
             for window, positions in zip(matrix, token_positions(model, attention), strict=True):
                 real = positions >= 0
@@ -110,7 +111,7 @@ def test_encoded_maps_are_exact_to_half_a_quantisation_step():
 def test_unknown_block_names_are_rejected():
     model, _ = create_case("deit linear")
     assert module_names(model, ["blocks.1"]) == ["blocks.1.attn"]
-    with pytest.raises(ValueError, match=r"no attention module has this name; choose among blocks\.0\.attn"):
+    with pytest.raises(ValueError, match=r"no name of an attention module starts with this; choose among blocks\.0\.attn"):
         module_names(model, ["layers"])
 
 
@@ -145,8 +146,8 @@ setTimeout(() => {
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_the_page_reacts_to_clicks_arrow_keys_and_menus_without_errors(tmp_path):
     model, image = create_case("swin global")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8))
     page = tmp_path / "page.html"
@@ -173,18 +174,19 @@ def test_the_page_reacts_to_clicks_keys_and_choices_without_errors(tmp_path):
     assert len({initial, clicked, moved, other_form, other_block}) == 5
 
 
-def test_a_page_needs_no_network(tmp_path):
+def test_a_page_loads_nothing_from_the_network(tmp_path):
     model, image = create_case("deit softmax")
     write_page(tmp_path / "page.html", Image.new("RGB", (48, 32)), trace(model, image), "title")
     text = (tmp_path / "page.html").read_text()
     assert not re.search(r"(src|href)=|https?://|import\(", text)
 
 
-def test_one_command_writes_pages_and_pictures(trained, toy_data, tmp_path):
+def test_visualize_attention_writes_pages_and_pictures(trained, toy_data, tmp_path):
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--blocks", "layers.0"]
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    assert "toy, auto weights of best.pth, 000.png" in (tmp_path / "000.html").read_text()
+    preferred = read_checkpoint(trained)["best"]["weights"]
+    assert f"toy, {preferred} weights of best.pth, 000.png" in (tmp_path / "000.html").read_text()
     for kind in ("", "_overlay"):
         assert (tmp_path / f"000_layers.0.blocks.0.attn{kind}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -194,7 +196,7 @@ def read_content(page: Path) -> dict:
 
 
 def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
-    """The toy model was trained at 40 pixels with a map of 10 x 10 tokens. Its windows adapt to the size of the map."""
+    """The toy model was trained at 40 x 40 pixels, with a first token map of 10 x 10. Its windows adapt to the map."""
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--token-grid", 14, 8]
     outcome = run_script(scripts.visualize_attention, [*arguments, "--queries", "55,31"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -213,7 +215,7 @@ def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
         (["--token-grid", "8", "0"], "--token-grid 8 0: give one or two numbers above 0"),
     ],
 )
-def test_invalid_arguments_are_rejected(trained, toy_data, tmp_path, options, message):
+def test_invalid_arguments_of_visualize_attention_are_rejected(trained, toy_data, tmp_path, options, message):
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, *options]
     outcome = run_script(scripts.visualize_attention, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]

@@ -37,7 +37,7 @@ def test_pictures_of_forms_show_the_mean_over_heads_for_the_query():
     query_axis, *form_axes = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["query", *block.maps]
     (marker,) = query_axis.get_lines()
-    # Centre of the token in row 1 and column 0, in pixels.
+    # The query nearest to (0.9, 0.1) is the token in row 1 and column 0. Its centre in pixels:
     np.testing.assert_allclose(marker.get_xydata(), [[4.5, 14.5]], rtol=1e-6)
     for form_axis, maps in zip(form_axes, block.maps.values(), strict=True):
         weights = maps[:, 3].mean(dim=0)
@@ -93,7 +93,7 @@ def test_an_unreadable_attention_image_is_rejected_before_training(toy_config, t
 
 
 def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp_path, monkeypatch):
-    """An error while drawing, such as a lack of memory, is logged once. Every module returns to its previous mode."""
+    """An error while drawing, such as a lack of memory, is logged once, and every module returns to its previous mode."""
 
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")
@@ -104,7 +104,7 @@ def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp
         toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image), tmp_path / "log"
     )
     assert outcome.exit_codes == [0], outcome.output
-    assert outcome.output.count("no more figures of the model: out of memory") == 1
+    assert outcome.output.count("figures of the model are disabled after an error: out of memory") == 1
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout()).train()
     model[1].eval()
     pictures = object.__new__(jobs.inspection.AttentionPictures)

@@ -1,4 +1,4 @@
-"""Measures of focus over images, and the command that writes them."""
+"""Measures of a model's attention over images, and scripts/analyze_focus.py, which writes them."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from tests.analysis.test_maps import SMALL_DEIT, SMALL_SWIN, randomise
 from tests.launch import run_script
 
 
-@pytest.mark.parametrize("randomised", [False, True], ids=["initialised", "random parameters"])
+@pytest.mark.parametrize("randomised", [False, True], ids=["initial parameters", "random parameters"])
 def test_the_rank_of_linear_attention_exceeds_the_head_dimension_only_with_the_convolution(randomised):
     model = SwinTransformer(img_size=48, attn_type="LL", **SMALL_SWIN).double().eval()
     if randomised:
@@ -41,11 +41,11 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
             (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
             assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
             assert len(row.values["entropy"]) == 2
-        weights = attention.matrix()[0, :, 1:, 1:]  # normalised again below, because the class token is excluded
+        weights = attention.matrix()[0, :, 1:, 1:]  # without the class token, so the next line normalises again
         weights = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values
         (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, 1)]
         assert (row.head_dim, row.num_keys) == (attention.q.shape[3], weights.shape[2])
-        for measure, num_largest in (("top 1 %", 1), ("top 5 %", 1), ("top 10 %", 2)):  # of 16 keys
+        for measure, num_largest in (("top 1 %", 1), ("top 5 %", 1), ("top 10 %", 2)):  # there are 16 keys
             assert row.values[measure][0] == pytest.approx(weights[1, :, :num_largest].sum(dim=-1).mean().item(), abs=1e-5)
     softmax_rows = [row for row in rows if row.block == "blocks.1.attn"]
     assert {row.form for row in softmax_rows} == {OWN, "softmax", "linear", "focused", "efficient"}
@@ -63,20 +63,20 @@ def test_the_convolution_share_is_zero_without_the_convolution():
     assert 0 < shares[WITH_CONVOLUTION] < 1
 
 
-def test_many_positions_are_sampled_evenly():
+def test_at_most_784_evenly_spaced_positions_are_sampled():
     assert evenly_spaced(5).tolist() == [0, 1, 2, 3, 4]
     assert len(evenly_spaced(3136)) == 784
     assert evenly_spaced(3136)[-1] == 3135
 
 
-def test_the_matrices_exclude_the_class_token():
+def test_the_measured_matrices_exclude_the_class_token():
     model = DeiT(img_size=32, attn_type="L", **SMALL_DEIT).eval()
     with torch.no_grad(), capture(model) as attentions:
         model(torch.randn(1, 3, 32, 32))
     assert {matrix.shape for matrix in matrices(attentions[0]).values()} == {(1, 2, 16, 16)}
 
 
-def test_one_command_writes_tables_plots_and_a_report(trained, toy_data, tmp_path):
+def test_analyze_focus_writes_tables_plots_and_a_report(trained, toy_data, tmp_path):
     arguments = ["--resume", trained, "--images", toy_data / "val", "--every", 11, "--output", tmp_path]
     outcome = run_script(scripts.analyze_focus, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output

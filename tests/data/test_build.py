@@ -75,7 +75,7 @@ def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data)
 
 
 def test_random_crop_area_and_aspect_ratio_follow_their_config_keys(toy_config, toy_data):
-    """A crop with a quarter of the area of 200 x 200 pixels and an aspect ratio of 4 has 200 x 50 pixels."""
+    """A quarter of the area of 200 x 200 pixels, with an aspect ratio of 4, is 200 pixels wide and 50 pixels high."""
     cfg = config(toy_config, toy_data, "AUG.SCALE", [0.25, 0.25], "AUG.RATIO", [4.0, 4.0])
     crop = build_train_transform(cfg).transforms[0]
     seed_generators(0)
@@ -88,8 +88,8 @@ def test_random_crop_area_and_aspect_ratio_follow_their_config_keys(toy_config, 
 def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_config, toy_data):
     """Count the batches with grey pixels after a black and a white image are mixed.
 
-    Each batch uses mixup or CutMix, with a probability of one half each. A ratio drawn from Beta(50, 50) is near 0.5, so mixup
-    makes every pixel grey. A ratio drawn from Beta(0.01, 0.01) is near 0 or 1, so mixup rarely makes pixels grey. CutMix
+    Each batch uses mixup or CutMix, with a probability of one half each. A mixing ratio drawn from Beta(50, 50) is near 0.5, so
+    mixup makes every pixel grey. A ratio drawn from Beta(0.01, 0.01) is near 0 or 1, so mixup rarely makes pixels grey. CutMix
     leaves every pixel black or white.
     """
     mix = build_mixup(config(toy_config, toy_data, "AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix))
@@ -101,7 +101,7 @@ def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_confi
     assert num_grey_batches in expected
 
 
-def test_middle_image_of_an_odd_batch_is_mixed_with_the_first_image(toy_config, toy_data):
+def test_middle_image_of_a_batch_of_odd_size_is_mixed_with_the_first_image(toy_config, toy_data):
     """Every pixel of an image equals its class id, so the mean of a mixed image is the expected class id of its target."""
     mix = build_mixup(
         config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
@@ -177,7 +177,7 @@ def test_reading_an_image_does_not_change_the_random_generators_of_the_process(t
 
 @pytest.mark.parametrize("batch_size", range(5, 12))
 def test_images_that_occur_at_most_twice_in_a_batch_are_never_mixed_with_their_copy(batch_size):
-    """In a batch of size B, position i is mixed with position B - 1 - i, and the middle of an odd batch with position 0."""
+    """In a batch of size B, position i is mixed with position B - 1 - i. If B is odd, the middle is mixed with position 0."""
     rng = random.Random(batch_size)
     for _ in range(200):
         indices = list(range(batch_size))

@@ -39,7 +39,7 @@ def config(toy_config, toy_data, *opts):
 
 
 def read_epoch(cfg, epoch, *, rank=0, world_size=1, first_update=0):
-    """Read the part of an epoch that one process trains on. Return {index: image} and the indices in order."""
+    """Read the part of an epoch that one process trains on. Return {index: image} and the indices in reading order."""
     dataset = build_datasets(cfg, training=True).train
     loader = build_train_loader(cfg, dataset, rank=rank, world_size=world_size, device=CPU)
     loader.set_position(epoch, first_update)
@@ -102,18 +102,18 @@ def test_evaluation_reads_every_image_once(num_samples, world_size):
     assert sorted(seen) == list(range(num_samples))
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS, reason="set IMAGENET_SAMPLES to the directory of the reference photographs")
+@pytest.mark.skipif(not PHOTOGRAPHS, reason="set IMAGENET_SAMPLES to a directory with the images of eval_transform.json")
 @pytest.mark.parametrize(
-    "figures", reference("eval_transform"), ids=lambda f: f"{f['file'][:9]}-{f['img_size']}-{f['test_crop']}"
+    "recorded", reference("eval_transform"), ids=lambda f: f"{f['file'][:9]}-{f['img_size']}-{f['test_crop']}"
 )
-def test_evaluation_transform_of_photographs_matches_the_reference(figures):
-    transform = preprocessing(figures["img_size"], crop_mode="squash" if figures["test_crop"] else "none").create_transform()
-    with Image.open(Path(PHOTOGRAPHS) / figures["file"]) as file:
+def test_evaluation_transform_of_photographs_matches_the_reference(recorded):
+    transform = preprocessing(recorded["img_size"], crop_mode="squash" if recorded["test_crop"] else "none").create_transform()
+    with Image.open(Path(PHOTOGRAPHS) / recorded["file"]) as file:
         image = transform(file.convert("RGB"))
     image = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], CPU)(image.unsqueeze(0))[0]
-    side = figures["img_size"]
-    assert list(image.shape) == figures["shape"]
-    expected = [figures[key] for key in ("mean", "std", "row0_first8", "center")]
+    side = recorded["img_size"]
+    assert list(image.shape) == recorded["shape"]
+    expected = [recorded[key] for key in ("mean", "std", "row0_first8", "center")]
     measured = [image.mean((1, 2)), image.std((1, 2)), image[0, 0, :8], image[:, side // 2, side // 2]]
     for measured_value, expected_value in zip(measured, expected, strict=True):
         torch.testing.assert_close(measured_value, torch.tensor(expected_value), atol=1e-5, rtol=0)
@@ -213,7 +213,7 @@ def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
     noise = []
     for index, image in plain.items():
         changed = (image != erased[index]).any(dim=0)
-        if not changed.any():  # none of ten attempted rectangles fitted
+        if not changed.any():  # no rectangle fitted into the image in ten attempts
             continue
         rows, columns = changed.nonzero().unbind(1)
         box = (slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1))
@@ -229,7 +229,7 @@ def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixed_targets_are_probabilities_that_match_the_mixed_images(toy_config, toy_data, mixup, cutmix, minmax, smoothing):
-    """All images of a class have one constant value, so that the mean of a mixed image gives its mixing ratio."""
+    """Every pixel of an image equals its class id, so the mean of a mixed image is the expected class id of its target."""
     opts = ["AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "AUG.CUTMIX_MINMAX", minmax, "MODEL.LABEL_SMOOTHING", smoothing]
     mix = build_mixup(config(toy_config, toy_data, *opts))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1])
@@ -318,7 +318,7 @@ def packed(toy_data, tmp_path_factory):
     for name, root in roots.items():
         for split in ("train", "val"):
             pack(toy_data, root, split, archive=name, shard_size=40)
-    deflated = tmp_path_factory.mktemp("deflated")  # compressed, as by the zip command
+    deflated = tmp_path_factory.mktemp("deflated")  # compressed with deflate, as the zip command does
     for split in ("train", "val"):
         shutil.copy(roots["zip"] / f"{split}_map.txt", deflated)
         with (
@@ -411,7 +411,7 @@ def test_class_names_that_do_not_match_the_class_ids_of_an_archive_are_rejected(
 
 
 def write_zip(entries, root):
-    """Write the (entry, data) pairs to ``val.zip``, and a map that assigns class 0 to every entry."""
+    """Write the (entry, data) pairs to ``val.zip``, and a map file that assigns class 0 to every entry."""
     with zipfile.ZipFile(root / "val.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for entry, data in entries:
             archive.writestr(entry, data)
@@ -433,7 +433,7 @@ def symlink_entry(name):
         (symlink_entry("a.png"), b"/etc/passwd", "is a link"),
         ("a.png", bytes(2**22), "too many for an image"),
     ],
-    ids=["parent", "absolute", "link", "bomb"],
+    ids=["parent directory", "absolute path", "symbolic link", "zip bomb"],
 )
 def test_unsafe_zip_entries_are_rejected(tmp_path, entry, data, message):
     write_zip([(entry, data)], tmp_path)
@@ -527,7 +527,7 @@ def partly_unreadable(tmp_path_factory):
 
     Class a has 2 readable images and all unreadable ones; class b has 20 readable images.
     """
-    root = tmp_path_factory.mktemp("spoilt")
+    root = tmp_path_factory.mktemp("unreadable")
     write_images(root, "train", classes=1, per_class=20)
     (root / "train/class0").rename(root / "train/b")
     unreadable_names = write_unreadable_images(root / "train/a")
@@ -550,14 +550,14 @@ def test_every_unreadable_image_raises_an_error_under_the_error_policy(partly_un
 
 def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadable):
     root, unreadable_names = partly_unreadable
-    dataset, error_dataset = create_folder_dataset(root / "train", unreadable="skip"), create_folder_dataset(root / "train")
+    dataset, default_dataset = create_folder_dataset(root / "train", unreadable="skip"), create_folder_dataset(root / "train")
     samples = [dataset[(1, position)] for position in range(len(dataset))]
     images, targets, keys, decode_errors = collate(samples)
     assert sorted(Path(dataset.index.name(index)).name for index, _ in decode_errors) == unreadable_names
     assert [index for _, index in keys] == [sample.key[1] for sample in samples if sample.image is not None]
     for image, target, key in zip(images, targets, keys, strict=True):
-        assert target == error_dataset.index.labels[key[1]]
-        assert torch.equal(image, error_dataset[key].image)
+        assert target == default_dataset.index.labels[key[1]]
+        assert torch.equal(image, default_dataset[key].image)
     with pytest.raises(DataError, match="no image of its batch can be read"):
         collate([sample for sample in samples if sample.image is None])
 
@@ -781,7 +781,7 @@ def test_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_path):
         read_real_labels(tmp_path / "real.json", ["cat.jpg"])
 
 
-def test_waiting_time_includes_only_the_loader(toy_config, toy_data, monkeypatch):
+def test_seconds_waited_includes_only_the_loader(toy_config, toy_data, monkeypatch):
     """Work on the device, here a slow ``normalize``, is excluded."""
     loader = build_eval_loader(
         config(toy_config, toy_data),
@@ -855,7 +855,7 @@ def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [224, (48, 64)])
 def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
-    """Both draw the same random numbers. Some of the crops are enlarged, and others are reduced."""
+    """Both transforms draw the same random numbers. Some of the crops are upsampled, others are downsampled."""
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)
     differences = []

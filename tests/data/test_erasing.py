@@ -104,6 +104,6 @@ def test_two_rectangles_of_an_image_have_different_noise():
     positions, _ = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=1.0, max_count=2)
     images_with_two_rectangles = np.flatnonzero(np.bincount(positions) == 2)
     assert len(images_with_two_rectangles) > 5
-    # One of the values is the background. A rectangle may cover the other one, so that only one colour remains.
+    # Subtract 1 for the background. If one rectangle covers the other, only one colour remains.
     num_colours = [len(erased[image, 0].unique()) - 1 for image in images_with_two_rectangles.tolist()]
     assert max(num_colours) == 2

@@ -1,4 +1,4 @@
-"""The custom backward pass of focused linear attention computes the same gradients as autograd of the unfused form."""
+"""The custom backward pass of focused linear attention equals autograd of standard operations (the unfused form)."""
 
 import contextlib
 
@@ -29,7 +29,7 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 @contextlib.contextmanager
 def unfused_form():
-    """Select the unfused form, as if torch.compile were active."""
+    """Make operators use the unfused form, by simulating that torch.compile is active."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -72,25 +72,25 @@ def test_values_and_gradients_equal_those_of_the_unfused_form(options, prefix):
 
 
 @pytest.mark.parametrize("key_grid", [(2, 3), (1, 1)])
-def test_reduced_keys_give_the_gradients_of_the_unfused_form(key_grid):
+def test_gradients_with_spatially_reduced_keys_equal_those_of_the_unfused_form(key_grid):
     operator = random_operator((4, 5), key_grid=key_grid)
     assert_equals_unfused_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
 
 
-def test_masked_keys_give_the_gradients_of_the_unfused_form():
+def test_gradients_with_masked_keys_equal_those_of_the_unfused_form():
     operator = random_operator((4, 5))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.6
-    mask[1] = False  # an image without keys
+    mask[1] = False  # all keys of this image are masked
     assert_equals_unfused_form(operator, random_tokens(3, 20, 20), key_mask=mask)
 
 
-def test_resized_positional_encodings_give_the_gradients_of_the_unfused_form():
+def test_gradients_with_resized_positional_encodings_equal_those_of_the_unfused_form():
     assert_equals_unfused_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
 
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
-def test_features_dominated_by_the_epsilon_give_the_gradients_of_the_unfused_form(std):
-    """The epsilon dominates for tiny inputs. For a token that is negative in all channels, only the epsilon remains."""
+def test_gradients_of_inputs_dominated_by_epsilon_equal_those_of_the_unfused_form(std):
+    """``EPS``, added after the ReLU, exceeds tiny inputs, and is all that remains of tokens without positive channels."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
@@ -102,9 +102,9 @@ def test_features_dominated_by_the_epsilon_give_the_gradients_of_the_unfused_for
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
 @pytest.mark.parametrize("std", [1e-3, 1.0, 1e6])
 def test_single_precision_neither_overflows_nor_underflows(scale, std):
-    """The features of a token that is negative in all channels equal 1e-6 / softplus(scale).
+    """For a token that is negative in all channels, ReLU, ``EPS`` and scale give 1e-6 / softplus(scale) in each channel.
 
-    The norm of their cubes requires a sum of sixth powers, which underflow in float32 for large scales.
+    The norm of the cubes of these values requires a sum of sixth powers, which underflow in float32 for large scales.
     """
     operator = random_operator((4, 5), rank_restoration=False)
     torch.nn.init.constant_(operator.scale, scale)
@@ -122,7 +122,7 @@ def test_single_precision_neither_overflows_nor_underflows(scale, std):
 @pytest.mark.parametrize("limit", [C, 7 * C, 20 * C, 45 * C])
 @pytest.mark.parametrize("num_keys", [20, 6])
 def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit, num_keys):
-    """The blocks contain one token, several tokens, one image, or two images."""
+    """The four limits give blocks of one token, several tokens, one image, and two images."""
     monkeypatch.setattr(models.fused_attention, "MAX_BLOCK_ELEMENTS_ON_CPU", limit)
     operator = random_operator((4, 5), key_grid=(4, 5) if num_keys == 20 else (2, 3))
     assert_equals_unfused_form(operator, random_tokens(5, 20, num_keys))
@@ -181,7 +181,7 @@ def test_torch_func_uses_the_unfused_form():
     torch.testing.assert_close(torch.func.grad(loss)(packed.detach()), torch.autograd.grad(loss(packed), packed)[0])
 
 
-def test_gradients_whose_channels_are_not_contiguous_are_concatenated_correctly():
+def test_split_channels_concatenates_non_contiguous_gradients_correctly():
     packed = torch.randn(2, 4, 12).requires_grad_()
     weights = torch.randn(2, 4, 12)
     gradients = [
@@ -206,7 +206,7 @@ def test_half_precision_gradients_equal_float32_gradients_up_to_rounding(dtype):
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
+def test_gradients_of_a_joint_qkv_projection_are_not_copied(monkeypatch):
     operator = random_operator((4, 5)).float()
     packed = torch.randn(2, 20, 3 * C).requires_grad_()
 
@@ -216,9 +216,9 @@ def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
 
     expected = gradient_of(lambda x: x.chunk(3, dim=-1))
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("copied"))
+        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
         torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # If other operations use the parts, their gradients are separate tensors and are concatenated by a copy.
+    # If the parts are inputs of other operations, their gradients are separate tensors, which have to be copied.
     out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
     assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
     q, _, v = split_channels(packed, 3)
@@ -227,7 +227,7 @@ def test_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
 
 
 def test_the_forward_pass_saves_no_token_map_for_the_backward_pass():
-    """Besides its inputs, it saves only small tensors, which together have fewer elements than q."""
+    """Besides inputs and parameters, the forward pass saves only small tensors, with fewer elements in total than q."""
     operator = random_operator((8, 8))
     tokens = random_tokens(2, 64, 64)
     inputs = {part.data_ptr() for part in [*tokens, *operator.parameters()]}

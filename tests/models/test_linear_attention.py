@@ -98,10 +98,10 @@ def similarity_attention(similarity, v):
 
 
 def naive(kind, q, k, v):
-    """Compute one of the kinds of attention that the paper compares, with an explicit weight for every query and key."""
+    """Compute a kind of attention that the paper compares with its own, with an explicit weight per pair of query and key."""
     if kind == "hydra":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        # Every channel is a separate head with similarity q_n * k_m. Hydra does not normalise rows.
+        # Every channel is a separate head with similarity q_n * k_m. Hydra does not divide by the sum over keys.
         return torch.einsum("bnc,bmc,bmc->bnc", q, k, v)
     q, k, v = split_heads(q), split_heads(k), split_heads(v)
     if kind == "softmax":
@@ -117,7 +117,7 @@ def naive(kind, q, k, v):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ATTENTION_KINDS if kind != "focused"])
-def test_every_other_kind_of_attention_equals_its_naive_form_forward_and_backward(kind):
+def test_every_kind_except_focused_equals_its_naive_form_forward_and_backward(kind):
     operator = random_operator(kind=kind)
     q, k, v = random_inputs()
     expected = naive(kind, q, k, v)
@@ -211,7 +211,7 @@ def copy_in_double(operator):
         ({"kind": "fokused"}, "choose one of focused"),
         ({"num_heads": 5}, "not divisible"),
     ],
-    ids=["even kernel", "unknown kind", "heads"],
+    ids=["even kernel", "unknown kind", "number of heads"],
 )
 def test_invalid_arguments_are_rejected_with_a_remedy(options, message):
     with pytest.raises(ValueError, match=message):
@@ -242,7 +242,7 @@ def test_an_image_with_all_keys_masked_gives_zeros_and_finite_gradients(kind):
     ],
     ids=["queries", "keys", "reduced keys", "prefix"],
 )
-def test_a_wrong_number_of_tokens_is_rejected_with_both_numbers(num_queries, num_keys, options, message):
+def test_a_wrong_number_of_tokens_is_rejected_with_the_given_and_the_required_number(num_queries, num_keys, options, message):
     with pytest.raises(ValueError, match=message):
         random_operator(**options)(*random_inputs(num_queries, num_keys))
 

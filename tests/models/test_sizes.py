@@ -15,7 +15,7 @@ TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios"
 TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin
 TOY_DEIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 # Constructor and options of one small model per kind of position table.
-ATTENTION_KINDS = {
+TABLE_KINDS = {
     "swin, global": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL"}),
     "swin, linear windows": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL", "window_size": 3}),
     "swin, softmax windows": (SwinTransformer, {**TOY_SWIN, "attn_type": "SS", "softmax_window": 3}),
@@ -30,8 +30,8 @@ ATTENTION_KINDS = {
 
 
 def build(kind: str, img_size) -> torch.nn.Module:
-    """A model in evaluation mode with random values in every parameter."""
-    constructor, options = ATTENTION_KINDS[kind]
+    """Build a model in evaluation mode with random values in every parameter."""
+    constructor, options = TABLE_KINDS[kind]
     model = constructor(**options, img_size=img_size).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def assert_same_logits(one, other, size):
 
 
 @pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
-@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
 def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, size):
     """If the image size of the checkpoint is given, the loaded model equals the source model called at the new size."""
     source, target = build(kind, source_size), build(kind, size)
@@ -138,7 +138,7 @@ def test_a_table_that_does_not_match_the_given_image_size_is_rejected():
 
 
 @pytest.mark.parametrize("size", [(48, 96), (96, 96), (40, 32)], ids=str)
-@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
 def test_set_input_size_preserves_the_logits_at_the_new_size(kind, size):
     model, changed = build(kind, 64), build(kind, 64)
     changed.set_input_size(img_size=size)
@@ -152,8 +152,8 @@ def test_set_input_size_preserves_the_logits_at_the_new_size(kind, size):
     }
 
 
-# The excluded kinds have fixed windows or softmax stripes. The shapes of their tables do not depend on the image size.
-@pytest.mark.parametrize("kind", [kind for kind in ATTENTION_KINDS if "windows" not in kind and "softmax" not in kind])
+# Models with fixed windows or softmax stripes are excluded, because their table shapes do not depend on the image size.
+@pytest.mark.parametrize("kind", [kind for kind in TABLE_KINDS if "windows" not in kind and "softmax" not in kind])
 def test_set_input_size_gives_tables_of_the_same_shapes_as_a_model_built_at_that_size(kind):
     changed = build(kind, 64)
     changed.set_input_size(img_size=(48, 96))
@@ -185,7 +185,7 @@ MINIMUM_SIZES = {
 
 
 @pytest.mark.parametrize(("constructor", "options", "smallest"), MINIMUM_SIZES.values(), ids=MINIMUM_SIZES)
-def test_images_below_the_minimum_size_are_rejected_with_that_size(constructor, options, smallest):
+def test_images_below_the_minimum_size_are_rejected_and_the_error_names_the_minimum(constructor, options, smallest):
     depth_options = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
     model = constructor(img_size=smallest, num_classes=3, **depth_options, **options).eval()
     with torch.no_grad():

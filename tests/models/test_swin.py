@@ -47,7 +47,7 @@ def test_merge_inverts_the_partition_into_windows():
 def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
     """The map has 4 x 4 tokens, the windows have 2 x 2, and the shift is 1.
 
-    The last window contains the four corners of the map, in four regions.
+    The last window contains the four corner tokens of the map, each in a different region.
     """
     regions = window_regions((4, 4), (2, 2), (1, 1), (4, 4))
     assert regions[0].unique().numel() == 1
@@ -56,7 +56,7 @@ def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
 
 
 def naive_softmax_block(block, x, window):
-    """Compute the output of the block one window at a time, from its real tokens (without padding)."""
+    """Compute the output of a softmax block one window at a time, from the real tokens of the window (without padding)."""
     attention, height, width = block.attn, x.shape[1], x.shape[2]
     normed, out = block.norm1(x), torch.zeros_like(x)
     bias = attention.position_bias(window)[0]
@@ -73,7 +73,7 @@ def naive_softmax_block(block, x, window):
     return x + block.mlp(block.norm2(x))
 
 
-@pytest.mark.parametrize("side", [14, 10, 17], ids=["divisible", "padded", "another size"])
+@pytest.mark.parametrize("side", [14, 10, 17], ids=["divisible", "padded", "larger than the native map"])
 def test_softmax_windows_equal_a_loop_over_windows_of_real_tokens(side):
     model = toy(attn_type="SS", img_size=40 if side == 10 else 56)
     block = model.layers[0].blocks[0]
@@ -160,7 +160,7 @@ def test_reset_classifier_replaces_the_head():
 
 
 def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_image_size():
-    """It is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the reference."""
+    """By default, the window is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the reference."""
     model = create_model("flatten_swin_t", img_size=256, device="meta")
     assert {block.window for block in model.layers[2].blocks} == {(7, 7)}
     large = create_model("flatten_swin_b_384", device="meta")
@@ -189,7 +189,7 @@ def test_drop_path_rates_increase_linearly_from_zero_to_the_given_rate():
 
 
 def test_initial_weights_have_a_standard_deviation_of_0_02():
-    """This holds for linear layers and relative position tables. Biases are 0 and norm weights are 1."""
+    """Linear weights and relative position tables have this standard deviation; biases are 0, and norm weights are 1."""
     model = create_model("flatten_swin_t")
     assert model.layers[2].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.layers[2].blocks[0].attn.relative_position_bias_table.std().item() == pytest.approx(0.02, rel=0.1)

@@ -21,7 +21,7 @@ from utils.config import load_config
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
 ALL_HIERARCHICAL = [name for name in list_models() if "deit" not in name]
-# Options of small models that contain every kind of attention, mask and table.
+# Options of a small model per family, which together contain every kind of attention, mask and position table.
 MIXED = {
     "flatten_swin_t": {"attn_type": "LMSS1", "depths": (2, 2, 1, 1), "window_size": 5, "softmax_window": 3},
     "flatten_pvt_t": {"attn_type": "LSLS", "depths": (1, 1, 1, 1)},
@@ -32,7 +32,7 @@ MIXED = {
 
 
 def mixed(name: str, **options) -> torch.nn.Module:
-    """A small model with linear and softmax blocks and random tables, in evaluation mode."""
+    """Build a small model in evaluation mode, with linear and softmax blocks and without all-zero parameters."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{"num_classes": 5, "img_size": 64, **MIXED[name], **options}).eval()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def mixed(name: str, **options) -> torch.nn.Module:
 
 
 def to_channels_first(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Convert (B, h, w, C) maps, or the patch tokens of (B, 1 + h * w, C), to (B, C, h, w) maps."""
+    """Convert (B, h, w, C) maps, or the patch tokens of (B, 1 + h * w, C) tokens, to (B, C, h, w) maps."""
     if features.ndim == 3:
         features = features[:, 1:].unflatten(1, (height, width))
     return features.permute(0, 3, 1, 2)
@@ -133,25 +133,25 @@ def test_intermediates_of_every_model_match_the_forward_pass(name):
         (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
         two = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
         assert len(two) == 2
-    if "deit" not in name:  # with ``norm``, DeiT normalises all maps, the other models only the last
+    if "deit" not in name:  # ``norm=True`` normalises all maps of DeiT, but only the last map of other models
         torch.testing.assert_close(first, maps[0])
         torch.testing.assert_close(two[1], maps[1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_failed_constructor_leaves_the_defaults_of_torch_unchanged(name):
+def test_a_failed_constructor_leaves_the_default_dtype_and_device_of_torch_unchanged(name):
     with pytest.raises(ValueError, match="choose one of focused"):
         create_model(name, dtype=torch.float64, device="meta", linear={"kind": "fokused"})
     assert torch.get_default_dtype() == torch.float32
     assert torch.empty(0).device.type == "cpu"
 
 
-# Features, for one model per family.
+# Feature maps of one model per family.
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("feature_cls", ["hook", "fx"])
-def test_hooks_and_fx_give_the_same_maps_as_the_getter(name, feature_cls):
+def test_feature_cls_hook_and_fx_give_the_same_maps_as_getter(name, feature_cls):
     getter = mixed(name, features_only=True)
     other = mixed(name, features_only=True, feature_cls=feature_cls)
     images = torch.randn(2, 3, 64, 64)
@@ -164,7 +164,7 @@ def test_hooks_and_fx_give_the_same_maps_as_the_getter(name, feature_cls):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
-    """Corresponds to timm's test_model_forward_fx and test_model_backward_fx, and adds a size other than the traced one."""
+    """Corresponds to timm's test_model_forward_fx and test_model_backward_fx, with an additional size that was not traced."""
     model = mixed(name)
     _, nodes = get_graph_node_names(model)
     graph = create_feature_extractor(model, [nodes[-1]]).eval()
@@ -179,7 +179,7 @@ def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
-def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normalised(name):
+def test_hierarchical_maps_are_equal_in_nhwc_and_nchw_and_only_the_last_is_normalised(name):
     model, images = mixed(name), torch.randn(2, 3, 64, 64)
     channels_last = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
     without_norm = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
@@ -196,7 +196,7 @@ def test_hierarchical_maps_have_two_layouts_and_only_the_last_map_is_normalised(
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("indices", [0, 6, 13, [4, 99], [-13], []], ids=str)
 def test_invalid_indices_of_feature_maps_are_rejected(name, indices):
-    # DeiT has 12 feature maps, so that 6 is valid and is replaced by 13; the other models have 4.
+    # The index 6 is valid for DeiT, which has 12 feature maps, and is replaced by 13 there. The other models have 4 maps.
     with pytest.raises(ValueError, match="feature maps"):
         create_model(name, device="meta").take_indices(indices if "deit" not in name or indices != 6 else 13)
 
@@ -236,7 +236,7 @@ def test_deit_returns_the_same_intermediates_as_the_vit_of_timm(options, indices
 
 
 @pytest.mark.parametrize("reshape", [False, True])
-def test_deit_has_the_dino_interface_of_the_vit_of_timm(reshape):
+def test_get_intermediate_layers_of_deit_equals_that_of_the_vit_of_timm(reshape):
     vit, deit, images = vit_and_deit()
     options = {"n": 2, "reshape": reshape, "return_prefix_tokens": True, "norm": True}
     torch.testing.assert_close(deit.get_intermediate_layers(images, **options), vit.get_intermediate_layers(images, **options))
@@ -287,13 +287,13 @@ def test_drop_rate_sets_the_dropout_before_the_classifier(name):
 
 
 RATES = [(name, rate) for name in FAMILIES for rate in ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate")]
-# Models without a position table do not have the argument ``pos_drop_rate``.
-WITHOUT_POSITION_TABLE = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
+# PVTv2 and CSwin do not have the argument ``pos_drop_rate``.
+UNSUPPORTED_RATES = [("flatten_pvt_v2_b0", "pos_drop_rate"), ("flatten_cswin_t", "pos_drop_rate")]
 
 
 @pytest.mark.parametrize(("name", "rate"), RATES)
 def test_every_dropout_rate_has_an_effect_only_in_training(name, rate):
-    if (name, rate) in WITHOUT_POSITION_TABLE:
+    if (name, rate) in UNSUPPORTED_RATES:
         with pytest.raises(TypeError, match=rate):
             create_model(name, **{rate: 0.5})
         return
@@ -305,7 +305,7 @@ def test_every_dropout_rate_has_an_effect_only_in_training(name, rate):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_dropout_without_an_attention_matrix_is_rejected(name):
+def test_attention_dropout_is_rejected_if_all_blocks_are_linear(name):
     linear = {"attn_type": "L" if "deit" in name else "LLLL"}
     with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1: has no effect"):
         create_model(name, attn_drop_rate=0.1, device="meta", **linear)
@@ -483,7 +483,7 @@ def test_nested_models_load_only_their_own_entries():
     ],
     ids=str,
 )
-def test_a_model_built_from_a_config_has_its_evaluation_transform(opts, expected):
+def test_a_model_built_from_a_config_has_the_evaluation_transform_of_the_config(opts, expected):
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / "flatten_pvt_v2_b0.yaml", opts))
     data = timm.data.resolve_model_data_config(model)

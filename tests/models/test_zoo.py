@@ -28,7 +28,7 @@ HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
 
 
 def randomise(model):
-    """Randomise tables and scales, because zero-initialised ones would hide errors."""
+    """Randomise position tables and scales: most of them are initialised with zeros, which would hide errors."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -234,7 +234,7 @@ def test_group_matcher_numbers_layers_in_the_order_of_execution(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_coarse_layers_are_the_stem_the_stages_and_the_head(name):
+def test_coarse_groups_of_group_matcher_are_the_stem_the_stages_and_the_head(name):
     from timm.models import group_parameters
 
     model = create_model(name, device="meta")
@@ -269,7 +269,7 @@ def test_a_model_without_a_head_switches_between_training_and_evaluation_mode():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layer_decay_gives_every_parameter_the_same_rate_as_timm(name):
+def test_layer_decay_gives_every_parameter_the_same_learning_rate_and_weight_decay_as_timm(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.LAYER_DECAY", 0.7])
     with torch.device("meta"):
         model = create_model(name)
@@ -311,7 +311,7 @@ def test_the_number_of_input_channels_is_an_argument(name, in_chans):
 
 
 def naive_stripes(attention, q, k, v, window):
-    """Compute attention, rank restoration and LePE one stripe at a time, from its real tokens (without padding)."""
+    """Compute attention, rank restoration and CSwin's positional encoding (LePE) per stripe, from real tokens (no padding)."""
     out = torch.zeros_like(q)
     height, width = q.shape[1:3]
     num_heads, head_dim = attention.num_heads, q.shape[-1] // attention.num_heads
@@ -358,7 +358,7 @@ def test_narrow_stripes_equal_a_loop_over_stripes(attn_type, side):
     generator = torch.Generator().manual_seed(0)
     for attention, window in zip(model.stage1[0].attns, ((side, 3), (3, side)), strict=True):
         q, k, v = (torch.randn(2, side, side, 8, generator=generator) for _ in range(3))
-        if attn_type == "L":  # crop the positional encoding of the 12 x 12 map to the map of this test
+        if attn_type == "L":  # crop the positional encoding of the stripe from 12 to ``side`` tokens
             attention.grid = attention.key_grid = tuple(min(s, side) for s in attention.grid)
             table = attention.positional_encoding.data.unflatten(1, (12, 3) if window[1] == 3 else (3, 12))
             attention.positional_encoding.data = table[:, :side, :side].flatten(1, 2).contiguous()
@@ -379,7 +379,7 @@ def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_for_any_stripe
     assert tables["stage3.0.attns.1.positional_encoding"] == (1, 7 * 14, 128)
 
 
-def test_the_operator_replaces_the_attention_of_a_timm_model():
+def test_the_example_replaces_the_attention_of_a_timm_model():
     command = [sys.executable, "examples/vit_with_linear_attention.py"]
     completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "[2, 10]" in completed.stdout
@@ -401,7 +401,7 @@ def test_masks_cached_in_inference_work_in_training_and_tracing_caches_no_masks(
 
 
 @pytest.mark.parametrize("name", ["flatten_pvt_t", "flatten_pvt_v2_b1"])
-def test_softmax_blocks_reduce_by_8_4_2_1_and_linear_blocks_by_the_given_reductions(name):
+def test_pvt_reduces_keys_by_8_4_2_1_in_softmax_blocks_and_as_given_in_linear_blocks(name):
     softmax = create_model(name, attn_type="SSSS", device="meta")
     linear = create_model(name, attn_type="LLLL", linear_reductions=(4, 2, 1, 1), device="meta")
     assert [next(iter(blocks)).attn.reduction for blocks in softmax.stage_blocks()] == [8, 4, 2, 1]
@@ -441,7 +441,7 @@ def test_linear_layers_and_norms_are_initialised_alike_in_every_family(name):
 
 @pytest.mark.parametrize(("name", "largest"), [("flatten_cswin_t", 7), ("flatten_cswin_b_384", 12)])
 def test_softmax_stripes_of_cswin_have_the_widths_of_the_cswin_paper(name, largest):
-    """The last stage has a map of 7 x 7 tokens at 224 pixels, and of 12 x 12 at 384."""
+    """In the last stage, a stripe is the whole map: 7 x 7 tokens at 224 pixels, and 12 x 12 at 384."""
     model = create_model(name, attn_type="SSSS", device="meta")
     widths = []
     for blocks in model.stage_blocks():
@@ -451,7 +451,7 @@ def test_softmax_stripes_of_cswin_have_the_widths_of_the_cswin_paper(name, large
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b1", "flatten_cswin_t", "flatten_deit_t"])
-def test_a_family_without_arguments_is_its_tiny_model(name):
+def test_default_arguments_of_a_backbone_class_give_the_parameters_of_the_named_model(name):
     model = create_model(name, device="meta")
     default = type(model)(device="meta")
     assert [(key, value.shape) for key, value in default.state_dict().items()] == [

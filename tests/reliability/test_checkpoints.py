@@ -1,4 +1,4 @@
-"""Checkpoints and resume after kills, full disks and damage (rows R, E3 and G1 of docs/reliability.md)."""
+"""Checkpoints and resume after kills, full disks and damaged files (rows E3, G1 and most R rows of docs/reliability.md)."""
 
 import builtins
 import json
@@ -39,9 +39,7 @@ pytestmark = pytest.mark.reliability
 
 
 @pytest.mark.parametrize("num_kills", [pytest.param(3, id="3 kills"), pytest.param(25, id="25 kills", marks=pytest.mark.slow)])
-def test_r1_run_killed_at_random_times_ends_equal_to_an_uninterrupted_run(
-    num_kills, uninterrupted, toy_config, toy_data, tmp_path
-):
+def test_r1_run_killed_at_random_times_equals_an_uninterrupted_run(num_kills, uninterrupted, toy_config, toy_data, tmp_path):
     expected = uninterrupted(2)
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     seed = int.from_bytes(os.urandom(4), "little")
@@ -57,7 +55,7 @@ def test_r1_run_killed_at_random_times_ends_equal_to_an_uninterrupted_run(
         )
         if -9 in outcome.exit_codes:
             kills += 1
-        elif outcome.exit_codes == [0, 0]:  # the run ended before the kill; the next kill hits a new run
+        elif outcome.exit_codes == [0, 0]:  # the run finished before it was killed; the next iteration starts a new run
             assert_equal(read_state(tmp_path / "toy/default"), read_state(expected), f"seed {seed}")
             shutil.rmtree(tmp_path / "toy")
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
@@ -65,6 +63,7 @@ def test_r1_run_killed_at_random_times_ends_equal_to_an_uninterrupted_run(
     assert_equal(read_state(tmp_path / "toy/default"), read_state(expected), f"seed {seed}")
 
 
+# Functions that save_and_kill counts as file operations.
 FILE_OPERATIONS = [
     (builtins, "open"),
     (os, "fsync"),
@@ -78,13 +77,13 @@ FILE_OPERATIONS = [
 
 
 def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool:
-    """Save in a child process that is killed before its file operation ``number``, counted from 1.
+    """Save ``state`` in a child process that is killed before its file operation ``number``, counted from 1.
 
     Args:
         best: also link the checkpoint as ``best.pth``.
 
     Returns:
-        True if the process exited before that operation, without a kill.
+        True if the process finished without being killed, because it has fewer file operations.
     """
     process = os.fork()
     if process == 0:
@@ -121,7 +120,7 @@ def create_state(num_updates: int) -> dict:
 def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tmp_path):
     """With KEEP_CHECKPOINTS 1, an intact checkpoint exists at every moment after the first save is complete.
 
-    The newest intact checkpoint is never older than the one before the save.
+    After a kill in a later save, the newest intact checkpoint is either the one being saved or the previous one.
     """
     for number in range(1, 100):
         folder = tmp_path / str(number)
@@ -141,11 +140,11 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
         remove_surplus(folder, keep=1)
         assert [path.name for path in folder.iterdir()] == ["checkpoint_000000003.pth"]
     assert finished
-    assert number > 6  # the save has at least 6 file operations
+    assert number > 6  # a kill was tested at 6 or more file operations
 
 
 def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_path):
-    """After the repair, ``best.pth`` is the state that the newest checkpoint records as the best one."""
+    """After the repair, ``best.pth`` contains the state that the newest checkpoint records as the best one."""
     for number in range(1, 100):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -160,13 +159,11 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
         if finished:
             break
     assert finished
-    assert number > 10  # the save has at least 10 file operations
+    assert number > 10  # a kill was tested at 10 or more file operations
 
 
-def test_r14_run_killed_before_it_links_the_best_checkpoint_is_repaired_on_resume(
-    uninterrupted, toy_config, toy_data, tmp_path
-):
-    """The run receives SIGKILL after it renames the checkpoint, and before it links the checkpoint as ``best.pth``."""
+def test_r14_resume_restores_best_pth_after_a_kill_between_save_and_link(uninterrupted, toy_config, toy_data, tmp_path):
+    """The run is killed after the checkpoint is complete, but before ``best.pth`` is linked to it."""
 
     def prepare(rank: int) -> None:
         call_before(utils.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -194,6 +191,7 @@ def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tm
         process = os.fork()
         if process == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            # The limit simulates a full disk: writes beyond this file size fail.
             resource.setrlimit(resource.RLIMIT_FSIZE, (size * part // 20, resource.RLIM_INFINITY))
             try:
                 save_checkpoint(create_state(2), path)
@@ -206,7 +204,7 @@ def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tm
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_r3_a_full_disk_ends_every_process_of_a_run_with_the_reason(toy_config, toy_data, tmp_path):
+def test_r3_full_disk_ends_all_processes_and_the_error_gives_the_reason(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         def limit_file_size() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -231,7 +229,7 @@ def test_r10_unwritable_output_directory_is_rejected_before_training(toy_config,
     assert "cannot be written to" in outcome.output
 
 
-def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_by_check(toy_config, toy_data, tmp_path):
+def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_with_the_check_flag(toy_config, toy_data, tmp_path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/default").write_text("")
     for flags in ([], ["--check"]):
@@ -240,14 +238,14 @@ def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_by_check
         assert "choose another --output" in outcome.output
 
 
-# --- Damage
+# --- Damaged checkpoints
 
 
 def damaged_versions(content: bytes):
-    """Yield (description, damaged content) for 20 truncations, the first to 0 bytes, and for 64 flips of a single bit."""
+    """Yield (description, damaged content) for 20 truncated copies, the first of 0 bytes, and 64 copies with a flipped bit."""
     rng = random.Random(0)
     for part in range(20):
-        yield f"cut {part}", content[: len(content) * part // 20]
+        yield f"truncated {part}", content[: len(content) * part // 20]
     for number in range(64):
         position = rng.randrange(len(content))
         yield (
@@ -257,7 +255,7 @@ def damaged_versions(content: bytes):
 
 
 def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
-    """If the flipped bit is in a field of the archive that is not read, the loaded state is unchanged."""
+    """A flipped bit is harmless in a field of the zip archive that is not read: the loaded state is unchanged."""
     older, newer, state = checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2), create_state(2)
     save_checkpoint(create_state(1), older)
     save_checkpoint(state, newer)
@@ -313,13 +311,16 @@ def add_image(root: Path) -> None:
 
 
 R17_CHANGES = {
-    "added": (add_image, "class class1 had 34 images, now it has 35"),
-    "removed": (lambda root: (root / "train/class1/003.png").unlink(), "class class1 had 34 images, now it has 33"),
-    "renamed": (
+    "added image": (add_image, "class class1 had 34 images, now it has 35"),
+    "removed image": (lambda root: (root / "train/class1/003.png").unlink(), "class class1 had 34 images, now it has 33"),
+    "renamed class": (
         lambda root: [(root / split / "class0").rename(root / split / "class9") for split in ("train", "val")],
         "class class0 is missing, class class9 is new",
     ),
-    "validation": (lambda root: (root / "val/class1/003.png").unlink(), "val/: class class1 had 11 images, now it has 10"),
+    "removed validation image": (
+        lambda root: (root / "val/class1/003.png").unlink(),
+        "val/: class class1 had 11 images, now it has 10",
+    ),
 }
 
 
@@ -340,10 +341,12 @@ def test_r17_resume_after_a_data_change_is_rejected_and_the_error_names_the_chan
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == times
 
 
-# --- Resume with other numbers of workers and processes, and repeatability
+# --- Resume with other numbers of workers and processes, and reproducibility
 
 
-def test_r5_run_resumed_with_another_number_of_loader_workers_ends_equal(uninterrupted, toy_config, toy_data, tmp_path):
+def test_r5_run_resumed_with_another_number_of_loader_workers_equals_an_uninterrupted_run(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
     folder = tmp_path / "toy/default"
 
     def arguments(workers: int) -> list:
@@ -383,7 +386,7 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
         9,
     ]
     losses = {}
-    for name, process_counts in (("alone", (1,)), ("changing", (2, 4, 1))):
+    for name, process_counts in (("uninterrupted", (1,)), ("resumed", (2, 4, 1))):
         arguments = toy_arguments(toy_config, toy_data, tmp_path / name, *options)
         folder = tmp_path / name / "toy/default"
         for position, processes in enumerate(process_counts):
@@ -397,11 +400,11 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
             assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
-    assert losses["changing"].keys() == losses["alone"].keys() == set(range(1, 13))
-    assert list(losses["changing"].values()) == pytest.approx(list(losses["alone"].values()), rel=1e-5)
+    assert losses["resumed"].keys() == losses["uninterrupted"].keys() == set(range(1, 13))
+    assert list(losses["resumed"].values()) == pytest.approx(list(losses["uninterrupted"].values()), rel=1e-5)
 
 
-def test_r9_parameter_names_in_checkpoints_have_no_wrapper_prefix(toy_config, toy_data, tmp_path):
+def test_r9_parameter_names_in_checkpoints_have_no_prefix_of_ddp_or_compile(toy_config, toy_data, tmp_path):
     for name, options, processes in (("ddp", [], 2), ("compiled", ["TRAIN.COMPILE", True], 1)):
         arguments = toy_arguments(toy_config, toy_data, tmp_path / name, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8, *options)
         if name == "compiled":
@@ -420,21 +423,22 @@ def test_r9_parameter_names_in_checkpoints_have_no_wrapper_prefix(toy_config, to
         assert not torch.equal(state["model"]["head.weight"], state["state_dict_ema"]["head.weight"])
 
 
-def test_r8_run_stopped_during_accumulation_saves_after_a_full_update_and_ends_equal(toy_config, toy_data, tmp_path):
+def test_r8_run_stopped_during_accumulation_equals_an_uninterrupted_run_after_resume(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:
-        # The first call seeds the initial weights. Send the signal before the third forward pass of the eighth update.
+        # The first call of manual_seed precedes the initialisation of the weights, and each later call a forward pass. Send the
+        # signal before the third forward pass of the eighth update.
         call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
     folder = tmp_path / "stopped/toy/default"
-    # The ninth update transmits the stop request, and the report of the ninth update is read after the tenth update.
+    # The ninth update sends the stop request to all processes. Its report is read after the tenth update, where the run stops.
     assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 10
     assert run_main(stopped, tmp_path / "log").exit_codes == [0]
-    assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "alone", *options), tmp_path / "log").exit_codes == [0]
-    assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))
+    assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "baseline", *options), tmp_path / "log").exit_codes == [0]
+    assert_equal(read_state(folder), read_state(tmp_path / "baseline/toy/default"))
 
 
 def test_g1_equal_seeds_give_equal_runs_and_another_seed_gives_a_different_run(uninterrupted, toy_config, toy_data, tmp_path):
@@ -449,7 +453,7 @@ def test_g1_equal_seeds_give_equal_runs_and_another_seed_gives_a_different_run(u
 
 
 @pytest.mark.parametrize("precision", ["fp32", "train"])
-def test_e3_results_name_weights_and_precision_and_are_identical_when_repeated(
+def test_e3_evaluation_results_are_repeatable_and_labelled_with_weights_and_precision(
     precision, trained, toy_config, toy_data, tmp_path
 ):
     results = []
@@ -466,19 +470,19 @@ def test_e3_results_name_weights_and_precision_and_are_identical_when_repeated(
 
 
 @pytest.mark.parametrize("num_stops", [pytest.param(2, id="2 stops"), pytest.param(10, id="10 stops", marks=pytest.mark.slow)])
-def test_r7_a_run_stopped_many_times_within_an_epoch_ends_equal(num_stops, toy_config, toy_data, tmp_path):
+def test_r7_run_stopped_many_times_within_an_epoch_equals_an_uninterrupted_run(num_stops, toy_config, toy_data, tmp_path):
     def arguments(output: Path) -> list:
         return toy_arguments(toy_config, toy_data, output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2)
 
     def stop_at_first_update(rank: int) -> None:
         call_before(utils.trainer, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
-    folder, position = tmp_path / "stopped/toy/default", 0
+    folder, num_updates = tmp_path / "stopped/toy/default", 0
     for _ in range(num_stops):
         outcome = run_main(arguments(tmp_path / "stopped"), tmp_path / "log", prepare=stop_at_first_update)
         assert outcome.exit_codes == [75], outcome.output
-        previous, position = position, read_checkpoint(list_checkpoints(folder)[0])["num_updates"]
-        assert previous < position < 50
-    for output in (tmp_path / "stopped", tmp_path / "alone"):
+        previous, num_updates = num_updates, read_checkpoint(list_checkpoints(folder)[0])["num_updates"]
+        assert previous < num_updates < 50
+    for output in (tmp_path / "stopped", tmp_path / "baseline"):
         assert run_main(arguments(output), tmp_path / "log").exit_codes == [0]
-    assert_equal(read_state(folder), read_state(tmp_path / "alone/toy/default"))
+    assert_equal(read_state(folder), read_state(tmp_path / "baseline/toy/default"))

@@ -1,4 +1,4 @@
-"""Damaged, malicious, unusual and changed data (rows D and R17 of docs/reliability.md)."""
+"""Damaged, malicious, unusual and changed data (rows D1, D5, D9 to D11 and R17 of docs/reliability.md)."""
 
 import errno
 import gc
@@ -68,7 +68,7 @@ def tar_entries(count: int) -> dict[str, bytes]:
 # --- Tar shards
 
 
-def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(tmp_path):
+def test_d9_tar_shard_damaged_at_any_of_100_positions_is_rejected(tmp_path):
     """The shard is truncated at a random byte, or one bit of a header is flipped."""
     shard = write_tar(tmp_path / "train-0.tar", tar_entries(30))
     intact, rng = shard.read_bytes(), random.Random(0)
@@ -79,7 +79,7 @@ def test_d9_shard_damaged_at_a_hundred_positions_is_never_read_as_a_smaller_one(
         if trial % 2:
             damaged = intact[: rng.randrange(1, end + tarfile.BLOCKSIZE)]
         else:
-            # The first 154 bytes of a header are name, mode, owner, size, time, and the digits of the checksum.
+            # Flip a bit of the first 154 bytes of a header: name, mode, owner, size, time, and the digits of the checksum.
             position = rng.choice(headers) + rng.randrange(154)
             damaged = intact[:position] + bytes([intact[position] ^ 1 << rng.randrange(7)]) + intact[position + 1 :]
         shard.write_bytes(damaged)
@@ -100,7 +100,7 @@ def test_d9_data_after_the_end_of_a_shard_are_rejected(tmp_path):
         index_tar(tmp_path, "train")
 
 
-def test_class_id_whose_image_has_an_unsupported_extension_is_rejected(tmp_path):
+def test_tar_shard_with_an_unsupported_image_extension_is_rejected(tmp_path):
     write_tar(tmp_path / "train-0.tar", tar_entries(3) | {"9.heic": b"", "9.cls": b"0"})
     with pytest.raises(DataError, match=r"9\.cls has no image"):
         index_tar(tmp_path, "train")
@@ -129,7 +129,7 @@ def test_class_id_with_thousands_of_digits_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip", "train/000000.tar"])
-def test_error_mentions_archives_with_unexpected_names(name, tmp_path):
+def test_error_for_a_missing_split_mentions_archives_with_unexpected_names(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
@@ -177,20 +177,20 @@ def test_unreadable_policy_applies_to_damaged_images_in_archives(in_memory, tmp_
     assert [dataset[0, number].image is None for number in range(4)] == [False, True, True, False]
 
 
-def test_maps_with_additional_columns_and_names_without_the_utf8_flag_are_read(tmp_path):
+def test_map_files_with_additional_columns_and_zip_names_without_the_utf8_flag_are_read(tmp_path):
     name = "Stra\N{LATIN SMALL LETTER SHARP S}e.png"
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("0.png", png())
         archive.writestr("xxxxxxx.png", png())
     content = (tmp_path / "train.zip").read_bytes()
-    # Like Info-ZIP, write a UTF-8 name without the UTF-8 flag.
+    # Store a UTF-8 name without the UTF-8 flag, as Info-ZIP does.
     (tmp_path / "train.zip").write_bytes(content.replace(b"xxxxxxx.png", name.encode("utf-8")))
     (tmp_path / "train_map.txt").write_text(f"0.png\t0\t \n{name}\t1 \textra\n", encoding="utf-8")
     index = index_zip(tmp_path, "train")
     assert [index.name(position) for position in range(2)] == ["0.png", name]
 
 
-@pytest.mark.parametrize("change", ["size", "content", "format"])
+@pytest.mark.parametrize("change", ["size", "content", "cache format"])
 def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time(change, tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     past = 1_600_000_000 * 10**9
@@ -201,13 +201,13 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
             os.utime(path, ns=(past, past))
 
     write([png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # with this clock, no file counts as recently changed
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     scans, original = [], data.index._read_map
     monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     assert not scans
-    if change == "format":
+    if change == "cache format":
         monkeypatch.setattr(data.index, "CACHE_FORMAT", 99)
     else:
         write([png(n) for n in range(6)] if change == "size" else [png(n) for n in (3, 2, 1, 0)])
@@ -222,7 +222,7 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
 def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     write_zip(tmp_path, [png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     (cache_file,) = (tmp_path / "cache").iterdir()
     content, rng = cache_file.read_bytes(), random.Random(0)
@@ -236,10 +236,10 @@ def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monk
 
 def test_d11_directory_that_cannot_be_listed_raises_an_error(tmp_path, monkeypatch):
     write_images(tmp_path, "train", classes=2, per_class=3, size=8)
-    (tmp_path / "train/class1/below").mkdir()
-    (tmp_path / "train/class1/below/x.png").write_bytes(png())
+    (tmp_path / "train/class1/nested").mkdir()
+    (tmp_path / "train/class1/nested/x.png").write_bytes(png())
     original = os.scandir
-    for unlistable in ("train", "class1", "below"):
+    for unlistable in ("train", "class1", "nested"):
 
         def scandir(path, unlistable=unlistable):
             if Path(path).name == unlistable:
@@ -319,7 +319,11 @@ def test_d10_twenty_thousand_damaged_images_raise_no_error_other_than_data_error
 
 
 def test_d1_unsupported_image_formats_are_rejected():
-    """Pillow detects formats by content. Its PostScript decoder would start an interpreter; others raise unexpected errors."""
+    """Formats outside ``FORMATS`` are rejected, even if Pillow has a decoder for them.
+
+    By default, Pillow chooses the decoder by content. Its PostScript decoder starts an interpreter, and some others raise
+    unexpected errors.
+    """
     Image.init()
     for kind in ("EPS", "ICNS", "TGA", "DDS", "QOI"):
         if kind in Image.SAVE:
@@ -328,7 +332,7 @@ def test_d1_unsupported_image_formats_are_rejected():
 
 
 def test_d1_supported_image_formats_are_read():
-    """Of an MPO file, which contains several images, the first one is read; some cameras name these files ``.jpg``."""
+    """Some cameras write MPO files, which contain several images, with the extension ``.jpg``: the first image is read."""
     for kind in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         assert decode_image(encode(kind)).size == (24, 24)
     buffer, image = io.BytesIO(), Image.new("RGB", (24, 24), "red")
@@ -336,7 +340,7 @@ def test_d1_supported_image_formats_are_read():
     assert np.asarray(decode_image(buffer.getvalue()))[0, 0, 0] > 250
 
 
-def test_d1_sixteen_bit_images_are_scaled_and_deeper_ones_are_rejected(tmp_path):
+def test_d1_16_bit_images_are_scaled_to_8_bits_and_32_bit_images_are_rejected(tmp_path):
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     expected = (values >> 8).astype(np.uint8)
     for kind in ("PNG", "TIFF"):
@@ -353,7 +357,7 @@ def test_d1_sixteen_bit_images_are_scaled_and_deeper_ones_are_rejected(tmp_path)
             decode_image(buffer.getvalue())
 
 
-def test_d1_named_pipes_and_huge_files_are_unreadable_images(tmp_path):
+def test_d1_named_pipes_and_huge_files_are_treated_as_unreadable_images(tmp_path):
     write_images(tmp_path, "train", classes=1, per_class=1, size=8)
     os.mkfifo(tmp_path / "train/class0/pipe.jpg")
     with open(tmp_path / "train/class0/sparse.jpg", "wb") as file:
@@ -374,7 +378,7 @@ def test_d1_named_pipes_and_huge_files_are_unreadable_images(tmp_path):
 @pytest.mark.parametrize("batch_size", [64, 127, 128])
 @pytest.mark.parametrize("repeats", [1, 2, 3, 4])
 def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats, num_skipped):
-    """Every image has a distinct class, so that each mixed target has exactly two classes."""
+    """Every image has its own class: a target with one class would mean that an image was mixed with a copy of itself."""
     batches = TrainBatches(1000, batch_size, accumulation=1, repeats=repeats, rank=0, world_size=1, seed=0)
     mixup = StepMixup(seed=0, num_classes=1000, mixup_alpha=0.8, label_smoothing=0.0)
     seen = []
@@ -406,7 +410,7 @@ def test_every_process_of_a_run_builds_mixup_with_its_rank(toy_config, toy_data,
     assert [(tmp_path / f"mixup{rank}").read_text() for rank in range(2)] == ["0", "1"]
 
 
-def test_mixing_depends_on_the_rank():
+def test_mixup_depends_on_the_rank():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml")
     images, targets = torch.rand(8, 3, 32, 32), torch.arange(8)
     draws = [build_mixup(cfg, rank=rank)(images.clone(), targets, 5) for rank in (0, 0, 1)]
@@ -455,7 +459,7 @@ def test_index_is_not_cached_without_a_home_directory(toy_config, toy_data, monk
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # recently changed data are not cached
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
     assert not Path("~").exists()
 
@@ -476,7 +480,7 @@ def test_unreadable_index_cache_is_ignored(tmp_path, monkeypatch):
 # --- Packing
 
 
-def test_killed_worker_ends_packing_with_the_reason_and_leaves_no_files(tmp_path, monkeypatch):
+def test_killed_worker_ends_packing_with_an_error_and_leaves_no_files(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
     monkeypatch.setattr(scripts.pack_dataset, "_read", lambda *_: os.kill(os.getpid(), 9))
     with pytest.raises(DataError, match="was killed; lower --workers"):
@@ -484,7 +488,7 @@ def test_killed_worker_ends_packing_with_the_reason_and_leaves_no_files(tmp_path
     assert list((tmp_path / "zip").iterdir()) == []
 
 
-def test_packing_does_not_overwrite_an_existing_map(tmp_path):
+def test_packing_does_not_overwrite_an_existing_map_file(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     (tmp_path / "val_map.txt").write_text("mine")
     with pytest.raises(DataError, match=r"val_map\.txt: already exists"):
@@ -534,7 +538,7 @@ def test_signal_ends_packing_and_leaves_no_files(signal_number, tmp_path):
         os.kill(os.getpid(), signal_number)
 
     def main_with_signal() -> None:
-        signal.signal(signal_number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+        signal.signal(signal_number, signal.SIG_DFL)  # if the tests run under nohup, SIGHUP is ignored
         scripts.pack_dataset._compare = send_signal
         scripts.pack_dataset.main()
 
@@ -618,7 +622,7 @@ def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
     assert describe_change(lambda root: shutil.copytree(root / "class1", root / "more")) == "class more is new"
     write_zip(tmp_path, [png(n) for n in range(4)])
     archive = describe_index(index_zip(tmp_path, "train"))
-    write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])  # changes image 2, of class 0
+    write_zip(tmp_path, [png(n + (n == 2)) for n in range(4)])  # changes image 2, which is of class 0
     assert "class 0 has the same number of images" in compare_descriptions(
         archive, describe_index(index_zip(tmp_path, "train"))
     )
@@ -628,7 +632,7 @@ def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
 
 
 def create_large_index(source: Path, num_images: int) -> Index:
-    """Create an index similar to that of ImageNet: 1,000 classes, and image names of equal length."""
+    """Create an index similar to the one of ImageNet: 1,000 classes, and image names of 30 characters."""
     name = b"n01440764/n01440764_10026.JPEG"
     return Index(
         source=source,

@@ -17,21 +17,21 @@ from tests.runs import assert_equal, toy_arguments
 pytestmark = pytest.mark.reliability
 ROOT = Path(__file__).parent.parent.parent
 
-# Fake ``srun``: start the command after the options on two ranks. Once there is a new checkpoint, send SIGUSR1 to both of them,
-# unless PREEMPT is "no".
+# Fake ``srun``: start the command that follows the options as two ranks. Once there is a new checkpoint, send SIGUSR1 to both
+# ranks, unless the environment variable PREEMPT is "no".
 SRUN = f"""#!{sys.executable}
 import os, pathlib, signal, subprocess, sys, time
 
 command = sys.argv[next(i for i, word in enumerate(sys.argv) if i and not word.startswith("--")):]
 folder = pathlib.Path(os.environ["RUN_FOLDER"])
-done = lambda: max([int(path.stem[11:]) for path in folder.glob("checkpoint_*.pth")], default=0)
-start, tasks = done(), []
+newest_update = lambda: max([int(path.stem[11:]) for path in folder.glob("checkpoint_*.pth")], default=0)
+start, tasks = newest_update(), []
 for rank in range(2):
-    numbers = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}}
-    tasks.append(subprocess.Popen(command, env=os.environ | numbers))
+    variables = {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}}
+    tasks.append(subprocess.Popen(command, env=os.environ | variables))
 preempted = os.environ["PREEMPT"] == "no"
 while any(task.poll() is None for task in tasks):
-    if not preempted and done() > start:
+    if not preempted and newest_update() > start:
         for task in tasks:
             task.send_signal(signal.SIGUSR1)
         preempted = True
@@ -55,7 +55,9 @@ def write_program(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "preemptions", [pytest.param(1, id="1 preemption"), pytest.param(5, id="5 preemptions", marks=pytest.mark.slow)]
 )
-def test_s5_preempted_slurm_job_is_requeued_and_ends_equal(preemptions, uninterrupted, toy_config, toy_data, tmp_path):
+def test_s5_preempted_slurm_job_is_requeued_and_equals_an_uninterrupted_run(
+    preemptions, uninterrupted, toy_config, toy_data, tmp_path
+):
     """Run ``scripts/slurm.sh`` with a fake ``scontrol`` and a fake ``srun``.
 
     After a new checkpoint, the fake ``srun`` sends SIGUSR1 to the processes, as SLURM does before a preemption.
@@ -159,8 +161,8 @@ def test_s6_torchrun_restarts_a_job_after_one_of_its_ranks_is_killed(kills, unin
 
 
 @pytest.mark.slow
-def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, toy_data, tmp_path):
-    """Two torchrun agents simulate two nodes. One agent is killed with its rank; the job resumes on the other one."""
+def test_s6_job_on_two_nodes_resumes_on_the_remaining_node_after_one_fails(toy_config, toy_data, tmp_path):
+    """Two torchrun agents simulate two nodes. One agent is killed with its rank; the job resumes under the other agent."""
     folder, logs = tmp_path / "toy/default", [tmp_path / "log0", tmp_path / "log1"]
     options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4, "DATA.GLOBAL_BATCH_SIZE", 8, "COLLECTIVE_TIMEOUT", 10]
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
@@ -171,7 +173,7 @@ def test_s6_a_job_on_two_nodes_continues_on_one_when_the_other_dies(toy_config, 
         rendezvous += (f"--rdzv_conf=is_host={number == 0},last_call_timeout=2,keep_alive_interval=1",)
         agents.append(torchrun(arguments, log, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", *rendezvous))
         if number == 0:
-            time.sleep(1)  # the first agent hosts the rendezvous store
+            time.sleep(1)  # the first agent hosts the rendezvous store, so it must start first
     try:
         wait_for(lambda: newest_update(folder) > 0, agents[0], logs[0])
         assert len(find_workers(tmp_path, WORLD_SIZE="2")) == 2
@@ -196,7 +198,7 @@ import utils.trainer
 from main import main
 
 def fail(*arguments, **options):
-    raise ValueError("a mistake of rank 1")
+    raise ValueError("injected error in rank 1")
 
 if os.environ["RANK"] == "1":
     utils.trainer.train_step = fail
@@ -212,4 +214,4 @@ def test_u1_traceback_of_rank_1_is_printed_on_the_console_of_torchrun(toy_config
     assert job.wait(120) == 1
     text = log.read_text()
     assert "Traceback (most recent call last)" in text
-    assert "ValueError: a mistake of rank 1" in text
+    assert "ValueError: injected error in rank 1" in text

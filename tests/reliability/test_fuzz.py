@@ -80,7 +80,7 @@ LINES = st.lists(st.text(alphabet="ab.0123456789\t \\/-\r\x85²٣", max_size=12)
 
 @given(content=LINES.map(str.encode) | st.binary(max_size=60))
 @FUZZ_SETTINGS
-def test_arbitrary_maps_of_zip_archives_are_read_or_rejected(content, tmp_path):
+def test_arbitrary_map_files_of_zip_archives_are_read_or_rejected(content, tmp_path):
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
         archive.writestr("a", b"x")
     (tmp_path / "train_map.txt").write_bytes(content)

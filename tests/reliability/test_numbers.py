@@ -119,7 +119,7 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
 
 
 class Splitter(nn.Module):
-    """Returns a pair, of which the second part divides by zero."""
+    """Returns its input, and a tensor that is infinite because of a division by zero."""
 
     def forward(self, x):
         return x, x[:, :2] / 0
@@ -173,7 +173,7 @@ def overflow_in(first: int, last: int):
 FP16 = ["AMP", True, "AMP_DTYPE", "fp16", "PRINT_FREQ", 1, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
 
 
-def test_n2_fp16_skips_update_schedule_and_ema_together(toy_config, toy_data, tmp_path):
+def test_n2_a_skipped_fp16_update_changes_neither_weights_nor_ema_nor_schedule(toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *FP16, "SAVE_STEPS", 1, "KEEP_CHECKPOINTS", 99)
     outcome = run_main(arguments, tmp_path / "log", prepare=overflow_in(4, 6))
     assert outcome.exit_codes == [0], outcome.output

@@ -64,6 +64,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
         utils.log._console.cache_clear()
         CONSOLES[console]()
 
+    # A path that is not ASCII: the console with ASCII encoding must escape it.
     output = tmp_path / "Ausgabe \N{LATIN SMALL LETTER U WITH DIAERESIS}"
     outcome = run_main(create_arguments(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
@@ -78,7 +79,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
 
 
 def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_config, toy_data, tmp_path):
-    """The exit status must be 75, because a scheduler requeues the job only then."""
+    """The exit status must be 75, because a job is requeued only with this status."""
 
     def prepare(rank: int) -> None:
         utils.log._console.cache_clear()
@@ -93,7 +94,7 @@ def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_confi
     assert list_checkpoints(tmp_path / "toy/default")
 
 
-def test_r16_full_disk_on_resume_does_not_end_the_run(toy_config, toy_data, tmp_path):
+def test_r16_full_disk_for_metrics_on_resume_does_not_end_the_run(toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "SAVE_STEPS", 2)
     folder = tmp_path / "toy/default"
     run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
@@ -135,7 +136,7 @@ def test_r16_full_disk_for_logs_and_metrics_does_not_end_the_run(output, uninter
     arguments = [*create_arguments(toy_config, toy_data, tmp_path), "KEEP_CHECKPOINTS", 99]
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
-    assert outcome.output.count("No space left on device); the run continues without it") == 1
+    assert outcome.output.count("No space left on device); the run continues") == 1
     assert_equal(read_state(tmp_path / "toy/default"), read_state(uninterrupted(1)))
 
 
@@ -154,7 +155,7 @@ def test_blocked_output_does_not_block_the_caller():
     sink, release, results = utils.log.Sink("blocked"), threading.Event(), []
     sink(lambda: results.append(release.wait(60)))
     for _ in range(20_000):
-        sink(int)  # a call without effect
+        sink(int)  # more calls than the queue accepts; int() has no effect
     assert not results
     release.set()
     sink.flush()

@@ -34,7 +34,7 @@ def call_before(module, name: str, number: int, action) -> None:
 
 
 class FunctionalStub:
-    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``, which uses only its cross entropy."""
+    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``: patching it does not affect the loss in training."""
 
     cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
 
@@ -101,7 +101,7 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
     def prepare(rank: int) -> None:
         def send_two_signals_and_hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # this is the writer thread; the main thread handles the first signal meanwhile
+            time.sleep(0.5)  # this thread writes the checkpoint; the main thread handles the signal meanwhile
             os.kill(os.getpid(), second)
             time.sleep(60)
 
@@ -137,7 +137,7 @@ def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy
     saved = {read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")}
     assert len(saved) > 3
     assert 12 in saved
-    default_output = tmp_path / "without"
+    default_output = tmp_path / "default interval"
     outcome = run_main(
         toy_arguments(toy_config, toy_data, default_output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 8), tmp_path / "log"
     )

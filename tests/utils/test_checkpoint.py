@@ -157,7 +157,7 @@ def test_files_with_other_names_are_neither_listed_nor_deleted(saved):
 def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
-        newer.mkdir()  # a directory is not an intact checkpoint
+        newer.mkdir()  # a directory counts as a damaged checkpoint
         checkpoint.rename_damaged(saved.parent, num_updates=1)
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
@@ -219,7 +219,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, payload):
 
 
 def test_code_in_a_checkpoint_of_the_oldest_format_is_not_executed(tmp_path):
-    """Up to version 0.1, torch wrote tar files of pickles."""
+    """Up to version 0.1, torch saved checkpoints as tar files of pickles."""
     flag = tmp_path / "ran"
     payload = pickle.dumps(Call(os.system, f"touch '{flag}'"))
     with tarfile.open(tmp_path / "evil.pth", "w") as archive:
@@ -232,7 +232,7 @@ def test_code_in_a_checkpoint_of_the_oldest_format_is_not_executed(tmp_path):
     assert not flag.exists()
 
 
-def test_a_checkpoint_of_the_reference_loads_with_its_pickled_config(tmp_path):
+def test_a_checkpoint_of_the_reference_implementation_loads_with_its_pickled_config(tmp_path):
     config = CfgNode({"MODEL": CfgNode({"TYPE": "flatten_swin"}), "TRAIN": {"BASE_LR": 5e-4}})
     model = toy()
     state = {
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_the_reference_loads_with_its_pickled_config(tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_argparse_namespaces_and_numpy_scalars_in_released_files_are_read_as_data(tmp_path):
+def test_argparse_namespaces_and_numpy_scalars_in_released_checkpoints_are_read_as_data(tmp_path):
     extras = {
         "args": argparse.Namespace(lr=1, name="x"),
         "best": np.float64(82.1),
@@ -266,14 +266,14 @@ def test_argparse_namespaces_and_numpy_scalars_in_released_files_are_read_as_dat
     assert load_weights(toy(), tmp_path / "released.pth").coverage == 1
 
 
-def test_entries_that_are_not_tensors_with_string_names_are_ignored(tmp_path):
+def test_checkpoint_entries_other_than_named_tensors_are_ignored(tmp_path):
     state = {"model": toy().state_dict() | {"epoch": 3, 7: torch.zeros(1)}, "model_ema": torch.zeros(1)}
     torch.save(state, tmp_path / "odd.pth")
     report = load_weights(toy(), tmp_path / "odd.pth")
     assert (report.weights, report.coverage, report.unused) == ("raw", 1, [])
 
 
-def test_a_class_that_is_not_allowed_is_rejected_by_name(tmp_path):
+def test_a_pickled_class_that_is_not_allowed_is_named_in_the_error(tmp_path):
     torch.save({"model": {}, "when": datetime.date(2023, 10, 2)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError, match=r"datetime\.date"):
         read_checkpoint(tmp_path / "foreign.pth")
@@ -312,10 +312,11 @@ def test_a_file_of_another_model_is_rejected(tmp_path):
         load_weights(toy(), tmp_path / "half.pth")
 
 
-# Number of position tables and positional encodings (PE) that grow with the image size, in the smallest model of each family.
-# Swin: PE of 4 blocks in stages 1 and 2, and relative position tables of 8 softmax blocks, whose windows grow from 7 to 12
-# tokens. PVT: 4 position tables and PE of 8 blocks. PVTv2: PE of 8 blocks. CSwin: 2 PE in each of the 3 blocks of stages 1
-# and 2. DeiT: the position table and PE of 12 blocks.
+# Number of parameters that grow with the image size, in the smallest model of each family: position embeddings, relative
+# position bias tables, and positional encodings (PE) of linear attention. Swin: PE of the 4 blocks in stages 1 and 2, and bias
+# tables of the 8 softmax blocks, whose windows grow from 7 x 7 to 12 x 12 tokens. PVT: 4 position embeddings, and PE of 8
+# blocks. PVTv2: PE of 8 blocks. CSwin: 2 PE in each of the 3 blocks in stages 1 and 2. DeiT: the position embedding, and PE of
+# 12 blocks.
 NUM_RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
 
 
@@ -361,7 +362,7 @@ def test_every_entry_is_loaded_or_resized_at_a_higher_resolution(name, size, tmp
             ["head.bias", "head.weight"],
         ),
     ],
-    ids=["same head", "renamed head", "no head", "other classes"],
+    ids=["same head", "renamed head", "no head", "another number of classes"],
 )
 def test_the_load_report_is_exact_for_every_kind_of_head(tmp_path, change, missing, unused, reinitialised):
     torch.save(change(toy().state_dict()), tmp_path / "file.pth")
@@ -371,7 +372,7 @@ def test_the_load_report_is_exact_for_every_kind_of_head(tmp_path, change, missi
 
 
 def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_imagenet(tmp_path):
-    """All values of row r of the file are r, so the loaded head shows which row each class came from."""
+    """All values of row r of the head in the file are r, so the loaded values show which row each class came from."""
     source = toy(num_classes=21841).state_dict()
     source["head.weight"] = torch.arange(21841.0).unsqueeze(1).expand(-1, 16).contiguous()
     source["head.bias"] = torch.arange(21841.0)
@@ -380,7 +381,7 @@ def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_image
     report = load_weights(model, tmp_path / "22k.pth")
     assert sorted(report.mapped) == ["head.bias", "head.weight"]
     assert report.head == (21841, 1000)
-    assert report.reinitialised == ["1 rows of head.weight", "1 rows of head.bias"]
+    assert report.reinitialised == ["head.weight (new rows: 1)", "head.bias (new rows: 1)"]
     # One row of the head, with 16 weights and a bias, is not loaded.
     assert report.coverage == pytest.approx(1 - 17 / sum(p.numel() for p in model.state_dict().values()))
     names_22k, names_1k = (ImageNetInfo(name).label_names() for name in ("imagenet-22k", "imagenet-1k"))
@@ -411,6 +412,6 @@ def test_a_file_damaged_while_it_is_written_never_replaces_a_checkpoint(saved, m
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_the_prefixes_of_wrappers_are_removed(prefix):
+def test_prefixes_of_ddp_and_compile_are_removed_from_parameter_names(prefix):
     state = {"model": {f"{prefix}head.weight": torch.ones(2), f"{prefix}module_list.0.weight": torch.ones(3)}}
     assert set(stored_weights(state)["raw"]) == {"head.weight", "module_list.0.weight"}

@@ -81,7 +81,7 @@ def test_a_dumped_config_loads_and_dumps_to_the_same_bytes(tmp_path):
         ("AUG: {CUTMIX_MINMAX: None}", "AUG.CUTMIX_MINMAX", None),
         ("MODEL: {SWIN: {DEPTHS: '(1, 1, 2, 1)'}}", "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
         ("TRAIN: {OPTIMIZER: {BETAS: [0, 0.99]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.99]),
-        # Keys of the reference that have no effect here are accepted at their default values.
+        # Keys of the reference implementation that have no effect here are accepted at their default values.
         ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),
     ],
 )
@@ -133,7 +133,7 @@ MODEL:
         ("TAG: ../elsewhere", [], "without slashes"),
         ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True has no effect here"),
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give one of --resume and --pretrained"),
-        ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: follows from"),
+        ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: conflicts with"),
         ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
         ("", ["train.epochs", "3"], "unknown key train.epochs: did you mean TRAIN.EPOCHS"),
         ("", ["TRAIN.LR", "3"], "unknown key TRAIN.LR: did you mean TRAIN.BASE_LR"),
@@ -152,7 +152,7 @@ MODEL:
             "MODEL.DEIT.DEPTH=6: has no effect with MODEL.TYPE=flatten_deit_t",
         ),
         ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 5}}", [], "does not divide MODEL.DEIT.EMBED_DIM=192"),
-        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number from 1"),
+        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number of at least 1"),
         ("TRAIN: {LR_SCHEDULER: {DECAY_RATE: -1}}", [], "TRAIN.LR_SCHEDULER.DECAY_RATE=-1.0"),
         ("TRAIN: {OPTIMIZER: {EPS: -1}}", [], "TRAIN.OPTIMIZER.EPS=-1.0"),
         ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
@@ -164,7 +164,7 @@ MODEL:
             [],
             "one number per stage, as in 56",
         ),
-        ("MODEL: {SWIN: {DEPTHS: [1, 1, 1]}}", [], "make them equally long"),
+        ("MODEL: {SWIN: {DEPTHS: [1, 1, 1]}}", [], "give lists of the same length"),
         ("DATA: {MEAN: [0.5, 0.5]}", [], "DATA.MEAN=[0.5, 0.5]: give three numbers"),
         ("DATA: {STD: [0.5, 0.5, 0]}", [], "STD must be above 0"),
         ("AUG: {SCALE: [0.5, 0.1]}", [], "AUG.SCALE=[0.5, 0.1]"),
@@ -200,11 +200,11 @@ def test_missing_files_and_cycles_of_base_files_are_rejected(tmp_path):
     write(tmp_path, "b.yaml", "BASE: [a.yaml]")
     with pytest.raises(ConfigError, match="cycle"):
         load_config(tmp_path / "a.yaml")
-    with pytest.raises(ConfigError, match="a config is a YAML file"):
+    with pytest.raises(ConfigError, match="is not a YAML file"):
         load_config(write(tmp_path, "config.py", "import os"))
 
 
-def test_an_unknown_model_type_is_rejected_and_never_evaluated(tmp_path):
+def test_an_unknown_model_type_is_rejected_and_not_executed_as_code(tmp_path):
     expression = f"__import__('os').mkdir({str(tmp_path / 'evaluated')!r})"
     path = write(tmp_path, text=yaml.safe_dump({"MODEL": {"TYPE": expression}}))
     with pytest.raises(ConfigError, match=r"MODEL.TYPE=.*: choose one of flatten_swin"):
@@ -229,11 +229,13 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
     # Attention, MLP, and two norms.
     block = attention + 8 * channels**2 + 5 * channels + 4 * channels
     # Stem, blocks, final norm, and a head of (24 + 1) * 10 parameters.
-    assert sum(parameter.numel() for parameter in model.parameters()) == stem + depth * block + 2 * channels + 11 * 10 + 14 * 10
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == stem + depth * block + 2 * channels + (channels + 1) * 10
+    )
     assert {block.attn.num_heads for block in model.blocks} == {heads}
 
 
-def test_config_choices_equal_the_available_models_and_kinds():
+def test_config_choices_equal_the_available_models_and_attention_kinds():
     assert set(KEYS["MODEL.TYPE"].choices) == set(REGISTERED_NAMES)
     assert set(KEYS["MODEL.LA.KIND"].choices) == set(ATTENTION_KINDS)
 
@@ -272,13 +274,13 @@ def test_a_tilde_in_a_path_is_expanded_to_the_home_directory(monkeypatch):
     assert (cfg.DATA.DATA_PATH, cfg.OUTPUT, cfg.TAG) == ("/home/someone/imagenet", "/home/someone/runs", "~")
 
 
-def test_the_recipe_batch_size_defaults_to_eight_times_the_batch_size_of_the_file(tmp_path):
+def test_the_recipe_batch_size_defaults_to_eight_times_the_batch_size_of_the_config_file(tmp_path):
     path = write(tmp_path, text="DATA: {BATCH_SIZE: 64}")
     assert load_config(path, ["DATA.BATCH_SIZE", 16]).TRAIN.RECIPE_BATCH_SIZE == 512
     assert load_config(write(tmp_path, text="TRAIN: {RECIPE_BATCH_SIZE: 96}")).TRAIN.RECIPE_BATCH_SIZE == 96
 
 
-def test_loading_a_stored_config_drops_unknown_keys_and_the_path_of_pretrained_weights():
+def test_loading_the_config_of_a_checkpoint_drops_unknown_keys_and_the_path_of_pretrained_weights():
     tree = to_dict(load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.PRETRAINED", "x.pth", "TRAIN.EPOCHS", 70]))
     tree["MODEL"]["GONE"] = 1
     cfg = load_stored_config(tree, ["SEED", 3], source="x.pth")
@@ -287,8 +289,8 @@ def test_loading_a_stored_config_drops_unknown_keys_and_the_path_of_pretrained_w
     assert (cfg.TRAIN.EPOCHS, cfg.MODEL.DROP_PATH_RATE) == (300, 0.2)
 
 
-def test_every_key_is_read_outside_the_config_modules():
-    """A key is read by its full name, such as cfg.TRAIN.EPOCHS. utils/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
+def test_every_config_key_is_read_outside_the_config_modules():
+    """Keys are read by full name, as in cfg.TRAIN.EPOCHS, except in utils/optim.py: options.EPS is TRAIN.OPTIMIZER.EPS."""
     text = "\n".join(path.read_text() for path in SOURCES if path.name not in ("config.py", "config_keys.py"))
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
     read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}
@@ -296,7 +298,7 @@ def test_every_key_is_read_outside_the_config_modules():
     assert unread == {"BASE", "DATA.DATASET"}  # BASE is resolved by load_config; DATA.DATASET has only one choice
 
 
-# Defaults of the keys that the recipes of the reference do not set; tests/test_recipes.py checks the others.
+# Defaults of the keys that tests/reference/recipes.json does not contain; tests/test_recipes.py checks the other keys.
 DEFAULTS = {
     "DATA.DATA_PATH": "",
     "DATA.DATASET": "imagenet",
@@ -368,12 +370,12 @@ DEFAULTS = {
 }
 
 
-def test_defaults_of_keys_outside_the_recipes_are_those_of_the_table():
+def test_defaults_of_keys_outside_the_reference_recipes_equal_the_table():
     recipe_keys = reference("recipes")["recipes"]["flatten_swin_t"].keys()
     assert {name: key.default for name, key in KEYS.items() if name not in recipe_keys and name != "BASE"} == DEFAULTS
 
 
-def test_every_key_has_a_meaning_and_a_legal_default():
+def test_every_config_key_has_a_description_and_a_legal_default():
     for name, key in KEYS.items():
         assert key.meaning, name
         assert not key.choices or key.default in key.choices, name
@@ -405,6 +407,6 @@ BOUNDS = {
 }
 
 
-def test_the_bounds_of_every_number_equal_the_table():
+def test_the_bounds_of_every_numeric_config_key_equal_the_table():
     bounds = {name: (key.minimum, key.maximum) for name, key in KEYS.items() if key.minimum is not None}
     assert bounds == {name: pair for pair, names in BOUNDS.items() for name in names.split()}

@@ -67,7 +67,7 @@ def test_ranks_that_do_not_start_are_named_in_the_error():
         agree_on_launch_id(store, 1, 3, timeout_seconds=0.1)
 
 
-def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch):
+def test_world_size_and_local_rank_variables_are_ignored_without_rank(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
@@ -79,7 +79,7 @@ def test_environment_variables_inherited_from_a_launcher_are_ignored(monkeypatch
 def fail_in_rank_one(world) -> None:
     def task() -> int:
         if world.rank == 1:
-            raise ValueError("mine")
+            raise ValueError("injected error in rank 1")
         return world.rank
 
     with pytest.raises(ValueError if world.rank == 1 else OtherRankError):
@@ -100,7 +100,7 @@ def assert_broadcast_groups(world) -> None:
     assert groups == [world.long_timeout_group, None]
 
 
-def test_only_tasks_with_a_long_timeout_use_the_group_with_the_long_timeout():
+def test_on_main_uses_the_long_timeout_group_only_for_tasks_with_a_long_timeout():
     run_in_processes(assert_broadcast_groups, processes=2)
 
 

@@ -4,14 +4,14 @@ from tests.conftest import CONFIGS, reference
 from utils.config import ConfigError, load_config
 from utils.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
 
-FIGURES = [figures for figures in reference("lr_schedule") if (CONFIGS / f"{figures['config']}.yaml").exists()]
+REFERENCE_SCHEDULES = [recorded for recorded in reference("lr_schedule") if (CONFIGS / f"{recorded['config']}.yaml").exists()]
 
 
-@pytest.mark.parametrize("figures", FIGURES, ids=lambda figures: figures["config"])
-def test_the_learning_rate_follows_the_reference(figures):
-    cfg = load_config(CONFIGS / f"{figures['config']}.yaml", ["DATA.BATCH_SIZE", figures["batch_size_per_gpu"]])
-    schedule = build_schedule(cfg, updates_per_epoch=figures["iters_per_epoch"], world_size=figures["world_size"])
-    assert [schedule(update) for update in figures["updates"]] == pytest.approx(figures["lr"], rel=1e-6)
+@pytest.mark.parametrize("recorded", REFERENCE_SCHEDULES, ids=lambda recorded: recorded["config"])
+def test_learning_rates_equal_the_reference_values(recorded):
+    cfg = load_config(CONFIGS / f"{recorded['config']}.yaml", ["DATA.BATCH_SIZE", recorded["batch_size_per_gpu"]])
+    schedule = build_schedule(cfg, updates_per_epoch=recorded["iters_per_epoch"], world_size=recorded["world_size"])
+    assert [schedule(update) for update in recorded["updates"]] == pytest.approx(recorded["lr"], rel=1e-6)
 
 
 def test_accumulation_scales_the_learning_rate_like_a_larger_batch():
@@ -30,7 +30,7 @@ def test_a_global_batch_size_gives_the_same_schedule_for_any_number_of_processes
     assert build_schedule(cfg, updates_per_epoch=10, world_size=processes) == expected
 
 
-def test_a_global_batch_size_that_is_not_divisible_is_rejected():
+def test_a_global_batch_size_that_is_not_a_multiple_of_processes_times_batch_size_is_rejected():
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["DATA.GLOBAL_BATCH_SIZE", 1024, "DATA.BATCH_SIZE", 100])
     with pytest.raises(ConfigError, match="is not a multiple of 300"):
         accumulation_steps(cfg, 3)
@@ -39,11 +39,11 @@ def test_a_global_batch_size_that_is_not_divisible_is_rejected():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (after 4 of 8 updates) and ends at 1 % of the base rate.
+        # Warm-up: 0, 5, 10. Linear decay reaches 5.05 halfway (after 4 of 8 updates) and ends at 1 % of base_lr.
         ("linear", {0: 0.0, 1: 5.0, 2: 10.0, 6: 5.05, 10: 0.1, 99: 0.1}),
         # Step decay ignores min_lr, and continues during the cooldown, after the 10 updates.
         ("step", {0: 0.0, 1: 5.0, 2: 10.0, 3: 5.0, 6: 2.5, 9: 1.25, 10: 1.25, 12: 0.625}),
-        # The cosine starts at update 0, not after the warm-up: it is halfway between base_lr and min_lr at 5 of 10 updates.
+        # The cosine starts at update 0, not after the warm-up: it is halfway between base_lr and min_lr after 5 of 10 updates.
         ("cosine", {0: 0.0, 1: 5.0, 5: 6.0, 10: 2.0}),
     ],
 )

@@ -41,7 +41,7 @@ def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=to
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_gradients_equal_those_of_the_whole_batch(parts):
+def test_accumulated_gradients_equal_the_gradients_of_the_whole_batch(parts):
     images, targets = torch.randn(64, 6), torch.randint(0, 3, (64,))
     whole, optimizer, scaler, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
     divided, other_optimizer, _, _ = setup("TRAIN.OPTIMIZER.NAME", "sgd")
@@ -81,7 +81,7 @@ def test_weight_decay_is_zero_for_parameters_that_the_model_exempts():
     assert decays[id(model.bias)] == 0
 
 
-def test_ema_weights_follow_their_formula():
+def test_ema_weights_equal_a_hand_computed_average():
     model, optimizer, scaler, ema = setup()
     start = model.weight.detach().clone()
     step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])
@@ -90,7 +90,7 @@ def test_ema_weights_follow_their_formula():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_labels_are_smoothed_once(mixed):
+def test_label_smoothing_is_applied_once_with_or_without_mixup(mixed):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.LABEL_SMOOTHING", 0.1])
     logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     smoothed = 0.9 * nn.functional.one_hot(targets, 5) + 0.1 / 5
@@ -156,7 +156,7 @@ class HostAccess(TorchDispatchMode):
 def test_no_model_reads_values_or_copies_between_devices_in_training(name, size):
     """On the meta device, reading a value is an error, and an operation with a tensor created on the host is recorded.
 
-    At another size, the first forward pass builds the masks and indices, and later passes reuse them.
+    At a size other than 224 x 224, the first forward pass builds the masks and indices, and later passes reuse them.
     """
     model = create_model(name, device="meta", drop_path_rate=0.1).train()
     images, targets = torch.empty(2, 3, *size, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
@@ -261,6 +261,6 @@ def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_de
         (["AMP", True, "AMP_DTYPE", "fp16", "TEST.PRECISION", "fp32"], torch.float16, torch.float32),
     ],
 )
-def test_evaluation_is_in_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
+def test_evaluation_uses_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
     assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)

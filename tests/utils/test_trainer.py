@@ -1,4 +1,4 @@
-"""The trainer, with a linear model and a loader of fixed batches."""
+"""Tests of the trainer with a linear model and a loader of fixed batches."""
 
 import threading
 import time
@@ -97,7 +97,7 @@ def correct_counts(monkeypatch) -> list[int]:
 # Background saving.
 
 
-def test_a_checkpoint_has_the_state_of_its_update_while_training_continues(tmp_path, correct_counts, monkeypatch):
+def test_a_checkpoint_written_during_later_updates_has_the_state_of_its_own_update(tmp_path, correct_counts, monkeypatch):
     """The state after two updates is written only after the third update has changed the weights."""
     expected = create_trainer(tmp_path / "expected", save_steps=2)
     (tmp_path / "expected").mkdir()
@@ -147,7 +147,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
 
 def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
-    assert trainer.requests().tolist() == [0, 0]  # to stop, and to save
+    assert trainer.requests().tolist() == [0, 0]  # requests to stop and to save
 
     def fail(state, path):
         raise CheckpointError("no space")
@@ -256,7 +256,7 @@ def test_random_numbers_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_p
     assert not set(draws(0, 8, seed=1)) & set(uninterrupted)
 
 
-def test_mixup_gets_the_number_of_the_forward_pass(tmp_path):
+def test_mixup_receives_the_number_of_the_forward_pass(tmp_path):
     numbers = []
     trainer = create_trainer(tmp_path, accumulation=2)
     trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
@@ -267,7 +267,7 @@ def test_mixup_gets_the_number_of_the_forward_pass(tmp_path):
 
 
 class Metrics:
-    """Records what the trainer writes."""
+    """Replacement for ``MetricsWriter`` that records the calls of the trainer."""
 
     def __init__(self):
         self.points = []
@@ -339,7 +339,7 @@ def test_a_model_on_the_device_of_evaluation_is_not_copied():
 
 
 def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
-    """Three updates of 7 images in two seconds."""
+    """The meter gets three updates of 7 images, and a start time of two seconds ago."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
     meter = utils.trainer.Meter(0, trainer)

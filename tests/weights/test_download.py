@@ -21,7 +21,7 @@ def checkpoint_bytes() -> bytes:
 
 
 GOOD = checkpoint_bytes()
-# Response bodies by the last part of the URL. The server truncates ``cut`` at every request, and ``once`` at the first.
+# Response bodies by the last part of the URL path. ``cut`` is truncated at every request, ``once`` only at the first.
 BODIES = {
     **dict.fromkeys(("good", "good.pth", "cut", "once"), GOOD),
     "page": b"<!DOCTYPE html><html><body>Please log in</body></html>",
@@ -66,7 +66,7 @@ def test_urls_without_a_file_name_have_distinct_cache_paths(server):
         ("missing", "the server answered 404"),
         ("page", "the server sent an HTML page"),
         ("text", "the server sent something other than a weight file"),
-        ("cut", f"the connection was cut after {len(GOOD) // 2} of {len(GOOD)} bytes"),
+        ("cut", f"the connection was closed after {len(GOOD) // 2} of {len(GOOD)} bytes"),
         ("damaged", "the downloaded file is damaged"),
     ],
 )
@@ -82,8 +82,8 @@ def test_failed_download_leaves_only_a_lock_file_and_the_error_names_the_path_fo
     assert list_parent_directory(path) == [f"{name}.pth.lock"]
 
 
-def test_download_succeeds_after_an_interrupted_one(server):
-    with pytest.raises(CheckpointError, match="the connection was cut"):
+def test_download_succeeds_after_an_interrupted_download(server):
+    with pytest.raises(CheckpointError, match="the connection was closed"):
         fetch(f"{server.url}/once", "toy")
     assert fetch(f"{server.url}/once", "toy").read_bytes() == GOOD
 
@@ -94,7 +94,7 @@ def test_network_error_names_the_url_and_the_path_for_a_manual_download(tmp_path
         fetch("http://127.0.0.1:9/x", "toy")
 
 
-def test_error_of_the_encrypted_connection_is_reported_as_a_failed_download(server, monkeypatch):
+def test_tls_error_is_reported_as_a_failed_download(server, monkeypatch):
     def fail(*_):
         raise ssl.SSLError("decryption failed")
 
