@@ -85,7 +85,7 @@ def trace_module(
     flat_indices = (positions.unsqueeze(0) == map_indices[:, None, None]).flatten(1).int().argmax(dim=1)
     windows, tokens = flat_indices // positions.shape[1], flat_indices % positions.shape[1] + attention.num_prefix_tokens
     matrix = attention.matrix()
-    own = "linear attention" if attention.is_linear else "softmax attention"
+    own = "model's linear attention" if attention.is_linear else "model's softmax attention"
     maps = {own: matrix[windows, :, tokens].transpose(0, 1)}  # (H, Q, M)
     for form in forms:
         maps[f"{form}, same q and k"] = attention.weights_of(form)[windows, :, tokens].transpose(0, 1)

@@ -41,7 +41,7 @@ def test_maps_are_the_rows_of_the_attention_matrices(case):
     for attention, block in zip(attentions, trace(model, image), strict=True):
         form = next(iter(block.maps))
         maps, prefix = block.maps[form], attention.num_prefix_tokens
-        assert form == ("linear attention" if attention.is_linear else "softmax attention")
+        assert form == ("model's linear attention" if attention.is_linear else "model's softmax attention")
         assert maps.shape[:2] == (attention.q.shape[1], len(block.queries))
         height, width = attention.map_grid
         if max(height, width) > 14:
@@ -68,7 +68,7 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     torch.manual_seed(0)
     model = CSwinTransformer(img_size=64, attn_type="LLLL", linear_splits=(2, 2, 7, 7), **SMALL_CSWIN).eval()
     vertical = trace(model, torch.randn(3, 64, 64), ["stage1.0.attns.0"])[0]
-    weights = vertical.maps["linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
+    weights = vertical.maps["model's linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
     num_columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
     assert (num_columns == 2).all()
     # The epsilon in the normaliser lowers the totals of queries with low similarities.
@@ -167,9 +167,9 @@ def test_the_page_reacts_to_clicks_arrow_keys_and_menus_without_errors(tmp_path)
     report = json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', completed.stdout).group(1)))
     assert report["errors"] == []
     (initial, initial_text), (clicked, clicked_text), (moved, moved_text), (other_form, form), (other_block, _) = report["seen"]
-    assert initial_text == "query: row 3, column 3 of a 8 x 8 map"
-    assert clicked_text == "query: row 0, column 0 of a 8 x 8 map"
-    assert moved_text == "query: row 0, column 1 of a 8 x 8 map"
+    assert initial_text == "query: row 3, column 3 of the 8 x 8 map"
+    assert clicked_text == "query: row 0, column 0 of the 8 x 8 map"
+    assert moved_text == "query: row 0, column 1 of the 8 x 8 map"
     assert form == "softmax, same q and k"
     assert len({initial, clicked, moved, other_form, other_block}) == 5
 

@@ -21,7 +21,7 @@ def make_block(*, is_linear: bool) -> BlockMaps:
     """Random maps of a block with 2 x 3 tokens and two heads, for all six queries."""
     torch.manual_seed(0)
     queries = torch.cartesian_prod(torch.arange(2), torch.arange(3))
-    maps = {"linear attention" if is_linear else "softmax attention": torch.rand(2, 6, 2, 3)}
+    maps = {"model's linear attention" if is_linear else "model's softmax attention": torch.rand(2, 6, 2, 3)}
     if is_linear:
         maps |= {CONVOLUTION: torch.randn(1, 6, 2, 3), SUM: torch.randn(2, 6, 2, 3)}
     return BlockMaps("block", queries, (2, 3), maps)
@@ -46,7 +46,9 @@ def test_pictures_of_forms_show_the_mean_over_heads_for_the_query():
         assert form_axis.get_images()[0].get_clim() == pytest.approx((-largest, largest))
 
 
-@pytest.mark.parametrize(("is_linear", "titles"), [(True, ["linear attention", CONVOLUTION]), (False, ["softmax attention"])])
+@pytest.mark.parametrize(
+    ("is_linear", "titles"), [(True, ["model's linear attention", CONVOLUTION]), (False, ["model's softmax attention"])]
+)
 def test_overlays_cover_the_image_and_are_opaque_where_weights_are_large(is_linear, titles):
     block = make_block(is_linear=is_linear)
     figure = draw_overlays(IMAGE, block, [(0.1, 0.1), (0.9, 0.9)])
