@@ -34,8 +34,8 @@ class Attention:
         q: (G, H, N, D).
         k, v: (G, H, M, D). The rows of v at masked keys are zero.
         grid, key_grid: height and width of the token maps of queries and keys.
-        key_mask: (G, M), False for padding; None if there is none. Linear attention only.
-        bias: added to the similarities, broadcastable to (G, H, N, M); None if there is none. Softmax attention only.
+        key_mask: (G, M), False for padding; None if no key is padding. Linear attention only.
+        bias: added to the similarities, broadcastable to (G, H, N, M); None for no bias. Softmax attention only.
         output: (G, N, C), before the output projection. For CSwin's softmax attention, it excludes CSwin's depthwise
             convolution of v (LePE).
         map_grid: height and width of the block's whole token map, before it is divided into windows or stripes.
@@ -137,7 +137,7 @@ def convolution_matrix(
         kernel: (channels, 1, side, side).
         grid: height and width of the token map of the queries.
         num_keys: number M of value tokens, including prefix tokens. If their map is smaller than ``grid``, the matrix includes
-            their linear interpolation along the flattened tokens.
+            the linear interpolation of the flattened value tokens to the size of ``grid``.
         queries: indices of R queries, where prefix tokens come first; all queries by default.
 
     Returns:
@@ -203,7 +203,11 @@ class _Recorder(TorchFunctionMode):
 
 
 def _grid_arguments(module: nn.Module, inputs: tuple) -> dict:
-    """Sizes of a softmax module's token maps, as keyword arguments of ``Attention``. inputs: those of its forward pass."""
+    """Sizes of a softmax module's token maps, as keyword arguments of ``Attention``.
+
+    Args:
+        inputs: positional arguments of the module's forward pass.
+    """
     if isinstance(module, swin.SoftmaxWindowAttention):
         return {"grid": inputs[1], "key_grid": inputs[1]}
     if isinstance(module, cswin.SoftmaxStripes):

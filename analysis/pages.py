@@ -33,7 +33,8 @@ class BlockMaps:
         name: name of the module.
         queries: (Q, 2) row and column of the chosen queries on the block's token map.
         grid: height and width of the block's token map.
-        maps: form of attention -> (H, Q, kh, kw); the convolution is averaged over channels and has one head.
+        maps: form of attention, such as ``softmax, same q and k`` -> (H, Q, kh, kw). The convolution is averaged over channels
+            and has one head.
     """
 
     name: str
@@ -66,7 +67,7 @@ def trace(
         model: in evaluation mode.
         image: (3, height, width), normalised, on the model's device.
         names: names of attention modules; all by default.
-        points: points of the image; the queries at these points are always among the chosen ones.
+        points: points of the image; the queries at these points are always included.
         forms: forms of attention to compute from the same queries and keys, among ``analysis.maps.FORMS``.
     """
     with torch.no_grad(), capture(model, names) as attentions:
@@ -202,5 +203,5 @@ def module_names(model: nn.Module, blocks: list[str] | None) -> list[str]:
         return names
     for block in blocks:
         if not any(name.startswith(block) for name in names):
-            raise ValueError(f"{block}: no name of an attention module starts with this; choose among {', '.join(names)}")
+            raise ValueError(f"{block}: no attention module has a name that starts with this; choose among {', '.join(names)}")
     return [name for name in names if name.startswith(tuple(blocks))]

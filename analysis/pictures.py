@@ -44,7 +44,7 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
         image: preprocessed image, before normalisation.
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
-    own = next(iter(block.maps))  # the first map is that of the module's own attention
+    own = next(iter(block.maps))  # the first map shows the module's own attention
     forms = [form for form in (own, CONVOLUTION) if form in block.maps]
     figure, rows = _grid(len(points), forms)
     for cells, point in zip(rows, points, strict=True):

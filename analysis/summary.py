@@ -1,4 +1,7 @@
-"""Measures of how focused a model's attention is on a set of images, per block, head and form of attention."""
+"""Measures of how focused a model's attention is on a set of images, per block, head and form of attention.
+
+The forms of attention are ways to compute attention weights from the same queries and keys, see ``matrices``.
+"""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Count kernel launches, bytes read and written, and bytes of live tensors. The counts do not depend on the device."""
+"""Count kernel launches, bytes read and written, and bytes of live tensors, from the operations that torch dispatches."""
 
 import weakref
 

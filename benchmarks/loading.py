@@ -102,7 +102,7 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     cfg.DATA.DATA_PATH = str(packed)
     index = build_index(cfg, "train")
     if len(index) < num_images:
-        raise DataError(f"{packed}: has {len(index)} training images, fewer than the {num_images} files of --images")
+        raise DataError(f"{packed} has {len(index)} training images, fewer than the {num_images} files of --images")
     dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
     return lambda position: dataset[0, position]
 

@@ -27,7 +27,7 @@ BARE = "bare step"
 def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> list[dict]:
     """Time ``updates`` optimizer updates of the training loop relative to bare steps.
 
-    A bare step is forward and backward pass, gradient clipping and optimizer, on one batch.
+    A bare step consists of forward pass, backward pass, gradient clipping and optimizer update, always on the same batch.
     """
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:

@@ -17,7 +17,7 @@ from models.linear_attention import FocusedLinearAttention
 OURS = "focused"
 NAIVE = "naive implementation"
 SOFTMAX = "softmax"
-WINDOWS = "softmax in windows of 7"
+WINDOWS = "softmax in 7 x 7 windows"
 WINDOW = 7
 
 Attention = Callable[[Tensor], Tensor]  # joint projection to q, k and v, (B, N, 3C) -> output, (B, N, C)

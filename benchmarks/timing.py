@@ -32,7 +32,7 @@ class Ratio:
 
 
 def time_in_turn(tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Run every task once to warm up, then all of them one after the other, ``rounds`` times."""
+    """Run every task once to warm up, then time every task once in each of ``rounds`` rounds."""
 
     def run(task: Callable[[], object]) -> float:
         synchronise(device)

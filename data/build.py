@@ -123,11 +123,11 @@ class DeviceLoader:
             if index in self.unreadable:
                 continue
             self.unreadable.add(index)
-            logger.warning("%s; %d unreadable so far", reason, len(self.unreadable))
+            logger.warning("%s. Unreadable images so far: %d", reason, len(self.unreadable))
         if len(self.unreadable) > self.max_unreadable:
             raise DataError(
-                f"{len(self.unreadable)} images are unreadable, more than DATA.MAX_UNREADABLE={self.max_unreadable}; repair "
-                "or remove the images listed in the log, or raise the limit"
+                f"unreadable images: {len(self.unreadable)}, more than DATA.MAX_UNREADABLE={self.max_unreadable}; repair or "
+                "remove the images listed in the log, or raise the limit"
             )
 
 
@@ -147,7 +147,7 @@ class Datasets:
     """Datasets of a run; ``train`` is None if the run only evaluates.
 
     class_ids: the model's class id for each class of the dataset, if TEST.CLASS_MAP is set; predictions are restricted to
-        these.
+        these class ids.
     real_labels: all correct labels of each validation image, if TEST.REAL_LABELS is set.
     """
 
@@ -197,8 +197,8 @@ def build_datasets(
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
     logger.info(
-        "data: %s%d images to evaluate on, %d classes",
-        f"{len(train)} images to train on, " if train else "",
+        "data: %s%d validation images, %d classes",
+        f"{len(train)} training images, " if train else "",
         len(val),
         len(index.classes),
     )
@@ -208,7 +208,7 @@ def build_datasets(
 def build_index(cfg: CfgNode, split: str) -> Index:
     """Index a split: its zip archive with --zip, else its directory, or its tar shards if there is no such directory."""
     root = Path(cfg.DATA.DATA_PATH)
-    # If there is no home directory, ~ is not expanded in the path; the cache is then disabled.
+    # The path still starts with ~ if the home directory is unknown; the cache is then disabled.
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
@@ -283,9 +283,9 @@ def build_train_loader(
     )
     if batches.updates_per_epoch == 0:
         raise DataError(
-            f"{dataset.index.source}: {len(dataset)} images, but one update needs {batches.global_batch_size} "
-            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, {accumulation} forward passes, {world_size} processes); lower "
-            f"--batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
+            f"{dataset.index.source}: has {len(dataset)} images, but one update needs {batches.global_batch_size} "
+            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, forward passes per update: {accumulation}, processes: {world_size}); "
+            f"lower --batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
         )
     erase = None
     if cfg.AUG.REPROB > 0:
@@ -370,7 +370,8 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tupl
     readable = [sample for sample in samples if sample.image is not None]
     if not readable:
         raise DataError(
-            f"{decode_errors[0][1]}; no image of its batch can be read: raise --batch-size, or set DATA.UNREADABLE to replace"
+            f"{decode_errors[0][1]}. No image of its batch can be read, so nothing is left after skipping: raise --batch-size, "
+            "or set DATA.UNREADABLE to replace"
         )
     readable = [readable[position] for position in separate_copies([sample.key[1] for sample in readable])]
     images, targets = default_collate([(sample.image, sample.label) for sample in readable])

@@ -31,10 +31,11 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
         remedy = (
             f"add --opts MODEL.NUM_CLASSES {len(val)}"
             if train is not None
-            else "add --opts TEST.CLASS_MAP imagenet if directories are named by WordNet id, or a file with their class ids"
+            else "set TEST.CLASS_MAP with --opts: to imagenet if directories are named by WordNet id, otherwise to a file with "
+            "the class id of each directory"
         )
         raise DataError(
-            f"{root}: contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}; {remedy}, or check --data-path"
+            f"{root}: contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}. Check --data-path, or {remedy}"
         )
 
 
@@ -54,8 +55,8 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
     class_id = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
     raise DataError(
         f"{root}: the checkpoint was trained with other classes: class {class_id} is {names[class_id]!r} in the "
-        f"data, but {model_classes[class_id]!r} in the checkpoint; check --data-path, or add --opts TEST.CLASS_MAP with the "
-        "class id of each directory"
+        f"data, but {model_classes[class_id]!r} in the checkpoint. Check --data-path, or set TEST.CLASS_MAP with --opts to a "
+        "file with the class id of each directory"
     )
 
 
@@ -88,9 +89,9 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
         remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
     else:
-        ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for it"
+        ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
     if missing := [name for name in classes if name not in ids]:
-        raise DataError(f"{source}: no class id for directory {_shorten(missing)}; {remedy}, or remove the directory")
+        raise DataError(f"{source}: directories without a class id: {_shorten(missing)}; {remedy}, or remove them")
     if len(classes) < 2:
         raise DataError(
             f"{source}: val/ has only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: val/ "
@@ -98,7 +99,7 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         )
     class_ids = [ids[name] for name in classes]
     if max(class_ids) >= num_classes:
-        raise DataError(f"{source}: class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
+        raise DataError(f"{source}: has class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
     if len(set(class_ids)) < len(class_ids):
         duplicate = next(name for name, number in zip(classes, class_ids, strict=True) if class_ids.count(number) > 1)
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
@@ -142,9 +143,9 @@ def _read_ids(path: Path) -> dict[str, int]:
             continue
         name, _, label = line.strip().replace("\t", " ").rpartition(" ")
         if not name or not is_class_id(label):
-            raise DataError(f"{path}:{number}: {line!r} is not a directory name, white space and a class id")
+            raise DataError(f"{path}:{number}: expected a directory name, white space and a class id, found {line!r}")
         if ids.setdefault(name.strip(), int(label)) != int(label):
-            raise DataError(f"{path}:{number}: {name.strip()} has another class id in an earlier line; remove one of them")
+            raise DataError(f"{path}:{number}: {name.strip()} has another class id in an earlier line; remove one of the lines")
     return ids
 
 

@@ -23,7 +23,7 @@ from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
-RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from the image's other ones
+RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from those of augmentation
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, (epoch * repeats + copy number, index)
 
@@ -47,8 +47,8 @@ class ImageDataset(Dataset):
         transform: converts an image as returned by ``decoder`` to (3, H, W) uint8.
         decoder: decodes a file's bytes to an RGB image: ``decode_image`` or ``decode_pixels``.
         seed: the run's seed; None for a deterministic transform.
-        unreadable: policy for unreadable images: ``error``, ``skip``, or ``replace`` by another one, drawn from
-            (seed, epoch, index).
+        unreadable: policy for unreadable images: ``error``, ``skip``, or ``replace``, which uses another image, chosen by
+            a hash of (seed, epoch, index).
         in_memory: positions of the archive's images whose bytes are kept in memory.
     """
 
@@ -197,7 +197,7 @@ def decode_image(data: bytes) -> Image.Image:
         if file.mode == "I" or file.mode.startswith("I;16"):  # 16 bits: Pillow would clip values above 255
             pixels = np.asarray(file)
             return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-        if "transparency" in file.info:  # Pillow warns unless such a palette is converted to RGBA
+        if "transparency" in file.info:  # Pillow warns if a palette with transparency is converted directly to RGB
             return file.convert("RGBA").convert("RGB")
         if file.mode != "RGB":
             return file.convert("RGB")
@@ -217,7 +217,7 @@ def decode_pixels(data: bytes) -> Tensor:
         is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
     if is_rgb_jpeg:
         try:
-            # torchvision returns channels last in memory.
+            # The result of decode_jpeg already has channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:  # damaged: decode it with Pillow below, whose error message states the reason
             pass
@@ -225,7 +225,7 @@ def decode_pixels(data: bytes) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    """Reason why an image cannot be read. Pillow's message about an unknown format contains only a memory address."""
+    """Reason why an image cannot be read. Replaces Pillow's message for unknown formats, which has only a memory address."""
     return "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 

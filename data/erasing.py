@@ -15,7 +15,7 @@ from data.datasets import Key
 AREA = (0.02, 1 / 3)  # range of a rectangle's area, as a fraction of the image's area
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
 NUM_ATTEMPTS = 10  # maximum number of attempts to draw a rectangle that fits into the image
-RNG_STREAM_OF_ERASING = 1  # hashed into the seed, so that these random draws differ from the image's other ones
+RNG_STREAM_OF_ERASING = 1  # hashed into the seed, so that these random draws differ from those of augmentation
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
 

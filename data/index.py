@@ -277,8 +277,8 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
     if cache_file is None or len(index) < MIN_CACHED_IMAGES:
         return index
     stamps = _stamps(paths)
-    # Time stamps may have a resolution of 2 s: data that changed during the scan or less than 2 s before it could change again
-    # without a new time stamp, so their index is not cached.
+    # Time stamps may have a resolution of 2 s: if data changed during the scan, or in the 2 s before it, a further change might
+    # leave the time stamp the same. Such an index is not cached.
     if max(mtime for _, mtime, *_ in stamps.values()) >= started - 2 * 10**9:
         return index
     try:
@@ -360,8 +360,8 @@ def _archive_hint(split: Path) -> str:
     if not archives:
         return ""
     return (
-        f". Found {archives[0].name}: name tar shards {split.name}-*.tar and do not compress them; name a "
-        f"zip archive {split.name}.zip and add --zip"
+        f". Found {archives[0].name}: rename tar shards to {split.name}-*.tar (uncompressed), or rename a zip archive to "
+        f"{split.name}.zip and add --zip"
     )
 
 
@@ -412,7 +412,7 @@ def _listing_error(path: str | Path, error: OSError) -> DataError:
 def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[str]) -> list[str]:
     """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
 
-    A link to one of its parent directories, up to the directory of the split, is skipped too; following it would never end.
+    Symbolic links to an ancestor directory, up to the split's directory, are skipped too, since following them would never end.
 
     Args:
         scanned_folders: list to which every scanned directory is appended.
@@ -453,7 +453,7 @@ def _read_map(path: Path) -> tuple[list[str], list[int]]:
         name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference implementation
         label = columns[0].strip() if columns else ""
         if not is_class_id(label):
-            raise DataError(f"{path}:{number}: {line!r} is not a name, a tab and a class id")
+            raise DataError(f"{path}:{number}: expected a name, a tab and a class id, found {line!r}")
         names.append(name)
         labels.append(int(label))
     return names, labels
@@ -609,7 +609,7 @@ def _check_end(shard: Path, end: int) -> None:
             if block.count(0) < len(block):
                 first = end + next(position for position, value in enumerate(block) if value)
                 raise DataError(
-                    f"{shard}: damaged, or several concatenated archives: data at byte {first}, after its end; "
-                    "pack or download it again"
+                    f"{shard}: has data at byte {first}, after the end of the archive: damaged, or several concatenated "
+                    "archives; pack or download it again"
                 )
             end += len(block)

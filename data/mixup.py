@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.datasets import draw_seed, restore_generators, seed_generators
 
-RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these random draws differ from those of the images
+RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these random draws differ from those of augmentation
 
 
 class StepMixup:

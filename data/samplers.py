@@ -26,7 +26,8 @@ class TrainBatches(Sampler[list[Key]]):
     With ``repeats`` above 1 (repeated augmentation, https://arxiv.org/abs/1902.05509; 3 in DeiT's recipe), each image of the
     permutation is repeated ``repeats`` times in a row, with different augmentations. Within an update, the first copies of all
     images come before the second copies. The number of updates per epoch is unchanged, so an epoch uses fewer images.
-    The collate function then reorders each batch with ``separate_copies``, so that, if possible, mixup mixes no copies.
+    The collate function then reorders each batch with ``separate_copies``, so that, if possible, mixup does not mix an image
+    with its own copy.
 
     Args:
         num_samples: size of the dataset.

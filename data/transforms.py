@@ -1,4 +1,4 @@
-"""Transforms of decoded images to uint8 tensors in the loader, and normalisation on the device."""
+"""Image transforms in the data loader (decoded image to uint8 tensor), and normalisation on the device."""
 
 import math
 import random
@@ -112,7 +112,7 @@ class Preprocessing:
 
     Args:
         img_size: (height, width) of the model's input in pixels.
-        crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, whatever the aspect ratio, and crops the
+        crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, ignoring the aspect ratio, and crops the
             centre; ``short`` resizes the shorter side to that size, keeps the aspect ratio, and crops the centre; ``none``
             resizes to ``img_size``.
         crop_pct: ratio of the centre crop's side to the resized image's side.
@@ -170,10 +170,10 @@ class Preprocessing:
         size, resized = ("{} x {}".format(*pair) for pair in (self.img_size, self.resized_to))
         mode = _deterministic(self.interpolation)
         if self.crop_mode == "short":
-            return f"shorter side resized so that the image covers {resized} pixels ({mode}), centre crop of {size}"
+            return f"resized to at least {resized} pixels with the aspect ratio kept ({mode}), centre crop of {size}"
         if size == resized:
             return f"resized to {size} pixels ({mode}), no crop"
-        return f"resized to {resized} pixels whatever the aspect ratio ({mode}), centre crop of {size}"
+        return f"resized to {resized} pixels, ignoring the aspect ratio ({mode}), centre crop of {size}"
 
 
 def _compact_size(size: tuple[int, int]) -> int | list[int]:

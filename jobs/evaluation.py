@@ -95,7 +95,7 @@ def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
         CheckpointError: the digests differ.
     """
     if checkpoint.digest != digest:
-        raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy that they share")
+        raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy on a shared file system")
 
 
 def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
@@ -157,10 +157,10 @@ def load_models(
         models[label] = build_model(cfg).to(device)
         report = fill_model(models[label], checkpoint.state, weights=label, path=checkpoint.path)
         if report.missing or report.reinitialised or report.unused:
-            remedy = "choose the config that this file was trained with, or leave out --cfg if the file has its own"
+            remedy = "choose the config that this file was trained with, or leave out --cfg if the file contains its config"
             if report.head is not None:
                 remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; data with other classes need TEST.CLASS_MAP"
-            raise CheckpointError(f"{report}; every weight is required: {remedy}")
+            raise CheckpointError(f"{report}. Every weight is required: {remedy}")
     return models
 
 
@@ -168,7 +168,7 @@ def log_published(released: Released, result: EvalResult) -> None:
     """Log a measured accuracy, the published one, and whether the published one is in the confidence interval."""
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
-    top5 = "" if released.acc5 is None else f", Acc@5 {result.acc5:.3f} and {released.acc5:.3f}"
+    top5 = "" if released.acc5 is None else f"; Acc@5 {result.acc5:.3f} measured, {released.acc5:.3f} published"
     logger.info(
         "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% confidence interval %.3f to %.3f%s",
         released.name,

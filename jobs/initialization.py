@@ -51,8 +51,8 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     """Choose the initial state of training, in this order of precedence.
 
     1. ``resume``: the checkpoint of --resume.
-    2. ``resume``: the newest intact checkpoint of the output directory, if TRAIN.AUTO_RESUME is True. The same command thus
-       resumes its run, even with --pretrained.
+    2. ``resume``: the newest intact checkpoint of the output directory, if TRAIN.AUTO_RESUME is True. Repeating the
+       command of an interrupted run thus resumes the run, even with --pretrained.
     3. ``pretrained``: the weights of --pretrained.
     4. ``scratch``: random weights.
 
@@ -102,28 +102,29 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """
     if unusable := find_unusable_entries(saved):
         raise CheckpointError(
-            f"{path}: is not the state of a run ({', '.join(unusable)} missing or of another type); start from its weights "
-            "with --pretrained"
+            f"{path}: is not a training checkpoint that can be resumed (missing or invalid: {', '.join(unusable)}); load only "
+            "its weights with --pretrained"
         )
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, value in configured.items():
         stored_value = stored.get(key, value)
         if stored_value != value and key.startswith(ARCHITECTURE_KEY_PREFIXES):
             raise ConfigError(
-                f"{path}: was saved with {key}={stored_value!r}, now it is {value!r}: a resumed run cannot change it; choose "
-                "another --tag; add --pretrained to start from these weights"
+                f"{path}: was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
+                "resume. Start a new run with another --tag, and add --pretrained to start from these weights"
             )
     stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
     if stored_batch != batch:
         raise ConfigError(
-            f"{path}: was saved with {stored_batch} images per update, now there would be {batch}. Keep the product of "
-            "processes, --batch-size and TRAIN.ACCUMULATION_STEPS, or start a new run with --pretrained and another --tag"
+            f"{path}: was saved with a global batch size of {stored_batch}, but it is now {batch}. Keep the product of the "
+            "number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with --pretrained "
+            "and another --tag"
         )
     stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if stored_optimizer != optimizer:
         raise ConfigError(
-            f"{path}: TRAIN.OPTIMIZER.NAME was {stored_optimizer}, whose state {optimizer} cannot load; restore the old "
-            "optimizer, or start a new run with --pretrained and another --tag"
+            f"{path}: was saved with TRAIN.OPTIMIZER.NAME={stored_optimizer}; {optimizer} cannot load this optimizer state. "
+            "Restore the old optimizer, or start a new run with --pretrained and another --tag"
         )
 
 
@@ -183,7 +184,9 @@ def describe_data(datasets: Datasets, world: World) -> dict:
 
 
 def check_data(saved: dict | None, data: dict, path: str) -> None:
-    """Refuse to resume if the data have changed, since epochs would use different images or class ids would mean other classes.
+    """Refuse to resume if the data have changed.
+
+    The run would continue with different images, or class ids would refer to different classes.
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.

@@ -91,7 +91,7 @@ def start_processes(cfg: CfgNode | None) -> World:
             return setup()
         check_model(cfg)
         world = setup(cfg.COLLECTIVE_TIMEOUT)
-        accumulation_steps(cfg, world.size)  # rejects a global batch that is not a multiple of the images per forward pass
+        accumulation_steps(cfg, world.size)  # rejects a global batch size that is not a multiple of the images per forward pass
         return world
     except ValueError as error:
         if is_reporting_process() or isinstance(error, MissingDeviceError):
@@ -122,13 +122,16 @@ def describe_known_error(error: RuntimeError, world: World) -> str | None:
     first_line = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError):
         remedy = (
-            "lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the images per update), or add --use-checkpoint or --amp"
+            "lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size), or add --use-checkpoint or --amp"
         )
         return f"{first_line}; {remedy}"
     if is_lost_connection(error):
         return str(lost_rank_error(world, error, "start-up or evaluation"))
     if "DataLoader worker" in str(error):
-        return f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if memory is short; the same command resumes the run"
+        return (
+            f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if the host runs out of memory; the same command "
+            "resumes the run"
+        )
     return None
 
 

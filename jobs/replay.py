@@ -28,7 +28,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
 
     Args:
         path: ``replay_*.pth`` of a training run.
-        opts: KEY, VALUE, ... of the command line, such as another DATA.DATA_PATH.
+        opts: KEY, VALUE, ... that override the stored config, for example DATA.DATA_PATH.
 
     Raises:
         CheckpointError: ``path`` is not a replay file, or there are several processes.

@@ -57,7 +57,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     saved = read_resumed_checkpoint(cfg, world, init)
     if saved is not None and is_finished(saved, cfg):
         check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
-        logger.info("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
+        logger.info("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
         return
     directory = RunDirectory(output)
     on_main(world, partial(directory.open, num_updates=saved["num_updates"] if saved else 0))
@@ -108,7 +108,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
     try:
         saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and is_finished(saved, cfg):
-            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS or change TAG to train more", init.checkpoint)
+            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
         num_updates = saved["num_updates"] if saved else 0
         on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
         dry_run(build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters))
@@ -228,9 +228,9 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
     )
     epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
     logger.info(
-        "%d epochs%s of %d updates, which use %d of %d images",
+        "epochs: %d%s, updates per epoch: %d, images used per epoch: %d of %d",
         epochs,
-        f" ({cfg.TRAIN.EPOCHS} and {cfg.TRAIN.COOLDOWN_EPOCHS} of cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
+        f" ({cfg.TRAIN.EPOCHS} + {cfg.TRAIN.COOLDOWN_EPOCHS} cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
         updates_per_epoch,
         updates_per_epoch * global_batch // cfg.AUG.REPEATS if cfg.AUG.REPEATS > 1 else updates_per_epoch * global_batch,
         num_images,
@@ -239,8 +239,8 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
     if world.is_main:
         logger.log(
             logging.WARNING if global_batch != recipe_batch else logging.INFO,
-            "%d images per update (batch size %d, %s, %d forward passes), learning rate %.3e; "
-            "the recipe has %d images per update, learning rate %.3e%s",
+            "global batch size %d (batch size %d, %s, forward passes per update: %d), learning rate %.3e; "
+            "recipe: global batch size %d, learning rate %.3e%s",
             global_batch,
             cfg.DATA.BATCH_SIZE,
             format_process_count(world),
@@ -254,10 +254,10 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
 
 
 def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> str:
-    """Advice on how to train with the recipe's number of images per update.
+    """Advice on how to train with the recipe's global batch size.
 
     Args:
-        recipe_batch: images per update of the recipe.
+        recipe_batch: global batch size of the recipe.
         images_per_pass: images per forward pass, over all processes.
         num_images: size of the training set.
     """
@@ -280,8 +280,8 @@ def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
         return
     if cfg.EMA.FORCE_CPU and world.device.type != "cpu":
         logger.warning(
-            "EMA.FORCE_CPU copies all weights to host memory at every update, which the GPU waits for; use it only if GPU "
-            "memory does not suffice"
+            "EMA.FORCE_CPU copies all weights to host memory at every update, and the GPU waits for the copy; use it only if "
+            "GPU memory is insufficient"
         )
     if cfg.EMA.DECAY >= 1:
         return

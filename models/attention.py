@@ -56,7 +56,7 @@ def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
 
 def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Linear term of the attention of Castling-ViT (https://arxiv.org/abs/2211.10526): similarity 1/2 + cos(q, k) / pi."""
+    """Linear term of Castling-ViT's attention (https://arxiv.org/abs/2211.10526), with similarity 1/2 + cos(q, k) / pi."""
     q, k = F.normalize(q, dim=-1) / torch.pi, F.normalize(k, dim=-1)
     ones = torch.ones_like(k[..., :1])
     if key_mask is not None:

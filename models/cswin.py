@@ -31,7 +31,7 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-# Directions of stripes. The value is the axis along which the map is split into stripes: axis 1, the width, for vertical ones.
+# Directions of stripes. Value: the map axis that is split: 0 (height) for horizontal stripes, 1 (width) for vertical ones.
 HORIZONTAL = 0
 VERTICAL = 1
 
@@ -50,8 +50,8 @@ class StripedAttention(nn.Module):
     """Mixin: attention plus a depthwise convolution of v within stripes. q, k, v: (B, H, W, C); returns (B, H, W, C).
 
     The convolution is CSwin's locally-enhanced positional encoding (LePE). The native map is the token map at the model's
-    native input size. If one stripe covers the whole native map, one stripe covers every map. Otherwise the stripe width is
-    fixed: maps of other sizes are padded to a multiple of the width, and the padding is masked.
+    native input size. If one stripe covers the whole native map, one stripe also covers maps of other sizes. Otherwise the
+    stripe width is fixed: maps of other sizes are padded to a multiple of the width, and the padding is masked.
     """
 
     def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
@@ -248,8 +248,8 @@ class CSwinTransformer(Backbone):
         attn_type: see ``parse_attention_types``.
         linear_splits: stripe width of linear blocks in tokens, one per stage; None for attention over the whole map, which is
             the default in every stage.
-        softmax_splits: stripe width of softmax blocks in tokens, one per stage. In the last stage, both options are ignored
-            and all blocks attend over the whole map.
+        softmax_splits: stripe width of softmax blocks in tokens, one per stage. In the last stage, ``linear_splits`` and
+            ``softmax_splits`` are ignored and all blocks attend over the whole map.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.

@@ -1,8 +1,8 @@
 """FLatten-DeiT: DeiT (https://arxiv.org/abs/2012.12877) with focused linear attention in every block.
 
-The paper reports results of this model, but its code was never published. This implementation keeps the class token, attends
-over all tokens, and applies the depthwise convolution to the patch tokens only. With ``global_pool`` "token", the convolution
-of the last block therefore does not influence the logits and has a zero gradient.
+The paper reports results of this model, but the published code does not contain it. This implementation keeps the class token,
+attends over all tokens, and applies the depthwise convolution to the patch tokens only. With ``global_pool`` "token", the
+convolution of the last block therefore does not influence the logits and has a zero gradient.
 
 Shapes: B images, N = 1 + H * W tokens, C channels.
 """
@@ -89,7 +89,7 @@ class DeiT(Backbone):
 
     Args:
         img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes its position embeddings and positional encodings by bicubic interpolation.
+            resizes the position embeddings and the positional encodings of linear blocks by bicubic interpolation.
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
         attn_type: "L" for linear or "S" for softmax attention in every block; or "M" and a number of blocks, as in "M4", for
             linear attention in the first 4 blocks and softmax attention in the rest.
@@ -266,7 +266,7 @@ class DeiT(Backbone):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """``forward_intermediates`` with the arguments of DINO's method of this name, as in timm's VisionTransformer.
+        """``forward_intermediates`` with the arguments of DINO's ``get_intermediate_layers``, as in timm's VisionTransformer.
 
         Args:
             n: number of blocks from the end, or indices of blocks.

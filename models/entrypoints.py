@@ -93,7 +93,7 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
         feature_cfg={"out_indices": tuple(range(_num_maps(name, kwargs))), "feature_cls": "getter"},
         **kwargs,
     )
-    for module in model.modules():  # free the weights: a feature extractor and its model keep them in their configs
+    for module in model.modules():  # a feature extractor and its model would both keep the loaded state dict in memory
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
 

@@ -163,7 +163,7 @@ class _Run:
             tokens: (b, n, C).
             statistics: (3, b, 1, n, 1), see ``Features``.
             position: (1, n, C), added to the tokens.
-            reuse_statistics: read ``statistics``, as in the backward pass; if False, compute them and write them there.
+            reuse_statistics: read ``statistics`` (backward pass); if False, compute and write them (forward pass).
         """
         tokens = split_heads(tokens, self.num_heads)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
@@ -193,7 +193,7 @@ class _Run:
         )
 
     def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
-        """Factor c of each key times the weight of that key: 1 / M by default, 0 for masked keys. (b, 1, n, 1)."""
+        """Factor c of each key times the key's weight (1 / M by default, 0 for masked keys). (b, 1, n, 1)."""
         if self.key_weight is None:
             return keys.factor / self.num_keys
         return keys.factor * self.key_weight[images, :, tokens]
@@ -457,7 +457,7 @@ class _SplitChannels(torch.autograd.Function):
 def split_channels(packed: Tensor, num_parts: int) -> tuple[Tensor, ...]:
     """Split the last dimension into views of equal size.
 
-    The backward pass does not copy gradients that are adjacent in memory, as ``focused_attention`` writes them.
+    The backward pass does not copy gradients that are adjacent in memory, such as those from ``focused_attention``.
     """
     if is_transformed():
         return packed.chunk(num_parts, dim=-1)

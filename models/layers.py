@@ -126,7 +126,7 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
     if ("M" in letters) != bool(digits):
-        raise ValueError(f"attention type {attn_type!r}: M and a number after the letters, as in LLMS3, must be given together")
+        raise ValueError(f"attention type {attn_type!r}: M needs a number at the end, as in LLMS3, and only M allows one")
     num_linear = int(digits or 0)
     return [
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
@@ -366,8 +366,8 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Apply ``resize_grid`` in a forward pass.
 
-        Subclasses call this method, not ``resize_grid``: timm's FX extractor excludes that function from tracing only if it is
-        called in a source file that defines the ``forward`` of a traced module, as this file does.
+        Subclasses call this method, not ``resize_grid``: timm's FX extractor excludes ``resize_grid`` from tracing only if it
+        is called in a source file that defines the ``forward`` of a traced module, as this file does.
         """
         return resize_grid(table, native, grid, num_prefix_tokens)
 
@@ -446,8 +446,8 @@ class Backbone(nn.Module):
             selected = [num_maps + index if index < 0 else index for index in indices]
         if not selected or min(selected) < 0 or max(selected) >= num_maps:
             raise ValueError(
-                f"indices={indices}: the model has {num_maps} feature maps; select 1 to {num_maps} of them, "
-                f"or give indices from {-num_maps} to {num_maps - 1}"
+                f"indices={indices}: the model has {num_maps} feature maps; give an integer from 1 to {num_maps}, "
+                f"or a sequence of indices from {-num_maps} to {num_maps - 1}"
             )
         return selected
 
@@ -617,7 +617,8 @@ def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None
     """Raise ``ValueError`` for a rate above 0 without softmax blocks: linear attention has no attention matrix."""
     if rate and "S" not in "".join(attention_types):
         raise ValueError(
-            f"attn_drop_rate={rate}: has no effect, because every block is linear and has no attention matrix; use 0.0"
+            f"attn_drop_rate={rate} has no effect, because all blocks use linear attention, which has no attention matrix; "
+            "use 0.0"
         )
 
 
@@ -639,8 +640,8 @@ def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
     grid = square_grid(num_positions) if table.assume_square else None
     if grid is None:
         raise ValueError(
-            f"{table.name}: the checkpoint's {num_positions} positions do not determine a height and a width; "
-            "load it with its config, or give the img_size at which it was trained"
+            f"{table.name}: the checkpoint's {num_positions} positions do not determine the height and width of the table; "
+            "use a checkpoint that contains its config, or give the img_size at which the checkpoint was trained"
         )
     return grid
 

@@ -39,7 +39,7 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
 
 
 class FocusedLinearAttention(nn.Module):
-    """Focused linear attention, or a variant compared with it, for projected q, k and v on a token map.
+    """Focused linear attention, or an alternative selected by ``kind``, for projected q, k and v of a token map.
 
     The module has no projections: the backbones' subclasses add them, so that parameter names match those of released
     checkpoints (``attn.qkv``, ``attn.dwc``, ...). It has no attention dropout, because linear attention has no attention
@@ -83,7 +83,7 @@ class FocusedLinearAttention(nn.Module):
     ):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose a number of heads that divides it")
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose num_heads from the divisors of dim")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
         if kind not in ATTENTION_KINDS:
@@ -146,7 +146,7 @@ class FocusedLinearAttention(nn.Module):
         kernel, bias = self.local_filter()
         if self.kind == "focused" and self.fused and not is_transformed():
             out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
-        else:  # compilers fuse the unfused form themselves
+        else:  # only "focused" has a fused form; compilers and tracers need standard operations
             out = self._attend_unfused(q, k, v, key_grid, key_mask)
             if kernel is not None:
                 out = self._restore_rank(out, v, grid, kernel, bias)
@@ -190,7 +190,7 @@ class FocusedLinearAttention(nn.Module):
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
-        """Change the native token maps in place; a resized positional encoding is a new parameter."""
+        """Change ``grid`` and ``key_grid`` in place; a resized positional encoding is a new parameter."""
         key_grid = key_grid or grid
         if self.kind == "focused":
             self.positional_encoding = resized_parameter(
@@ -212,8 +212,9 @@ class FocusedLinearAttention(nn.Module):
         expected = self.num_prefix_tokens + grid[0] * grid[1]
         if tokens.shape[1] != expected:
             raise ValueError(
-                f"{name} has {tokens.shape[1]} tokens, but {grid_name}={grid[0]} x {grid[1]} with "
-                f"{self.num_prefix_tokens} prefix tokens needs {expected}; pass the {grid_name} of this call"
+                f"{name} has {tokens.shape[1]} tokens, but {grid_name}={grid[0]} x {grid[1]} and "
+                f"num_prefix_tokens={self.num_prefix_tokens} require {expected}; "
+                f"pass the {grid_name} (height and width) of these tokens"
             )
 
     def _attend_unfused(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:

@@ -14,7 +14,8 @@ from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkp
 
 logger = logging.getLogger(__name__)
 
-MIN_COVERAGE = 0.8  # minimum fraction of the model that a file must fill, and of the file that the model must use
+# A file is rejected if it fills less than this fraction of the model, or if the model uses less than this fraction of the file.
+MIN_COVERAGE = 0.8
 
 
 @dataclass
@@ -102,8 +103,8 @@ def _match(
     own, head = model.state_dict(), _head_names(model)
 
     def mismatch(reason: str) -> CheckpointError:
-        hint = f": the file contains the config of {origin}" if origin else describe_nearest(stored)
-        return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with{hint}")
+        hint = f"the file contains the config of {origin}" if origin else describe_nearest(stored)
+        return CheckpointError(f"{report.path}: {reason}; choose the config that this file was trained with ({hint})")
 
     try:
         resized = model.resize_position_tables(stored, img_size=img_size)
@@ -130,7 +131,7 @@ def _match(
                     report.reinitialised.append(f"{name} (new rows: {num_new})")
                     num_unfilled += num_new * own[name][0].numel()
         else:
-            raise mismatch(f"{name} is {tuple(value.shape)}, but the model's is {tuple(own[name].shape)}")
+            raise mismatch(f"{name} has shape {tuple(value.shape)}, but the model requires {tuple(own[name].shape)}")
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
     filled = sum(own[name].numel() for name in fitting) - num_unfilled
     report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
@@ -141,13 +142,15 @@ def _match(
     filled_entries = sum(name in fitting for name in body) / len(body)
     filled_values = sum(sizes[name] for name in body if name in fitting) / sum(sizes[name] for name in body)
     fraction, reason = min(
-        (filled_entries, f"fills only {filled_entries:.0%} of the model's entries"),
-        (filled_values, f"fills only {filled_values:.0%} of the model's values"),
-        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of the file's values"),
+        (filled_entries, f"the file fills only {filled_entries:.0%} of the model's tensors"),
+        (filled_values, f"the file fills only {filled_values:.0%} of the model's parameters"),
+        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of the file's parameters"),
     )
     if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
-        raise mismatch(f"{reason}; {len(report.missing)} entries missing, {len(report.unused)} unused: {examples} ...")
+        raise mismatch(
+            f"{reason} (missing tensors: {len(report.missing)}, unused tensors: {len(report.unused)}; for example {examples})"
+        )
     return fitting, report
 
 
@@ -172,6 +175,6 @@ def _head_names(model: nn.Module) -> set[str]:
 
 
 def describe_nearest(state_dict: Mapping[str, Tensor]) -> str:
-    """End of an error message about weights of another model: name the model with the most similar entries."""
+    """Hint for an error about weights of another model: the known model with the most similar entries."""
     name = nearest_model(state_dict)
-    return f": its entries are most similar to those of {name}" if name else ": it is not similar to any known model"
+    return f"its entries are most similar to those of {name}" if name else "its entries are not similar to any known model"

@@ -150,7 +150,7 @@ class PyramidBackbone(Backbone):
 
     Args:
         img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes its position embeddings (PVT) and positional encodings by bicubic interpolation.
+            resizes the position embeddings (PVT only) and the positional encodings of linear blocks by bicubic interpolation.
         global_pool: "avg" for the mean of the token map, or "" for no pooling.
         attn_type: see ``parse_attention_types``.
         linear_reductions: spatial reduction ratio of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.

@@ -48,7 +48,7 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
         TypeError: an argument that the model's constructor does not accept.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)}; models.list_models() lists all")
+        raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)} (models.list_models() lists all names)")
     if img_size is not None:
         kwargs["img_size"] = img_size
     return MODELS[name](num_classes=num_classes, **kwargs)
@@ -70,7 +70,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
 
 
 def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
-    """Name and arguments with which ``create_model`` creates the model of a config, as plain data.
+    """Model name and ``create_model`` arguments for a config, as JSON-serialisable values.
 
     Raises:
         ValueError: an unknown MODEL.TYPE; the message suggests the nearest one.

@@ -75,7 +75,7 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         self.relative_position_index = relative_position_index(self.window).to(device)
 
     def set_window(self, window: tuple[int, int]) -> None:
-        """Change the native window in place; a resized bias table is a new parameter."""
+        """Change the window size in place; a resized bias table is a new parameter."""
         self.relative_position_bias_table = resized_parameter(
             self.relative_position_bias_table, offset_grid(self.window), offset_grid(window)
         )
@@ -106,8 +106,9 @@ class SoftmaxWindowAttention(SoftmaxAttention):
 class SwinBlock(nn.Module):
     """Window attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C).
 
-    The native map is the token map at the model's native input size. A window that covers a side of the native map covers that
-    side of every map. Otherwise the window size is fixed: maps are padded to a multiple of it, and the padding is masked.
+    The native map is the token map at the model's native input size. If a window covers a side of the native map, it also
+    covers that side of maps of other sizes. Otherwise the window size is fixed: maps are padded to a multiple of the window
+    size, and the padding is masked.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # Concatenate the four tokens column by column, the order that released weights expect.
+        # Concatenate the tokens of each 2 x 2 group column by column, the order that released weights expect.
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(x))
 
@@ -268,7 +269,8 @@ class SwinTransformer(Backbone):
 
     Args:
         img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes its positional encodings and relative-position bias tables by bicubic interpolation.
+            resizes the positional encodings of linear blocks and the relative-position bias tables of softmax blocks by
+            bicubic interpolation.
         global_pool: "avg" for the mean of the token map, or "" for no pooling.
         attn_type: see ``parse_attention_types``.
         window_size: window side of linear blocks in tokens, capped at the side of the map. The default is the longer side of
@@ -377,7 +379,7 @@ class SwinTransformer(Backbone):
 
 
 def capped_windows(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield windows of side 1, 2, ..., capped at the sides of the map; no two windows have the same number of tokens."""
+    """Yield windows of side 1, 2, ..., capped at the sides of the map; the number of tokens identifies a window."""
     for size in range(1, max(grid) + 1):
         yield min(size, grid[0]), min(size, grid[1])
 

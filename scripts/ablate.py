@@ -89,7 +89,7 @@ def read_ablation(path: Path) -> Ablation:
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(KEYS)}")
     content = {"opts": {}} | content
     if mismatched := content.keys() ^ KEYS.keys():
-        raise ConfigError(f"{path}: {', '.join(sorted(mismatched))}: unknown or missing; the keys are {', '.join(KEYS)}")
+        raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(KEYS)}")
     for key, kind in KEYS.items():
         if not isinstance(content[key], kind):
             raise ConfigError(f"{path}: {key}={content[key]!r}: must be a {kind.__name__}")
@@ -140,7 +140,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
     """Train the given runs, ``num_slots`` at a time.
 
     Raises:
-        RuntimeError: a run failed. The other runs in progress get SIGTERM, save their state and exit.
+        RuntimeError: a run failed. The other runs in progress receive SIGTERM, save their state and exit.
     """
     waiting, running, started = deque(runs), {}, time.monotonic()
     try:
@@ -209,13 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="YAML file of the ablation")
     parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the runs and tables")
+    parser.add_argument("--output", type=Path, required=True, help="output directory for the runs and tables")
     parser.add_argument(
         "--parallel",
         type=int,
         default=0,
         metavar="N",
-        help="concurrent runs; 0: one per GPU, or one per two CPU cores if there is no GPU",
+        help="concurrent runs; 0 (default): one per GPU, or one per two CPU cores if there is no GPU",
     )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
@@ -227,7 +227,7 @@ def main() -> None:
         if not args.data_path.is_dir():
             raise ConfigError(f"--data-path {args.data_path}: no such directory")
         unfinished = [run for run in runs if final_accuracy(run, num_epochs) is None]
-        print(f"{len(runs)} runs of {num_epochs} epochs, {len(runs) - len(unfinished)} of them finished", flush=True)
+        print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}, epochs per run: {num_epochs}", flush=True)
         num_slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
         train(ablation, unfinished, args.data_path, num_slots=num_slots)
     except (ConfigError, RuntimeError) as error:

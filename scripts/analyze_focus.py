@@ -1,10 +1,10 @@
 """Measure how focused a model's attention is, per block, head and form of attention, over a set of images.
 
-The forms are the model's own attention, the sum of this attention and the depthwise convolution, and softmax, linear, focused
-and Efficient attention (https://arxiv.org/abs/1812.01243) computed from the same queries and keys. The script writes focus.json
-(values per image), focus.csv (means per head), report.md, and two plots: measures.png shows four measures per block. ranks.png
-shows the singular values of one attention matrix per block, for the first image; the paper has a similar figure about the rank
-of attention matrices.
+A form of attention is a way to compute attention weights from the queries and keys of a block. The forms are the model's own
+attention, the model's attention matrix plus its depthwise convolution written as a matrix, and softmax, linear, focused and
+Efficient attention (https://arxiv.org/abs/1812.01243). The script writes focus.json (values per image), focus.csv (means per
+head), report.md, measures.png with four measures per block, and ranks.png with the singular values of one attention matrix per
+block for the first image, similar to the paper's figure about the rank of attention matrices.
 """
 
 import argparse
@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
 from utils.files import replacing
 
-PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")  # measures in measures.png
+# Measures in measures.png. "top 5 %" is the share of the attention weight on the 5 % of keys with the largest weights.
+PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")
 
 
 def draw_measures(rows, path: Path) -> None:
@@ -43,7 +44,7 @@ def draw_measures(rows, path: Path) -> None:
 def draw_ranks(model, image, names, path: Path) -> None:
     """Plot the singular values of one attention matrix per block, relative to the largest, with and without the convolution.
 
-    The matrix is that of the first head and window for one image.
+    The matrix is from the first head and, in blocks with windows or stripes, from the first window or stripe.
     """
     import torch
     from matplotlib.figure import Figure

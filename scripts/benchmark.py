@@ -1,4 +1,4 @@
-"""Measure speed, memory and memory traffic. Ratios of times compare tasks that run alternately in one process.
+"""Measure speed, memory use and memory traffic of models, the attention operator, data loading and the training loop.
 
     model       complete models, compared with the same network with softmax attention, with timm's model, and with a naive
                 implementation of the paper's formula
@@ -9,7 +9,8 @@
                 (forward and backward pass, gradient clipping, optimizer)
 
 Each mode prints its measurements as tables. --json also writes them to a file, with command, device, torch version and
-number of threads. --png plots them (modes model and attention only).
+number of threads. --png plots them (modes model and attention only). Except for loading with different numbers of workers, the
+tasks that are compared run alternately in one process, so that drifts in the machine's speed do not affect the ratios.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
         "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
     )
     attention.add_argument(
-        "--most-softmax-tokens", type=int, default=4096, help="maximum number of tokens for softmax attention"
+        "--most-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
     )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
@@ -152,7 +153,7 @@ MEASURES = {"model": measure_models, "attention": measure_attention, "data": mea
 
 
 def to_markdown(records: list[dict]) -> str:
-    """Format the records as Markdown. Records with the same keys share a table; the keys are its columns."""
+    """Format the records as Markdown. Records with the same keys share a table, with one column per key."""
     tables: dict[tuple, list[dict]] = {}
     for record in records:
         tables.setdefault(tuple(record), []).append(record)
@@ -173,6 +174,8 @@ def format_cell(value: object) -> str:
 
 def draw_attention(records: list[dict], figure) -> None:
     """Plot the time per token against the number of tokens."""
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots(1, 2, squeeze=True)
     for axis, pass_name in zip(axes, ("forward", "forward and backward"), strict=True):
         rows = [record for record in records if record["pass"] == pass_name and "tokens" in record]
@@ -180,6 +183,10 @@ def draw_attention(records: list[dict], figure) -> None:
             series = [row for row in rows if row["attention"] == name]
             axis.loglog([row["tokens"] for row in series], [row["ns_per_token"] for row in series], "o-", label=name)
         axis.set(title=pass_name, xlabel="tokens", ylabel="ns per token")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_minor_locator(LogLocator(subs=(2, 5)))
+            ticks.set_major_formatter("{x:,.0f}")
+            ticks.set_minor_formatter("{x:,.0f}")
         axis.grid(alpha=0.3)
     axes[0].legend()
 
@@ -187,7 +194,7 @@ def draw_attention(records: list[dict], figure) -> None:
 def draw_models(records: list[dict], figure) -> None:
     """Plot the speed-up over the naive implementation, one group of bars per model, mode, precision and batch size."""
     axis = figure.subplots()
-    labels = [f"{row['model']}\n{row['mode']} {row['precision']} {row['batch_size']}" for row in records]
+    labels = [f"{row['model']}\n{row['mode']}, {row['precision']}\nbatch size {row['batch_size']}" for row in records]
     groups = list(dict.fromkeys(labels))
     names = list(dict.fromkeys(row["contestant"].split()[0] for row in records))
     for position, name in enumerate(names):

@@ -22,7 +22,8 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
 
     Args:
         path: predictions file, or output directory of an evaluation.
-        weights: raw or ema, which selects the file in a directory; None selects the ``preferred`` weights of its ``eval.json``.
+        weights: raw or ema, to choose among the predictions files of a directory; None: the ``preferred`` weights in its
+            ``eval.json``.
 
     Returns:
         The path of the predictions file, and a dictionary from image name to (prediction, target).
@@ -64,13 +65,13 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     if first.keys() != second.keys():
         unmatched = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"images in only one of the files: {len(unmatched)} ({unmatched[0]}, ...); evaluate both on the same data. "
-            "Packing as tar renames images whose names differ only in the extension"
+            f"images in only one of the files: {len(unmatched)} ({unmatched[0]}, ...); evaluate both models on the "
+            "same data. If image names differ only in the extension, pack_dataset.py renames the images in tar shards"
         )
     if mismatch := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(
             f"{mismatch}: has target {first[mismatch][1]} in the first file and {second[mismatch][1]} in the second; evaluate "
-            "both on the same classes"
+            "both models with the same classes"
         )
     first, second = ({name: prediction == target for name, (prediction, target) in pairs.items()} for pairs in (first, second))
     total = len(first)
@@ -80,11 +81,13 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     for label, is_correct in (("first", first), ("second", second)):
         correct = sum(is_correct.values())
         low, high = wilson_interval(correct, total)
-        lines.append(f"{label:<7} {correct:>7} correct  {100 * correct / total:6.2f} %  (95 %: {low:.2f} to {high:.2f})")
+        lines.append(
+            f"{label:<7} {correct:>7} correct  {100 * correct / total:6.2f} %  (95 % interval: {low:.2f} to {high:.2f})"
+        )
     low, high = paired_interval(only_first, only_second, total)
-    lines.append(f"correct only in the first {only_first}, only in the second {only_second}")
+    lines.append(f"correct only in the first: {only_first}, only in the second: {only_second}")
     difference = 100 * (only_second - only_first) / total
-    lines.append(f"second - first {difference:+.2f} points (95 %: {low:+.2f} to {high:+.2f})")
+    lines.append(f"second minus first: {difference:+.2f} points (95 % interval: {low:+.2f} to {high:+.2f})")
     p = mcnemar_test(only_first, only_second)
     verdict = "differ" if p < 0.05 else "do not differ"
     lines.append(f"McNemar's exact test: p = {p:.3g}; at the 5 % level, the two models {verdict} significantly")

@@ -30,8 +30,8 @@ INTRODUCTION = """# Configuration
 
 A config file lists only what differs from the defaults below and from its `BASE` files. The order of precedence, lowest first:
 defaults, `BASE` files, the files of `--cfg` (later ones override earlier ones), `--opts KEY VALUE` (or `KEY=VALUE`), and other
-flags. An unknown key or an illegal value is an error; the message names the key and the remedy. `config.yaml` in the output
-directory contains the resolved config and can be passed to `--cfg`. The paper's YAML files load unchanged.
+flags. Loading fails if a key is unknown or a value is illegal; the message names the key and the remedy. `config.yaml` in the
+output directory contains the resolved config and can be passed to `--cfg`. The paper's YAML files load unchanged.
 
 `python main.py --help` lists the flags.
 """

@@ -4,7 +4,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 PYTHON="${PYTHON:-python3}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  echo "$PYTHON is $("$PYTHON" --version 2>&1); Python 3.10 or newer is required; run PYTHON=python3.12 bash $0" >&2
+  echo "$PYTHON is $("$PYTHON" --version 2>&1), but 3.10 or newer is required; choose another: PYTHON=python3.12 bash $0" >&2
   exit 1
 fi
 if [ ! -x .venv/bin/python ]; then

@@ -71,7 +71,7 @@ def main() -> None:
         "--cfg", nargs="+", metavar="FILE", help="config for all checkpoints (default: the config of each checkpoint)"
     )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
-    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass for throughput (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size of the throughput measurement (default: 16)")
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():
         parser.error(f"--data-path {args.data_path}: no such directory")

@@ -1,8 +1,8 @@
 """Export a trained model as safetensors with timm's config.json, as a torch.export program (.pt2), or as ONNX.
 
-A model card (README.md) is also written to the directory. If the format safetensors was exported, timm can load the directory:
-``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded back and
-compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
+A model card (README.md) is also written to the directory. If safetensors is among the exported formats, timm can load the
+directory: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded
+back and compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
 pip install onnx onnxscript onnxruntime.
 """
 
@@ -56,8 +56,8 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
-    # torch.onnx replaces attention by the operations of the math backend. If another backend ran during the export, the outputs
-    # of attention would have another memory layout than the exported operations.
+    # torch.onnx decomposes attention as the math backend does. Trace with that backend too: the outputs of other backends have
+    # a different memory layout, which would not match the exported operations.
     with sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model,
@@ -124,10 +124,10 @@ def model_card(
     """Text of the model card: files, input, classes, measured accuracy, usage and training recipe.
 
     Args:
-        label: raw or ema, the exported weights.
+        label: which weights were exported, raw or ema.
         files: dictionary from file name to description.
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
-        in_timm: show how to load the model with timm; requires that the format safetensors was exported.
+        in_timm: show how to load the model with timm; requires that safetensors is among the exported formats.
     """
     lines = [f"# {cfg.MODEL.NAME}", ""]
     lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
@@ -149,9 +149,9 @@ def model_card(
         result = evaluation["results"][label]
         low, high = result["acc1_interval_95"]
         lines += [
-            f"Top-1 {result['acc1']:.3f} % (95 %: {low:.2f} to {high:.2f}), top-5 {result['acc5']:.3f} %: "
-            f"{result['correct1']} and {result['correct5']} of {result['num_images']} images of "
-            f"`{Path(evaluation['data']).name}`, in {evaluation['precision']}, torch {evaluation['versions']['torch']}."
+            f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
+            f"{result['num_images']} images), top-5 {result['acc5']:.3f} % ({result['correct5']} images), measured on "
+            f"`{Path(evaluation['data']).name}` in {evaluation['precision']} with torch {evaluation['versions']['torch']}."
         ]
     lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
     if in_timm:

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="output directory; the images are written to train/<digit>/ and val/<digit>/")
-    parser.add_argument("--size", type=int, default=64, help="side length in pixels; the original images have 8")
+    parser.add_argument("--size", type=int, default=64, help="side length in pixels (8 in the original images)")
     args = parser.parse_args()
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):

@@ -120,7 +120,7 @@ class MutantFinder(ast.NodeVisitor):
         self.statement = outer_statement
 
     def offset(self, line: int, column: int) -> int:
-        """Position in the source, in characters. column: in UTF-8 bytes, as in ``ast``."""
+        """Convert a line and a column (in UTF-8 bytes, as in ``ast``) to an offset in the source, in characters."""
         return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
 
     def text(self, node: ast.AST) -> str:
@@ -402,13 +402,13 @@ def sample(paths: list[str], number: int, seed: int, budget: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
-    modes.add_parser("record", help="run the tests once with coverage; further arguments go to pytest")
+    modes.add_parser("record", help="run the tests once with coverage; further arguments are passed to pytest")
     sampling = modes.add_parser("sample", help="draw mutants and run the tests on them")
     sampling.add_argument("paths", nargs="*", default=list(PACKAGES), help="files or directories; default: all code")
     sampling.add_argument("--number", type=int, default=60, help="number of mutants")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
-        "--budget", type=float, default=120, help="maximum seconds of tests per mutant; quickest tests run first"
+        "--budget", type=float, default=120, help="maximum seconds for all tests of a mutant; the quickest run first"
     )
     args, rest = parser.parse_known_args()
     if args.mode == "record":

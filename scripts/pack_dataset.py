@@ -49,14 +49,14 @@ def pack(
         short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
         quality: JPEG quality of downscaled JPEG files; downscaled files of other formats are written as PNG.
         shard_size: images per tar file.
-        workers: processes for downscaling; 0: the calling process.
+        workers: number of processes for downscaling; 0: downscale in the calling process.
 
     Returns:
         The index of the archives. Every image has been read back and verified.
 
     Raises:
-        DataError: there are no images, the target already has this split or other classes, a name or an image is invalid, an
-            archive cannot be written, or its contents differ when read back.
+        DataError: there are no images, the target already contains this split or lists other classes, a name or an image is
+            invalid, an archive cannot be written, or its contents differ when read back.
     """
     index = index_folder(source / split)
     check_names(index, archive)
@@ -86,7 +86,9 @@ def pack(
                 "".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape"
             )
         except BrokenProcessPool:
-            raise DataError(f"{source / split}: a downscaling process was killed; lower --workers if memory is short") from None
+            raise DataError(
+                f"{source / split}: a downscaling process was killed; lower --workers if the machine runs out of memory"
+            ) from None
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror}); the archives need {_size(index)}") from None
         _compare((index_zip if archive == "zip" else index_tar)(folder, split), index, digests, f"check {split}")

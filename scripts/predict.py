@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predict all images and write the results. Returns the number of unreadable images."""
+    """Classify all images and write the results. Returns the number of unreadable images."""
     import torch
 
     from data.build import build_preprocessing
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if len(readable) > 10:
         print(f"... and {len(readable) - 10} more")
     unreadable = len(predictions) - len(readable)
-    print(f"{len(readable)} of {len(predictions)} images predicted, {unreadable} unreadable")
+    print(f"{len(readable)} of {len(predictions)} images classified, {unreadable} unreadable")
     print(f"{args.output}: {', '.join(written)}")
     return unreadable
 

@@ -5,12 +5,11 @@ SIGKILL to one or all processes, a stop signal to one process, a full disk, or d
 these faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including
 the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
-After each fault, all processes must have ended, and the newest intact checkpoint must not be older than before, unless the
-fault damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to that of the
-undisturbed run.
+After each fault, all processes must end, and the newest intact checkpoint must not be older than before, unless the fault
+damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to the undisturbed run's.
 
-The seed determines the kinds and times of the faults. At which update they occur depends on the speed of the
-machine. Linux only.
+The seed determines the kinds and times of the faults. The update at which a fault occurs depends on the speed of the machine.
+Linux only.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def newest_intact_update(folder: Path) -> int:
 
 
 class Job:
-    """One start of the training command: one process of ``main.py`` per rank.
+    """One execution of the training command, with one process of ``main.py`` per rank.
 
     Args:
         batch_size: images per process and forward pass.
@@ -258,7 +257,7 @@ class Soak:
         job = self.job("undisturbed", num_processes=self.args.processes)
         statuses = job.end(seconds=3600)
         if set(statuses) != {DONE}:
-            raise SoakError(f"the undisturbed run ended with {statuses}; see {job.log}")
+            raise SoakError(f"the undisturbed run ended with exit statuses {statuses}; see {job.log}")
         self.seconds_undisturbed = time.monotonic() - begin
         self.say(f"undisturbed run: {newest_update(job.folder)} updates in {self.seconds_undisturbed:.0f} s")
         return read_state(job.folder)
@@ -314,9 +313,7 @@ class Soak:
             raise SoakError(f"{fault}: only some processes finished the run, exit statuses {statuses}; see {job.log}")
         update_after = newest_intact_update(job.folder)
         if kind != "damage" and update_after < update_before:
-            raise SoakError(
-                f"{fault}: the newest intact checkpoint is at update {update_after}, and was at {update_before} before"
-            )
+            raise SoakError(f"{fault}: the newest intact checkpoint went back from update {update_before} to {update_after}")
         self.survived[kind] += 1
         self.say(
             f"{job.folder.parent.parent.name}: {fault} after {delay:.1f} s; exit statuses {statuses}, update {update_after}"
@@ -336,7 +333,7 @@ class Soak:
         second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")
         statuses, first_is_running = second.end(SECONDS_TO_END), job.running()
         if first_is_running and statuses != [MISTAKE]:
-            raise SoakError(f"a second run in the directory of a running one ended with {statuses}; see {second.log}")
+            raise SoakError(f"a second run in a directory in use ended with exit statuses {statuses}; see {second.log}")
         if statuses == [MISTAKE]:
             self.survived[SECOND_RUN] += 1
             self.say(f"{job.folder.parent.parent.name}: second run refused at update {newest_update(job.folder)}")
@@ -361,12 +358,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kinds and times of the faults")
     parser.add_argument("--processes", type=int, default=2, help="processes of the training job")
     parser.add_argument(
-        "--longest-delay", type=float, default=20.0, help="maximum seconds from a start of the command to its fault"
+        "--longest-delay", type=float, default=20.0, help="maximum seconds from the start of the command to the fault"
     )
     parser.add_argument("--output", type=Path, default=Path("soak"), help="directory for data, runs, logs and soak.json")
     args = parser.parse_args()
     if GLOBAL_BATCH_SIZE % args.processes:
-        parser.error(f"--processes {args.processes}: does not divide the {GLOBAL_BATCH_SIZE} images per update")
+        parser.error(f"--processes {args.processes}: must divide the global batch size, {GLOBAL_BATCH_SIZE}")
     if args.output.exists():
         parser.error(f"--output {args.output}: already exists; remove it, or choose another")
     args.output.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Print the accuracies of runs, measured in training and by main.py --eval of a saved checkpoint, and list their output files.
+"""Print the accuracies of runs in training and in main.py --eval of a saved checkpoint, and list the output files.
 
 The exit status is 1 if training and --eval count different numbers of correct predictions for a checkpoint.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Numbers of correct predictions of the evaluation after which ``best.pth`` was written.
+    """Numbers of correct predictions in the evaluation after which ``best.pth`` was written.
 
     Returns:
         A dictionary from weights (raw, ema) to the number; empty if ``metrics`` does not exist (no training in this run).
@@ -30,7 +30,7 @@ def main() -> None:
     for run in args.runs:
         if not (run / "eval.json").is_file():
             parser.error(f"{run}: contains no eval.json; give the output directory of a run evaluated with --eval")
-    print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 %':>18}")
+    print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 % interval':>18}")
     agree = True
     for run in args.runs:
         evaluation = json.loads((run / "eval.json").read_text())

@@ -97,7 +97,7 @@ def main() -> None:
         type=int,
         default=[],
         metavar="N",
-        help="choose the input size so that the first block has a token map of this height and width, or one number for both "
+        help="height and width of the first block's token map, or one number for both; the input size is chosen accordingly "
         "(default: the input size is DATA.IMG_SIZE)",
     )
     parser.add_argument(

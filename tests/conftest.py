@@ -130,7 +130,7 @@ def toy_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(toy_config, toy_data, tmp_path_factory) -> Path:
-    """``best.pth`` of a run of two epochs. Tests must not write to its directory."""
+    """Path of ``best.pth`` of a run of two epochs. Tests must not write to its directory."""
     from tests.launch import run_main
 
     output = tmp_path_factory.mktemp("trained")

@@ -24,13 +24,13 @@ arms:
     ("text", "message"),
     [
         ("[]", "must be a mapping with the keys cfg, opts, seeds, baseline, arms"),
-        ("cfg: [a]", "arms, baseline, seeds: unknown or missing"),
+        ("cfg: [a]", "unknown or missing keys arms, baseline, seeds; expected cfg"),
         ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
         ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),
         ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "give at least two integers, to compute the standard deviation"),
     ],
 )
-def test_an_invalid_ablation_file_is_rejected_and_the_error_names_the_key(text, message, tmp_path):
+def test_the_error_for_an_invalid_ablation_file_mentions_the_affected_key(text, message, tmp_path):
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         read_ablation(tmp_path / "file.yaml")
@@ -69,7 +69,7 @@ def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, t
     arguments = [tmp_path / "file.yaml", "--data-path", toy_data, "--output", tmp_path / "out", "--parallel", 2]
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
     assert outcome.exit_codes == [0], outcome.output
-    assert "4 runs of 1 epochs, 0 of them finished" in outcome.output
+    assert "runs: 4, finished: 0, epochs per run: 1" in outcome.output
     rows = json.loads((tmp_path / "out/table.json").read_text())
     ablation = read_ablation(tmp_path / "file.yaml")
     expected = {
@@ -81,6 +81,6 @@ def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, t
     (tmp_path / "out/toy/softmax_0/metrics.jsonl").unlink()
     (tmp_path / "out/toy/softmax_0/checkpoint_000000003.pth").unlink()
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
-    assert "4 runs of 1 epochs, 3 of them finished" in outcome.output
+    assert "runs: 4, finished: 3, epochs per run: 1" in outcome.output
     assert json.loads((tmp_path / "out/table.json").read_text()) == rows
     assert (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns == mtime_before

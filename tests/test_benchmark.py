@@ -71,7 +71,7 @@ def test_models_with_naive_attention_have_the_same_logits_and_gradients(name):
         torch.testing.assert_close(ours, naive, rtol=2e-3, atol=2e-4 * naive.abs().max().item())
 
 
-def test_a_model_is_benchmarked_against_naive_softmax_and_timm_models():
+def test_a_model_is_compared_with_its_naive_implementation_the_softmax_baseline_and_timm():
     contestants = create_contestants("flatten_deit_t", 64)
     assert list(contestants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
     assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
@@ -82,7 +82,7 @@ def test_a_model_is_benchmarked_against_naive_softmax_and_timm_models():
 
 
 def test_the_attention_operator_moves_fewer_bytes_than_the_naive_implementation():
-    """Upper bounds for the memory traffic in docs/performance.md. ``maps`` is the traffic in multiples of the size of q."""
+    """The bounds are slightly above the values in docs/performance.md. ``maps`` is the traffic in units of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
         assert records[OURS, pass_name]["bytes"] < max_ratio * records[NAIVE, pass_name]["bytes"]

@@ -1,7 +1,7 @@
 """Commands of the reference implementation's README select the same job, model and config in this project.
 
-The commands are listed without their launcher, and with ``configs/`` instead of ``cfgs/``. Other tests cover training on toy
-data, fine-tuning recipes, and the precedence of flags, --opts and config files.
+The commands are listed without their launcher, and with ``configs/`` instead of ``cfgs/``. The other tests in
+this file cover training on toy data, fine-tuning recipes, and the precedence of flags, --opts and config files.
 """
 
 import ast
@@ -31,8 +31,9 @@ EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
 
 TRAIN = "main.py --cfg ./configs/{}.yaml --data-path IMAGENET --output OUT"
 TRAIN_EMA = TRAIN.replace("main.py", "main_ema.py")
-PLAIN = {"EMA.ENABLED": False, "AMP": False}  # config values of a command without flags
-# (command without its launcher, model parameters in millions, "evaluate" or the initialization, expected config values)
+PLAIN = {"EMA.ENABLED": False, "AMP": False}  # config values of a command without flags for EMA and AMP
+# (command without its launcher, model parameters in millions, job, expected config values). The job is "evaluate" or, for
+# training, how the run is initialised: "scratch", "pretrained" or "resume".
 COMMANDS = [
     *(
         (f"{TRAIN.format(name)} --find-unused-params", millions, "scratch", PLAIN)
@@ -190,7 +191,7 @@ def test_main_ema_calls_main_with_ema_enabled():
 
 
 def test_both_fine_tuning_recipes_train_on_a_different_number_of_classes(toy_config, toy_data, tmp_path):
-    """Train on three classes, fine-tune on two with the configs of model and recipe, and evaluate with the same configs."""
+    """Train on three classes, fine-tune on two with the configs of the model and the recipe, and evaluate with both configs."""
     for split in ("train", "val"):
         for label in (0, 2):
             (tmp_path / "two" / split).mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,8 @@ def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_d
     assert "give weights with --pretrained" in outcome.output
 
 
-# Flag, else its action, else its type -> (arguments of the flag, resulting config value, a different value for --opts)
+# Flag -> (arguments of the flag, resulting config value, a different value for --opts). For flags that are not listed, the key
+# is the argparse action of the flag, or its type if it has no action.
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),

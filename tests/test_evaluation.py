@@ -57,7 +57,7 @@ def evaluate_batches(world, num_images, batch_size):
 
 
 def save_counts(world, folder):
-    """Write a file per rank with counts and loss for every number of images and batch size; on rank 0 also the predictions."""
+    """Write a file per rank: counts, predictions (None except on rank 0) and loss for each dataset size and batch size."""
     results = {}
     for num_images in (1, 2, 5, 127, 128, 129, 1025):
         for batch_size in (1, 7, 128):
@@ -179,7 +179,10 @@ def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_p
 
 
 def test_real_labels_are_class_ids_of_the_model(tmp_path):
-    """With a class map, the predictions are classes 7 and 9 of the model. The ReaL labels are 7 and 3, so one is correct."""
+    """With a class map, ReaL (reassessed ImageNet) labels are compared with the class ids of the model.
+
+    The model predicts its classes 7 and 9. The ReaL labels are 7 and 3, so one prediction is correct.
+    """
     predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
     result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
     options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
@@ -203,8 +206,8 @@ def test_two_evaluations_are_compared_on_the_same_images():
     first = {f"{number}": ("cat" if number < 60 else "dog", "cat") for number in range(100)}
     second = {f"{number}": ("cat" if 10 <= number < 85 else "dog", "cat") for number in range(100)}
     text = compare(first, second)
-    assert "correct only in the first 10, only in the second 25" in text
-    assert "second - first +15.00 points" in text
+    assert "correct only in the first: 10, only in the second: 25" in text
+    assert "second minus first: +15.00 points" in text
     assert f"p = {mcnemar_test(10, 25):.3g}; at the 5 % level, the two models differ significantly" in text
     with pytest.raises(ValueError, match="images in only one of the files: 1 "):
         compare(first, {name: pair for name, pair in second.items() if name != "7"})
@@ -296,7 +299,9 @@ def write_reference_checkpoint(path, state, file_format):
 
 
 @pytest.mark.parametrize("file_format", ["main", "main_ema", "wrapped"])
-def test_checkpoints_of_the_reference_evaluate_to_the_same_counts_as_ours(file_format, trained, toy_config, toy_data, tmp_path):
+def test_checkpoints_in_formats_of_the_reference_give_the_same_counts_as_ours(
+    file_format, trained, toy_config, toy_data, tmp_path
+):
     (tmp_path / "ours").mkdir()
     ours = read_counts(run_evaluation(trained, toy_config, toy_data, tmp_path / "ours")[0])
     path = write_reference_checkpoint(tmp_path / "released.pth", read_checkpoint(trained), file_format)
@@ -357,7 +362,7 @@ def test_an_evaluation_of_different_files_in_two_processes_is_rejected(trained, 
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--eval", "--resume", trained]
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)
     assert outcome.exit_codes == [2, 2], outcome.output
-    assert "differs between processes; evaluate a copy that they share" in outcome.output
+    assert "differs between processes; evaluate a copy on a shared file system" in outcome.output
 
 
 def test_a_dry_run_runs_each_part_of_training_and_deletes_its_files(toy_config, toy_data, tmp_path):

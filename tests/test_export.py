@@ -52,7 +52,9 @@ def write_evaluation(path, folder, digest=None):
     return folder / "eval.json"
 
 
-def test_every_format_exports_the_ema_weights_and_the_model_card_describes_them(checkpoint, toy_config, tmp_path, monkeypatch):
+def test_every_format_contains_the_ema_weights_and_the_model_card_describes_the_export(
+    checkpoint, toy_config, tmp_path, monkeypatch
+):
     path, ema_model = checkpoint
     folder = tmp_path / "out"
     write_evaluation(path, tmp_path)  # next to the checkpoint, where the export looks for it
@@ -69,11 +71,11 @@ def test_every_format_exports_the_ema_weights_and_the_model_card_describes_them(
     assert load_weights(reloaded, folder / "model.safetensors").coverage == 1
     assert all(torch.equal(value, ema_model.state_dict()[name]) for name, value in reloaded.state_dict().items())
     card = (folder / "README.md").read_text()
-    assert "Top-1 60.606 % (95 %: 43.70 to 75.30)" in card
-    assert "20 and 33 of 33 images of `toy`" in card
+    assert "Top-1 60.606 % (95 % confidence interval 43.70 to 75.30; 20 of 33 images)" in card
+    assert "(33 images), measured on `toy`" in card
     assert f"sha256 `{sha256(path)}`" in card
     assert "cat, small dog, été" in card
-    assert "whatever the aspect ratio (bicubic), centre crop of 40 x 40" in card
+    assert "ignoring the aspect ratio (bicubic), centre crop of 40 x 40" in card
     onnx = pytest.importorskip("onnx")
     properties = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert json.loads(properties["class_names"]) == NAMES

@@ -40,7 +40,7 @@ INVALID_ENTRIES = {
 
 
 @pytest.mark.parametrize("case", INVALID_ENTRIES)
-def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_error_names_it(case, trained, toy_config, toy_data, tmp_path):
+def test_the_error_for_a_checkpoint_with_an_invalid_entry_mentions_the_entry(case, trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     assert find_unusable_entries(state) == []
     (name,) = INVALID_ENTRIES[case]
@@ -51,7 +51,7 @@ def test_a_checkpoint_with_an_invalid_entry_is_rejected_and_the_error_names_it(c
             [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
         )
         assert outcome.exit_codes == [2]
-        assert "file.pth: is not the state of a run (best missing or of another type)" in outcome.output
+        assert "file.pth: is not a training checkpoint that can be resumed (missing or invalid: best)" in outcome.output
 
 
 @pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
@@ -85,7 +85,7 @@ def test_a_file_at_the_output_path_is_rejected_by_training_and_by_check(level, t
 
 
 def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, toy_data, tmp_path):
-    """--check rejects a start earlier than the newest checkpoint and a locked directory; it skips a damaged checkpoint."""
+    """--check rejects a locked directory, and a run that would start before the newest checkpoint; it skips a damaged one."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
@@ -105,7 +105,7 @@ def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, 
     outcome = run_main(command, tmp_path / "log")
     lock.release()
     assert outcome.exit_codes == [2]
-    assert "another run writes to this directory" in outcome.output
+    assert "another run is writing to this directory" in outcome.output
     assert check_available(folder) == folder
 
 
@@ -175,7 +175,7 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
 
 
 def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeypatch):
-    # ``apply_numerical_settings`` sets the variable; with this pair of calls, monkeypatch restores it after the test.
+    # Unset the variable, and let monkeypatch restore it after the test, because ``apply_numerical_settings`` sets it.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:

@@ -129,7 +129,9 @@ def kill_processes_with_argument(folder: Path) -> None:
             continue
 
 
-def test_a_torchrun_job_resumes_after_sigkill_and_ends_bit_equal(uninterrupted, toy_config, toy_data, tmp_path):
+def test_a_torchrun_job_resumed_after_sigkill_ends_bit_equal_to_an_uninterrupted_run(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
     expected = uninterrupted(2)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"),
@@ -218,7 +220,7 @@ def test_fine_tuning_at_a_higher_resolution_resizes_the_pretrained_weights(unint
     assert "start: pretrained" in outcome.output
 
 
-def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy_config, toy_data, tmp_path):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint_of_the_previous_update(toy_config, toy_data, tmp_path):
     options = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "SAVE_STEPS", 1, "TRAIN.BASE_LR", 1e20, "TRAIN.CLIP_GRAD", 0]
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", processes=2)
     assert set(outcome.exit_codes) == {1}, outcome.output
@@ -259,7 +261,9 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_finite_checkpoint(toy
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_invalid_arguments_end_with_status_2_and_a_remedy(arguments, expected, toy_config, toy_data, tmp_path):
+def test_invalid_arguments_are_rejected_with_exit_status_2_and_without_a_traceback(
+    arguments, expected, toy_config, toy_data, tmp_path
+):
     outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *arguments], tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
     assert expected in outcome.output
@@ -287,10 +291,10 @@ def test_losses_are_the_same_for_any_number_of_processes_and_accumulation_steps(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--batch-size", "4"], "was saved with 8 images per update, now there would be 4"),
-        (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "whose state sgd cannot load"),
-        (["--opts", "MODEL.NUM_CLASSES", "2"], "a resumed run cannot change it"),
-        (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints would mix"),
+        (["--batch-size", "4"], "was saved with a global batch size of 8, but it is now 4"),
+        (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "sgd cannot load this optimizer state"),
+        (["--opts", "MODEL.NUM_CLASSES", "2"], "cannot change on resume"),
+        (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints of two runs would mix"),
     ],
     ids=["batch size", "optimizer", "classes", "auto-resume"],
 )
@@ -315,7 +319,7 @@ def test_a_run_resumes_although_its_pretrained_file_is_missing(uninterrupted, to
     assert "resumed after update 36" in outcome.output
 
 
-def test_an_unreadable_training_image_ends_all_processes_and_the_error_names_it(toy_config, tmp_path):
+def test_an_unreadable_training_image_ends_all_processes_and_the_error_contains_its_path(toy_config, tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path, split, classes=3, per_class=10)
     (tmp_path / "train/class1/004.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -335,12 +339,12 @@ def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(
     outcome = run_main(arguments, tmp_path / "log", processes=2, timeout=60)
     assert outcome.exit_codes == [0, 0], outcome.output
     assert "class1/004.png: not a readable image" in outcome.output
-    assert "1 unreadable so far" in outcome.output
+    assert "Unreadable images so far: 1" in outcome.output
 
 
 # File names: the value of --resume, the value of --pretrained, and the newest checkpoint in the output directory.
 RESUMED, WEIGHTS, NEWEST = "resumed.pth", "weights.pth", "checkpoint_000000007.pth"
-REFUSED = ("refused", "give one of --resume and --pretrained")
+REFUSED = ("refused", "give only one of --resume and --pretrained")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,7 @@ REFUSED = ("refused", "give one of --resume and --pretrained")
         (True, True, True, True, REFUSED),
     ],
 )
-def test_initialization_follows_the_precedence_table(
+def test_resume_precedes_auto_resume_which_precedes_pretrained(
     toy_config, tmp_path, monkeypatch, resume, pretrained, auto_resume, evaluating, expected
 ):
     """The output directory contains a checkpoint. The next test covers an output directory without checkpoints."""

@@ -51,11 +51,11 @@ def predict_by_hand(checkpoint, toy_config, path):
     return probabilities.max().item(), probabilities.argmax().item()
 
 
-def test_predictions_equal_those_of_the_model_and_unreadable_images_are_listed(trained, toy_config, images, tmp_path):
+def test_predictions_equal_an_independent_computation_and_unreadable_images_are_listed(trained, toy_config, images, tmp_path):
     output = tmp_path / "out"
     outcome = run_script(predict, [images, "--resume", trained, "--output", output, "--batch-size", 4], tmp_path / "log")
     assert outcome.exit_codes == [1], outcome.output  # because of the unreadable images
-    assert "9 of 12 images predicted, 3 unreadable" in outcome.output
+    assert "9 of 12 images classified, 3 unreadable" in outcome.output
     assert "Traceback" not in outcome.output
     record = json.loads((output / "predictions.json").read_text())
     entries = {entry["image"]: entry for entry in record["images"]}
@@ -108,7 +108,7 @@ def create_checkpoint(tmp_path, *names):
     return Checkpoint(Location(tmp_path / "x.pth"), {}, "", names)
 
 
-def test_class_names_come_from_the_checkpoint_else_from_imagenet_else_are_class_ids(tmp_path):
+def test_class_names_come_from_the_checkpoint_or_imagenet_and_default_to_class_ids(tmp_path):
     assert class_names(create_checkpoint(tmp_path, "cat", "dog"), 2) == ["cat", "dog"]
     assert class_names(create_checkpoint(tmp_path, "n01440764", "other"), 2) == ["tench, Tinca tinca", "other"]
     imagenet = class_names(create_checkpoint(tmp_path), 1000)

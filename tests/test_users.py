@@ -112,6 +112,7 @@ def test_the_config_of_a_reference_checkpoint_provides_the_model_but_not_the_sca
     model = {"TYPE": "flatten_swin", "NAME": "theirs", "NUM_CLASSES": 3, "SWIN": CfgNode(swin)}
     tree = CfgNode({"MODEL": CfgNode(model), "TRAIN": CfgNode({"BASE_LR": 1e-3}), "DATA": CfgNode({"IMG_SIZE": 64})})
     torch.save({"model": read_checkpoint(trained)["model"], "epoch": 299, "config": tree}, tmp_path / "theirs.pth")
+    # The reference stores the learning rate that it has scaled by the batch size. BASE_LR thus keeps our default, 5e-4.
     cfg = stored_config(open_checkpoint(tmp_path / "theirs.pth"))
     assert (cfg.MODEL.NAME, cfg.MODEL.SWIN.EMBED_DIM, cfg.DATA.IMG_SIZE, cfg.TRAIN.BASE_LR) == ("theirs", 24, 64, 5e-4)
 
@@ -166,7 +167,7 @@ def test_the_error_for_a_different_number_of_classes_suggests_a_class_map_only_i
     two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
     outcome = run("--eval", "--resume", path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "add --opts TEST.CLASS_MAP" in outcome.output
+    assert "set TEST.CLASS_MAP with --opts" in outcome.output
     assert "MODEL.NUM_CLASSES 2" not in outcome.output
     outcome = run("--cfg", toy_config, "--output", tmp_path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
@@ -187,7 +188,7 @@ def test_a_class_map_with_a_single_class_is_rejected(trained, toy_data, tmp_path
 # --- Training and dry runs (--check)
 
 
-def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_config, toy_data, tmp_path):
+def test_a_second_run_in_the_output_directory_of_an_active_run_is_rejected(toy_config, toy_data, tmp_path):
     folder = tmp_path / "toy/default"
     folder.mkdir(parents=True)
     lock = RunLock(folder)
@@ -195,7 +196,7 @@ def test_a_second_run_in_the_output_directory_of_a_running_run_is_rejected(toy_c
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert f"another run writes to this directory (process {os.getpid()} on " in outcome.output
+    assert f"another run is writing to this directory (process {os.getpid()} on " in outcome.output
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     lock.release()
     short = ["--opts", "TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0"]
@@ -213,7 +214,7 @@ def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, 
         outcome = run(*arguments, log_folder=tmp_path, **options)
         assert outcome.exit_codes == [75], outcome.output
         assert "Traceback" not in outcome.output
-        assert outcome.output.splitlines()[-1].endswith("which is saved; the same command resumes there")
+        assert outcome.output.splitlines()[-1].endswith("is saved, and the same command resumes there")
 
 
 def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_path):
@@ -272,11 +273,11 @@ def test_a_run_does_not_resume_with_a_different_image_size(trained, toy_config, 
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "DATA.IMG_SIZE", "48"]
     outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "DATA.IMG_SIZE=40, now it is 48: a resumed run cannot change it" in outcome.output
+    assert "DATA.IMG_SIZE=40, but the config has 48; this key cannot change on resume" in outcome.output
     assert "Traceback" not in outcome.output
 
 
-def test_the_error_for_the_config_of_another_model_names_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
+def test_the_error_for_a_config_of_a_different_model_mentions_the_model_of_the_checkpoint(trained, toy_data, tmp_path):
     path = copy_run(trained, tmp_path / "run")
     arguments = ["--cfg", CONFIGS / "flatten_pvt_v2_b0.yaml", "--eval", "--resume", path, "--data-path", toy_data]
     outcome = run(*arguments, "--opts", "MODEL.NUM_CLASSES", "3", log_folder=tmp_path)
@@ -289,7 +290,7 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "1 process on cpu" in outcome.output
-    assert "2 epochs (1 and 1 of cooldown) of 12 updates, which use 96 of 102 images" in outcome.output
+    assert "epochs: 2 (1 + 1 cooldown), updates per epoch: 12, images used per epoch: 96 of 102" in outcome.output
     assert "epoch 0/2 [12/12]" in outcome.output
     assert "epoch 1/2 [12/12]" in outcome.output
     assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
@@ -302,7 +303,7 @@ def test_the_batch_size_warning_is_logged_once_and_its_advice_is_valid(toy_confi
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--check", "--batch-size", "4"]
     outcome = run(*arguments, log_folder=tmp_path, processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert outcome.output.count("the recipe has 64 images") == 1
+    assert outcome.output.count("recipe: global batch size 64") == 1
     assert "add --opts DATA.GLOBAL_BATCH_SIZE 64" in _batch_advice(64, 8, 102)
     assert "too few for the recipe's batch" in _batch_advice(1024, 8, 102)
     assert "--batch-size times the number of processes divides 64" in _batch_advice(64, 24, 1000)
@@ -320,7 +321,7 @@ def test_a_check_of_a_small_dataset_omits_eta_and_accuracy(toy_config, toy_data,
     outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "ETA" not in outcome.output
-    assert "-1:" not in outcome.output  # a negative duration
+    assert "-1:" not in outcome.output  # no negative duration
     assert "Acc@1" not in outcome.output  # one batch is too small for an accuracy
 
 

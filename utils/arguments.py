@@ -1,6 +1,6 @@
 """Command-line flags and the config keys that they set.
 
-This module does not import torch or timm, which takes seconds, so that usage errors are reported immediately.
+This module does not import torch or timm: their import takes seconds, and usage errors should be reported immediately.
 """
 
 import argparse
@@ -80,7 +80,7 @@ FLAGS = {
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
     "--cache-mode": (
         "DATA.CACHE_MODE",
-        {"choices": ("no", "full", "part"), "help": "with --zip: images that each process keeps in memory"},
+        {"choices": ("no", "full", "part"), "help": "with --zip: images that each process caches; part: an equal share"},
     ),
     "--resume": (
         "MODEL.RESUME",
@@ -137,7 +137,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     """Reject conflicting flags and missing files.
 
     Args:
-        cfg: None without --cfg, as with --replay, or with --eval if the config stored in the checkpoint is used.
+        cfg: None if --cfg is not given: with --replay, or with --eval to use the config stored in the checkpoint.
         configs: directory of the shipped configs; their file names are the model names.
 
     Raises:
@@ -166,7 +166,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         if cfg.TEST[key] and not args.eval:
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add --eval, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
-        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
+        raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     # A run that resumes from its output directory does not read MODEL.PRETRAINED, so that file may be missing.
     resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
     for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
@@ -197,13 +197,13 @@ def is_reporting_process() -> bool:
 
 def _check_folder(name: str, path: str) -> None:
     if not os.path.isdir(Path(path).expanduser()):
-        raise ConfigError(f"{name}={path}: no such directory; give the one with train/ and val/")
+        raise ConfigError(f"{name}={path}: no such directory; give the directory with train/ and val/")
 
 
 def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
     """Reject a checkpoint that is not a URL, a file, a directory with ``best.pth``, or a model name."""
     if not checkpoint:
-        raise ConfigError("--eval: no weights to evaluate; name a checkpoint with --resume")
+        raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     path = Path(checkpoint).expanduser()
     if checkpoint.startswith(("http://", "https://")) or os.path.isfile(path):
         return

@@ -62,8 +62,8 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
-            f"{path}: checkpoint not written, the old ones are untouched: {error} (it needs {size} bytes, {free} are free); "
-            "free disk space, or lower KEEP_CHECKPOINTS; the same command resumes"
+            f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {error} ({size} bytes needed, {free} "
+            "free). Free disk space, or lower KEEP_CHECKPOINTS; the same command then resumes"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
         try:
             read_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s; trying the previous one", error)
+            logger.warning("%s; trying the previous checkpoint", error)
         else:
             return path
     return None
@@ -211,4 +211,4 @@ def _sync_directory(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        logger.debug("%s: no fsync of directories (%s)", folder, error)
+        logger.debug("%s: the directory could not be synced (%s)", folder, error)

@@ -113,7 +113,7 @@ def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, secti
 
 
 def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
-    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # before --opts override the recipe's batch size
+    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # computed before --opts, which may override DATA.BATCH_SIZE
         cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
     cfg.BASE = [""]  # BASE files are merged; loading a dump of this config must not merge them again
@@ -171,7 +171,7 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         origin = f" (BASE of {chain[-1]})" if chain else ""
         raise ConfigError(f"{path}{origin}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not plain YAML: {error}") from None
+        raise ConfigError(f"{path}: cannot be parsed as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: is of type {type(tree).__name__}, not a mapping; give keys and values")
     bases = tree.pop("BASE", None) or []
@@ -200,7 +200,7 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
         child = node.get(key)
         if isinstance(child, CfgNode):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {name}={value!r} is a section; give it keys: {', '.join(child)}")
+                raise ConfigError(f"{source}: {name}={value!r} assigns a value to a section; set its keys: {', '.join(child)}")
             yield from _leaves_of_file(value, child, source, f"{name}.")
         else:
             yield name, value
@@ -299,8 +299,8 @@ def _convert(value: object, example: object, key: str, source: str) -> object:
     elif isinstance(literal, (list, tuple)):  # the example is a list, or None for an optional list
         example_item = example[0] if example else 0.0
         return [_convert(item, example_item, key, source) for item in literal]
-    expected = "list" if example is None else type(example).__name__
-    raise ConfigError(f"{source}: {key}={value!r} is {type(literal).__name__}; give {expected}, such as {example!r}")
+    expected = "list" if example is None else f"{type(example).__name__}, such as {example!r}"
+    raise ConfigError(f"{source}: {key}={value!r} is of type {type(literal).__name__}; expected {expected}")
 
 
 _MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
@@ -321,7 +321,7 @@ def _validate(cfg: CfgNode) -> None:
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(
-                f"{key}={leaves[key]!r}: is used as a directory name; give a name other than . and .., without slashes"
+                f"{key}={leaves[key]!r}: is used as a directory name; give a name other than . and .., without / and \\"
             )
         if len(os.fsencode(leaves[key])) > MAX_NAME_BYTES:
             raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
@@ -341,7 +341,9 @@ def _validate_sizes(cfg: CfgNode) -> None:
     if (not isinstance(size, int) and len(size) != 2) or min(image_size(cfg)) < 1:
         raise ConfigError(f"DATA.IMG_SIZE={size}: give one number of pixels, or [height, width]")
     if not cfg.TEST.CROP and cfg.TEST.CROP_MODE == "short":
-        raise ConfigError("TEST.CROP=False: disables the crop, which conflicts with TEST.CROP_MODE=short; give one of them")
+        raise ConfigError(
+            "TEST.CROP=False: disables the crop, which conflicts with TEST.CROP_MODE=short; give only one of them"
+        )
 
 
 def _validate_model(cfg: CfgNode) -> None:
@@ -389,7 +391,7 @@ def _validate_model(cfg: CfgNode) -> None:
 def _validate_recipe(cfg: CfgNode) -> None:
     if cfg.TRAIN.WARMUP_EPOCHS > cfg.TRAIN.EPOCHS:
         raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; lower it"
+            f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; shorten the warm-up"
         )
     if cfg.DATA.GLOBAL_BATCH_SIZE and cfg.TRAIN.ACCUMULATION_STEPS > 1:
         raise ConfigError(
@@ -416,5 +418,5 @@ def _validate_recipe(cfg: CfgNode) -> None:
     if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:
         raise ConfigError(
             f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run already "
-            "has weights; give one of --resume and --pretrained"
+            "has weights; give only one of --resume and --pretrained"
         )

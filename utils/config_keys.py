@@ -57,7 +57,7 @@ KEYS = {
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "images of zip archives that each process keeps in memory: `no`: none, `full`: all, `part`: an equal part",
+        "images of zip archives that each process keeps in memory: `no`: none, `full`: all, `part`: an equal share",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
@@ -68,7 +68,7 @@ KEYS = {
     "DATA.UNREADABLE": Key(
         "error",
         "unreadable training images: `error` ends the run, `skip` omits them from their batch, `replace` substitutes other "
-        "images; in evaluation, an unreadable image is always an error",
+        "images; in evaluation, an unreadable image always ends the run",
         choices=("error", "skip", "replace"),
     ),
     "DATA.MAX_UNREADABLE": Key(
@@ -88,8 +88,8 @@ KEYS = {
         "evaluation and for input sizes up to 32 pixels",
         choices=("bicubic", "bilinear", "random"),
     ),
-    "DATA.MEAN": Key(IMAGENET_MEAN, "mean per channel, of values in [0, 1]"),
-    "DATA.STD": Key(IMAGENET_STD, "standard deviation per channel, of values in [0, 1]; above 0"),
+    "DATA.MEAN": Key(IMAGENET_MEAN, "mean of each channel, for normalisation of pixel values in [0, 1]"),
+    "DATA.STD": Key(IMAGENET_STD, "standard deviation of each channel, for normalisation of pixel values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
         8,
         "loader workers per training process; limited to the machine's CPU cores divided by its training processes",
@@ -116,7 +116,9 @@ KEYS = {
         minimum=0,
         maximum=0.999,
     ),
-    "MODEL.LABEL_SMOOTHING": Key(0.1, "fraction of the target that is spread over all classes", minimum=0, maximum=0.999),
+    "MODEL.LABEL_SMOOTHING": Key(
+        0.1, "fraction of the target probability that is spread over all classes", minimum=0, maximum=0.999
+    ),
     "MODEL.RESUME": Key(
         "",
         "checkpoint to resume from, or to evaluate: a file, the directory of a run, a URL, or the name of a released model",
@@ -162,9 +164,7 @@ KEYS = {
     ),
     # Training
     "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1),
-    "TRAIN.WARMUP_EPOCHS": Key(
-        20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, which are part of `TRAIN.EPOCHS`", minimum=0
-    ),
+    "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, included in `TRAIN.EPOCHS`", minimum=0),
     "TRAIN.COOLDOWN_EPOCHS": Key(
         0, "additional epochs at the final learning rate; the `step` schedule continues to decay", minimum=0
     ),
@@ -305,7 +305,7 @@ KEYS = {
         choices=("off", "warn", "error"),
     ),
     "TF32": Key(
-        True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), as by default in torch 1.11"
+        True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), the default of torch 1.11"
     ),
     "CUDNN_BENCHMARK": Key(
         True,
@@ -324,7 +324,8 @@ KEYS = {
     "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
     "ATTENTION_IMAGE": Key(
         "",
-        "image; after each evaluation, the model's attention maps for it (raw weights) are written to TensorBoard; empty: none",
+        "path of an image; after each evaluation, the attention maps of the raw weights for this image are written to "
+        "TensorBoard; empty: none",
         is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),

@@ -32,7 +32,7 @@ class MissingDeviceError(ValueError):
 
 
 class LostRankError(RuntimeError):
-    """A process did not start, or no longer takes part in collectives. The message names its rank, if that is known."""
+    """A process did not start, or no longer takes part in collectives. The message gives its rank, if known."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def check_driver(devices: Path = Path("/dev")) -> None:
     if torch.version.cuda and gpus and visible not in ("", "-1"):
         setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise MissingDeviceError(
-            f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}: check "
-            "nvidia-smi, and update the driver or install a torch for its CUDA version; to use the CPU, set "
-            "CUDA_VISIBLE_DEVICES=-1"
+            f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}. Check "
+            "nvidia-smi, then update the driver, or install a torch build for the CUDA version that the driver supports. To "
+            "use the CPU, set CUDA_VISIBLE_DEVICES=-1"
         )
 
 
 def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
-    """Wait for all processes of this launch, and return its unique id, which serves as a key prefix in the store.
+    """Wait for all processes of this launch, and return the launch's unique id, a prefix for keys in the store.
 
     When torchrun restarts the processes, it keeps its store; the restart counts as a new launch. Without the prefix, the new
     processes would read the addresses of processes that have ended.
@@ -145,7 +145,7 @@ def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_secon
             missing = {other for other in missing if not store.check([f"{token}/{other}"])}
             if missing and time.monotonic() > deadline:
                 ranks = ", ".join(map(str, sorted(missing)))
-                raise LostRankError(f"rank {ranks} did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
+                raise LostRankError(f"rank(s) {ranks} did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
             time.sleep(SECONDS_BETWEEN_CHECKS)
         store.set(f"{token}/confirmed", ",".join(store.get(f"{token}/{other}").decode() for other in range(1, size)))
         return token
@@ -204,7 +204,8 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     model = SideChannel(model, num_scalars, world.device)
     if world.size == 1:
         return model
-    # Ignored: DDP copies gradients whose strides differ from the parameter's, as for depthwise kernels; these copies are small.
+    # DDP warns that it copies gradients whose strides differ from the parameter's, such as those of depthwise kernels. The
+    # copies are small, so the warning is ignored.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
@@ -298,7 +299,7 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
         where: phase and last update of this process, for the message.
     """
     missing = _find_missing_ranks(world)
-    what = f"rank {', '.join(map(str, missing))} is lost" if missing else "the connection between the processes is lost"
+    what = f"rank(s) {', '.join(map(str, missing))} lost" if missing else "the connection between the processes is lost"
     reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
     return LostRankError(
         f"{what}: a process ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended, see "

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class Predictions:
     """Predictions for every image of a dataset, in the dataset's order.
 
-    Class ids are those of the dataset unless stated otherwise; with TEST.CLASS_MAP, those of the model may differ.
+    Class ids refer to the dataset's classes unless stated otherwise; with TEST.CLASS_MAP, the model's class ids may differ.
 
     Args:
         targets: (N,) true class ids.
@@ -154,15 +154,15 @@ class _Counter:
         Args:
             indices: positions of this process's images in the dataset; used only if predictions are kept.
         """
-        # A process without batches does not know the number of classes, so it is averaged over the other processes.
+        # A process without batches does not know the number of classes, so this number is averaged over the other processes.
         counts = self.sums.new_tensor([self.num_images, self.num_classes, self.num_classes > 0])
         *sums, total, class_sum, num_with_batches = sum_over_processes(torch.cat([self.sums, counts])).tolist()
         correct1, correct5, loss, not_finite = sums
         total = int(total)
         if not_finite:
             raise TrainingError(
-                f"the {weights} weights give outputs that are not finite for {int(not_finite)} of {total} images: accuracy is "
-                "undefined; evaluate another checkpoint, or in fp32 (TEST.PRECISION fp32)"
+                f"the {weights} weights give outputs that are not finite for {int(not_finite)} of {total} images, so the "
+                "accuracy is undefined; evaluate another checkpoint, or use fp32 (TEST.PRECISION fp32)"
             )
         predictions = None if self.predictions is None else self._gather(indices, world)
         return EvalResult(

@@ -81,6 +81,6 @@ def build_criterion(cfg: CfgNode, *, mixed: bool) -> nn.Module:
     """Cross entropy for class ids or probabilities.
 
     Args:
-        mixed: whether mixup or CutMix is used, which already smooths the targets.
+        mixed: whether mixup or CutMix is used; the targets then already include label smoothing.
     """
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else cfg.MODEL.LABEL_SMOOTHING)

@@ -42,7 +42,7 @@ def create_output_directory(output: Path) -> None:
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a run if its directory has an intact checkpoint of a later update: checkpoints of two runs would mix.
+    """Reject a run if its directory has an intact checkpoint of a later update, since checkpoints of two runs would mix.
 
     Args:
         num_updates: number of updates in the state from which the run starts.
@@ -55,8 +55,9 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
             return
         if is_intact(path):
             raise ConfigError(
-                f"{output}: has {path.name}, but this run starts from the earlier update {num_updates}: checkpoints would mix. "
-                "Resume from that checkpoint (TRAIN.AUTO_RESUME True, no --resume), or choose another --tag"
+                f"{output}: has {path.name}, but this run starts from the earlier update {num_updates}, so the checkpoints "
+                "of two runs would mix. Resume from that checkpoint (TRAIN.AUTO_RESUME True, no --resume), or choose another "
+                "--tag"
             )
 
 
@@ -153,7 +154,7 @@ class RunLock:
         """Check that no other run has the lock.
 
         Raises:
-            ConfigError: another run has it.
+            ConfigError: another run has the lock.
         """
         if os.path.exists(self.path):
             with self._open() as file:
@@ -175,7 +176,7 @@ class RunLock:
             file.seek(0)
             holder = file.read().strip() or "unknown process"
             raise ConfigError(
-                f"{self.path.parent}: another run writes to this directory ({holder}); wait for it, stop it, "
+                f"{self.path.parent}: another run is writing to this directory ({holder}); wait for it, stop it, "
                 "or choose another --tag"
             ) from None
         except (ImportError, OSError):

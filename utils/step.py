@@ -53,11 +53,11 @@ def train_step(
     requests: Tensor | None = None,
     failed: Tensor | None = None,
 ) -> Tensor:
-    """One optimizer update, for every precision, clipped or not, accumulated or not.
+    """One optimizer update in any precision, with or without gradient clipping and accumulation.
 
     An update changes no weights and no optimizer state if its loss (in any process) or its gradient is not finite. In fp32 and
-    bf16, this check runs on the device only. In fp16, the host reads its result in every update, because the loss
-    scaler regularly skips updates, and EMA and learning-rate schedule must skip the same ones.
+    bf16, this check runs on the device only. In fp16, the host reads the result of the check in every update, because the loss
+    scaler regularly skips updates, and EMA and learning-rate schedule must skip the same updates.
 
     Args:
         model: from ``utils.distributed.wrap``.
@@ -67,8 +67,8 @@ def train_step(
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: maximum L2 norm of the gradient over all parameters; ``inf``: no clipping.
         requests: (2,) requests of this process to stop and to save, each 0 or 1.
-        failed: scalar tensor, initially 0, updated in place. It becomes NaN at the first update in fp32 or bf16 that is not
-            finite; later updates then change nothing.
+        failed: scalar tensor, initially 0, updated in place. In fp32 and bf16, it becomes NaN at the first update whose loss or
+            gradient is not finite; later updates then change nothing.
 
     Returns:
         (4,) values of a ``Report``, on the device. Reading them makes the host wait, so the caller decides when to read.

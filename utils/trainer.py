@@ -457,15 +457,16 @@ class Trainer:
         self.save()
         self.finish_saving()
         raise Stopped(
-            f"stopped in {phase} after update {self.state.num_updates}, which is saved; the same command resumes there"
+            f"stopped in {phase}; the checkpoint after update {self.state.num_updates} is saved, and the same command resumes "
+            "there"
         )
 
 
 def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
     """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
 
-    This function runs in another thread and therefore gets no reference to the trainer: if it held the last one, the trainer
-    and its loaders would be destroyed in that thread.
+    This function runs in another thread and therefore gets no reference to the trainer: if that were the last reference, the
+    trainer and its loaders would be destroyed in that thread.
 
     Raises:
         CheckpointError: the checkpoint could not be written.

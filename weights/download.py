@@ -100,7 +100,7 @@ def _download(url: str, path: Path) -> None:
     for stale in path.parent.glob(f"{path.name}.*.incomplete"):
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    hint = f"; or download it with a browser and save it as {path}"
+    hint = f", or download the file with a browser and save it as {path}"
     logger.info("downloading %s to %s", url, path)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "flatten-transformer"})
@@ -164,5 +164,5 @@ def _compare_digest(url: str, path: Path) -> None:
     elif recorded[0] != digest:
         raise CheckpointError(
             f"{path}: its sha256 is {digest}, but {recorded[0]} was recorded at its first download from {url}; the file has "
-            f"changed. Delete it to download it again, and {record.name} too if the change is intended"
+            f"changed. Delete it to download it again; if the change is intended, delete {record.name} too"
         )

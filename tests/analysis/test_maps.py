@@ -1,4 +1,4 @@
-"""Attention maps reproduce the computation of the modules: weights times values equal the output of the module.
+"""Attention maps captured from models: the weights multiplied by the values equal the output of each attention module.
 
 Shapes: G groups of tokens that attend to each other, N queries, M keys, H heads, C channels, D channels per head.
 """
@@ -101,14 +101,14 @@ def test_rows_of_normalised_attention_sum_to_one():
         for attention in capture_case(case):
             sums = attention.matrix().sum(dim=-1)
             torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-4, atol=1e-4)
-    # The epsilon in the normaliser lowers the sums of queries with low similarities.
+    # The epsilon in the normaliser makes the sum smaller than one if the similarities of a query to all keys are low.
     for attention in capture_case("deit linear"):
         sums = attention.matrix().sum(dim=-1)
         assert sums.max() < 1 + 1e-6
         assert (sums > 0.999).double().mean() > 0.9
 
 
-def test_the_convolution_matrix_equals_the_convolution_for_all_and_for_chosen_queries():
+def test_the_convolution_matrix_times_values_equals_the_convolution_and_queries_select_its_rows():
     convolution = torch.nn.Conv2d(3, 3, 5, padding=2, groups=3)
     full = convolution_matrix(convolution.weight.detach(), (4, 6), 24)
     torch.testing.assert_close(convolution_matrix(convolution.weight.detach(), (4, 6), 24, queries=[7, 3]), full[:, [7, 3]])
@@ -130,7 +130,7 @@ def test_attention_weights_of_masked_keys_are_zero():
 
 
 @pytest.mark.parametrize("form", ["softmax", "linear", "focused", "efficient"])
-def test_attention_weights_of_every_compared_form_equal_their_definition(form):
+def test_compare_computes_every_form_of_attention_by_its_definition(form):
     q, k = torch.randn(2, 3, 5, 4).double(), torch.randn(2, 3, 7, 4).double()
     weights = compare(form, q, k)
     if form == "softmax":
@@ -146,7 +146,7 @@ def test_attention_weights_of_every_compared_form_equal_their_definition(form):
     torch.testing.assert_close(weights, expected)
 
 
-def test_unknown_module_names_and_forms_are_rejected():
+def test_unknown_module_names_and_forms_of_attention_are_rejected():
     model = create_model("flatten_swin_t", device="meta")
     with pytest.raises(ValueError, match="not an attention module; choose among"), capture(model, ["layers.9"]):
         pass
@@ -167,8 +167,8 @@ def test_token_positions_contain_each_token_of_the_map_once(case):
 
 
 @pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
-def test_the_convolution_over_reduced_values_is_not_local(side, distance, uniform):
-    """Reduced values are interpolated along the flattened tokens, which mixes rows and columns of the map.
+def test_the_convolution_over_spatially_reduced_values_is_not_local(side, distance, uniform):
+    """Before the convolution, reduced values are interpolated along the flattened tokens, which mixes rows and columns.
 
     docs/focus.md quotes the distances for a side of 56.
     """

@@ -71,7 +71,7 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     weights = vertical.maps["model's linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
     num_columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
     assert (num_columns == 2).all()
-    # The epsilon in the normaliser lowers the totals of queries with low similarities.
+    # The epsilon in the normaliser makes the total smaller than one if the similarities of a query to all keys are low.
     totals = weights.sum(dim=(-2, -1))
     assert totals.max() < 1.001
     assert totals.median() > 0.999
@@ -99,7 +99,7 @@ def test_the_tokens_at_chosen_points_are_among_the_sampled_queries():
     assert block.centre(query) == pytest.approx((31.5 / 56, 9.5 / 56))
 
 
-def test_encoded_maps_are_exact_to_half_a_quantisation_step():
+def test_the_error_of_encoded_maps_is_at_most_half_a_quantisation_step():
     maps = torch.randn(2, 3, 4, 5)
     encoded = encode_maps(maps)
     steps = np.frombuffer(base64.b64decode(encoded["steps"]), dtype=np.int8).reshape(maps.shape)
@@ -111,7 +111,7 @@ def test_encoded_maps_are_exact_to_half_a_quantisation_step():
 def test_unknown_block_names_are_rejected():
     model, _ = create_case("deit linear")
     assert module_names(model, ["blocks.1"]) == ["blocks.1.attn"]
-    with pytest.raises(ValueError, match=r"no name of an attention module starts with this; choose among blocks\.0\.attn"):
+    with pytest.raises(ValueError, match=r"no attention module has a name that starts with this; choose among blocks\.0\.attn"):
         module_names(model, ["layers"])
 
 
@@ -196,7 +196,7 @@ def read_content(page: Path) -> dict:
 
 
 def test_the_token_grid_sets_the_input_size(trained, toy_data, tmp_path):
-    """The toy model was trained at 40 x 40 pixels, with a first token map of 10 x 10. Its windows adapt to the map."""
+    """The toy model has patches of 4 x 4 pixels, so a token grid of 14 x 8 needs an input of 56 x 32 pixels."""
     arguments = ["--resume", trained, "--images", toy_data / "val/class0/000.png", "--output", tmp_path, "--token-grid", 14, 8]
     outcome = run_script(scripts.visualize_attention, [*arguments, "--queries", "55,31"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output

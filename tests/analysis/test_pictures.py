@@ -31,13 +31,13 @@ def images_of(axis) -> list[np.ndarray]:
     return [np.asarray(image.get_array()) for image in axis.get_images()]
 
 
-def test_pictures_of_forms_show_the_mean_over_heads_for_the_query():
+def test_draw_forms_shows_the_mean_over_heads_for_the_query_nearest_to_a_point():
     block = make_block(is_linear=True)
     figure = draw_forms(IMAGE, block, [(0.9, 0.1)])
     query_axis, *form_axes = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["query", *block.maps]
     (marker,) = query_axis.get_lines()
-    # The query nearest to (0.9, 0.1) is the token in row 1 and column 0. Its centre in pixels:
+    # The query nearest to (0.9, 0.1) is the token in row 1 and column 0; the marker is at its centre (x, y), in pixels.
     np.testing.assert_allclose(marker.get_xydata(), [[4.5, 14.5]], rtol=1e-6)
     for form_axis, maps in zip(form_axes, block.maps.values(), strict=True):
         weights = maps[:, 3].mean(dim=0)
@@ -49,7 +49,7 @@ def test_pictures_of_forms_show_the_mean_over_heads_for_the_query():
 @pytest.mark.parametrize(
     ("is_linear", "titles"), [(True, ["model's linear attention", CONVOLUTION]), (False, ["model's softmax attention"])]
 )
-def test_overlays_cover_the_image_and_are_opaque_where_weights_are_large(is_linear, titles):
+def test_overlays_cover_the_image_and_their_opacity_is_proportional_to_the_weights(is_linear, titles):
     block = make_block(is_linear=is_linear)
     figure = draw_overlays(IMAGE, block, [(0.1, 0.1), (0.9, 0.9)])
     assert [axis.get_title() for axis in figure.axes[: 1 + len(titles)]] == ["query", *titles]
@@ -95,7 +95,7 @@ def test_an_unreadable_attention_image_is_rejected_before_training(toy_config, t
 
 
 def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp_path, monkeypatch):
-    """An error while drawing, such as a lack of memory, is logged once, and every module returns to its previous mode."""
+    """The error is logged once, and every module returns to its previous mode (training or evaluation)."""
 
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")

@@ -51,7 +51,7 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
     assert {row.form for row in softmax_rows} == {OWN, "softmax", "linear", "focused", "efficient"}
     assert mean_over_heads(rows, "blocks.1.attn", WITH_CONVOLUTION, "gini") is None
     own, softmax = (mean_over_heads(rows, "blocks.1.attn", form, "entropy") for form in (OWN, "softmax"))
-    assert own == pytest.approx(softmax, abs=1e-5)  # this softmax block has no masks or biases
+    assert own == pytest.approx(softmax, abs=1e-5)  # without masks and biases, the block's attention is plain softmax
 
 
 def test_the_convolution_share_is_zero_without_the_convolution():

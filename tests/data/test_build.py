@@ -75,7 +75,7 @@ def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data)
 
 
 def test_random_crop_area_and_aspect_ratio_follow_their_config_keys(toy_config, toy_data):
-    """A quarter of the area of 200 x 200 pixels, with an aspect ratio of 4, is 200 pixels wide and 50 pixels high."""
+    """A crop with a quarter of the area of a 200 x 200 image and an aspect ratio of 4 is 200 pixels wide and 50 pixels high."""
     cfg = config(toy_config, toy_data, "AUG.SCALE", [0.25, 0.25], "AUG.RATIO", [4.0, 4.0])
     crop = build_train_transform(cfg).transforms[0]
     seed_generators(0)
@@ -102,7 +102,7 @@ def test_mixup_and_cutmix_use_separate_alphas(mixup, cutmix, expected, toy_confi
 
 
 def test_middle_image_of_a_batch_of_odd_size_is_mixed_with_the_first_image(toy_config, toy_data):
-    """Every pixel of an image equals its class id, so the mean of a mixed image is the expected class id of its target."""
+    """Every pixel of an image equals its class id, so the mean of a mixed image is the mean class id weighted by its target."""
     mix = build_mixup(
         config(toy_config, toy_data, "AUG.CUTMIX", 0.0, "MODEL.NUM_CLASSES", 7, "MODEL.LABEL_SMOOTHING", 0.0, "AUG.MIXUP", 50.0)
     )
@@ -119,7 +119,7 @@ def test_middle_image_of_a_batch_of_odd_size_is_mixed_with_the_first_image(toy_c
 
 def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_config, toy_data):
     def read_first_epoch(seed: int):
-        """Return the order of the images, {index: image}, image 5 of the first epoch, and the targets of a mixed batch."""
+        """Return the index order, the batch images by index, image 5 with augmentation, and the targets of a mixed batch."""
         cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
         dataset = build_datasets(cfg, training=True).train
         loader = build_train_loader(cfg, dataset, rank=0, world_size=1, device=CPU)

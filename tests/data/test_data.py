@@ -229,7 +229,7 @@ def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
 )
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixed_targets_are_probabilities_that_match_the_mixed_images(toy_config, toy_data, mixup, cutmix, minmax, smoothing):
-    """Every pixel of an image equals its class id, so the mean of a mixed image is the expected class id of its target."""
+    """Every pixel of an image equals its class id, so the mean of a mixed image is the mean class id weighted by its target."""
     opts = ["AUG.MIXUP", mixup, "AUG.CUTMIX", cutmix, "AUG.CUTMIX_MINMAX", minmax, "MODEL.LABEL_SMOOTHING", smoothing]
     mix = build_mixup(config(toy_config, toy_data, *opts))
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1])
@@ -270,7 +270,7 @@ def test_mismatched_classes_are_rejected_with_a_remedy(train, val, num_classes, 
         check_classes(train, val, num_classes, "root")
 
 
-def test_invalid_directory_layouts_are_rejected_with_a_remedy(tmp_path):
+def test_invalid_directory_layouts_are_rejected(tmp_path):
     with pytest.raises(DataError, match="no such directory"):
         index_folder(tmp_path / "val")
     (tmp_path / "val").mkdir()
@@ -286,7 +286,7 @@ def create_folder_dataset(folder, **options):
     return ImageDataset(index_folder(folder), preprocessing(32).create_transform(), **options)
 
 
-def test_error_names_the_unreadable_image(tmp_path):
+def test_the_error_for_an_unreadable_image_contains_its_path(tmp_path):
     write_images(tmp_path, "val", classes=1, per_class=1)
     (tmp_path / "val/class0/000.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"class0/000.png: not a readable image"):
@@ -380,13 +380,13 @@ def test_archive_dataset_can_be_pickled_for_spawned_workers(packed):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png\n", "is not a name, a tab"),
+        ("a.png\n", "expected a name, a tab"),
         ("a.png\t0\n../b.png\t2\n", "no image of class 1"),
         ("x.png\t0\n", "x.png is missing"),
         ("a.png\t5\n", "no image of class 0"),
     ],
 )
-def test_zip_archives_that_do_not_match_their_map_are_rejected(tmp_path, lines, message):
+def test_zip_archives_that_do_not_match_their_map_file_are_rejected(tmp_path, lines, message):
     with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
         archive.writestr("a.png", b"")
     (tmp_path / "val_map.txt").write_text(lines)
@@ -469,7 +469,7 @@ def test_compressed_shard_is_rejected_with_a_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["zip", "tar"])
-def test_error_names_the_damaged_image_in_an_archive(packed, tmp_path, layout):
+def test_the_error_for_a_damaged_image_in_an_archive_contains_its_name(packed, tmp_path, layout):
     root = shutil.copytree(packed[layout][0], tmp_path / "copy")
     index = (index_zip if layout == "zip" else index_tar)(root, "val")
     path = Path(index.archives[0])
@@ -558,7 +558,7 @@ def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadab
     for image, target, key in zip(images, targets, keys, strict=True):
         assert target == default_dataset.index.labels[key[1]]
         assert torch.equal(image, default_dataset[key].image)
-    with pytest.raises(DataError, match="no image of its batch can be read"):
+    with pytest.raises(DataError, match="No image of its batch can be read"):
         collate([sample for sample in samples if sample.image is None])
 
 
@@ -756,10 +756,10 @@ def test_class_maps_translate_directory_names_to_class_ids_of_the_model(tmp_path
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cat 3", "no class id for directory dog"),
+        ("cat 3", "directories without a class id: dog"),
         ("cat 3\ndog 4", "class id 4, but MODEL.NUM_CLASSES=4"),
         ("cat 3\ndog 3", "cat and another directory have the same class id"),
-        ("cat\ndog 1", "is not a directory name"),
+        ("cat\ndog 1", "expected a directory name"),
     ],
 )
 def test_invalid_class_maps_are_rejected(tmp_path, text, message):
@@ -854,7 +854,7 @@ def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("size", [224, (48, 64)])
-def test_random_crops_match_timm_within_two_pixel_levels(size, interpolation):
+def test_random_crops_match_timm_within_two_intensity_levels(size, interpolation):
     """Both transforms draw the same random numbers. Some of the crops are upsampled, others are downsampled."""
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)

@@ -90,7 +90,7 @@ def test_gradients_with_resized_positional_encodings_equal_those_of_the_unfused_
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
 def test_gradients_of_inputs_dominated_by_epsilon_equal_those_of_the_unfused_form(std):
-    """``EPS``, added after the ReLU, exceeds tiny inputs, and is all that remains of tokens without positive channels."""
+    """``EPS`` is added after the ReLU. It exceeds tiny inputs and is the only value in tokens without positive channels."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_blocks_cover_every_image_and_token_exactly_once(monkeypatch, limit, num
         assert [position for block in partition for position in range(5)[block]] == list(range(5))
 
 
-def test_devices_other_than_the_cpu_process_all_images_in_one_block():
+def test_batches_are_split_into_blocks_only_on_the_cpu():
     blocks = Blocks(64, 10_000, 768, torch.device("meta"))
     assert len(list(blocks.images())) == len(list(blocks.tokens(10_000))) == 1
 
@@ -226,8 +226,8 @@ def test_gradients_of_a_joint_qkv_projection_are_not_copied(monkeypatch):
     assert torch.equal(gradient, torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(C).expand_as(packed))
 
 
-def test_the_forward_pass_saves_no_token_map_for_the_backward_pass():
-    """Besides inputs and parameters, the forward pass saves only small tensors, with fewer elements in total than q."""
+def test_the_forward_pass_saves_only_small_tensors_besides_inputs_and_parameters():
+    """Saved tensors that are neither inputs nor parameters have fewer elements in total than q."""
     operator = random_operator((8, 8))
     tokens = random_tokens(2, 64, 64)
     inputs = {part.data_ptr() for part in [*tokens, *operator.parameters()]}

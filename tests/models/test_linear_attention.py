@@ -98,7 +98,7 @@ def similarity_attention(similarity, v):
 
 
 def naive(kind, q, k, v):
-    """Compute a kind of attention that the paper compares with its own, with an explicit weight per pair of query and key."""
+    """Compute one of the attention kinds other than ``focused``, with an explicit weight for every pair of query and key."""
     if kind == "hydra":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         # Every channel is a separate head with similarity q_n * k_m. Hydra does not divide by the sum over keys.
@@ -213,7 +213,7 @@ def copy_in_double(operator):
     ],
     ids=["even kernel", "unknown kind", "number of heads"],
 )
-def test_invalid_arguments_are_rejected_with_a_remedy(options, message):
+def test_invalid_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         FocusedLinearAttention(**{"dim": C, "num_heads": H, "grid": GRID, **options})
 
@@ -235,14 +235,16 @@ def test_an_image_with_all_keys_masked_gives_zeros_and_finite_gradients(kind):
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "options", "message"),
     [
-        (N + 1, N, {}, "q has 31 tokens, .* needs 30; pass the grid"),
-        (N, N - 1, {}, "k has 29 tokens, .* needs 30; pass the key_grid"),
-        (N, N, {"key_grid": (2, 3)}, "k has 30 tokens, .* needs 6; pass the key_grid"),
-        (N, N, {"num_prefix_tokens": 1}, "q has 30 tokens, .* 1 prefix tokens needs 31; pass the grid"),
+        (N + 1, N, {}, "q has 31 tokens, .* require 30; pass the grid"),
+        (N, N - 1, {}, "k has 29 tokens, .* require 30; pass the key_grid"),
+        (N, N, {"key_grid": (2, 3)}, "k has 30 tokens, .* require 6; pass the key_grid"),
+        (N, N, {"num_prefix_tokens": 1}, "q has 30 tokens, .* num_prefix_tokens=1 require 31; pass the grid"),
     ],
     ids=["queries", "keys", "reduced keys", "prefix"],
 )
-def test_a_wrong_number_of_tokens_is_rejected_with_the_given_and_the_required_number(num_queries, num_keys, options, message):
+def test_the_error_for_a_wrong_number_of_tokens_contains_the_given_and_required_numbers(
+    num_queries, num_keys, options, message
+):
     with pytest.raises(ValueError, match=message):
         random_operator(**options)(*random_inputs(num_queries, num_keys))
 

@@ -33,7 +33,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
         num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    # Ignore the unused norm of PVT v1 here as well. A norm that a model uses is in ``expected`` and not ignored.
+    # Ignore the unused norm of PVT v1 here as well. In other models, a norm with these names is used and is in ``expected``.
     assert model.no_weight_decay() == set(recorded["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = recorded["img_size"]
     with torch.no_grad():

@@ -185,7 +185,7 @@ MINIMUM_SIZES = {
 
 
 @pytest.mark.parametrize(("constructor", "options", "smallest"), MINIMUM_SIZES.values(), ids=MINIMUM_SIZES)
-def test_images_below_the_minimum_size_are_rejected_and_the_error_names_the_minimum(constructor, options, smallest):
+def test_images_below_the_minimum_size_are_rejected_and_the_error_states_the_minimum(constructor, options, smallest):
     depth_options = {"depth": 1} if constructor is DeiT else {"depths": (1, 1, 1, 1)}
     model = constructor(img_size=smallest, num_classes=3, **depth_options, **options).eval()
     with torch.no_grad():

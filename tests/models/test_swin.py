@@ -146,7 +146,7 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
 
 
-def test_an_unknown_model_name_is_rejected_with_the_most_similar_name():
+def test_the_error_for_an_unknown_model_name_suggests_the_most_similar_name():
     with pytest.raises(ValueError, match="did you mean 'flatten_swin_t'"):
         create_model("flaten_swin_t")
 

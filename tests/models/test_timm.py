@@ -21,7 +21,8 @@ from utils.config import load_config
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
 ALL_HIERARCHICAL = [name for name in list_models() if "deit" not in name]
-# Options of a small model per family, which together contain every kind of attention, mask and position table.
+# Options of one small model per family. Together, the models contain linear and softmax attention and every kind of mask and
+# position table.
 MIXED = {
     "flatten_swin_t": {"attn_type": "LMSS1", "depths": (2, 2, 1, 1), "window_size": 5, "softmax_window": 3},
     "flatten_pvt_t": {"attn_type": "LSLS", "depths": (1, 1, 1, 1)},
@@ -263,7 +264,7 @@ def test_deit_places_its_norm_like_the_vit_of_timm(global_pool):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_unknown_pooling_is_rejected_with_the_choices(name):
+def test_the_error_for_an_unknown_global_pool_lists_the_choices(name):
     with pytest.raises(ValueError, match=r"global_pool='max': choose one of .*'avg', ''"):
         create_model(name, global_pool="max", device="meta")
     with pytest.raises(ValueError, match="global_pool='max'"):
@@ -307,7 +308,7 @@ def test_every_dropout_rate_has_an_effect_only_in_training(name, rate):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attention_dropout_is_rejected_if_all_blocks_are_linear(name):
     linear = {"attn_type": "L" if "deit" in name else "LLLL"}
-    with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1: has no effect"):
+    with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1 has no effect"):
         create_model(name, attn_drop_rate=0.1, device="meta", **linear)
 
 
@@ -397,7 +398,7 @@ def test_timm_loads_checkpoints_of_the_reference_at_any_image_size(name, size, t
     torch.testing.assert_close(pretrained(images), source(images), rtol=1e-4, atol=1e-4)
 
 
-def test_the_checkpoint_filter_drops_only_unused_entries():
+def test_the_checkpoint_filter_drops_the_unused_entries_of_the_reference_and_keeps_unknown_entries():
     swin, pvt = create_model("flatten_swin_t", device="meta"), create_model("flatten_pvt_t", device="meta")
     for model, case in ((swin, "flatten_swin_t"), (pvt, "flatten_pvt_t")):
         model.pretrained_cfg = {"input_size": (3, 224, 224)}
@@ -432,7 +433,7 @@ def test_a_model_saved_for_the_hub_loads_from_its_directory(name, tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
-def test_features_of_early_stages_accept_smaller_images():
+def test_models_pruned_to_early_stages_accept_smaller_images():
     """The first stage of PVT needs images of 4 pixels per side, the first two stages need 8, and all four need 32."""
     model = create_model("flatten_pvt_t", img_size=64)
     for num_stages, smallest in ((4, 32), (2, 8), (1, 4)):
@@ -527,7 +528,8 @@ def test_pretrained_models_adapt_to_classes_channels_and_size(released_file):
     source, _ = released_file
     model = timm.create_model("flatten_pvt_t", pretrained=True, num_classes=7, in_chans=1, img_size=96).eval()
     red, green, blue = source.patch_embed1.proj.weight.unbind(1)
-    torch.testing.assert_close(model.patch_embed1.proj.weight[:, 0], red + green + blue)  # as timm converts RGB to grey
+    # timm sums the weights of the RGB channels for one input channel.
+    torch.testing.assert_close(model.patch_embed1.proj.weight[:, 0], red + green + blue)
     images = torch.randn(1, 1, 96, 96)
     features = source.forward_features(images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(model.forward_features(images), features, rtol=1e-4, atol=1e-4)
@@ -543,7 +545,7 @@ def test_pretrained_feature_extractors_keep_no_state_dict(released_file):
 
 
 @pytest.mark.parametrize("key", ["file", "state_dict"])
-def test_another_source_of_weights_prevents_the_download(released_file, tmp_path, key):
+def test_a_file_or_state_dict_in_the_pretrained_cfg_replaces_the_download(released_file, tmp_path, key):
     source, requested = released_file
     torch.save(source.state_dict(), tmp_path / "own.pth")
     value = source.state_dict() if key == "state_dict" else str(tmp_path / "own.pth")
@@ -559,7 +561,7 @@ def test_a_model_without_a_released_file_raises_the_error_of_timm(released_file)
     assert released_file[1] == []
 
 
-def test_released_checkpoints_match_the_table_of_the_reference():
+def test_accuracies_of_released_checkpoints_equal_those_in_the_readme_of_the_reference():
     assert {name: checkpoint.acc1 for name, checkpoint in RELEASED.items()} == {
         "flatten_pvt_t": 77.758,
         "flatten_pvt_v2_b0": 71.098,

@@ -386,7 +386,8 @@ def test_the_example_replaces_the_attention_of_a_timm_model():
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_cswin_t"])
-def test_masks_cached_in_inference_work_in_training_and_tracing_caches_no_masks(name):
+def test_models_with_cached_masks_train_after_fake_tensor_tracing_and_inference_mode(name):
+    # Masks are cached at their first use. Fake tensors must not be cached, and autograd cannot save inference tensors.
     torch.manual_seed(0)
     model = create_model(name).eval()
     images = torch.randn(1, 3, 96, 160)
@@ -451,7 +452,7 @@ def test_softmax_stripes_of_cswin_have_the_widths_of_the_cswin_paper(name, large
 
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b1", "flatten_cswin_t", "flatten_deit_t"])
-def test_default_arguments_of_a_backbone_class_give_the_parameters_of_the_named_model(name):
+def test_default_arguments_of_a_backbone_class_give_the_parameter_shapes_of_a_registered_model(name):
     model = create_model(name, device="meta")
     default = type(model)(device="meta")
     assert [(key, value.shape) for key, value in default.state_dict().items()] == [

@@ -83,7 +83,7 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
         best: also link the checkpoint as ``best.pth``.
 
     Returns:
-        True if the process finished without being killed, because it has fewer file operations.
+        True if the process was not killed, because it performed fewer than ``number`` file operations.
     """
     process = os.fork()
     if process == 0:
@@ -196,7 +196,9 @@ def test_r3_disk_full_after_any_number_of_bytes_leaves_the_old_file_unchanged(tm
             try:
                 save_checkpoint(create_state(2), path)
             except CheckpointError as error:
-                has_reason = "the old ones are untouched" in str(error) and "bytes, " in str(error) and "are free" in str(error)
+                has_reason = (
+                    "checkpoints are untouched" in str(error) and "bytes needed, " in str(error) and " free)" in str(error)
+                )
                 os._exit(0 if has_reason else 1)
             os._exit(2)
         assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 0
@@ -216,7 +218,7 @@ def test_r3_full_disk_ends_all_processes_and_the_error_gives_the_reason(toy_conf
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
     assert outcome.exit_codes == [2, 2], outcome.output
-    assert "checkpoint not written, the old ones are untouched" in outcome.output
+    assert "checkpoint not written; existing checkpoints are untouched" in outcome.output
     assert [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")] == [4, 2]
     assert not list((tmp_path / "toy/default").glob("*.incomplete"))
 
@@ -242,7 +244,7 @@ def test_r10_output_path_that_is_a_file_is_rejected_before_training_and_with_the
 
 
 def damaged_versions(content: bytes):
-    """Yield (description, damaged content) for 20 truncated copies, the first of 0 bytes, and 64 copies with a flipped bit."""
+    """Yield (description, damaged content) for 20 truncated copies (the first is empty) and 64 copies with a flipped bit."""
     rng = random.Random(0)
     for part in range(20):
         yield f"truncated {part}", content[: len(content) * part // 20]
@@ -255,7 +257,7 @@ def damaged_versions(content: bytes):
 
 
 def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
-    """A flipped bit is harmless in a field of the zip archive that is not read: the loaded state is unchanged."""
+    """A flipped bit is harmless if it is in a field of the zip archive that is never read: the loaded state is unchanged."""
     older, newer, state = checkpoint_path(tmp_path, 1), checkpoint_path(tmp_path, 2), create_state(2)
     save_checkpoint(create_state(1), older)
     save_checkpoint(state, newer)
@@ -427,14 +429,14 @@ def test_r8_run_stopped_during_accumulation_equals_an_uninterrupted_run_after_re
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:
-        # The first call of manual_seed precedes the initialisation of the weights, and each later call a forward pass. Send the
-        # signal before the third forward pass of the eighth update.
+        # manual_seed is called once before the weights are initialised, and then before every forward pass. Send the signal
+        # before the third forward pass of the eighth update.
         call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
     folder = tmp_path / "stopped/toy/default"
-    # The ninth update sends the stop request to all processes. Its report is read after the tenth update, where the run stops.
+    # The ninth update sends the stop request to all processes. They read it after the tenth update, and then stop.
     assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 10
     assert run_main(stopped, tmp_path / "log").exit_codes == [0]
     assert run_main(toy_arguments(toy_config, toy_data, tmp_path / "baseline", *options), tmp_path / "log").exit_codes == [0]

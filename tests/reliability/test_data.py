@@ -96,7 +96,7 @@ def test_d9_tar_shard_damaged_at_any_of_100_positions_is_rejected(tmp_path):
 def test_d9_data_after_the_end_of_a_shard_are_rejected(tmp_path):
     first, second = (write_tar(tmp_path / name, tar_entries(3)).read_bytes() for name in ("a.tar", "b.tar"))
     (tmp_path / "train-0.tar").write_bytes(first + second)
-    with pytest.raises(DataError, match=f"data at byte {len(first)}, after its end"):
+    with pytest.raises(DataError, match=f"data at byte {len(first)}, after the end of the archive"):
         index_tar(tmp_path, "train")
 
 
@@ -121,10 +121,10 @@ def test_huge_class_id_is_rejected_before_memory_is_allocated(class_id, tmp_path
 def test_class_id_with_thousands_of_digits_is_rejected(tmp_path):
     write_zip(tmp_path, [png()])
     (tmp_path / "train_map.txt").write_text("0.png\t" + "9" * 5000)
-    with pytest.raises(DataError, match="is not a name, a tab and a class id"):
+    with pytest.raises(DataError, match="expected a name, a tab and a class id"):
         index_zip(tmp_path, "train")
     (tmp_path / "classes").write_text("cats " + "9" * 5000)
-    with pytest.raises(DataError, match="is not a directory name, white space and a class id"):
+    with pytest.raises(DataError, match="expected a directory name, white space and a class id"):
         read_class_map(str(tmp_path / "classes"), ["cats"], 10)
 
 
@@ -133,7 +133,7 @@ def test_error_for_a_missing_split_mentions_archives_with_unexpected_names(name,
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=rf"Found {path.name}: name tar shards train-\*\.tar"):
+    with pytest.raises(DataError, match=rf"Found {path.name}: rename tar shards to train-\*\.tar"):
         index_folder(tmp_path / "train")
 
 
@@ -148,7 +148,7 @@ def write_zip(root: Path, contents: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [range(0), range(4)], ids=["from disk", "in memory"])
-def test_unreadable_policy_applies_to_damaged_images_in_archives(in_memory, tmp_path, monkeypatch):
+def test_the_policy_for_unreadable_images_applies_to_archives(in_memory, tmp_path, monkeypatch):
     write_zip(tmp_path, [png(n) for n in range(4)])
     content = (tmp_path / "train.zip").read_bytes()
     position = content.index(png(2)) + 30
@@ -201,7 +201,8 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
             os.utime(path, ns=(past, past))
 
     write([png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
+    # Use a time in the future: the index of data that changed in the last 2 s is not cached.
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     scans, original = [], data.index._read_map
     monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
@@ -222,7 +223,8 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
 def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     write_zip(tmp_path, [png(n) for n in range(4)])
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
+    # Use a time in the future: the index of data that changed in the last 2 s is not cached.
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     (cache_file,) = (tmp_path / "cache").iterdir()
     content, rng = cache_file.read_bytes(), random.Random(0)
@@ -459,7 +461,8 @@ def test_index_is_not_cached_without_a_home_directory(toy_config, toy_data, monk
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)  # in the future: data changed in the last 2 s are not cached
+    # Use a time in the future: the index of data that changed in the last 2 s is not cached.
+    monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     build_datasets(load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)]), training=True)
     assert not Path("~").exists()
 

@@ -42,7 +42,7 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     assert outcome.exit_codes[0] == 1, outcome.output
     assert time.monotonic() - started < 45
     phase = "training after update 4" if function == "train_step" else "evaluation after update 12"
-    report = next(line for line in outcome.output.splitlines() if "rank 1 is lost" in line)
+    report = next(line for line in outcome.output.splitlines() if "rank(s) 1 lost" in line)
     assert re.search(rf"did not take part in {phase}", report)
     seconds = report_time(report) - report_time(outcome.output.splitlines()[0])
     assert seconds <= 3 + 10  # COLLECTIVE_TIMEOUT plus 10 s

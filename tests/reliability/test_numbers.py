@@ -67,8 +67,8 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
 
 
 @pytest.mark.parametrize("print_freq", [1, 5])
-def test_n1_error_names_the_update_of_a_nan_loss_that_is_read_later(print_freq, toy_config, toy_data, tmp_path):
-    """Later updates may be launched before the loss is read; they do not change the weights."""
+def test_n1_error_names_the_update_of_the_nan_loss_even_if_another_update_follows(print_freq, toy_config, toy_data, tmp_path):
+    """With PRINT_FREQ 5, losses are read one update later. The update launched meanwhile does not change the weights."""
 
     def prepare(rank: int) -> None:
         jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")

@@ -64,7 +64,7 @@ def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterr
         utils.log._console.cache_clear()
         CONSOLES[console]()
 
-    # A path that is not ASCII: the console with ASCII encoding must escape it.
+    # The path is not ASCII, so a console with ASCII encoding must escape it.
     output = tmp_path / "Ausgabe \N{LATIN SMALL LETTER U WITH DIAERESIS}"
     outcome = run_main(create_arguments(toy_config, toy_data, output), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
@@ -94,7 +94,7 @@ def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_confi
     assert list_checkpoints(tmp_path / "toy/default")
 
 
-def test_r16_full_disk_for_metrics_on_resume_does_not_end_the_run(toy_config, toy_data, tmp_path):
+def test_r16_a_metrics_file_that_cannot_be_rewritten_on_resume_does_not_end_the_run(toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "SAVE_STEPS", 2)
     folder = tmp_path / "toy/default"
     run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
@@ -111,7 +111,7 @@ def test_r16_full_disk_for_metrics_on_resume_does_not_end_the_run(toy_config, to
 
 
 @pytest.mark.parametrize("output", ["log_rank0.txt", "metrics.jsonl", "events"])
-def test_r16_full_disk_for_logs_and_metrics_does_not_end_the_run(output, uninterrupted, toy_config, toy_data, tmp_path):
+def test_r16_failed_writes_of_logs_or_metrics_do_not_end_the_run(output, uninterrupted, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         """From the second epoch on, make every write to ``output`` fail with ENOSPC."""
         original_open, original_event = open, utils.log.MetricsWriter._event

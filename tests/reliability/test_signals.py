@@ -21,7 +21,7 @@ STOPPED = 75  # exit status of a run that a signal stopped, see docs/outputs.md
 
 
 def call_before(module, name: str, number: int, action) -> None:
-    """Patch the function ``name`` of a module to call ``action`` before its call ``number``, counted from 1."""
+    """Patch the function ``name`` of a module so that its call ``number``, counted from 1, first calls ``action``."""
     original, calls = getattr(module, name), []
 
     def replacement(*arguments, **options):
@@ -55,7 +55,7 @@ def signal_in(phase: str, signal_number: int):
                 call_before(utils.trainer, "train_step", 5, send)
             else:
                 utils.evaluation.F = FunctionalStub
-                # For each batch, the loss of the raw weights is computed first, then that of the EMA weights.
+                # For each batch, the loss of the raw weights is computed first, then the loss of the EMA weights.
                 call_before(FunctionalStub, "cross_entropy", 1 if phase == "evaluation" else 2, send)
 
     return prepare
@@ -84,7 +84,7 @@ def test_s1_signal_to_one_rank_stops_all_ranks_and_saves_their_state(
     else:
         assert "the same command resumes there" in stopped.output
         newest = list_checkpoints(folder)[0]
-        assert f"after update {read_checkpoint(newest)['num_updates']}, which is saved" in stopped.output
+        assert f"the checkpoint after update {read_checkpoint(newest)['num_updates']} is saved" in stopped.output
     resumed = run_main(arguments, tmp_path / "log", processes=2)
     assert resumed.exit_codes == [0, 0], resumed.output
     assert_equal(read_state(folder), read_state(uninterrupted(2)))
@@ -123,7 +123,7 @@ def test_s3_loader_workers_ignore_a_signal_to_their_process_group(signal_number,
     )
     assert stopped.exit_codes == [STOPPED], stopped.output
     assert "Traceback" not in stopped.output
-    assert stopped.output.count("which is saved") == 1
+    assert stopped.output.count("is saved, and the same command resumes there") == 1
     resumed = run_main(arguments, tmp_path / "log")
     assert resumed.exit_codes == [0], resumed.output
     assert_equal(read_state(folder), read_state(uninterrupted(1)))

@@ -51,7 +51,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(saved, o
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint if operation == "open" else os, operation, fail, raising=False)
-    with pytest.raises(CheckpointError, match="the old ones are untouched"):
+    with pytest.raises(CheckpointError, match="existing checkpoints are untouched"):
         save_checkpoint({"model": {}}, saved)
     monkeypatch.undo()
     assert checkpoint.sha256(saved) == before
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(saved, ho
     with pytest.raises(CheckpointError, match=newer.name):
         read_checkpoint(newer)
     assert newest_intact_checkpoint(saved.parent) == saved
-    assert "trying the previous one" in caplog.text
+    assert "trying the previous checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("copy_is_damaged", [False, True])
@@ -105,7 +105,7 @@ def test_without_hard_links_best_pth_becomes_a_verified_copy_or_remains_unchange
     monkeypatch.setattr(os, "fsync", fsync)
     if copy_is_damaged:
         monkeypatch.setattr(shutil, "copyfile", copy_truncated)
-        with pytest.raises(CheckpointError, match="the old ones are untouched"):
+        with pytest.raises(CheckpointError, match="existing checkpoints are untouched"):
             checkpoint.link_best(saved, best)
         assert best.read_bytes() == before
     else:
@@ -141,7 +141,7 @@ def test_free_space_is_measured_after_the_temporary_file_is_deleted(saved, monke
 
     monkeypatch.setattr(os, "fsync", fail)
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(CheckpointError, match=r"it needs 40 bytes, 7 are free"):
+    with pytest.raises(CheckpointError, match=r"40 bytes needed, 7 free"):
         save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
 
 
@@ -162,8 +162,8 @@ def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 
-def test_repair_best_accepts_a_file_only_if_it_has_the_best_state(saved):
-    """A file that is damaged, or belongs to another state, is not accepted."""
+def test_repair_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
+    """A damaged file, or a checkpoint with another update or accuracy, is not accepted."""
     best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
     save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
     assert checkpoint.repair_best(best, state, saved)
@@ -312,11 +312,11 @@ def test_a_file_of_another_model_is_rejected(tmp_path):
         load_weights(toy(), tmp_path / "half.pth")
 
 
-# Number of parameters that grow with the image size, in the smallest model of each family: position embeddings, relative
-# position bias tables, and positional encodings (PE) of linear attention. Swin: PE of the 4 blocks in stages 1 and 2, and bias
-# tables of the 8 softmax blocks, whose windows grow from 7 x 7 to 12 x 12 tokens. PVT: 4 position embeddings, and PE of 8
-# blocks. PVTv2: PE of 8 blocks. CSwin: 2 PE in each of the 3 blocks in stages 1 and 2. DeiT: the position embedding, and PE of
-# 12 blocks.
+# Number of parameter tensors whose shape depends on the image size, in the smallest model of each family. Linear attention
+# adds a positional encoding (PE) to its keys; position embeddings are added to the tokens at the input of a model or stage.
+# Swin: PE of the 4 blocks in stages 1 and 2, and relative position bias tables of the 8 softmax blocks, whose windows grow from
+# 7 x 7 to 12 x 12 tokens. PVT: 4 position embeddings, and PE of 8 blocks. PVTv2: PE of 8 blocks. CSwin: PE of the 6 blocks in
+# stages 1 and 2. DeiT: the position embedding, and PE of 12 blocks.
 NUM_RESIZED = {"flatten_swin_t": 12, "flatten_pvt_t": 12, "flatten_pvt_v2_b0": 8, "flatten_cswin_t": 6, "flatten_deit_t": 13}
 
 
@@ -396,7 +396,7 @@ def test_rows_of_an_imagenet_22k_head_are_selected_for_the_1000_classes_of_image
     ("source", "target"),
     [("flatten_swin_s", "flatten_swin_t"), ("flatten_swin_t", "flatten_swin_s"), ("flatten_pvt_v2_b1", "flatten_deit_t")],
 )
-def test_the_error_for_a_rejected_file_names_the_most_similar_model(source, target, tmp_path):
+def test_a_rejection_error_suggests_the_most_similar_model(source, target, tmp_path):
     torch.save({"model": create_model(source).state_dict()}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match=f"most similar to those of {source}"):
         load_weights(create_model(target), tmp_path / "file.pth")
@@ -405,7 +405,7 @@ def test_the_error_for_a_rejected_file_names_the_most_similar_model(source, targ
 def test_a_file_damaged_while_it_is_written_never_replaces_a_checkpoint(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"garbage"))
-    with pytest.raises(CheckpointError, match="checkpoint not written, the old ones are untouched"):
+    with pytest.raises(CheckpointError, match="checkpoint not written; existing checkpoints are untouched"):
         save_checkpoint({"model": {}}, saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -29,7 +29,7 @@ def header_of(path):
 
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*RECIPES}), ids=lambda path: path.stem)
-def test_every_config_is_named_after_its_model_and_its_header_gives_the_command(path):
+def test_every_config_is_named_after_its_model_and_its_header_gives_the_training_command(path):
     cfg, header = load_config(path), header_of(path)
     assert path.stem == cfg.MODEL.NAME
     assert f"--cfg configs/{path.relative_to(CONFIGS)}" in header
@@ -119,25 +119,26 @@ MODEL:
         ("TRAIN: {EPOCH: 3}", [], "unknown key TRAIN.EPOCH: did you mean TRAIN.EPOCHS"),
         ("MODEL: {LA: {FOCUS_FACTOR: 3}}", [], "did you mean MODEL.LA.FOCUSING_FACTOR"),
         ("", ["EPOCHS", "3"], "did you mean TRAIN.EPOCHS"),
-        ("TRAIN: 3", [], "TRAIN=3 is a section"),
+        ("TRAIN: 3", [], "TRAIN=3 assigns a value to a section"),
         ("", ["TRAIN", "3"], "TRAIN is a section"),
-        ("TRAIN: {EPOCHS: many}", [], "TRAIN.EPOCHS='many' is str; give int"),
-        ("TRAIN: {BASE_LR: fast}", [], "TRAIN.BASE_LR='fast' is str; give float"),
-        ("TRAIN: {EPOCHS: 2.5}", [], "TRAIN.EPOCHS=2.5 is float"),
-        ("AMP: 1", [], "AMP=1 is int; give bool"),
+        ("TRAIN: {EPOCHS: many}", [], "TRAIN.EPOCHS='many' is of type str; expected int"),
+        ("TRAIN: {BASE_LR: fast}", [], "TRAIN.BASE_LR='fast' is of type str; expected float"),
+        ("TRAIN: {EPOCHS: 2.5}", [], "TRAIN.EPOCHS=2.5 is of type float; expected int"),
+        ("AUG: {CUTMIX_MINMAX: wide}", [], "AUG.CUTMIX_MINMAX='wide' is of type str; expected list"),
+        ("AMP: 1", [], "AMP=1 is of type int; expected bool"),
         ("", ["SEED"], "'SEED' has no value"),
         ("MODEL: {LA: {KERNEL_SIZE: 4}}", [], "MODEL.LA.KERNEL_SIZE=4: an even kernel"),
         ("MODEL: {LA: {ATTN_TYPE: LLMS}}", [], "MODEL.LA.ATTN_TYPE='LLMS'"),
         ("MODEL: {SWIN: {NUM_HEADS: [5, 6, 12, 24]}}", [], "5 heads do not divide the 96 channels of stage 1"),
         ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", [], "choose one of cosine, linear, step"),
-        ("TAG: ../elsewhere", [], "without slashes"),
+        ("TAG: ../elsewhere", [], "without / and"),
         ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True has no effect here"),
-        ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give one of --resume and --pretrained"),
+        ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give only one of --resume and --pretrained"),
         ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: conflicts with"),
         ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
         ("", ["train.epochs", "3"], "unknown key train.epochs: did you mean TRAIN.EPOCHS"),
         ("", ["TRAIN.LR", "3"], "unknown key TRAIN.LR: did you mean TRAIN.BASE_LR"),
-        ("", ["TRAIN.EPOCHS=many"], "TRAIN.EPOCHS='many' is str"),
+        ("", ["TRAIN.EPOCHS=many"], "TRAIN.EPOCHS='many' is of type str"),
         ("", ["TRAIN.EPOCHS=2", "SEED"], "'SEED' has no value"),
         ("TRAIN: {EPOCHS: 3}\nTRAIN: {EPOCHS: 4}", [], "the key TRAIN is given twice"),
         ("TRAIN: {EPOCHS: 3, EPOCHS: 4}", [], "the key EPOCHS is given twice"),
@@ -170,12 +171,12 @@ MODEL:
         ("AUG: {SCALE: [0.5, 0.1]}", [], "AUG.SCALE=[0.5, 0.1]"),
         ("AUG: {RATIO: [1.0]}", [], "AUG.RATIO=[1.0]"),
         ("TRAIN: {OPTIMIZER: {BETAS: [0.9, 1.0]}}", [], "TRAIN.OPTIMIZER.BETAS=[0.9, 1.0]"),
-        ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give one of them"),
+        ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give only one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
         ("DATA: {IMG_SIZE: [224, 0]}", [], "give one number of pixels, or [height, width]"),
-        ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is str"),
-        ("a: !!python/object/apply:os.system [echo]", [], "is not plain YAML"),
+        ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is of type str"),
+        ("a: !!python/object/apply:os.system [echo]", [], "cannot be parsed as YAML"),
         ("- a", [], "is of type list, not a mapping"),
         ("BASE: 5", [], "BASE=5: give a file, or a list of files"),
         ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: write it as a section and a key, TRAIN: {EPOCHS: ...}"),
@@ -183,7 +184,7 @@ MODEL:
         ("AUG: {REPROB: 1.5}", [], "AUG.REPROB=1.5: give a number from 0 to 1"),
         ("EMA: {DECAY: 1.01}", [], "EMA.DECAY=1.01: give a number from 0 to 1"),
         ("MODEL: {DROP_PATH_RATE: 1.0}", [], "MODEL.DROP_PATH_RATE=1.0: give a number from 0 to 0.999"),
-        ("TRAIN: {EPOCHS: 5, WARMUP_EPOCHS: 6}", [], "TRAIN.WARMUP_EPOCHS=6: longer than TRAIN.EPOCHS=5; lower it"),
+        ("TRAIN: {EPOCHS: 5, WARMUP_EPOCHS: 6}", [], "TRAIN.WARMUP_EPOCHS=6: longer than TRAIN.EPOCHS=5; shorten the warm-up"),
         (f"TAG: {'x' * 256}", [], "give it at most 255 bytes"),
         (f"MODEL: {{NAME: {'ü' * 128}}}", [], "give it at most 255 bytes"),
     ],
@@ -224,7 +225,7 @@ MODEL: {TYPE: flatten_deit, NUM_CLASSES: 10, DEIT: {PATCH_SIZE: 8, EMBED_DIM: 24
     depth = 3
     heads = 2
     stem = 3 * 8 * 8 * channels + channels + channels + (1 + patches) * channels  # patch embedding, class token, positions
-    # Projections of q, k, v and the output, convolution, scale, and positional encoding.
+    # Projections of q, k, v and output; depthwise convolution; scale; positional encoding.
     attention = 4 * channels**2 + 4 * channels + channels // heads * 26 + channels + (1 + patches) * channels
     # Attention, MLP, and two norms.
     block = attention + 8 * channels**2 + 5 * channels + 4 * channels
@@ -370,7 +371,7 @@ DEFAULTS = {
 }
 
 
-def test_defaults_of_keys_outside_the_reference_recipes_equal_the_table():
+def test_defaults_of_keys_outside_the_reference_recipes_equal_the_expected_values():
     recipe_keys = reference("recipes")["recipes"]["flatten_swin_t"].keys()
     assert {name: key.default for name, key in KEYS.items() if name not in recipe_keys and name != "BASE"} == DEFAULTS
 
@@ -407,6 +408,6 @@ BOUNDS = {
 }
 
 
-def test_the_bounds_of_every_numeric_config_key_equal_the_table():
+def test_the_bounds_of_every_numeric_config_key_equal_the_expected_bounds():
     bounds = {name: (key.minimum, key.maximum) for name, key in KEYS.items() if key.minimum is not None}
     assert bounds == {name: pair for pair, names in BOUNDS.items() for name in names.split()}

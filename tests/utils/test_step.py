@@ -136,7 +136,7 @@ def test_evaluation_counts_equal_hand_computed_counts(num_classes):
 
 
 class HostAccess(TorchDispatchMode):
-    """Records operations that make the host wait for a GPU: reads of values, and copies between devices."""
+    """Records operations that make the host wait for a GPU: reads of tensor values, and copies between devices."""
 
     def __init__(self):
         super().__init__()
@@ -154,9 +154,9 @@ class HostAccess(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
 @pytest.mark.parametrize("size", [(224, 224), (160, 192)], ids=["native", "padded"])
 def test_no_model_reads_values_or_copies_between_devices_in_training(name, size):
-    """On the meta device, reading a value is an error, and an operation with a tensor created on the host is recorded.
+    """On the meta device, reading a value raises an error, and ``HostAccess`` records operations with a tensor on the host.
 
-    At a size other than 224 x 224, the first forward pass builds the masks and indices, and later passes reuse them.
+    At a size other than 224 x 224, the first forward pass, which is not recorded, builds masks and indices for later passes.
     """
     model = create_model(name, device="meta", drop_path_rate=0.1).train()
     images, targets = torch.empty(2, 3, *size, device="meta"), torch.empty(2, dtype=torch.long, device="meta")

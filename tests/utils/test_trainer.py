@@ -156,7 +156,7 @@ def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_cou
     trainer.save()
     while not trainer.background_write.failed:
         time.sleep(0.01)
-    assert trainer.requests().tolist() == [0, 1]
+    assert trainer.requests().tolist() == [0, 1]  # saving raises the error of the failed write in all processes
 
 
 def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, monkeypatch):
@@ -178,7 +178,7 @@ def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, correct_counts):
     assert trainer.state.best == {"acc1": 60.0, "weights": "ema", "epoch": 2, "num_updates": 3 * UPDATES_PER_EPOCH}
     best = read_checkpoint(tmp_path / BEST)
     assert best["num_updates"] == 3 * UPDATES_PER_EPOCH
-    assert best["best"] == trainer.state.best  # the checkpoint is saved after the evaluation
+    assert best["best"] == trainer.state.best  # saved after the evaluation, so it contains the new best accuracy
 
 
 def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, correct_counts):
@@ -207,7 +207,7 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
 
 
 def test_an_update_uses_its_own_learning_rate_and_then_updates_the_ema_weights(tmp_path):
-    """The hand-computed step is SGD with 3 times the scheduled rate (HEAD_LR_SCALE), and then e = 0.9 e + 0.1 w (e: EMA)."""
+    """Expected: an SGD step with 3 times the scheduled rate (HEAD_LR_SCALE), then e = 0.9 e + 0.1 w for the EMA weights e."""
     updates = []
     trainer = create_trainer(
         tmp_path, "TRAIN.HEAD_LR_SCALE", 3.0, "TRAIN.WEIGHT_DECAY", 0.0, schedule=lambda update: updates.append(update) or 0.01

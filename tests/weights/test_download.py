@@ -70,7 +70,7 @@ def test_urls_without_a_file_name_have_distinct_cache_paths(server):
         ("damaged", "the downloaded file is damaged"),
     ],
 )
-def test_failed_download_leaves_only_a_lock_file_and_the_error_names_the_path_for_a_manual_download(server, name, reason):
+def test_failed_download_leaves_only_a_lock_file_and_the_error_gives_the_path_for_a_manual_download(server, name, reason):
     url = f"{server.url}/{name}"
     with pytest.raises(CheckpointError) as caught:
         fetch(url, name)
@@ -88,7 +88,7 @@ def test_download_succeeds_after_an_interrupted_download(server):
     assert fetch(f"{server.url}/once", "toy").read_bytes() == GOOD
 
 
-def test_network_error_names_the_url_and_the_path_for_a_manual_download(tmp_path, monkeypatch):
+def test_the_message_of_a_network_error_contains_the_url_and_the_path_for_a_manual_download(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x: cannot be downloaded .*save it as .*toy\.pth"):
         fetch("http://127.0.0.1:9/x", "toy")
@@ -131,7 +131,7 @@ def test_concurrent_processes_download_a_file_once(server):
     assert len(server.requests) == 1
 
 
-def test_error_of_an_unwritable_cache_names_the_environment_variable(server, tmp_path, monkeypatch):
+def test_the_error_for_an_unwritable_cache_suggests_setting_torch_home(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match="set TORCH_HOME to another directory"):
