@@ -16,7 +16,10 @@ SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # colours of negative and positi
 
 
 def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
-    """Draw all forms of attention of a block side by side: one row per query, one column per form.
+    """Draw all maps of a block side by side: one row per query, one column per form of attention.
+
+    The forms are the model's own attention, other attention functions of the same queries and keys, the depthwise convolution,
+    and the sum of the model's attention and its convolution.
 
     Args:
         image: preprocessed image, before normalisation.
@@ -44,7 +47,7 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
         image: preprocessed image, before normalisation.
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
-    own = next(iter(block.maps))  # the first map shows the module's own attention
+    own = next(iter(block.maps))  # the first map shows the attention that the module computes
     forms = [form for form in (own, CONVOLUTION) if form in block.maps]
     figure, rows = _grid(len(points), forms)
     for cells, point in zip(rows, points, strict=True):

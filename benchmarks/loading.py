@@ -92,7 +92,7 @@ def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed:
 
 
 def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callable[[int], object]:
-    """Create a function that reads and augments a training image of a packed data set by its position.
+    """Create a function that takes an index and returns that training image of a packed data set, decoded and augmented.
 
     Raises:
         DataError: the data set cannot be read, or has fewer than ``num_images`` training images.
@@ -102,7 +102,7 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     cfg.DATA.DATA_PATH = str(packed)
     index = build_index(cfg, "train")
     if len(index) < num_images:
-        raise DataError(f"{packed} has {len(index)} training images, fewer than the {num_images} files of --images")
+        raise DataError(f"{packed} has {len(index)} training images, fewer than the {num_images} files given by --images")
     dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
     return lambda position: dataset[0, position]
 

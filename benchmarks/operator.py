@@ -109,13 +109,13 @@ def measure_operator(
 def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
     """Count kernel launches and bytes moved by the operator and by the naive implementation in fp32.
 
-    The tensors are on the meta device, so nothing is computed. The minimum for the forward pass is to read q, k and v and to
-    write the output. For the backward pass, it is to read q, k, v and the output's gradient, and to write the gradients of
-    q, k and v.
+    The tensors are on the meta device, so nothing is computed. The minimum traffic counts each input and output once: the
+    forward pass must read q, k and v and write the output; the backward pass must read q, k, v and the output's gradient and
+    write the gradients of q, k and v.
 
     Returns:
-        One record per attention and pass. ``maps``: bytes in units of one (B, N, C) tensor. ``over_minimum``: bytes divided by
-        the minimum number of bytes.
+        One record per attention and pass. ``tensors``: bytes divided by the size of one (B, N, C) tensor. ``over_minimum``:
+        bytes divided by the minimum traffic.
     """
     side = math.isqrt(num_tokens)
     with torch.device("meta"):
@@ -139,7 +139,7 @@ def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int)
                     "attention": name,
                     "kernels": counter.num_kernels,
                     "bytes": counter.num_bytes,
-                    "maps": counter.num_bytes / tensor_bytes,
+                    "tensors": counter.num_bytes / tensor_bytes,
                     "over_minimum": counter.num_bytes / (min_tensors * tensor_bytes),
                 }
             )

@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def locate(reference: str | Path) -> Location:
-    """Resolve a path, URL or model name to a weight file. Files of URLs and released models are downloaded to the cache.
+    """Resolve a path, URL or model name to a weight file. Weight files of URLs and released models are downloaded to the cache.
 
     Args:
         reference: a file, a run directory (for its ``best.pth``), a URL, or the name of a released model. An existing path
@@ -95,13 +95,13 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the file cannot be located (see ``locate``) or read (see ``read_checkpoint``), or it was replaced while
-            it was read.
+            it was being read.
     """
     location = locate(reference)
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
-        raise CheckpointError(f"{location.path}: was replaced while it was read; try again, or use a copy")
+        raise CheckpointError(f"{location.path}: was replaced while it was being read; try again, or use a copy")
     names = state.get("class_names")
     class_names = tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
     return Checkpoint(location, state, digest, class_names)

@@ -115,8 +115,8 @@ def _check_output(name: str, findings: list[str]):
         if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
             findings.append(
-                f"{parent or 'the model'} computes the first values that are not finite, which are the input "
-                f"of its submodule {child}"
+                f"{parent or 'the model'} itself computes the first values that are not finite, outside its submodules: "
+                f"the input of its submodule {child} is not finite"
             )
             return
         largest_input = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))

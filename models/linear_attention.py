@@ -26,8 +26,8 @@ ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
     """Change the number of tokens by linear interpolation of the token sequence. (B, M, C) -> (B, num_tokens, C).
 
-    The sequence is interpolated, not the map, because released weights were trained this way. Equivalent to
-    ``F.interpolate(mode="linear")`` along the tokens, which is slow on GPUs.
+    The tokens are interpolated as a 1-D sequence, not as a 2-D map, because released weights were trained this way.
+    Equivalent to ``F.interpolate(mode="linear")`` along the tokens, which is slow on GPUs.
     """
     num_input_tokens = x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -130,7 +130,7 @@ class FocusedLinearAttention(nn.Module):
             (B, N, C), in the dtype of ``v``.
 
         Raises:
-            ValueError: a number of tokens that does not match its map.
+            ValueError: the number of tokens of q, k or v does not match ``grid`` or ``key_grid``.
         """
         grid = grid or self.grid
         key_grid = key_grid or (grid if self.key_grid == self.grid else self.key_grid)
@@ -190,7 +190,7 @@ class FocusedLinearAttention(nn.Module):
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
-        """Change ``grid`` and ``key_grid`` in place; a resized positional encoding is a new parameter."""
+        """Change ``grid`` and ``key_grid``. A positional encoding of another size is replaced by a new, resized parameter."""
         key_grid = key_grid or grid
         if self.kind == "focused":
             self.positional_encoding = resized_parameter(

@@ -32,7 +32,7 @@ def main() -> None:
             steps, label = [r["step"] for r in points], f"{name}, {kind.removeprefix('eval_')} weights"
             loss_axes.plot(steps, [r["loss"] for r in points], color=color, ls=style, marker=".", label=label)
             accuracy_axes.plot(steps, [r["acc1"] for r in points], color=color, ls=style, marker=".", label=label)
-    loss_axes.set(xlabel="update", ylabel="loss", title="Loss (training with smoothed labels)")
+    loss_axes.set(xlabel="update", ylabel="loss", title="Loss (label smoothing and mixup apply to training only)")
     accuracy_axes.set(xlabel="update", ylabel="top-1, %", title="Accuracy on held-out images")
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)

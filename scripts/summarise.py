@@ -1,4 +1,4 @@
-"""Print the accuracies of runs in training and in main.py --eval of a saved checkpoint, and list the output files.
+"""For each run, print the accuracies measured during training and by main.py --eval, and list the output files.
 
 The exit status is 1 if training and --eval count different numbers of correct predictions for a checkpoint.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Numbers of correct predictions in the evaluation after which ``best.pth`` was written.
+    """Correct predictions in the evaluation after which ``best.pth`` was written.
 
     Returns:
-        A dictionary from weights (raw, ema) to the number; empty if ``metrics`` does not exist (no training in this run).
+        Label of the weights (raw, ema) -> number of correct predictions; empty without ``metrics`` (no training in this run).
     """
     if not metrics.is_file():
         return {}

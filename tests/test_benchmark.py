@@ -82,11 +82,11 @@ def test_a_model_is_compared_with_its_naive_implementation_the_softmax_baseline_
 
 
 def test_the_attention_operator_moves_fewer_bytes_than_the_naive_implementation():
-    """The bounds are slightly above the values in docs/performance.md. ``maps`` is the traffic in units of the size of q."""
+    """The bounds are slightly above the values in docs/performance.md. ``tensors`` is the traffic in units of the size of q."""
     records = {(r["attention"], r["pass"]): r for r in count_traffic(3136, dim=96, num_heads=3, batch_size=8)}
     for pass_name, max_ratio in (("forward", 0.65), ("forward and backward", 0.6)):
         assert records[OURS, pass_name]["bytes"] < max_ratio * records[NAIVE, pass_name]["bytes"]
-    assert records[OURS, "forward and backward"]["maps"] < 134
+    assert records[OURS, "forward and backward"]["tensors"] < 134
 
 
 def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):

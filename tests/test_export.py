@@ -100,7 +100,7 @@ def test_the_model_card_does_not_use_an_evaluation_of_another_checkpoint(checkpo
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--eval-json", other_evaluation)
     assert "belongs to another checkpoint or other weights" in capsys.readouterr().err
-    run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # the eval.json next to the checkpoint does not match either
+    run(monkeypatch, path, tmp_path / "bare", "--weights", "raw")  # finds the same eval.json next to the checkpoint
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "bare", "--cfg", toy_config)

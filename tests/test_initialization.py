@@ -319,7 +319,7 @@ def test_incomplete_weights_are_rejected_for_evaluation(trained, toy_config, toy
 def test_a_checkpoint_replaced_while_it_is_read_is_rejected(trained, monkeypatch):
     digests = iter(["first", "second"])
     monkeypatch.setattr("jobs.checkpoints.sha256", lambda _: next(digests))
-    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+    with pytest.raises(CheckpointError, match="was replaced while it was being read"):
         open_checkpoint(trained)
 
 

@@ -1,4 +1,7 @@
-"""Our configs have the values of the reference implementation's 17 YAML files, which tests/reference/recipes.json lists."""
+"""Our configs have the values of the reference implementation's 17 YAML files.
+
+tests/reference/recipes.json lists these values, as one recipe per file.
+"""
 
 import pytest
 

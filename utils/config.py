@@ -46,7 +46,7 @@ _REFERENCE_ONLY = {
     "TRAIN.START_EPOCH": 0,
 }
 
-# Key prefix -> values of MODEL.TYPE that read the keys with this prefix. With any other type, only their default is legal.
+# Key prefix -> model types that use the keys with this prefix. With other types, these keys must have their default values.
 _FAMILY_KEYS = {
     "MODEL.SWIN.": ("flatten_swin",),
     "MODEL.DEIT.": ("flatten_deit",),
@@ -113,7 +113,7 @@ def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, secti
 
 
 def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
-    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # computed before --opts, which may override DATA.BATCH_SIZE
+    if cfg.TRAIN.RECIPE_BATCH_SIZE == 0:  # computed before --opts is applied, which may change DATA.BATCH_SIZE
         cfg.TRAIN.RECIPE_BATCH_SIZE = REFERENCE_PROCESSES * cfg.DATA.BATCH_SIZE
     _merge_pairs(cfg, opts)
     cfg.BASE = [""]  # BASE files are merged; loading a dump of this config must not merge them again
@@ -196,7 +196,9 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if "." in str(key):
-            raise ConfigError(f"{source}: {name}: write it as a section and a key, {str(key).replace('.', ': {')}: ...}}")
+            *sections, leaf = str(key).split(".")
+            nested = "".join(f"{section}: {{" for section in sections) + f"{leaf}: ..." + "}" * len(sections)
+            raise ConfigError(f"{source}: {name}: nest the key in its section: {nested}")
         child = node.get(key)
         if isinstance(child, CfgNode):
             if not isinstance(value, Mapping):
@@ -239,7 +241,9 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
     if not isinstance(node, CfgNode) or leaf not in node:
         if key in _REFERENCE_ONLY:
             if _literal(value) != _REFERENCE_ONLY[key]:
-                raise ConfigError(f"{source}: {key}={value!r} has no effect here; remove it")
+                raise ConfigError(
+                    f"{source}: {key}={value!r} is not supported: only {_REFERENCE_ONLY[key]!r} is accepted; remove the key"
+                )
             return
         raise ConfigError(f"{source}: unknown key {key}{_suggest_key(key, cfg)}")
     if isinstance(node[leaf], CfgNode):
@@ -248,7 +252,7 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
 
 
 def _suggest_key(key: str, cfg: CfgNode) -> str:
-    """End of an error message that suggests the key most similar to an unknown one; "" if none is similar."""
+    """Suggest the most similar key at the end of the error for an unknown key; "" if no key is similar."""
     known = {name.upper(): name for name in flatten(cfg)}
     normalised = key.upper().lstrip("-").replace("-", "_")
     leaf = normalised.rsplit(".", 1)[-1]
@@ -359,8 +363,8 @@ def _validate_model(cfg: CfgNode) -> None:
         )
     if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", la_keys.ATTN_TYPE):
         raise ConfigError(
-            f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage, L (linear), S (softmax) or M (linear, "
-            "then softmax); with M, append the number of linear blocks, as in LLSS or LLMS3"
+            f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage: L (linear), S (softmax) or M (mixed); "
+            "with M, append the number of linear blocks of that stage, as in LLMS3"
         )
     if not re.fullmatch(r"[1-9]{4}", la_keys.PVT_LA_SR_RATIOS):
         raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={la_keys.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")

@@ -77,8 +77,8 @@ KEYS = {
     "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1),
     "DATA.GLOBAL_BATCH_SIZE": Key(
         0,
-        "images per update, over all processes; gradients are accumulated over as many forward passes as this needs; 0: "
-        "`DATA.BATCH_SIZE` times the number of processes times `TRAIN.ACCUMULATION_STEPS`",
+        "images per update, over all processes; gradients are accumulated over enough forward passes to reach this "
+        "number; 0: `DATA.BATCH_SIZE` times the number of processes times `TRAIN.ACCUMULATION_STEPS`",
         minimum=0,
     ),
     "DATA.IMG_SIZE": Key(224, "input size in pixels: one number for a square, or `[height, width]`"),
@@ -131,8 +131,8 @@ KEYS = {
     "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
-        "window side of linear blocks in tokens; reduced to the side of the token map if larger; windows of softmax blocks "
-        "have side 7, or 12 if this value is above 56",
+        "window size of linear blocks, in tokens; limited to the size of the token map; softmax blocks use a window size of 7, "
+        "or 12 if `WINDOW_SIZE` is above 56",
         minimum=1,
     ),
     "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01),
@@ -146,8 +146,8 @@ KEYS = {
     "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1),
     "MODEL.LA.ATTN_TYPE": Key(
         "LLLL",
-        "one letter per stage: `L` linear, `S` softmax, `M` first linear, then softmax; with `M`, append the number of linear "
-        "blocks, as in `LLMS3`",
+        "one letter per stage: `L` linear, `S` softmax, `M` mixed (linear blocks followed by softmax blocks); with `M`, append "
+        "the number of linear blocks of that stage, as in `LLMS3`",
     ),
     "MODEL.LA.PVT_LA_SR_RATIOS": Key(
         "1111", "PVT: spatial reduction ratio of keys and values in linear blocks, one digit per stage"
@@ -324,8 +324,8 @@ KEYS = {
     "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
     "ATTENTION_IMAGE": Key(
         "",
-        "path of an image; after each evaluation, the attention maps of the raw weights for this image are written to "
-        "TensorBoard; empty: none",
+        "path of an image; after each evaluation, the attention maps of the model without EMA for this image are written "
+        "to TensorBoard; empty: none",
         is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),

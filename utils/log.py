@@ -95,7 +95,7 @@ class _ColoredFormatter(logging.Formatter):
 def setup_logging(rank: int, output: Path | None = None) -> None:
     """Log to the console and, if an output directory is given, to ``log_rank<rank>.txt``.
 
-    Rank 0 logs from level INFO, other ranks from WARNING.
+    Rank 0 logs messages of level INFO and above, other ranks WARNING and above.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):

@@ -45,7 +45,7 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
     """Reject a run if its directory has an intact checkpoint of a later update, since checkpoints of two runs would mix.
 
     Args:
-        num_updates: number of updates in the state from which the run starts.
+        num_updates: number of updates completed before the start: 0, or that of the resumed checkpoint.
 
     Raises:
         ConfigError: the directory has an intact checkpoint of a later update.
@@ -89,7 +89,7 @@ class RunDirectory:
         """Create, lock and clean up the directory: delete old incomplete files, and rename damaged checkpoints.
 
         Args:
-            num_updates: number of updates in the state from which the run starts.
+            num_updates: number of updates completed before the start: 0, or that of the resumed checkpoint.
 
         Raises:
             ConfigError: the directory cannot be written to, is locked by another run, or has a checkpoint of a later update.
@@ -132,7 +132,7 @@ class RunDirectory:
 
 
 class RunLock:
-    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends, even by SIGKILL."""
+    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends or is killed."""
 
     def __init__(self, output: Path):
         self.path = output / LOCK
@@ -170,7 +170,7 @@ class RunLock:
         try:
             import fcntl
 
-            # Unlike flock, lockf locks for one process: loader workers do not inherit the lock.
+            # Unlike a lock by flock, a lock by lockf belongs to one process: loader workers do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)

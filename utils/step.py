@@ -57,7 +57,7 @@ def train_step(
 
     An update changes no weights and no optimizer state if its loss (in any process) or its gradient is not finite. In fp32 and
     bf16, this check runs on the device only. In fp16, the host reads the result of the check in every update, because the loss
-    scaler regularly skips updates, and EMA and learning-rate schedule must skip the same updates.
+    scaler regularly skips updates, and the EMA and the schedule must skip the same updates.
 
     Args:
         model: from ``utils.distributed.wrap``.

@@ -318,7 +318,7 @@ def packed(toy_data, tmp_path_factory):
     for name, root in roots.items():
         for split in ("train", "val"):
             pack(toy_data, root, split, archive=name, shard_size=40)
-    deflated = tmp_path_factory.mktemp("deflated")  # compressed with deflate, as the zip command does
+    deflated = tmp_path_factory.mktemp("deflated")  # compressed with deflate, as by the zip command
     for split in ("train", "val"):
         shutil.copy(roots["zip"] / f"{split}_map.txt", deflated)
         with (
@@ -536,7 +536,7 @@ def partly_unreadable(tmp_path_factory):
     return root, unreadable_names
 
 
-def test_every_unreadable_image_raises_an_error_under_the_error_policy(partly_unreadable):
+def test_every_unreadable_image_raises_an_error_by_default(partly_unreadable):
     root, unreadable_names = partly_unreadable
     dataset = create_folder_dataset(root / "train")
     for position in range(len(dataset)):
@@ -768,7 +768,7 @@ def test_invalid_class_maps_are_rejected(tmp_path, text, message):
         read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
 
 
-def test_imagenet_class_map_rejects_numeric_class_names_of_shards():
+def test_imagenet_class_map_rejects_fewer_classes_than_the_model_if_they_are_numbered_from_0():
     with pytest.raises(DataError, match="are numbered from 0"):
         read_class_map("imagenet", ["0", "1", "2"], 1000)
 

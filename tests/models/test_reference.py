@@ -33,7 +33,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
         num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    # Ignore the unused norm of PVT v1 here as well. In other models, a norm with these names is used and is in ``expected``.
+    # PVT v1's unused norm, which ``expected`` no longer contains, is ignored here too. Other models use norms of these names.
     assert model.no_weight_decay() == set(recorded["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = recorded["img_size"]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def labels_of(step, batch_size):
 
 
 @pytest.mark.parametrize("case", FINE_TUNINGS)
-def test_loading_at_a_higher_resolution_resizes_position_tables_as_the_reference_does(case, tmp_path):
+def test_loading_at_a_higher_resolution_resizes_position_embeddings_and_bias_tables_as_the_reference_does(case, tmp_path):
     recorded = reference(case)
     source = fill_with_seeded_weights(build(recorded["source"], recorded["source_opts"]))
     torch.save({"model": source.state_dict()}, tmp_path / "source.pth")

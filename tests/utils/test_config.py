@@ -58,7 +58,7 @@ def test_every_recipe_combines_with_every_model(path, model):
     }
 
 
-def test_the_order_of_precedence_is_default_base_file_command_line(tmp_path):
+def test_base_files_override_defaults_the_file_overrides_them_and_the_command_line_overrides_all(tmp_path):
     write(tmp_path, "base.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1.0}\n")
     path = write(tmp_path, text="BASE: [base.yaml]\nTRAIN: {WARMUP_EPOCHS: 0, BASE_LR: 2.0}\n")
     cfg = load_config(path, ["TRAIN.BASE_LR", "3.0"])
@@ -132,7 +132,7 @@ MODEL:
         ("MODEL: {SWIN: {NUM_HEADS: [5, 6, 12, 24]}}", [], "5 heads do not divide the 96 channels of stage 1"),
         ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", [], "choose one of cosine, linear, step"),
         ("TAG: ../elsewhere", [], "without / and"),
-        ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True has no effect here"),
+        ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True is not supported: only False"),
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give only one of --resume and --pretrained"),
         ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: conflicts with"),
         ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
@@ -179,7 +179,7 @@ MODEL:
         ("a: !!python/object/apply:os.system [echo]", [], "cannot be parsed as YAML"),
         ("- a", [], "is of type list, not a mapping"),
         ("BASE: 5", [], "BASE=5: give a file, or a list of files"),
-        ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: write it as a section and a key, TRAIN: {EPOCHS: ...}"),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: nest the key in its section: TRAIN: {EPOCHS: ...}"),
         ("AUG: {MIXUP_PROB: 1.5}", [], "AUG.MIXUP_PROB=1.5: give a number from 0 to 1"),
         ("AUG: {REPROB: 1.5}", [], "AUG.REPROB=1.5: give a number from 0 to 1"),
         ("EMA: {DECAY: 1.01}", [], "EMA.DECAY=1.01: give a number from 0 to 1"),
