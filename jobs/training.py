@@ -138,20 +138,8 @@ def build_trainer(
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
 
-    torch.manual_seed(cfg.SEED)
-    model = build_model(cfg).to(world.device)
-    if init.kind == "pretrained":
-        on_all(world, partial(load_weights, model, init.checkpoint))
-    model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
-    if cfg.TRAIN.FREEZE_BACKBONE:
-        model.freeze_features()
-    state = TrainState(
-        model,
-        build_optimizer(cfg, model),
-        build_scaler(cfg, world.device),
-        build_ema(cfg, model),
-        scales_loss=amp_dtype(cfg) == torch.float16,
-    )
+    state = build_initial_state(cfg, world, init)
+    model = state.model
     if saved is not None:
         resume(state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint)
 
@@ -181,6 +169,24 @@ def build_trainer(
             "global_batch_size": global_batch_size(cfg, world.size),
         },
         draw=build_attention_pictures(cfg, world),
+    )
+
+
+def build_initial_state(cfg: CfgNode, world: World, init: Initialization) -> TrainState:
+    """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA."""
+    torch.manual_seed(cfg.SEED)
+    model = build_model(cfg).to(world.device)
+    if init.kind == "pretrained":
+        on_all(world, partial(load_weights, model, init.checkpoint))
+    model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+    if cfg.TRAIN.FREEZE_BACKBONE:
+        model.freeze_features()
+    return TrainState(
+        model,
+        build_optimizer(cfg, model),
+        build_scaler(cfg, world.device),
+        build_ema(cfg, model),
+        scales_loss=amp_dtype(cfg) == torch.float16,
     )
 
 

@@ -135,23 +135,38 @@ def _match(
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
     filled = sum(own[name].numel() for name in fitting) - num_unfilled
     report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
-    body = [name for name in own if name not in head]
-    sizes = {name: value.numel() for name, value in own.items()}
-    used = sum(sizes[name] for name in fitting)
-    unused = sum(stored[name].numel() for name in report.unused)
-    filled_entries = sum(name in fitting for name in body) / len(body)
-    filled_values = sum(sizes[name] for name in body if name in fitting) / sum(sizes[name] for name in body)
-    fraction, reason = min(
-        (filled_entries, f"the file fills only {filled_entries:.0%} of the model's tensors"),
-        (filled_values, f"the file fills only {filled_values:.0%} of the model's parameters"),
-        (used / max(used + unused, 1), f"the model uses only {used / max(used + unused, 1):.0%} of the file's parameters"),
-    )
+    num_unused = sum(stored[name].numel() for name in report.unused)
+    fraction, reason = _smallest_coverage({name: value.numel() for name, value in own.items()}, head, set(fitting), num_unused)
     if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
         raise mismatch(
             f"{reason} (missing tensors: {len(report.missing)}, unused tensors: {len(report.unused)}; for example {examples})"
         )
     return fitting, report
+
+
+def _smallest_coverage(sizes: dict[str, int], head: set[str], filled: set[str], num_unused: int) -> tuple[float, str]:
+    """Smallest of three fractions: filled tensors and filled parameters of the model without its head, and used parameters.
+
+    Args:
+        sizes: name of each tensor of the model -> number of elements.
+        head: names of the head's tensors.
+        filled: names of the model's tensors that the file fills.
+        num_unused: number of elements in the file that the model does not use.
+
+    Returns:
+        The fraction, and a description for the error.
+    """
+    body = [name for name in sizes if name not in head]
+    tensors = sum(name in filled for name in body) / len(body)
+    parameters = sum(sizes[name] for name in body if name in filled) / sum(sizes[name] for name in body)
+    num_used = sum(sizes[name] for name in filled)
+    used = num_used / max(num_used + num_unused, 1)
+    return min(
+        (tensors, f"the file fills only {tensors:.0%} of the model's tensors"),
+        (parameters, f"the file fills only {parameters:.0%} of the model's parameters"),
+        (used, f"the model uses only {used:.0%} of the file's parameters"),
+    )
 
 
 def _imagenet_rows(num_stored: int, num_classes: int) -> dict[int, int] | None:

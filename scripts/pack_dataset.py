@@ -61,13 +61,7 @@ def pack(
     index = index_folder(source / split)
     check_names(index, archive)
     target.mkdir(parents=True, exist_ok=True)
-    if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
-        raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
-    if (target / split).is_dir():
-        raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
-    class_list = target / CLASS_NAMES_FILE
-    if class_list.is_file() and read_class_names(class_list) != index.classes:
-        raise DataError(f"{class_list}: lists different classes than {source / split}; choose another directory")
+    check_target(target, split, index)
     dataset = ImageDataset(index, None)
     # Write and read back in a temporary directory, so that an incomplete archive never gets its final name.
     with ExitStack() as stack:
@@ -95,6 +89,21 @@ def pack(
         for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
     return (index_zip if archive == "zip" else index_tar)(target, split)
+
+
+def check_target(target: Path, split: str, index: Index) -> None:
+    """Check that archives of a split can be added to a directory.
+
+    Raises:
+        DataError: the directory already contains this split, or lists other classes.
+    """
+    if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
+        raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
+    if (target / split).is_dir():
+        raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
+    class_list = target / CLASS_NAMES_FILE
+    if class_list.is_file() and read_class_names(class_list) != index.classes:
+        raise DataError(f"{class_list}: lists different classes than {index.source}; choose another directory")
 
 
 def check_names(index: Index, archive: str) -> None:

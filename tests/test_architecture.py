@@ -83,3 +83,16 @@ def test_library_code_does_not_call_print_eval_or_exec(path):
 def test_focused_linear_attention_is_defined_in_one_file():
     defined = [path for path in FILES if "class FocusedLinearAttention" in path.read_text()]
     assert [relative(path) for path in defined] == ["models/linear_attention.py"]
+
+
+def test_functions_outside_the_tests_have_at_most_60_lines():
+    packages = [*ALLOWED, "benchmarks", "examples", "jobs", "scripts"]
+    paths = [*ROOT.glob("*.py"), *(path for package in packages for path in (ROOT / package).rglob("*.py"))]
+    lengths = {
+        f"{relative(path)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(lengths) > 500
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
