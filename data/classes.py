@@ -40,24 +40,30 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
 
 
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
-    """Check that the class names of a dataset are those that the model was trained with.
-
-    The check is skipped if the two lists differ in length, or if either list is "0", "1", ..., which does not identify classes.
+    """Check that the class names of a dataset are those that the model was trained with (see ``compare_class_names``).
 
     Raises:
         DataError: different class names.
     """
-    is_incomparable = len(model_classes) != len(names) or any(
-        list(classes) == numbered(len(classes)) for classes in (names, model_classes)
-    )
-    if is_incomparable or list(names) == list(model_classes):
-        return
-    class_id = next(position for position, pair in enumerate(zip(names, model_classes, strict=True)) if pair[0] != pair[1])
-    raise DataError(
-        f"{root}: the checkpoint was trained with other classes: class {class_id} is {names[class_id]!r} in the "
-        f"data, but {model_classes[class_id]!r} in the checkpoint. Check --data-path, or set TEST.CLASS_MAP with --opts to a "
-        "file with the class id of each directory"
-    )
+    if difference := compare_class_names(names, model_classes):
+        raise DataError(
+            f"{root}: the checkpoint was trained with other classes: {difference}. Check --data-path, or set TEST.CLASS_MAP "
+            "with --opts to a file with the class id of each directory"
+        )
+
+
+def compare_class_names(names: Sequence[str], model_classes: Sequence[str]) -> str:
+    """Describe the first class whose name in a dataset differs from that in a checkpoint; "" if there is none.
+
+    Lists that differ in length are not compared, nor is "0", "1", ..., which does not identify classes.
+    """
+    if len(model_classes) != len(names) or numbered(len(names)) in (list(names), list(model_classes)):
+        return ""
+    pairs = enumerate(zip(names, model_classes, strict=True))
+    class_id = next((class_id for class_id, (name, model_class) in pairs if name != model_class), None)
+    if class_id is None:
+        return ""
+    return f"class {class_id} is {names[class_id]!r} in the data, but {model_classes[class_id]!r} in the checkpoint"
 
 
 def numbered(count: int) -> list[str]:

@@ -102,9 +102,13 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
         raise CheckpointError(f"{location.path}: was replaced while it was being read; try again, or use a copy")
+    return Checkpoint(location, state, digest, stored_class_names(state))
+
+
+def stored_class_names(state: Mapping) -> tuple[str, ...]:
+    """Class names of a checkpoint, by class id; () if it has none."""
     names = state.get("class_names")
-    class_names = tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
-    return Checkpoint(location, state, digest, class_names)
+    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
 
 
 def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:

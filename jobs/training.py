@@ -4,15 +4,19 @@ import contextlib
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
+from data.classes import compare_class_names
 from data.index import DataError
+from jobs.checkpoints import stored_class_names
 from jobs.initialization import (
     Initialization,
     check_data,
@@ -24,7 +28,7 @@ from jobs.initialization import (
     resume,
 )
 from models import build_model
-from models.loading import load_weights
+from models.loading import fill_model
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.dry_run import dry_run
@@ -36,7 +40,7 @@ from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, 
 from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
 from utils.trainer import Recipe, Trainer, TrainState, check_trained
-from weights.reader import CheckpointError
+from weights.reader import CheckpointError, read_checkpoint
 
 if TYPE_CHECKING:
     from jobs.inspection import AttentionPictures
@@ -138,7 +142,7 @@ def build_trainer(
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
 
-    state = build_initial_state(cfg, world, init)
+    state = build_initial_state(cfg, world, init, datasets.train.index.classes)
     model = state.model
     if saved is not None:
         resume(state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint)
@@ -172,12 +176,16 @@ def build_trainer(
     )
 
 
-def build_initial_state(cfg: CfgNode, world: World, init: Initialization) -> TrainState:
-    """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA."""
+def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classes: Sequence[str]) -> TrainState:
+    """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA.
+
+    Args:
+        classes: class names of the training data.
+    """
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
-        on_all(world, partial(load_weights, model, init.checkpoint))
+        on_all(world, partial(load_pretrained, model, init.checkpoint, classes, log=world.rank == 0))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()
@@ -188,6 +196,20 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization) -> Tra
         build_ema(cfg, model),
         scales_loss=amp_dtype(cfg) == torch.float16,
     )
+
+
+def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], *, log: bool) -> None:
+    """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
+
+    Args:
+        classes: class names of the training data.
+        log: whether to log a warning if the head was trained with other classes.
+    """
+    state = read_checkpoint(path)
+    fill_model(model, state, weights="auto", path=path)
+    difference = compare_class_names(classes, stored_class_names(state))
+    if difference and log:
+        logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
 
 
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":

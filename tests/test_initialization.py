@@ -24,7 +24,7 @@ from utils.errors import TrainingError
 from utils.log import MetricsWriter
 from utils.run import RunLock, check_available
 from utils.trainer import check_trained
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import CheckpointError, preferred_weights, read_checkpoint
 
 # Test case -> invalid entry of a checkpoint.
 INVALID_ENTRIES = {
@@ -329,3 +329,33 @@ def test_use_checkpoint_enables_gradient_checkpointing_of_the_trained_model(toy_
         world = World(0, 0, 1, torch.device("cpu"))
         trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=tmp_path, find_unused_parameters=False)
         assert trainer.state.model.grad_checkpointing is enabled
+
+
+@pytest.mark.parametrize(
+    ("names", "warning"),
+    [
+        (["class0", "class1", "class2"], ""),
+        (
+            ["class0", "cat", "class2"],
+            "trained with other classes: class 1 is 'class1' in the data, but 'cat' in the checkpoint",
+        ),
+        (["0", "1", "2"], ""),  # class numbers are not compared
+        (None, ""),
+    ],
+    ids=["equal", "different", "numbers", "missing"],
+)
+def test_a_pretrained_head_for_other_classes_is_loaded_with_a_warning(
+    trained, toy_config, toy_data, tmp_path, caplog, names, warning
+):
+    state = read_checkpoint(trained) | {"class_names": names}
+    torch.save(state, tmp_path / "pretrained.pth")
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)])
+    init = Initialization("pretrained", str(tmp_path / "pretrained.pth"))
+    world = World(0, 0, 1, torch.device("cpu"))
+    trainer = build_trainer(cfg, world, init, None, output=tmp_path, find_unused_parameters=False)
+    label = preferred_weights(state)
+    head = state["model" if label == "raw" else "state_dict_ema"]["head.weight"]
+    assert torch.equal(trainer.state.model.head.weight, head)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert ("trained with other classes" in " ".join(warnings)) == bool(warning)
+    assert warning in " ".join(warnings)
