@@ -93,7 +93,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     replay_path = tmp_path / "toy/default/replay_000000001.pth"
     replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
-    assert "layers.0.blocks.0.attn computes the first values that are not finite" in replayed.output
+    assert "layers.0.blocks.0.attn itself computes the first values that are not finite" in replayed.output
     first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]
     assert f"images of this batch: {first_image}" in replayed.output
 
