@@ -23,11 +23,11 @@ class TrainBatches(Sampler[list[Key]]):
     These images are divided among forward passes and processes, so that an update uses the same images with any number of
     processes, if G is the same.
 
-    With ``repeats`` above 1 (repeated augmentation, https://arxiv.org/abs/1902.05509; 3 in DeiT's recipe), each image of the
-    permutation is repeated ``repeats`` times in a row, with different augmentations. Within an update, the first copies of all
-    images come before the second copies. The number of updates per epoch is unchanged, so an epoch uses fewer images.
-    The collate function then reorders each batch with ``separate_copies``, so that, if possible, mixup does not mix an image
-    with its own copy.
+    With ``repeats`` above 1 (repeated augmentation, https://arxiv.org/abs/1902.05509; 3 in DeiT's recipe), an update uses
+    ``repeats`` copies of each of its images, with different augmentations: first one copy of every image, then the second
+    copies, and so on. The number of updates per epoch is unchanged, so an epoch uses fewer distinct images. The collate
+    function then reorders each batch with ``separate_copies``, so that, if possible, mixup does not mix an image with its own
+    copy.
 
     Args:
         num_samples: size of the dataset.
@@ -77,7 +77,9 @@ class TrainBatches(Sampler[list[Key]]):
                 start = (forward_pass * self.world_size + self.rank) * self.batch_size
                 batch = positions[start : start + self.batch_size]
                 indices = order[batch // self.repeats].tolist()
-                epochs = (self.epoch * self.repeats + batch % self.repeats).tolist()  # differ between copies, see ``Key``
+                epochs = (
+                    self.epoch * self.repeats + batch % self.repeats
+                ).tolist()  # a number per copy, so that augmentations differ
                 yield list(zip(epochs, indices, strict=True))
 
 
@@ -106,7 +108,7 @@ def separate_copies(indices: list[int]) -> list[int]:
     def mixes_copies(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # its partner is the first image, which a swap may change; empty if B is even
+    middle = [count // 2] * (count % 2)  # mixed with the first image, which a swap may have changed; empty if ``count`` is even
     for first in range((count + 1) // 2):
         if not mixes_copies(first):
             continue

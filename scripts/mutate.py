@@ -72,7 +72,7 @@ REPORTING = {"logger", "warnings", "print"}  # statements that call these are no
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of a file: the source between the offsets ``start`` and ``end`` is replaced.
+    """One change to a file: the source between the offsets ``start`` and ``end`` is replaced.
 
     Args:
         line: first line of the changed code.
@@ -98,7 +98,7 @@ class Mutant:
 
 
 class MutantFinder(ast.NodeVisitor):
-    """Collects all mutants of a file, except for changes of docstrings, annotations, messages and log calls."""
+    """Collects all mutants of a file, except for changes to docstrings, annotations, messages and log calls."""
 
     def __init__(self, path: str, source: str):
         self.path = path
@@ -127,7 +127,7 @@ class MutantFinder(ast.NodeVisitor):
         return ast.get_source_segment(self.source, node)
 
     def add(self, node: ast.AST, replacement: str, *, last: ast.AST | None = None) -> None:
-        """Add a mutant that replaces a node, or the source from its start to the end of the node ``last``."""
+        """Add a mutant that replaces ``node``, or, with ``last``, all source from ``node`` to the end of ``last``."""
         last = last or node
         start = self.offset(node.lineno, node.col_offset)
         end = self.offset(last.end_lineno, last.end_col_offset)
@@ -408,7 +408,7 @@ def main() -> None:
     sampling.add_argument("--number", type=int, default=60, help="number of mutants")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
-        "--budget", type=float, default=120, help="maximum seconds for all tests of a mutant; the quickest run first"
+        "--budget", type=float, default=120, help="maximum total seconds of the tests of a mutant; faster tests run first"
     )
     args, rest = parser.parse_known_args()
     if args.mode == "record":

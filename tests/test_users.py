@@ -214,7 +214,7 @@ def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, 
         outcome = run(*arguments, log_folder=tmp_path, **options)
         assert outcome.exit_codes == [75], outcome.output
         assert "Traceback" not in outcome.output
-        assert outcome.output.splitlines()[-1].endswith("is saved, and the same command resumes there")
+        assert outcome.output.splitlines()[-1].endswith("is saved, and the same command resumes the run")
 
 
 def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_path):

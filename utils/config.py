@@ -364,7 +364,7 @@ def _validate_model(cfg: CfgNode) -> None:
     if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", la_keys.ATTN_TYPE):
         raise ConfigError(
             f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage: L (linear), S (softmax) or M (mixed); "
-            "with M, append the number of linear blocks of that stage, as in LLMS3"
+            "with M, the number of linear blocks in that stage follows the last letter, as in LLMS3"
         )
     if not re.fullmatch(r"[1-9]{4}", la_keys.PVT_LA_SR_RATIOS):
         raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={la_keys.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")

@@ -146,8 +146,8 @@ KEYS = {
     "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1),
     "MODEL.LA.ATTN_TYPE": Key(
         "LLLL",
-        "one letter per stage: `L` linear, `S` softmax, `M` mixed (linear blocks followed by softmax blocks); with `M`, append "
-        "the number of linear blocks of that stage, as in `LLMS3`",
+        "one letter per stage: `L` linear, `S` softmax, `M` mixed (linear blocks followed by softmax blocks); with `M`, the "
+        "number of linear blocks in that stage follows the last letter, as in `LLMS3`",
     ),
     "MODEL.LA.PVT_LA_SR_RATIOS": Key(
         "1111", "PVT: spatial reduction ratio of keys and values in linear blocks, one digit per stage"
@@ -175,8 +175,8 @@ KEYS = {
     "TRAIN.MIN_LR": Key(5e-6, "learning rate at the end of the cosine schedule; scaled like `TRAIN.BASE_LR`", minimum=0),
     "TRAIN.RECIPE_BATCH_SIZE": Key(
         0,
-        "global batch size of the recipe; a run with a different one logs a warning; 0: 8 times the `DATA.BATCH_SIZE` of the "
-        "config files",
+        "global batch size of the recipe; a run with a different one logs a warning; 0: 8 times `DATA.BATCH_SIZE` as "
+        "set in the config files, before command-line overrides",
         minimum=0,
     ),
     "TRAIN.WEIGHT_DECAY": Key(
@@ -324,8 +324,8 @@ KEYS = {
     "EVAL_FREQ": Key(1, "epochs between evaluations", minimum=1),
     "ATTENTION_IMAGE": Key(
         "",
-        "path of an image; after each evaluation, the attention maps of the model without EMA for this image are written "
-        "to TensorBoard; empty: none",
+        "path of an image; after each evaluation, the attention maps that the raw (non-EMA) weights give for this image are "
+        "written to TensorBoard; empty: none",
         is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),

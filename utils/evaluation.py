@@ -187,7 +187,7 @@ class _Counter:
 
 
 def log_results(results: Mapping[str, EvalResult]) -> None:
-    """Log counts, loss and accuracies for each label of weights."""
+    """Log counts, loss and accuracies for each set of weights (raw and EMA)."""
     for label, result in results.items():
         logger.info(
             "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result

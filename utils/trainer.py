@@ -458,7 +458,7 @@ class Trainer:
         self.finish_saving()
         raise Stopped(
             f"stopped in {phase}; the checkpoint after update {self.state.num_updates} is saved, and the same command resumes "
-            "there"
+            "the run"
         )
 
 

@@ -1,4 +1,4 @@
-"""Measures of a model's attention over images, and scripts/analyze_focus.py, which writes them."""
+"""Measures of a model's attention, computed on a set of images, and scripts/analyze_focus.py, which writes them."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
     assert own == pytest.approx(softmax, abs=1e-5)  # without masks and biases, the block's attention is plain softmax
 
 
-def test_the_convolution_share_is_zero_without_the_convolution():
+def test_the_share_of_the_convolution_in_the_weights_is_zero_without_the_convolution():
     model = SwinTransformer(img_size=32, attn_type="LL", **SMALL_SWIN).eval()
     rows = summarise(model, [torch.randn(3, 32, 32)], ["layers.0.blocks.0.attn"])
     assert {row.block for row in rows} == {"layers.0.blocks.0.attn"}

@@ -97,7 +97,7 @@ def test_erasing_of_an_image_does_not_depend_on_its_batch(mode):
         assert values.std() == pytest.approx(1, abs=0.05)
 
 
-def test_two_rectangles_of_an_image_have_different_noise():
+def test_two_rectangles_in_one_image_have_different_colours():
     erase = Erase(1.0, mode="rand", max_count=2, seed=0, device=CPU)
     keys = [(0, index) for index in range(40)]
     erased = erase(torch.full((40, 3, SIDE, SIDE), 9.0), keys)

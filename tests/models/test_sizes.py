@@ -14,7 +14,8 @@ from models.swin import SwinTransformer
 TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
 TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin
 TOY_DEIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
-# Constructor and options of one small model per kind of position table.
+# Constructor and options of one small model per kind of position table (position embedding, positional encoding of the keys,
+# or relative position bias).
 TABLE_KINDS = {
     "swin, global": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL"}),
     "swin, linear windows": (SwinTransformer, {**TOY_SWIN, "attn_type": "LL", "window_size": 3}),
@@ -48,7 +49,7 @@ def assert_same_logits(one, other, size):
 
 @pytest.mark.parametrize(("source_size", "size"), [((64, 64), (48, 96)), ((48, 96), (64, 64)), ((96, 48), (48, 96))], ids=str)
 @pytest.mark.parametrize("kind", TABLE_KINDS)
-def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, size):
+def test_a_checkpoint_loaded_at_another_image_size_gives_the_logits_of_its_source_model(kind, source_size, size):
     """If the image size of the checkpoint is given, the loaded model equals the source model called at the new size."""
     source, target = build(kind, source_size), build(kind, size)
     state_dict = source.state_dict()
@@ -56,7 +57,7 @@ def test_a_checkpoint_loads_exactly_at_any_other_image_size(kind, source_size, s
     assert_same_logits(target, source, size)
 
 
-def test_a_checkpoint_for_224_pixels_loads_exactly_at_a_non_square_size():
+def test_a_checkpoint_for_224_pixels_loaded_at_a_non_square_size_gives_the_logits_of_its_source_model():
     """The size changes from 224 x 224 to 160 x 320 pixels. Stage 2 has stripes of 28 x 7 tokens."""
     options = {**TOY_SWIN, "attn_type": "LLL", "linear_splits": (14, 7, None), "depths": (1, 1, 1), "num_heads": (2, 4, 8)}
     source, target = (CSwinTransformer(**options, img_size=size).eval() for size in (224, (160, 320)))

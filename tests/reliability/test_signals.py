@@ -21,7 +21,7 @@ STOPPED = 75  # exit status of a run that a signal stopped, see docs/outputs.md
 
 
 def call_before(module, name: str, number: int, action) -> None:
-    """Patch the function ``name`` of a module so that its call ``number``, counted from 1, first calls ``action``."""
+    """Patch the function ``name`` of a module: run ``action`` immediately before its ``number``-th call, counted from 1."""
     original, calls = getattr(module, name), []
 
     def replacement(*arguments, **options):
@@ -82,7 +82,7 @@ def test_s1_signal_to_one_rank_stops_all_ranks_and_saves_their_state(
         assert "stopped before the first update" in stopped.output
         assert not list_checkpoints(folder)
     else:
-        assert "the same command resumes there" in stopped.output
+        assert "the same command resumes the run" in stopped.output
         newest = list_checkpoints(folder)[0]
         assert f"the checkpoint after update {read_checkpoint(newest)['num_updates']} is saved" in stopped.output
     resumed = run_main(arguments, tmp_path / "log", processes=2)
@@ -123,7 +123,7 @@ def test_s3_loader_workers_ignore_a_signal_to_their_process_group(signal_number,
     )
     assert stopped.exit_codes == [STOPPED], stopped.output
     assert "Traceback" not in stopped.output
-    assert stopped.output.count("is saved, and the same command resumes there") == 1
+    assert stopped.output.count("is saved, and the same command resumes the run") == 1
     resumed = run_main(arguments, tmp_path / "log")
     assert resumed.exit_codes == [0], resumed.output
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
@@ -145,7 +145,7 @@ def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy
     assert [path.name for path in list_checkpoints(default_output / "toy/default")] == ["checkpoint_000000012.pth"]
 
 
-def test_a_run_that_resumes_after_its_last_epoch_is_evaluated(toy_config, toy_data, tmp_path):
+def test_a_run_resumed_with_fewer_epochs_than_already_trained_is_evaluated(toy_config, toy_data, tmp_path):
     """A run is killed in its second epoch, and resumes with TRAIN.EPOCHS 1."""
     folder = tmp_path / "toy/default"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)

@@ -145,7 +145,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
     assert trainer.state.num_updates == 2
 
 
-def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_counts, monkeypatch):
+def test_a_failed_write_makes_all_processes_save_and_raise_its_error(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
     assert trainer.requests().tolist() == [0, 0]  # requests to stop and to save
 
@@ -156,7 +156,7 @@ def test_a_failed_write_requests_a_save_from_all_processes(tmp_path, correct_cou
     trainer.save()
     while not trainer.background_write.failed:
         time.sleep(0.01)
-    assert trainer.requests().tolist() == [0, 1]  # saving raises the error of the failed write in all processes
+    assert trainer.requests().tolist() == [0, 1]  # every process then saves, which raises the error of the failed write
 
 
 def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, monkeypatch):
@@ -330,7 +330,7 @@ def test_only_the_first_batch_of_a_run_is_logged(tmp_path, correct_counts):
         assert [torch.equal(images, first) for images in shown] == ([True] if num_updates == 0 else [])
 
 
-def test_a_model_on_the_device_of_evaluation_is_not_copied():
+def test_a_model_already_on_the_evaluation_device_is_not_copied():
     model = nn.Linear(2, 3)
     assert utils.trainer._on_device(model, DEVICE) is model
     copied = utils.trainer._on_device(model, torch.device("meta"))
