@@ -39,7 +39,7 @@ class Attention:
         output: (G, N, C), before the output projection. For CSwin's softmax attention, it excludes CSwin's depthwise
             convolution of v (LePE).
         map_grid: height and width of the block's whole token map, before it is divided into windows or stripes.
-        num_prefix_tokens: number of tokens before those of the map: 1 for DeiT's class token.
+        num_prefix_tokens: number of tokens before the map tokens; 1 in DeiT (the class token), 0 in other models.
     """
 
     name: str

@@ -25,9 +25,10 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def top_mass(weights: Tensor, fraction: float) -> Tensor:
-    """Sum of each query's largest normalised weights, over the given fraction of the keys (at least one key).
+    """Sum of the normalised weights on the keys with the largest weights, per query. (..., N, M) -> (..., N), in [0, 1].
 
-    (..., N, M) -> (..., N), in [0, 1].
+    Args:
+        fraction: fraction of the keys to include; at least one key is included.
     """
     count = max(1, round(fraction * weights.shape[-1]))
     return distribution(weights).topk(count, dim=-1).values.sum(dim=-1)
@@ -77,7 +78,7 @@ def numerical_rank(values: Tensor, tolerance: float = 1e-5) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """Exponential of the entropy of the singular values (Roy and Vetterli, EUSIPCO 2007). (..., K) -> (...)."""
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007). (..., K) -> (...)."""
     return torch.special.entr(values / values.sum(dim=-1, keepdim=True)).sum(dim=-1).exp()
 
 

@@ -33,8 +33,9 @@ class BlockMaps:
         name: name of the module.
         queries: (Q, 2) row and column of the chosen queries on the block's token map.
         grid: height and width of the block's token map.
-        maps: form of attention, such as ``softmax, same q and k`` -> (H, Q, kh, kw). The convolution is averaged over channels
-            and has one head.
+        maps: name of a form of attention -> weights (H, Q, kh, kw). The forms are the model's own attention, other attention
+            functions of the same queries and keys (such as ``softmax, same q and k``), the depthwise convolution (averaged
+            over channels, with one head), and the sum of the model's attention and its convolution.
     """
 
     name: str
@@ -203,5 +204,5 @@ def module_names(model: nn.Module, blocks: list[str] | None) -> list[str]:
         return names
     for block in blocks:
         if not any(name.startswith(block) for name in names):
-            raise ValueError(f"{block}: no attention module has a name that starts with this; choose among {', '.join(names)}")
+            raise ValueError(f"{block}: not the name or prefix of an attention module; choose among {', '.join(names)}")
     return [name for name in names if name.startswith(tuple(blocks))]

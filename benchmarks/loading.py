@@ -56,7 +56,7 @@ class OurDataset(Dataset):
 
 
 def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
-    """Images per CPU second of each task, and the speed-up over the first task. In each round, every task runs once."""
+    """Images per CPU second of each task, and the speed-up over the first task. Each round runs every task on all images."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(rounds + 1):
         for name, task in tasks.items():

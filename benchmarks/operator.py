@@ -69,7 +69,7 @@ def measure_operator(
         the speed-up over the naive implementation.
 
     Raises:
-        ValueError: the number of tokens is not a square.
+        ValueError: ``num_tokens`` is not a square number.
     """
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:

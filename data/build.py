@@ -107,7 +107,7 @@ class DeviceLoader:
                 worker, source = batch_number % self.loader.num_workers, index.source
                 raise StalledWorkerError(
                     f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s while reading "
-                    f"{len(names)} images in {source}, {names[0]} to {names[-1]}; check the disk, or raise "
+                    f"{len(names)} images in {source} (first: {names[0]}, last: {names[-1]}); check the disk, or raise "
                     "DATA.WORKER_TIMEOUT. The same command resumes the run"
                 ) from None
             self.seconds_waited += time.monotonic() - started
@@ -336,7 +336,9 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
     num_workers = build_num_workers(cfg)
     if num_workers < cfg.DATA.NUM_WORKERS:
         logger.info(
-            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the CPU cores", num_workers, cfg.DATA.NUM_WORKERS
+            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the number of CPU cores",
+            num_workers,
+            cfg.DATA.NUM_WORKERS,
         )
     return DataLoader(
         dataset,
@@ -370,8 +372,8 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tupl
     readable = [sample for sample in samples if sample.image is not None]
     if not readable:
         raise DataError(
-            f"{decode_errors[0][1]}. No image of its batch can be read, so nothing is left after skipping: raise --batch-size, "
-            "or set DATA.UNREADABLE to replace"
+            f"{decode_errors[0][1]}. All images of this batch are unreadable, so skipping them leaves an empty batch; raise "
+            "--batch-size, or set DATA.UNREADABLE to replace"
         )
     readable = [readable[position] for position in separate_copies([sample.key[1] for sample in readable])]
     images, targets = default_collate([(sample.image, sample.label) for sample in readable])

@@ -53,9 +53,9 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
 
 
 def compare_class_names(names: Sequence[str], model_classes: Sequence[str]) -> str:
-    """Describe the first class whose name in a dataset differs from that in a checkpoint; "" if there is none.
+    """Describe the first class whose name in a dataset differs from its name in a checkpoint; "" if there is none.
 
-    Lists that differ in length are not compared, nor is "0", "1", ..., which does not identify classes.
+    The lists are not compared if they differ in length, or if one of them is "0", "1", ..., which does not identify classes.
     """
     if len(model_classes) != len(names) or numbered(len(names)) in (list(names), list(model_classes)):
         return ""
@@ -75,9 +75,9 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
     """Read the model's class id for each class of a dataset; predictions are then restricted to these class ids.
 
     Args:
-        class_map: ``imagenet`` for directories named by WordNet id (n01440764: ImageNet-A, -R, -Sketch) or by class number
-            (ImageNet-V2), else a file with one line per directory: its name, white space, the model's class id.
-        classes: class names of the dataset, by its own class id.
+        class_map: ``imagenet`` for directories named by WordNet id such as n01440764 (ImageNet-A, -R, -Sketch) or by class
+            number (ImageNet-V2); otherwise a file with one line per directory: its name, white space, the model's class id.
+        classes: class names of the dataset, in the order of the dataset's class ids.
 
     Raises:
         DataError: a directory without a class id, a class id out of range, or the same class id for two directories.
@@ -86,8 +86,8 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
             raise DataError(
                 f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, so they cannot be matched with the "
-                f"model's {num_classes} classes; name the directories, or the lines of classes.txt, by WordNet id, or "
-                "set TEST.CLASS_MAP to a file"
+                f"model's {num_classes} classes; name the directories by WordNet id (for archives: list the WordNet ids in "
+                "classes.txt), or set TEST.CLASS_MAP to a file with the class id of each directory"
             )
         subset = infer_imagenet_subset({"num_classes": num_classes})
         names = ImageNetInfo(subset).label_names() if subset else []

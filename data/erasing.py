@@ -1,4 +1,4 @@
-"""Random erasing (https://arxiv.org/abs/1708.04896) as in timm, with the random numbers of a batch drawn at once.
+"""Random erasing (https://arxiv.org/abs/1708.04896) as in timm, but with all random numbers of a batch drawn at once.
 
 Shapes: B images, at most R rectangles per image, K rectangles in total.
 """

@@ -193,7 +193,7 @@ def describe_index(index: Index) -> dict:
     counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
     digests = [hashlib.sha256() for _ in index.classes]
     lengths = np.diff(index.ends, prepend=0)
-    # Hash consecutive images of a class together: unless the images are shuffled, each class needs a single call.
+    # Hash consecutive images of a class together: unless the images are shuffled, each class is hashed in one iteration.
     changes = np.flatnonzero(np.diff(index.labels)) + 1
     for start, end in zip(np.r_[0, changes], np.r_[changes, len(index)], strict=True):
         digest = digests[index.labels[start]]
@@ -475,7 +475,7 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         raise DataError(f"{source}: has no images; pack the data again")
     used_ids = set(labels)
     first_unused = next(class_id for class_id in itertools.count() if class_id not in used_ids)
-    if first_unused < max(used_ids):  # checked before the lists below, whose length grows with the largest class id
+    if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
         raise DataError(f"{source}: has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
     classes = [str(label) for label in range(max(labels) + 1)]
@@ -550,7 +550,7 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
                 num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
                 end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
                 folder, _, base = entry.name.rpartition("/")
-                if entry.isdir() or base.startswith("._"):  # metadata that macOS adds to each file
+                if entry.isdir() or base.startswith("._"):  # macOS stores metadata of each file in a ._ file
                     continue
                 _check_name(shard, entry.name)
                 if not entry.isreg():
@@ -600,7 +600,7 @@ def _check_end(shard: Path, end: int) -> None:
     size = shard.stat().st_size
     if size < end + 2 * tarfile.BLOCKSIZE:
         raise DataError(
-            f"{shard}: truncated at byte {size}: the two blocks of zeros that end a tar file are missing; pack or download "
+            f"{shard}: is truncated at byte {size} (the two blocks of zeros that end a tar file are missing); pack or download "
             "it again"
         )
     with open(shard, "rb") as file:
@@ -609,7 +609,7 @@ def _check_end(shard: Path, end: int) -> None:
             if block.count(0) < len(block):
                 first = end + next(position for position, value in enumerate(block) if value)
                 raise DataError(
-                    f"{shard}: has data at byte {first}, after the end of the archive: damaged, or several concatenated "
-                    "archives; pack or download it again"
+                    f"{shard}: has data at byte {first}, after the end of the archive; the file is damaged, or consists of "
+                    "several concatenated archives. Pack or download it again"
                 )
             end += len(block)

@@ -204,7 +204,7 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     for split in ("train", "val") if stored else ():
         if change := compare_descriptions(stored[split], data[split]):
             raise ConfigError(
-                f"{path}: the data have changed since it was saved: {split}/: {change}. Restore them, or start a new run "
+                f"{path}: the data have changed since it was saved: in {split}/, {change}. Restore them, or start a new run "
                 "with --pretrained and another --tag"
             )
 

@@ -37,7 +37,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
     if "replay" not in state:
-        raise CheckpointError(f"{path}: has no update to repeat; give the replay_*.pth of a run")
+        raise CheckpointError(f"{path}: is not a replay file; give the replay_*.pth of a training run")
     cfg, update = load_stored_config(state["config"], opts, source=path), state["replay"]["update"]
     apply_numerical_settings(cfg)
     dataset = build_datasets(cfg, training=True).train
@@ -115,8 +115,8 @@ def _check_output(name: str, findings: list[str]):
         if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
             findings.append(
-                f"{parent or 'the model'} itself computes the first values that are not finite, outside its submodules: "
-                f"the input of its submodule {child} is not finite"
+                f"the first values that are not finite are computed by {parent or 'the model'} itself, not by a submodule: the "
+                f"input of its submodule {child} is not finite"
             )
             return
         largest_input = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))

@@ -31,7 +31,7 @@ from models.layers import (
 )
 from models.linear_attention import FocusedLinearAttention
 
-# Directions of stripes. Value: the map axis that is split: 0 (height) for horizontal stripes, 1 (width) for vertical ones.
+# Directions of stripes. The value is the axis of the map that is split: height for horizontal and width for vertical stripes.
 HORIZONTAL = 0
 VERTICAL = 1
 

@@ -67,7 +67,10 @@ class Scratch:
 
 
 class Blocks:
-    """Splits a batch into blocks of images; if a single image exceeds the limit, its tokens are split as well."""
+    """Splits a batch into blocks that fit into the caches of a CPU; on other devices, the batch is one block.
+
+    A block contains whole images. If a single image exceeds ``MAX_BLOCK_ELEMENTS_ON_CPU``, its tokens are split as well.
+    """
 
     def __init__(self, num_images: int, num_tokens: int, channels: int, device: torch.device):
         limit = MAX_BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else num_images * num_tokens * channels
@@ -380,7 +383,7 @@ class _Run:
 def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:
     """Gradient of a depthwise kernel, (C, 1, side, side): convolve the maps with the output gradient as the kernel.
 
-    On a CPU, for kernels larger than 3 x 3, this takes a third of the time of torch's backward pass, in bfloat16 a tenth.
+    On a CPU, for kernels larger than 3 x 3, this takes one third of the time of torch's backward pass (one tenth in bfloat16).
 
     Args:
         maps, gradient: input of the convolution and gradient of its output, (b, C, height, width).

@@ -1,5 +1,7 @@
 """Components shared by the backbones: token-map helpers, resizable position tables, and the base class with timm's interface.
 
+A position table is a parameter with one row per token or relative position, such as the position embeddings.
+
 Shapes: B images, N tokens, C channels, H x W a token map, nW windows of h x w tokens per image.
 """
 
@@ -126,7 +128,9 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
     if len(letters) != len(depths) or set(letters) - set("LSM"):
         raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
     if ("M" in letters) != bool(digits):
-        raise ValueError(f"attention type {attn_type!r}: M needs a number at the end, as in LLMS3, and only M allows one")
+        raise ValueError(
+            f"attention type {attn_type!r}: M needs a number at the end, as in LLMS3; without M, no number is allowed"
+        )
     num_linear = int(digits or 0)
     return [
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
@@ -190,11 +194,12 @@ class PositionTable(NamedTuple):
     Attributes:
         name: parameter name, relative to the module whose ``position_tables`` returns this object.
         grid: height and width of the table at the model's native size.
-        source_grid: function that returns the height and width of the table in a checkpoint, or None if none match. Arguments:
-            height and width of the stage's token map at the checkpoint's image size, and number of positions in the table.
-        num_prefix_tokens: leading rows without a position, such as that of the class token.
-        assume_square: if the image size of a checkpoint is unknown and the number of positions is a square, assume a
-            square map.
+        source_grid: function that returns the height and width of the table in a checkpoint, or None if no size matches the
+            number of positions. Arguments: height and width of the stage's token map at the checkpoint's image size, and
+            number of positions in the table.
+        num_prefix_tokens: number of leading rows for tokens without a position, such as the class token.
+        assume_square: if the image size of a checkpoint is unknown and the number of positions is a square number, assume
+            that the table is square.
     """
 
     name: str

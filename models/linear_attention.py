@@ -58,8 +58,8 @@ class FocusedLinearAttention(nn.Module):
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
 
     Attributes:
-        fused: use the custom backward pass of ``focused``, which has no second derivative. False selects the unfused form,
-            which supports derivatives of any order but needs more time and memory.
+        fused: for kind ``focused``, use a custom backward pass, which supports only first derivatives. False selects the
+            unfused form, which supports derivatives of any order but needs more time and memory.
 
     Raises:
         ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.

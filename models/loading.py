@@ -55,16 +55,17 @@ class LoadReport:
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
     """Load weights of the same model, trained at any input size and with any number of classes.
 
-    Entries are matched by name. Position tables are resized (bicubic, as in the paper's code). If the file has the head of
-    ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes loads the rows
-    of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
+    Entries are matched by name. Position tables (such as position embeddings) are resized (bicubic, as in the paper's code). If
+    the file has the head of ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with
+    1000 classes loads the rows of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the
+    model's is not loaded.
 
     Args:
         weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``weights.reader.preferred_weights``).
 
     Raises:
         ValueError: an unknown value of ``weights``.
-        CheckpointError: the file cannot be read, or belongs to another model; the message names it or a similar model.
+        CheckpointError: the file cannot be read, or belongs to another model, which the message identifies if possible.
     """
     return fill_model(model, read_checkpoint(path), weights=weights, path=path)
 
@@ -146,7 +147,10 @@ def _match(
 
 
 def _smallest_coverage(sizes: dict[str, int], head: set[str], filled: set[str], num_unused: int) -> tuple[float, str]:
-    """Smallest of three fractions: filled tensors and filled parameters of the model without its head, and used parameters.
+    """Smallest of three fractions that measure how well a file matches the model.
+
+    They are the fractions of the model's tensors and of its parameters that the file fills (both without the head), and the
+    fraction of the file's parameters that the model uses.
 
     Args:
         sizes: name of each tensor of the model -> number of elements.
@@ -172,8 +176,8 @@ def _smallest_coverage(sizes: dict[str, int], head: set[str], filled: set[str], 
 def _imagenet_rows(num_stored: int, num_classes: int) -> dict[int, int] | None:
     """Map each class of ImageNet-1k to its row in the head of a larger data set, identified by its number of classes.
 
-    Some of these data sets lack one or two of the 1000 classes; the result omits these classes. None if timm knows no data set
-    with ``num_stored`` classes, or if ``num_classes`` is not 1000.
+    Some of these data sets lack one or two of the 1000 classes; the result omits these classes. Returns None if
+    timm has no data set with ``num_stored`` classes, or if ``num_classes`` is not 1000.
     """
     subset = infer_imagenet_subset({"num_classes": num_stored})
     if num_classes != 1000 or subset is None:

@@ -276,7 +276,7 @@ class PyramidBackbone(Backbone):
 
 
 class PyramidVisionTransformer(PyramidBackbone):
-    """FLatten-PVT, with one position table per stage; see ``PyramidBackbone`` for the other arguments.
+    """FLatten-PVT, with position embeddings in every stage; see ``PyramidBackbone`` for the other arguments.
 
     Args:
         pos_drop_rate: dropout after the position embeddings of each stage are added.

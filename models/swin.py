@@ -210,7 +210,10 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The blocks of a stage and its downsampling layer, called separately: the feature map is the output of the blocks."""
+    """The blocks of a stage and its downsampling layer.
+
+    They are called separately, because the feature map of the stage is the output of the blocks, before downsampling.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None):
         super().__init__()

@@ -42,7 +42,9 @@ def average(paths: list[Path], weights: str) -> dict:
             raise CheckpointError(f"{path}: has different classes than {paths[0]}; all checkpoints must have the same classes")
         _, state_dict = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
-            raise CheckpointError(f"{path}: is a different model than {paths[0]}; all checkpoints must be of the same model")
+            raise CheckpointError(
+                f"{path}: contains a different model than {paths[0]}; all checkpoints must be of the same model"
+            )
         for name, value in state_dict.items():
             if not value.is_floating_point():
                 if name in total and not torch.equal(total[name], value):

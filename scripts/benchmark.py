@@ -61,10 +61,10 @@ def parse() -> argparse.Namespace:
     )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
-    data = modes.add_parser("data", parents=[shared], help="decoding and augmentation")
+    data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
     data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     data.add_argument(
-        "--packed", type=Path, metavar="DIR", help="archives of the same images, written by scripts/pack_dataset.py"
+        "--packed", type=Path, metavar="DIR", help="data set packed from the same images by scripts/pack_dataset.py"
     )
     data.add_argument(
         "--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="config that sets the augmentation"

@@ -22,8 +22,8 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
 
     Args:
         path: predictions file, or output directory of an evaluation.
-        weights: raw or ema, to choose among the predictions files of a directory; None: the ``preferred`` weights in its
-            ``eval.json``.
+        weights: raw or ema, to choose the predictions file of a directory. None chooses the weights that the directory's
+            ``eval.json`` lists as ``preferred``.
 
     Returns:
         The path of the predictions file, and a dictionary from image name to (prediction, target).
@@ -65,8 +65,8 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
     if first.keys() != second.keys():
         unmatched = sorted(first.keys() ^ second.keys())
         raise ValueError(
-            f"images in only one of the files: {len(unmatched)} ({unmatched[0]}, ...); evaluate both models on the "
-            "same data. If image names differ only in the extension, pack_dataset.py renames the images in tar shards"
+            f"images in only one of the files: {len(unmatched)} ({unmatched[0]}, ...); evaluate both models on the same data. "
+            "Images whose names differ only in the extension cannot be matched with tar shards made by pack_dataset.py"
         )
     if mismatch := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(

@@ -192,7 +192,7 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be read ({error}); pass the eval.json of an evaluation") from None
     if evaluation["sha256"] != digest or label not in evaluation["results"]:
-        raise ExportError(f"{path}: belongs to another checkpoint or other weights; evaluate this checkpoint")
+        raise ExportError(f"{path}: belongs to another checkpoint or other weights; evaluate the exported checkpoint")
     return evaluation
 
 

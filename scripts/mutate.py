@@ -7,7 +7,7 @@ changed. The tests that execute the changed line are run on the mutant. The muta
     python scripts/mutate.py sample models data --number 60 --seed 0
 
 ``record`` runs the tests once with coverage, and needs ``coverage`` and ``pytest-cov``. ``sample`` prints every mutant that
-survived, with its file, line and change. Many of these are equivalent to the original code, so inspect each one.
+survived, with its file, line and change. Many survivors are equivalent to the original code, so inspect each one.
 """
 
 import argparse
@@ -408,7 +408,7 @@ def main() -> None:
     sampling.add_argument("--number", type=int, default=60, help="number of mutants")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
-        "--budget", type=float, default=120, help="maximum total seconds of the tests of a mutant; faster tests run first"
+        "--budget", type=float, default=120, help="maximum total seconds of tests per mutant; faster tests are chosen first"
     )
     args, rest = parser.parse_known_args()
     if args.mode == "record":

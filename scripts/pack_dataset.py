@@ -100,7 +100,7 @@ def check_target(target: Path, split: str, index: Index) -> None:
     if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
         raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
     if (target / split).is_dir():
-        raise DataError(f"{target / split}: is a directory of the same split; choose another directory for the archives")
+        raise DataError(f"{target / split}: already contains this split; choose another directory for the archives")
     class_list = target / CLASS_NAMES_FILE
     if class_list.is_file() and read_class_names(class_list) != index.classes:
         raise DataError(f"{class_list}: lists different classes than {index.source}; choose another directory")

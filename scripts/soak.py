@@ -1,9 +1,9 @@
 """Train under random faults for a given time, and compare each finished run with an undisturbed run (without faults).
 
 A small model is trained on handwritten digits. Each time the training command is started, one fault follows at a random time:
-SIGKILL to one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of
-these faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including
-the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
+SIGKILL to one or all processes, a stop signal (SIGTERM, SIGINT or SIGUSR1) to one process, a full disk, or damage to the newest
+checkpoint. Before some of these faults, a second run is started in the same directory. After the fault, the same command is
+repeated. All runs, including the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must end, and the newest intact checkpoint must not be older than before, unless the fault
 damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to the undisturbed run's.
@@ -324,7 +324,7 @@ class Soak:
         """Start a second run in the directory of a running job. It must exit with status 2 and must not disturb the job.
 
         Returns:
-            The exit statuses of the first job. A fault is applied to it afterwards if it still runs.
+            The exit statuses of ``job``, to which ``disturb`` applies a fault if it still runs after the second run has ended.
         """
         update_at_start = newest_update(job.folder)
         job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > update_at_start)
@@ -333,7 +333,7 @@ class Soak:
         second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")
         statuses, first_is_running = second.end(SECONDS_TO_END), job.running()
         if first_is_running and statuses != [MISTAKE]:
-            raise SoakError(f"a second run in a directory in use ended with exit statuses {statuses}; see {second.log}")
+            raise SoakError(f"a second run in the same directory ended with exit statuses {statuses}; see {second.log}")
         if statuses == [MISTAKE]:
             self.survived[SECOND_RUN] += 1
             self.say(f"{job.folder.parent.parent.name}: second run refused at update {newest_update(job.folder)}")

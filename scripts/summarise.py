@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Correct predictions in the evaluation after which ``best.pth`` was written.
+    """Number of correct predictions per set of weights, in the evaluation after which ``best.pth`` was written.
 
     Returns:
         Label of the weights (raw, ema) -> number of correct predictions; empty without ``metrics`` (no training in this run).

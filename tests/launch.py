@@ -1,4 +1,4 @@
-"""Run ``main.py``, scripts and functions in processes that are forked from the test, so that no package is imported again."""
+"""Run ``main.py``, scripts and functions in processes forked from the test process, so that no package is imported again."""
 
 import logging
 import multiprocessing

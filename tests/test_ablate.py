@@ -1,4 +1,7 @@
-"""Ablations with scripts/ablate.py: validation of the ablation file, confidence intervals, resuming, and the result table."""
+"""Ablations with scripts/ablate.py: validation of the ablation file, confidence intervals, resuming, and the result table.
+
+An arm is one variant of the ablation, such as softmax attention; it is trained once per seed.
+"""
 
 import json
 

@@ -36,14 +36,14 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_package_imports_only_the_project_packages_that_it_may_import(path):
+def test_a_package_imports_only_allowed_project_packages(path):
     package = path.relative_to(ROOT).parts[0]
     top_level_names = {name.split(".")[0] for name in imports(path)}
     assert not top_level_names & ({*ALLOWED, "benchmarks", "jobs", "main", "scripts", "tests"} - {package} - ALLOWED[package])
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_third_party_library_is_imported_only_by_the_files_that_may_import_it(path):
+def test_a_third_party_library_is_imported_only_by_allowed_files(path):
     top_level_names = {name.split(".")[0] for name in imports(path)}
     for library, importers in IMPORTERS.items():
         assert library not in top_level_names or relative(path) in importers

@@ -1,4 +1,4 @@
-"""Commands of the reference implementation's README select the same job, model and config in this project.
+"""Commands from the README of the reference implementation (the paper's code) select the expected job, model and config.
 
 The commands are listed without their launcher, and with ``configs/`` instead of ``cfgs/``. The other tests in
 this file cover training on toy data, fine-tuning recipes, and the precedence of flags, --opts and config files.
@@ -109,7 +109,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("command", "millions", "job", "expected"), COMMANDS, ids=[command for command, *_ in COMMANDS])
-def test_commands_of_the_reference_resolve_to_the_same_job_model_and_config(
+def test_commands_of_the_reference_resolve_to_the_expected_job_model_and_config(
     command, millions, job, expected, tmp_path, monkeypatch
 ):
     (tmp_path / "WEIGHTS").write_bytes(b"")
@@ -224,8 +224,8 @@ def test_a_linear_probe_without_pretrained_weights_is_rejected(toy_config, toy_d
     assert "give weights with --pretrained" in outcome.output
 
 
-# Flag -> (arguments of the flag, resulting config value, a different value for --opts). For flags that are not listed, the key
-# is the argparse action of the flag, or its type if it has no action.
+# Flag -> (arguments of the flag, resulting config value, a different value for --opts). A flag that is not listed by name is
+# looked up by its argparse action, or by its type if it has no action.
 FLAG_VALUES = {
     "--no-model-ema": ([], False, "True"),
     "--cache-mode": (["full"], "full", "no"),

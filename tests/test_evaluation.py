@@ -1,4 +1,4 @@
-"""Evaluation: counts of correct predictions, checkpoints of the reference implementation, class maps, and result files."""
+"""Evaluation: counts of correct predictions, checkpoints of the paper's code (the reference), class maps, and result files."""
 
 import argparse
 import csv
@@ -138,6 +138,7 @@ def create_result(targets, predictions, num_classes=3):
 def test_result_files_contain_class_counts_predictions_and_accuracy_on_real_labels(tmp_path):
     result = create_result([0, 0, 1, 2], [0, 1, 1, 0])
     assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    # ReaL labels (reassessed ImageNet labels): an image may have several, or none.
     names, real = ["d.png", "c.png", "b.png", "a.png"], [[0], [1, 2], [], [2]]
     options = {"about": {"model": "x"}, "classes": ["cat", "dog", "a, b"], "names": names, "real_labels": real}
     write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=True, **options)
@@ -217,7 +218,8 @@ def test_two_evaluations_are_compared_on_the_same_images():
     assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
 
 
-def test_predictions_for_shards_and_for_image_files_with_dots_in_their_names_are_paired():
+def test_predictions_for_an_image_file_and_for_its_copy_in_a_shard_are_paired():
+    # In tar shards, pack_dataset.py replaces dots in image names by underscores.
     folder = {f"a/x.{number}.png": ("cat", "cat") for number in range(3)}
     shards = {f"val-000000.tar/a/x_{number}.png": ("cat", "cat") for number in range(3)}
     assert compare(folder, shards).startswith("3 images")
@@ -231,7 +233,7 @@ def test_a_predictions_file_with_truncated_or_duplicate_rows_is_rejected(tmp_pat
             read(tmp_path, None)
 
 
-def test_weights_with_non_finite_outputs_are_rejected(trained, toy_config, toy_data, tmp_path):
+def test_weights_that_give_non_finite_outputs_are_rejected(trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     state["model"]["head.bias"][0] = float("nan")
     save_checkpoint(state, tmp_path / "nan.pth")
@@ -352,7 +354,7 @@ def test_a_class_map_evaluates_a_dataset_with_a_subset_of_the_classes(trained, t
     assert json.loads((folder / "eval.json").read_text())["class_map"] == str(tmp_path / "map.txt")
 
 
-def test_an_evaluation_of_different_files_in_two_processes_is_rejected(trained, toy_config, toy_data, tmp_path):
+def test_evaluation_is_rejected_if_two_processes_read_different_checkpoints(trained, toy_config, toy_data, tmp_path):
     """Nodes may have different files at the same path; the test simulates this with a different digest in each process."""
 
     def prepare(rank: int) -> None:
@@ -398,7 +400,7 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
         assert mean["h"].item() == 2 + offset
         assert mean["n"].item() == 5 + offset
     torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="is a different model"):
+    with pytest.raises(CheckpointError, match="contains a different model"):
         average([paths[0], tmp_path / "other.pth"], "raw")
 
 

@@ -19,7 +19,7 @@ from tests.conftest import CONFIGS
 from utils.config import load_config, to_dict
 from weights.reader import sha256
 
-# Ignore the warnings that torch 2.11 raises about its own code.
+# Ignore warnings that torch raises about its own code.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -175,7 +175,7 @@ def test_timm_resolves_the_preprocessing_of_the_config(path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
-def test_every_model_family_exports_to_torch_export_and_onnx(name, tmp_path):
+def test_every_model_family_can_be_exported_with_torch_export_and_to_onnx(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(name, num_classes=10, img_size=96).eval()
     images = torch.randn(3, 3, 96, 96)

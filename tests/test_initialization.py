@@ -85,7 +85,7 @@ def test_a_file_at_the_output_path_is_rejected_by_training_and_by_check(level, t
 
 
 def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, toy_data, tmp_path):
-    """--check rejects a locked directory, and a run that would start before the newest checkpoint; it skips a damaged one."""
+    """--check rejects a locked directory and a start before the newest checkpoint's update, and skips damaged checkpoints."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
@@ -196,7 +196,7 @@ def test_deterministic_algorithms_and_tf32_follow_the_config(toy_config, monkeyp
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_amp_on_a_gpu_without_bf16_recommends_fp16(supported, toy_config, monkeypatch, caplog):
+def test_fp16_is_recommended_for_amp_on_a_gpu_without_bf16(supported, toy_config, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     apply_numerical_settings(load_config(toy_config, ["AMP", True]))

@@ -120,7 +120,7 @@ def test_resuming_from_the_checkpoint_of_another_run_resets_the_best_accuracy(un
 
 
 def kill_processes_with_argument(folder: Path) -> None:
-    """Send SIGKILL to every other process whose command line contains this directory."""
+    """Send SIGKILL to every other process whose command line contains the path ``folder``."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if str(folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
@@ -167,7 +167,7 @@ def test_rerunning_a_finished_run_changes_no_file(uninterrupted, toy_config, toy
 
 @pytest.fixture(scope="session")
 def evaluation_counts(uninterrupted, toy_config, toy_data, tmp_path_factory):
-    """Return a function that evaluates a checkpoint with a number of processes and a batch size, and returns the counts."""
+    """Return a function that evaluates a checkpoint with a given number of processes and batch size, and returns the counts."""
     checkpoint = uninterrupted(1) / "best.pth"
 
     def run(processes: int, batch_size: int) -> dict:

@@ -38,7 +38,10 @@ def images(toy_data, tmp_path):
 
 
 def predict_by_hand(checkpoint, toy_config, path):
-    """Confidence and class id of the top-1 prediction. Pillow resizes the image to 45 x 45 pixels, and crops 40 x 40."""
+    """Confidence and class id of the top-1 prediction.
+
+    Pillow resizes the image to 45 x 45 pixels (40 / 0.875, rounded down), and crops 40 x 40.
+    """
     state = read_checkpoint(checkpoint)
     model = build_model(load_config(toy_config)).eval()
     model.load_state_dict(state["model" if state["best"]["weights"] == "raw" else "state_dict_ema"])

@@ -1,4 +1,4 @@
-"""Our configs have the values of the reference implementation's 17 YAML files.
+"""Our configs have the values of the 17 YAML files of the reference implementation (the paper's code).
 
 tests/reference/recipes.json lists these values, as one recipe per file.
 """
@@ -13,7 +13,7 @@ IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an 
 
 
 def expected_values(recipe: dict) -> dict[str, object]:
-    """Convert a recipe to our config keys and types: EMA.ENABLED is a separate key, and the reduction ratios are a string."""
+    """Convert a recipe to our keys and types: EMA.DECAY=None becomes EMA.ENABLED=False, and the ratios become a string."""
     values = {key: value for key, value in recipe.items() if key not in IGNORED}
     decay = values.pop("EMA.DECAY")
     values["EMA.ENABLED"] = decay is not None

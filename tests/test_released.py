@@ -1,4 +1,4 @@
-"""Released weights, selected by model name. A local server provides files in the format of the reference implementation."""
+"""Released weights, selected by model name. A local server provides files in the format of the paper's code (the reference)."""
 
 import argparse
 import io
@@ -139,7 +139,7 @@ def test_pretrained_accepts_a_url_and_timm_downloads_released_weights_by_name(
 
 
 def test_released_models_match_the_readme_of_the_reference():
-    """Image size, top-1 and top-5 accuracy of every model.
+    """Compare the image size, top-1 and top-5 accuracy of every model.
 
     The number of correct predictions, which is the top-1 accuracy times 50,000 images, must be a whole number.
     """

@@ -34,7 +34,7 @@ def run(*arguments, log_folder, **options):
 
 
 def copy_run(trained: Path, folder: Path) -> Path:
-    """Copy the directory of a run, so that the test may write to it. Returns the path of its best.pth."""
+    """Copy the directory of a run, so that the test may write to it. Returns the path of the copied best.pth."""
     shutil.copytree(trained.parent, folder)
     return folder / "best.pth"
 
@@ -112,7 +112,8 @@ def test_the_config_of_a_reference_checkpoint_provides_the_model_but_not_the_sca
     model = {"TYPE": "flatten_swin", "NAME": "theirs", "NUM_CLASSES": 3, "SWIN": CfgNode(swin)}
     tree = CfgNode({"MODEL": CfgNode(model), "TRAIN": CfgNode({"BASE_LR": 1e-3}), "DATA": CfgNode({"IMG_SIZE": 64})})
     torch.save({"model": read_checkpoint(trained)["model"], "epoch": 299, "config": tree}, tmp_path / "theirs.pth")
-    # The reference stores the learning rate that it has scaled by the batch size. BASE_LR thus keeps our default, 5e-4.
+    # The reference stores the learning rate after scaling it by the batch size. The stored value is therefore ignored, and
+    # BASE_LR keeps our default, 5e-4.
     cfg = stored_config(open_checkpoint(tmp_path / "theirs.pth"))
     assert (cfg.MODEL.NAME, cfg.MODEL.SWIN.EMBED_DIM, cfg.DATA.IMG_SIZE, cfg.TRAIN.BASE_LR) == ("theirs", 24, 64, 5e-4)
 
@@ -409,7 +410,7 @@ def test_scripts_report_invalid_arguments_without_a_traceback(command, message):
     assert "Traceback" not in done.stderr
 
 
-def test_an_ema_in_host_memory_logs_a_warning_on_a_gpu(toy_config, caplog):
+def test_a_warning_is_logged_if_a_gpu_run_keeps_its_ema_in_host_memory(toy_config, caplog):
     cfg = load_config(toy_config, ["EMA.FORCE_CPU", True])
     for device, expected in (("cpu", 0), ("cuda", 1)):
         caplog.clear()

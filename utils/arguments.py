@@ -80,7 +80,10 @@ FLAGS = {
     "--zip": ("DATA.ZIP_MODE", {"action": "store_true", "help": "read <split>.zip and <split>_map.txt"}),
     "--cache-mode": (
         "DATA.CACHE_MODE",
-        {"choices": ("no", "full", "part"), "help": "with --zip: images that each process caches; part: an equal share"},
+        {
+            "choices": ("no", "full", "part"),
+            "help": "with --zip: images that each process keeps in memory: none (no), all (full) or an equal share (part)",
+        },
     ),
     "--resume": (
         "MODEL.RESUME",
@@ -103,7 +106,7 @@ FLAGS = {
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
     "--find-unused-params": (
         None,
-        {"action": "store_true", "help": "set find_unused_parameters in DDP; no model here needs it"},
+        {"action": "store_true", "help": "set find_unused_parameters in DDP; no model of this project needs it"},
     ),
     "--local-rank": (None, {"type": int, "help": argparse.SUPPRESS}),  # ignored; set by older launchers
     "--local_rank": (None, {"type": int, "help": argparse.SUPPRESS}),

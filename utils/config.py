@@ -198,7 +198,7 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
         if "." in str(key):
             *sections, leaf = str(key).split(".")
             nested = "".join(f"{section}: {{" for section in sections) + f"{leaf}: ..." + "}" * len(sections)
-            raise ConfigError(f"{source}: {name}: nest the key in its section: {nested}")
+            raise ConfigError(f"{source}: the key {name} contains a dot; write {nested} instead")
         child = node.get(key)
         if isinstance(child, CfgNode):
             if not isinstance(value, Mapping):
@@ -252,7 +252,7 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
 
 
 def _suggest_key(key: str, cfg: CfgNode) -> str:
-    """Suggest the most similar key at the end of the error for an unknown key; "" if no key is similar."""
+    """End of the error message for an unknown key, which suggests the most similar key; "" if no key is similar."""
     known = {name.upper(): name for name in flatten(cfg)}
     normalised = key.upper().lstrip("-").replace("-", "_")
     leaf = normalised.rsplit(".", 1)[-1]

@@ -57,7 +57,7 @@ KEYS = {
     "DATA.ZIP_MODE": Key(False, "read `<split>.zip` and `<split>_map.txt` instead of directories"),
     "DATA.CACHE_MODE": Key(
         "part",
-        "images of zip archives that each process keeps in memory: `no`: none, `full`: all, `part`: an equal share",
+        "images of zip archives that each process keeps in memory: none (`no`), all (`full`) or an equal share (`part`)",
         choices=("no", "full", "part"),
     ),
     "DATA.INDEX_CACHE": Key(
@@ -231,7 +231,7 @@ KEYS = {
     "AUG.REPROB": Key(0.25, "probability of random erasing per image", minimum=0, maximum=1),
     "AUG.REMODE": Key(
         "pixel",
-        "fill of random erasing: `pixel`: noise per pixel, `rand`: one random colour, `const`: zeros",
+        "fill of random erasing: noise per pixel (`pixel`), one random colour (`rand`) or zeros (`const`)",
         choices=("pixel", "rand", "const"),
     ),
     "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles per image", minimum=1),
@@ -305,7 +305,9 @@ KEYS = {
         choices=("off", "warn", "error"),
     ),
     "TF32": Key(
-        True, "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa), the default of torch 1.11"
+        True,
+        "compute fp32 matrix products and convolutions on GPUs in TF32 (10 bits of mantissa); on by default, as in torch 1.11, "
+        "which the paper's code uses",
     ),
     "CUDNN_BENCHMARK": Key(
         True,

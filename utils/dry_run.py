@@ -24,7 +24,7 @@ MAX_UPDATES = 50  # maximum number of updates in the measurement of the update t
 def dry_run(trainer: Trainer) -> None:
     """Run some training steps, one evaluation batch and one checkpoint round trip, and report the bottleneck.
 
-    It changes the trainer's state and writes a checkpoint to ``trainer.output``, which should be a temporary directory.
+    This function changes the state of ``trainer`` and writes a checkpoint to its output directory, which should be temporary.
 
     Raises:
         TrainingError, DataError, CheckpointError: an error that the run would have raised.
@@ -61,7 +61,7 @@ def dry_run(trainer: Trainer) -> None:
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
     logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
-    needed = size * (recipe.keep_checkpoints + 2)  # two more than are kept: best.pth, and the file being written
+    needed = size * (recipe.keep_checkpoints + 2)  # 2: best.pth and the file being written
     if needed > free + size:
         logger.warning(
             "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "

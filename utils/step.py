@@ -53,7 +53,7 @@ def train_step(
     requests: Tensor | None = None,
     failed: Tensor | None = None,
 ) -> Tensor:
-    """One optimizer update in any precision, with or without gradient clipping and accumulation.
+    """Run one optimizer update in any precision, with or without gradient clipping and accumulation.
 
     An update changes no weights and no optimizer state if its loss (in any process) or its gradient is not finite. In fp32 and
     bf16, this check runs on the device only. In fp16, the host reads the result of the check in every update, because the loss
@@ -109,7 +109,9 @@ def accumulate_gradients(
     amp_dtype: torch.dtype,
     requests: Tensor,
 ) -> None:
-    """Forward and backward passes of an update. The last backward pass averages gradients, loss and requests over processes.
+    """Run the forward and backward passes of an update.
+
+    The last backward pass averages gradients, loss and requests over the processes.
 
     Args: see ``train_step``.
     """

@@ -85,7 +85,7 @@ class TrainState:
         }
 
     def load_dict(self, state: dict) -> None:
-        """Restore a checkpoint, except for the optimizer's options such as weight decay, which remain those of the config.
+        """Restore a checkpoint, except for the optimizer's options such as weight decay, which keep the config's values.
 
         If the checkpoint has no EMA weights, they are initialised from the model weights.
 

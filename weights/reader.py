@@ -39,7 +39,7 @@ _PLAIN_GLOBALS = [
 
 
 class CheckpointError(ValueError):
-    """A weight file is missing, damaged, unsafe or does not match the model. The message includes the path and the remedy."""
+    """A weight file is missing, damaged, unsafe or does not match the model. The message includes the path and the reason."""
 
 
 def verify(path: Path) -> None:
@@ -54,7 +54,7 @@ def verify(path: Path) -> None:
     except Exception as error:  # zipfile and zlib raise many exception types on damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: damaged: {damaged} fails its checksum")
+        raise CheckpointError(f"{path}: is damaged (its entry {damaged} fails the checksum)")
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Attention maps captured from models: the weights multiplied by the values equal the output of each attention module.
 
+A form of attention is a formula that computes weights from given queries and keys.
+
 Shapes: G groups of tokens that attend to each other, N queries, M keys, H heads, C channels, D channels per head.
 """
 

@@ -50,7 +50,7 @@ def test_maps_are_the_rows_of_the_attention_matrices(case):
         matrix = attention.matrix()[:, :, prefix:, prefix:]
         if attention.key_grid != attention.grid:
             rows = matrix[0]
-        else:  # fill in the rows and columns of the tokens of each window
+        else:  # copy the matrix of each window to the rows and columns of its tokens
             rows = matrix.new_zeros(matrix.shape[1], height * width, height * width)
             for window, positions in zip(matrix, token_positions(model, attention), strict=True):
                 real = positions >= 0
@@ -111,7 +111,7 @@ def test_the_error_of_encoded_maps_is_at_most_half_a_quantisation_step():
 def test_unknown_block_names_are_rejected():
     model, _ = create_case("deit linear")
     assert module_names(model, ["blocks.1"]) == ["blocks.1.attn"]
-    with pytest.raises(ValueError, match=r"no attention module has a name that starts with this; choose among blocks\.0\.attn"):
+    with pytest.raises(ValueError, match=r"not the name or prefix of an attention module; choose among blocks\.0\.attn"):
         module_names(model, ["layers"])
 
 

@@ -41,7 +41,7 @@ def test_measures_are_means_over_queries_with_one_value_per_image():
             (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, head)]
             assert row.values["entropy"][0] == pytest.approx(expected[head].item(), abs=1e-5)
             assert len(row.values["entropy"]) == 2
-        weights = attention.matrix()[0, :, 1:, 1:]  # without the class token, so the next line normalises again
+        weights = attention.matrix()[0, :, 1:, 1:]  # without the class token, rows sum to less than 1: normalise again
         weights = (weights / weights.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True).values
         (row,) = [r for r in rows if (r.block, r.form, r.head) == (attention.name, OWN, 1)]
         assert (row.head_dim, row.num_keys) == (attention.q.shape[3], weights.shape[2])

@@ -119,7 +119,7 @@ def test_middle_image_of_a_batch_of_odd_size_is_mixed_with_the_first_image(toy_c
 
 def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_config, toy_data):
     def read_first_epoch(seed: int):
-        """Return the index order, the batch images by index, image 5 with augmentation, and the targets of a mixed batch."""
+        """Return the index order, {index: image after random erasing}, image 5 before erasing, and targets of a mixed batch."""
         cfg = config(toy_config, toy_data, "SEED", seed, "AUG.REPROB", 1.0)
         dataset = build_datasets(cfg, training=True).train
         loader = build_train_loader(cfg, dataset, rank=0, world_size=1, device=CPU)
@@ -177,7 +177,7 @@ def test_reading_an_image_does_not_change_the_random_generators_of_the_process(t
 
 @pytest.mark.parametrize("batch_size", range(5, 12))
 def test_images_that_occur_at_most_twice_in_a_batch_are_never_mixed_with_their_copy(batch_size):
-    """In a batch of size B, position i is mixed with position B - 1 - i. If B is odd, the middle is mixed with position 0."""
+    """In a batch of size B, position i is mixed with B - 1 - i; if B is odd, the middle position is mixed with position 0."""
     rng = random.Random(batch_size)
     for _ in range(200):
         indices = list(range(batch_size))

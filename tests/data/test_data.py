@@ -78,7 +78,7 @@ def test_epoch_resumed_in_the_middle_reads_the_remaining_images_in_the_same_orde
 
 
 @pytest.mark.parametrize(("world_size", "batch_size", "accumulation"), [(1, 24, 1), (2, 12, 1), (4, 3, 2), (1, 4, 6)])
-def test_update_uses_the_same_images_for_any_division_among_processes(world_size, batch_size, accumulation):
+def test_update_uses_the_same_images_for_any_number_of_processes_and_accumulated_batches(world_size, batch_size, accumulation):
     order = epoch_order(100, seed=5, epoch=2).tolist()
     updates = [set() for _ in range(4)]
     for rank in range(world_size):
@@ -558,7 +558,7 @@ def test_skipped_images_are_counted_and_the_others_are_unchanged(partly_unreadab
     for image, target, key in zip(images, targets, keys, strict=True):
         assert target == default_dataset.index.labels[key[1]]
         assert torch.equal(image, default_dataset[key].image)
-    with pytest.raises(DataError, match="No image of its batch can be read"):
+    with pytest.raises(DataError, match="All images of this batch are unreadable"):
         collate([sample for sample in samples if sample.image is None])
 
 

@@ -1,4 +1,7 @@
-"""The custom backward pass of focused linear attention equals autograd of standard operations (the unfused form)."""
+"""Focused linear attention with its custom backward pass equals standard operations with autograd (the unfused form).
+
+An operator is an instance of the module ``FocusedLinearAttention``.
+"""
 
 import contextlib
 
@@ -90,7 +93,7 @@ def test_gradients_with_resized_positional_encodings_equal_those_of_the_unfused_
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
 def test_gradients_of_inputs_dominated_by_epsilon_equal_those_of_the_unfused_form(std):
-    """``EPS`` is added after the ReLU. It exceeds tiny inputs and is the only value in tokens without positive channels."""
+    """``EPS``, added after the ReLU, exceeds tiny inputs and is the value of all channels if none of them is positive."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
@@ -218,7 +221,7 @@ def test_gradients_of_a_joint_qkv_projection_are_not_copied(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
         torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # If the parts are inputs of other operations, their gradients are separate tensors, which have to be copied.
+    # If standard operations use the parts instead of the operator, their gradients are separate tensors and have to be copied.
     out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
     assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
     q, _, v = split_channels(packed, 3)
@@ -246,7 +249,7 @@ def test_the_forward_pass_saves_only_small_tensors_besides_inputs_and_parameters
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("grid", [(8, 9), (4, 12)], ids=str)
 def test_gradients_of_the_convolution_equal_those_of_autograd(kernel_size, grid):
-    """Some maps are larger than the kernel, others are smaller in one dimension."""
+    """The map of 8 x 9 tokens is larger than every kernel; the map of 4 x 12 has fewer rows than kernels of size 5 and 7."""
     operator = random_operator(grid, kernel_size=kernel_size)
     num_tokens = grid[0] * grid[1]
     assert_equals_unfused_form(operator, random_tokens(3, num_tokens, num_tokens))
@@ -254,7 +257,7 @@ def test_gradients_of_the_convolution_equal_those_of_autograd(kernel_size, grid)
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
 def test_the_convolution_equals_a_sum_of_shifted_and_weighted_maps(kernel_size):
-    """The output with rank restoration minus the output without it is the convolution of the zero-padded values."""
+    """Rank restoration adds a depthwise convolution of the zero-padded values; a subtraction isolates this term."""
     operator = random_operator((6, 7), kernel_size=kernel_size)
     tokens = random_tokens(2, 42, 42)
     with torch.no_grad():

@@ -1,4 +1,9 @@
-"""Linear attention equals its definition, which is computed here with an explicit N x M attention matrix."""
+"""Linear attention equals its definition, which is computed here with an explicit N x M attention matrix.
+
+An operator is an instance of the module ``FocusedLinearAttention``.
+
+Shapes: B images, N queries, M keys, H heads, D channels per head, C = H * D channels.
+"""
 
 import pytest
 import torch

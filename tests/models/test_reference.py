@@ -33,7 +33,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
         num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    # PVT v1's unused norm, which ``expected`` no longer contains, is ignored here too. Other models use norms of these names.
+    # Ignore the unused norm of PVT v1, which was removed from ``expected`` above. In other models, norms of this name are used.
     assert model.no_weight_decay() == set(recorded["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = recorded["img_size"]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_config_builds_the_model_of_the_reference(case):
 
 
 @pytest.mark.parametrize("case", TRAININGS)
-def test_eight_steps_of_training_follow_the_reference(case):
+def test_eight_training_steps_give_the_losses_gradient_norms_and_weight_norms_of_the_reference(case):
     recorded = reference(case)
     opts = [*recorded["opts"], "MODEL.DROP_PATH_RATE", 0.0, "EMA.ENABLED", True, "EMA.DECAY", recorded["ema_decay"]]
     cfg = load_config(CONFIGS / f"{recorded['config']}.yaml", [*opts, "TRAIN.WEIGHT_DECAY", recorded["weight_decay"]])

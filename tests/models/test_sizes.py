@@ -98,7 +98,7 @@ def test_a_relative_position_table_of_a_non_square_window_is_resized_as_a_2d_map
 
 def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is_given():
     source, target = (DeiT(**TOY_DEIT, img_size=size).eval() for size in ((32, 128), (64, 64)))
-    assert source.pos_embed.shape == target.pos_embed.shape  # 2 x 8 and 4 x 4 patches
+    assert source.pos_embed.shape == target.pos_embed.shape  # 16 patches each: 2 x 8 and 4 x 4
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     state_dict = source.state_dict()
@@ -125,7 +125,7 @@ def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is
     ],
     ids=["non-square", "stripe"],
 )
-def test_an_ambiguous_table_is_rejected_without_the_image_size_of_the_checkpoint(model, source, message):
+def test_a_table_with_an_ambiguous_grid_is_rejected_without_the_image_size_of_the_checkpoint(model, source, message):
     with pytest.raises(ValueError, match=message):
         model.resize_position_tables(source.state_dict())
     with pytest.raises(RuntimeError, match=message):

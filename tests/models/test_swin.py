@@ -74,7 +74,7 @@ def naive_softmax_block(block, x, window):
 
 
 @pytest.mark.parametrize("side", [14, 10, 17], ids=["divisible", "padded", "larger than the native map"])
-def test_softmax_windows_equal_a_loop_over_windows_of_real_tokens(side):
+def test_softmax_window_attention_equals_a_loop_over_windows_without_padding(side):
     model = toy(attn_type="SS", img_size=40 if side == 10 else 56)
     block = model.layers[0].blocks[0]
     x = torch.randn(2, side, side, 16)
@@ -103,7 +103,7 @@ def naive_linear_block(block, x, window):
 
 
 @pytest.mark.parametrize("side", [12, 10], ids=["divisible", "padded"])
-def test_linear_windows_equal_a_loop_over_windows_of_real_tokens(side):
+def test_linear_window_attention_equals_a_loop_over_windows_without_padding(side):
     model = toy(attn_type="LL", window_size=6, img_size=48)
     block = model.layers[0].blocks[0]
     x = torch.randn(2, side, side, 16)

@@ -113,7 +113,7 @@ def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_accepts_input_channels_dtype_and_device(name):
+def test_every_model_has_arguments_for_input_channels_dtype_and_device(name):
     model = timm.create_model(name, in_chans=5, dtype=torch.bfloat16, device="meta")
     assert {(tensor.dtype, tensor.device.type) for tensor in model.parameters()} == {(torch.bfloat16, "meta")}
     assert model.in_chans == model.state_dict()[f"{model.default_cfg['first_conv']}.weight"].shape[1] == 5
@@ -180,7 +180,7 @@ def test_an_fx_graph_gives_the_logits_and_gradients_of_the_model(name):
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
-def test_hierarchical_maps_are_equal_in_nhwc_and_nchw_and_only_the_last_is_normalised(name):
+def test_maps_of_hierarchical_models_are_equal_in_nhwc_and_nchw_and_only_the_last_is_normalised(name):
     model, images = mixed(name), torch.randn(2, 3, 64, 64)
     channels_last = model.forward_intermediates(images, norm=True, output_fmt="NHWC", intermediates_only=True)
     without_norm = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
@@ -188,7 +188,7 @@ def test_hierarchical_maps_are_equal_in_nhwc_and_nchw_and_only_the_last_is_norma
     for one, other in zip(channels_last, channels_first, strict=True):
         torch.testing.assert_close(one.permute(0, 3, 1, 2), other)
     torch.testing.assert_close(channels_last[-1], model.norm(without_norm[-1]))
-    if "pvt" not in name:  # PVT has no final norm
+    if "pvt" not in name:  # PVT has no final norm; PVTv2 has a norm after every stage instead
         assert not torch.allclose(channels_last[-1], without_norm[-1])
     for one, other in zip(channels_last[:-1], without_norm[:-1], strict=True):
         torch.testing.assert_close(one, other)
@@ -203,7 +203,7 @@ def test_invalid_indices_of_feature_maps_are_rejected(name, indices):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_number_of_feature_maps_follows_the_depth_of_the_model(name):
+def test_deit_has_one_feature_map_per_block_and_other_models_have_one_per_stage(name):
     options = {"depth": 3} if "deit" in name else {"depths": (1, 1, 1), "attn_type": "LLL"}
     features = timm.create_model(name, features_only=True, img_size=64, **options)
     assert len(features(torch.randn(1, 3, 64, 64))) == 3
@@ -448,7 +448,7 @@ def test_pruning_keeps_the_final_norm_unless_its_removal_is_requested_or_the_wid
     for prune_norm in (False, True):
         model = mixed(name)
         model.prune_intermediate_layers([-1], **({"prune_norm": True} if prune_norm else {}))
-        assert isinstance(model.norm, torch.nn.Identity) == (prune_norm or "pvt" in name)  # PVT has no final norm
+        assert isinstance(model.norm, torch.nn.Identity) == (prune_norm or "pvt" in name)  # PVT and PVTv2 have no final norm
         assert isinstance(model.head, torch.nn.Identity)
     model = mixed(name)
     model.prune_intermediate_layers([0])

@@ -72,8 +72,8 @@ def test_parameters_and_multiply_adds_match_the_paper(name):
 def test_deit_tiny_has_the_hand_computed_number_of_parameters():
     """The original DeiT-T has 5,717,416 parameters.
 
-    Linear attention adds to each of the 12 blocks 192 scales, a positional encoding of 197 x 192 values, and 64 filters of 25
-    weights and a bias.
+    Linear attention adds to each of the 12 blocks 192 scales, a positional encoding of 197 x 192 values, and 64
+    convolution filters, each with 25 weights and one bias.
     """
     assert measure("flatten_deit_t")[0] == 5_717_416 + 12 * (192 + 197 * 192 + 64 * 26)
 
@@ -90,7 +90,7 @@ def test_a_saved_state_dict_loads_with_identical_logits(name, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [96, 128])
-def test_loading_at_another_size_equals_calling_at_that_size(name, size, tmp_path):
+def test_weights_loaded_at_another_image_size_give_the_logits_of_their_source_model_at_that_size(name, size, tmp_path):
     """In global blocks, loading and the forward pass resize the same tables in the same way."""
     options = {"attn_type": "LLLL"} if name in HIERARCHICAL else {}
     source = small(name, **options)
@@ -283,7 +283,7 @@ def test_layer_decay_gives_every_parameter_the_same_learning_rate_and_weight_dec
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_linear_probe_trains_only_the_head_on_features_in_evaluation_mode(name):
+def test_a_linear_probe_trains_only_the_head_and_disables_dropout_and_drop_path_in_the_backbone(name):
     torch.manual_seed(0)
     options = {"num_classes": 3, "img_size": 64, "drop_path_rate": 0.5, "proj_drop_rate": 0.5}
     model = create_model(name, **options)
@@ -343,7 +343,7 @@ def naive_stripes(attention, q, k, v, window):
 
 @pytest.mark.parametrize("attn_type", ["L", "S"])
 @pytest.mark.parametrize("side", [12, 10], ids=["divisible", "padded"])
-def test_narrow_stripes_equal_a_loop_over_stripes(attn_type, side):
+def test_cswin_stripe_attention_equals_a_loop_over_stripes_without_padding(attn_type, side):
     model = randomise(
         CSwinTransformer(
             img_size=48,
@@ -387,7 +387,7 @@ def test_the_example_replaces_the_attention_of_a_timm_model():
 
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_cswin_t"])
 def test_models_with_cached_masks_train_after_fake_tensor_tracing_and_inference_mode(name):
-    # Masks are cached at their first use. Fake tensors must not be cached, and autograd cannot save inference tensors.
+    # Masks are cached at their first use. Fake tensors must not be cached, nor inference tensors, which autograd cannot save.
     torch.manual_seed(0)
     model = create_model(name).eval()
     images = torch.randn(1, 3, 96, 160)
@@ -402,7 +402,7 @@ def test_models_with_cached_masks_train_after_fake_tensor_tracing_and_inference_
 
 
 @pytest.mark.parametrize("name", ["flatten_pvt_t", "flatten_pvt_v2_b1"])
-def test_pvt_reduces_keys_by_8_4_2_1_in_softmax_blocks_and_as_given_in_linear_blocks(name):
+def test_pvt_reduces_keys_by_factors_8_4_2_1_in_softmax_blocks_and_by_given_factors_in_linear_blocks(name):
     softmax = create_model(name, attn_type="SSSS", device="meta")
     linear = create_model(name, attn_type="LLLL", linear_reductions=(4, 2, 1, 1), device="meta")
     assert [next(iter(blocks)).attn.reduction for blocks in softmax.stage_blocks()] == [8, 4, 2, 1]

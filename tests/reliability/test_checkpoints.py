@@ -321,7 +321,7 @@ R17_CHANGES = {
     ),
     "removed validation image": (
         lambda root: (root / "val/class1/003.png").unlink(),
-        "val/: class class1 had 11 images, now it has 10",
+        "in val/, class class1 had 11 images, now it has 10",
     ),
 }
 

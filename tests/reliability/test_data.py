@@ -601,7 +601,7 @@ def test_unusual_file_names_are_packed_and_read_back(archive, tmp_path):
 # --- Changed data
 
 
-def test_r17_comparison_of_index_descriptions_names_the_change(tmp_path):
+def test_r17_comparison_of_index_descriptions_reports_the_change(tmp_path):
     write_images(tmp_path, "train", classes=3, per_class=3, size=8)
     folder = tmp_path / "train"
     original_description = describe_index(index_folder(folder))

@@ -57,10 +57,10 @@ def report_time(line: str) -> float:
     ("fault", "message"),
     [
         ("killed", r"DataLoader worker \(pid.*\d+\)"),
-        ("stalled", r"loader worker 1 has delivered no batch for 2 s while reading 8 images in .*, class"),
+        ("stalled", r"loader worker 1 has delivered no batch for 2 s while reading 8 images in .* \(first: class"),
     ],
 )
-def test_d8_error_names_the_lost_loader_worker(fault, message, toy_config, toy_data, tmp_path):
+def test_d8_the_error_identifies_the_lost_loader_worker(fault, message, toy_config, toy_data, tmp_path):
     test_process = os.getpid()
 
     def prepare(rank: int) -> None:

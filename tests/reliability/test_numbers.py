@@ -1,4 +1,7 @@
-"""Losses and gradients that are not finite (rows N1 and N2 of docs/reliability.md)."""
+"""Losses and gradients that are not finite (rows N1 and N2 of docs/reliability.md).
+
+A run that ends at such an update saves it in a replay file; ``main.py --replay`` computes this update again.
+"""
 
 import copy
 import math
@@ -67,7 +70,9 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
 
 
 @pytest.mark.parametrize("print_freq", [1, 5])
-def test_n1_error_names_the_update_of_the_nan_loss_even_if_another_update_follows(print_freq, toy_config, toy_data, tmp_path):
+def test_n1_the_error_gives_the_update_of_the_nan_loss_even_if_another_update_follows(
+    print_freq, toy_config, toy_data, tmp_path
+):
     """With PRINT_FREQ 5, losses are read one update later. The update launched meanwhile does not change the weights."""
 
     def prepare(rank: int) -> None:
@@ -93,7 +98,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     replay_path = tmp_path / "toy/default/replay_000000001.pth"
     replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
-    assert "layers.0.blocks.0.attn itself computes the first values that are not finite" in replayed.output
+    assert "the first values that are not finite are computed by layers.0.blocks.0.attn itself" in replayed.output
     first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]
     assert f"images of this batch: {first_image}" in replayed.output
 

@@ -17,5 +17,5 @@ def test_rows_of_the_table_are_parsed():
 
 
 @pytest.mark.parametrize(("row_id", "name", "file"), ROWS)
-def test_every_guarantee_names_an_existing_test(row_id, name, file):
+def test_every_guarantee_refers_to_an_existing_test(row_id, name, file):
     assert f"def {name}(" in (ROOT / file).read_text(), row_id

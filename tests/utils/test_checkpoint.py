@@ -145,7 +145,7 @@ def test_free_space_is_measured_after_the_temporary_file_is_deleted(saved, monke
         save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
 
 
-def test_files_with_other_names_are_neither_listed_nor_deleted(saved):
+def test_files_whose_names_do_not_match_the_checkpoint_pattern_are_neither_listed_nor_deleted(saved):
     others = ["checkpoint_12.pth", "checkpoint_mean.pth", "checkpoint_mean.pth.incomplete", "mine.incomplete"]
     for name in [*others, "checkpoint_000000002.pth.incomplete"]:
         (saved.parent / name).write_bytes(b"")

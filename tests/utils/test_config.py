@@ -39,7 +39,7 @@ def test_every_config_is_named_after_its_model_and_its_header_gives_the_training
 
 @pytest.mark.parametrize("model", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_combines_with_every_model(path, model):
+def test_every_recipe_can_be_combined_with_every_model(path, model):
     model_cfg = load_config(CONFIGS / f"{model}.yaml")
     cfg = load_config([CONFIGS / f"{model}.yaml", path])
     assert {key: value for key, value in cfg.MODEL.items() if key != "LABEL_SMOOTHING"} == {
@@ -58,7 +58,7 @@ def test_every_recipe_combines_with_every_model(path, model):
     }
 
 
-def test_base_files_override_defaults_the_file_overrides_them_and_the_command_line_overrides_all(tmp_path):
+def test_precedence_is_command_line_then_config_file_then_base_files_then_defaults(tmp_path):
     write(tmp_path, "base.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1.0}\n")
     path = write(tmp_path, text="BASE: [base.yaml]\nTRAIN: {WARMUP_EPOCHS: 0, BASE_LR: 2.0}\n")
     cfg = load_config(path, ["TRAIN.BASE_LR", "3.0"])
@@ -81,7 +81,7 @@ def test_a_dumped_config_loads_and_dumps_to_the_same_bytes(tmp_path):
         ("AUG: {CUTMIX_MINMAX: None}", "AUG.CUTMIX_MINMAX", None),
         ("MODEL: {SWIN: {DEPTHS: '(1, 1, 2, 1)'}}", "MODEL.SWIN.DEPTHS", [1, 1, 2, 1]),
         ("TRAIN: {OPTIMIZER: {BETAS: [0, 0.99]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.99]),
-        # Keys of the reference implementation that have no effect here are accepted at their default values.
+        # Keys of the paper's code (the reference) that have no effect here are accepted at their default values.
         ("MODEL: {SWIN: {APE: False, QK_SCALE: None}}", "TAG", "default"),
     ],
 )
@@ -179,7 +179,7 @@ MODEL:
         ("a: !!python/object/apply:os.system [echo]", [], "cannot be parsed as YAML"),
         ("- a", [], "is of type list, not a mapping"),
         ("BASE: 5", [], "BASE=5: give a file, or a list of files"),
-        ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS: nest the key in its section: TRAIN: {EPOCHS: ...}"),
+        ("TRAIN: {EPOCHS: 3}\nTRAIN.EPOCHS: 4", [], "TRAIN.EPOCHS contains a dot; write TRAIN: {EPOCHS: ...} instead"),
         ("AUG: {MIXUP_PROB: 1.5}", [], "AUG.MIXUP_PROB=1.5: give a number from 0 to 1"),
         ("AUG: {REPROB: 1.5}", [], "AUG.REPROB=1.5: give a number from 0 to 1"),
         ("EMA: {DECAY: 1.01}", [], "EMA.DECAY=1.01: give a number from 0 to 1"),
@@ -291,7 +291,7 @@ def test_loading_the_config_of_a_checkpoint_drops_unknown_keys_and_the_path_of_p
 
 
 def test_every_config_key_is_read_outside_the_config_modules():
-    """Keys are read by full name, as in cfg.TRAIN.EPOCHS, except in utils/optim.py: options.EPS is TRAIN.OPTIMIZER.EPS."""
+    """The code reads keys by full name (cfg.TRAIN.EPOCHS), but utils/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
     text = "\n".join(path.read_text() for path in SOURCES if path.name not in ("config.py", "config_keys.py"))
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
     read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}

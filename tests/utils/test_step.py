@@ -98,7 +98,7 @@ def test_label_smoothing_is_applied_once_with_or_without_mixup(mixed):
     torch.testing.assert_close(build_criterion(cfg, mixed=mixed)(logits, smoothed if mixed else targets), expected)
 
 
-def test_a_state_is_restored_with_or_without_ema_weights():
+def test_a_training_state_is_restored_from_a_checkpoint_with_or_without_ema_weights():
     model, optimizer, scaler, ema = setup()
     state = TrainState(model, optimizer, scaler, ema, num_updates=3)
     step(model, optimizer, scaler, [(torch.randn(8, 6), torch.randint(0, 3, (8,)))])

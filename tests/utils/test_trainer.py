@@ -320,7 +320,7 @@ def test_the_first_batch_is_logged_as_a_grid_with_each_image_scaled_to_its_own_r
         torch.testing.assert_close(grid[0, row : row + 2, column : column + 2], torch.tensor([[0.0, 1.0], [0.5, 0.25]]))
 
 
-def test_only_the_first_batch_of_a_run_is_logged(tmp_path, correct_counts):
+def test_only_the_first_batch_of_a_run_is_logged_as_images(tmp_path, correct_counts):
     for num_updates in (0, 3):
         trainer, shown = create_trainer(tmp_path / str(num_updates)), []
         trainer.show_batch = shown.append
