@@ -283,7 +283,7 @@ def build_train_loader(
     )
     if batches.updates_per_epoch == 0:
         raise DataError(
-            f"{dataset.index.source}: has {len(dataset)} images, but one update needs {batches.global_batch_size} "
+            f"{dataset.index.source} has {len(dataset)} images, but one update needs {batches.global_batch_size} "
             f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, forward passes per update: {accumulation}, processes: {world_size}); "
             f"lower --batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
         )

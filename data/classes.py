@@ -35,7 +35,7 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             "the class id of each directory"
         )
         raise DataError(
-            f"{root}: contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}. Check --data-path, or {remedy}"
+            f"{root} contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}. Check --data-path, or {remedy}"
         )
 
 
@@ -105,7 +105,7 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
         )
     class_ids = [ids[name] for name in classes]
     if max(class_ids) >= num_classes:
-        raise DataError(f"{source}: has class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
+        raise DataError(f"{source} has class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
     if len(set(class_ids)) < len(class_ids):
         duplicate = next(name for name, number in zip(classes, class_ids, strict=True) if class_ids.count(number) > 1)
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
@@ -125,7 +125,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
     try:
         labels = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"TEST.REAL_LABELS={path}: cannot be read ({error}); use real.json of the ReaL labels") from None
+        raise DataError(f"TEST.REAL_LABELS={path} cannot be read ({error}); use real.json of the ReaL labels") from None
     if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
         raise DataError(f"TEST.REAL_LABELS={path}: not a list of lists of class ids; use real.json of the ReaL labels")
     image_labels = []
@@ -142,7 +142,7 @@ def _read_ids(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
-        raise DataError(f"TEST.CLASS_MAP={path}: cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
+        raise DataError(f"TEST.CLASS_MAP={path} cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
     ids = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -135,7 +135,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         except DataError:
             raise
         except Exception as error:  # zipfile raises many exception types on damaged archives
-            raise DataError(f"{archive}: cannot be read ({error}); check --data-path, or leave out --zip") from None
+            raise DataError(f"{archive} cannot be read ({error}); check --data-path, or leave out --zip") from None
         storage = {
             "offsets": offsets,
             "sizes": [entry.compress_size for entry in image_entries],
@@ -406,7 +406,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _listing_error(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be listed ({error.strerror}); check its permissions and the disk")
+    return DataError(f"{path} cannot be listed ({error.strerror}); check its permissions and the disk")
 
 
 def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[str]) -> list[str]:
@@ -437,7 +437,7 @@ def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[
 
     walk(folder, "", frozenset([_identity(folder.parent)]))
     if not names:
-        raise DataError(f"{folder}: has no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the directory")
+        raise DataError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the directory")
     return sorted(names)
 
 
@@ -447,7 +447,7 @@ def _read_map(path: Path) -> tuple[list[str], list[int]]:
         # ``splitlines`` would also split at characters other than newlines, which names may contain.
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n").split("\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it must list the archive's images") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); it must list the archive's images") from None
     names, labels = [], []
     for number, line in enumerate(lines, start=1):
         name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference implementation
@@ -472,11 +472,11 @@ def read_class_names(listing: Path) -> list[str]:
 def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     """Class names by class id: the lines of ``classes.txt``, else numbers."""
     if not labels:
-        raise DataError(f"{source}: has no images; pack the data again")
+        raise DataError(f"{source} has no images; pack the data again")
     used_ids = set(labels)
     first_unused = next(class_id for class_id in itertools.count() if class_id not in used_ids)
     if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
-        raise DataError(f"{source}: has no image of class {first_unused}; class ids must start at 0, without gaps")
+        raise DataError(f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
     classes = [str(label) for label in range(max(labels) + 1)]
     if listing.is_file():
@@ -486,10 +486,10 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
     if max(labels) >= len(classes):
         raise DataError(
-            f"{source}: has class id {max(labels)}, but {listing} has {len(classes)} class names; add the missing ones"
+            f"{source} has class id {max(labels)}, but {listing} has {len(classes)} class names; add the missing ones"
         )
     if missing := set(range(len(classes))) - set(labels):
-        raise DataError(f"{source}: has no image of class {min(missing)}; class ids must start at 0, without gaps")
+        raise DataError(f"{source} has no image of class {min(missing)}; class ids must start at 0, without gaps")
     return classes
 
 
@@ -576,10 +576,10 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{shard}: cannot be read ({error}) after byte {end}; shards must be plain tar files, not compressed"
+            f"{shard} cannot be read ({error}) after byte {end}; shards must be plain tar files, not compressed"
         ) from None
     if not images:
-        raise DataError(f"{shard}: has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
+        raise DataError(f"{shard} has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
     if unmatched_key := next((key for key in labels if key not in images), None):
         raise DataError(
             f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with "
@@ -600,7 +600,7 @@ def _check_end(shard: Path, end: int) -> None:
     size = shard.stat().st_size
     if size < end + 2 * tarfile.BLOCKSIZE:
         raise DataError(
-            f"{shard}: is truncated at byte {size} (the two blocks of zeros that end a tar file are missing); pack or download "
+            f"{shard} is truncated at byte {size} (the two blocks of zeros that end a tar file are missing); pack or download "
             "it again"
         )
     with open(shard, "rb") as file:
@@ -609,7 +609,7 @@ def _check_end(shard: Path, end: int) -> None:
             if block.count(0) < len(block):
                 first = end + next(position for position, value in enumerate(block) if value)
                 raise DataError(
-                    f"{shard}: has data at byte {first}, after the end of the archive; the file is damaged, or consists of "
+                    f"{shard} has data at byte {first}, after the end of the archive; the file is damaged, or consists of "
                     "several concatenated archives. Pack or download it again"
                 )
             end += len(block)

@@ -19,7 +19,7 @@ class LinearAttention(nn.Module):
 
     Args:
         attention: the timm module to replace; its projections are reused.
-        grid: height and width of the map of patch tokens.
+        grid: height and width of the patch grid, in tokens.
         num_prefix_tokens: number of class and register tokens before the patch tokens.
     """
 

@@ -101,7 +101,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
-        raise CheckpointError(f"{location.path}: was replaced while it was being read; try again, or use a copy")
+        raise CheckpointError(f"{location.path} was replaced while it was being read; try again, or use a copy")
     return Checkpoint(location, state, digest, stored_class_names(state))
 
 
@@ -141,7 +141,7 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
     if requested is None:
         cfg = stored_config(checkpoint, opts)
         if cfg is None:
-            raise ConfigError(f"{checkpoint.path}: has weights but no config; give its training config with --cfg")
+            raise ConfigError(f"{checkpoint.path} has weights but no config; give its training config with --cfg")
         return cfg
     try:
         stored = stored_config(checkpoint)
@@ -159,7 +159,7 @@ def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, pref
     Args:
         stored: config in the checkpoint.
         current: config of this run.
-        path: file name of the checkpoint, for the message.
+        path: path of the checkpoint, for the message.
         prefixes: prefixes of the keys to compare; empty: compare all keys.
         level: logging level.
     """

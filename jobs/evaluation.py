@@ -95,7 +95,7 @@ def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
         CheckpointError: the digests differ.
     """
     if checkpoint.digest != digest:
-        raise CheckpointError(f"{checkpoint.path}: differs between processes; evaluate a copy on a shared file system")
+        raise CheckpointError(f"{checkpoint.path} differs between processes; evaluate a copy on a shared file system")
 
 
 def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:

@@ -102,7 +102,7 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """
     if unusable := find_unusable_entries(saved):
         raise CheckpointError(
-            f"{path}: is not a training checkpoint that can be resumed (missing or invalid: {', '.join(unusable)}); load only "
+            f"{path} is not a training checkpoint that can be resumed (missing or invalid: {', '.join(unusable)}); load only "
             "its weights with --pretrained"
         )
     configured, stored = flatten(cfg), flatten(saved["config"])
@@ -110,20 +110,20 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         stored_value = stored.get(key, value)
         if stored_value != value and key.startswith(ARCHITECTURE_KEY_PREFIXES):
             raise ConfigError(
-                f"{path}: was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
+                f"{path} was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
                 "resume. Start a new run with another --tag, and add --pretrained to start from these weights"
             )
     stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
     if stored_batch != batch:
         raise ConfigError(
-            f"{path}: was saved with a global batch size of {stored_batch}, but it is now {batch}. Keep the product of the "
+            f"{path} was saved with a global batch size of {stored_batch}, but it is now {batch}. Keep the product of the "
             "number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with --pretrained "
             "and another --tag"
         )
     stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if stored_optimizer != optimizer:
         raise ConfigError(
-            f"{path}: was saved with TRAIN.OPTIMIZER.NAME={stored_optimizer}; {optimizer} cannot load this optimizer state. "
+            f"{path} was saved with TRAIN.OPTIMIZER.NAME={stored_optimizer}; {optimizer} cannot load this optimizer state. "
             "Restore the old optimizer, or start a new run with --pretrained and another --tag"
         )
 
@@ -156,7 +156,7 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
     """Load the state of a run from its checkpoint ``saved``.
 
     Args:
-        path: file name of the checkpoint, for messages.
+        path: path of the checkpoint to resume from, for messages.
 
     Raises:
         ConfigError: the number of updates per epoch has changed.
@@ -164,18 +164,18 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
     """
     if saved["updates_per_epoch"] != updates_per_epoch:
         raise ConfigError(
-            f"{path}: was saved with {saved['updates_per_epoch']} updates per epoch, now there are {updates_per_epoch}: the "
-            "data have changed. Restore them, or start a new run with --pretrained and another --tag"
+            f"{path} was saved with {saved['updates_per_epoch']} updates per epoch, but there are {updates_per_epoch} now, "
+            "so the data have changed. Restore them, or start a new run with --pretrained and another --tag"
         )
     try:
         state.load_dict(saved)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: does not match this model and optimizer ({error})") from None
+        raise CheckpointError(f"{path} does not match this model and optimizer ({error})") from None
     logger.info("resumed after update %d", state.num_updates)
 
 
 def describe_data(datasets: Datasets, world: World) -> dict:
-    """Description of the images of a run, which its checkpoints store to detect changed data."""
+    """Describe the training and validation images. Checkpoints store this description to detect changed data on resume."""
     return on_main(
         world,
         lambda: {"train": describe_index(datasets.train.index), "val": describe_index(datasets.val.index)},
@@ -186,12 +186,12 @@ def describe_data(datasets: Datasets, world: World) -> dict:
 def check_data(saved: dict | None, data: dict, path: str) -> None:
     """Refuse to resume if the data have changed.
 
-    The run would continue with different images, or class ids would refer to different classes.
+    Otherwise, the run would continue with different images, or class ids would refer to different classes.
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.
         data: description of the current data, from ``describe_data``.
-        path: file name of the checkpoint, for messages.
+        path: path of the checkpoint to resume from, for messages.
 
     Raises:
         ConfigError: the data have changed; the message describes the difference.
@@ -200,7 +200,7 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     stored, names = saved.get("data"), saved.get("class_names")
     current = [name for name, *_ in data["train"]["classes"]]
     if not stored and names and list(names) != current:  # checkpoints of earlier versions have no description of their data
-        raise ConfigError(f"{path}: was saved with the classes {names}, now they are {current}. Restore the data")
+        raise ConfigError(f"{path} was saved with the classes {names}, but the classes are now {current}. Restore the data")
     for split in ("train", "val") if stored else ():
         if change := compare_descriptions(stored[split], data[split]):
             raise ConfigError(
@@ -210,12 +210,12 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
 
 
 def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair ``best.pth`` of the run to resume. If the best checkpoint is lost, reset the best accuracy in ``saved``.
+    """Repair the ``best.pth`` of the run that is resumed. If the best checkpoint is lost, reset the best accuracy in ``saved``.
 
     Args:
         saved: the checkpoint to resume from.
         output: directory with ``best.pth``.
-        path: file name of the checkpoint.
+        path: path of the checkpoint to resume from.
     """
     if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
         logger.warning("%s: the best checkpoint of its run is not in the output directory; the best accuracy is reset", path)

@@ -41,7 +41,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             in_directory = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
             if not in_directory:
-                raise DataError(f"{path}: has no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
+                raise DataError(f"{path} has no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
             images += in_directory
         elif path.is_file():
             images.append(path)  # an explicit path may have any suffix

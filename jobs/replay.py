@@ -37,7 +37,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
     if "replay" not in state:
-        raise CheckpointError(f"{path}: is not a replay file; give the replay_*.pth of a training run")
+        raise CheckpointError(f"{path} is not a replay file; give the replay_*.pth of a training run")
     cfg, update = load_stored_config(state["config"], opts, source=path), state["replay"]["update"]
     apply_numerical_settings(cfg)
     dataset = build_datasets(cfg, training=True).train
@@ -115,15 +115,15 @@ def _check_output(name: str, findings: list[str]):
         if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
             findings.append(
-                f"the first values that are not finite are computed by {parent or 'the model'} itself, not by a submodule: the "
-                f"input of its submodule {child} is not finite"
+                f"{parent or 'the model'} is the first module to compute non-finite values: an input of its submodule {child} "
+                "is not finite"
             )
             return
         largest_input = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))
         largest_weight = max((p.detach().abs().max().item() for p in module.parameters()), default=float("nan"))
         findings.append(
-            f"the output of {name} ({type(module).__name__}) is the first that is not finite: {_count_not_finite(non_finite)} "
-            f"of shape {tuple(non_finite.shape)}; the largest absolute input is {largest_input:.3g}, the largest "
+            f"the output of {name} ({type(module).__name__}) is the first non-finite output: {_count_not_finite(non_finite)} "
+            f"are not finite, shape {tuple(non_finite.shape)}; the largest absolute input is {largest_input:.3g}, the largest "
             f"absolute weight {largest_weight:.3g}"
         )
 
@@ -134,8 +134,8 @@ def _check_gradient(name: str, findings: list[str]):
     def check(gradient: Tensor) -> None:
         if not gradient.isfinite().all():
             findings.append(
-                f"the gradient of {name} is the first that is not finite: {_count_not_finite(gradient)}; outputs and loss are "
-                "finite"
+                f"the gradient of {name} is the first non-finite gradient: {_count_not_finite(gradient)} are not finite; "
+                "outputs and loss are finite"
             )
 
     return check

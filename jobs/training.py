@@ -356,4 +356,4 @@ def create_temporary_directory(parent: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=DRY_RUN_PREFIX, dir=parent))
     except OSError as error:
-        raise ConfigError(f"{parent}: cannot be written to ({error.strerror}); choose another --output") from None
+        raise ConfigError(f"{parent} cannot be written to ({error.strerror}); choose another --output") from None

@@ -45,9 +45,9 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None
 
 
 def hydra_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity and as many heads as channels.
+    """Hydra attention (https://arxiv.org/abs/2209.07484): cosine similarity; every channel acts as a head.
 
-    q (B, 1, N, C), k and v (B, 1, M, C) are not split into heads, because q and k are normalised over all C channels.
+    q (B, 1, N, C), k and v (B, 1, M, C) are passed as a single head with all C channels, over which q and k are normalised.
     """
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     if key_mask is not None:
@@ -67,7 +67,7 @@ def angular_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None =
 
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Vanilla linear attention with the similarity relu(q) . relu(k)."""
+    """Vanilla linear attention with the similarity (relu(q) + EPS) . (relu(k) + EPS)."""
     q, k = F.relu(q) + EPS, F.relu(k) + EPS
     if key_mask is not None:
         k = k * key_mask

@@ -1,6 +1,6 @@
 """FLatten-CSwin: CSwin Transformer (https://arxiv.org/abs/2107.00652) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW stripes of h x w = N tokens per image, C channels, D channels per head.
+Shapes: B images, H x W a token map, nW stripes per image, each of h x w = N tokens, C channels, D channels per head.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

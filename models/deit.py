@@ -172,7 +172,7 @@ class DeiT(Backbone):
             self.build_head(drop_rate)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the map of patch tokens for an image size in pixels."""
+        """Height and width of the patch grid, in tokens, for an image of ``height`` x ``width`` pixels."""
         return height // self.patch_size, width // self.patch_size
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -1,15 +1,15 @@
 """Focused linear attention with a custom backward pass that needs less time and memory than autograd.
 
 The outputs equal those of the unfused form in ``models/linear_attention.py``, for which autograd stores about twelve tensors of
-the size of q. Here only q, k, v, the (D, D + 1) summaries of the keys and three statistics per token are stored, and the
-backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into its caches.
+the size of q. Here only q, k, v, the (D, D + 1) key-value summary of each head (see below) and three statistics per token are
+stored, and the backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into its caches.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens per block.
 
 For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) (eq. 6 of the paper) is c * u, where
 u = t^p and c = max(x) |t| / |u|. Subscripts q and k denote queries and keys. The products c * u are not computed: c_k
-multiplies the values, and c_q cancels except in EPS / c_q. Let e = [c_k * v, c_k] / M for each key. The summary of an image is
-u_k^T e = [S, s], and the output for a query, before the convolution is added, is
+multiplies the values, and c_q cancels except in EPS / c_q. Let e = [c_k * v, c_k] / M for each key. The key-value
+summary of an image, per head, is u_k^T e = [S, s], and the output for a query, before the convolution is added, is
 
     u_q S / (u_q s + EPS / c_q).
 
@@ -345,11 +345,12 @@ class _Run:
 
         Args:
             scaled_grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
-            grad_log_factor: (b, 1, n, 1), gradient of the logarithm of c.
+            grad_log_factor: (b, 1, n, 1), gradient of the loss with respect to log(c).
             grad_tokens: (b, n, C), the gradient to write.
         """
-        # Gradient of log(x): scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2). max(x) is treated as a
-        # constant, because it cancels in the output.
+        # Gradient of the loss with respect to log(x):
+        #     scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2).
+        # max(x) is treated as a constant, because it cancels in the output.
         positive, unit, powers = features.positive, features.unit, features.powers
         scaled_grad_powers.addcmul_(powers, -self.power * grad_log_factor / features.powers_norm.square()).mul_(powers)
         torch.mul(unit, grad_log_factor / features.unit_norm.square(), out=powers)

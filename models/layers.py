@@ -2,7 +2,7 @@
 
 A position table is a parameter with one row per token or relative position, such as the position embeddings.
 
-Shapes: B images, N tokens, C channels, H x W a token map, nW windows of h x w tokens per image.
+Shapes: B images, N tokens, C channels, H x W a token map, nW windows per image, each of h x w tokens.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Model names and constructors, and models created from configs. No other module of ``models`` takes a config (``CfgNode``)."""
+"""Registry of models: creates a model by name or from a config. No other module of ``models`` takes a config (``CfgNode``)."""
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -139,7 +139,8 @@ def _shared_arguments(cfg: CfgNode) -> dict:
     }
 
 
-# The paper's code uses softmax windows of 7 x 7 tokens if MODEL.SWIN.WINDOW_SIZE is at most this, and of 12 x 12 otherwise.
+# Largest MODEL.SWIN.WINDOW_SIZE of models for 224 pixels. As in the paper's code, softmax windows are 7 x 7 tokens up to this
+# size, and 12 x 12 above it (384 pixels).
 MAX_WINDOW_AT_224 = 56
 
 

@@ -1,6 +1,6 @@
 """FLatten-Swin: Swin Transformer (https://arxiv.org/abs/2103.14030) with focused linear attention.
 
-Shapes: B images, H x W a token map, nW windows of h x w = N tokens per image, C channels, D channels per head.
+Shapes: B images, H x W a token map, nW windows per image, each of h x w = N tokens, C channels, D channels per head.
 """
 
 import re

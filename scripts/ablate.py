@@ -84,9 +84,9 @@ def read_ablation(path: Path) -> Ablation:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"{path} cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(KEYS)}")
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
     content = {"opts": {}} | content
     if mismatched := content.keys() ^ KEYS.keys():
         raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(KEYS)}")

@@ -39,11 +39,11 @@ def average(paths: list[Path], weights: str) -> dict:
         if path == paths[0]:
             metadata = {key: state[key] for key in DESCRIPTION if key in state}
         if state.get("class_names", metadata.get("class_names")) != metadata.get("class_names"):
-            raise CheckpointError(f"{path}: has different classes than {paths[0]}; all checkpoints must have the same classes")
+            raise CheckpointError(f"{path} has different classes than {paths[0]}; all checkpoints must have the same classes")
         _, state_dict = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(
-                f"{path}: contains a different model than {paths[0]}; all checkpoints must be of the same model"
+                f"{path} contains a different model than {paths[0]}; all checkpoints must be of the same model"
             )
         for name, value in state_dict.items():
             if not value.is_floating_point():
@@ -71,7 +71,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.output.exists():
-        parser.error(f"{args.output}: already exists; choose another name")
+        parser.error(f"{args.output} already exists; choose another name")
     if len(args.checkpoints) < 2:
         parser.error(f"{args.checkpoints[0]}: only one checkpoint; give two or more to average")
     try:

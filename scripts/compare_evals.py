@@ -48,7 +48,7 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
                 raise ValueError(f"{path}:{rows.line_num}: truncated row or duplicate image; evaluate again")
             pairs[row["image"]] = row["prediction"], row["target"]
     if not pairs:
-        raise ValueError(f"{path}: has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
+        raise ValueError(f"{path} has no predictions; evaluate again with --opts TEST.PREDICTIONS True")
     return path, pairs
 
 
@@ -70,7 +70,7 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
         )
     if mismatch := next((name for name in first if first[name][1] != second[name][1]), None):
         raise ValueError(
-            f"{mismatch}: has target {first[mismatch][1]} in the first file and {second[mismatch][1]} in the second; evaluate "
+            f"{mismatch} has target {first[mismatch][1]} in the first file and {second[mismatch][1]} in the second; evaluate "
             "both models with the same classes"
         )
     first, second = ({name: prediction == target for name, (prediction, target) in pairs.items()} for pairs in (first, second))

@@ -190,9 +190,9 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
     try:
         evaluation = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read ({error}); pass the eval.json of an evaluation") from None
+        raise ExportError(f"{path} cannot be read ({error}); pass the eval.json of an evaluation") from None
     if evaluation["sha256"] != digest or label not in evaluation["results"]:
-        raise ExportError(f"{path}: belongs to another checkpoint or other weights; evaluate the exported checkpoint")
+        raise ExportError(f"{path} belongs to another checkpoint or other weights; evaluate the exported checkpoint")
     return evaluation
 
 
@@ -212,7 +212,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         ConfigError, CheckpointError: the directory is not empty, or config and checkpoint do not match.
     """
     if args.folder.is_dir() and any(args.folder.iterdir()):
-        raise ConfigError(f"{args.folder}: is not empty; choose another directory")
+        raise ConfigError(f"{args.folder} is not empty; choose another directory")
     checkpoint = open_checkpoint(args.checkpoint)
     cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
     check_model(cfg)

@@ -2,7 +2,7 @@
 
 The experiment has one query and five keys; each is a vector of four positive integers. Attention is sharper if the entropy of
 its weights is lower. The script prints the attention weights for the original vectors and for the vectors times 0.2. --plot
-draws the entropy against the magnitude of the vectors and against the focusing factor.
+draws the entropy against the scale factor of the vectors and against the focusing factor.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from utils.files import replacing
 
 SCALES = (1.0, 0.2)
 FORMS = ("softmax", "softmax, scaled", "linear", "focused")
-NUM_KEYS, DIM = 49, 32  # number of random keys and their channels, as in a window and a head of Swin-T
+NUM_KEYS, DIM = 49, 32  # 49 tokens per 7 x 7 window and 32 channels per head, as in Swin-T
 
 
 def make_vectors() -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def table() -> str:
     q, k = make_vectors()
     lines = []
     for scale in SCALES:
-        lines.append(f"q and K times {scale:g}")
+        lines.append(f"q and k times {scale:g}")
         for form in FORMS:
             weights = attention_weights(form, scale * q, scale * k)
             values = ", ".join(f"{weight:.4f}" for weight in weights[0])
@@ -84,22 +84,22 @@ def crossing(q: Tensor, k: Tensor, form: str) -> float | None:
 def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
-    magnitudes, powers = torch.logspace(-2, 1, 61).tolist(), torch.linspace(1, 32, 63).tolist()
-    cases = {"the experiment": make_vectors(), f"normal q and k, {DIM} channels, {NUM_KEYS} keys": random_vectors()}
+    scales, powers = torch.logspace(-2, 1, 61).tolist(), torch.linspace(1, 32, 63).tolist()
+    cases = {"the experiment": make_vectors(), f"Gaussian q and k, {DIM} channels, {NUM_KEYS} keys": random_vectors()}
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     styles = dict(zip(FORMS, ("C0-", "C0--", "C2-", "C3-"), strict=True))
     for (title, (q, k)), (left, right) in zip(cases.items(), axes, strict=True):
         for form, style in styles.items():
-            left.semilogx(magnitudes, [mean_entropy(form, s * q, s * k) for s in magnitudes], style, label=form)
+            left.semilogx(scales, [mean_entropy(form, s * q, s * k) for s in scales], style, label=form)
         right.plot(powers, [mean_entropy("focused", q, k, power=p) for p in powers], "C3-", label="focused")
         for form in FORMS[:3]:
             right.axhline(
-                mean_entropy(form, q, k), color=styles[form][:2], linestyle=styles[form][2:], label=f"{form}, magnitude 1"
+                mean_entropy(form, q, k), color=styles[form][:2], linestyle=styles[form][2:], label=f"{form}, scale factor 1"
             )
         right.axvline(3, color="grey", linewidth=0.5)
-        left.set(title=title, xlabel="magnitude of q and k", ylabel="entropy / log of the number of keys")
-        right.set(title=f"{title}, magnitude 1", xlabel="focusing factor p (the paper: 3)")
+        left.set(title=title, xlabel="scale factor of q and k", ylabel="entropy / log of the number of keys")
+        right.set(title=f"{title}, scale factor 1", xlabel="focusing factor p (the paper: 3)")
         for axis in (left, right):
             axis.set_ylim(0, 1.02)
             axis.legend(fontsize=8)
@@ -109,15 +109,15 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy against magnitude and focusing factor")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy against scale factor and focusing factor")
     args = parser.parse_args()
     print(table())
-    for title, (q, k) in {"the experiment": make_vectors(), "normal q and k": random_vectors()}.items():
+    for title, (q, k) in {"the experiment": make_vectors(), "Gaussian q and k": random_vectors()}.items():
         for form in FORMS[:2]:
-            magnitude = crossing(q, k, form)
-            if magnitude is not None:
+            factor = crossing(q, k, form)
+            if factor is not None:
                 print(
-                    f"{title}: {form} is as sharp as focused attention if q and k are multiplied by {magnitude:.3f}, "
+                    f"{title}: {form} is as sharp as focused attention if q and k are multiplied by {factor:.3f}, "
                     "and sharper if the factor is larger"
                 )
     if args.plot is not None:

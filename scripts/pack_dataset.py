@@ -55,8 +55,8 @@ def pack(
         The index of the archives. Every image has been read back and verified.
 
     Raises:
-        DataError: there are no images, the target already contains this split or lists other classes, a name or an image is
-            invalid, an archive cannot be written, or its contents differ when read back.
+        DataError: there are no images; the target already contains this split, or its class list differs from that of the
+            source; a name or an image is invalid; an archive cannot be written, or its contents differ when read back.
     """
     index = index_folder(source / split)
     check_names(index, archive)
@@ -84,7 +84,7 @@ def pack(
                 f"{source / split}: a downscaling process was killed; lower --workers if the machine runs out of memory"
             ) from None
         except OSError as error:
-            raise DataError(f"{target}: cannot be written ({error.strerror}); the archives need {_size(index)}") from None
+            raise DataError(f"{target} cannot be written ({error.strerror}); the archives need {_size(index)}") from None
         _compare((index_zip if archive == "zip" else index_tar)(folder, split), index, digests, f"check {split}")
         for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
@@ -95,15 +95,15 @@ def check_target(target: Path, split: str, index: Index) -> None:
     """Check that archives of a split can be added to a directory.
 
     Raises:
-        DataError: the directory already contains this split, or lists other classes.
+        DataError: the directory already contains this split, or its class list differs from that of the source.
     """
     if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
-        raise DataError(f"{present[0]}: already exists; remove it, or choose another directory")
+        raise DataError(f"{present[0]} already exists; remove it, or choose another directory")
     if (target / split).is_dir():
-        raise DataError(f"{target / split}: already contains this split; choose another directory for the archives")
+        raise DataError(f"{target / split} already contains this split; choose another directory for the archives")
     class_list = target / CLASS_NAMES_FILE
     if class_list.is_file() and read_class_names(class_list) != index.classes:
-        raise DataError(f"{class_list}: lists different classes than {index.source}; choose another directory")
+        raise DataError(f"{class_list} lists different classes than {index.source}; choose another directory")
 
 
 def check_names(index: Index, archive: str) -> None:
@@ -215,7 +215,7 @@ def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> N
     """Check that archives have the labels and classes of the source index, and that their images have the given sha256."""
     dataset = ImageDataset(packed, None)
     if packed.labels.tolist() != index.labels.tolist() or packed.classes != index.classes:
-        raise DataError(f"{packed.source}: has other labels or classes than the source; the disk may be faulty")
+        raise DataError(f"{packed.source}: labels or classes differ from those of the source; the disk may be faulty")
     for position, digest in enumerate(progress(digests, len(digests), title)):
         if hashlib.sha256(dataset.read(position)).digest() != digest:
             raise DataError(f"{packed.source}: {packed.name(position)} differs when read back; the disk may be faulty")

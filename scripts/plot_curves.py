@@ -18,7 +18,7 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.runs:
         if not (run / "metrics.jsonl").is_file():
-            parser.error(f"{run}: contains no metrics.jsonl; give the output directory of a training run")
+            parser.error(f"{run} contains no metrics.jsonl; give the output directory of a training run")
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for number, run in enumerate(args.runs):

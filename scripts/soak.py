@@ -276,7 +276,7 @@ class Soak:
             if set(statuses) == {DONE}:
                 break
             if self.minutes() > self.args.minutes + 1 + 20 * self.seconds_undisturbed / 60:
-                raise SoakError(f"{name}: does not finish, exit statuses {statuses}; see {job.log}")
+                raise SoakError(f"{name} does not finish, exit statuses {statuses}; see {job.log}")
         if difference := find_difference(read_state(job.folder), expected):
             raise SoakError(f"{name}: final state differs from the undisturbed run at {difference}")
         best = read_checkpoint(job.folder / BEST)

@@ -25,11 +25,16 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories with eval.json, and metrics.jsonl if trained")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="run directories; each contains eval.json, and metrics.jsonl if the run included training",
+    )
     args = parser.parse_args()
     for run in args.runs:
         if not (run / "eval.json").is_file():
-            parser.error(f"{run}: contains no eval.json; give the output directory of a run evaluated with --eval")
+            parser.error(f"{run} contains no eval.json; give the output directory of a run evaluated with --eval")
     print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 % interval':>18}")
     agree = True
     for run in args.runs:

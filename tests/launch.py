@@ -138,7 +138,7 @@ def _call_script(task: Callable, arguments: list[str], log: Path) -> None:
     try:
         task()
     finally:
-        logging.shutdown()  # child processes of multiprocessing skip this exit handler
+        logging.shutdown()  # child processes of multiprocessing skip atexit handlers, including this one
 
 
 def _redirect_output(log: Path) -> None:
@@ -164,4 +164,4 @@ def _call_main(
     try:
         main.main()
     finally:
-        logging.shutdown()  # child processes of multiprocessing skip this exit handler
+        logging.shutdown()  # child processes of multiprocessing skip atexit handlers, including this one

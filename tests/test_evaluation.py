@@ -135,7 +135,7 @@ def create_result(targets, predictions, num_classes=3):
     return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
 
 
-def test_result_files_contain_class_counts_predictions_and_accuracy_on_real_labels(tmp_path):
+def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_real_labels(tmp_path):
     result = create_result([0, 0, 1, 2], [0, 1, 1, 0])
     assert confusion_matrix(result, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     # ReaL labels (reassessed ImageNet labels): an image may have several, or none.
@@ -179,7 +179,7 @@ def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_p
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {((0, 0), "3"), ((1, 0), "1"), ((1, 1), "2")}
 
 
-def test_real_labels_are_class_ids_of_the_model(tmp_path):
+def test_imagenet_real_labels_are_class_ids_of_the_model(tmp_path):
     """With a class map, ReaL (reassessed ImageNet) labels are compared with the class ids of the model.
 
     The model predicts its classes 7 and 9. The ReaL labels are 7 and 3, so one prediction is correct.
@@ -212,7 +212,7 @@ def test_two_evaluations_are_compared_on_the_same_images():
     assert f"p = {mcnemar_test(10, 25):.3g}; at the 5 % level, the two models differ significantly" in text
     with pytest.raises(ValueError, match="images in only one of the files: 1 "):
         compare(first, {name: pair for name, pair in second.items() if name != "7"})
-    with pytest.raises(ValueError, match="3: has target cat in the first file and dog in the second"):
+    with pytest.raises(ValueError, match="3 has target cat in the first file and dog in the second"):
         compare(first, second | {"3": ("cat", "dog")})
     as_shards = {f"val-000000.tar/{name}.png": pair for name, pair in second.items()}
     assert compare({f"{name}.jpg": pair for name, pair in first.items()}, as_shards) == text
@@ -228,7 +228,7 @@ def test_predictions_for_an_image_file_and_for_its_copy_in_a_shard_are_paired():
 def test_a_predictions_file_with_truncated_or_duplicate_rows_is_rejected(tmp_path):
     for rows in ("0.png,cat\n", "0.png,cat,0.9,cat\n0.png,cat,0.9,dog\n"):
         (tmp_path / "predictions_raw.csv").write_text(f"image,target,confidence,prediction\n{rows}")
-        (tmp_path / "eval.json").write_text("[]")  # not a dictionary: read() selects the raw weights
+        (tmp_path / "eval.json").write_text("[]")  # not a dictionary, so read() falls back to the raw weights
         with pytest.raises(ValueError, match="truncated row or duplicate image"):
             read(tmp_path, None)
 

@@ -51,7 +51,7 @@ def test_the_error_for_a_checkpoint_with_an_invalid_entry_mentions_the_entry(cas
             [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
         )
         assert outcome.exit_codes == [2]
-        assert "file.pth: is not a training checkpoint that can be resumed (missing or invalid: best)" in outcome.output
+        assert "file.pth is not a training checkpoint that can be resumed (missing or invalid: best)" in outcome.output
 
 
 @pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
@@ -251,7 +251,7 @@ def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, l
 
 
 def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
-    with pytest.raises(ConfigError, match=r"with 10 updates per epoch, now there are 11: the data have changed"):
+    with pytest.raises(ConfigError, match=r"with 10 updates per epoch, but there are 11 now, so the data have changed"):
         resume(None, {"updates_per_epoch": 10}, load_config(toy_config), 11, "file.pth")
 
 

@@ -251,7 +251,7 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint_of_the_previous
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
         (["--batch-size", "2000"], "lower --batch-size"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
-        (["--zip"], "train_map.txt: cannot be read"),
+        (["--zip"], "train_map.txt cannot be read"),
         (["--cache-mode", "full"], "add --zip"),
         (["--pretrained", "nowhere.pth"], "no such file"),
         (["--opts", "MODEL.LA.ATTN_TYPE", "LLSS"], "each of the 3 stages"),
@@ -294,7 +294,7 @@ def test_losses_are_the_same_for_any_number_of_processes_and_accumulation_steps(
         (["--batch-size", "4"], "was saved with a global batch size of 8, but it is now 4"),
         (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "sgd cannot load this optimizer state"),
         (["--opts", "MODEL.NUM_CLASSES", "2"], "cannot change on resume"),
-        (["--opts", "TRAIN.AUTO_RESUME", "False"], "checkpoints of two runs would mix"),
+        (["--opts", "TRAIN.AUTO_RESUME", "False"], "would then contain checkpoints of two runs"),
     ],
     ids=["batch size", "optimizer", "classes", "auto-resume"],
 )

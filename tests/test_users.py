@@ -389,8 +389,8 @@ def test_command_line_errors_are_reported_before_torch_is_imported(arguments, st
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs: contains no metrics.jsonl"),
-        (["scripts/summarise.py", "docs"], "docs: contains no eval.json"),
+        (["scripts/plot_curves.py", "docs", "--png", "x.png"], "docs contains no metrics.jsonl"),
+        (["scripts/summarise.py", "docs"], "docs contains no eval.json"),
         (["scripts/benchmark.py"], "the following arguments are required: mode"),
         (["scripts/benchmark.py", "model", "flaten_swin_t"], "flaten_swin_t: unknown model; choose among flatten_cswin_b"),
         (["scripts/benchmark.py", "attention", "--tokens", "200"], "--tokens 200: give a square number, such as 196"),

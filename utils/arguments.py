@@ -167,7 +167,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
     for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
         if cfg.TEST[key] and not args.eval:
-            raise ConfigError(f"TEST.{key}={cfg.TEST[key]}: has an effect only with --eval; add --eval, or remove the key")
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     # A run that resumes from its output directory does not read MODEL.PRETRAINED, so that file may be missing.
@@ -212,7 +212,7 @@ def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
         return
     if os.path.isdir(path):
         if not (path / "best.pth").is_file():
-            raise ConfigError(f"{name}={checkpoint}: is a directory without best.pth; give a checkpoint file")
+            raise ConfigError(f"{name}={checkpoint} is a directory without best.pth; give a checkpoint file")
         return
     models = [file.stem for file in configs.glob("*.yaml")]
     if checkpoint not in models:

@@ -1,8 +1,8 @@
 """Write, verify, rotate and repair checkpoints. A new file is verified before it replaces another one.
 
 A checkpoint is a dictionary of plain data. Its keys include ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``,
-``num_updates``, ``best``, ``config`` and ``class_names``. Checkpoints of the reference implementation (the authors' code) use
-the same names for the first two.
+``num_updates``, ``best``, ``config`` and ``class_names``. The reference implementation (the authors' code) also stores
+weights under the keys ``model`` and ``state_dict_ema``.
 """
 
 import logging
@@ -63,7 +63,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise CheckpointError(
             f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {error} ({size} bytes needed, {free} "
-            "free). Free disk space, or lower KEEP_CHECKPOINTS; the same command then resumes"
+            "free). Free disk space or lower KEEP_CHECKPOINTS, then repeat the same command to resume the run"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def to_host(value: object, *, copy: bool = False) -> object:
     """Convert a state to plain data with its tensors in host memory; tuples become lists.
 
     Args:
-        copy: also copy tensors that are already in host memory, so that training may change the originals.
+        copy: also copy tensors that are already in host memory, so that later training steps do not modify the copy.
     """
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=copy)

@@ -161,7 +161,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path}: is not a YAML file; give a config whose name ends in .yaml or .yml")
+        raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml")
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
@@ -169,11 +169,11 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except OSError as error:
         origin = f" (BASE of {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}{origin}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}{origin} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be parsed as YAML: {error}") from None
+        raise ConfigError(f"{path} cannot be parsed as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: is of type {type(tree).__name__}, not a mapping; give keys and values")
+        raise ConfigError(f"{path} is of type {type(tree).__name__}, not a mapping; give keys and values")
     bases = tree.pop("BASE", None) or []
     if not isinstance(bases, (str, list)):
         raise ConfigError(f"{path}: BASE={bases!r}: give a file, or a list of files")
@@ -325,10 +325,10 @@ def _validate(cfg: CfgNode) -> None:
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
             raise ConfigError(
-                f"{key}={leaves[key]!r}: is used as a directory name; give a name other than . and .., without / and \\"
+                f"{key}={leaves[key]!r} is used as a directory name; give a name other than . and .., without / and \\"
             )
         if len(os.fsencode(leaves[key])) > MAX_NAME_BYTES:
-            raise ConfigError(f"{key}={leaves[key]!r}: is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
+            raise ConfigError(f"{key}={leaves[key]!r} is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
     _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)
@@ -356,7 +356,7 @@ def _validate_model(cfg: CfgNode) -> None:
     for key, value in flatten(cfg).items():
         types = next((types for prefix, types in _FAMILY_KEYS.items() if key.startswith(prefix)), MODEL_TYPES)
         if cfg.MODEL.TYPE not in types and value != defaults[key]:
-            raise ConfigError(f"{key}={value!r}: has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
+            raise ConfigError(f"{key}={value!r} has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
     if la_keys.KERNEL_SIZE % 2 == 0:
         raise ConfigError(
             f"MODEL.LA.KERNEL_SIZE={la_keys.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
@@ -387,7 +387,7 @@ def _validate_model(cfg: CfgNode) -> None:
             )
     if deit_keys.EMBED_DIM % deit_keys.NUM_HEADS:
         raise ConfigError(
-            f"MODEL.DEIT.NUM_HEADS={deit_keys.NUM_HEADS}: does not divide MODEL.DEIT.EMBED_DIM={deit_keys.EMBED_DIM}; "
+            f"MODEL.DEIT.NUM_HEADS={deit_keys.NUM_HEADS} does not divide MODEL.DEIT.EMBED_DIM={deit_keys.EMBED_DIM}; "
             "change one of them"
         )
 
@@ -404,7 +404,7 @@ def _validate_recipe(cfg: CfgNode) -> None:
         )
     if cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.LAYER_DECAY < 1:
         raise ConfigError(
-            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY}: has no effect with TRAIN.FREEZE_BACKBONE, which trains only "
+            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY} has no effect with TRAIN.FREEZE_BACKBONE, which trains only "
             "the head; remove one of them"
         )
     for key in ("MEAN", "STD"):

@@ -38,11 +38,13 @@ def create_output_directory(output: Path) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from None
+        raise ConfigError(f"{output} cannot be written to ({error.strerror}); choose another --output") from None
 
 
 def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a run if its directory has an intact checkpoint of a later update, since checkpoints of two runs would mix.
+    """Reject a run if its directory has an intact checkpoint of a later update.
+
+    Otherwise, the directory would contain checkpoints of two runs.
 
     Args:
         num_updates: number of updates completed before the start: 0, or that of the resumed checkpoint.
@@ -55,9 +57,9 @@ def check_is_newest(output: Path, *, num_updates: int) -> None:
             return
         if is_intact(path):
             raise ConfigError(
-                f"{output}: has {path.name}, but this run starts from the earlier update {num_updates}, so the checkpoints "
-                "of two runs would mix. Resume from that checkpoint (TRAIN.AUTO_RESUME True, no --resume), or choose another "
-                "--tag"
+                f"{output} contains {path.name}, but this run starts from the earlier update {num_updates}, so the directory "
+                "would then contain checkpoints of two runs. Resume from that checkpoint (TRAIN.AUTO_RESUME True, no "
+                "--resume), or choose another --tag"
             )
 
 
@@ -72,7 +74,7 @@ def check_available(output: Path) -> Path:
     """
     existing = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ConfigError(f"{existing}: is a file; choose another --output or --tag")
+        raise ConfigError(f"{existing} is a file; choose another --output or --tag")
     RunLock(output).check()
     return existing
 
@@ -164,13 +166,13 @@ class RunLock:
         try:
             return open(self.path, "a+")
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be opened ({error.strerror}); choose another --tag or --output") from None
+            raise ConfigError(f"{self.path} cannot be opened ({error.strerror}); choose another --tag or --output") from None
 
     def _lock(self, file: IO) -> None:
         try:
             import fcntl
 
-            # Unlike a lock by flock, a lock by lockf belongs to one process: loader workers do not inherit it.
+            # Unlike flock locks, lockf locks belong to a single process, so loader workers do not inherit them.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)

@@ -60,7 +60,7 @@ def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
         return max(cfg.TRAIN.ACCUMULATION_STEPS, 1)
     if global_size % images_per_pass:
         raise ConfigError(
-            f"DATA.GLOBAL_BATCH_SIZE={global_size}: is not a multiple of {images_per_pass} "
+            f"DATA.GLOBAL_BATCH_SIZE={global_size} is not a multiple of {images_per_pass} "
             f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE} in each of {world_size} processes); "
             "change --batch-size or the number of processes"
         )

@@ -379,7 +379,7 @@ class Trainer:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)
         except Exception as error:
-            logger.warning("figures of the model are disabled after an error: %s", error)
+            logger.warning("attention pictures are disabled after an error: %s", error)
             self.draw = None
 
     def evaluate(self, epoch: int) -> bool:

@@ -80,7 +80,7 @@ def fetch(url: str, name: str = "") -> Path:
             _compare_digest(url, path)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); free disk space, or set TORCH_HOME to another directory"
+            f"{path} cannot be written ({error.strerror or error}); free disk space, or set TORCH_HOME to another directory"
         ) from None
     return path
 
@@ -118,7 +118,7 @@ def _download(url: str, path: Path) -> None:
         raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the URL{hint}") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise CheckpointError(f"{url}: cannot be downloaded ({reason}); check the network and try again{hint}") from None
+        raise CheckpointError(f"{url} cannot be downloaded ({reason}); check the network and try again{hint}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

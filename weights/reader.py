@@ -54,7 +54,7 @@ def verify(path: Path) -> None:
     except Exception as error:  # zipfile and zlib raise many exception types on damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged (its entry {damaged} fails the checksum)")
+        raise CheckpointError(f"{path} is damaged (its entry {damaged} fails the checksum)")
 
 
 def sha256(path: Path) -> str:
@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # a damaged pickle raises many exception types
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {error})") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: contains {type(state).__name__}, not a dictionary of weights")
+        raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
     return state
 
 
@@ -166,5 +166,5 @@ def choose_weights(state: Mapping, weights: str, path: str | Path) -> tuple[str,
     stored = stored_weights(state)
     label = preferred_weights(state) if weights == "auto" else weights
     if label not in stored:
-        raise CheckpointError(f"{path}: contains no {label} weights; its keys are {', '.join(map(str, state))}")
+        raise CheckpointError(f"{path} contains no {label} weights; its keys are {', '.join(map(str, state))}")
     return label, stored[label]

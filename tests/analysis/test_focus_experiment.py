@@ -21,14 +21,14 @@ def test_attention_weights_equal_those_published_by_the_authors(form, scale):
     assert ", ".join(f"{value:.4f}" for value in PUBLISHED[form, scale]) in table()
 
 
-def test_focused_attention_is_invariant_to_magnitude_and_softmax_attention_is_not():
+def test_focused_attention_is_invariant_to_the_scale_of_q_and_k_and_softmax_attention_is_not():
     q, k = random_vectors()
     focused = [mean_entropy("focused", scale * q, scale * k) for scale in (0.1, 1, 10)]
     assert focused == pytest.approx([focused[0]] * 3, abs=1e-3)
     softmax = [mean_entropy("softmax, scaled", scale * q, scale * k) for scale in (0.1, 1, 10)]
     assert softmax == sorted(softmax, reverse=True)
-    magnitude = crossing(q, k, "softmax, scaled")
-    assert mean_entropy("softmax, scaled", magnitude * q, magnitude * k) == pytest.approx(focused[1], abs=1e-6)
+    factor = crossing(q, k, "softmax, scaled")
+    assert mean_entropy("softmax, scaled", factor * q, factor * k) == pytest.approx(focused[1], abs=1e-6)
 
 
 def test_draw_writes_a_png_file(tmp_path):

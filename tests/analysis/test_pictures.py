@@ -1,4 +1,8 @@
-"""Pictures of attention maps, and their logging to TensorBoard during training."""
+"""Pictures of attention maps, and their logging to TensorBoard during training.
+
+A form of attention is an entry of ``BlockMaps.maps`` (analysis/pages.py): the model's own attention, another attention function
+of the same queries and keys, the convolution, or the sum of the model's attention and its convolution.
+"""
 
 import numpy as np
 import pytest
@@ -106,7 +110,7 @@ def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp
         toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image), tmp_path / "log"
     )
     assert outcome.exit_codes == [0], outcome.output
-    assert outcome.output.count("figures of the model are disabled after an error: out of memory") == 1
+    assert outcome.output.count("attention pictures are disabled after an error: out of memory") == 1
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout()).train()
     model[1].eval()
     pictures = object.__new__(jobs.inspection.AttentionPictures)

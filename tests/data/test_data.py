@@ -773,7 +773,7 @@ def test_imagenet_class_map_rejects_fewer_classes_than_the_model_if_they_are_num
         read_class_map("imagenet", ["0", "1", "2"], 1000)
 
 
-def test_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_path):
+def test_imagenet_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_path):
     (tmp_path / "real.json").write_text("[[3], [], [1, 2]]")
     names = ["n1/ILSVRC2012_val_00000003.JPEG", "n0/ILSVRC2012_val_00000002.JPEG"]
     assert read_real_labels(tmp_path / "real.json", names) == [[1, 2], []]

@@ -1,6 +1,6 @@
 """Focused linear attention with its custom backward pass equals standard operations with autograd (the unfused form).
 
-An operator is an instance of the module ``FocusedLinearAttention``.
+In these tests, ``operator`` is a ``FocusedLinearAttention`` module.
 """
 
 import contextlib
@@ -221,7 +221,8 @@ def test_gradients_of_a_joint_qkv_projection_are_not_copied(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
         torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # If standard operations use the parts instead of the operator, their gradients are separate tensors and have to be copied.
+    # If the parts are inputs of standard operations rather than of the attention module, the gradients of the parts are
+    # separate tensors and have to be copied.
     out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
     assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
     q, _, v = split_channels(packed, 3)

@@ -1,6 +1,6 @@
 """Linear attention equals its definition, which is computed here with an explicit N x M attention matrix.
 
-An operator is an instance of the module ``FocusedLinearAttention``.
+In these tests, ``operator`` is a ``FocusedLinearAttention`` module.
 
 Shapes: B images, N queries, M keys, H heads, D channels per head, C = H * D channels.
 """

@@ -24,7 +24,7 @@ def build(config, opts):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_config_builds_the_model_of_the_reference(case):
+def test_each_config_builds_the_same_model_as_the_reference(case):
     recorded = reference(case)
     model = fill_with_seeded_weights(build(recorded["config"], recorded["opts"])).eval()
     expected = {name: shape for name, shape, kind in recorded["state_dict"] if kind == "param"}
@@ -33,7 +33,8 @@ def test_a_config_builds_the_model_of_the_reference(case):
         num_parameters -= sum(expected.pop(name)[0] for name in UNUSED_NORM)
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == expected
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
-    # Ignore the unused norm of PVT v1, which was removed from ``expected`` above. In other models, norms of this name are used.
+    # PVT v1 has no final norm layer here (removed from ``expected`` above), so its entries are not expected. Other models have
+    # a final layer named ``norm``.
     assert model.no_weight_decay() == set(recorded["no_weight_decay"]) - (set(UNUSED_NORM) - set(expected))
     side = recorded["img_size"]
     with torch.no_grad():

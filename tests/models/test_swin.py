@@ -160,7 +160,7 @@ def test_reset_classifier_replaces_the_head():
 
 
 def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_image_size():
-    """By default, the window is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the reference."""
+    """By default, the window is 7 tokens wide, or 12 in the model for images of 384 pixels, as in the paper's code."""
     model = create_model("flatten_swin_t", img_size=256, device="meta")
     assert {block.window for block in model.layers[2].blocks} == {(7, 7)}
     large = create_model("flatten_swin_b_384", device="meta")
@@ -169,14 +169,14 @@ def test_the_softmax_window_is_an_argument_and_does_not_depend_on_the_image_size
 
 
 @pytest.mark.parametrize(("window", "softmax_window"), [(56, 7), (57, 12)])
-def test_the_window_size_of_a_config_selects_the_softmax_window_of_the_reference(window, softmax_window):
+def test_the_softmax_window_is_7_for_config_window_sizes_up_to_56_and_12_above(window, softmax_window):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["MODEL.SWIN.WINDOW_SIZE", window])
     with torch.device("meta"):
         model = build_model(cfg)
     assert {block.window for block in model.layers[2].blocks} == {(softmax_window, softmax_window)}
 
 
-def test_a_model_built_at_another_size_equals_a_model_called_at_that_size():
+def test_resizing_position_tables_at_loading_equals_resizing_them_in_the_forward_pass():
     source, target = toy(img_size=224), toy(img_size=256)
     target.load_state_dict(source.state_dict() | target.resize_position_tables(source.state_dict(), img_size=224))
     images = torch.randn(1, 3, 256, 256)

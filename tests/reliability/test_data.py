@@ -83,11 +83,11 @@ def test_d9_tar_shard_damaged_at_any_of_100_positions_is_rejected(tmp_path):
             position = rng.choice(headers) + rng.randrange(154)
             damaged = intact[:position] + bytes([intact[position] ^ 1 << rng.randrange(7)]) + intact[position + 1 :]
         shard.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
+        with pytest.raises(DataError, match=r"train-0\.tar .*byte \d+"):
             index_tar(tmp_path, "train")
     for position in headers[1:]:  # truncated between two members, where tarfile reports no error
         shard.write_bytes(intact[:position])
-        with pytest.raises(DataError, match=r"train-0\.tar: .*byte \d+"):
+        with pytest.raises(DataError, match=r"train-0\.tar .*byte \d+"):
             index_tar(tmp_path, "train")
     shard.write_bytes(intact)
     assert len(index_tar(tmp_path, "train")) == 30
@@ -249,7 +249,7 @@ def test_d11_directory_that_cannot_be_listed_raises_an_error(tmp_path, monkeypat
             return original(path)
 
         monkeypatch.setattr(os, "scandir", scandir)
-        with pytest.raises(DataError, match=f"{unlistable}: cannot be listed"):
+        with pytest.raises(DataError, match=f"{unlistable} cannot be listed"):
             index_folder(tmp_path / "train")
     monkeypatch.setattr(os, "scandir", original)
     original_stat = os.stat
@@ -260,7 +260,7 @@ def test_d11_directory_that_cannot_be_listed_raises_an_error(tmp_path, monkeypat
         return original_stat(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    with pytest.raises(DataError, match=r"class1: cannot be listed .Permission denied"):
+    with pytest.raises(DataError, match=r"class1 cannot be listed .Permission denied"):
         index_folder(tmp_path / "train")
     monkeypatch.setattr(os, "stat", original_stat)
     assert len(index_folder(tmp_path / "train")) == 7
@@ -494,7 +494,7 @@ def test_killed_worker_ends_packing_with_an_error_and_leaves_no_files(tmp_path, 
 def test_packing_does_not_overwrite_an_existing_map_file(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     (tmp_path / "val_map.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"val_map\.txt: already exists"):
+    with pytest.raises(DataError, match=r"val_map\.txt already exists"):
         pack(tmp_path, tmp_path, "val", archive="zip")
     assert (tmp_path / "val_map.txt").read_text() == "mine"
 

@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite (rows N1 and N2 of docs/reliability.md).
 
-A run that ends at such an update saves it in a replay file; ``main.py --replay`` computes this update again.
+A run that stops at an update with a non-finite loss or gradient saves that update in a replay file. ``main.py --replay``
+computes this update again.
 """
 
 import copy
@@ -63,7 +64,7 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
     images = replay_state["replay"]["images"]
     assert [len(names) for passes in images for names in passes] == [4, 4]
     assert replay_state["config"]["SEED"] == 0
-    # The replay is finite because it does not use the faulty loss of this test.
+    # The replayed loss and gradients are finite because the replay does not use the faulty loss of this test.
     replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
@@ -73,7 +74,10 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
 def test_n1_the_error_gives_the_update_of_the_nan_loss_even_if_another_update_follows(
     print_freq, toy_config, toy_data, tmp_path
 ):
-    """With PRINT_FREQ 5, losses are read one update later. The update launched meanwhile does not change the weights."""
+    """With PRINT_FREQ 5, the loss of an update is read only after the next update has been launched.
+
+    That next update must not change the weights.
+    """
 
     def prepare(rank: int) -> None:
         jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")
@@ -98,7 +102,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     replay_path = tmp_path / "toy/default/replay_000000001.pth"
     replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
-    assert "the first values that are not finite are computed by layers.0.blocks.0.attn itself" in replayed.output
+    assert "layers.0.blocks.0.attn is the first module to compute non-finite values" in replayed.output
     first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]
     assert f"images of this batch: {first_image}" in replayed.output
 
@@ -146,7 +150,7 @@ def test_n1_replay_finds_a_non_finite_tensor_in_a_tuple_of_outputs():
         PairClassifier(), nn.CrossEntropyLoss(), torch.ones(4, 6), torch.zeros(4, dtype=torch.long), torch.float32
     )
     assert finding.startswith(
-        "the output of splitter (Splitter) is the first that is not finite: 8 of 8 values of shape (4, 2)"
+        "the output of splitter (Splitter) is the first non-finite output: 8 of 8 values are not finite, shape (4, 2)"
     )
 
 
@@ -154,7 +158,9 @@ def test_n1_replay_reports_the_shape_of_a_non_finite_output():
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
     nn.init.constant_(model[1].weight, float("inf"))
     finding = find_non_finite(model, nn.CrossEntropyLoss(), torch.ones(4, 6), torch.zeros(4, dtype=torch.long), torch.float32)
-    assert finding.startswith("the output of 1 (Linear) is the first that is not finite: 12 of 12 values of shape (4, 3)")
+    assert finding.startswith(
+        "the output of 1 (Linear) is the first non-finite output: 12 of 12 values are not finite, shape (4, 3)"
+    )
 
 
 def overflow_in(first: int, last: int):
@@ -192,7 +198,8 @@ def test_n2_a_skipped_fp16_update_changes_neither_weights_nor_ema_nor_schedule(t
         assert after["scaler"]["scale"] < before["scaler"]["scale"]
     assert not torch.equal(states[7]["model"]["head.weight"], before["model"]["head.weight"])
     learning_rates = {number: state["optimizer"]["param_groups"][0]["lr"] for number, state in states.items()}
-    # Update 7, the first after the skipped ones, uses the learning rate of update 4, the first skipped one.
+    # Updates are counted from 1, including skipped ones. Update 7, the first after the skipped ones, uses the learning rate of
+    # update 4, the first skipped one.
     assert learning_rates[7] == learning_rates[4] != learning_rates[3]
 
 

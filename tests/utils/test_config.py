@@ -135,7 +135,7 @@ MODEL:
         ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True is not supported: only False"),
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give only one of --resume and --pretrained"),
         ("DATA: {GLOBAL_BATCH_SIZE: 8}", ["TRAIN.ACCUMULATION_STEPS", 2], "TRAIN.ACCUMULATION_STEPS=2: conflicts with"),
-        ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5: has no effect"),
+        ("TRAIN: {FREEZE_BACKBONE: True, LAYER_DECAY: 0.5}", [], "TRAIN.LAYER_DECAY=0.5 has no effect"),
         ("", ["train.epochs", "3"], "unknown key train.epochs: did you mean TRAIN.EPOCHS"),
         ("", ["TRAIN.LR", "3"], "unknown key TRAIN.LR: did you mean TRAIN.BASE_LR"),
         ("", ["TRAIN.EPOCHS=many"], "TRAIN.EPOCHS='many' is of type str"),
@@ -150,7 +150,7 @@ MODEL:
         (
             "MODEL: {TYPE: flatten_deit_t, DEIT: {DEPTH: 6}}",
             [],
-            "MODEL.DEIT.DEPTH=6: has no effect with MODEL.TYPE=flatten_deit_t",
+            "MODEL.DEIT.DEPTH=6 has no effect with MODEL.TYPE=flatten_deit_t",
         ),
         ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 5}}", [], "does not divide MODEL.DEIT.EMBED_DIM=192"),
         ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number of at least 1"),

@@ -154,7 +154,7 @@ class HostAccess(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"])
 @pytest.mark.parametrize("size", [(224, 224), (160, 192)], ids=["native", "padded"])
 def test_no_model_reads_values_or_copies_between_devices_in_training(name, size):
-    """On the meta device, reading a value raises an error, and ``HostAccess`` records operations with a tensor on the host.
+    """A read of a meta tensor raises an error, and ``HostAccess`` records operations that involve both host and meta tensors.
 
     At a size other than 224 x 224, the first forward pass, which is not recorded, builds masks and indices for later passes.
     """

@@ -90,7 +90,7 @@ def test_download_succeeds_after_an_interrupted_download(server):
 
 def test_the_message_of_a_network_error_contains_the_url_and_the_path_for_a_manual_download(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x: cannot be downloaded .*save it as .*toy\.pth"):
+    with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:9/x cannot be downloaded .*save it as .*toy\.pth"):
         fetch("http://127.0.0.1:9/x", "toy")
 
 
