@@ -35,7 +35,8 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             "the class id of each directory"
         )
         raise DataError(
-            f"{root} contains {len(val)} classes, but MODEL.NUM_CLASSES={num_classes}. Check --data-path, or {remedy}"
+            f"{root} contains {len(val)} classes, but the model has {num_classes} (MODEL.NUM_CLASSES). Check --data-path, "
+            f"or {remedy}"
         )
 
 

@@ -149,11 +149,11 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:
-        log_differences(stored, requested, checkpoint.path, prefixes=EVALUATION_KEY_PREFIXES, level=logging.WARNING)
+        log_differences(stored, requested, checkpoint.path, prefixes=EVALUATION_KEY_PREFIXES)
     return requested
 
 
-def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, prefixes: Sequence[str] = (), level: int) -> None:
+def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, prefixes: Sequence[str] = ()) -> None:
     """Log every key whose value differs from that in a checkpoint.
 
     Args:
@@ -161,9 +161,8 @@ def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, pref
         current: config of this run.
         path: path of the checkpoint, for the message.
         prefixes: prefixes of the keys to compare; empty: compare all keys.
-        level: logging level.
     """
     stored, current = flatten(stored), flatten(current)
     for key in sorted(stored.keys() | current.keys()):
         if key.startswith(tuple(prefixes) or "") and stored.get(key) != current.get(key):
-            logger.log(level, "%s: %s was %r in the checkpoint, now it is %r", path, key, stored.get(key), current.get(key))
+            logger.info("%s: %s was %r in the checkpoint, but is %r now", path, key, stored.get(key), current.get(key))

@@ -83,7 +83,7 @@ def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) ->
         return None
     saved = on_all(world, partial(read_checkpoint, init.checkpoint))
     check_resumable(saved, cfg, world, init.checkpoint)
-    log_differences(saved["config"], cfg, init.checkpoint, level=logging.INFO)
+    log_differences(saved["config"], cfg, init.checkpoint)
     if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:
         logger.warning(
             "MODEL.PRETRAINED=%s: not read, since the run resumes from %s; choose another --tag to start from these weights",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from jobs.checkpoints import locate
 from utils.checkpoint import save_checkpoint
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 
@@ -61,7 +62,7 @@ def average(paths: list[Path], weights: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument(
         "--weights",
@@ -76,7 +77,7 @@ def main() -> None:
         parser.error(f"{args.checkpoints[0]}: only one checkpoint; give two or more to average")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(average(args.checkpoints, args.weights), args.output)
+        save_checkpoint(average([locate(reference).path for reference in args.checkpoints], args.weights), args.output)
     except CheckpointError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")

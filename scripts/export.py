@@ -7,6 +7,7 @@ pip install onnx onnxscript onnxruntime.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from utils.config import ConfigError, image_size, load_config, to_dict
 from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx
 MAX_RELATIVE_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
 MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
@@ -50,12 +52,9 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
     Args:
         metadata: entries of the file's ``metadata_props``.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    except ImportError as error:
-        raise ExportError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
+    import onnx
+    import onnxruntime
+
     # torch.onnx decomposes attention as the math backend does. Trace with that backend too: the outputs of other backends have
     # a different memory layout, which would not match the exported operations.
     with sdpa_kernel(SDPBackend.MATH):
@@ -148,9 +147,10 @@ def model_card(
     else:
         result = evaluation["results"][label]
         low, high = result["acc1_interval_95"]
+        top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if cfg.MODEL.NUM_CLASSES > 5 else ""
         lines += [
             f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
-            f"{result['num_images']} images), top-5 {result['acc5']:.3f} % ({result['correct5']} images), measured on "
+            f"{result['num_images']} images){top5}, measured on "
             f"`{Path(evaluation['data']).name}` in {evaluation['precision']} with torch {evaluation['versions']['torch']}."
         ]
     lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
@@ -209,10 +209,13 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
     Raises:
         ExportError: an exported file does not match the model.
-        ConfigError, CheckpointError: the directory is not empty, or config and checkpoint do not match.
+        ConfigError, CheckpointError: the directory is not empty, a package is missing, or config and checkpoint do not match.
     """
     if args.folder.is_dir() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty; choose another directory")
+    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
+    if "onnx" in args.formats and missing:
+        raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
     checkpoint = open_checkpoint(args.checkpoint)
     cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
     check_model(cfg)

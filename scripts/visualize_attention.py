@@ -71,7 +71,7 @@ def visualize(args: argparse.Namespace) -> None:
             for suffix, draw in (("", draw_forms), ("_overlay", draw_overlays)):
                 with replacing(args.output / f"{path.stem}_{block.name}{suffix}.png") as temporary:
                     draw(picture, block, points or POINTS).savefig(temporary)
-        print(f"{page}: {len(blocks)} blocks, {page.stat().st_size / 2**20:.1f} MiB")
+        print(f"{page}: blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def main() -> None:

@@ -146,7 +146,10 @@ def test_the_commands_of_the_reference_run_in_sequence_on_toy_data(toy_config, t
     trained = tmp_path / "toy/first/best.pth"
     tuned = tmp_path / "toy/tuned/best.pth"
     for arguments, message in (
-        (["--model-ema", "--model-ema-decay", "0.9", "--find-unused-params", "--tag", "first", *short], "done in"),
+        (
+            ["--model-ema", "--model-ema-decay", "0.9", "--find-unused-params", "--tag", "first", *short],
+            "done; training in this process took",
+        ),
         (["--eval", "--resume", trained, "--tag", "first", *short], " * Acc@1 "),
         (["--resume", trained, "--tag", "second", "--opts", "TRAIN.EPOCHS", "2"], "resumed after update 6"),
         (["--pretrained", trained, "--tag", "tuned", "--amp", "--use-checkpoint", *short, *larger], "start: pretrained"),
@@ -166,10 +169,19 @@ def test_training_and_evaluation_support_non_square_images(toy_config, toy_data,
     short = ["TRAIN.EPOCHS=1", "TRAIN.WARMUP_EPOCHS=0", "TRAIN.BASE_LR=1e-3"]
     wide, tall = tmp_path / "toy/wide/best.pth", tmp_path / "toy/tall/best.pth"
     for arguments, message in (
-        (["--cfg", toy_config, "--tag", "scratch", "--opts", "DATA.IMG_SIZE", "[32, 48]", *short], "done in"),
-        (["--cfg", toy_config, "--tag", "wide", "--pretrained", trained, "--opts", "DATA.IMG_SIZE=[32,64]", *short], "done in"),
+        (
+            ["--cfg", toy_config, "--tag", "scratch", "--opts", "DATA.IMG_SIZE", "[32, 48]", *short],
+            "done; training in this process took",
+        ),
+        (
+            ["--cfg", toy_config, "--tag", "wide", "--pretrained", trained, "--opts", "DATA.IMG_SIZE=[32,64]", *short],
+            "done; training in this process took",
+        ),
         (["--eval", "--resume", wide], " * Acc@1 "),
-        (["--cfg", toy_config, "--tag", "tall", "--pretrained", wide, "--opts", "DATA.IMG_SIZE=[56,32]", *short], "done in"),
+        (
+            ["--cfg", toy_config, "--tag", "tall", "--pretrained", wide, "--opts", "DATA.IMG_SIZE=[56,32]", *short],
+            "done; training in this process took",
+        ),
         (["--eval", "--resume", tall], " * Acc@1 "),
         (["--cfg", toy_config, "--throughput", "--opts", "DATA.IMG_SIZE=[32,48]", "DATA.BATCH_SIZE=2"], "toy at 32 x 48"),
     ):

@@ -410,7 +410,7 @@ def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy
     monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *files, "--output", str(mean)])
     average_checkpoints.main()
     same = tmp_path / "same.pth"
-    monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", str(trained), str(trained), "--output", str(same)])
+    monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", str(trained.parent), str(trained), "--output", str(same)])
     average_checkpoints.main()
     counts = []
     for checkpoint in (trained, same, mean):

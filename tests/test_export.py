@@ -1,5 +1,6 @@
 """Exported models compute the same logits as the original model, and include its config and class names."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_every_format_contains_the_ema_weights_and_the_model_card_describes_the_
     assert all(torch.equal(value, ema_model.state_dict()[name]) for name, value in reloaded.state_dict().items())
     card = (folder / "README.md").read_text()
     assert "Top-1 60.606 % (95 % confidence interval 43.70 to 75.30; 20 of 33 images)" in card
-    assert "(33 images), measured on `toy`" in card
+    assert "of 33 images), measured on `toy`" in card
     assert f"sha256 `{sha256(path)}`" in card
     assert "cat, small dog, été" in card
     assert "ignoring the aspect ratio (bicubic), centre crop of 40 x 40" in card
@@ -181,3 +182,23 @@ def test_every_model_family_can_be_exported_with_torch_export_and_to_onnx(name, 
     images = torch.randn(3, 3, 96, 96)
     assert export.export_torch(model, images, tmp_path / "model.pt2") < 1e-5
     assert export.export_onnx(model, images, tmp_path / "model.onnx") < 1e-4
+
+
+@pytest.mark.parametrize(("num_classes", "shown"), [(5, False), (6, True)])
+def test_the_model_card_gives_top_5_only_for_more_than_five_classes(checkpoint, toy_config, tmp_path, num_classes, shown):
+    path, _ = checkpoint
+    evaluation = json.loads(write_evaluation(path, tmp_path).read_text())
+    cfg = load_config(toy_config, ["MODEL.NUM_CLASSES", num_classes])
+    card = export.model_card(cfg, open_checkpoint(path), "ema", {}, evaluation, in_timm=True)
+    assert ("top-5 100.000 % (33 images), measured on `toy`" in card) is shown
+
+
+def test_a_missing_onnx_package_is_reported_before_anything_is_written(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
+    path, _ = checkpoint
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, path, tmp_path / "out", "--cfg", toy_config, "--formats", "safetensors", "onnx")
+    assert ended.value.code == 2
+    assert "--formats onnx: not installed: onnxscript; run pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def test_evaluation_with_a_different_config_logs_the_differences_and_writes_next
     other.write_text(yaml.safe_dump(tree))
     outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
-    assert "DATA.IMG_SIZE was 40 in the checkpoint, now it is 32" in outcome.output
+    assert "DATA.IMG_SIZE was 40 in the checkpoint, but is 32 now" in outcome.output
     assert json.loads((tmp_path / "run/eval.json").read_text())["preprocessing"]["img_size"] == 32
     assert not (tmp_path / "output").exists()
 
@@ -365,6 +365,8 @@ def run_python(*arguments):
         (["--batchsize", "3"], 2, "did you mean --batch-size?"),
         ([], 2, "--cfg is missing"),
         (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
+        (["--cfg", "configs/smal.yaml"], 2, "configs/small.yaml?"),
+        (["--cfg", "configs/small"], 2, "configs/small.yaml?"),
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),
@@ -372,6 +374,11 @@ def run_python(*arguments):
         (["--eval", "--resume", "flaten_swin_t"], 2, "did you mean the model flatten_swin_t?"),
         (["--eval"], 2, "no weights to evaluate"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--opts", "TRAIN.EPOCHS", "DATA.DATA_PATH", "x"], 2, "has no value"),
+        (
+            ["--cfg", "configs/small.yaml", "--data-path", ".", "--opts", "TRAIN.EPOCHS"],
+            2,
+            "'TRAIN.EPOCHS' has no value; give KEY",
+        ),
     ],
 )
 def test_command_line_errors_are_reported_before_torch_is_imported(arguments, status, message):

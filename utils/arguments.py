@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config import ConfigError
+from utils.config import ConfigError, option_keys
 
 
 def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:
@@ -126,6 +126,7 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
     values = {flag: getattr(args, flag.removeprefix("--").replace("-", "_"), None) for flag in FLAGS}
     if values["--model-ema"] and values["--no-model-ema"]:
         raise ConfigError("--model-ema and --no-model-ema: give only one of them")
+    option_keys(args.opts)  # raises an error for a key without a value, before other pairs follow it
     pairs = [*(["EMA.ENABLED", True] if ema else []), *args.opts]
     if values["--eval"] and values["--resume"] and not values["--pretrained"]:
         pairs += ["MODEL.PRETRAINED", ""]  # --cfg may set it, which would conflict with --resume
@@ -217,4 +218,5 @@ def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
     models = [file.stem for file in configs.glob("*.yaml")]
     if checkpoint not in models:
         near = get_close_matches(checkpoint, models, n=1) if not path.suffix else []
-        raise ConfigError(f"{name}={checkpoint}: no such file" + (f"; did you mean the model {near[0]}?" if near else ""))
+        hint = f"; did you mean the model {near[0]}?" if near else ""
+        raise ConfigError(f"{name}={checkpoint}: no such file, run directory or model{hint}")

@@ -161,7 +161,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml")
+        near = _suggest_file(path.with_suffix(".yaml"))
+        raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml{near}")
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
@@ -169,7 +170,7 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
     except OSError as error:
         origin = f" (BASE of {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}{origin} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}{origin} cannot be read: {error.strerror}{_suggest_file(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be parsed as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -182,6 +183,12 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
             _merge_file(cfg, path.parent / os.path.expanduser(str(base)), (*chain, path))
     for key, value in _leaves_of_file(tree, cfg, str(path)):
         _set(cfg, key, value, str(path))
+
+
+def _suggest_file(path: Path) -> str:
+    """Suggest the config of the most similar name in the directory at the end of an error; "" if none is similar."""
+    near = get_close_matches(path.name, sorted(file.name for file in path.parent.glob("*.yaml")), n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "") -> Iterable[tuple[str, object]]:

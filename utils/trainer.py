@@ -204,7 +204,7 @@ class Trainer:
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         best = state.best
         logger.info(
-            "done in %s; best Acc@1 %.3f (%s weights, epoch %d)",
+            "done; training in this process took %s; best Acc@1 %.3f (%s weights, epoch %d)",
             format_duration(time.monotonic() - started),
             best["acc1"],
             best["weights"],
