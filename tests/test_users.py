@@ -365,7 +365,7 @@ def run_python(*arguments):
         (["--batchsize", "3"], 2, "did you mean --batch-size?"),
         ([], 2, "--cfg is missing"),
         (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
-        (["--cfg", "configs/smal.yaml"], 2, "configs/small.yaml?"),
+        (["--cfg", "configs/smalls.yaml"], 2, "configs/small.yaml?"),
         (["--cfg", "configs/small"], 2, "configs/small.yaml?"),
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
