@@ -108,7 +108,7 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
 
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max_workers: int) -> list[dict]:
-    """Images per second of each data set in a loader with 0 to ``max_workers`` workers."""
+    """Images per second of each ``Dataset`` in a data loader with 0 to ``max_workers`` workers."""
     datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
     for (name, dataset), num_workers in itertools.product(datasets.items(), range(max_workers + 1)):

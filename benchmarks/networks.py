@@ -25,17 +25,17 @@ PEERS = {
 NUM_CLASSES = 1000
 
 
-def create_contestants(name: str, img_size: int) -> dict[str, nn.Module]:
+def create_variants(name: str, img_size: int) -> dict[str, nn.Module]:
     """Create the models to compare, by label."""
     ours = create_model(name, img_size=img_size)
-    contestants = {"focused": ours, "naive implementation": use_naive_attention(create_model(name, img_size=img_size))}
+    variants = {"focused": ours, "naive implementation": use_naive_attention(create_model(name, img_size=img_size))}
     # One letter per stage. DeiT has a single stage.
     attn_type = "S" if name.startswith("flatten_deit") else "S" * len(ours.feature_info)
-    contestants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=attn_type)
+    variants["softmax baseline"] = create_model(name, img_size=img_size, attn_type=attn_type)
     if name in PEERS:
         options = {} if name.startswith("flatten_pvt") else {"img_size": img_size}  # timm's PVTv2 accepts any size
-        contestants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)
-    return contestants
+        variants[f"timm {PEERS[name]}"] = timm.create_model(PEERS[name], **options)
+    return variants
 
 
 def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
@@ -74,10 +74,10 @@ def measure_model(
     The peak includes the tensors that a step creates, but not weights and images. On a CPU, it excludes workspaces of kernels.
     """
     torch.manual_seed(0)
-    contestants = create_contestants(name, img_size)
+    variants = create_variants(name, img_size)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     steps, eager_steps = {}, {}
-    for label, model in contestants.items():
+    for label, model in variants.items():
         model.to(device).train(training)
         eager_steps[label] = create_step(model, images, training=training, dtype=dtype)
         steps[label] = eager_steps[label]
@@ -90,7 +90,7 @@ def measure_model(
         records.append(
             {
                 "model": name,
-                "contestant": label,
+                "variant": label,
                 "mode": "training" if training else "inference",
                 "compiled": compiled,
                 "precision": str(dtype).removeprefix("torch."),

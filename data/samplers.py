@@ -61,7 +61,7 @@ class TrainBatches(Sampler[list[Key]]):
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
-        """Set the epoch to read next and its first update."""
+        """Set the epoch to read next, and the update of this epoch to start from."""
         self.epoch = epoch
         self.first_update = first_update
 
@@ -79,7 +79,7 @@ class TrainBatches(Sampler[list[Key]]):
                 indices = order[batch // self.repeats].tolist()
                 epochs = (
                     self.epoch * self.repeats + batch % self.repeats
-                ).tolist()  # a number per copy, so that augmentations differ
+                ).tolist()  # an epoch number per copy, so that augmentations differ
                 yield list(zip(epochs, indices, strict=True))
 
 
@@ -108,7 +108,7 @@ def separate_copies(indices: list[int]) -> list[int]:
     def mixes_copies(*positions: int) -> bool:
         return any(indices[order[position]] == indices[order[partner(position, count)]] for position in positions)
 
-    middle = [count // 2] * (count % 2)  # mixed with the first image, which a swap may have changed; empty if ``count`` is even
+    middle = [count // 2] * (count % 2)  # its partner is position 0, whose image a swap may have replaced
     for first in range((count + 1) // 2):
         if not mixes_copies(first):
             continue

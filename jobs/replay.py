@@ -115,8 +115,8 @@ def _check_output(name: str, findings: list[str]):
         if not all(value.isfinite().all() for value in float_inputs):
             parent, _, child = name.rpartition(".")
             findings.append(
-                f"{parent or 'the model'} is the first module to compute non-finite values: an input of its submodule {child} "
-                "is not finite"
+                f"the first non-finite values are computed by {parent or 'the model'} itself, which passes them to its "
+                f"submodule {child}"
             )
             return
         largest_input = max((value.detach().abs().max().item() for value in float_inputs), default=float("nan"))

@@ -181,7 +181,7 @@ def paired_difference(first: list[float], second: list[float]) -> tuple[float, f
 def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
     """Create one row per arm, highest mean first.
 
-    ``beyond_noise`` is true if the 95 % confidence interval of the difference excludes zero. Intervals are not corrected for
+    ``significant`` is true if the 95 % confidence interval of the difference excludes zero. Intervals are not corrected for
     multiple comparisons.
     """
     rows = []
@@ -189,18 +189,21 @@ def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
         row = {"arm": arm, "mean": statistics.mean(values), "deviation": statistics.stdev(values), "accuracies": values}
         if arm != baseline:
             row["difference"], row["interval"] = paired_difference(accuracies[baseline], values)
-            row["beyond_noise"] = abs(row["difference"]) > row["interval"]
+            row["significant"] = abs(row["difference"]) > row["interval"]
         rows.append(row)
     return sorted(rows, key=lambda row: -row["mean"])
 
 
 def to_markdown(rows: list[dict], baseline: str) -> str:
-    lines = [f"| arm | top-1, mean ± deviation | minus {baseline}, 95 % interval | beyond noise |", "|---|---|---|---|"]
+    lines = [
+        f"| arm | top-1, mean ± deviation | difference from {baseline}, 95 % interval | significant |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         difference, verdict = "", ""
         if "difference" in row:
             difference = f"{row['difference']:+.2f} ± {row['interval']:.2f}"
-            verdict = "yes" if row["beyond_noise"] else "no"
+            verdict = "yes" if row["significant"] else "no"
         lines.append(f"| {row['arm']} | {row['mean']:.2f} ± {row['deviation']:.2f} | {difference} | {verdict} |")
     return "\n".join(lines) + "\n"
 

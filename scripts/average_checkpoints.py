@@ -68,7 +68,7 @@ def main() -> None:
         "--weights",
         choices=WEIGHTS,
         default="auto",
-        help="auto: for each file raw or ema, whichever was more accurate in training",
+        help="auto: for each file, raw or ema weights, whichever had the higher validation accuracy in training",
     )
     args = parser.parse_args()
     if args.output.exists():

@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
 
     model = modes.add_parser("model", parents=[shared, plotting], help="complete models")
     model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
-    model.add_argument("--mode-of", choices=("inference", "training", "both"), default="both", help="which steps to measure")
+    model.add_argument("--steps", choices=("inference", "training", "both"), default="both", help="steps to measure")
     model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
     model.add_argument("--batch-size", type=int, nargs="+", default=[8])
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
         "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
     )
     attention.add_argument(
-        "--most-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
+        "--max-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
     )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
@@ -89,7 +89,7 @@ def measure_models(args: argparse.Namespace, device) -> list[dict]:
 
     if unknown := [name for name in args.models if name not in list_models()]:
         raise ConfigError(f"{unknown[0]}: unknown model; choose among {', '.join(list_models())}")
-    training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.mode_of]
+    training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.steps]
     return [
         record
         for name in args.models
@@ -120,7 +120,7 @@ def measure_attention(args: argparse.Namespace, device) -> list[dict]:
             dim=args.dim,
             num_heads=args.heads,
             batch_size=max(1, args.batch_size * 3136 // num_tokens),
-            max_softmax_tokens=args.most_softmax_tokens,
+            max_softmax_tokens=args.max_softmax_tokens,
             rounds=args.rounds,
             dtype=DTYPES[args.precision],
             device=device,
@@ -196,9 +196,9 @@ def draw_models(records: list[dict], figure) -> None:
     axis = figure.subplots()
     labels = [f"{row['model']}\n{row['mode']}, {row['precision']}\nbatch size {row['batch_size']}" for row in records]
     groups = list(dict.fromkeys(labels))
-    names = list(dict.fromkeys(row["contestant"].split()[0] for row in records))
+    names = list(dict.fromkeys(row["variant"].split()[0] for row in records))
     for position, name in enumerate(names):
-        bars = {label: row for label, row in zip(labels, records, strict=True) if row["contestant"].split()[0] == name}
+        bars = {label: row for label, row in zip(labels, records, strict=True) if row["variant"].split()[0] == name}
         edges = [groups.index(label) + position * 0.8 / len(names) for label in bars]
         axis.bar(edges, [row["speedup_over_naive"][0] for row in bars.values()], 0.8 / len(names), align="edge", label=name)
     axis.set_xticks([group + 0.4 for group in range(len(groups))], groups, fontsize=8)

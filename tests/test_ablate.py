@@ -62,7 +62,7 @@ def test_accuracy_differences_between_arms_are_paired_by_seed():
     assert half_width == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
     rows = tabulate({"a": [10.0, 20.0, 30.0], "b": [11.0, 22.0, 33.0], "c": [15.0, 25.1, 35.0]}, "a")
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
-    assert [row.get("beyond_noise") for row in rows] == [True, False, None]
+    assert [row.get("significant") for row in rows] == [True, False, None]
     assert "| b | 22.00 ± 11.00 | +2.00 ± 2.48 | no |" in to_markdown(rows, "a")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import scripts.benchmark
 from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
-from benchmarks.networks import PEERS, create_contestants
+from benchmarks.networks import PEERS, create_variants
 from benchmarks.operator import NAIVE, OURS, count_traffic
 from benchmarks.timing import Timing, speedup
 from models import create_model
@@ -72,13 +72,13 @@ def test_naive_attention_changes_neither_logits_nor_gradients(name):
 
 
 def test_a_model_is_compared_with_its_naive_implementation_the_softmax_baseline_and_timm():
-    contestants = create_contestants("flatten_deit_t", 64)
-    assert list(contestants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
-    assert {type(block.attn).__name__ for block in contestants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
-    assert "timm" not in " ".join(create_contestants("flatten_cswin_t", 224))
+    variants = create_variants("flatten_deit_t", 64)
+    assert list(variants) == ["focused", "naive implementation", "softmax baseline", "timm deit_tiny_patch16_224"]
+    assert {type(block.attn).__name__ for block in variants["softmax baseline"].blocks} == {"SoftmaxTokenAttention"}
+    assert "timm" not in " ".join(create_variants("flatten_cswin_t", 224))
     for name, peer in PEERS.items():
         if name.endswith(("_t", "_b0")):
-            assert f"timm {peer}" in create_contestants(name, 224)
+            assert f"timm {peer}" in create_variants(name, 224)
 
 
 def test_the_attention_operator_moves_fewer_bytes_than_the_naive_implementation():

@@ -48,7 +48,7 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
 
     Args:
         write: function that writes the file, given the temporary path.
-        size: size of the file in bytes, for the message.
+        size: size of the file in bytes, shown in the error message.
 
     Raises:
         CheckpointError: writing or renaming failed; an existing file at ``path`` is unchanged, and no temporary file is left.
@@ -98,7 +98,7 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
 
 
 def remove_surplus(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files that killed processes left.
+    """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files left behind by killed processes.
 
     The newest checkpoint must be verified before the call. ``best.pth`` is not numbered, so it is never deleted.
     """

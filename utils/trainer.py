@@ -109,7 +109,7 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the training loop; epochs include the cooldown.
+    """Settings of the training loop; ``num_epochs`` includes the cooldown epochs.
 
     Units: updates (``print_freq``, ``save_steps``), epochs (``save_freq``, ``eval_freq``), minutes (``save_minutes``).
     """
@@ -296,13 +296,14 @@ class Trainer:
             state.ema.update(state.model)
 
     def learning_rate(self, num_updates: int) -> float:
-        """Learning rate of update ``num_updates``, counted from 0, before the multiplier of each parameter group."""
+        """Learning rate of update ``num_updates`` (counted from 0), to be multiplied by each parameter group's ``lr_scale``."""
         return self.schedule(num_updates - self.state.num_skipped)
 
     def requests(self) -> Tensor:
         """(2,) requests of this process, each 0 or 1: to stop, and (only on rank 0) to save a checkpoint.
 
-        If the last checkpoint write failed, a save is requested immediately, since ``save`` raises the error in all processes.
+        If the last checkpoint write failed, a save is requested immediately, so that ``save`` raises the error of the
+        failed write in all processes.
         """
         due = 0 < 60 * self.recipe.save_minutes < time.monotonic() - self.last_save
         saving = (due or self.background_write.failed) and self.world.is_main
@@ -374,7 +375,7 @@ class Trainer:
         self.metrics.image("first_batch", grid, 0)
 
     def show_figures(self) -> None:
-        """Write the figures of ``draw`` to TensorBoard. After an error, such as a lack of memory, draw no further figures."""
+        """Write the figures of ``draw`` to TensorBoard. Draw no further figures after an error, such as out of memory."""
         try:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)

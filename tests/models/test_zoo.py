@@ -91,7 +91,7 @@ def test_a_saved_state_dict_loads_with_identical_logits(name, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [96, 128])
 def test_weights_loaded_at_another_image_size_give_the_logits_of_their_source_model_at_that_size(name, size, tmp_path):
-    """In global blocks, loading and the forward pass resize the same tables in the same way."""
+    """Where attention covers the whole token map, loading and the forward pass resize the same position tables equally."""
     options = {"attn_type": "LLLL"} if name in HIERARCHICAL else {}
     source = small(name, **options)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -166,7 +166,7 @@ def test_every_model_can_be_exported(name):
 
 
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_every_kind_of_attention_gives_every_parameter_of_a_network_a_gradient(kind):
+def test_every_parameter_gets_a_gradient_with_every_kind_of_attention(kind):
     model = create_model("flatten_deit_t", num_classes=3, img_size=64, depth=2, drop_path_rate=0.0, linear={"kind": kind})
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -368,7 +368,7 @@ def test_cswin_stripe_attention_equals_a_loop_over_stripes_without_padding(attn_
 
 
 def test_blocks_of_the_last_cswin_stage_attend_over_the_whole_map_for_any_stripe_width():
-    """As in the reference, each block has one attention over all channels, with a table of 7 x 7 positions."""
+    """As in the paper's code, each block has one attention over all channels, with a table of 7 x 7 positions."""
     opts = ["MODEL.LA.ATTN_TYPE", "LLLL", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "7-7-7-1"]
     with torch.device("meta"):
         model = build_model(load_config(CONFIGS / "flatten_cswin_t.yaml", opts))

@@ -102,7 +102,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     replay_path = tmp_path / "toy/default/replay_000000001.pth"
     replayed = run_main(["--replay", replay_path], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
-    assert "layers.0.blocks.0.attn is the first module to compute non-finite values" in replayed.output
+    assert "the first non-finite values are computed by layers.0.blocks.0.attn itself" in replayed.output
     first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]
     assert f"images of this batch: {first_image}" in replayed.output
 

@@ -97,7 +97,7 @@ def correct_counts(monkeypatch) -> list[int]:
 # Background saving.
 
 
-def test_a_checkpoint_written_during_later_updates_has_the_state_of_its_own_update(tmp_path, correct_counts, monkeypatch):
+def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(tmp_path, correct_counts, monkeypatch):
     """The state after two updates is written only after the third update has changed the weights."""
     expected = create_trainer(tmp_path / "expected", save_steps=2)
     (tmp_path / "expected").mkdir()
@@ -145,7 +145,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
     assert trainer.state.num_updates == 2
 
 
-def test_a_failed_write_makes_all_processes_save_and_raise_its_error(tmp_path, correct_counts, monkeypatch):
+def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
     assert trainer.requests().tolist() == [0, 0]  # requests to stop and to save
 
@@ -206,7 +206,7 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
 # Updates.
 
 
-def test_an_update_uses_its_own_learning_rate_and_then_updates_the_ema_weights(tmp_path):
+def test_an_update_uses_the_learning_rate_of_its_number_and_then_updates_the_ema_weights(tmp_path):
     """Expected: an SGD step with 3 times the scheduled rate (HEAD_LR_SCALE), then e = 0.9 e + 0.1 w for the EMA weights e."""
     updates = []
     trainer = create_trainer(
