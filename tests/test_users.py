@@ -367,6 +367,8 @@ def run_python(*arguments):
         (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
         (["--cfg", "configs/smalls.yaml"], 2, "configs/small.yaml?"),
         (["--cfg", "configs/small"], 2, "configs/small.yaml?"),
+        (["--cfg", ""], 2, "give a config whose name ends in .yaml or .yml\n"),
+        (["--cfg", "configs"], 2, "give a config whose name ends in .yaml or .yml\n"),
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
         (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),

@@ -161,8 +161,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
-        near = _suggest_file(path.with_suffix(".yaml"))
-        raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml{near}")
+        raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml{_suggest_file(path)}")
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
@@ -186,8 +185,10 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
 
 
 def _suggest_file(path: Path) -> str:
-    """Suggest the config of the most similar name in the directory at the end of an error; "" if none is similar."""
-    near = get_close_matches(path.name, sorted(file.name for file in path.parent.glob("*.yaml")), n=1)
+    """Suggest the config of the most similar name at the end of an error; "" if ``path`` exists, or if no name is similar."""
+    if os.path.exists(path):
+        return ""
+    near = get_close_matches(f"{path.stem}.yaml", sorted(file.name for file in path.parent.glob("[!.]*.yaml")), n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
