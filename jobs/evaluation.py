@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from jobs.training import check_model, format_process_count
 from models import build_model
 from models.loading import fill_model
 from models.released import Released
-from utils.config import option_keys
+from utils.config import load_config, option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import apply_numerical_settings
 from utils.evaluation import EvalResult, evaluate, log_results
@@ -26,7 +27,7 @@ from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
 from utils.report import write_evaluation
 from utils.run import build_output_path, create_output_directory
-from weights.reader import CheckpointError, preferred_weights, stored_weights
+from weights.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def load_models(
     """Build one model per label, with the checkpoint's weights of that label.
 
     Args:
-        labels: labels of the weights, each raw, ema or auto (see ``preferred_weights``).
+        labels: labels of the weights, each raw or ema.
 
     Raises:
         CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
@@ -162,6 +163,37 @@ def load_models(
                 remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; data with other classes need TEST.CLASS_MAP"
             raise CheckpointError(f"{report}. Every weight is required: {remedy}")
     return models
+
+
+class OpenedModel(NamedTuple):
+    """A model in evaluation mode, its checkpoint, its config, and the label of its weights (raw or ema)."""
+
+    model: torch.nn.Module
+    checkpoint: Checkpoint
+    cfg: CfgNode
+    weights: str
+
+
+def open_model(
+    reference: str, config: Sequence[str] | None, opts: Sequence, *, weights: str, device: torch.device | str = "cpu"
+) -> OpenedModel:
+    """Open a model with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        reference: checkpoint, in any form that --resume accepts.
+        config: paths of config files; None or empty for the checkpoint's own config.
+        opts: KEY, VALUE, ... that override the config.
+        weights: raw, ema or auto.
+
+    Raises:
+        ConfigError, CheckpointError: config and checkpoint do not match.
+    """
+    checkpoint = open_checkpoint(reference)
+    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
+    check_model(cfg)
+    label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
+    model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
+    return OpenedModel(model.eval(), checkpoint, cfg, label)
 
 
 def log_published(released: Released, result: EvalResult) -> None:

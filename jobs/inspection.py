@@ -1,8 +1,7 @@
-"""Load a model and images to inspect the model's attention, and draw attention maps during training."""
+"""Load images to inspect a model's attention, and draw attention maps during training."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -15,38 +14,7 @@ from data.build import build_preprocessing
 from data.datasets import FileDataset
 from data.index import DataError
 from data.transforms import Normalize
-from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
-from jobs.evaluation import load_models
-from utils.config import ConfigError, load_config
-from weights.reader import choose_weights
-
-
-class InspectedModel(NamedTuple):
-    """A model in evaluation mode on the CPU, its checkpoint, its config, and the label of its weights (raw or ema)."""
-
-    model: nn.Module
-    checkpoint: Checkpoint
-    cfg: CfgNode
-    weights: str
-
-
-def open_model(reference: str, config: Sequence[str], opts: Sequence, *, weights: str) -> InspectedModel:
-    """Open a model with the weights of a checkpoint, in evaluation mode on the CPU.
-
-    Args:
-        reference: checkpoint, in any form that --resume accepts.
-        config: paths of config files; empty for the checkpoint's own config.
-        opts: KEY, VALUE, ... that override the config.
-        weights: raw, ema or auto.
-
-    Raises:
-        ConfigError, CheckpointError: config and checkpoint do not match.
-    """
-    checkpoint = open_checkpoint(reference)
-    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
-    label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
-    model = load_models(checkpoint, cfg, labels=(label,), device=torch.device("cpu"))[label]
-    return InspectedModel(model.eval(), checkpoint, cfg, label)
+from utils.config import ConfigError
 
 
 class InspectedImages:

@@ -185,7 +185,7 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
-        on_all(world, partial(load_pretrained, model, init.checkpoint, classes, log=world.rank == 0))
+        on_all(world, partial(load_pretrained, model, init.checkpoint, classes, world))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()
@@ -198,17 +198,16 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
     )
 
 
-def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], *, log: bool) -> None:
+def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], world: World) -> None:
     """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
 
     Args:
         classes: class names of the training data.
-        log: whether to log a warning if the head was trained with other classes.
     """
     state = read_checkpoint(path)
     fill_model(model, state, weights="auto", path=path)
     difference = compare_class_names(classes, stored_class_names(state))
-    if difference and log:
+    if difference and world.is_main:
         logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
 
 

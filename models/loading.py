@@ -134,10 +134,10 @@ def _match(
         else:
             raise mismatch(f"{name} has shape {tuple(value.shape)}, but the model requires {tuple(own[name].shape)}")
     report.missing = [name for name in own if name not in fitting and name not in report.reinitialised]
-    filled = sum(own[name].numel() for name in fitting) - num_unfilled
-    report.coverage = filled / max(sum(value.numel() for value in own.values()), 1)
+    sizes = {name: value.numel() for name, value in own.items()}
+    report.coverage = (sum(sizes[name] for name in fitting) - num_unfilled) / max(sum(sizes.values()), 1)
     num_unused = sum(stored[name].numel() for name in report.unused)
-    fraction, reason = _smallest_coverage({name: value.numel() for name, value in own.items()}, head, set(fitting), num_unused)
+    fraction, reason = _smallest_coverage(sizes, head, set(fitting), num_unused)
     if fraction < MIN_COVERAGE:
         examples = ", ".join((report.missing + report.unused)[:5])
         raise mismatch(

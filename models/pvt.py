@@ -237,7 +237,7 @@ class PyramidBackbone(Backbone):
         raise NotImplementedError
 
     def stage_part(self, part: str, index: int) -> nn.Module | nn.Parameter:
-        """Part of a stage. ``index`` is zero-based; attribute names are one-based, as in released checkpoints."""
+        """Part of stage ``index``, counted from 0. Attribute names count from 1, as in released checkpoints."""
         return getattr(self, f"{part}{index + 1}")
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:

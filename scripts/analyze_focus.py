@@ -80,7 +80,8 @@ def draw_ranks(model, image, names, path: Path) -> None:
 def analyze(args: argparse.Namespace) -> None:
     from analysis.pages import module_names
     from analysis.summary import report, summarise, write_csv, write_json
-    from jobs.inspection import InspectedImages, open_model
+    from jobs.evaluation import open_model
+    from jobs.inspection import InspectedImages
     from jobs.prediction import find_images
     from utils.log import progress, setup_logging
 

@@ -21,12 +21,11 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.build import build_preprocessing
-from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
-from jobs.evaluation import load_models
-from jobs.training import check_model
+from jobs.checkpoints import Checkpoint
+from jobs.evaluation import open_model
 from models import build_arguments
-from utils.config import ConfigError, image_size, load_config, to_dict
-from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, choose_weights, sha256
+from utils.config import ConfigError, image_size, to_dict
+from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx
@@ -213,14 +212,9 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     """
     if args.folder.is_dir() and any(args.folder.iterdir()):
         raise ConfigError(f"{args.folder} is not empty; choose another directory")
-    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-    if "onnx" in args.formats and missing:
+    if "onnx" in args.formats and (missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]):
         raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
-    checkpoint = open_checkpoint(args.checkpoint)
-    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
-    check_model(cfg)
-    label, _ = choose_weights(checkpoint.state, args.weights, checkpoint.path)
-    model = load_models(checkpoint, cfg, labels=[label], device=torch.device("cpu"))[label].eval()
+    model, checkpoint, cfg, label = open_model(args.checkpoint, args.cfg, args.opts, weights=args.weights)
     evaluation, names = find_evaluation(args.eval_json, checkpoint, label), checkpoint.class_names
 
     args.folder.mkdir(parents=True, exist_ok=True)

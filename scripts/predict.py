@@ -50,22 +50,15 @@ def run(args: argparse.Namespace) -> int:
 
     from data.build import build_preprocessing
     from data.datasets import decode_image
-    from jobs.checkpoints import choose_config, open_checkpoint
-    from jobs.evaluation import load_models
+    from jobs.evaluation import open_model
     from jobs.prediction import class_names, find_images, predict
-    from jobs.training import check_model
     from utils.log import setup_logging
     from utils.report import draw_predictions
-    from weights.reader import choose_weights
 
     setup_logging(0)
     images = find_images(args.images)
-    checkpoint = open_checkpoint(args.resume)
-    cfg = choose_config(checkpoint, load_config(args.cfg, args.opts) if args.cfg else None, args.opts)
-    check_model(cfg)
-    label, _ = choose_weights(checkpoint.state, args.weights, checkpoint.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_models(checkpoint, cfg, labels=[label], device=device)[label].eval()
+    model, checkpoint, cfg, label = open_model(args.resume, args.cfg, args.opts, weights=args.weights, device=device)
     preprocessing, names = build_preprocessing(cfg), class_names(checkpoint, cfg.MODEL.NUM_CLASSES)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "top_k": args.top_k}
     predictions = predict(model, images, preprocessing, device=device, **options)

@@ -17,7 +17,7 @@ from utils.config import ConfigError
 
 def open_at_token_grid(args: argparse.Namespace):
     """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
-    from jobs.inspection import open_model
+    from jobs.evaluation import open_model
 
     inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     if not args.token_grid:

@@ -109,7 +109,7 @@ def accumulate_gradients(
     amp_dtype: torch.dtype,
     requests: Tensor,
 ) -> None:
-    """Run the forward and backward passes of an update.
+    """Run the forward and backward passes of one update.
 
     The last backward pass averages gradients, loss and requests over the processes.
 

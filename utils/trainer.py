@@ -212,7 +212,7 @@ class Trainer:
         )
 
     def finish_epoch(self, epoch: int) -> None:
-        """Evaluate and save at the end of an epoch, as the recipe requires. After a new best accuracy, it always saves.
+        """Evaluate and save at the end of an epoch if they are due. A new best accuracy is always saved.
 
         On resume, an evaluation or checkpoint that already exists is not repeated.
         """
