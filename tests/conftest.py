@@ -40,13 +40,15 @@ FAST = {
 }
 
 
-@pytest.hookimpl(trylast=True)  # run after plugins that shuffle the tests
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):
+    # Mark the tests before pytest applies -m, which would otherwise find no test with the marker.
     for item in items:
         if item.module.__name__.removeprefix("tests.") in FAST and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
-    # Tests that run main.py come first: the runs are forked from this process, and take twice as long once large models
-    # have filled its memory.
+    yield
+    # Tests that run main.py come first, also if a plugin shuffles the tests: the runs are forked from this process, and take
+    # twice as long once large models have filled its memory.
     items.sort(key=lambda item: not hasattr(item.module, "run_main"))
 
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
         ]
         outcome = run_script(module, [*subcommand, "--help"], tmp_path / "log")
         assert flag in outcome.output, (script, flag)
+
+
+MARKERS = sorted(
+    {
+        (page, marker)
+        for page in PAGES
+        for marker in re.findall(r"(?:scripts/test\.sh|pytest) -m (\w+|\"[^\"]+\")", page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "marker"), MARKERS, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_documented_markers_select_tests(page, marker):
+    # Two files that together have tests with every marker: collecting all files would take twice as long.
+    files = ["tests/utils/test_schedule.py", "tests/reliability/test_data.py"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker.strip('"'), *files]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout  # 5 if no test is selected
+    assert re.search(r"tests/.+: [1-9]", outcome.stdout)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
