@@ -1,14 +1,12 @@
 """Build datasets, loaders and mixup from a config."""
 
-import itertools
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -23,12 +21,9 @@ from data.index import DataError, Index, index_folder, index_tar, index_zip, lis
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
 from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
+from data.workers import StallCheck, WatchedDataset, create_loader
 
 logger = logging.getLogger(__name__)
-
-
-class StalledWorkerError(RuntimeError):
-    """A loader worker timed out. The message includes the worker, the images of its batch and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,7 @@ class DeviceLoader:
         self.max_unreadable = max_unreadable
         self.unreadable = set()
         self.seconds_waited = 0.0
+        self._batches: Any = None  # torch's iterator
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -89,29 +85,43 @@ class DeviceLoader:
         """Yield the batches of ``loader``, before the copy to the device.
 
         Raises:
-            StalledWorkerError: no batch arrived within DATA.WORKER_TIMEOUT seconds.
+            StalledWorkerError: the workers finished no image for DATA.WORKER_TIMEOUT seconds.
         """
-        batches = iter(self.loader)
-        for batch_number in itertools.count():
+        check = StallCheck(cast(WatchedDataset, self.loader.dataset), self.loader.timeout)
+        batches = self._start_epoch(check)
+        while True:
             started = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-                keys = next(itertools.islice(self.loader.batch_sampler, batch_number, None))
-                index = cast(ImageDataset, self.loader.dataset).index
-                names = [index.name(position) for _, position in keys]
-                worker, source = batch_number % self.loader.num_workers, index.source
-                raise StalledWorkerError(
-                    f"loader worker {worker} has delivered no batch for {self.loader.timeout:g} s while reading "
-                    f"{len(names)} images in {source} (first: {names[0]}, last: {names[-1]}); check the disk, or raise "
-                    "DATA.WORKER_TIMEOUT. The same command resumes the run"
-                ) from None
+            check.restart()
+            while True:
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not _timed_out(error):
+                        raise
+                check.check()
             self.seconds_waited += time.monotonic() - started
             yield batch
+
+    def _start_epoch(self, check: StallCheck) -> Iterator:
+        """Start the workers, or let them start another epoch.
+
+        Raises:
+            StalledWorkerError: a worker did not finish a batch of the previous epoch within DATA.WORKER_TIMEOUT seconds.
+        """
+        if self._batches is not None:  # the workers persist, and so does their iterator
+            self._batches._timeout = self.loader.timeout
+        try:
+            self._batches = iter(self.loader)
+        except RuntimeError as error:
+            if not _timed_out(error):
+                raise
+            raise check.stalled(self.loader.timeout) from None
+        if self.loader.timeout:
+            self._batches._timeout = check.interval  # after each interval, ``next`` raises an error and can be called again
+        return self._batches
 
     def count_unreadable(self, decode_errors: list[tuple[int, str]]) -> None:
         """Count and log unreadable images, except those that were counted before.
@@ -340,23 +350,19 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
             num_workers,
             cfg.DATA.NUM_WORKERS,
         )
-    return DataLoader(
-        dataset,
+    return create_loader(
+        WatchedDataset(dataset, num_workers),
+        num_workers=num_workers,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=num_workers,
         pin_memory=cfg.DATA.PIN_MEMORY and device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
         timeout=cfg.DATA.WORKER_TIMEOUT if num_workers else 0,
         persistent_workers=num_workers > 0,
     )
 
 
-def ignore_stop_signals(_worker: int) -> None:
-    """Ignore stop signals in loader workers: the training process handles them and ends its workers."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _timed_out(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader timed out")
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:

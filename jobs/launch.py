@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import logging
-import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yacs.config import CfgNode
 
-from data.build import StalledWorkerError
 from data.index import DataError
+from data.workers import StalledWorkerError, kill_workers
 from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
@@ -31,8 +34,8 @@ from utils.distributed import (
     lost_rank_error,
     setup,
 )
-from utils.errors import Stopped, TrainingError
-from utils.log import setup_logging
+from utils.errors import Stopped, TrainingError, describe
+from utils.log import FILE_ONLY, setup_logging
 from utils.schedule import accumulation_steps
 from utils.stop import StopRequest
 from weights.reader import CheckpointError
@@ -42,10 +45,17 @@ logger = logging.getLogger(__name__)
 FAILED = 1  # exit status: the job cannot continue
 USAGE_ERROR = 2  # exit status: the command, config, data or checkpoint is unusable, or the disk is full
 STOPPED = 75  # exit status: a signal stopped training; the same command resumes it (EX_TEMPFAIL of sysexits.h)
+SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of the process
+# Parts of the messages of torch for a full /dev/shm.
+SHARED_MEMORY_ERRORS = (
+    "unable to allocate shared memory",
+    "unable to write to file </torch_",
+    "Bus error",
+    "out of shared memory",
+)
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
-@record
 def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
     """Set up the processes, run the requested job, and exit with a nonzero status if the job fails or is stopped.
 
@@ -54,34 +64,15 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: 
         opts: KEY, VALUE, ... of the command line.
         stop: records stop signals. After a signal, training saves within a few updates and exits; other jobs end immediately.
     """
-    world = start_processes(cfg)
-    setup_logging(world.rank)
+    get_error_handler().initialize()  # prints the Python stack after a crash
+    world = None
     try:
+        world = start_processes(cfg)
+        setup_logging(world.rank)
         run_job(args, cfg, opts, world, stop)
-    except USER_ERRORS as error:  # the message gives the remedy, so the traceback is omitted
-        if world.is_main or not isinstance(error, TrainingError):  # all processes raise the same TrainingError
-            logger.error("%s", without_traceback(error))
-        leave(world, FAILED if isinstance(error, TrainingError) else USAGE_ERROR)
-    except OtherRankError:  # the rank that failed reports the reason
-        leave(world, USAGE_ERROR)
-    except (LostRankError, StalledWorkerError) as error:
-        logger.error("%s", error)
-        leave(world, FAILED)
-    except RuntimeError as error:
-        message = describe_known_error(error, world)
-        if message is None:
-            raise
-        logger.error("%s", message)
-        leave(world, FAILED)
-    except Stopped as reason:
-        if world.is_main:
-            logger.warning("%s", reason)
-        leave(world, STOPPED)
-    except KeyboardInterrupt:
-        if world.is_main:
-            logger.warning("stopped")
-        leave(world, 128 + signal.SIGINT)
-    cleanup()
+        cleanup()
+    except BaseException as error:  # even SystemExit: Python's own exit waits for threads and child processes without limit
+        leave(error, world)
 
 
 def start_processes(cfg: CfgNode | None) -> World:
@@ -96,10 +87,10 @@ def start_processes(cfg: CfgNode | None) -> World:
     except ValueError as error:
         if is_reporting_process() or isinstance(error, MissingDeviceError):
             sys.stderr.write(f"main.py: error: {error}\n")
-        sys.exit(USAGE_ERROR)
+        end_process(USAGE_ERROR)
     except LostRankError as error:
         sys.stderr.write(f"main.py: error: {error}\n")
-        sys.exit(FAILED)
+        end_process(FAILED)
 
 
 def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world: World, stop: StopRequest) -> None:
@@ -117,44 +108,119 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world
         train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
 
 
-def describe_known_error(error: RuntimeError, world: World) -> str | None:
-    """The message, with its remedy, for a known error of torch; None for any other error."""
-    first_line = str(error).splitlines()[0] if str(error) else ""
+def leave(error: BaseException, world: World | None) -> NoReturn:
+    """Report an error or a stop, and end this process. Every error of a job ends here, whatever its type.
+
+    Call it in the ``except`` clause. Whatever else fails, the process ends within ``SECONDS_TO_END``.
+
+    Args:
+        world: None if the processes are not set up yet.
+    """
+    status = FAILED
+    try:
+        status = exit_status(error)
+        report(error, world)
+    except BaseException:  # the report failed, for example for lack of memory; its traceback includes the reported error
+        print_traceback()
+    finally:
+        end_process(status)
+
+
+def exit_status(error: BaseException) -> int:
+    """Exit status of a process after an error or a stop."""
+    if isinstance(error, Stopped):
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, (*USER_ERRORS, OtherRankError)) and not isinstance(error, TrainingError):
+        return USAGE_ERROR
+    return FAILED
+
+
+def report(error: BaseException, world: World | None) -> None:
+    """Log an error or a stop: one line if its reason is known, else the traceback, which torchrun prints again at its end."""
+    is_main = world is None or world.is_main
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        if is_main:
+            logger.warning("%s", "stopped" if isinstance(error, KeyboardInterrupt) else error)
+        return
+    if isinstance(error, OtherRankError) or (isinstance(error, TrainingError) and not is_main):
+        return  # the main process, or the process that failed, reports the reason
+    message = describe_known_error(error, world)
+    if message is not None:
+        logger.error("%s", message)
+        return
+    logger.error("unexpected error", exc_info=error, extra=FILE_ONLY)
+    for handler in logging.getLogger().handlers:
+        handler.flush()  # the console then shows the traceback after the lines that were logged before
+    print_traceback()
+    get_error_handler().record_exception(error)
+
+
+def print_traceback() -> None:
+    """Print the traceback of the current error on standard error, without Python's buffer, which may be blocked or closed."""
+    with contextlib.suppress(BaseException):
+        data = traceback.format_exc().encode(errors="backslashreplace")
+        while data:
+            data = data[os.write(2, data) :]
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process and its loader workers.
+
+    Python's cleanup is skipped: it joins threads of the process group, of executors and of torch, which may wait for ranks or
+    workers that have ended.
+    """
+
+    def end_later() -> None:
+        timer = threading.Timer(SECONDS_TO_END, os._exit, (status,))
+        timer.daemon = True
+        timer.start()
+
+    try:
+        for task in (end_later, kill_workers, logging.shutdown, flush_output):
+            with contextlib.suppress(BaseException):
+                task()
+    finally:
+        os._exit(status)
+
+
+def flush_output() -> None:
+    """Write the buffers of the console streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # the stream is closed, or was never open
+            stream.flush()
+
+
+def describe_known_error(error: BaseException, world: World | None) -> str | None:
+    """The message, with its remedy, of a known error; None for any other error."""
+    if isinstance(error, (*USER_ERRORS, LostRankError, StalledWorkerError)):
+        return without_traceback(error)
+    text = without_traceback(error)
     if isinstance(error, torch.OutOfMemoryError):
         remedy = (
             "lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size), or add --use-checkpoint or --amp"
         )
-        return f"{first_line}; {remedy}"
-    if is_lost_connection(error):
+        return f"{text}; {remedy}"
+    if world is not None and isinstance(error, RuntimeError) and is_lost_connection(error):
         return str(lost_rank_error(world, error, "start-up or evaluation"))
-    if "DataLoader worker" in str(error):
+    if any(words in text for words in SHARED_MEMORY_ERRORS):
         return (
-            f"{first_line.strip().rstrip('.')}. Lower DATA.NUM_WORKERS if the host runs out of memory; the same command "
-            "resumes the run"
+            f"{text.rstrip('.')}. The shared memory (/dev/shm) through which the loader workers send batches is full: enlarge "
+            "it (docker run --shm-size 16g), or lower DATA.NUM_WORKERS or --batch-size; the same command resumes the run"
+        )
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):  # the worker itself ended
+        return (
+            f"{text.rstrip('.')}. See its output above for a reason; lower DATA.NUM_WORKERS if the host runs out of memory; "
+            "the same command resumes the run"
         )
     return None
 
 
-def leave(world: World, status: int) -> None:
-    """End this process after an error or a stop.
-
-    If there are several processes, skip Python's cleanup: threads of the process group may wait for ranks that have ended, and
-    joining or destroying them would block or abort.
-    """
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about the killed workers
-    for child in multiprocessing.active_children():
-        child.kill()  # loader workers, which ignore the signals that stop training
-    if world.size == 1:
-        sys.exit(status)
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # the stream is closed, or was never open
-            stream.flush()
-    os._exit(status)
-
-
-def without_traceback(error: Exception) -> str:
-    """Message of an error. An error from a loader worker contains a traceback, of which only the final message is returned."""
-    text = str(error).strip()
-    return text.splitlines()[-1].split(": ", 1)[-1] if "Original Traceback" in text else text
+def without_traceback(error: BaseException) -> str:
+    """Message of an error on one line. Errors of loader workers contain a traceback; only its message is used."""
+    text = describe(error)
+    if "Original Traceback" not in text:
+        return text
+    name = re.escape(type(error).__name__)
+    return " ".join(re.split(rf"^(?:[\w.]+\.)?{name}: ", str(error), flags=re.MULTILINE)[-1].split()) or type(error).__name__

@@ -4,13 +4,15 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+
+from utils.errors import describe
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 10_000  # maximum number of queued writes per output; further writes are dropped
 SECONDS_AT_EXIT = 5.0  # maximum wait for the queued writes of an output when the process ends
+SECONDS_OF_LAST_WRITE = 60.0  # maximum wait for the checkpoint that is being written when a run ends
 
 
 class Sink:
@@ -51,43 +53,62 @@ class Sink:
     def _run(self, task: Callable, arguments: tuple) -> None:
         try:
             task(*arguments)
-        except Exception as error:  # any error: a failed log write must not end the run
+        except BaseException as error:  # any error, even SystemExit: a failed log write must end neither run nor thread
             if not self._failed:
                 self._failed = True
                 logger.warning("%s: not written (%s: %s); the run continues", self.name, type(error).__name__, error)
 
 
 class BackgroundWrite:
-    """Runs one write at a time in a thread, while training continues. The process does not exit before the write ends."""
+    """Runs one write at a time in a thread, while training continues.
+
+    Call ``wait`` or ``close`` before the process exits; otherwise, the exit interrupts the write.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
-        self._write: Future | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def start(self, write: Callable[[], None]) -> None:
         """Run a write in the background. Call ``wait`` before starting the next one."""
-        assert self._write is None, "call wait() first, which raises the error of the previous write"
-        self._write = self._executor.submit(write)
+        assert self._thread is None, "call wait() first, which raises the error of the previous write"
+        # A daemon thread: Python's exit would wait without limit for any other thread.
+        self._thread = threading.Thread(target=self._run, args=(write,), name="write", daemon=True)
+        self._thread.start()
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:  # any error: ``wait`` raises it in the thread that started the write
+            self._error = error
 
     def wait(self) -> None:
         """Wait for the current write, if there is one.
 
         Raises:
-            Exception: the error with which the write failed.
+            BaseException: the error with which the write failed.
         """
-        write = self._write
-        self._write = None
-        if write is not None:
-            write.result()
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error
 
     @property
     def failed(self) -> bool:
         """Whether the write has failed, so that ``wait`` will raise its error."""
-        return self._write is not None and self._write.done() and self._write.exception() is not None
+        return self._error is not None
 
     def close(self) -> None:
-        """Wait for the write, and log its error: raising it at the end of a run would hide an earlier error."""
+        """Wait for the write, at most ``SECONDS_OF_LAST_WRITE``, and log its error: raising it would hide an earlier error."""
+        if self._thread is None:
+            return
+        self._thread.join(SECONDS_OF_LAST_WRITE)
+        if self._thread.is_alive():
+            logger.error("the checkpoint is not written after %.0f s; the write is interrupted", SECONDS_OF_LAST_WRITE)
+            return
         try:
             self.wait()
-        except Exception as error:
-            logger.error("%s", error)
+        except BaseException as error:
+            logger.error("%s", describe(error))

@@ -96,7 +96,10 @@ KEYS = {
         minimum=0,
     ),
     "DATA.WORKER_TIMEOUT": Key(
-        30.0, "maximum seconds to wait for a batch from a loader worker before the run fails; 0: no limit", minimum=0
+        300.0,
+        "maximum seconds in which the loader workers finish no image while the run waits for a batch; a warning "
+        "names the images after 30 s; 0: no limit",
+        minimum=0,
     ),
     "DATA.PIN_MEMORY": Key(True, "load batches into page-locked memory, for faster copies to a GPU"),
     # Model

@@ -7,3 +7,8 @@ class TrainingError(RuntimeError):
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
     """A signal stopped the run. The message states where it stopped."""
+
+
+def describe(error: BaseException) -> str:
+    """The message of an error on one line; the name of its type if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -57,7 +57,7 @@ def report_time(line: str) -> float:
     ("fault", "message"),
     [
         ("killed", r"DataLoader worker \(pid.*\d+\)"),
-        ("stalled", r"loader worker 1 has delivered no batch for 2 s while reading 8 images in .* \(first: class"),
+        ("stalled", r"the loader workers have finished no image for 2 s \(worker 1 is reading .*/train/class\d/\d+.png\)"),
     ],
 )
 def test_d8_the_error_identifies_the_lost_loader_worker(fault, message, toy_config, toy_data, tmp_path):

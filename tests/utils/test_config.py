@@ -313,7 +313,7 @@ DEFAULTS = {
     "DATA.MEAN": [0.485, 0.456, 0.406],
     "DATA.STD": [0.229, 0.224, 0.225],
     "DATA.NUM_WORKERS": 8,
-    "DATA.WORKER_TIMEOUT": 30.0,
+    "DATA.WORKER_TIMEOUT": 300.0,
     "DATA.PIN_MEMORY": True,
     "MODEL.NAME": "flatten_swin_t",
     "MODEL.NUM_CLASSES": 1000,
