@@ -3,11 +3,13 @@
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,13 +19,17 @@ from yacs.config import CfgNode
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
 from data.erasing import Erase
-from data.index import DataError, Index, index_folder, index_tar, index_zip, list_shards
+from data.files import DataError
+from data.folders import find_linked_classes
+from data.index import Index, index_folder, index_tar, index_zip, list_shards
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
 from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 from data.workers import StallCheck, WatchedDataset, create_loader
 
 logger = logging.getLogger(__name__)
+
+NUM_COMPARED_IMAGES = 16  # of splits with the same labels, to find out whether they have the same images
 
 
 @dataclass(frozen=True)
@@ -198,12 +204,15 @@ def build_datasets(
     index = run_once(lambda: build_index(cfg, "val"))
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
+    if train is not None:
+        warn_if_shared(train, val)
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
         class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES)
     else:
         check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
-        check_class_names(index.classes, model_classes, cfg.DATA.DATA_PATH)
+        if not training:
+            check_class_names(index.classes, model_classes, cfg.DATA.DATA_PATH)
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
     logger.info(
@@ -222,9 +231,39 @@ def build_index(cfg: CfgNode, split: str) -> Index:
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
-    if not (root / split).is_dir() and list_shards(root, split):
+    shards = list_shards(root, split)
+    if not (root / split).is_dir() and shards:
         return index_tar(root, split, cache=cache)
-    return index_folder(root / split, cache=cache)
+    index = index_folder(root / split, cache=cache)
+    if shards:
+        logger.warning("%s is read, but not the tar shards beside it, such as %s", root / split, shards[0])
+    return index
+
+
+def warn_if_shared(train: ImageDataset, val: ImageDataset) -> None:
+    """Warn if validation images are also training images: the same directories, or splits with the same labels and contents."""
+    shared = ""
+    if not train.index.archives and not val.index.archives:
+        shared = next(find_linked_classes(train.index.source, val.index.source, val.index.classes), "")
+    if not shared and np.array_equal(train.index.labels, val.index.labels):
+        positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))
+        if all(_read_if_possible(train, position) == _read_if_possible(val, position) for position in positions):
+            shared = val.index.classes[0]
+    if shared:
+        logger.warning(
+            "%s and %s have the same images, in class %s for example: the validation accuracy does not measure generalisation",
+            train.index.source,
+            val.index.source,
+            shared,
+        )
+
+
+def _read_if_possible(dataset: ImageDataset, position: int) -> bytes:
+    """Bytes of an image file; empty if it cannot be read."""
+    try:
+        return dataset.read(position)
+    except (OSError, ValueError, zlib.error):
+        return b""
 
 
 def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:

@@ -1,13 +1,18 @@
 """Match the classes of a dataset with those of a model."""
 
 import json
+import logging
 import re
+import unicodedata
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from data.index import DataError, is_class_id
+
+logger = logging.getLogger(__name__)
 
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
@@ -26,6 +31,8 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             parts.append(f"val/ also has {_shorten(extra)}")
         if not parts:
             parts.append("val/ has the classes of train/ in another order")
+        if twins := _normalisation_twins(missing, extra):
+            parts.append(f"{twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation (NFC and NFD): rename one")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     if len(val) != num_classes:
         remedy = (
@@ -40,31 +47,109 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
         )
 
 
+class ClassMatch(Enum):
+    """Relation of the class ids of two class lists, see ``compare_classes``."""
+
+    EQUAL = "the same classes in the same order"
+    UNVERIFIED = "the names do not show whether the order is the same"
+    REORDERED = "the same classes in another order, or possibly so"
+    DIFFERENT = "different classes"
+
+
+def compare_classes(names: Sequence[str], model_classes: Sequence[str]) -> tuple[ClassMatch, str]:
+    """Decide whether the class ids of a dataset are those of a model.
+
+    Evaluation, --pretrained and averaging use this function, so that they agree about the order of classes.
+
+    Args:
+        names: class names of the dataset, by class id.
+        model_classes: class names with which the weights were trained, by class id; () if unknown.
+
+    Returns:
+        The relation of the lists, and its description; "" if they are equal.
+    """
+    names, model_classes = list(names), list(model_classes)
+    if names == model_classes:
+        return ClassMatch.EQUAL, ""
+    if not model_classes:
+        return _compare_with_unknown(names)
+    if len(names) != len(model_classes):
+        return ClassMatch.DIFFERENT, f"{len(names)} classes in the data, but {len(model_classes)} in the checkpoint"
+    position = next(i for i, (name, other) in enumerate(zip(names, model_classes, strict=True)) if name != other)
+    difference = f"class {position} is {names[position]!r} in the data, but {model_classes[position]!r} in the checkpoint"
+    if set(names) == set(model_classes):
+        return ClassMatch.REORDERED, f"{difference}, which has the same classes in another order"
+    if names == numbered(len(names)) and not _is_ambiguous(model_classes):
+        return ClassMatch.UNVERIFIED, "the data number their classes"
+    if model_classes == numbered(len(names)) and not _is_ambiguous(names):
+        return ClassMatch.UNVERIFIED, "the checkpoint numbers its classes"
+    if twins := _normalisation_twins(names, model_classes):
+        difference += f" ({twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation)"
+    return ClassMatch.DIFFERENT, difference
+
+
+def _compare_with_unknown(names: list[str]) -> tuple[ClassMatch, str]:
+    """Relation to weights whose class names are unknown: most have ImageNet's classes, or those of sorted directories."""
+    if names == imagenet_classes(len(names)):
+        return ClassMatch.EQUAL, ""
+    if _is_ambiguous(names):
+        as_numbers = sorted(names, key=int)
+        position = next(i for i, (name, other) in enumerate(zip(names, as_numbers, strict=True)) if name != other)
+        return ClassMatch.REORDERED, (
+            f"the checkpoint has no class names, and the directories are numbered: class {position} is {names[position]!r} if "
+            f"they are sorted as text, but {as_numbers[position]!r} if they are sorted as numbers"
+        )
+    return ClassMatch.UNVERIFIED, "the checkpoint has no class names"
+
+
+def _is_ambiguous(names: Sequence[str]) -> bool:
+    """Whether class names are numbers that are sorted as text (0, 1, 10, 11, 2), so that there are two plausible orders."""
+    return all(map(is_class_id, names)) and list(names) == sorted(names) != sorted(names, key=int)
+
+
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
-    """Check that the class names of a dataset are those that the model was trained with (see ``compare_class_names``).
+    """Check that the classes of a dataset are those that the model was trained with, and warn if this cannot be verified.
 
     Raises:
-        DataError: different class names.
+        DataError: other classes, or another order (see ``compare_classes``).
     """
-    if difference := compare_class_names(names, model_classes):
+    match, difference = compare_classes(names, model_classes)
+    if match is ClassMatch.UNVERIFIED:
+        logger.warning(
+            "%s: %s, so classes are matched by class id: class 0 is %r in the data. If the checkpoint has another order, set "
+            "TEST.CLASS_MAP with --opts",
+            root,
+            difference,
+            names[0],
+        )
+    if match in (ClassMatch.REORDERED, ClassMatch.DIFFERENT):
+        what = "other classes" if match is ClassMatch.DIFFERENT else "the classes in another order"
         raise DataError(
-            f"{root}: the checkpoint was trained with other classes: {difference}. Check --data-path, or set TEST.CLASS_MAP "
-            "with --opts to a file with the class id of each directory"
+            f"{root}: the checkpoint was trained with {what}: {difference}. Check --data-path, or set TEST.CLASS_MAP with "
+            "--opts to a file with one line per class of the data: its name, a space, and the model's class id"
         )
 
 
-def compare_class_names(names: Sequence[str], model_classes: Sequence[str]) -> str:
-    """Describe the first class whose name in a dataset differs from its name in a checkpoint; "" if there is none.
+def find_order(names: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """Class id in the model of each class of a dataset; both have the same classes."""
+    ids = {name: number for number, name in enumerate(model_classes)}
+    return [ids[name] for name in names]
 
-    The lists are not compared if they differ in length, or if one of them is "0", "1", ..., which does not identify classes.
-    """
-    if len(model_classes) != len(names) or numbered(len(names)) in (list(names), list(model_classes)):
-        return ""
-    pairs = enumerate(zip(names, model_classes, strict=True))
-    class_id = next((class_id for class_id, (name, model_class) in pairs if name != model_class), None)
-    if class_id is None:
-        return ""
-    return f"class {class_id} is {names[class_id]!r} in the data, but {model_classes[class_id]!r} in the checkpoint"
+
+def imagenet_classes(count: int) -> list[str]:
+    """WordNet ids of the classes of the ImageNet variant with this number of classes, by class id; [] if there is none."""
+    subset = infer_imagenet_subset({"num_classes": count})
+    return ImageNetInfo(subset).label_names() if subset else []
+
+
+def _normalisation_twins(names: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
+    """The first pair of different names, one of each list, that are the same after Unicode normalisation."""
+    normalised = {unicodedata.normalize("NFC", other): other for other in others}
+    for name in names:
+        other = normalised.get(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            return name, other
+    return None
 
 
 def numbered(count: int) -> list[str]:
@@ -90,13 +175,13 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
                 f"model's {num_classes} classes; name the directories by WordNet id (for archives: list the WordNet ids in "
                 "classes.txt), or set TEST.CLASS_MAP to a file with the class id of each directory"
             )
-        subset = infer_imagenet_subset({"num_classes": num_classes})
-        names = ImageNetInfo(subset).label_names() if subset else []
+        names = imagenet_classes(num_classes)
         ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
         source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
         remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
     else:
         ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
+    ids |= {name: ids[name.strip()] for name in classes if name not in ids and name.strip() in ids}
     if missing := [name for name in classes if name not in ids]:
         raise DataError(f"{source}: directories without a class id: {_shorten(missing)}; {remedy}, or remove them")
     if len(classes) < 2:
@@ -141,7 +226,7 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
 def _read_ids(path: Path) -> dict[str, int]:
     """Read the class id of each directory from the file that TEST.CLASS_MAP specifies."""
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise DataError(f"TEST.CLASS_MAP={path} cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
     ids = {}

@@ -1,6 +1,7 @@
 """Image datasets, indexed by position. Each sample depends only on (seed, epoch, index)."""
 
 import io
+import logging
 import os
 import random
 import stat
@@ -15,12 +16,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
 
+logger = logging.getLogger(__name__)
+
 # Formats that Pillow may decode, detected from the content of a file. GIF is included, since some GIF files are named .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+MAX_PIXELS = 2**27  # maximum number of pixels of an image; decoding one of this size needs 400 MiB
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
 RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from those of augmentation
@@ -45,7 +49,8 @@ class ImageDataset(Dataset):
 
     Args:
         transform: converts an image as returned by ``decoder`` to (3, H, W) uint8.
-        decoder: decodes a file's bytes to an RGB image: ``decode_image`` or ``decode_pixels``.
+        decoder: decodes a file's bytes to an RGB image, given the bytes and the name of the file: ``decode_image`` or
+            ``decode_pixels``.
         seed: the run's seed; None for a deterministic transform.
         unreadable: policy for unreadable images: ``error``, ``skip``, or ``replace``, which uses another image, chosen by
             a hash of (seed, epoch, index).
@@ -57,7 +62,7 @@ class ImageDataset(Dataset):
         index: Index,
         transform: Callable[[Image.Image | Tensor], Tensor],
         *,
-        decoder: Callable[[bytes], Image.Image | Tensor] | None = None,
+        decoder: Callable[[bytes, str], Image.Image | Tensor] | None = None,
         seed: int | None = None,
         unreadable: str = "error",
         in_memory: range = range(0),
@@ -132,21 +137,24 @@ class ImageDataset(Dataset):
             DataError: the image cannot be read or decoded.
         """
         try:
-            return self.decoder(self.read(position))
+            return self.decoder(self.read(position), self.path(position))
         except Exception as error:  # Pillow's decoders raise many exception types on damaged files
             raise self.unreadable_error(position, error) from error
 
+    def path(self, position: int) -> str:
+        """Path of an image, for messages; in an archive, it starts with the path of the archive."""
+        return f"{self.index.source}/{self.index.name(position)}"
+
     def unreadable_error(self, position: int, error: Exception) -> DataError:
-        """Error for an image that cannot be read or decoded."""
-        place = f"{self.index.source}/{self.index.name(position)}"
-        return DataError(f"{place}: not a readable image ({_reason(error)}); repair or remove it")
+        """Error for an image that cannot be read, decoded or transformed."""
+        return DataError(f"{self.path(position)}: not a readable image ({describe_error(error)}); repair or remove it")
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key
         decode_errors = []
         while True:
             try:
-                image = self.decode(position)
+                image = self._load(position, key)
                 break
             except DataError as error:
                 decode_errors.append((position, str(error)))
@@ -155,7 +163,19 @@ class ImageDataset(Dataset):
                 if self.unreadable == "error" or len(decode_errors) > MAX_REPLACEMENTS:
                     raise
                 position = draw_seed(self.seed or 0, *key, RNG_STREAM_OF_REPLACEMENT, len(decode_errors)) % len(self)
-        return Sample(self._augment(image, key), int(self.index.labels[position]), (epoch, position), decode_errors)
+        return Sample(image, int(self.index.labels[position]), (epoch, position), decode_errors)
+
+    def _load(self, position: int, key: Key) -> Tensor:
+        """Read, decode and transform an image. Transforms may fail on images of unusual shape, for lack of memory for example.
+
+        Raises:
+            DataError: the image cannot be read, decoded or transformed.
+        """
+        image = self.decode(position)
+        try:
+            return self._augment(image, key)
+        except Exception as error:  # transforms raise many exception types
+            raise self.unreadable_error(position, error) from error
 
     def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
@@ -182,38 +202,136 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, name: str = "") -> Image.Image:
     """Decode a file's bytes to an RGB image.
 
+    Samples of more than 8 bits are scaled by the depth that the file declares: their most significant 8 bits are used.
+
+    Args:
+        name: path of the image, for the warning about dark images, see ``_warn_if_dark``.
+
     Raises:
-        ValueError: the pixels are floating-point or 32-bit numbers.
+        ValueError: too many pixels, or pixels that are floating-point, signed or 32-bit numbers.
         Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        if file.mode == "F":
-            raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
-        if file.mode == "I" and file.format == "TIFF":
-            raise ValueError("its pixels have 32 bits; convert it to 8 bits")
-        if file.mode == "I" or file.mode.startswith("I;16"):  # 16 bits: Pillow would clip values above 255
-            pixels = np.asarray(file)
-            return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+        _check_size(file)
+        _check_samples(file)
+        depth = _sample_depth(file, data)
+        if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
+            return _warn_if_dark(Image.fromarray(_most_significant_byte(file, data)).convert("RGB"), name)
+        if file.format == "PNG" and data[24] == 16 and depth < 16:  # Pillow reads only the upper 8 of 16 bits
+            pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+            colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]]
+            return _warn_if_dark(Image.fromarray((colours >> _shift(colours, depth)).astype(np.uint8)), name)
         if "transparency" in file.info:  # Pillow warns if a palette with transparency is converted directly to RGB
-            return file.convert("RGBA").convert("RGB")
-        if file.mode != "RGB":
-            return file.convert("RGB")
-        file.load()
-        return file  # ``convert`` would copy it
+            image = file.convert("RGBA").convert("RGB")
+        elif file.mode != "RGB":
+            image = file.convert("RGB")
+        else:
+            file.load()
+            image = file  # ``convert`` would copy it
+        return _warn_if_dark(image, name) if depth > 8 else image
 
 
-def decode_pixels(data: bytes) -> Tensor:
+def _check_size(file: Image.Image) -> None:
+    width, height = file.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}; downscale it")
+
+
+def _check_samples(file: Image.Image) -> None:
+    """Reject pixels that have no defined brightness as 8-bit values.
+
+    Raises:
+        ValueError: floating-point, signed or 32-bit numbers.
+    """
+    if file.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+    if file.format != "TIFF":
+        return
+    if set(_tiff_values(file, _SAMPLE_FORMAT)) & {2, 5, 6}:
+        raise ValueError("its pixels are signed or complex numbers; convert it to 8 bits")
+    if file.mode == "I":
+        raise ValueError("its pixels have 32 bits; convert it to 8 bits")
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF files
+
+
+def _tiff_values(file: Image.Image, tag: int) -> tuple[int, ...]:
+    """Values of a tag of a TIFF file; () if it is missing."""
+    values = getattr(file, "tag_v2", {}).get(tag, ())
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _sample_depth(file: Image.Image, data: bytes) -> int:
+    """Bits per sample that a TIFF or PNG file declares; 16 for other formats that Pillow reads as 16 bits."""
+    if file.format == "TIFF":
+        return max(_tiff_values(file, _BITS_PER_SAMPLE), default=1)
+    if file.format == "PNG":
+        return _png_depth(data)
+    return 16 if file.mode.startswith("I") else 8
+
+
+def _png_depth(data: bytes) -> int:
+    """Bit depth of a PNG file: its significant bits (sBIT chunk) if the depth is 16 and they are declared."""
+    depth, position = data[24], 8
+    while depth == 16 and data[position + 4 : position + 8] not in (b"IDAT", b""):
+        length = int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] == b"sBIT" and length:
+            return max(8, min(16, data[position + 8]))
+        position += length + 12
+    return depth
+
+
+def _shift(pixels: np.ndarray, depth: int) -> int:
+    """Number of low bits to drop from 16-bit samples with ``depth`` significant bits.
+
+    PNG encoders must scale samples to 16 bits, but some store them unscaled. Scaled samples are nearly multiples of
+    2 ** (16 - depth), and exceed the largest unscaled sample unless the image is very dark.
+    """
+    unscaled = pixels.max(initial=0) < 1 << depth and (pixels & ((1 << 16 - depth) - 1)).max(initial=0) > 1
+    return depth - 8 if unscaled else 8
+
+
+def _most_significant_byte(file: Image.Image, data: bytes) -> np.ndarray:
+    """Most significant 8 bits of a grey image of 9 to 16 bits per sample. (H, W) uint8."""
+    pixels, depth = np.asarray(file), _sample_depth(file, data)
+    shift = _shift(pixels, depth) if file.format == "PNG" else depth - 8
+    grey = (pixels >> shift).astype(np.uint8)
+    is_inverted = file.format == "TIFF" and _tiff_values(file, _PHOTOMETRIC) == (0,)  # white is 0
+    return 255 - grey if is_inverted else grey
+
+
+_dark_images: list[str] = []  # the first dark image of this process
+
+
+def _warn_if_dark(image: Image.Image, name: str) -> Image.Image:
+    """Warn, once per process, if an image of 16 bits per sample uses only values below 4096. Returns the image."""
+    if not _dark_images and max(maximum for _, maximum in image.getextrema()) < 16:
+        _dark_images.append(name)
+        logger.warning(
+            "%s: a 16-bit image with values below 4096 only, which is nearly black; if its samples have fewer bits, scale them "
+            "to 16 bits, or declare their depth (TIFF: BitsPerSample, PNG: sBIT). Other such images are not reported",
+            name,
+        )
+    return image
+
+
+def decode_pixels(data: bytes, name: str = "") -> Tensor:
     """Decode a file's bytes to a (3, H, W) uint8 tensor with channels last in memory.
 
     torchvision decodes RGB JPEG files directly to tensors; ``decode_image`` decodes all other files.
+
+    Args:
+        name: path of the image, for warnings.
 
     Raises:
         Exception: any exception that ``decode_image`` raises.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        _check_size(file)
         is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
     if is_rgb_jpeg:
         try:
@@ -221,16 +339,21 @@ def decode_pixels(data: bytes) -> Tensor:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:  # damaged: decode it with Pillow below, whose error message states the reason
             pass
-    return torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode_image(data, name))).permute(2, 0, 1)
 
 
-def _reason(error: Exception) -> str:
-    """Reason why an image cannot be read. Replaces Pillow's message for unknown formats, which has only a memory address."""
-    return "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+def describe_error(error: Exception) -> str:
+    """Reason why an image cannot be read, never empty.
+
+    Replaces Pillow's message for unknown formats, which has only a memory address.
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return str(error).strip() or type(error).__name__
 
 
 class FileDataset(Dataset):
-    """Image files without labels. Items: (position, (3, H, W) uint8, ""), or (position, None, reason) if unreadable.
+    """Image files without labels. Items: (position, (3, H, W) uint8, None), or (position, None, reason) if unreadable.
 
     Args:
         transform: converts a PIL image to (3, H, W) uint8.
@@ -243,11 +366,12 @@ class FileDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str | None]:
+        path = self.paths[position]
         try:
-            return position, self.transform(decode_image(read_file(self.paths[position]))), ""
-        except Exception as error:  # Pillow's decoders raise many exception types on damaged files
-            return position, None, _reason(error)
+            return position, self.transform(decode_image(read_file(path), str(path))), None
+        except Exception as error:  # decoders and transforms raise many exception types on damaged or unusual files
+            return position, None, describe_error(error)
 
 
 def draw_seed(*identifiers: int) -> int:

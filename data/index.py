@@ -5,24 +5,37 @@ and ``<split>_map.txt``), and tar shards in webdataset's format (``<split>-*.tar
 ``<key>.cls``).
 """
 
-import errno
 import hashlib
 import itertools
 import json
 import logging
 import math
 import os
+import posixpath
 import re
 import stat
 import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.files import (
+    HEAD,
+    IMAGE_EXTENSIONS,
+    DataError,
+    LeftOut,
+    Note,
+    check_distinct_names,
+    has_image_extension,
+    is_system_path,
+    suggest_split,
+)
+from data.folders import Listing, class_notes, list_class, list_classes
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +44,14 @@ MAX_FILE_SIZE = 2**28  # bytes; larger image files are rejected
 MAX_COMPRESSION_RATIO = 1000  # maximum ratio of decompressed to compressed size of an archive entry
 MIN_CACHED_IMAGES = 10_000  # smaller splits are not cached, since scanning them is faster than reading a cache
 SECONDS_BETWEEN_LOG_LINES = 30  # between progress lines in the log
-CACHE_FORMAT = 2  # version of the file format of cached indices
+CACHE_FORMAT = 3  # version of the file format of cached indices
+DESCRIPTION_FORMAT = 2  # version of the results of ``describe_index``; without a number: version 1
+NUM_SAMPLES = 256  # images whose content is part of ``describe_index``, in addition to those of each class and archive
+MAX_SAMPLED_GROUPS = 1024  # classes or archives of which one image each is sampled
+SAMPLED_BYTES = 2**16  # read of each sampled image
+MAX_COMPARED_MEMBERS = 256  # members of equal name and size in different shards whose content is compared
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
-
-
-class DataError(ValueError):
-    """Unusable data. The message includes the path and the remedy."""
+_SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records that only sparse members have
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +68,10 @@ class Index:
         text: bytes of all names, concatenated.
         ends: (N,) end of each name in ``text``, in bytes.
         archives: archive files; empty for a directory.
-        archive: (N,) position of each image's archive in ``archives``.
-        offsets, sizes: (N,) start and length of each image's data in its archive, in bytes.
-        deflated: (N,) whether the data are compressed.
+        archive: (N,) position of each image's archive in ``archives``; empty for a directory.
+        offsets: (N,) start of each image's data in its archive, in bytes; empty for a directory.
+        sizes: (N,) length of each image's data in bytes, as stored.
+        deflated: (N,) whether the data are compressed; empty for a directory.
         checksums: (N,) CRC-32 of the decompressed data; empty if the archive has none.
     """
 
@@ -79,6 +95,9 @@ class Index:
         return self.text[start : self.ends[position]].tobytes().decode(errors="surrogateescape")
 
 
+Scan = tuple[Index, list[Path], list[Note]]  # index, paths whose change invalidates it, and log lines
+
+
 def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
     """Index ``root/<class>/<image>``, with classes sorted by name.
 
@@ -86,23 +105,21 @@ def index_folder(root: str | Path, *, cache: Path | None = None) -> Index:
         cache: directory in which the index of a large split is cached; None disables caching.
 
     Raises:
-        DataError: no such directory, no class directories, a class without images, or a directory that cannot be listed.
+        DataError: no such directory, no class directories, a class without images, a directory that cannot be listed, an image
+            or a directory that would be counted twice, or two classes whose names look the same.
     """
     root = Path(root)
-    classes = _list_classes(root)
+    listing = Listing(root)
+    classes = list_classes(root, listing.left_out)
 
-    def scan() -> tuple[Index, list[Path]]:
-        names = []
-        labels = []
-        scanned_folders = [root]
-        ignored_files = []
-        for label, name in enumerate(_with_progress(classes, root, names)):
-            images = _list_images(root / name, scanned_folders, ignored_files)
-            names += [f"{name}/{image}" for image in images]
-            labels += [label] * len(images)
-        if ignored_files:
-            logger.info("%s: ignored %d files that are not images, such as %s", root, len(ignored_files), ignored_files[0])
-        return _create_index(root, classes, names, labels), scanned_folders
+    def scan() -> Scan:
+        labels: list[int] = []
+        names = frozenset(classes)
+        for label, name in enumerate(_with_progress(classes, root, listing.names)):
+            labels += [label] * list_class(listing, name, names)
+        listing.check_links()
+        index = _create_index(root, classes, listing.names, labels, sizes=listing.sizes)
+        return index, [root, *listing.directories.values()], class_notes(listing, classes)
 
     return _cached(scan, root, [], cache)
 
@@ -111,39 +128,36 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
     """Index ``root/<split>.zip`` with ``root/<split>_map.txt``, whose lines are: name in the archive, tab, class id.
 
     Raises:
-        DataError: a missing file, a malformed line, class ids with gaps, an image missing from the archive, or an entry
-            that is not a plain image file.
+        DataError: a missing file, a malformed line, class ids with gaps, an image missing from the archive or listed twice, or
+            an entry that is not a plain image file.
     """
     root, archive = Path(root), Path(root) / f"{split}.zip"
 
-    def scan() -> tuple[Index, list[Path]]:
+    def scan() -> Scan:
         listing = root / f"{split}_map.txt"
+        if not archive.is_file():
+            hint = suggest_split(root / split)
+            raise DataError(f"{archive}: no such file; check --data-path, or leave out --zip{hint}")
         names, labels = _read_map(listing)
         classes = _class_names(root, labels, listing)
         try:
             with zipfile.ZipFile(archive) as zip_file, open(archive, "rb") as file:
-                entries = {name: entry for entry in zip_file.infolist() for name in _entry_names(entry)}
-                if missing := next((name for name in names if name not in entries), None):
-                    raise DataError(f"{archive}: {missing} is missing, but listed in {listing.name}; pack the archive again")
-                image_entries = [entries[name] for name in names]
-                for entry in image_entries:
-                    _check_zip_entry(archive, entry)
-                offsets = [_data_offset(file, entry.header_offset) for entry in image_entries]
-                ends = [offset + entry.compress_size for offset, entry in zip(offsets, image_entries, strict=True)]
-                if max(ends) > os.fstat(file.fileno()).st_size:
-                    raise zipfile.BadZipFile("an entry extends beyond the end of the file")
+                entries = _find_entries(zip_file, archive, names, listing)
+                offsets = [_data_offset(file, entry.header_offset) for entry in entries]
+                _check_extents(archive, entries, offsets, os.fstat(file.fileno()).st_size)
+                notes = [*check_distinct_names(classes, archive), *_unlisted_entries(zip_file, archive, entries, listing)]
         except DataError:
             raise
         except Exception as error:  # zipfile raises many exception types on damaged archives
             raise DataError(f"{archive} cannot be read ({error}); check --data-path, or leave out --zip") from None
         storage = {
             "offsets": offsets,
-            "sizes": [entry.compress_size for entry in image_entries],
-            "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in image_entries],
-            "checksums": [entry.CRC for entry in image_entries],
+            "sizes": [entry.compress_size for entry in entries],
+            "deflated": [entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries],
+            "checksums": [entry.CRC for entry in entries],
         }
         watched_files = [archive, listing, root / CLASS_NAMES_FILE]
-        return _create_index(archive, classes, names, labels, archives=[archive], **storage), watched_files
+        return _create_index(archive, classes, names, labels, archives=[archive], **storage), watched_files, notes
 
     return _cached(scan, archive, [archive], cache)
 
@@ -154,28 +168,31 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
     Class names are the lines of ``root/classes.txt`` if it exists, else numbers.
 
     Raises:
-        DataError: a shard that cannot be read, an image without a class id, class ids with gaps, or an entry that is not a
-            plain file.
+        DataError: a shard that cannot be read or is missing from a numbered sequence, an image without a class id, an image
+            that occurs twice, class ids with gaps, or an entry that is not a plain file.
     """
     root = Path(root)
     shards, source = list_shards(root, split), root / f"{split}-*.tar"
 
-    def scan() -> tuple[Index, list[Path]]:
-        names = []
-        labels = []
-        archive = []
-        offsets = []
-        sizes = []
+    def scan() -> Scan:
+        check_shards(shards, split)
+        names, labels, archive, offsets, sizes = [], [], [], [], []  # type: ignore[var-annotated]
+        left_out = LeftOut()
         for number, shard in enumerate(_with_progress(shards, source, names)):
-            for image, label, offset, size in _read_shard(shard):
+            for image, label, offset, size in _read_shard(shard, left_out):
                 names.append(f"{shard.name}/{image}")
                 labels.append(label)
                 archive.append(number)
                 offsets.append(offset)
                 sizes.append(size)
-        storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         classes = _class_names(root, labels, source)
-        return _create_index(root, classes, names, labels, archives=shards, **storage), [*shards, root / CLASS_NAMES_FILE]
+        storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
+        index = _create_index(root, classes, names, labels, archives=shards, **storage)
+        _check_repeated_members(index)
+        notes = [*check_distinct_names(classes, source), *left_out.notes(source)]
+        if unread := sorted(path.name for path in root.glob(f"{split}-*.tar?*")):
+            notes.append((logging.WARNING, f"{root / unread[0]} is not read; shards must be uncompressed and end in .tar"))
+        return index, [*shards, root / CLASS_NAMES_FILE], notes
 
     return _cached(scan, source, shards, cache)
 
@@ -185,38 +202,132 @@ def list_shards(root: Path, split: str) -> list[Path]:
     return sorted(root.glob(f"{split}-*.tar"))
 
 
-def describe_index(index: Index) -> dict:
-    """Fingerprint of a split, as plain data for a checkpoint: the number of images and a digest per class.
+def check_shards(shards: Sequence[Path], split: str) -> None:
+    """Check that numbered shards, ``<split>-<number>.tar``, form a sequence that starts at 0 or 1, and that no shard is a link
+    to another one. Of ``<split>-<number>-of-<total>.tar``, all must exist.
 
-    The digest covers names, and in archives also sizes and checksums. See ``compare_descriptions``.
+    Raises:
+        DataError: a shard is missing, or occurs twice.
+    """
+    seen: dict[tuple[int, int], Path] = {}
+    numbered: dict[int, Path] = {}
+    total = 0
+    for shard in shards:
+        status = os.stat(shard) if shard.exists() else None
+        if status and (other := seen.setdefault((status.st_dev, status.st_ino), shard)) != shard:
+            raise DataError(f"{shard} and {other} are links to the same file, which would be counted twice; remove one of them")
+        if match := re.fullmatch(re.escape(split) + r"-([0-9]+)(?:-of-([0-9]+))?\.tar", shard.name):
+            if (other := numbered.setdefault(int(match[1]), shard)) != shard:
+                raise DataError(f"{shard} and {other.name} have the same number; remove or rename one of them")
+            total = max(total, int(match[2] or 0))
+    if not numbered:
+        return
+    first = min(numbered) if min(numbered) <= 1 else 0
+    end = max(max(numbered) + 1, first + total)
+    missing = [number for number in itertools.islice(itertools.count(first), len(numbered) + 1) if number not in numbered]
+    if missing and missing[0] < end:
+        example = shards[0].parent / f"{split}-{missing[0]}.tar"
+        raise DataError(
+            f"{example}: shard {missing[0]} of {split} is missing, but there are shards {min(numbered)} to {max(numbered)}"
+            f"{f' of {total}' if total else ''}; download or pack it again. To use only the others, renumber them without "
+            "gaps, from 0"
+        )
+
+
+def describe_index(index: Index) -> dict:
+    """Fingerprint of a split, as plain data for a checkpoint: number of images, and name, count and digests of each class.
+
+    The first digest of a class covers the names of its images, and in archives also sizes and checksums. The second one covers
+    the sizes of the image files in directories, and the first ``SAMPLED_BYTES`` of some images (see ``_sampled``). Time stamps
+    are not covered, so that data may be copied. See ``compare_descriptions``.
     """
     counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
     digests = [hashlib.sha256() for _ in index.classes]
     lengths = np.diff(index.ends, prepend=0)
+    sizes = index.sizes if index.archives else index.sizes[:0]
     # Hash consecutive images of a class together: unless the images are shuffled, each class is hashed in one iteration.
     changes = np.flatnonzero(np.diff(index.labels)) + 1
     for start, end in zip(np.r_[0, changes], np.r_[changes, len(index)], strict=True):
         digest = digests[index.labels[start]]
         digest.update(index.text[index.ends[start] - lengths[start] : index.ends[end - 1]])
-        for values in (lengths, index.sizes, index.checksums):
+        for values in (lengths, sizes, index.checksums):
             digest.update(np.ascontiguousarray(values[start:end]))
-    classes = [[name, counts[label], digests[label].hexdigest()[:16]] for label, name in enumerate(index.classes)]
-    return {"num_images": len(index), "classes": classes}
+    contents = _hash_contents(index)
+    classes = [
+        [name, counts[label], digests[label].hexdigest()[:16], contents[label].hexdigest()[:16]]
+        for label, name in enumerate(index.classes)
+    ]
+    return {"format": DESCRIPTION_FORMAT, "num_images": len(index), "classes": classes}
+
+
+def _hash_contents(index: Index) -> list:
+    """Hash the sizes of the image files in directories, and the beginning of sampled images, per class."""
+    digests = [hashlib.sha256() for _ in index.classes]
+    if not index.archives and len(index.sizes):
+        order = np.argsort(index.labels, kind="stable")
+        ends = np.cumsum(np.bincount(index.labels, minlength=len(index.classes)))
+        for digest, sizes in zip(digests, np.split(index.sizes[order], ends[:-1]), strict=True):
+            digest.update(np.ascontiguousarray(sizes))
+    positions = [] if len(index.checksums) else _sampled(index)
+    with ThreadPoolExecutor(8) as pool:  # network disks have a high latency
+        for position, data in zip(
+            positions, pool.map(lambda position: _read_beginning(index, position), positions), strict=True
+        ):
+            digests[index.labels[position]].update(hashlib.sha256(data).digest())
+    return digests
+
+
+def _sampled(index: Index) -> list[int]:
+    """Positions of ``NUM_SAMPLES`` images, and of one image of each class and of each archive, all evenly spaced."""
+    positions = {int(position) for position in np.linspace(0, len(index) - 1, min(NUM_SAMPLES, len(index)))}
+    for groups, count in ((index.labels, len(index.classes)), (index.archive, len(index.archives))):
+        first = np.full(count, -1)
+        first[groups[::-1]] = np.arange(len(groups) - 1, -1, -1)  # of the positions of a group, the first is assigned last
+        first = first[first >= 0]  # an archive may have no images
+        chosen = np.linspace(0, len(first) - 1, min(MAX_SAMPLED_GROUPS, len(first)))
+        positions |= {int(first[int(group)]) for group in chosen}
+    return sorted(positions)
+
+
+def _read_beginning(index: Index, position: int) -> bytes:
+    """First ``SAMPLED_BYTES`` of an image, as stored; empty if it cannot be read."""
+    path, offset, size = index.source / index.name(position), 0, SAMPLED_BYTES
+    if index.archives:
+        path, offset = Path(index.archives[index.archive[position]]), int(index.offsets[position])
+        size = min(size, int(index.sizes[position]))
+    try:
+        if not os.path.isfile(path):  # reading a pipe would block
+            return b""
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError:
+        return b""
 
 
 def compare_descriptions(stored: dict, current: dict) -> str:
-    """Describe the first difference between two results of ``describe_index``; "" if there is none."""
-    before, after = ({name: (count, digest) for name, count, digest in split["classes"]} for split in (stored, current))
+    """Describe the first difference between two results of ``describe_index``; "" if there is none.
+
+    Args:
+        stored: possibly from an earlier version of this project; only what both versions cover is compared.
+    """
+    try:
+        before, after = ({name: (count, *digests) for name, count, *digests in split["classes"]} for split in (stored, current))
+    except (KeyError, TypeError, ValueError):
+        return "the description in the checkpoint is malformed"
     if removed := [name for name in before if name not in after]:
         added = [name for name in after if name not in before]
         return f"class {removed[0]} is missing" + (f", class {added[0]} is new" if added else "")
     if added := [name for name in after if name not in before]:
         return f"class {added[0]} is new"
-    for name, (count, digest) in after.items():
-        if count != before[name][0]:
-            return f"class {name} had {before[name][0]} images, now it has {count}"
-        if digest != before[name][1]:
-            return f"class {name} has the same number of images, but different ones"
+    differences = ("different ones", "files of other sizes or contents")
+    for name, (count, *digests) in after.items():
+        stored_count, *stored_digests = before[name]
+        if count != stored_count:
+            return f"class {name} had {stored_count} images, now it has {count}"
+        for difference, digest, stored_digest in zip(differences, digests, stored_digests, strict=False):
+            if digest != stored_digest:
+                return f"class {name} has the same number of images, but {difference}"
     return "" if list(before) == list(after) else "the order of the classes has changed"
 
 
@@ -261,19 +372,23 @@ def _with_progress(items: Sequence, source: Path, names: list) -> Iterator:
             )
 
 
-def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives: list[Path], cache: Path | None) -> Index:
+def _cached(scan: Callable[[], Scan], source: Path, archives: list[Path], cache: Path | None) -> Index:
     """Return the cached index if the data are unchanged since it was written; else scan the data and cache the index.
 
-    The data are unchanged if the list of archives, and the ``_stamps`` of the paths that ``scan`` returned, are the same.
+    The data are unchanged if the list of archives, the ``_stamps`` of the paths that ``scan`` returned, and the sizes of the
+    ``_sampled`` files of a directory are the same. Log lines about the data are repeated.
     """
     cache_file = None if cache is None else cache / f"{hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]}.npz"
     try:
         if cache_file is not None and cache_file.is_file():
-            return _read_cache(cache_file, source, archives)
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+            index, notes = _read_cache(cache_file, source, archives)
+            _log_notes(notes)
+            return index
+    except Exception as error:  # a damaged cache raises many exception types
         logger.info("%s: the cached index is not used (%s); scanning again", source, error)
     started = time.time_ns()
-    index, paths = scan()
+    index, paths, notes = scan()
+    _log_notes(notes)
     if cache_file is None or len(index) < MIN_CACHED_IMAGES:
         return index
     stamps = _stamps(paths)
@@ -282,19 +397,35 @@ def _cached(scan: Callable[[], tuple[Index, list[Path]]], source: Path, archives
     if max(mtime for _, mtime, *_ in stamps.values()) >= started - 2 * 10**9:
         return index
     try:
-        _write_cache(cache_file, index, stamps)
+        _write_cache(cache_file, index, stamps, notes)
     except OSError as error:
         logger.info("%s: the index is not cached (%s)", source, error)
     return index
 
 
-_ARRAYS = ("labels", "text", "ends", "archive", "offsets", "sizes", "deflated", "checksums")
+def _log_notes(notes: Iterable[Note]) -> None:
+    for level, text in notes:
+        logger.log(level, "%s", text)
 
 
-def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None:
+# Arrays of an index, with the type of their elements.
+_ARRAYS = {
+    "labels": np.int32,
+    "text": np.uint8,
+    "ends": np.int64,
+    "archive": np.int32,
+    "offsets": np.int64,
+    "sizes": np.int64,
+    "deflated": np.bool_,
+    "checksums": np.uint32,
+}
+
+
+def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]], notes: Sequence[Note] = ()) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     archives = [str(Path(archive).absolute()) for archive in index.archives]
-    header = json.dumps({"format": CACHE_FORMAT, "classes": index.classes, "archives": archives, "stamps": stamps})
+    content = {"format": CACHE_FORMAT, "classes": index.classes, "archives": archives, "stamps": stamps, "notes": notes}
+    header = json.dumps(content)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -304,10 +435,18 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]]) -> None
         temporary.unlink(missing_ok=True)
 
 
-def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
+def _read_cache(path: Path, source: Path, archives: list[Path]) -> tuple[Index, list[Note]]:
+    """Read a cached index and its log lines.
+
+    Raises:
+        Exception: the file is not a cached index of the data as they are now.
+    """
+    with zipfile.ZipFile(path) as members:  # numpy would allocate as much memory as an array's header requests
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in members.infolist()):
+            raise ValueError("it is compressed")
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as cached:
         header = json.loads(str(cached["header"]))
-        if header.get("format") != CACHE_FORMAT:
+        if not isinstance(header, dict) or header.get("format") != CACHE_FORMAT:
             raise ValueError("its format version differs")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
             raise ValueError("the data have changed")
@@ -321,8 +460,44 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> Index:
             archives=[str(archive) for archive in archives],
             **{name: cached[name] for name in _ARRAYS},
         )
+    _check_arrays(index)
+    if not archives and any(_file_size(source / index.name(position)) != index.sizes[position] for position in _sampled(index)):
+        raise ValueError("image files have changed")
+    notes = [(int(level), str(text)) for level, text in header["notes"]]
     logger.info("%s: %d images, from the index cached in %s", source, len(index), path)
-    return index
+    return index, notes
+
+
+def _check_arrays(index: Index) -> None:
+    """Check that the parts of an index fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    count = len(index.labels)
+    lengths = {"labels": count, "text": len(index.text), "ends": count, "sizes": count}
+    lengths |= dict.fromkeys(("archive", "offsets", "deflated"), count if index.archives else 0)
+    for name, dtype in _ARRAYS.items():
+        array = getattr(index, name)
+        if array.dtype != dtype or array.shape not in ([(0,), (count,)] if name == "checksums" else [(lengths[name],)]):
+            raise ValueError(f"{name} has an unexpected type or shape")
+    classes = index.classes
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ValueError("invalid class names")
+    if not count or not 0 <= index.labels.min() <= index.labels.max() < len(classes) or not np.bincount(index.labels).all():
+        raise ValueError("labels and classes differ")
+    if index.ends[0] < 1 or (np.diff(index.ends) < 1).any() or index.ends[-1] != len(index.text):
+        raise ValueError("invalid names")
+    if index.archives and (
+        index.offsets.min() < 0
+        or index.sizes.min() < 0
+        or not 0 <= index.archive.min() <= index.archive.max() < len(index.archives)
+    ):
+        raise ValueError("invalid positions in archives")
+
+
+def _file_size(path: Path) -> int:
+    return os.stat(path).st_size if os.path.exists(path) else -1
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
@@ -338,107 +513,6 @@ def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
         return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
     return {str(path.absolute()): stamp(path) for path in paths}
-
-
-def _list_classes(root: Path) -> list[str]:
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such directory; set --data-path to the parent of train/ and val/{_archive_hint(root)}")
-    classes = sorted(entry.name for entry in _list_folder(root) if not entry.name.startswith(".") and _is_folder(entry))
-    if not classes:
-        raise DataError(
-            f"{root}: no class directories; put every image into a directory named after its class, {root.name}/<class>/"
-            f"{_archive_hint(root)}"
-        )
-    return classes
-
-
-def _archive_hint(split: Path) -> str:
-    """Suggest how to name or select the archives next to the split; "" if there are none."""
-    archives = sorted(
-        path for pattern in ("*.tar*", "*.tgz", "*.zip", f"{split.name}/*.tar*") for path in split.parent.glob(pattern)
-    )
-    if not archives:
-        return ""
-    return (
-        f". Found {archives[0].name}: rename tar shards to {split.name}-*.tar (uncompressed), or rename a zip archive to "
-        f"{split.name}.zip and add --zip"
-    )
-
-
-def _list_folder(folder: Path) -> list[os.DirEntry]:
-    """List a directory.
-
-    Raises:
-        DataError: the directory cannot be listed completely.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise _listing_error(folder, error) from None
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a directory, or a link to one.
-
-    Raises:
-        DataError: the entry cannot be accessed.
-    """
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno == errno.ELOOP:  # a symbolic link that refers to itself
-            return False
-        raise _listing_error(entry.path, error) from None
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode number of a directory, which are the same for every link to it.
-
-    Raises:
-        DataError: the directory cannot be accessed.
-    """
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise _listing_error(folder, error) from None
-    return status.st_dev, status.st_ino
-
-
-def _listing_error(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be listed ({error.strerror}); check its permissions and the disk")
-
-
-def _list_images(folder: Path, scanned_folders: list[Path], ignored_files: list[str]) -> list[str]:
-    """Names of the images below a class directory, relative to it; hidden files and directories are skipped.
-
-    Symbolic links to an ancestor directory, up to the split's directory, are skipped too, since following them would never end.
-
-    Args:
-        scanned_folders: list to which every scanned directory is appended.
-        ignored_files: list to which the paths of files that are not images are appended.
-    """
-    names = []
-
-    def walk(parent: Path, prefix: str, ancestors: frozenset) -> None:
-        identity = _identity(parent)
-        if identity in ancestors:
-            return
-        scanned_folders.append(parent)
-        for entry in _list_folder(parent):
-            if entry.name.startswith("."):
-                continue
-            if _is_folder(entry):
-                walk(parent / entry.name, f"{prefix}{entry.name}/", ancestors | {identity})
-            elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                names.append(prefix + entry.name)
-            else:
-                ignored_files.append(str(parent / entry.name))
-
-    walk(folder, "", frozenset([_identity(folder.parent)]))
-    if not names:
-        raise DataError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)}); add some, or remove the directory")
-    return sorted(names)
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
@@ -488,7 +562,7 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         raise DataError(
             f"{source} has class id {max(labels)}, but {listing} has {len(classes)} class names; add the missing ones"
         )
-    if missing := set(range(len(classes))) - set(labels):
+    if missing := set(range(len(classes))) - used_ids:
         raise DataError(f"{source} has no image of class {min(missing)}; class ids must start at 0, without gaps")
     return classes
 
@@ -496,6 +570,76 @@ def _class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
 def _check_name(archive: Path, name: str) -> None:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
         raise DataError(f"{archive}: {name!r} points outside the archive; pack it again without such names")
+
+
+def _find_entries(zip_file: zipfile.ZipFile, archive: Path, names: Sequence[str], listing: Path) -> list[zipfile.ZipInfo]:
+    """Find the archive's entry of each name in the map file, and check it.
+
+    Raises:
+        DataError: an entry is missing, ambiguous, listed twice, or not a plain image file.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    ambiguous = set()
+    for entry in zip_file.infolist():
+        for name in set(_entry_names(entry)):
+            if entries.setdefault(name, entry) is not entry:
+                ambiguous.add(name)
+    lines: dict[int, int] = {}  # line of the map file that lists an entry, by the entry's identity
+    found = []
+    for line, name in enumerate(names, start=1):
+        if name not in entries:
+            raise DataError(f"{archive}: {name} is missing, but listed in {listing.name}; pack the archive again")
+        if name in ambiguous:
+            raise DataError(f"{archive} has several entries named {name}; pack the archive again, with one of them")
+        entry = entries[name]
+        if (first := lines.setdefault(id(entry), line)) != line:
+            raise DataError(f"{listing}:{line}: {name} is already listed in line {first}; each image must be listed once")
+        _check_zip_entry(archive, entry)
+        found.append(entry)
+    return found
+
+
+def _check_extents(archive: Path, entries: Sequence[zipfile.ZipInfo], offsets: Sequence[int], size: int) -> None:
+    """Check that the data of the entries are within the archive, and do not overlap.
+
+    Raises:
+        DataError: two entries use the same bytes, so that an image would be counted twice.
+        zipfile.BadZipFile: the archive is truncated.
+    """
+    starts = np.array(offsets, dtype=np.int64)
+    ends = starts + np.array([entry.compress_size for entry in entries], dtype=np.int64)
+    if ends.max() > size:
+        raise zipfile.BadZipFile("an entry extends beyond the end of the file")
+    order = np.argsort(starts, kind="stable")
+    overlaps = np.flatnonzero((starts[order][1:] < ends[order][:-1]) | (starts[order][1:] == starts[order][:-1]))
+    if len(overlaps):
+        one, other = (entries[order[overlaps[0] + step]].filename for step in (0, 1))
+        raise DataError(f"{archive}: the data of {one} and {other} overlap; pack the archive again")
+
+
+def _unlisted_entries(
+    zip_file: zipfile.ZipFile, archive: Path, entries: Sequence[zipfile.ZipInfo], listing: Path
+) -> list[Note]:
+    """Log lines about the entries that the map file does not list."""
+    left_out, listed = LeftOut(), {id(entry) for entry in entries}
+    for entry in zip_file.infolist():
+        if entry.is_dir() or id(entry) in listed:
+            continue
+        if is_system_path(entry.filename):
+            left_out.add_kind("system", entry.filename)
+        elif has_image_extension(entry.filename):
+            left_out.add_kind(f"are not listed in {listing.name}", entry.filename)
+        else:
+            left_out.add(entry.filename, lambda entry=entry: _read_entry_head(zip_file, entry))
+    return left_out.notes(archive)
+
+
+def _read_entry_head(zip_file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    try:
+        with zip_file.open(entry) as file:
+            return file.read(HEAD)
+    except Exception:  # zipfile raises many exception types on damaged or encrypted entries
+        return b""
 
 
 def _entry_names(entry: zipfile.ZipInfo) -> list[str]:
@@ -533,62 +677,136 @@ def _data_offset(file, header_offset: int) -> int:
     return header_offset + _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
-def _read_shard(shard: Path) -> Iterator[tuple[str, int, int, int]]:
+def _read_shard(shard: Path, left_out: LeftOut) -> Iterator[tuple[str, int, int, int]]:
     """Yield name, class id, offset and size of every image in a tar file.
+
+    Args:
+        left_out: receives the entries that are neither images nor class ids.
 
     Raises:
         DataError: the file is damaged, truncated or compressed, an entry is not a plain file, or images and class ids do not
             match.
     """
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
+    members = _Members(shard, left_out)
     end = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every entry in memory
+                _check_records(shard, entry, archive.pax_headers)
                 num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
                 end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
-                folder, _, base = entry.name.rpartition("/")
-                if entry.isdir() or base.startswith("._"):  # macOS stores metadata of each file in a ._ file
-                    continue
-                _check_name(shard, entry.name)
-                if not entry.isreg():
-                    raise DataError(f"{shard}: {entry.name} is a link or not a plain file; pack the image itself")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}"
-                if f".{extension.lower()}".endswith(IMG_EXTENSIONS):
-                    if entry.size > MAX_FILE_SIZE:
-                        raise DataError(f"{shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
-                    if key in images:
-                        raise DataError(
-                            f"{shard}: {entry.name} has the same key as {images[key][0]}; the name up to the first dot "
-                            "must be unique per image"
-                        )
-                    images[key] = entry.name, entry.offset_data, entry.size
-                elif extension == "cls":
-                    text = archive.extractfile(entry).read(32).strip()
-                    if not text.isdigit():  # bytes.isdigit accepts only 0 to 9
-                        raise DataError(f"{shard}: {entry.name} contains {text!r}, not a class id")
-                    labels[key] = int(text)
+                if not entry.isdir():
+                    members.add(archive, entry)
         _check_end(shard, end)
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
             f"{shard} cannot be read ({error}) after byte {end}; shards must be plain tar files, not compressed"
         ) from None
-    if not images:
-        raise DataError(f"{shard} has no images ({', '.join(IMG_EXTENSIONS)}); remove it, or check --data-path")
-    if unmatched_key := next((key for key in labels if key not in images), None):
-        raise DataError(
-            f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({', '.join(IMG_EXTENSIONS)}); pack the shard again with "
-            "this image"
-        )
-    for key, (name, offset, size) in images.items():
-        if key not in labels:
-            raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls")
-        yield name, labels[key], offset, size
+    yield from members.match()
+
+
+def _check_records(shard: Path, entry: tarfile.TarInfo, global_records: dict[str, str]) -> None:
+    """Reject entries whose data are not stored as one block of ``size`` bytes.
+
+    Raises:
+        DataError: a sparse file (``tar --sparse``), an invalid size, or records that change the names or sizes of all entries.
+    """
+    if entry.issparse() or any(key.startswith(_SPARSE_RECORDS) for key in entry.pax_headers):
+        raise DataError(f"{shard}: {entry.name} is stored as a sparse file; pack it again without --sparse (-S)")
+    if entry.size < 0:
+        raise DataError(f"{shard}: {entry.name} has the invalid size {entry.size}; pack it again")
+    if changed := {"size", "path", "linkpath", *_SPARSE_RECORDS} & global_records.keys():
+        raise DataError(f"{shard}: a global header sets the {min(changed)} of all entries; pack it again without this header")
+
+
+class _Members:
+    """Images and class ids of a shard, by key: the path up to the first dot of the file name."""
+
+    def __init__(self, shard: Path, left_out: LeftOut):
+        self.shard = shard
+        self.left_out = left_out
+        self.images: dict[str, tuple[str, int, int]] = {}
+        self.labels: dict[str, int] = {}
+
+    def add(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+        """Add an entry.
+
+        Raises:
+            DataError: it is not a plain file, its name points outside the archive, or its key is not unique.
+        """
+        if is_system_path(entry.name):
+            self.left_out.add_kind("system", f"{self.shard.name}/{entry.name}")
+            return
+        _check_name(self.shard, entry.name)
+        if not entry.isreg():
+            raise DataError(f"{self.shard}: {entry.name} is a link or not a plain file; pack the image itself")
+        folder, _, base = posixpath.normpath(entry.name).rpartition("/")  # "./a.jpg" and "a.jpg" are the same name
+        stem, _, extension = base.partition(".")
+        key = f"{folder}/{stem}"
+        if has_image_extension(f".{extension}"):
+            if entry.size > MAX_FILE_SIZE:
+                raise DataError(f"{self.shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
+            if key in self.images:
+                raise DataError(
+                    f"{self.shard}: {entry.name} has the same key as {self.images[key][0]}; the name up to the first dot must "
+                    "be unique per image"
+                )
+            self.images[key] = entry.name, entry.offset_data, entry.size
+        elif extension == "cls":
+            text = archive.extractfile(entry).read(32).strip()
+            if not text.isdigit():  # bytes.isdigit accepts only 0 to 9
+                raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
+            if self.labels.setdefault(key, int(text)) != int(text):
+                raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")
+        else:
+            self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: archive.extractfile(entry).read(HEAD))
+
+    def match(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield name, class id, offset and size of every image.
+
+        Raises:
+            DataError: there are no images, an image has no class id, or a class id no image.
+        """
+        shard, extensions = self.shard, ", ".join(IMAGE_EXTENSIONS)
+        if unmatched_key := next((key for key in self.labels if key not in self.images), None):
+            raise DataError(
+                f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({extensions}); pack the shard again with this image"
+            )
+        if not self.images:
+            raise DataError(f"{shard} has no images ({extensions}); remove it, or check --data-path")
+        for key, (name, offset, size) in self.images.items():
+            if key not in self.labels:
+                raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls")
+            yield name, self.labels[key], offset, size
+
+
+def _check_repeated_members(index: Index) -> None:
+    """Check that no image is in two shards under the same name, as after copying a shard.
+
+    Keys may start again in every shard. Members of equal name and size are therefore compared, but no more than
+    ``MAX_COMPARED_MEMBERS`` pairs.
+
+    Raises:
+        DataError: an image occurs twice.
+    """
+    starts = index.ends - np.diff(index.ends, prepend=0)
+    lengths = [len(Path(archive).name.encode(errors="surrogateescape")) + 1 for archive in index.archives]
+    starts += np.array(lengths, dtype=np.int64)[index.archive]  # names start with the name of the shard and a slash
+    text = index.text.tobytes()
+    hashes = np.fromiter(
+        (hash((text[start:end], size)) for start, end, size in zip(starts, index.ends, index.sizes, strict=True)), np.int64
+    )
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    for position in equal[:MAX_COMPARED_MEMBERS]:
+        one, other = (int(order[position + step]) for step in (0, 1))
+        if index.archive[one] != index.archive[other] and _read_beginning(index, one) == _read_beginning(index, other):
+            raise DataError(
+                f"{index.source}/{index.name(other)} and {index.name(one)} are the same image; remove one of the shards"
+            )
 
 
 def _check_end(shard: Path, end: int) -> None:

@@ -17,6 +17,7 @@ from torchvision import transforms
 
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
+MAX_RESIZED_PIXELS = 2**24  # maximum size of a resized image before the crop; beyond it, only the crop is computed
 MAX_SMALL_SIZE = 32  # pixels; up to this size, training crops from a padded image, and evaluation does not crop
 
 
@@ -145,7 +146,7 @@ class Preprocessing:
 
     def create_transform(self) -> Transform:
         """Create the transform from a PIL image to (3, H, W) uint8."""
-        return create_transform(
+        transform = create_transform(
             self.img_size,
             is_training=False,
             interpolation=_deterministic(self.interpolation),
@@ -153,6 +154,7 @@ class Preprocessing:
             crop_mode=self.timm_crop_mode,
             normalize=False,
         )
+        return CropOfElongatedImage(self, transform) if self.crop_mode == "short" else transform
 
     def to_dict(self) -> dict:
         """Convert to plain data for ``eval.json``, with a square size as one number."""
@@ -179,6 +181,62 @@ class Preprocessing:
 def _compact_size(size: tuple[int, int]) -> int | list[int]:
     """One number for a square, else [height, width]."""
     return size[0] if size[0] == size[1] else list(size)
+
+
+class CropOfElongatedImage:
+    """Evaluation transform for ``short`` that needs little memory for images of any aspect ratio.
+
+    A resized image above ``MAX_RESIZED_PIXELS`` is not computed, only its centre crop. An image of 1 x 30,000 pixels would
+    otherwise be resized to 256 x 7,680,000. The pixels differ by at most 2 of 255 levels, since coordinates are rounded.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, transform: Transform):
+        self.crop_size = preprocessing.img_size
+        self.minimum_size = preprocessing.resized_to
+        bicubic = _deterministic(preprocessing.interpolation) == "bicubic"
+        self.resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        height, width = self.resized_size(image)
+        if height * width <= MAX_RESIZED_PIXELS:
+            return self.transform(image)
+        return torch.from_numpy(np.array(self.resize_and_crop(image))).permute(2, 0, 1)
+
+    def resized_size(self, image: Image.Image) -> tuple[int, int]:
+        """(height, width) to which timm resizes an image before the crop."""
+        (min_height, min_width), (height, width) = self.minimum_size, (image.height, image.width)
+        if min_height != min_width:
+            ratio = min(height / min_height, width / min_width)
+            return round(height / ratio), round(width / ratio)
+        if width <= height:
+            return int(min_width * height / width), min_width
+        return min_height, int(min_height * width / height)
+
+    def resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Compute only the centre crop of the resized image."""
+        # Pillow stores boxes in float32: crop to whole pixels first, so that the coordinates of the box are small.
+        spans = [
+            _crop_span(length, resized, crop)
+            for length, resized, crop in zip(image.size, self.resized_size(image)[::-1], self.crop_size[::-1], strict=True)
+        ]
+        (left, right), (top, bottom) = (pixels for pixels, _ in spans)
+        box = (*(start for _, (start, _) in spans), *(end for _, (_, end) in spans))
+        return image.crop((left, top, right, bottom)).resize(self.crop_size[::-1], self.resampling, box=box)
+
+
+def _crop_span(length: int, resized: int, crop: int) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Pixels of an image's side that a centre crop of the resized side depends on, and the exact span of the crop among them.
+
+    Args:
+        length, resized, crop: length of the side in pixels: of the image, of the resized image, of the crop.
+    """
+    scale = length / resized
+    start = round((resized - crop) / 2) * scale  # rounded like torchvision's CenterCrop
+    end = start + crop * scale
+    margin = 2 * max(scale, 1) + 1  # radius of the bicubic filter, and one pixel for rounding
+    first, last = max(math.floor(start - margin), 0), min(math.ceil(end + margin), length)
+    return (first, last), (start - first, min(end - first, last - first))
 
 
 class Normalize:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from data.classes import imagenet_classes
 from models.released import RELEASED, Released
 from utils.checkpoint import BEST
 from utils.config import ConfigError, flatten, load_config, load_stored_config
@@ -54,7 +55,7 @@ class Checkpoint:
     Args:
         state: contents of the file, see ``read_checkpoint``.
         digest: SHA-256 of the file.
-        class_names: class names by class id; () if the file has none.
+        class_names: class names by class id: those of the file, ImageNet's WordNet ids for a released model, else ().
     """
 
     location: Location
@@ -102,13 +103,19 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     state = read_checkpoint(location.path)
     if digest != sha256(location.path):
         raise CheckpointError(f"{location.path} was replaced while it was being read; try again, or use a copy")
-    return Checkpoint(location, state, digest, stored_class_names(state))
+    return Checkpoint(location, state, digest, stored_class_names(state, location))
 
 
-def stored_class_names(state: Mapping) -> tuple[str, ...]:
-    """Class names of a checkpoint, by class id; () if it has none."""
+def stored_class_names(state: Mapping, location: Location | None = None) -> tuple[str, ...]:
+    """Class names of a checkpoint, by class id; () if they are unknown.
+
+    Args:
+        location: where the checkpoint was read from; released models were trained on ImageNet-1K.
+    """
     names = state.get("class_names")
-    return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+    if isinstance(names, (list, tuple)) and names:
+        return tuple(map(str, names))
+    return tuple(imagenet_classes(1000)) if location is not None and location.released is not None else ()
 
 
 def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:

@@ -9,10 +9,10 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.datasets import FileDataset
-from data.index import DataError
+from data.files import IMAGE_EXTENSIONS, DataError
+from data.folders import list_images
 from data.transforms import Normalize, Preprocessing
 from jobs.checkpoints import Checkpoint
 from utils.log import progress
@@ -22,29 +22,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Top-k class ids and confidences (softmax) of an image, most confident first; both are empty if ``error`` is set."""
+    """Top-k class ids and confidences (softmax) of an image, most confident first; both are empty if ``error`` is not None."""
 
     image: Path
     class_ids: tuple[int, ...] = ()
     confidences: tuple[float, ...] = ()
-    error: str = ""
+    error: str | None = None
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """List every file in ``paths``, and all image files below every directory in ``paths``, sorted per directory.
 
+    Which files of a directory are images is decided as for training; what is left out is logged.
+
     Raises:
-        DataError: a path does not exist, or a directory has no images.
+        DataError: a path does not exist, a directory has no images or cannot be listed, or an image would be listed twice.
     """
     images: list[Path] = []
     for path in paths:
         if path.is_dir():
-            in_directory = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
-            if not in_directory:
-                raise DataError(f"{path} has no images; the known suffixes are {', '.join(IMG_EXTENSIONS)}")
-            images += in_directory
+            listing = list_images(path)
+            for level, text in listing.notes:
+                logger.log(level, "%s", text)
+            if not listing.names:
+                raise DataError(f"{path} has no images; the known extensions are {', '.join(IMAGE_EXTENSIONS)}")
+            images += [path / name for name in listing.names]
         elif path.is_file():
-            images.append(path)  # an explicit path may have any suffix
+            images.append(path)  # an explicit path may have any extension
         else:
             raise DataError(f"{path}: no such file or directory")
     return images
@@ -60,6 +64,12 @@ def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
         known = set(imagenet.label_names())
         return [imagenet.label_name_to_description(name) if name in known else name for name in checkpoint.class_names]
     subset = infer_imagenet_subset({"num_classes": num_classes})
+    logger.warning(
+        "%s has no names for its %d classes; %s",
+        checkpoint.path,
+        num_classes,
+        f"those of {subset} are assumed" if subset else "they are numbered from 0",
+    )
     if subset is not None:
         imagenet = ImageNetInfo(subset)
         return [imagenet.index_to_description(index) for index in range(num_classes)]

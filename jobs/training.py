@@ -14,7 +14,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
-from data.classes import compare_class_names
+from data.classes import ClassMatch, compare_classes, find_order
 from data.index import DataError
 from jobs.checkpoints import stored_class_names
 from jobs.initialization import (
@@ -201,14 +201,40 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
 def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], world: World) -> None:
     """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
 
+    If it was trained with the same classes in another order, its rows are reordered.
+
     Args:
         classes: class names of the training data.
     """
     state = read_checkpoint(path)
-    fill_model(model, state, weights="auto", path=path)
-    difference = compare_class_names(classes, stored_class_names(state))
-    if difference and world.is_main:
+    report = fill_model(model, state, weights="auto", path=path)
+    names = stored_class_names(state)
+    if report.head is not None:  # trained with another number of classes
+        return
+    match, difference = compare_classes(classes, names)
+    if match is ClassMatch.REORDERED and names:
+        reorder_head(model, find_order(classes, names))
+    if not difference or not world.is_main:
+        return
+    if match is ClassMatch.UNVERIFIED:
+        logger.info("%s: the rows of the loaded head are matched with the classes by class id: %s", path, difference)
+    elif match is ClassMatch.REORDERED:
+        consequence = "its rows have been reordered" if names else "its rows are kept in their order"
+        logger.warning("%s: the loaded head may have another order of classes: %s; %s", path, difference, consequence)
+    else:
         logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
+
+
+@torch.no_grad()
+def reorder_head(model: nn.Module, order: Sequence[int]) -> None:
+    """Reorder the classes of a model's head.
+
+    Args:
+        order: the present class id of each new class id.
+    """
+    head = model.get_classifier()
+    for parameter in head.parameters():
+        parameter.copy_(parameter[list(order)])
 
 
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from jobs.checkpoints import locate
+from data.classes import ClassMatch, compare_classes
+from jobs.checkpoints import Location, locate, stored_class_names
 from utils.checkpoint import save_checkpoint
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 
-DESCRIPTION = ("config", "class_names")  # entries copied from the first checkpoint
 
-
-def average(paths: list[Path], weights: str) -> dict:
+def average(locations: list[Location], weights: str) -> dict:
     """Average the weights of checkpoints in float64. State-dict entries that are not floating-point must be equal in all files.
 
     Args:
         weights: raw, ema or auto, see ``choose_weights``.
 
     Returns:
-        A checkpoint: the averages as ``model``, and the entries of ``DESCRIPTION`` that the first file has.
+        A checkpoint: the averages as ``model``, the config of the first file, and the class names.
 
     Raises:
         CheckpointError: a file cannot be read, does not contain the requested weights, or differs from the first file in model,
@@ -35,12 +34,22 @@ def average(paths: list[Path], weights: str) -> dict:
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     metadata: dict = {}
-    for path in paths:
+    names: tuple[str, ...] = ()
+    unnamed = []
+    paths = [location.path for location in locations]
+    for path, location in zip(paths, locations, strict=True):
         state = read_checkpoint(path)
-        if path == paths[0]:
-            metadata = {key: state[key] for key in DESCRIPTION if key in state}
-        if state.get("class_names", metadata.get("class_names")) != metadata.get("class_names"):
-            raise CheckpointError(f"{path} has different classes than {paths[0]}; all checkpoints must have the same classes")
+        if path == paths[0] and "config" in state:
+            metadata["config"] = state["config"]
+        own_names = stored_class_names(state, location)
+        if own_names and names and (difference := compare_classes(own_names, names))[0] is not ClassMatch.EQUAL:
+            raise CheckpointError(
+                f"{path} has different classes than {paths[0]}, or another order: {difference[1]}; all checkpoints must have "
+                "the same classes in the same order"
+            )
+        names = names or own_names
+        if not own_names:
+            unnamed.append(path)
         _, state_dict = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(
@@ -57,7 +66,9 @@ def average(paths: list[Path], weights: str) -> dict:
             dtypes.setdefault(name, value.dtype)
             total[name] = total[name] + value.double() if name in total else value.double()
     mean = {name: (value / len(paths)).to(dtypes[name]) if name in dtypes else value for name, value in total.items()}
-    return {"model": mean, **metadata}
+    if unnamed and names:
+        print(f"warning: {unnamed[0]} has no class names; its classes are assumed to be in the order of the other files")
+    return {"model": mean, **metadata, **({"class_names": list(names)} if names else {})}
 
 
 def main() -> None:
@@ -77,7 +88,7 @@ def main() -> None:
         parser.error(f"{args.checkpoints[0]}: only one checkpoint; give two or more to average")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(average([locate(reference).path for reference in args.checkpoints], args.weights), args.output)
+        save_checkpoint(average([locate(reference) for reference in args.checkpoints], args.weights), args.output)
     except CheckpointError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")

@@ -216,6 +216,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
     model, checkpoint, cfg, label = open_model(args.checkpoint, args.cfg, args.opts, weights=args.weights)
     evaluation, names = find_evaluation(args.eval_json, checkpoint, label), checkpoint.class_names
+    if names and len(names) != cfg.MODEL.NUM_CLASSES:
+        raise CheckpointError(f"{checkpoint.path} has {len(names)} class names, but {cfg.MODEL.NUM_CLASSES} classes; repair it")
 
     args.folder.mkdir(parents=True, exist_ok=True)
     files = {"config.yaml": "the resolved config"}

@@ -134,7 +134,7 @@ def _is_unicode(name: str) -> bool:
 
 def _size(index: Index) -> str:
     """Total size of the images, formatted in MiB."""
-    return f"{sum((index.source / index.name(position)).stat().st_size for position in range(len(index))) / 2**20:.1f} MiB"
+    return f"{index.sizes.clip(min=0).sum() / 2**20:.1f} MiB"
 
 
 _worker_arguments: tuple = ()  # in each worker: dataset, short_side, quality
@@ -159,7 +159,7 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     """Bytes of an image file, downscaled if the shorter side exceeds ``short_side`` pixels."""
     try:
         data = dataset.read(position)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a MemoryError too must name the file
         raise dataset.unreadable_error(position, error) from error
     if not short_side:
         return data
@@ -167,11 +167,14 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     if min(image.size) <= short_side:
         return data
     scale = short_side / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as original:
-        image_format = original.format
-    image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
+    try:
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(data)) as original:
+            image_format = original.format
+        image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
+    except Exception as error:  # Pillow raises many exception types, for example if memory is insufficient
+        raise dataset.unreadable_error(position, error) from error
     return buffer.getvalue()
 
 

@@ -9,6 +9,10 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
@@ -49,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data.build import build_preprocessing
-    from data.datasets import decode_image
     from jobs.evaluation import open_model
     from jobs.prediction import class_names, find_images, predict
     from utils.log import setup_logging
@@ -73,13 +76,13 @@ def run(args: argparse.Namespace) -> int:
         "preprocessing": preprocessing.to_dict(),
     }
     write_json(args.output / "predictions.json", predictions, names, about)
-    readable = [prediction for prediction in predictions if not prediction.error]
+    readable = [prediction for prediction in predictions if prediction.error is None]
     written = ["predictions.csv", "predictions.json"]
     if readable:
         step = max(len(readable) / GRID, 1)  # show evenly spaced images, since images are often ordered by class
         shown = [readable[int(position * step)] for position in range(min(GRID, len(readable)))]
         captions = [f"{names[p.class_ids[0]]}: {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in shown]
-        pictures = [decode_image(p.image.read_bytes()) for p in shown]
+        pictures = [read_thumbnail(p.image) for p in shown]
         draw_predictions(pictures, captions, args.output / "predictions.png")
         written.append("predictions.png")
     for prediction in readable[:10]:
@@ -92,6 +95,15 @@ def run(args: argparse.Namespace) -> int:
     return unreadable
 
 
+def read_thumbnail(path: Path) -> "Image.Image":
+    """Read an image at a size for the PNG: up to ``GRID`` images are in memory at a time."""
+    from data.datasets import decode_image, read_file
+
+    picture = decode_image(read_file(path))
+    picture.thumbnail((512, 512))
+    return picture
+
+
 def write_csv(path: Path, predictions: list, names: list[str], top_k: int) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -100,12 +112,12 @@ def write_csv(path: Path, predictions: list, names: list[str], top_k: int) -> No
         for prediction in predictions:
             pairs = zip(prediction.class_ids, prediction.confidences, strict=True)
             values = [value for class_id, confidence in pairs for value in (names[class_id], f"{confidence:.4f}")]
-            writer.writerow([prediction.image, *(values or [""] * len(columns)), prediction.error])
+            writer.writerow([prediction.image, *(values or [""] * len(columns)), prediction.error or ""])
 
 
 def write_json(path: Path, predictions: list, names: list[str], about: dict) -> None:
     def record(prediction) -> dict:
-        if prediction.error:
+        if prediction.error is not None:
             return {"image": str(prediction.image), "error": prediction.error}
         pairs = zip(prediction.class_ids, prediction.confidences, strict=True)
         top = [{"class_id": class_id, "class": names[class_id], "confidence": value} for class_id, value in pairs]

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 import jobs.evaluation
 from data.samplers import EvalBatches
+from jobs.checkpoints import Location
 from scripts import average_checkpoints
 from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
@@ -391,8 +392,8 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
     paths = []
     for number in range(3):
         state = {"w": torch.full((2,), float(number)), "h": torch.tensor([2.0 * number]).half(), "n": torch.tensor(5)}
-        paths.append(tmp_path / f"{number}.pth")
-        torch.save({"model": state, "state_dict_ema": {name: value + 10 for name, value in state.items()}}, paths[-1])
+        paths.append(Location(tmp_path / f"{number}.pth"))
+        torch.save({"model": state, "state_dict_ema": {name: value + 10 for name, value in state.items()}}, paths[-1].path)
     for weights, offset in (("raw", 0), ("ema", 10), ("auto", 10)):
         mean = average(paths, weights)["model"]
         assert mean["w"].tolist() == [1 + offset] * 2
@@ -401,7 +402,7 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
         assert mean["n"].item() == 5 + offset
     torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="contains a different model"):
-        average([paths[0], tmp_path / "other.pth"], "raw")
+        average([paths[0], Location(tmp_path / "other.pth")], "raw")
 
 
 def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy_data, tmp_path, monkeypatch):

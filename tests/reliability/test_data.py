@@ -28,6 +28,7 @@ import scripts.pack_dataset
 from data.build import build_datasets, build_mixup, build_train_transform, collate
 from data.classes import read_class_map
 from data.datasets import FORMATS, FileDataset, ImageDataset, Sample, decode_image
+from data.folders import UNKNOWN_SIZE
 from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import TrainBatches
@@ -128,13 +129,46 @@ def test_class_id_with_thousands_of_digits_is_rejected(tmp_path):
         read_class_map(str(tmp_path / "classes"), ["cats"], 10)
 
 
-@pytest.mark.parametrize("name", ["imagenet1k-train-0000.tar", "train.tar.gz", "train.zip", "train/000000.tar"])
-def test_error_for_a_missing_split_mentions_archives_with_unexpected_names(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("imagenet1k-train-0000.tar", r"rename tar shards to train-\*\.tar"),
+        ("training.tar.gz", r"rename tar shards to train-\*\.tar"),
+        ("train/000000.tar", r"rename tar shards to train-\*\.tar"),
+        ("train.zip", "add --zip, which needs train_map.txt"),
+        ("training_set.zip", r"rename the archive to train\.zip"),
+        ("Training/cat/0.png", "rename it to train/"),
+    ],
+)
+def test_error_for_a_missing_split_suggests_how_to_read_what_lies_in_its_place(name, remedy, tmp_path):
     path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=rf"Found {path.name}: rename tar shards to train-\*\.tar"):
+    with pytest.raises(DataError, match=rf"Found {path.name if '.' in name and 'cat' not in name else 'Training/'}: {remedy}"):
         index_folder(tmp_path / "train")
+
+
+@pytest.mark.parametrize("training", ["train/cat/0.png", "train-0000.tar", "train.zip", "my-training-images.tar.gz", "TRAIN/x"])
+@pytest.mark.parametrize(
+    ("validation", "found"),
+    [
+        ("", ""),
+        ("validation-00.tar", "validation-00.tar"),
+        ("valid/cat/0.png", "valid/"),
+        ("val.zip", "val.zip"),
+        ("test/a", "test/"),
+    ],
+)
+def test_error_for_missing_validation_images_never_suggests_training_images(training, validation, found, tmp_path):
+    for name in filter(None, (training, validation)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for index in (lambda: index_folder(tmp_path / "val"), lambda: index_zip(tmp_path, "val")):
+        with pytest.raises(DataError) as caught:
+            index()
+        assert f"Found {training.split('/')[0]}" not in str(caught.value)
+    with pytest.raises(DataError, match=f"Found {found}: " if found else f"contains .*{training.split('/')[0]}"):
+        index_folder(tmp_path / "val")
 
 
 # --- Zip archives
@@ -644,7 +678,8 @@ def create_large_index(source: Path, num_images: int) -> Index:
         text=np.frombuffer(name * num_images, dtype=np.uint8),
         ends=np.arange(1, num_images + 1, dtype=np.int64) * len(name),
         archives=[],
-        **{name: np.empty(0, dtype=np.int64) for name in ("archive", "offsets", "sizes", "deflated", "checksums")},
+        sizes=np.full(num_images, UNKNOWN_SIZE, dtype=np.int64),
+        **{name: np.empty(0, dtype=data.index._ARRAYS[name]) for name in ("archive", "offsets", "deflated", "checksums")},
     )
 
 
@@ -669,7 +704,7 @@ def read_many_names(worker: int, index: Index, results) -> None:
 def test_d5_workers_share_the_memory_of_a_large_index_and_its_cache_loads_quickly(num_images, max_cpu_seconds, tmp_path):
     data.index._write_cache(tmp_path / "index.npz", create_large_index(tmp_path, num_images), {})
     started = time.process_time()
-    index = data.index._read_cache(tmp_path / "index.npz", tmp_path, [])
+    index, _ = data.index._read_cache(tmp_path / "index.npz", tmp_path, [])
     assert time.process_time() - started < max_cpu_seconds
     assert len(index) == num_images
     context = multiprocessing.get_context("fork")
