@@ -102,7 +102,9 @@ class DeviceLoader:
                 try:
                     batch = next(batches)
                     break
-                except StopIteration:
+                except StopIteration as end:
+                    if end.args:  # raised in a worker; the epoch is not complete
+                        raise RuntimeError(str(end)) from None
                     return
                 except RuntimeError as error:
                     if not _timed_out(error):
