@@ -5,6 +5,8 @@ A checkpoint is a dictionary of plain data. Its keys include ``model``, ``state_
 weights under the keys ``model`` and ``state_dict_ema``.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.errors import describe
 from weights.reader import CheckpointError, read_checkpoint, sha256, verify
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ _NAME = re.compile(r"checkpoint_(\d{9,})\.pth")
 BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
 _TEMPORARY = ".incomplete"
 _DAMAGED = ".damaged"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of writes that exceed a disk, quota or limit
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -59,15 +63,35 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, CheckpointError) as error:  # torch raises RuntimeError for some failed writes
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # before the free space is measured
         raise CheckpointError(
-            f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {error} ({size} bytes needed, {free} "
-            "free). Free disk space or lower KEEP_CHECKPOINTS, then repeat the same command to resume the run"
+            f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {describe(error)}. "
+            f"{_advise(path.parent, error, size)}, then repeat the same command to resume the run"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an error here would hide the reason
+            temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
+
+
+def _advise(folder: Path, error: Exception, size: int) -> str:
+    """Facts about the file system of ``folder`` that explain a failed write, and the remedy.
+
+    Args:
+        size: bytes that the write needs.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+        no_inodes = hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files > 0 and disk.f_favail == 0
+    except OSError as reason:
+        return f"{folder} cannot be accessed ({reason.strerror}): restore it"
+    if no_inodes:
+        return f"The file system of {folder} has no inodes left: delete files there"
+    number = getattr(error, "errno", None)
+    if number is None or number in FULL or free < size:  # torch's errors have no number
+        return f"({size} bytes needed, {free} free) Free disk space (see quotas and limits too) or lower KEEP_CHECKPOINTS"
+    return f"Check the file system and the permissions of {folder}"
 
 
 def _num_bytes(value: object) -> int:
@@ -121,7 +145,7 @@ def link_best(path: Path, best: Path) -> None:
                 os.fsync(file.fileno())
             verify(temporary)
 
-    _replace(best, write, size=path.stat().st_size)
+    _replace(best, write, size=path.stat().st_size if path.exists() else 0)
 
 
 def newest_intact_checkpoint(folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 import argparse
 import datetime
+import errno
 import io
 import os
 import pickle
@@ -7,6 +8,7 @@ import random
 import shutil
 import stat
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -143,6 +145,32 @@ def test_free_space_is_measured_after_the_temporary_file_is_deleted(saved, monke
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(CheckpointError, match=r"40 bytes needed, 7 free"):
         save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
+
+
+@pytest.mark.parametrize("cause", ["directory removed", "no inodes", "disk error", "disk full"])
+def test_the_error_of_a_failed_write_gives_its_cause_and_a_fitting_remedy(cause, saved, monkeypatch):
+    def fail(error_number):
+        def replacement(_descriptor):
+            raise OSError(error_number, os.strerror(error_number))
+
+        monkeypatch.setattr(os, "fsync", replacement)
+
+    if cause == "directory removed":
+        shutil.rmtree(saved.parent)
+        expected = "No such file or directory.*cannot be accessed"
+    elif cause == "no inodes":
+        fail(errno.ENOSPC)
+        monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=1000, f_favail=0))
+        expected = "No space left on device.*no inodes left"
+    elif cause == "disk error":
+        fail(errno.EIO)
+        expected = "Input/output error.*Check the file system"
+    else:
+        fail(errno.ENOSPC)
+        expected = r"No space left on device.*\(40 bytes needed, \d+ free\) Free disk space"
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        save_checkpoint({"model": {"weight": torch.zeros(10)}}, saved)
+    assert ("Free disk space" in str(caught.value)) == (cause == "disk full")
 
 
 def test_files_whose_names_do_not_match_the_checkpoint_pattern_are_neither_listed_nor_deleted(saved):
