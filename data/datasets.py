@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Formats that Pillow may decode, detected from the content of a file. GIF is included, since some GIF files are named .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 2**27  # maximum number of pixels of an image; decoding one of this size needs 400 MiB
+MAX_EXIF_SEGMENTS = 32  # in a JPEG file; cameras write one
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
 RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from those of augmentation
@@ -214,8 +215,7 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
         ValueError: too many pixels, or pixels that are floating-point, signed or 32-bit numbers.
         Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        _check_size(file)
+    with open_image(data) as file:
         _check_samples(file)
         depth = _sample_depth(file, data)
         if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
@@ -234,10 +234,37 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
         return _warn_if_dark(image, name) if depth > 8 else image
 
 
-def _check_size(file: Image.Image) -> None:
+def open_image(data: bytes) -> Image.Image:
+    """Open an image of a supported format without decoding its pixels.
+
+    Raises:
+        ValueError: decoding it would need too much memory or time.
+        Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
+    """
+    _check_segments(data)
+    file = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = file.size
     if width * height > MAX_PIXELS:
+        file.close()
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}; downscale it")
+    return file
+
+
+def _check_segments(data: bytes) -> None:
+    """Reject a JPEG file with many EXIF segments: Pillow joins them in a time that is quadratic in their number.
+
+    Raises:
+        ValueError: more than ``MAX_EXIF_SEGMENTS``.
+    """
+    position, count = 2, 0
+    while data.startswith(b"\xff\xd8") and data[position : position + 1] == b"\xff" and count <= MAX_EXIF_SEGMENTS:
+        marker, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker in (b"\xda", b""):  # the pixels follow
+            return
+        count += marker == b"\xe1" and data.startswith(b"Exif", position + 4)
+        position += 1 if marker == b"\xff" else 2 + length
+    if count > MAX_EXIF_SEGMENTS:
+        raise ValueError(f"more than {MAX_EXIF_SEGMENTS} EXIF segments; remove them")
 
 
 def _check_samples(file: Image.Image) -> None:
@@ -330,8 +357,7 @@ def decode_pixels(data: bytes, name: str = "") -> Tensor:
     Raises:
         Exception: any exception that ``decode_image`` raises.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-        _check_size(file)
+    with open_image(data) as file:
         is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
     if is_rgb_jpeg:
         try:

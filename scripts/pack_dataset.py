@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.datasets import ImageDataset
+from data.datasets import ImageDataset, open_image
 from data.index import CLASS_NAMES_FILE, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
 from utils.log import progress, setup_logging
 
@@ -170,7 +170,7 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     try:
         image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        with Image.open(io.BytesIO(data)) as original:
+        with open_image(data) as original:
             image_format = original.format
         image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
     except Exception as error:  # Pillow raises many exception types, for example if memory is insufficient
