@@ -9,6 +9,7 @@ from pathlib import Path
 from utils.arguments import check_usage, is_reporting_process, overrides, parse_arguments
 from utils.config import ConfigError, load_config
 from utils.stop import StopRequest
+from utils.text import printable
 
 CONFIGS = Path(__file__).parent / "configs"
 USAGE_ERROR = 2  # exit status
@@ -27,7 +28,7 @@ def main(*, ema: bool = False) -> None:
         check_usage(args, cfg, CONFIGS)
     except ConfigError as error:
         if is_reporting_process():
-            print(f"main.py: error: {error}", file=sys.stderr)
+            print(f"main.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 
     stop = StopRequest()

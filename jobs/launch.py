@@ -38,6 +38,7 @@ from utils.errors import Stopped, TrainingError, describe
 from utils.log import FILE_ONLY, setup_logging
 from utils.schedule import accumulation_steps
 from utils.stop import StopRequest
+from utils.text import printable
 from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,10 @@ def start_processes(cfg: CfgNode | None) -> World:
         return world
     except ValueError as error:
         if is_reporting_process() or isinstance(error, MissingDeviceError):
-            sys.stderr.write(f"main.py: error: {error}\n")
+            sys.stderr.write(f"main.py: error: {printable(error)}\n")
         end_process(USAGE_ERROR)
     except LostRankError as error:
-        sys.stderr.write(f"main.py: error: {error}\n")
+        sys.stderr.write(f"main.py: error: {printable(error)}\n")
         end_process(FAILED)
 
 

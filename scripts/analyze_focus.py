@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
 from utils.files import replacing
+from utils.text import markdown, printable
 
 # Measures in measures.png. "top 5 %" is the share of the attention weight on the 5 % of keys with the largest weights.
 PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")
@@ -100,7 +101,9 @@ def analyze(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(args.output / "focus.json", rows, about)
     write_csv(args.output / "focus.csv", rows)
-    (args.output / "report.md").write_text(report(rows, about), encoding="utf-8")
+    (args.output / "report.md").write_text(
+        report(rows, {name: markdown(value) for name, value in about.items()}), encoding="utf-8"
+    )
     draw_measures(rows, args.output / "measures.png")
     draw_ranks(model, images.read(0)[1], names, args.output / "ranks.png")
     print(f"{args.output}: focus.json, focus.csv, report.md, measures.png, ranks.png")
@@ -132,7 +135,7 @@ def main() -> None:
     try:
         analyze(args)
     except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.classes import ClassMatch, compare_classes
 from jobs.checkpoints import Location, locate, stored_class_names
 from utils.checkpoint import save_checkpoint
+from utils.text import printable
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 
 
@@ -90,7 +91,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(average([locate(reference) for reference in args.checkpoints], args.weights), args.output)
     except CheckpointError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")
 
 

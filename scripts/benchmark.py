@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
+from utils.text import printable
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -217,7 +218,7 @@ def main() -> None:
     try:
         records = MEASURES[args.mode](args, device)
     except (ConfigError, DataError, ValueError) as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        print(f"benchmark.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     about = {

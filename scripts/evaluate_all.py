@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.files import replacing
+from utils.text import csv_cell, printable
 
 WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # forward passes in the measurement of throughput
 
@@ -49,7 +50,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
         "images_per_second": f"{images_per_second(model, images, eval_dtype(cfg), **batches):.1f}",
         **{key: preprocessing[key] for key in ("img_size", "crop_mode", "crop_pct", "interpolation")},
         "precision": str(eval_dtype(cfg)).removeprefix("torch."),
-        "checkpoint": checkpoint.path,
+        "checkpoint": str(checkpoint.path),
         "sha256": checkpoint.digest,
     }
 
@@ -59,7 +60,8 @@ def write(path: Path, rows: list[dict]) -> None:
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: -float(row["acc1"])))
+        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
+            writer.writerow({column: csv_cell(value) for column, value in row.items()})
 
 
 def main() -> None:
@@ -87,15 +89,15 @@ def main() -> None:
         try:
             rows.append(evaluate_one(reference, args, world))
         except ValueError as error:  # ConfigError, DataError or CheckpointError
-            failed.append(f"{reference}: {error}")
+            failed.append(f"{reference}: {error}")  # printable removes the secrets of a URL
             continue
         if world.is_main:
             write(args.csv, rows)
     if world.is_main:
         for row in sorted(rows, key=lambda row: -float(row["acc1"])):
-            print(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}")
+            print(printable(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}"))
         for reason in failed:
-            print(f"evaluate_all.py: error: {reason}", file=sys.stderr)
+            print(f"evaluate_all.py: error: {printable(reason)}", file=sys.stderr)
     cleanup()
     sys.exit(2 if failed else 0)
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset, open_image
 from data.index import CLASS_NAMES_FILE, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
 from utils.log import progress, setup_logging
+from utils.text import printable
 
 ROUND = 1024  # images submitted to the workers at a time
 
@@ -252,7 +253,7 @@ def main() -> None:
         try:
             packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
         except (DataError, OSError) as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+            parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
         size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
         print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
     print(f"options for main.py: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
+from utils.text import csv_cell, escape, printable
 
 GRID = 36  # maximum number of images in the PNG
 
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         draw_predictions(pictures, captions, args.output / "predictions.png")
         written.append("predictions.png")
     for prediction in readable[:10]:
-        print(f"{prediction.image}: {names[prediction.class_ids[0]]} ({100 * prediction.confidences[0]:.1f} %)")
+        name = escape(names[prediction.class_ids[0]])
+        print(f"{escape(str(prediction.image))}: {name} ({100 * prediction.confidences[0]:.1f} %)")
     if len(readable) > 10:
         print(f"... and {len(readable) - 10} more")
     unreadable = len(predictions) - len(readable)
@@ -112,7 +114,8 @@ def write_csv(path: Path, predictions: list, names: list[str], top_k: int) -> No
         for prediction in predictions:
             pairs = zip(prediction.class_ids, prediction.confidences, strict=True)
             values = [value for class_id, confidence in pairs for value in (names[class_id], f"{confidence:.4f}")]
-            writer.writerow([prediction.image, *(values or [""] * len(columns)), prediction.error or ""])
+            row = [str(prediction.image), *(values or [""] * len(columns)), prediction.error or ""]
+            writer.writerow(map(csv_cell, row))
 
 
 def write_json(path: Path, predictions: list, names: list[str], about: dict) -> None:
@@ -134,7 +137,7 @@ def main() -> None:
             load_config(args.cfg, args.opts)  # reports config errors before torch is imported
         unreadable = run(args)
     except (ConfigError, ValueError, OSError) as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
+        print(f"predict.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(1 if unreadable else 0)
 

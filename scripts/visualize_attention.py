@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError
+from utils.text import printable
 
 
 def open_at_token_grid(args: argparse.Namespace):
@@ -71,7 +72,7 @@ def visualize(args: argparse.Namespace) -> None:
             for suffix, draw in (("", draw_forms), ("_overlay", draw_overlays)):
                 with replacing(args.output / f"{path.stem}_{block.name}{suffix}.png") as temporary:
                     draw(picture, block, points or POINTS).savefig(temporary)
-        print(f"{page}: blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
+        print(f"{printable(page)}: blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def main() -> None:
@@ -116,7 +117,7 @@ def main() -> None:
     try:
         visualize(args)
     except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
 
 
 if __name__ == "__main__":

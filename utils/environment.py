@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
+from weights.urls import without_secrets
+
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 
 
 def describe_environment(device: torch.device, world_size: int) -> dict[str, str | int]:
-    """Software versions, device, number of processes, command line and commit, as plain data."""
+    """Software versions, device, number of processes, command line without secrets of URLs, and commit, as plain data."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # includes the CUDA version
@@ -27,7 +29,7 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
         "processes": world_size,
-        "command": shlex.join(sys.argv),
+        "command": without_secrets(shlex.join(sys.argv)),
         "commit": find_commit(),
     }
 

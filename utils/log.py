@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from utils.background import Sink
 from utils.files import replacing
+from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +82,24 @@ class _Handler(logging.Handler):
 FILE_ONLY = {"file_only": True}  # argument ``extra`` of log calls whose message is too long for the console
 
 
-class _ColoredFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Formats a record so that no file name, class name or message of a server can imitate a record (see ``printable``)."""
+
     def format(self, record: logging.LogRecord) -> str:
-        stamp = colored(self.formatTime(record, "%Y-%m-%d %H:%M:%S"), "green")
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
+        return self.compose(record, self.formatTime(record, "%Y-%m-%d %H:%M:%S"), printable(text))
+
+    def compose(self, record: logging.LogRecord, stamp: str, text: str) -> str:
+        return f"[{stamp} {record.name}] {record.levelname} {text}"
+
+
+class _ColoredFormatter(_Formatter):
+    def compose(self, record: logging.LogRecord, stamp: str, text: str) -> str:
         if record.levelno in _COLORS:
             text = colored(f"{record.levelname} {text}", _COLORS[record.levelno])
-        return f"[{stamp}] {text}"
+        return f"[{colored(stamp, 'green')}] {text}"
 
 
 def setup_logging(rank: int, output: Path | None = None) -> None:
@@ -148,7 +158,7 @@ def _file_handler(path: Path) -> _Handler:
             file.write(text + "\n")
 
     handler = _Handler(Sink(str(path)), write)
-    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Formatter())
     return handler
 
 
