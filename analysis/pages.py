@@ -189,7 +189,7 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
             for block in blocks
         ],
     }
-    text = json.dumps(content).replace("</", "<\\/")  # a string must not close the <script> element
+    text = json.dumps(content).replace("<", "\\u003c")  # in a script element, HTML gives a meaning to </script> and <!--
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/null", text), encoding="utf-8")
 
 

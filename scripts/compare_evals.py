@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
 from utils.report import PREDICTION_COLUMNS
+from utils.text import printable
 
 
 def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
@@ -33,9 +34,12 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
     """
     if path.is_dir():
         record = path / "eval.json"
-        evaluation = json.loads(record.read_text()) if record.is_file() else {}
-        preferred = evaluation.get("preferred", "raw") if isinstance(evaluation, dict) else "raw"
-        path = path / f"predictions_{weights or preferred}.csv"
+        try:
+            evaluation = json.loads(record.read_text()) if record.is_file() else {}
+        except RecursionError:
+            raise ValueError(f"{record} is nested too deeply; evaluate again") from None
+        preferred = evaluation.get("preferred") if isinstance(evaluation, dict) else None
+        path = path / f"predictions_{weights or (preferred if preferred in ('raw', 'ema') else 'raw')}.csv"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; evaluate with --opts TEST.PREDICTIONS True")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -124,7 +128,7 @@ def main() -> None:
         (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))
         print(f"first: {first}\nsecond: {second}\n{compare(first_pairs, second_pairs)}")
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
 
 
 if __name__ == "__main__":

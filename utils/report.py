@@ -14,6 +14,7 @@ from PIL import Image
 from utils.evaluation import EvalResult
 from utils.files import replacing
 from utils.metrics import wilson_interval
+from utils.text import csv_cell, escape
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +60,14 @@ def write_evaluation(
                 "%s weights, ReaL labels: Acc@1 %.3f, %d images", weights, values["real"]["acc1"], values["real"]["num_images"]
             )
     written = ["eval.json", "eval_classes.csv"]
-    matrices = {weights: confusion_matrix(result, len(classes)) for weights, result in results.items()}
     _write_csv(
         output / "eval_classes.csv",
-        ["class", "num_images", *(f"{column}_{weights}" for weights in matrices for column in ("correct1", "acc1"))],
-        _class_rows(classes, matrices),
+        ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in ("correct1", "acc1"))],
+        _class_rows(classes, results),
     )
     if len(classes) <= MAX_CLASSES_DRAWN:
         title = f"{results[preferred].acc1:.2f} % correct, {preferred} weights"
-        draw_confusion(matrices[preferred], classes, title, output / "confusion.png")
+        draw_confusion(confusion_matrix(results[preferred], len(classes)), classes, title, output / "confusion.png")
         written.append("confusion.png")
     if predictions:
         for weights, result in results.items():
@@ -80,10 +80,17 @@ PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "
 
 
 def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
-    """(num_classes, num_classes) counts: rows are true classes, columns are predictions."""
+    """(num_classes, num_classes) counts: rows are true classes, columns are predictions. Only for few classes."""
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(matrix, (result.predictions.targets, result.predictions.ranked[:, 0]), 1)
     return matrix
+
+
+def class_counts(result: EvalResult, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of images and of correct predictions per class, (num_classes,) each."""
+    targets, predicted = result.predictions.targets, result.predictions.ranked[:, 0]
+    correct = targets[targets == predicted]
+    return np.bincount(targets, minlength=num_classes), np.bincount(correct, minlength=num_classes)
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
@@ -129,8 +136,8 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
 
 
 def _plain(text: str) -> str:
-    """Convert text so that matplotlib draws it literally: replace invalid Unicode, and escape $, which starts a formula."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
+    """Convert text so that matplotlib draws it literally: replace invalid Unicode and control characters, and escape $."""
+    return escape(text.encode(errors="replace").decode()).replace("$", r"\$")  # $ starts a formula
 
 
 def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:
@@ -156,11 +163,12 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
     return record
 
 
-def _class_rows(classes: Sequence[str], matrices: dict[str, np.ndarray]) -> Iterable[list]:
-    for class_id, name in enumerate(classes):
-        total = int(next(iter(matrices.values()))[class_id].sum())
-        counts = [int(matrix[class_id, class_id]) for matrix in matrices.values()]
-        yield [name, total, *(value for correct in counts for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
+def _class_rows(classes: Sequence[str], results: dict[str, EvalResult]) -> Iterable[list]:
+    counts = [class_counts(result, len(classes)) for result in results.values()]
+    totals = counts[0][0].tolist()
+    correct_by_weights = [correct.tolist() for _, correct in counts]
+    for name, total, *numbers in zip(classes, totals, *correct_by_weights, strict=True):
+        yield [name, total, *(value for correct in numbers for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:
@@ -176,4 +184,4 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> N
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows(map(csv_cell, row) for row in rows)
