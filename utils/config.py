@@ -6,8 +6,11 @@ result is validated and frozen. ``utils.config_keys`` defines the keys.
 
 import ast
 import copy
+import math
 import os
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.config_keys import INFINITY, KEYS, MODEL_TYPES
+from weights.urls import conceal
 
 
 class ConfigError(ValueError):
@@ -69,6 +73,12 @@ _ALIASES = {
 }
 
 MAX_NAME_BYTES = 255  # maximum length of a file name on common file systems
+MAX_FILE_BYTES = 2**20  # maximum size of a config file
+MAX_TEXT = 4096  # maximum length of a value
+MAX_INT = 2**63  # exclusive maximum of an integer
+MAX_LIST = 16  # maximum length of a list
+MAX_DEPTH = 16  # maximum nesting of lists and sections in a config file
+MAX_ITEMS = 10_000  # maximum number of values in a config file; aliases count each time
 REFERENCE_PROCESSES = 8  # number of GPUs in the recipes of the reference implementation
 
 
@@ -120,10 +130,26 @@ def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
     for name in (name for name, key in KEYS.items() if key.is_path):
         section, _, leaf = name.rpartition(".")
         node = _section(cfg, section)
-        node[leaf] = os.path.expanduser(node[leaf])
+        # Only the request for a download uses the secrets of a URL, so that no copy of the config contains them.
+        node[leaf] = conceal(os.path.expanduser(node[leaf]))
     _validate(cfg)
     cfg.freeze()
     return cfg
+
+
+class _Repr(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:  # Python refuses to print integers of more than 4300 digits
+        return repr(value) if abs(value) < MAX_INT else f"an integer of {value.bit_length()} bits"
+
+
+_repr = _Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxset = 4, 20, 20, 10, 10
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+
+
+def show(value: object) -> str:
+    """Short ``repr`` of a value, for messages: values of a file may be large or contain themselves."""
+    return _repr.repr(value)
 
 
 def _section(cfg: CfgNode, dotted_name: str) -> CfgNode:
@@ -152,31 +178,84 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML loader that rejects duplicate keys; PyYAML would silently use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        duplicates = [key for key in keys if keys.count(key) > 1]
-        if duplicates:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {duplicates[0]} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace merge keys (<<) by what they refer to, which can grow exponentially."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_ITEMS:
+            raise yaml.constructor.ConstructorError(None, None, f"merge keys give more than {MAX_ITEMS} keys", node.start_mark)
+
+
+def _read_yaml(path: Path, origin: str) -> dict:
+    """Read a config file as nested dictionaries with text as keys.
+
+    Args:
+        origin: the file that refers to this one, for messages; "" if there is none.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is not a small tree of sections, lists and values.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}{origin} cannot be read: {error.strerror}{_suggest_file(path)}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes, which is too large for a config; give a config file")
+    try:
+        tree = yaml.load(content.decode("utf-8-sig"), _UniqueKeyLoader)
+    except RecursionError:
+        raise ConfigError(
+            f"{path} cannot be parsed as YAML: it is nested too deeply; write at most {MAX_DEPTH} levels"
+        ) from None
+    except Exception as error:  # PyYAML raises many exception types, such as ValueError for an impossible date
+        raise ConfigError(f"{path} cannot be parsed as YAML: {' '.join(str(error).split())}; correct the file") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is of type {type(tree).__name__}, not a mapping; give keys and values")
+    _check_tree(tree, path)
+    return tree
+
+
+def _check_tree(tree: dict, path: Path) -> None:
+    """Check the structure of a config file. Aliases can make a small file infinitely deep, or exponentially large.
+
+    Raises:
+        ConfigError: too many levels or values, or a key that is not text.
+    """
+    pending, num_items = [(tree, "", 0)], 0
+    while pending:
+        node, name, depth = pending.pop()
+        num_items += len(node)
+        if depth > MAX_DEPTH or num_items > MAX_ITEMS:
+            raise ConfigError(
+                f"{path}: {name[:200]} has more than {MAX_DEPTH} levels or makes the config larger than {MAX_ITEMS} values; "
+                "write the values without aliases"
+            )
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(node, dict) and not isinstance(key, str):
+                raise ConfigError(f"{path}: the key {show(key)} is not text; config keys are names, such as MODEL")
+            if isinstance(value, (dict, list, tuple, set)):
+                pending.append((value, f"{name}.{key}".lstrip("."), depth + 1))
 
 
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml{_suggest_file(path)}")
-    path = path.resolve()
+    try:
+        path = Path(os.path.realpath(path))
+    except ValueError as error:  # a null character
+        raise ConfigError(f"{str(path)!r} is not a path ({error}); correct BASE in {chain[-1]}") from None
     if path in chain:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
-    try:
-        tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
-    except OSError as error:
-        origin = f" (BASE of {chain[-1]})" if chain else ""
-        raise ConfigError(f"{path}{origin} cannot be read: {error.strerror}{_suggest_file(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be parsed as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is of type {type(tree).__name__}, not a mapping; give keys and values")
+    tree = _read_yaml(path, f" (BASE of {chain[-1]})" if chain else "")
     bases = tree.pop("BASE", None) or []
     if not isinstance(bases, (str, list)):
-        raise ConfigError(f"{path}: BASE={bases!r}: give a file, or a list of files")
+        raise ConfigError(f"{path}: BASE={show(bases)}: give a file, or a list of files")
     for base in [bases] if isinstance(bases, str) else bases:
         if base:
             _merge_file(cfg, path.parent / os.path.expanduser(str(base)), (*chain, path))
@@ -188,7 +267,11 @@ def _suggest_file(path: Path) -> str:
     """Suggest the config of the most similar name at the end of an error; "" if ``path`` exists, or if no name is similar."""
     if os.path.exists(path):
         return ""
-    near = get_close_matches(f"{path.stem}.yaml", sorted(file.name for file in path.parent.glob("[!.]*.yaml")), n=1)
+    try:
+        names = sorted(file.name for file in path.parent.glob("[!.]*.yaml"))
+    except OSError:  # the path is too long
+        return ""
+    near = get_close_matches(f"{path.stem}.yaml", names, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
@@ -210,7 +293,9 @@ def _leaves_of_file(tree: Mapping, node: CfgNode, source: str, prefix: str = "")
         child = node.get(key)
         if isinstance(child, CfgNode):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{source}: {name}={value!r} assigns a value to a section; set its keys: {', '.join(child)}")
+                raise ConfigError(
+                    f"{source}: {name}={show(value)} assigns a value to a section; set its keys: {', '.join(child)}"
+                )
             yield from _leaves_of_file(value, child, source, f"{name}.")
         else:
             yield name, value
@@ -250,7 +335,7 @@ def _set(cfg: CfgNode, key: str, value: object, source: str) -> None:
         if key in _REFERENCE_ONLY:
             if _literal(value) != _REFERENCE_ONLY[key]:
                 raise ConfigError(
-                    f"{source}: {key}={value!r} is not supported: only {_REFERENCE_ONLY[key]!r} is accepted; remove the key"
+                    f"{source}: {key}={show(value)} is not supported: only {_REFERENCE_ONLY[key]!r} is accepted; remove the key"
                 )
             return
         raise ConfigError(f"{source}: unknown key {key}{_suggest_key(key, cfg)}")
@@ -276,9 +361,11 @@ def _literal(value: object) -> object:
     """Parse text as a Python literal: YAML reads 5e-4, None and (1, 2) as text, and all command-line values are text."""
     if not isinstance(value, str):
         return value
+    if len(value) > MAX_TEXT:  # also avoids the deep recursion of the parser
+        return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
 
 
@@ -290,6 +377,10 @@ def _convert(value: object, example: object, key: str, source: str) -> object:
         source: file name or flag, for messages.
     """
     literal = _literal(value)
+    if isinstance(literal, int) and abs(literal) >= MAX_INT:
+        raise ConfigError(f"{source}: {key} is {show(literal)}; give a smaller number")
+    if isinstance(literal, (list, tuple)) and len(literal) > MAX_LIST:
+        raise ConfigError(f"{source}: {key}={show(literal)} has {len(literal)} values; give at most {MAX_LIST}")
     if literal is None and key in _MAY_BE_NONE:
         return None
     if key in _MAY_BE_PAIR and isinstance(literal, (list, tuple)):
@@ -301,18 +392,39 @@ def _convert(value: object, example: object, key: str, source: str) -> object:
             return literal
     elif isinstance(example, str):
         if isinstance(value, (str, int)) and not isinstance(value, bool):
-            return str(value)
+            return _check_text(str(value), key, source)
     elif isinstance(example, int):
         if isinstance(literal, int) and not isinstance(literal, bool):
             return literal
     elif isinstance(example, float) or key == "TRAIN.CLIP_GRAD":
         if isinstance(literal, (int, float)) and not isinstance(literal, bool):
-            return float(literal)
+            return _to_float(literal, key, source)
     elif isinstance(literal, (list, tuple)):  # the example is a list, or None for an optional list
         example_item = example[0] if example else 0.0
         return [_convert(item, example_item, key, source) for item in literal]
     expected = "list" if example is None else f"{type(example).__name__}, such as {example!r}"
-    raise ConfigError(f"{source}: {key}={value!r} is of type {type(literal).__name__}; expected {expected}")
+    raise ConfigError(f"{source}: {key}={show(value)} is of type {type(literal).__name__}; expected {expected}")
+
+
+def _to_float(number: float, key: str, source: str) -> float:
+    """Convert to float. Infinity and NaN are illegal for every key: comparisons with them hide errors."""
+    try:
+        result = float(number)
+    except OverflowError:
+        result = INFINITY
+    if not math.isfinite(result):
+        raise ConfigError(f"{source}: {key}={show(number)} is not finite; give a finite number")
+    return result
+
+
+def _check_text(text: str, key: str, source: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{source}: {key}={show(text)} has {len(text)} characters; give at most {MAX_TEXT}")
+    if not KEYS[key].is_path and not text.isprintable():
+        raise ConfigError(f"{source}: {key}={text!r} contains a control character or a line break; remove it")
+    if "\0" in text:
+        raise ConfigError(f"{source}: {key}={text!r} contains a null character, which no path can have; remove it")
+    return text
 
 
 _MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
@@ -324,14 +436,17 @@ def _validate(cfg: CfgNode) -> None:
     for name, key in KEYS.items():
         value = leaves[name]
         if key.choices and value not in key.choices:
-            near = get_close_matches(value, key.choices, n=1)
+            near = get_close_matches(value[:100], key.choices, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name}={value!r}: choose one of {', '.join(filter(None, key.choices))}{hint}")
-        if key.minimum is not None and value is not None and not key.minimum <= value <= key.maximum:
+            raise ConfigError(f"{name}={show(value)}: choose one of {', '.join(filter(None, key.choices))}{hint}")
+        if key.minimum is None or value is None:
+            continue
+        if not all(key.minimum <= number <= key.maximum for number in (value if isinstance(value, list) else [value])):
             remedy = f"of at least {key.minimum}" if key.maximum == INFINITY else f"from {key.minimum} to {key.maximum}"
-            raise ConfigError(f"{name}={value!r}: give a number {remedy}")
+            numbers = "numbers, each" if isinstance(value, list) else "a number"
+            raise ConfigError(f"{name}={show(value)}: give {numbers} {remedy}")
     for key in ("MODEL.NAME", "TAG"):
-        if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\\0]", leaves[key]):
+        if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\]", leaves[key]):
             raise ConfigError(
                 f"{key}={leaves[key]!r} is used as a directory name; give a name other than . and .., without / and \\"
             )
@@ -350,7 +465,7 @@ def image_size(cfg: CfgNode) -> tuple[int, int]:
 
 def _validate_sizes(cfg: CfgNode) -> None:
     size = cfg.DATA.IMG_SIZE
-    if (not isinstance(size, int) and len(size) != 2) or min(image_size(cfg)) < 1:
+    if not isinstance(size, int) and len(size) != 2:
         raise ConfigError(f"DATA.IMG_SIZE={size}: give one number of pixels, or [height, width]")
     if not cfg.TEST.CROP and cfg.TEST.CROP_MODE == "short":
         raise ConfigError(
@@ -369,26 +484,26 @@ def _validate_model(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.LA.KERNEL_SIZE={la_keys.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
         )
-    if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+\d+", la_keys.ATTN_TYPE):
+    if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+[0-9]{1,4}", la_keys.ATTN_TYPE):
         raise ConfigError(
             f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage: L (linear), S (softmax) or M (mixed); "
             "with M, the number of linear blocks in that stage follows the last letter, as in LLMS3"
         )
     if not re.fullmatch(r"[1-9]{4}", la_keys.PVT_LA_SR_RATIOS):
         raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={la_keys.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", la_keys.CSWIN_LA_SPLIT_SIZE):
+    if not re.fullmatch(r"[1-9][0-9]{0,3}(-[1-9][0-9]{0,3}){3}", la_keys.CSWIN_LA_SPLIT_SIZE):
         raise ConfigError(
             f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={la_keys.CSWIN_LA_SPLIT_SIZE!r}: give one number per stage, as in 56-28-14-7"
         )
-    if not swin_keys.DEPTHS or min(swin_keys.DEPTHS) < 1:
-        raise ConfigError(f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS}: give the number of blocks per stage, each at least 1")
+    if not swin_keys.DEPTHS:
+        raise ConfigError("MODEL.SWIN.DEPTHS=[]: give the number of blocks of each stage")
     if len(swin_keys.DEPTHS) != len(swin_keys.NUM_HEADS):
         raise ConfigError(
             f"MODEL.SWIN.DEPTHS={swin_keys.DEPTHS} and MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: "
             "both need one number per stage; give lists of the same length"
         )
     for stage, heads in enumerate(swin_keys.NUM_HEADS):
-        if heads < 1 or swin_keys.EMBED_DIM * 2**stage % heads:
+        if swin_keys.EMBED_DIM * 2**stage % heads:
             raise ConfigError(
                 f"MODEL.SWIN.NUM_HEADS={swin_keys.NUM_HEADS}: {heads} heads do not divide the "
                 f"{swin_keys.EMBED_DIM * 2**stage} channels of stage {stage + 1}; change the heads or MODEL.SWIN.EMBED_DIM"

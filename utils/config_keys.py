@@ -5,6 +5,11 @@ from dataclasses import dataclass
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 INFINITY = float("inf")
+# Largest sizes of a model and its inputs. Larger values are mistakes, which would exhaust the memory at the start of a run.
+MAX_SIDE = 8192  # pixels
+MAX_CLASSES = 1_000_000
+MAX_CHANNELS = 65_536
+MAX_BLOCKS = 1000  # per stage
 
 MODEL_TYPES = (
     "flatten_swin",
@@ -27,7 +32,8 @@ class Key:
         default: default value, which also determines the type of the key.
         meaning: what the key does, and its unit, for the documentation.
         choices: legal values; () for no restriction.
-        minimum, maximum: smallest and largest legal number. Without a minimum, the value is not restricted.
+        minimum, maximum: smallest and largest legal number, also of each number in a list. Without a minimum, the value is not
+            restricted, except that numbers are finite.
         is_path: the value is a path, in which ~ is expanded.
     """
 
@@ -74,14 +80,16 @@ KEYS = {
     "DATA.MAX_UNREADABLE": Key(
         100, "maximum number of unreadable images per process before the run ends, with `skip` or `replace`", minimum=0
     ),
-    "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1),
+    "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1, maximum=1_000_000),
     "DATA.GLOBAL_BATCH_SIZE": Key(
         0,
         "images per update, over all processes; gradients are accumulated over enough forward passes to reach this "
         "number; 0: `DATA.BATCH_SIZE` times the number of processes times `TRAIN.ACCUMULATION_STEPS`",
         minimum=0,
     ),
-    "DATA.IMG_SIZE": Key(224, "input size in pixels: one number for a square, or `[height, width]`"),
+    "DATA.IMG_SIZE": Key(
+        224, "input size in pixels: one number for a square, or `[height, width]`", minimum=1, maximum=MAX_SIDE
+    ),
     "DATA.INTERPOLATION": Key(
         "bicubic",
         "interpolation for resizing; `random` chooses bicubic or bilinear for each training image, but means bilinear in "
@@ -110,7 +118,8 @@ KEYS = {
     "MODEL.NUM_CLASSES": Key(
         1000,
         "number of classes of the model; must equal the number of classes of the data, except with `TEST.CLASS_MAP`",
-        minimum=1,
+        minimum=2,
+        maximum=MAX_CLASSES,
     ),
     "MODEL.DROP_RATE": Key(0.0, "dropout rate of embeddings, attention projections and MLPs", minimum=0, maximum=0.999),
     "MODEL.DROP_PATH_RATE": Key(
@@ -128,25 +137,32 @@ KEYS = {
         is_path=True,
     ),
     "MODEL.PRETRAINED": Key("", "checkpoint with the initial weights, in any form that `MODEL.RESUME` accepts", is_path=True),
-    "MODEL.SWIN.PATCH_SIZE": Key(4, "side of a patch in pixels", minimum=1),
-    "MODEL.SWIN.EMBED_DIM": Key(96, "channels of the first stage; each following stage has twice as many", minimum=1),
-    "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], "number of blocks per stage"),
-    "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], "attention heads per stage; must divide the stage's channels"),
+    "MODEL.SWIN.PATCH_SIZE": Key(4, "side of a patch in pixels", minimum=1, maximum=MAX_SIDE),
+    "MODEL.SWIN.EMBED_DIM": Key(
+        96, "channels of the first stage; each following stage has twice as many", minimum=1, maximum=MAX_CHANNELS
+    ),
+    "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], "number of blocks per stage", minimum=1, maximum=MAX_BLOCKS),
+    "MODEL.SWIN.NUM_HEADS": Key(
+        [3, 6, 12, 24], "attention heads per stage; must divide the stage's channels", minimum=1, maximum=MAX_CHANNELS
+    ),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
         "window size of linear blocks, in tokens; limited to the size of the token map; softmax blocks use a window size of 7, "
         "or 12 if `WINDOW_SIZE` is above 56",
         minimum=1,
+        maximum=MAX_SIDE,
     ),
-    "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01),
+    "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01, maximum=1000),
     "MODEL.SWIN.QKV_BIAS": Key(True, "biases in the projections to q, k and v"),
     "MODEL.SWIN.PATCH_NORM": Key(True, "layer norm after the patch embedding"),
-    "MODEL.DEIT.PATCH_SIZE": Key(16, "side of a patch in pixels", minimum=1),
-    "MODEL.DEIT.EMBED_DIM": Key(192, "channels of every block", minimum=1),
-    "MODEL.DEIT.DEPTH": Key(12, "number of blocks", minimum=1),
-    "MODEL.DEIT.NUM_HEADS": Key(3, "attention heads per block; must divide `MODEL.DEIT.EMBED_DIM`", minimum=1),
-    "MODEL.LA.FOCUSING_FACTOR": Key(3, "power p of the focused function (eq. 6 of the paper)", minimum=1),
-    "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1),
+    "MODEL.DEIT.PATCH_SIZE": Key(16, "side of a patch in pixels", minimum=1, maximum=MAX_SIDE),
+    "MODEL.DEIT.EMBED_DIM": Key(192, "channels of every block", minimum=1, maximum=MAX_CHANNELS),
+    "MODEL.DEIT.DEPTH": Key(12, "number of blocks", minimum=1, maximum=MAX_BLOCKS),
+    "MODEL.DEIT.NUM_HEADS": Key(
+        3, "attention heads per block; must divide `MODEL.DEIT.EMBED_DIM`", minimum=1, maximum=MAX_CHANNELS
+    ),
+    "MODEL.LA.FOCUSING_FACTOR": Key(3, "power p of the focused function (eq. 6 of the paper)", minimum=1, maximum=1000),
+    "MODEL.LA.KERNEL_SIZE": Key(5, "side of the depthwise convolution's kernel; odd", minimum=1, maximum=MAX_SIDE),
     "MODEL.LA.ATTN_TYPE": Key(
         "LLLL",
         "one letter per stage: `L` linear, `S` softmax, `M` mixed (linear blocks followed by softmax blocks); with `M`, the "
@@ -166,7 +182,7 @@ KEYS = {
         True, "add the depthwise convolution of the values; affects only `MODEL.LA.KIND` `focused` and `enhanced`"
     ),
     # Training
-    "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1),
+    "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1, maximum=1_000_000),
     "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, included in `TRAIN.EPOCHS`", minimum=0),
     "TRAIN.COOLDOWN_EPOCHS": Key(
         0, "additional epochs at the final learning rate; the `step` schedule continues to decay", minimum=0
@@ -237,7 +253,7 @@ KEYS = {
         "fill of random erasing: noise per pixel (`pixel`), one random colour (`rand`) or zeros (`const`)",
         choices=("pixel", "rand", "const"),
     ),
-    "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles per image", minimum=1),
+    "AUG.RECOUNT": Key(1, "random erasing: maximum number of rectangles per image", minimum=1, maximum=1000),
     "AUG.REPEATS": Key(
         1,
         "repeated augmentation: number of differently augmented copies of an image per epoch; the number of updates per epoch "

@@ -153,7 +153,7 @@ MODEL:
             "MODEL.DEIT.DEPTH=6 has no effect with MODEL.TYPE=flatten_deit_t",
         ),
         ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 5}}", [], "does not divide MODEL.DEIT.EMBED_DIM=192"),
-        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number of at least 1"),
+        ("MODEL: {TYPE: flatten_deit, DEIT: {NUM_HEADS: 0}}", [], "MODEL.DEIT.NUM_HEADS=0: give a number from 1 to 65536"),
         ("TRAIN: {LR_SCHEDULER: {DECAY_RATE: -1}}", [], "TRAIN.LR_SCHEDULER.DECAY_RATE=-1.0"),
         ("TRAIN: {OPTIMIZER: {EPS: -1}}", [], "TRAIN.OPTIMIZER.EPS=-1.0"),
         ("AUG: {CUTMIX_MINMAX: [0.5, 0.5]}", [], "AUG.CUTMIX_MINMAX=[0.5, 0.5]"),
@@ -174,7 +174,9 @@ MODEL:
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give only one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
-        ("DATA: {IMG_SIZE: [224, 0]}", [], "give one number of pixels, or [height, width]"),
+        ("DATA: {IMG_SIZE: [224, 0]}", [], "DATA.IMG_SIZE=[224, 0]: give numbers, each from 1 to 8192"),
+        ("DATA: {IMG_SIZE: 1000000000}", [], "DATA.IMG_SIZE=1000000000: give a number from 1 to 8192"),
+        ("MODEL: {NUM_CLASSES: 1}", [], "MODEL.NUM_CLASSES=1: give a number from 2 to 1000000"),
         ("DATA: {IMG_SIZE: big}", [], "DATA.IMG_SIZE='big' is of type str"),
         ("a: !!python/object/apply:os.system [echo]", [], "cannot be parsed as YAML"),
         ("- a", [], "is of type list, not a mapping"),
@@ -380,7 +382,8 @@ def test_every_config_key_has_a_description_and_a_legal_default():
     for name, key in KEYS.items():
         assert key.meaning, name
         assert not key.choices or key.default in key.choices, name
-        assert key.minimum is None or key.minimum <= key.default <= key.maximum, name
+        defaults = key.default if isinstance(key.default, list) else [key.default]
+        assert key.minimum is None or all(key.minimum <= default <= key.maximum for default in defaults), name
 
 
 # Smallest and largest legal values, listed independently of utils/config_keys.py.
@@ -391,14 +394,14 @@ BOUNDS = {
         "TRAIN.WEIGHT_DECAY TRAIN.HEAD_LR_SCALE TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.OPTIMIZER.EPS "
         "AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
     ),
-    (1, INFINITY): (
-        "DATA.BATCH_SIZE MODEL.NUM_CLASSES MODEL.SWIN.PATCH_SIZE MODEL.SWIN.EMBED_DIM MODEL.SWIN.WINDOW_SIZE "
-        "MODEL.DEIT.PATCH_SIZE MODEL.DEIT.EMBED_DIM MODEL.DEIT.DEPTH MODEL.DEIT.NUM_HEADS "
-        "MODEL.LA.FOCUSING_FACTOR MODEL.LA.KERNEL_SIZE TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS "
-        "AUG.RECOUNT AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ KEEP_CHECKPOINTS"
-    ),
+    (1, INFINITY): ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ KEEP_CHECKPOINTS"),
+    (1, 8192): ("DATA.IMG_SIZE MODEL.SWIN.PATCH_SIZE MODEL.DEIT.PATCH_SIZE MODEL.SWIN.WINDOW_SIZE MODEL.LA.KERNEL_SIZE"),
+    (1, 65_536): "MODEL.SWIN.EMBED_DIM MODEL.SWIN.NUM_HEADS MODEL.DEIT.EMBED_DIM MODEL.DEIT.NUM_HEADS",
+    (1, 1000): "MODEL.SWIN.DEPTHS MODEL.DEIT.DEPTH MODEL.LA.FOCUSING_FACTOR AUG.RECOUNT",
+    (1, 1_000_000): "DATA.BATCH_SIZE TRAIN.EPOCHS",
+    (2, 1_000_000): "MODEL.NUM_CLASSES",
     (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING",
-    (0.01, INFINITY): "MODEL.SWIN.MLP_RATIO",
+    (0.01, 1000): "MODEL.SWIN.MLP_RATIO",
     (1e-06, 1): "TRAIN.LAYER_DECAY",
     (1e-09, 1): "TRAIN.LR_SCHEDULER.DECAY_RATE",
     (0, 1): "TRAIN.OPTIMIZER.MOMENTUM AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB EMA.DECAY",
