@@ -11,18 +11,16 @@ from yacs.config import CfgNode
 from data.classes import imagenet_classes
 from models.released import RELEASED, Released
 from utils.checkpoint import BEST
-from utils.config import ConfigError, flatten, load_config, load_stored_config
-from weights.download import fetch, is_url
+from utils.config import ConfigError, flatten, load_config, load_stored_config, show
+from weights.download import fetch
 from weights.reader import CheckpointError, read_checkpoint, sha256
+from weights.urls import is_url, without_secrets
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Prefixes of the keys to read from the config in a checkpoint of the reference implementation. Training keys are ignored: they
-# have different meanings there, and the stored learning rates are already scaled by the batch size.
-MODEL_KEY_PREFIXES = ("MODEL.", "DATA.IMG_SIZE", "DATA.INTERPOLATION", "TEST.CROP")
-# Prefixes of the keys that change the result of an evaluation.
-EVALUATION_KEY_PREFIXES = (
+# Prefixes of the keys that determine the predictions for an image: model and preprocessing.
+PREDICTION_KEY_PREFIXES = (
     "MODEL.TYPE",
     "MODEL.NUM_CLASSES",
     "MODEL.SWIN.",
@@ -30,8 +28,35 @@ EVALUATION_KEY_PREFIXES = (
     "MODEL.LA.",
     "DATA.IMG_SIZE",
     "DATA.INTERPOLATION",
+    "DATA.MEAN",
+    "DATA.STD",
+    "TEST.CROP",
+    "TEST.INTERPOLATION",
 )
-EVALUATION_KEY_PREFIXES += ("DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.INTERPOLATION")
+# Prefixes of the keys that are read from the config in a weight file. A file may come from anyone, so it determines no path, no
+# output directory and no limit. In checkpoints of the reference implementation, training keys have other meanings.
+STORED_KEY_PREFIXES = (
+    *PREDICTION_KEY_PREFIXES,
+    "MODEL.NAME",  # a label; the directory of results has another name, see ``Location.name``
+    "MODEL.DROP_RATE",
+    "MODEL.DROP_PATH_RATE",
+    "AMP",  # with AMP_DTYPE: the precision of TEST.PRECISION train
+    "TF32",
+)
+# Prefixes of the keys that are also read to repeat an update, or to describe the training of an exported model.
+RECIPE_KEY_PREFIXES = (
+    *STORED_KEY_PREFIXES,
+    "MODEL.LABEL_SMOOTHING",
+    "TRAIN.",
+    "AUG.",
+    "EMA.",
+    "SEED",
+    "DETERMINISTIC",
+    "CUDNN_BENCHMARK",
+    "DATA.BATCH_SIZE",
+    "DATA.GLOBAL_BATCH_SIZE",
+    "DATA.ZIP_MODE",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,20 @@ class Location:
     path: Path
     released: Released | None = None
     in_cache: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the model in output paths. It comes from the location, never from the contents of the file.
+
+        It is the name of the released model; for a checkpoint in the directory of a run, ``<OUTPUT>/<MODEL.NAME>/<TAG>``, its
+        MODEL.NAME; else the name of the file, or of the directory of a ``best.pth``.
+        """
+        if self.released is not None:
+            return self.released.name
+        folder = self.path.resolve().parent
+        if not self.in_cache and (folder / "config.yaml").is_file():
+            return folder.parent.name or folder.name
+        return folder.name if self.path.name == BEST else self.path.stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +119,10 @@ def locate(reference: str | Path) -> Location:
     """
     text, path = str(reference), Path(reference).expanduser()
     if is_url(text):
-        released = next((file for file in RELEASED.values() if file.url == text), None)
-        return Location(fetch(text, released.name if released else ""), released, in_cache=True)
+        # A stored config has the URL without its query string.
+        released = next((file for file in RELEASED.values() if without_secrets(file.url) == without_secrets(text)), None)
+        path = fetch(released.url, released.name) if released else fetch(text)
+        return Location(path, released, in_cache=True)
     if os.path.isfile(path):
         return Location(path)
     if os.path.isdir(path):
@@ -100,7 +141,12 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     """
     location = locate(reference)
     digest = sha256(location.path) if os.path.isfile(location.path) else ""
-    state = read_checkpoint(location.path)
+    try:
+        state = read_checkpoint(location.path)
+    except CheckpointError as error:
+        if location.in_cache:
+            raise CheckpointError(f"{error}. Delete {location.path} to download it again") from None
+        raise
     if digest != sha256(location.path):
         raise CheckpointError(f"{location.path} was replaced while it was being read; try again, or use a copy")
     return Checkpoint(location, state, digest, stored_class_names(state, location))
@@ -118,11 +164,15 @@ def stored_class_names(state: Mapping, location: Location | None = None) -> tupl
     return tuple(imagenet_classes(1000)) if location is not None and location.released is not None else ()
 
 
-def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None:
+def stored_config(
+    checkpoint: Checkpoint, opts: Sequence = (), *, prefixes: Sequence[str] = STORED_KEY_PREFIXES
+) -> CfgNode | None:
     """The config of a checkpoint: the file in ``configs/`` for a released model, else the stored config; None if there is none.
 
     Args:
         opts: KEY, VALUE, ... that override the config.
+        prefixes: prefixes of the keys to read from the stored config; other keys have their default values. Checkpoints of
+            other projects are read with ``STORED_KEY_PREFIXES``.
     """
     tree = checkpoint.state.get("config")
     if checkpoint.location.released is not None:
@@ -130,10 +180,17 @@ def stored_config(checkpoint: Checkpoint, opts: Sequence = ()) -> CfgNode | None
     if not isinstance(tree, Mapping):
         return None
     from_this_project = "num_updates" in checkpoint.state or "class_names" in checkpoint.state
-    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=() if from_this_project else MODEL_KEY_PREFIXES)
+    sections = prefixes if from_this_project else STORED_KEY_PREFIXES
+    return load_stored_config(tree, opts, source=str(checkpoint.path), sections=sections)
 
 
-def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Sequence = ()) -> CfgNode:
+def choose_config(
+    checkpoint: Checkpoint,
+    requested: CfgNode | None,
+    opts: Sequence = (),
+    *,
+    prefixes: Sequence[str] = STORED_KEY_PREFIXES,
+) -> CfgNode:
     """Return ``requested``, or the checkpoint's config if ``requested`` is None.
 
     With a requested config, log where it differs from the checkpoint's config in keys that change the result of an evaluation.
@@ -141,12 +198,13 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
     Args:
         requested: the config of --cfg; None for the checkpoint's own config.
         opts: KEY, VALUE, ... that override the checkpoint's config; they are already applied to ``requested``.
+        prefixes: see ``stored_config``.
 
     Raises:
         ConfigError: no config is requested, and the checkpoint has none.
     """
     if requested is None:
-        cfg = stored_config(checkpoint, opts)
+        cfg = stored_config(checkpoint, opts, prefixes=prefixes)
         if cfg is None:
             raise ConfigError(f"{checkpoint.path} has weights but no config; give its training config with --cfg")
         return cfg
@@ -156,7 +214,7 @@ def choose_config(checkpoint: Checkpoint, requested: CfgNode | None, opts: Seque
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:
-        log_differences(stored, requested, checkpoint.path, prefixes=EVALUATION_KEY_PREFIXES)
+        log_differences(stored, requested, checkpoint.path, prefixes=PREDICTION_KEY_PREFIXES)
     return requested
 
 
@@ -172,4 +230,6 @@ def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, pref
     stored, current = flatten(stored), flatten(current)
     for key in sorted(stored.keys() | current.keys()):
         if key.startswith(tuple(prefixes) or "") and stored.get(key) != current.get(key):
-            logger.info("%s: %s was %r in the checkpoint, but is %r now", path, key, stored.get(key), current.get(key))
+            logger.info(
+                "%s: %s was %s in the checkpoint, but is %s now", path, key, show(stored.get(key)), show(current.get(key))
+            )

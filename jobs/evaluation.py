@@ -14,7 +14,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
-from jobs.checkpoints import Checkpoint, choose_config, open_checkpoint
+from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, choose_config, open_checkpoint
 from jobs.training import check_model, format_process_count
 from models import build_model
 from models.loading import fill_model
@@ -30,6 +30,8 @@ from utils.run import build_output_path, create_output_directory
 from weights.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
 
 logger = logging.getLogger(__name__)
+
+MAX_GROWTH, MAX_NEW_VALUES = 4, 100_000_000  # maximum size of a model, relative to its file; the latter is added
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     checkpoint = on_all(world, lambda: open_checkpoint(choose_checkpoint(args, cfg)))
     digest = on_main(world, lambda: checkpoint.digest)
     on_all(world, partial(check_same_file, checkpoint, digest))
+    own_config = cfg is None
     cfg = choose_config(checkpoint, cfg, opts)
-    output = choose_output(cfg, checkpoint, opts)
+    output = choose_output(cfg, checkpoint, opts, own_config=own_config)
     on_main(world, lambda: create_output_directory(output))
     logger.info(
         "%s on %s, output in %s; evaluating %s", format_process_count(world), world.device.type, output, checkpoint.path
@@ -107,15 +110,21 @@ def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
     return args.resume or args.pretrained or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
 
 
-def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence) -> Path:
+def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence, *, own_config: bool) -> Path:
     """Directory of the results: by default, the directory of the checkpoint.
 
     If the command line sets OUTPUT or TAG, or if the checkpoint is in the download cache, the directory is
-    ``<OUTPUT>/<MODEL.NAME>/<TAG>``.
+    ``<OUTPUT>/<NAME>/<TAG>``. NAME is MODEL.NAME of --cfg or of the command line, else ``Location.name``.
+
+    Args:
+        own_config: whether ``cfg`` is the checkpoint's own config.
     """
-    if {"OUTPUT", "TAG"} & option_keys(opts) or checkpoint.location.in_cache:
-        return build_output_path(cfg)
-    return checkpoint.path.parent
+    keys = option_keys(opts)
+    if not {"OUTPUT", "TAG"} & keys and not checkpoint.location.in_cache:
+        return checkpoint.path.parent
+    if own_config and "MODEL.NAME" not in keys:
+        return Path(cfg.OUTPUT) / checkpoint.location.name / cfg.TAG
+    return build_output_path(cfg)
 
 
 def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Evaluation:
@@ -153,6 +162,7 @@ def load_models(
     Raises:
         CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
     """
+    check_size(checkpoint, cfg)
     models = {}
     for label in labels:
         models[label] = build_model(cfg).to(device)
@@ -165,6 +175,22 @@ def load_models(
     return models
 
 
+def check_size(checkpoint: Checkpoint, cfg: CfgNode) -> None:
+    """Check, before memory is allocated, that the config does not describe a much larger model than the one in the file.
+
+    Raises:
+        CheckpointError: the model is too large.
+    """
+    with torch.device("meta"):
+        size = sum(value.numel() for value in build_model(cfg).state_dict().values())
+    stored = [sum(value.numel() for value in weights.values()) for weights in stored_weights(checkpoint.state).values()]
+    if size > MAX_GROWTH * max(stored, default=0) + MAX_NEW_VALUES:  # position tables grow with the input size
+        raise CheckpointError(
+            f"{checkpoint.path} contains {max(stored, default=0)} weights, but its config describes a model of {size}; choose "
+            "the config that this file was trained with"
+        )
+
+
 class OpenedModel(NamedTuple):
     """A model in evaluation mode, its checkpoint, its config, and the label of its weights (raw or ema)."""
 
@@ -175,7 +201,13 @@ class OpenedModel(NamedTuple):
 
 
 def open_model(
-    reference: str, config: Sequence[str] | None, opts: Sequence, *, weights: str, device: torch.device | str = "cpu"
+    reference: str,
+    config: Sequence[str] | None,
+    opts: Sequence,
+    *,
+    weights: str,
+    device: torch.device | str = "cpu",
+    prefixes: Sequence[str] = STORED_KEY_PREFIXES,
 ) -> OpenedModel:
     """Open a model with the weights of a checkpoint, in evaluation mode.
 
@@ -184,12 +216,13 @@ def open_model(
         config: paths of config files; None or empty for the checkpoint's own config.
         opts: KEY, VALUE, ... that override the config.
         weights: raw, ema or auto.
+        prefixes: prefixes of the keys to read from the checkpoint's own config, see ``stored_config``.
 
     Raises:
         ConfigError, CheckpointError: config and checkpoint do not match.
     """
     checkpoint = open_checkpoint(reference)
-    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts)
+    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
     check_model(cfg)
     label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
     model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.build import build_datasets, build_mixup, build_train_loader
+from jobs.checkpoints import RECIPE_KEY_PREFIXES
 from models import build_model
 from utils.config import load_stored_config
 from utils.distributed import World
@@ -16,7 +17,7 @@ from utils.environment import apply_numerical_settings
 from utils.optim import amp_dtype, build_criterion
 from utils.schedule import accumulation_steps
 from utils.trainer import mix_batches, seed_of_pass
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import MAX_COUNT, CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +32,21 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         opts: KEY, VALUE, ... that override the stored config, for example DATA.DATA_PATH.
 
     Raises:
-        CheckpointError: ``path`` is not a replay file, or there are several processes.
+        CheckpointError: ``path`` is not a replay file or does not match its own config, or there are several processes.
     """
     if world.size > 1:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
-    if "replay" not in state:
-        raise CheckpointError(f"{path} is not a replay file; give the replay_*.pth of a training run")
-    cfg, update = load_stored_config(state["config"], opts, source=path), state["replay"]["update"]
+    check_replay_file(state, path)
+    cfg = load_stored_config(state["config"], opts, source=path, sections=RECIPE_KEY_PREFIXES)
+    update = state["replay"]["update"]
     apply_numerical_settings(cfg)
     dataset = build_datasets(cfg, training=True).train
     model = build_model(cfg).to(world.device).train()
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not match its config ({error})") from None
     criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None)
     for rank, names in enumerate(state["replay"]["images"]):
         passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
@@ -55,6 +59,26 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
                 logger.info("images of this batch: %s", ", ".join(image_names))
                 return
     logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
+
+
+def check_replay_file(state: dict, path: str) -> None:
+    """Check types and structure of a replay file.
+
+    Raises:
+        CheckpointError: an entry is missing or invalid.
+    """
+    if "replay" not in state:
+        raise CheckpointError(f"{path} is not a replay file; give the replay_*.pth of a training run")
+    content = state["replay"]
+    valid = isinstance(content, dict) and all(isinstance(state.get(key), dict) for key in ("config", "model"))
+    if valid:
+        update, ranks = content.get("update"), content.get("images")
+        valid = type(update) is int and 0 <= update <= MAX_COUNT and isinstance(ranks, list) and bool(ranks)
+        valid = valid and all(isinstance(rank, list) for rank in ranks)
+        valid = valid and all(isinstance(images, list) for rank in ranks for images in rank)
+        valid = valid and all(isinstance(name, str) for rank in ranks for images in rank for name in images)
+    if not valid:
+        raise CheckpointError(f"{path} is damaged: its entries config, model or replay are invalid; repeat the run to write it")
 
 
 def read_update(

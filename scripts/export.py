@@ -9,7 +9,10 @@ pip install onnx onnxscript onnxruntime.
 import argparse
 import importlib.util
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,10 +24,11 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.build import build_preprocessing
-from jobs.checkpoints import Checkpoint
-from jobs.evaluation import open_model
+from jobs.checkpoints import RECIPE_KEY_PREFIXES, Checkpoint
+from jobs.evaluation import OpenedModel, open_model
 from models import build_arguments
 from utils.config import ConfigError, image_size, to_dict
+from utils.text import code_fence, markdown, markdown_code, printable
 from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -32,6 +36,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format 
 MAX_RELATIVE_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
 MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
+INCOMPLETE = ".incomplete"  # suffix of the temporary directory
 
 
 class ExportError(RuntimeError):
@@ -127,8 +132,8 @@ def model_card(
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
         in_timm: show how to load the model with timm; requires that safetensors is among the exported formats.
     """
-    lines = [f"# {cfg.MODEL.NAME}", ""]
-    lines += [f"{label} weights of `{checkpoint.path.name}`, sha256 `{checkpoint.digest}`.", ""]
+    lines = [f"# {markdown(cfg.MODEL.NAME)}", ""]
+    lines += [f"{label} weights of {markdown_code(checkpoint.path.name)}, sha256 `{checkpoint.digest}`.", ""]
     lines += ["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items()), ""]
     preprocessing = build_preprocessing(cfg)
     lines += [
@@ -137,7 +142,7 @@ def model_card(
         "",
     ]
     if checkpoint.class_names:
-        shown = ", ".join(checkpoint.class_names[:MAX_NAMES])
+        shown = ", ".join(map(markdown, checkpoint.class_names[:MAX_NAMES]))
         more = len(checkpoint.class_names) - MAX_NAMES
         lines += ["## Classes", "", shown + (f", and {more} more in `config.json`" if more > 0 else ""), ""]
     lines += ["## Accuracy", ""]
@@ -150,7 +155,8 @@ def model_card(
         lines += [
             f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
             f"{result['num_images']} images){top5}, measured on "
-            f"`{Path(evaluation['data']).name}` in {evaluation['precision']} with torch {evaluation['versions']['torch']}."
+            f"{markdown_code(Path(evaluation['data']).name)} in {markdown_code(evaluation['precision'])} with torch "
+            f"{markdown_code(evaluation['versions']['torch'])}."
         ]
     lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
     if in_timm:
@@ -160,7 +166,8 @@ def model_card(
     else:
         lines += ["from models import build_model", "from utils.config import load_config", ""]
         lines += ['model = build_model(load_config("config.yaml"))']
-    lines += ["```", "", "## Recipe", "", "```yaml", cfg.dump().rstrip(), "```", ""]
+    recipe = cfg.dump().rstrip()
+    lines += ["```", "", "## Recipe", "", f"{code_fence(recipe)}yaml", recipe, code_fence(recipe), ""]
     return "\n".join(lines)
 
 
@@ -187,12 +194,31 @@ def read_evaluation(path: Path, digest: str, label: str) -> dict:
         ExportError: the file cannot be read, or belongs to another checkpoint or other weights.
     """
     try:
-        evaluation = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read ({error}); pass the eval.json of an evaluation") from None
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        check_evaluation(evaluation, label)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ExportError(f"{path} is not readable as an eval.json ({reason}); evaluate the checkpoint again") from None
     if evaluation["sha256"] != digest or label not in evaluation["results"]:
         raise ExportError(f"{path} belongs to another checkpoint or other weights; evaluate the exported checkpoint")
     return evaluation
+
+
+def check_evaluation(evaluation: dict, label: str) -> None:
+    """Check the types of the entries of an ``eval.json`` that the model card shows.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: an entry is missing or invalid.
+    """
+    texts = [evaluation["sha256"], evaluation["data"], evaluation["precision"], evaluation["versions"]["torch"]]
+    if label in evaluation["results"]:
+        result = evaluation["results"][label]
+        low, high = result["acc1_interval_95"]
+        numbers = [low, high, *(result[key] for key in ("acc1", "acc5", "correct1", "correct5", "num_images"))]
+        if not all(type(number) in (int, float) and 0 <= number < 2**53 for number in numbers):
+            raise ValueError(f"the results of the {label} weights are not numbers")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("sha256, data, precision or versions is not text")
 
 
 def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, class_names: Sequence[str]) -> None:
@@ -206,41 +232,81 @@ def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, cl
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Export a checkpoint in all requested formats. Returns a dictionary from file name to description.
 
+    The files appear in the directory when all of them are complete; a failed export leaves nothing.
+
     Raises:
         ExportError: an exported file does not match the model.
         ConfigError, CheckpointError: the directory is not empty, a package is missing, or config and checkpoint do not match.
     """
-    if args.folder.is_dir() and any(args.folder.iterdir()):
-        raise ConfigError(f"{args.folder} is not empty; choose another directory")
+    folder = Path(os.path.realpath(args.folder))
+    if os.path.lexists(folder) and (not folder.is_dir() or any(path.suffix != INCOMPLETE for path in folder.iterdir())):
+        raise ConfigError(f"{args.folder} is not an empty directory; choose another directory")
     if "onnx" in args.formats and (missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]):
         raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
-    model, checkpoint, cfg, label = open_model(args.checkpoint, args.cfg, args.opts, weights=args.weights)
-    evaluation, names = find_evaluation(args.eval_json, checkpoint, label), checkpoint.class_names
-    if names and len(names) != cfg.MODEL.NUM_CLASSES:
-        raise CheckpointError(f"{checkpoint.path} has {len(names)} class names, but {cfg.MODEL.NUM_CLASSES} classes; repair it")
+    opened = open_model(args.checkpoint, args.cfg, args.opts, weights=args.weights, prefixes=RECIPE_KEY_PREFIXES)
+    evaluation = find_evaluation(args.eval_json, opened.checkpoint, opened.weights)
+    num_names = len(opened.checkpoint.class_names)
+    if num_names not in (0, opened.cfg.MODEL.NUM_CLASSES):
+        raise CheckpointError(
+            f"{opened.checkpoint.path} has {num_names} class names, but {opened.cfg.MODEL.NUM_CLASSES} classes; repair it"
+        )
+    temporary = create_temporary_directory(folder)
+    try:
+        files = write_files(temporary, opened, args.formats)
+        in_timm = "safetensors" in args.formats
+        card = model_card(opened.cfg, opened.checkpoint, opened.weights, files, evaluation, in_timm=in_timm)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for path in list(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return files
 
-    args.folder.mkdir(parents=True, exist_ok=True)
+
+def create_temporary_directory(folder: Path) -> Path:
+    """Create a temporary directory on the file system of ``folder``, and delete those that killed exports left there.
+
+    Raises:
+        ConfigError: the file system cannot be written.
+    """
+    parent = folder if folder.is_dir() else folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"*{INCOMPLETE}"):
+            shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=".export.", suffix=INCOMPLETE, dir=parent))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be created ({error.strerror}); choose another directory") from None
+
+
+def write_files(folder: Path, opened: OpenedModel, formats: Sequence[str]) -> dict[str, str]:
+    """Write the requested formats and the config to a directory. Returns a dictionary from file name to description.
+
+    Raises:
+        ExportError: an exported file does not match the model.
+    """
+    model, checkpoint, cfg, label = opened
+    names = checkpoint.class_names
     files = {"config.yaml": "the resolved config"}
-    (args.folder / "config.yaml").write_text(cfg.dump())
-    if "safetensors" in args.formats:
-        path = args.folder / "model.safetensors"
+    (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+    if "safetensors" in formats:
+        path = folder / "model.safetensors"
         write_safetensors(model, path, cfg, label, names)
         files[path.name] = f"weights, sha256 `{sha256(path)}`"
-        (args.folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2) + "\n")
         files["config.json"] = "architecture and preprocessing, for timm"
     images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
-    if "torch" in args.formats:
-        path = args.folder / "model.pt2"
+    if "torch" in formats:
+        path = folder / "model.pt2"
         error = export_torch(model, images, path)
         files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
-    if "onnx" in args.formats:
-        path = args.folder / "model.onnx"
+    if "onnx" in formats:
+        path = folder / "model.onnx"
         metadata = {"model": cfg.MODEL.NAME, "weights": label, "class_names": json.dumps(names)}
         metadata["preprocessing"] = json.dumps(build_preprocessing(cfg).to_dict())
         error = export_onnx(model, images, path, metadata)
         files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
-    card = model_card(cfg, checkpoint, label, files, evaluation, in_timm="safetensors" in args.formats)
-    (args.folder / "README.md").write_text(card)
     return files
 
 
@@ -264,12 +330,12 @@ def main() -> None:
     try:
         files = export(args)
     except ExportError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.exit(1, f"{parser.prog}: error: {printable(error)}\n")
     except (ConfigError, CheckpointError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
     for name, text in files.items():
-        print(f"{args.folder / name}: {text}")
-    print(f"{args.folder / 'README.md'}: model card")
+        print(f"{printable(args.folder / name)}: {text}")
+    print(f"{printable(args.folder / 'README.md')}: model card")
 
 
 if __name__ == "__main__":

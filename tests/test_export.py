@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data.build import build_preprocessing
-from jobs.checkpoints import open_checkpoint, stored_config
+from jobs.checkpoints import RECIPE_KEY_PREFIXES, open_checkpoint, stored_config
 from models import build_model, create_model
 from models.loading import load_weights
 from scripts import export
@@ -105,7 +105,7 @@ def test_the_model_card_does_not_use_an_evaluation_of_another_checkpoint(checkpo
     assert "Not measured" in (tmp_path / "bare" / "README.md").read_text()
     with pytest.raises(SystemExit):
         run(monkeypatch, path, tmp_path / "bare", "--cfg", toy_config)
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not an empty directory" in capsys.readouterr().err
 
 
 def test_exported_weights_contain_config_and_class_names(checkpoint, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_exported_weights_contain_config_and_class_names(checkpoint, tmp_path, m
     run(monkeypatch, checkpoint[0], tmp_path / "out")
     opened = open_checkpoint(tmp_path / "out/model.safetensors")
     assert opened.class_names == tuple(NAMES)
-    cfg = stored_config(opened)
+    cfg = stored_config(opened, prefixes=RECIPE_KEY_PREFIXES)
     assert (cfg.MODEL.NAME, cfg.DATA.IMG_SIZE, cfg.TRAIN.EPOCHS) == ("toy", 40, 3)
     run(monkeypatch, tmp_path / "out/model.safetensors", tmp_path / "again")
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "out/config.json").read_text()

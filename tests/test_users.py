@@ -66,11 +66,13 @@ def test_evaluation_prefers_the_weights_that_were_best_in_training(trained, toy_
     assert json.loads((tmp_path / "run/eval.json").read_text())["preferred"] == best["weights"]
 
 
-def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(trained, tmp_path, monkeypatch):
-    """Model, image size, classes and data path come from the checkpoint."""
+def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(trained, toy_data, tmp_path, monkeypatch):
+    """Model, image size and classes come from the checkpoint; the path of the data does not."""
     path = copy_run(trained, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    outcome = run("--eval", "--resume", path, log_folder=tmp_path, processes=2)
+    outcome = run("--eval", "--resume", path, log_folder=tmp_path)
+    assert (outcome.exit_codes, "--eval: --data-path is missing; give" in outcome.output) == ([2], True)
+    outcome = run("--eval", "--resume", path, "--data-path", toy_data, log_folder=tmp_path, processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
     record = json.loads((tmp_path / "elsewhere/eval.json").read_text())
     assert record["preprocessing"]["img_size"] == 40
@@ -92,12 +94,13 @@ def test_evaluation_with_a_different_config_logs_the_differences_and_writes_next
 
 
 def test_an_evaluation_with_a_tag_writes_to_the_directory_of_the_tag(trained, toy_data, tmp_path):
-    path = copy_run(trained, tmp_path / "run")
+    """The directory above that of the checkpoint gives the name, as in the directory of a run, <OUTPUT>/<MODEL.NAME>/<TAG>."""
+    path = copy_run(trained, tmp_path / "mine/run")
     arguments = ["--eval", "--resume", path, "--data-path", toy_data, "--output", tmp_path / "out", "--tag", "second"]
     outcome = run(*arguments, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
-    assert (tmp_path / "out/toy/second/eval.json").is_file()
-    assert not (tmp_path / "run/eval.json").exists()
+    assert (tmp_path / "out/mine/second/eval.json").is_file()
+    assert not (tmp_path / "mine/run/eval.json").exists()
 
 
 def test_evaluating_weights_without_a_config_requires_cfg(trained, toy_data, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from utils.config import ConfigError, option_keys
+from weights.urls import is_url
 
 
 def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:
@@ -155,14 +156,14 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
             raise ConfigError("--replay: uses the config stored in the replay file; leave out --cfg")
         if not Path(args.replay).is_file():
             raise ConfigError(f"--replay {args.replay}: no such file")
+        _check_data_path(args)
         return
     if cfg is None:
         if not args.eval:
             raise ConfigError("--cfg is missing: give a config, such as configs/flatten_swin_t.yaml")
         name = "--pretrained" if args.pretrained and not args.resume else "--resume"
         _check_weights(name, args.resume or args.pretrained, configs)
-        if args.data_path:
-            _check_folder("--data-path", args.data_path)
+        _check_data_path(args)
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
@@ -199,6 +200,14 @@ def is_reporting_process() -> bool:
     return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def _check_data_path(args: argparse.Namespace) -> None:
+    """Without --cfg, check that the command line gives the data: a weight file does not determine any path."""
+    if args.data_path:
+        _check_folder("--data-path", args.data_path)
+    elif "DATA.DATA_PATH" not in option_keys(args.opts):
+        raise ConfigError(f"{'--replay' if args.replay else '--eval'}: --data-path is missing; give the directory of the data")
+
+
 def _check_folder(name: str, path: str) -> None:
     if not os.path.isdir(Path(path).expanduser()):
         raise ConfigError(f"{name}={path}: no such directory; give the directory with train/ and val/")
@@ -209,7 +218,7 @@ def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
     if not checkpoint:
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     path = Path(checkpoint).expanduser()
-    if checkpoint.startswith(("http://", "https://")) or os.path.isfile(path):
+    if is_url(checkpoint) or os.path.isfile(path):
         return
     if os.path.isdir(path):
         if not (path / "best.pth").is_file():

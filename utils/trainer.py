@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -340,13 +341,15 @@ class Trainer:
         on_main(self.world, lambda: save_checkpoint(self.describe_update(update), path))
         position = f"update {update} (epoch {epoch}, both counted from 0)"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"
+        data_path = self.metadata.get("config", {}).get("DATA", {}).get("DATA_PATH", "DIR")
+        command = f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(data_path)}"
         advice = "Lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or inspect the images that --replay lists"
         if self.state.scales_loss:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
         raise TrainingError(
-            f"{what}. The update changed no weights, and the checkpoints are untouched. main.py --replay {path} repeats the "
-            f"update and names the first module whose output is not finite. {advice}"
+            f"{what}. The update changed no weights, and the checkpoints are untouched. {command} repeats "
+            f"the update and names the first module whose output is not finite. {advice}"
         )
 
     def describe_update(self, update: int) -> dict:

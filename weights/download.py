@@ -1,5 +1,7 @@
 """Download weight files once, into the cache of torch.hub."""
 
+import base64
+import glob
 import hashlib
 import http.client
 import logging
@@ -10,29 +12,26 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
 from tqdm import tqdm
 
-from weights.reader import CheckpointError, sha256, verify
+from weights.reader import CheckpointError, read_checkpoint, sha256
+from weights.urls import reveal, without_secrets
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0  # for opening the connection, and for each read
 SECONDS_BETWEEN_LOG_LINES = 30.0  # between progress lines in the log
+MAX_STEM = 100  # characters of a URL's last part in the name of the cached file
 _BLOCK = 1 << 20  # bytes
 # First bytes of the accepted formats: zip (torch.save), pickle (torch.save before 1.6), safetensors (length and JSON header).
 _SIGNATURES = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|.{8}\{", re.DOTALL)
 _TAR_MAGIC = (b"ustar", 257)  # tar format of early torch.save versions: magic bytes and their offset
-
-
-def is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def cache_folder() -> Path:
@@ -45,13 +44,18 @@ def cached_path(url: str, name: str = "") -> Path:
 
     Args:
         name: file name without suffix; derived from the URL by default.
+
+    Raises:
+        ValueError: the URL is malformed.
     """
     parts = urlsplit(url)
     last = Path(parts.path).name
     suffix = Path(last).suffix if Path(last).suffix in (".pth", ".pt", ".safetensors", ".tar", ".bin") else ".pth"
     if not name:
-        stem = re.sub(r"[^\w.-]", "_", last.removesuffix(suffix)) or parts.hostname or "weights"
-        name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"  # two URLs may end in the same name
+        stem = re.sub(r"[^\w.-]", "_", last.removesuffix(suffix))[:MAX_STEM] or parts.hostname or "weights"
+        # Two URLs may end in the same name, and query strings may select different files.
+        identity = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment=""))
+        name = f"{stem}-{hashlib.sha256(identity.encode(errors='surrogatepass')).hexdigest()[:8]}"
     return cache_folder() / f"{name}{suffix}"
 
 
@@ -63,21 +67,25 @@ def fetch(url: str, name: str = "") -> Path:
     function, one downloads and the others wait.
 
     Args:
-        url: http or https.
+        url: http or https, possibly with a user name and a password; messages and logs do not contain its secrets.
         name: file name in the cache, without suffix; derived from the URL by default.
 
     Raises:
-        CheckpointError: no network, a server error, an incomplete file, a file that is not a checkpoint, a sha256 that differs
-            from the recorded one, or a cache that cannot be written. If the download fails, the message includes the URL and
-            the path under which to save a manual download.
+        CheckpointError: a malformed URL, no network, a server error, an incomplete file, a file that is not a checkpoint, a
+            sha256 that differs from the recorded one, or a cache that cannot be written. If the download fails, the message
+            includes the URL and the path under which to save a manual download.
     """
-    path = cached_path(url, name)
+    url, shown = reveal(url), without_secrets(url)
+    try:
+        path = cached_path(url, name)
+    except ValueError as error:
+        raise CheckpointError(f"{shown} is not a valid URL ({error}); check the URL") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             if not path.is_file():
                 _download(url, path)
-            _compare_digest(url, path)
+            _compare_digest(shown, path)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror or error}); free disk space, or set TORCH_HOME to another directory"
@@ -97,30 +105,55 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(url: str, path: Path) -> None:
-    for stale in path.parent.glob(f"{path.name}.*.incomplete"):
+    for stale in path.parent.glob(f"{glob.escape(path.stem)}.*.incomplete{path.suffix}"):
         stale.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    hint = f", or download the file with a browser and save it as {path}"
-    logger.info("downloading %s to %s", url, path)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.incomplete{path.suffix}")
+    shown, hint = without_secrets(url), f", or download the file with a browser and save it as {path}"
+    logger.info("downloading %s to %s", shown, path)
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "flatten-transformer"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response, open(temporary, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
+        with urllib.request.urlopen(_request(url), timeout=TIMEOUT_SECONDS) as response, open(temporary, "wb") as file:
+            length = response.headers.get("Content-Length") or ""
+            total = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else 0  # a wrong length counts as unknown
             received = _copy(response, file, total, path.name)
             file.flush()
             os.fsync(file.fileno())
         if total and received < total:
-            raise CheckpointError(f"{url}: the connection was closed after {received} of {total} bytes; try again{hint}")
-        _check_format(url, temporary, hint)
+            raise CheckpointError(f"{shown}: the connection was closed after {received} of {total} bytes; try again{hint}")
+        _check_format(shown, temporary, hint)
         os.replace(temporary, path)
     except urllib.error.HTTPError as error:
         error.close()
-        raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}; check the URL{hint}") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise CheckpointError(f"{url} cannot be downloaded ({reason}); check the network and try again{hint}") from None
+        reason = _reason(error.reason)
+        raise CheckpointError(f"{shown}: the server answered {error.code} {reason}; check the URL{hint}") from None
+    except _FAILURES as error:
+        reason = _reason(getattr(error, "reason", None) or error)
+        raise CheckpointError(f"{shown} cannot be downloaded ({reason}); check the network and try again{hint}") from None
+    except ValueError as error:  # of urllib: parts of the URL that cannot be sent
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{shown} cannot be downloaded ({_reason(error)}); check the URL{hint}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_FAILURES = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException)
+
+
+def _request(url: str) -> urllib.request.Request:
+    """The request for a URL. Its credentials are sent to its server only, not to the target of a redirect."""
+    parts = urlsplit(url)
+    credentials, _, host = parts.netloc.rpartition("@")
+    url = urlunsplit(parts._replace(netloc=host, fragment=""))
+    request = urllib.request.Request(url, headers={"User-Agent": "flatten-transformer"})
+    if credentials:
+        token = base64.b64encode(unquote(credentials).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
+
+
+def _reason(error: object) -> str:
+    """The reason of a failed download on one line. It may contain the URL, or a redirected one, with secrets."""
+    return without_secrets(" ".join(str(error).split()))
 
 
 def _copy(response, file, total: int, title: str) -> int:
@@ -147,17 +180,17 @@ def _check_format(url: str, path: Path, hint: str) -> None:
     if not _SIGNATURES.match(head) and head[offset : offset + len(magic)] != magic:
         kind = "an HTML page" if head.lstrip()[:1] == b"<" else "something other than a weight file"
         raise CheckpointError(f"{url}: the server sent {kind} ({path.stat().st_size} bytes); check the URL{hint}")
-    if zipfile.is_zipfile(path) or head.startswith(b"PK"):
-        try:
-            verify(path)
-        except CheckpointError:
-            raise CheckpointError(f"{url}: the downloaded file is damaged; try again{hint}") from None
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
+        reason = str(error).replace(str(path), "it")
+        raise CheckpointError(f"{url}: the downloaded file is damaged or unusable ({reason}); try again{hint}") from None
 
 
 def _compare_digest(url: str, path: Path) -> None:
     """Record the sha256 of a new file; compare the sha256 of a cached file with its recorded value."""
     record, digest = path.with_name(path.name + ".sha256"), sha256(path)
-    recorded = record.read_text().split() if record.is_file() else []
+    recorded = record.read_text(errors="replace").split() if record.is_file() else []
     if not recorded:
         record.write_text(f"{digest}  {path.name}\n")
         logger.info("%s: sha256 %s recorded", path, digest)

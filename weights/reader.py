@@ -4,11 +4,11 @@ Formats: checkpoints of this project and of the reference, timm-style files, bar
 """
 
 import argparse
-import codecs
 import collections
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -18,11 +18,51 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHTS = ("raw", "ema", "auto")
 METADATA_KEY = "flatten"  # key of the safetensors metadata that contains config, class names and other plain data, as JSON
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+MAX_DEPTH = 32  # maximum nesting of containers in a file
+MAX_ITEMS = 5_000_000  # maximum number of values in a file; values that are referenced several times count each time
+MAX_TEXT = 2**20  # maximum length of a text in a file
+MAX_COUNT = 10**12  # maximum of counters such as the number of updates
+MAX_CLASSES = 1_000_000
+MAX_PATH = 200  # maximum length of the name of an entry in a message
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
+_DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
+_COUNTERS = ("num_updates", "num_skipped", "last_evaluation", "updates_per_epoch", "global_batch_size")  # of our checkpoints
+
+
+class CheckpointError(ValueError):
+    """A weight file is missing, damaged, unsafe or does not match the model. The message includes the path and the reason."""
+
+
+class _NumpyType:
+    """Stands for numpy's dtype in pickles of numpy scalars. numpy itself does not validate the pickled state of a dtype."""
+
+    def __init__(self, name: str, *_: object):
+        self.name = name
+        self.byte_order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.byte_order = ">" if state[1] == ">" else "<"
+
+
+def _read_numpy_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
+    """The number in the pickle of a numpy scalar."""
+    if kind.name not in ("b1", "i4", "i8", "f4", "f8"):
+        raise pickle.UnpicklingError(f"a numpy scalar of type {kind.name}")
+    return np.frombuffer(data, dtype=kind.byte_order + kind.name, count=1)[0].item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes that pickle has stored as text. Other encodings could multiply the length of the text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the encoding {encoding}")
+    return text.encode("latin1")
+
 
 # Types and functions, other than those of torch, that the pickles of released files refer to. They create only plain data: the
 # config of the reference implementation (a yacs CfgNode, read as a dictionary), timm's arguments (a Namespace), and accuracies
@@ -30,16 +70,11 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 _PLAIN_GLOBALS = [
     (collections.OrderedDict, "yacs.config.CfgNode"),
     argparse.Namespace,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    codecs.encode,
+    (_NumpyType, "numpy.dtype"),
+    (_read_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_read_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (_encode, "_codecs.encode"),
 ]
-
-
-class CheckpointError(ValueError):
-    """A weight file is missing, damaged, unsafe or does not match the model. The message includes the path and the reason."""
 
 
 def verify(path: Path) -> None:
@@ -50,7 +85,12 @@ def verify(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            size, entries = os.path.getsize(path), sum(entry.file_size for entry in archive.infolist())
+            if entries > size:  # torch.save does not compress
+                raise CheckpointError(f"{path}: its entries have {entries} bytes, but the file has {size}; not a checkpoint")
             damaged = archive.testzip()
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile and zlib raise many exception types on damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if damaged is not None:
@@ -75,29 +115,123 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Returns:
         The dictionary of the file. For safetensors files: the tensors, or, if the file has this project's metadata,
-        ``{"model": tensors, ...}`` with the metadata's entries.
+        ``{"model": tensors, ...}`` with the metadata's entries. Tensors are dense and no larger than their data in the file.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or contains code, which is never run.
+        CheckpointError: the file is missing or damaged, contains code, which is never run, or has an entry with an illegal
+            type, structure or value, which the message names.
     """
     path = Path(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    state = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
+    if problem := _find_illegal_structure(state) or _find_illegal_entry(state):
+        raise CheckpointError(f"{path} is not a valid checkpoint: {problem}; download it again, or use another file")
+    return state
+
+
+def _read_pickle(path: Path) -> object:
     if _is_archive(path):
         verify(path)
     try:
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _describe_global(str(error))
         raise CheckpointError(f"{path}: not loaded, since it is damaged or contains code: {reason}") from None
     except Exception as error:  # a damaged pickle raises many exception types
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {error})") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
-    return state
+
+
+def _find_illegal_structure(state: dict) -> str:
+    """Describe the first entry of a file that is nested too deeply, too large, or not plain data; "" if there is none.
+
+    The walk ends after ``MAX_ITEMS`` values, because a small file can contain 2^60 references to one value.
+    """
+    pending, num_items = [(state, "", 0)], 0
+    while pending:
+        container, path, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            return f"{path} is nested more than {MAX_DEPTH} levels deep"
+        num_items += len(container)
+        if num_items > MAX_ITEMS:
+            return f"{path or 'it'} makes it larger than {MAX_ITEMS} values"
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if type(key) not in (str, int):
+                return f"{path or 'its top level'} has a key of type {type(key).__name__}"
+            if isinstance(value, argparse.Namespace):
+                value = vars(value)
+            if isinstance(value, (dict, list, tuple, set, frozenset)):
+                pending.append((value, f"{path}.{key}"[-MAX_PATH:].lstrip("."), depth + 1))
+            elif problem := _describe_illegal_value(value):
+                return f"{path}.{key}"[-MAX_PATH:].lstrip(".") + f" {problem}"
+    return ""
+
+
+def _describe_illegal_value(value: object) -> str:
+    """Why a value other than a container is not plain data; "" if it is."""
+    if isinstance(value, Tensor):
+        return _describe_illegal_tensor(value)
+    if isinstance(value, (str, bytes, bytearray)):
+        return f"has {len(value)} characters; at most {MAX_TEXT} are allowed" if len(value) > MAX_TEXT else ""
+    if isinstance(value, int):
+        return "is an integer of more than 64 bits" if abs(value) >= 2**63 else ""
+    if value is None or isinstance(value, (float, torch.dtype, torch.device)):
+        return ""
+    return f"is of type {type(value).__name__}, which is not plain data"
+
+
+def _describe_illegal_tensor(value: Tensor) -> str:
+    """Why a tensor cannot be weights; "" if it can. A view with stride 0 can have 10^12 elements in a file of 4 bytes."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"is a {type(value).__name__}, not a plain tensor"
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        return "is a sparse, quantized or nested tensor; only dense tensors are allowed"
+    if value.device.type != "cpu":
+        return f"is a tensor without data, on the device {value.device}"
+    if value.dtype not in _DTYPES:
+        return f"is a tensor of type {str(value.dtype).removeprefix('torch.')}, which is not supported"
+    size, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if size > stored:
+        return f"is a tensor of {size} bytes (shape {tuple(value.shape)}), of which the file has only {stored}"
+    return ""
+
+
+def _find_illegal_entry(state: dict) -> str:
+    """Describe the first entry of a checkpoint of this project with an illegal value; "" if there is none.
+
+    Whether entries are missing is not checked here.
+    """
+    names = state.get("class_names")
+    if isinstance(names, (list, tuple)):
+        if len(names) > MAX_CLASSES:
+            return f"class_names has {len(names)} names; at most {MAX_CLASSES} are allowed"
+        if odd := [name for name in names if type(name) not in (str, int)]:
+            return f"class_names has an entry of type {type(odd[0]).__name__}, which is not a name"
+    if "num_updates" not in state:  # a file of another project, whose entries may have other meanings
+        return ""
+    for name in _COUNTERS:
+        if name in state and not (type(state[name]) is int and 0 <= state[name] <= MAX_COUNT):
+            return f"{name} is {_show(state[name])}, not a number from 0 to {MAX_COUNT}"
+    best = state.get("best")
+    if not isinstance(best, dict):
+        return ""
+    accuracy = best.get("acc1", 0.0)
+    if type(accuracy) not in (int, float) or not math.isfinite(accuracy) or not -1 <= accuracy <= 100:
+        return f"best.acc1 is {_show(accuracy)}, not an accuracy in percent"
+    for name in ("epoch", "num_updates"):
+        if name in best and not (type(best[name]) is int and -1 <= best[name] <= MAX_COUNT):
+            return f"best.{name} is {_show(best[name])}, not a number from -1 to {MAX_COUNT}"
+    if best.get("weights", "") not in ("", "raw", "ema"):
+        return f"best.weights is {_show(best['weights'])}, not raw or ema"
+    return ""
+
+
+def _show(value: object) -> str:
+    """A value in an error message; only the type of a value that could be large."""
+    return repr(value) if isinstance(value, (bool, int, float)) else f"of type {type(value).__name__}"
 
 
 def _is_archive(path: Path) -> bool:
@@ -106,6 +240,15 @@ def _is_archive(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # the central directory of the archive is damaged
         return True
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file has the suffix or the first bytes of safetensors: a length of 8 bytes and a header in JSON."""
+    if path.suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path)
 
 
 def _read_safetensors(path: Path) -> dict:
@@ -117,9 +260,9 @@ def _read_safetensors(path: Path) -> dict:
             metadata = file.metadata() or {}
         tensors = load_file(path)
         content = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
-    return {"model": tensors, **content} if isinstance(content, dict) else tensors
+    return {**content, "model": tensors} if isinstance(content, dict) else tensors
 
 
 def _describe_global(message: str) -> str:
@@ -148,12 +291,16 @@ def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
 
 
 def preferred_weights(state: Mapping) -> str:
-    """Label that ``auto`` selects: the weights with the best accuracy in training, else ``ema`` if stored, else ``raw``."""
+    """Label that ``auto`` selects: the more accurate weights in this checkpoint's own evaluation, else ``ema``, else ``raw``.
+
+    ``best`` describes the best evaluation of the run so far, which may be that of another checkpoint.
+    """
     stored = stored_weights(state)
     best = state.get("best")
-    recorded = best.get("weights") if isinstance(best, dict) else None
-    if isinstance(recorded, str) and recorded in stored:
-        return recorded
+    if isinstance(best, dict) and best.get("num_updates") == state.get("num_updates"):
+        recorded = best.get("weights")
+        if isinstance(recorded, str) and recorded in stored:
+            return recorded
     return "ema" if "ema" in stored else "raw"
 
 

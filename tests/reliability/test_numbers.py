@@ -65,7 +65,7 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
     assert [len(names) for passes in images for names in passes] == [4, 4]
     assert replay_state["config"]["SEED"] == 0
     # The replayed loss and gradients are finite because the replay does not use the faulty loss of this test.
-    replayed = run_main(["--replay", replay_path], tmp_path / "log")
+    replayed = run_main(["--replay", replay_path, "--data-path", toy_data], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
 
@@ -100,7 +100,7 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [1, 1], outcome.output
     replay_path = tmp_path / "toy/default/replay_000000001.pth"
-    replayed = run_main(["--replay", replay_path], tmp_path / "log")
+    replayed = run_main(["--replay", replay_path, "--data-path", toy_data], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
     assert "the first non-finite values are computed by layers.0.blocks.0.attn itself" in replayed.output
     first_image = read_checkpoint(replay_path)["replay"]["images"][0][0][0]

@@ -10,8 +10,9 @@ import torch
 
 import weights.download
 from tests.server import serve
-from weights.download import cached_path, fetch, is_url
+from weights.download import cached_path, fetch
 from weights.reader import CheckpointError, read_checkpoint
+from weights.urls import is_url
 
 
 def checkpoint_bytes() -> bytes:
@@ -67,7 +68,7 @@ def test_urls_without_a_file_name_have_distinct_cache_paths(server):
         ("page", "the server sent an HTML page"),
         ("text", "the server sent something other than a weight file"),
         ("cut", f"the connection was closed after {len(GOOD) // 2} of {len(GOOD)} bytes"),
-        ("damaged", "the downloaded file is damaged"),
+        ("damaged", "the downloaded file is damaged or unusable"),
     ],
 )
 def test_failed_download_leaves_only_a_lock_file_and_the_error_gives_the_path_for_a_manual_download(server, name, reason):
