@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from benchmarks.timing import speedup, time_in_turn
 from jobs.initialization import Initialization
+from jobs.start import Contents
 from jobs.training import build_trainer
 from utils.distributed import World
 from utils.log import MetricsWriter
@@ -31,7 +32,9 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
     """
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:
-        trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=folder, find_unused_parameters=False)
+        trainer = build_trainer(
+            cfg, world, Initialization("scratch", "", Contents(folder)), None, output=folder, find_unused_parameters=False
+        )
         trainer.metrics = MetricsWriter(folder, 0)
         tasks = create_tasks(trainer, cfg, updates)
         timings = time_in_turn(tasks, rounds=rounds, device=world.device)

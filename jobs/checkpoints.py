@@ -229,7 +229,9 @@ def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, pref
     """
     stored, current = flatten(stored), flatten(current)
     for key in sorted(stored.keys() | current.keys()):
-        if key.startswith(tuple(prefixes) or "") and stored.get(key) != current.get(key):
-            logger.info(
-                "%s: %s was %s in the checkpoint, but is %s now", path, key, show(stored.get(key)), show(current.get(key))
-            )
+        if not key.startswith(tuple(prefixes) or ""):
+            continue
+        if key not in stored:
+            logger.info("%s: %s is not stored in the checkpoint, and is %s now", path, key, show(current[key]))
+        elif key in current and stored[key] != current[key]:
+            logger.info("%s: %s was %s in the checkpoint, but is %s now", path, key, show(stored[key]), show(current[key]))

@@ -1,6 +1,7 @@
 """Choose how a run is initialised, and check that a checkpoint to resume from matches the run's config and data."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -9,30 +10,25 @@ from yacs.config import CfgNode
 
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
-from jobs.checkpoints import locate, log_differences
-from utils.checkpoint import BEST, newest_intact_checkpoint, repair_best
-from utils.config import ConfigError, flatten
+from jobs.checkpoints import locate
+from jobs.start import Candidate, Contents, check_training_state, choose_start, read_candidate, survey
+from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
+from utils.compatibility import check_state, compare_groups
+from utils.config import ConfigError, flatten, load_stored_config
+from utils.config_keys import KEYS
 from utils.distributed import World, on_all, on_main
-from utils.run import build_output_path
-from utils.schedule import global_batch_size
-from utils.trainer import NO_BEST, TrainState
+from utils.run import build_output_path, check_available
+from utils.schedule import Schedule, build_schedule, global_batch_size
+from utils.trainer import TrainState
 from weights.reader import CheckpointError, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 # Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
 ARCHITECTURE_KEY_PREFIXES = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
-# Entries that a checkpoint must have to be resumed, and their types.
-STATE_TYPES = {
-    "model": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "num_updates": int,
-    "best": dict,
-    "config": dict,
-    "updates_per_epoch": int,
-    "global_batch_size": int,
-}
+# Keys that determine the parameter groups of the optimizer; a resumed run must not change the groups.
+GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
+MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume
 
 
 class Initialization(NamedTuple):
@@ -41,40 +37,65 @@ class Initialization(NamedTuple):
     Attributes:
         kind: resume, pretrained or scratch.
         checkpoint: path of the checkpoint to resume from, or of the pretrained weights; "" for scratch.
+        contents: contents of the output directory on which the choice depends.
     """
 
     kind: str
     checkpoint: str
+    contents: Contents
 
 
 def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     """Choose the initial state of training, in this order of precedence.
 
     1. ``resume``: the checkpoint of --resume.
-    2. ``resume``: the newest intact checkpoint of the output directory, if TRAIN.AUTO_RESUME is True. Repeating the
+    2. ``resume``: the newest usable checkpoint of the output directory, if TRAIN.AUTO_RESUME is True. Repeating the
        command of an interrupted run thus resumes the run, even with --pretrained.
     3. ``pretrained``: the weights of --pretrained.
     4. ``scratch``: random weights.
 
-    --resume and --pretrained together are rejected, see ``utils.config``. --eval does not use this function, see
-    ``jobs.evaluation.choose_checkpoint``.
+    ``jobs.start.choose_start`` has the table of all cases. Nothing is written. --resume and --pretrained together are rejected,
+    see ``utils.config``. --eval does not use this function, see ``jobs.evaluation.choose_checkpoint``.
 
     Raises:
-        ConfigError: TRAIN.FREEZE_BACKBONE without weights to start from.
+        ConfigError: the start is refused because of the contents of the output directory, or TRAIN.FREEZE_BACKBONE without
+            weights to start from.
+        CheckpointError: the file of --resume is not a checkpoint of a run.
     """
-    if cfg.MODEL.RESUME:
-        return Initialization("resume", str(on_all(world, partial(locate, cfg.MODEL.RESUME)).path))
-    if cfg.TRAIN.AUTO_RESUME:
-        newest = on_main(world, lambda: newest_intact_checkpoint(build_output_path(cfg)))
-        if newest is not None:
-            return Initialization("resume", str(newest))
+    requested = on_all(world, partial(locate, cfg.MODEL.RESUME)).path if cfg.MODEL.RESUME else None
+    contents, start = on_main(world, partial(survey_and_choose, cfg, requested), long_timeout=True)
+    if start is not None:
+        return Initialization("resume", str(start.path), contents)
     if cfg.MODEL.PRETRAINED:
-        return Initialization("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path))
+        return Initialization("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path), contents)
     if cfg.TRAIN.FREEZE_BACKBONE:
         raise ConfigError(
             "TRAIN.FREEZE_BACKBONE=True: a head trained on random features has a low accuracy; give weights with --pretrained"
         )
-    return Initialization("scratch", "")
+    return Initialization("scratch", "", contents)
+
+
+def survey_and_choose(cfg: CfgNode, requested: Path | None) -> tuple[Contents, Candidate | None]:
+    """Contents of the output directory, and the checkpoint to resume from; None to start with other weights.
+
+    Args:
+        requested: the file of --resume.
+    """
+    output = build_output_path(cfg)
+    check_available(output)
+    contents = survey(output)
+    start = choose_start(
+        contents,
+        requested=None if requested is None else read_candidate(requested),
+        auto_resume=cfg.TRAIN.AUTO_RESUME,
+    )
+    if start is not None and start.path.name == BEST and requested is None:
+        logger.warning(
+            "%s: the run resumes from update %d, since no numbered checkpoint is as new; epochs after it are repeated",
+            start.path,
+            start.num_updates,
+        )
+    return contents, start
 
 
 def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
@@ -82,8 +103,10 @@ def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) ->
     if init.kind != "resume":
         return None
     saved = on_all(world, partial(read_checkpoint, init.checkpoint))
-    check_resumable(saved, cfg, world, init.checkpoint)
-    log_differences(saved["config"], cfg, init.checkpoint)
+    on_all(world, partial(check_resumable, saved, cfg, world, init.checkpoint))
+    if not world.is_main:
+        return saved
+    log_config_changes(saved["config"], cfg, init.checkpoint)
     if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:
         logger.warning(
             "MODEL.PRETRAINED=%s: not read, since the run resumes from %s; choose another --tag to start from these weights",
@@ -93,18 +116,57 @@ def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) ->
     return saved
 
 
+def log_config_changes(stored: Mapping, cfg: CfgNode, path: str) -> None:
+    """Log how the config differs from that of the checkpoint to resume from.
+
+    A value that is the default now is a warning: nobody asked for the change, and the default may have been another one in the
+    version that wrote the checkpoint.
+    """
+    old, new = flatten(stored), flatten(cfg)
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            default = new[key] == KEYS[key].default
+            logger.log(
+                logging.WARNING if default else logging.INFO,
+                "%s: %s was %r in the checkpoint, but is %r now%s",
+                path,
+                key,
+                old[key],
+                new[key],
+                ", the default" if default else "",
+            )
+    added = [f"{key} {new[key]!r}" for key in sorted(new.keys() - old.keys())]
+    if added:
+        logger.warning("%s: keys that are not stored in the checkpoint, and their values now: %s", path, ", ".join(added))
+
+
+def warn_about_environment(saved: dict, environment: Mapping, path: str) -> None:
+    """Warn if the checkpoint was written by another version of the project or of its packages, or on other hardware."""
+    stored = saved.get("environment")
+    if not isinstance(stored, Mapping):
+        return
+    changes = [
+        f"{name} was {stored[name] or 'unknown'} and is {value or 'unknown'} now"
+        for name, value in environment.items()
+        if name != "command" and name in stored and stored[name] != value
+    ]
+    if changes:
+        logger.warning(
+            "%s was saved in another environment, so results may differ slightly from those of an uninterrupted run: %s",
+            path,
+            ", ".join(changes),
+        )
+
+
 def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     """Reject a file that is not a checkpoint of a run, and a config that is incompatible with the checkpoint.
 
     Raises:
-        CheckpointError: the file does not contain the complete state of a run.
+        CheckpointError: the file does not contain the complete state of a run, or a later version of the project wrote it.
         ConfigError: the architecture, the global batch size or the optimizer differs.
     """
-    if unusable := find_unusable_entries(saved):
-        raise CheckpointError(
-            f"{path} is not a training checkpoint that can be resumed (missing or invalid: {', '.join(unusable)}); load only "
-            "its weights with --pretrained"
-        )
+    check_format(saved, path)
+    check_training_state(saved, path)
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, value in configured.items():
         stored_value = stored.get(key, value)
@@ -128,23 +190,6 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         )
 
 
-def find_unusable_entries(saved: dict) -> list[str]:
-    """Names of the checkpoint entries that are missing or have an unexpected type or value."""
-    names = [name for name, kind in STATE_TYPES.items() if not isinstance(saved.get(name), kind)]
-    counts = {name: saved.get(name, 0) for name in ("num_updates", "num_skipped", "last_evaluation")}
-    names += [name for name, count in counts.items() if not isinstance(count, int) or count < 0]
-    if "updates_per_epoch" not in names and saved["updates_per_epoch"] < 1:
-        names.append("updates_per_epoch")
-    if "best" not in names and any(
-        not isinstance(saved["best"].get(name), (int, type(value))) for name, value in NO_BEST.items()
-    ):
-        names.append("best")
-    data = saved.get("data", {"train": {}, "val": {}})
-    if not isinstance(data, dict) or not all(isinstance(data.get(split), dict) for split in ("train", "val")):
-        names.append("data")
-    return sorted(set(names))
-
-
 def is_finished(saved: dict, cfg: CfgNode) -> bool:
     """Whether a run has completed all its epochs and its last evaluation."""
     num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
@@ -159,7 +204,7 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
         path: path of the checkpoint to resume from, for messages.
 
     Raises:
-        ConfigError: the number of updates per epoch has changed.
+        ConfigError: the number of updates per epoch or the parameter groups have changed.
         CheckpointError: the checkpoint belongs to another model or optimizer.
     """
     if saved["updates_per_epoch"] != updates_per_epoch:
@@ -167,11 +212,64 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
             f"{path} was saved with {saved['updates_per_epoch']} updates per epoch, but there are {updates_per_epoch} now, "
             "so the data have changed. Restore them, or start a new run with --pretrained and another --tag"
         )
+    check_groups(state, saved, cfg, path)
     try:
+        check_state(state, saved)
         state.load_dict(saved)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not match this model and optimizer ({error})") from None
     logger.info("resumed after update %d", state.num_updates)
+
+
+def check_groups(state: TrainState, saved: dict, cfg: CfgNode, path: str) -> None:
+    """Reject a config whose parameter groups differ from those of the checkpoint.
+
+    Raises:
+        ConfigError: the message names the keys of the config that changed the groups.
+    """
+    difference = compare_groups(state.optimizer, saved["optimizer"])
+    stored, configured = flatten(saved["config"]), flatten(cfg)
+    before = {key: stored.get(key, KEYS[key].default) for key in GROUP_KEYS}
+    changed = [key for key in GROUP_KEYS if before[key] != configured[key]]
+    if difference and changed:
+        changes = ", ".join(f"{key} was {before[key]!r} and is {configured[key]!r} now" for key in changed)
+        raise ConfigError(
+            f"{path}: the parameter groups of the optimizer cannot change on resume: {changes}. Restore the value (--opts "
+            f"{' '.join(f'{key} {before[key]}' for key in changed)}), or start a new run with --pretrained and another --tag"
+        )
+    if difference:
+        raise CheckpointError(f"{path} does not match this model and optimizer ({difference})")
+
+
+def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, world_size: int, path: str) -> None:
+    """Warn if the learning rate grows suddenly on resume, as when TRAIN.EPOCHS of a finished run is raised.
+
+    Args:
+        schedule: schedule of the resumed run.
+    """
+    update = saved["num_updates"] - saved.get("num_skipped", 0)
+    try:
+        former = load_stored_config(saved["config"], source=path)
+        before = build_schedule(former, updates_per_epoch=saved["updates_per_epoch"], world_size=world_size)
+    except ConfigError:  # the stored config is only compared; this version may reject its values
+        return
+    if before == schedule or update == 0 or schedule(update) <= MAX_LR_RATIO * before(update - 1):
+        return
+    logger.warning(
+        "the learning rate grows from %.3g at update %d to %.3g at update %d, since the schedule has changed (TRAIN.EPOCHS was "
+        "%d and is %d now), which may undo a part of the training. To train further at a low learning rate, fine-tune the best "
+        "weights: --pretrained %s --tag %s_longer --opts TRAIN.EPOCHS %d TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR %.3g",
+        before(update - 1),
+        update - 1,
+        schedule(update),
+        update,
+        former.TRAIN.EPOCHS,
+        cfg.TRAIN.EPOCHS,
+        Path(path).parent / BEST,
+        cfg.TAG,
+        max(cfg.TRAIN.EPOCHS - former.TRAIN.EPOCHS, 1),
+        cfg.TRAIN.BASE_LR / 10,
+    )
 
 
 def describe_data(datasets: Datasets, world: World) -> dict:
@@ -183,7 +281,7 @@ def describe_data(datasets: Datasets, world: World) -> dict:
     )
 
 
-def check_data(saved: dict | None, data: dict, path: str) -> None:
+def check_data(saved: dict | None, data: dict, path: str, *, accept_changes: bool = False) -> dict[str, str]:
     """Refuse to resume if the data have changed.
 
     Otherwise, the run would continue with different images, or class ids would refer to different classes.
@@ -192,6 +290,10 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
         saved: the checkpoint to resume from; None if the run does not resume.
         data: description of the current data, from ``describe_data``.
         path: path of the checkpoint to resume from, for messages.
+        accept_changes: DATA.ACCEPT_CHANGES: allow changes that leave the names and the order of the classes as they are.
+
+    Returns:
+        The accepted changes: split -> description.
 
     Raises:
         ConfigError: the data have changed; the message describes the difference.
@@ -201,22 +303,52 @@ def check_data(saved: dict | None, data: dict, path: str) -> None:
     current = [name for name, *_ in data["train"]["classes"]]
     if not stored and names and list(names) != current:  # checkpoints of earlier versions have no description of their data
         raise ConfigError(f"{path} was saved with the classes {names}, but the classes are now {current}. Restore the data")
+    changes = {}
     for split in ("train", "val") if stored else ():
-        if change := compare_descriptions(stored[split], data[split]):
-            raise ConfigError(
-                f"{path}: the data have changed since it was saved: in {split}/, {change}. Restore them, or start a new run "
-                "with --pretrained and another --tag"
+        change = compare_descriptions(stored[split], data[split])
+        if not change:
+            continue
+        same_classes = class_names(stored[split]) == class_names(data[split])
+        if not (accept_changes and same_classes):
+            advice = (
+                "if the change is intended, for example after an unreadable image was removed, add --opts DATA.ACCEPT_CHANGES "
+                "True; else restore the data"
+                if same_classes
+                else "restore them"
             )
+            raise ConfigError(
+                f"{path}: the data have changed since it was saved: in {split}/, {change}; {advice}, or start a new run with "
+                "--pretrained and another --tag"
+            )
+        changes[split] = change
+    return changes
 
 
-def restore_best(saved: dict, world: World, output: Path, path: str) -> None:
-    """Repair the ``best.pth`` of the run that is resumed. If the best checkpoint is lost, reset the best accuracy in ``saved``.
+def class_names(description: Mapping) -> list[str]:
+    """Names of the classes in a result of ``describe_index``, by class id."""
+    return [name for name, *_ in description["classes"]]
+
+
+def restore_or_reset_best(saved: dict, output: Path, path: str, *, val_changed: bool) -> bool:
+    """Repair the ``best.pth`` of the run that is resumed. On rank 0, after all checks.
 
     Args:
-        saved: the checkpoint to resume from.
         output: directory with ``best.pth``.
         path: path of the checkpoint to resume from.
+        val_changed: whether the validation images changed, so that earlier accuracies are not comparable.
+
+    Returns:
+        Whether the best accuracy has to be reset, since its checkpoint is lost or it is not comparable. An existing
+        ``best.pth`` is then kept under another name.
     """
-    if not on_main(world, lambda: repair_best(output / BEST, saved, Path(path))):
-        logger.warning("%s: the best checkpoint of its run is not in the output directory; the best accuracy is reset", path)
-        saved["best"] = dict(NO_BEST)
+    if not val_changed and restore_best(output, saved, Path(path)):
+        return False
+    if saved["best"]["num_updates"] >= 0:
+        reason = (
+            "the validation images have changed since the best accuracy was measured"
+            if val_changed
+            else "the best checkpoint of its run is not in the output directory"
+        )
+        logger.warning("%s: %s; the best accuracy is reset", path, reason)
+    keep_former_best(output)
+    return True

@@ -1,7 +1,7 @@
 """Repeat a training update with a non-finite loss or gradient, and find the first module with a non-finite output."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.build import build_datasets, build_mixup, build_train_loader
+from data.index import Index, compare_descriptions, describe_index
 from jobs.checkpoints import RECIPE_KEY_PREFIXES
 from models import build_model
-from utils.config import load_stored_config
+from utils.checkpoint import check_format
+from utils.config import ConfigError, load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
 from utils.optim import amp_dtype, build_criterion
@@ -33,6 +35,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
 
     Raises:
         CheckpointError: ``path`` is not a replay file or does not match its own config, or there are several processes.
+        ConfigError: the training images have changed since the file was written.
     """
     if world.size > 1:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
@@ -41,7 +44,9 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
     cfg = load_stored_config(state["config"], opts, source=path, sections=RECIPE_KEY_PREFIXES)
     update = state["replay"]["update"]
     apply_numerical_settings(cfg)
+    check_format(state, path)
     dataset = build_datasets(cfg, training=True).train
+    check_images(state, dataset.index, path, accept_changes=cfg.DATA.ACCEPT_CHANGES)
     model = build_model(cfg).to(world.device).train()
     try:
         model.load_state_dict(state["model"])
@@ -79,6 +84,29 @@ def check_replay_file(state: dict, path: str) -> None:
         valid = valid and all(isinstance(name, str) for rank in ranks for images in rank for name in images)
     if not valid:
         raise CheckpointError(f"{path} is damaged: its entries config, model or replay are invalid; repeat the run to write it")
+
+
+def check_images(state: Mapping, index: Index, path: str, *, accept_changes: bool) -> None:
+    """Check that the training images are those of the update, since images are selected by position.
+
+    Args:
+        state: contents of the replay file.
+        accept_changes: DATA.ACCEPT_CHANGES: warn instead of raising the error.
+
+    Raises:
+        ConfigError: the images have changed.
+    """
+    data = state.get("data")
+    if not isinstance(data, Mapping):  # the file was written by a version without data descriptions
+        return
+    change = compare_descriptions(data["train"], describe_index(index))
+    if change and not accept_changes:
+        raise ConfigError(
+            f"{path}: the training images have changed since the update: {change}. Restore them, give their directory with "
+            "--data-path, or add --opts DATA.ACCEPT_CHANGES True to use the images as they are now"
+        )
+    if change:
+        logger.warning("DATA.ACCEPT_CHANGES=True: the training images are not those of the update: %s", change)
 
 
 def read_update(

@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,6 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import ClassMatch, compare_classes, find_order
-from data.index import DataError
 from jobs.checkpoints import stored_class_names
 from jobs.initialization import (
     Initialization,
@@ -24,22 +26,26 @@ from jobs.initialization import (
     describe_data,
     is_finished,
     read_resumed_checkpoint,
-    restore_best,
+    restore_or_reset_best,
     resume,
+    warn_about_environment,
+    warn_about_learning_rate,
 )
+from jobs.start import check_unchanged, is_inside
 from models import build_model
 from models.loading import fill_model
+from utils.checkpoint import FORMAT, is_best_current, restore_best, set_aside
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.dry_run import dry_run
 from utils.environment import apply_numerical_settings, describe_environment
-from utils.log import FILE_ONLY, MetricsWriter, setup_logging
+from utils.log import FILE_ONLY, MetricsWriter, collect_records, setup_logging
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from utils.run import RunDirectory, RunLock, build_output_path, check_available, check_is_newest
+from utils.run import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
 from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
-from utils.trainer import Recipe, Trainer, TrainState, check_trained
+from utils.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
 from weights.reader import CheckpointError, read_checkpoint
 
 if TYPE_CHECKING:
@@ -53,35 +59,35 @@ DRY_RUN_PREFIX = ".dry_run"  # prefix of the temporary directory of --check
 def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_parameters: bool) -> None:
     """Train to the end, or until a signal requests a stop. If the run has already finished, only log a message.
 
+    Nothing is written to the output directory before every check of the config, the data and the checkpoint has passed.
+
     Raises:
         Stopped: a signal requested a stop; all updates so far are saved, and the same command resumes the run.
     """
+    earlier = collect_records()
     apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
+    logger.info("%s on %s, output in %s; start: %s %s", format_process_count(world), world.device.type, output, *init[:2])
     saved = read_resumed_checkpoint(cfg, world, init)
     if saved is not None and is_finished(saved, cfg):
-        check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
-        logger.info("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
+        end_finished_run(saved, world, init)
         return
+    environment = on_main(world, partial(describe_environment, world.device, world.size))
+    logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
+    logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
+    if saved is not None and world.is_main:
+        warn_about_environment(saved, environment, init.checkpoint)
+    trainer = build_trainer(cfg, world, init, saved, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
-    on_main(world, partial(directory.open, num_updates=saved["num_updates"] if saved else 0))
-    try:
-        if saved is not None:
-            restore_best(saved, world, output, init.checkpoint)
-        setup_logging(world.rank, output)
-        logger.info("%s on %s, output in %s; start: %s %s", format_process_count(world), world.device.type, output, *init)
-        environment = on_main(world, partial(describe_environment, world.device, world.size))
-        logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
-        logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
-        trainer = build_trainer(cfg, world, init, saved, output=output, find_unused_parameters=find_unused_parameters)
-        trainer.metadata["environment"] = environment
-    except (ConfigError, DataError, CheckpointError):
-        setup_logging(world.rank)
-        directory.discard()
-        raise
+    run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, trainer.metadata["data"]))
+    setup_logging(world.rank, output, earlier=earlier)
+    if reset_best:
+        trainer.state.best = dict(NO_BEST)
+    trainer.metadata |= {"environment": environment, "run_id": run_id}
     trainer.stop = stop.requested
     del saved  # the state was loaded into the trainer; free the host memory of this copy
     if world.is_main:
+        trainer.check_output = directory.check
         directory.write_config(cfg.dump())
         state = trainer.state
         trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=state.last_evaluation == state.num_updates)
@@ -100,22 +106,105 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         directory.close()
 
 
+def open_directory(
+    directory: RunDirectory, cfg: CfgNode, init: Initialization, saved: dict | None, data: dict
+) -> tuple[str, bool]:
+    """Lock the output directory and prepare it for the run. On rank 0, after all checks.
+
+    Files that cannot be resumed from are renamed, ``best.pth`` is repaired, and ``run.json`` is written.
+
+    Args:
+        saved: the checkpoint to resume from; None if the run does not resume.
+        data: description of the current data, from ``describe_data``.
+
+    Returns:
+        The id of the run, and whether the best accuracy has to be reset.
+
+    Raises:
+        ConfigError: the directory cannot be written to, is locked by another run, or has changed since the decision.
+        CheckpointError: ``best.pth`` cannot be repaired.
+    """
+    output, contents = directory.path, init.contents
+    directory.open()
+    try:
+        check_unchanged(contents)
+    except ConfigError:
+        directory.discard()
+        raise
+    try:
+        directory.remove_leftovers()
+        for path, reason in contents.unusable.items():
+            set_aside(path, reason)
+        run_id = (saved or {}).get("run_id") or contents.run_id or uuid.uuid4().hex
+        resumed_from = str(Path(init.checkpoint).absolute()) if cfg.MODEL.RESUME else ""
+        if contents.record is not None and contents.record.has_saved:
+            resumed_from = contents.record.resumed_from
+        write_record(output, RunRecord(run_id, has_saved=bool(contents.usable), resumed_from=resumed_from))
+        if saved is None:
+            return run_id, False
+        accepted = check_data(saved, data, init.checkpoint, accept_changes=True)
+        return run_id, restore_or_reset_best(saved, output, init.checkpoint, val_changed="val" in accepted)
+    except OSError as error:
+        directory.close()
+        raise ConfigError(
+            f"{output} cannot be written to ({error.strerror}); free disk space or choose another --output"
+        ) from None
+    except CheckpointError:
+        directory.close()
+        raise
+
+
+def end_finished_run(saved: dict, world: World, init: Initialization) -> None:
+    """Log that a run is finished. Its ``best.pth`` is repaired first if it is missing or outdated; no other file changes."""
+    check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
+    output, path = init.contents.output, Path(init.checkpoint)
+    if is_inside(path, output):
+        on_main(world, partial(repair_finished_run, saved, output, path))
+    logger.info("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
+
+
+def repair_finished_run(saved: dict, output: Path, path: Path) -> None:
+    """Repair the ``best.pth`` of a finished run under the lock of its directory, if necessary and possible."""
+    if is_best_current(output, saved):
+        return
+    directory = RunDirectory(output)
+    directory.open()
+    try:
+        repaired = restore_best(output, saved, path)
+    finally:
+        directory.close()
+    if not repaired:
+        logger.warning(
+            "%s: the best checkpoint of this run (after update %d, Acc@1 %.3f) is lost: neither best.pth nor a numbered "
+            "checkpoint contains it",
+            output,
+            saved["best"]["num_updates"],
+            saved["best"]["acc1"],
+        )
+
+
 def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
-    """Run each part of training once in a temporary output directory, and report the bottleneck."""
+    """Run each part of training once in a temporary output directory, and report the bottleneck.
+
+    What the run would refuse is refused here too; the run's own directory is only read.
+    """
     apply_numerical_settings(cfg)
-    init, output = choose_initialization(cfg, world), build_output_path(cfg)
-    directory = on_main(world, lambda: create_temporary_directory(check_available(output)))
+    init = choose_initialization(cfg, world)
+    directory = on_main(world, lambda: create_temporary_directory(init.contents.output))
     lock = RunLock(directory)
     if world.is_main:
         lock.acquire()
-    logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init)
+    logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init[:2])
     try:
+        for path, reason in init.contents.unusable.items() if world.is_main else ():
+            logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and is_finished(saved, cfg):
             logger.warning("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
-        num_updates = saved["num_updates"] if saved else 0
-        on_main(world, lambda: check_is_newest(output, num_updates=num_updates))
-        dry_run(build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters))
+        if saved is not None and world.is_main:
+            warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
+        trainer = build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters)
+        dry_run(trainer)
         logger.info("no problem found: leave out --check to start")
     finally:
         lock.release()
@@ -126,7 +215,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
 def build_trainer(
     cfg: CfgNode, world: World, init: Initialization, saved: dict | None, *, output: Path, find_unused_parameters: bool
 ) -> Trainer:
-    """Build the trainer of a run in its initial or resumed state.
+    """Build the trainer of a run in its initial or resumed state, and check that the data and the checkpoint match.
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.
@@ -136,7 +225,9 @@ def build_trainer(
         cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, long_timeout=True)
     )
     data = describe_data(datasets, world)
-    check_data(saved, data, init.checkpoint)
+    changes = check_data(saved, data, init.checkpoint, accept_changes=cfg.DATA.ACCEPT_CHANGES)
+    for split, change in changes.items() if world.is_main else ():
+        logger.warning("DATA.ACCEPT_CHANGES=True: the run resumes with changed data: in %s/, %s", split, change)
     mixup = build_mixup(cfg, rank=world.rank)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
@@ -145,9 +236,11 @@ def build_trainer(
     state = build_initial_state(cfg, world, init, datasets.train.index.classes)
     model = state.model
     if saved is not None:
-        resume(state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint)
+        on_all(world, partial(resume, state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint))
 
     schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
+    if saved is not None and world.is_main:
+        warn_about_learning_rate(saved, cfg, schedule, world.size, init.checkpoint)
     log_recipe(cfg, world, model, schedule.base_lr, train_loader)
     return Trainer(
         state=state,
@@ -166,6 +259,7 @@ def build_trainer(
         world=world,
         output=output,
         metadata={
+            "format": FORMAT,
             "config": to_dict(cfg),
             "class_names": list(datasets.train.index.classes),
             "data": data,
@@ -368,16 +462,19 @@ def build_recipe(cfg: CfgNode, world: World) -> Recipe:
     )
 
 
-def create_temporary_directory(parent: Path) -> Path:
-    """Create the temporary directory of --check in ``parent``, and delete directories that killed --check processes left there.
+def create_temporary_directory(output: Path) -> Path:
+    """Create the temporary directory of --check next to the run's directory, on the same file system where possible.
+
+    Directories that killed --check processes left there are deleted.
 
     Raises:
-        ConfigError: ``parent`` cannot be written.
+        ConfigError: the nearest existing parent of ``output`` cannot be written.
     """
+    parent = next(path for path in Path(os.path.realpath(output)).parents if path.is_dir())
     for old in parent.glob(f"{DRY_RUN_PREFIX}*"):
-        with contextlib.suppress(ConfigError):  # keep a directory that a running --check still uses
-            RunLock(old).check()
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(ConfigError, OSError):  # keep a directory that a running --check still uses
+            if RunLock(old).check() or time.time() - old.stat().st_mtime > SECONDS_UNTIL_STALE:
+                shutil.rmtree(old, ignore_errors=True)
     try:
         return Path(tempfile.mkdtemp(prefix=DRY_RUN_PREFIX, dir=parent))
     except OSError as error:

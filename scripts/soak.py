@@ -69,9 +69,9 @@ def find_difference(one: object, other: object, where: str = "checkpoint") -> st
 
 
 def read_state(folder: Path) -> dict:
-    """Read the newest checkpoint of a run, without the entries that depend on command and machine."""
+    """Read the newest checkpoint of a run, without the entries that depend on the command, the machine and the run's id."""
     state = read_checkpoint(list_checkpoints(folder)[0])
-    return {key: value for key, value in state.items() if key not in ("config", "environment")}
+    return {key: value for key, value in state.items() if key not in ("config", "environment", "run_id")}
 
 
 def newest_update(folder: Path) -> int:

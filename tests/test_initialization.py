@@ -12,7 +12,8 @@ import torch
 import jobs.evaluation
 import jobs.training
 from jobs.checkpoints import open_checkpoint
-from jobs.initialization import Initialization, check_data, find_unusable_entries, is_finished, resume
+from jobs.initialization import Initialization, check_data, is_finished, resume
+from jobs.start import Contents, find_unusable_entries
 from jobs.training import build_trainer
 from tests.launch import run_main
 from tests.runs import toy_arguments
@@ -85,28 +86,31 @@ def test_a_file_at_the_output_path_is_rejected_by_training_and_by_check(level, t
 
 
 def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, toy_data, tmp_path):
-    """--check rejects a locked directory and a start before the newest checkpoint's update, and skips damaged checkpoints."""
+    """--check rejects a locked directory and a new run in the directory of another one, and skips damaged checkpoints."""
     folder = tmp_path / "toy/default"
     shutil.copytree(uninterrupted(1), folder)
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
     outcome = run_main(command, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "but this run starts from the earlier update" in outcome.output
+    assert "so the directory would then contain checkpoints of two runs" in outcome.output
     newest, older = list_checkpoints(folder)
     newest.write_bytes(newest.read_bytes()[:1000])
-    before = {path.name for path in folder.iterdir()}
+    if read_checkpoint(folder / "best.pth")["num_updates"] > int(older.stem[11:]):
+        (folder / "best.pth").unlink()  # otherwise, the run would resume from it
+    before = {path.name: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
     command = [*toy_arguments(toy_config, toy_data, tmp_path), "--check"]
     outcome = run_main(command, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert f"resumed after update {int(older.stem[11:])}" in outcome.output
-    assert {path.name for path in folder.iterdir()} == before
+    assert "the run will rename this file" in outcome.output
+    assert {path.name: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == before
     lock = RunLock(folder)
     lock.acquire()
     outcome = run_main(command, tmp_path / "log")
     lock.release()
     assert outcome.exit_codes == [2]
     assert "another run is writing to this directory" in outcome.output
-    assert check_available(folder) == folder
+    check_available(folder)
 
 
 def test_a_resumed_run_ignores_pretrained_weights_and_logs_a_warning(uninterrupted, toy_config, toy_data, tmp_path):
@@ -327,7 +331,8 @@ def test_use_checkpoint_enables_gradient_checkpointing_of_the_trained_model(toy_
     for enabled in (True, False):
         cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "TRAIN.USE_CHECKPOINT", enabled])
         world = World(0, 0, 1, torch.device("cpu"))
-        trainer = build_trainer(cfg, world, Initialization("scratch", ""), None, output=tmp_path, find_unused_parameters=False)
+        init = Initialization("scratch", "", Contents(tmp_path))
+        trainer = build_trainer(cfg, world, init, None, output=tmp_path, find_unused_parameters=False)
         assert trainer.state.model.grad_checkpointing is enabled
 
 
@@ -350,7 +355,7 @@ def test_a_pretrained_head_for_other_classes_is_loaded_with_a_warning(
     state = read_checkpoint(trained) | {"class_names": names}
     torch.save(state, tmp_path / "pretrained.pth")
     cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)])
-    init = Initialization("pretrained", str(tmp_path / "pretrained.pth"))
+    init = Initialization("pretrained", str(tmp_path / "pretrained.pth"), Contents(tmp_path))
     world = World(0, 0, 1, torch.device("cpu"))
     trainer = build_trainer(cfg, world, init, None, output=tmp_path, find_unused_parameters=False)
     label = preferred_weights(state)

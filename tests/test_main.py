@@ -16,7 +16,7 @@ from jobs.initialization import choose_initialization
 from scripts.soak import read_state
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
-from tests.runs import assert_equal, toy_arguments
+from tests.runs import assert_equal, run_state, toy_arguments
 from utils.arguments import check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
@@ -295,8 +295,9 @@ def test_losses_are_the_same_for_any_number_of_processes_and_accumulation_steps(
         (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "sgd cannot load this optimizer state"),
         (["--opts", "MODEL.NUM_CLASSES", "2"], "cannot change on resume"),
         (["--opts", "TRAIN.AUTO_RESUME", "False"], "would then contain checkpoints of two runs"),
+        (["--opts", "TRAIN.LAYER_DECAY", "0.8", "TRAIN.EPOCHS", "9"], "TRAIN.LAYER_DECAY was 1.0 and is 0.8 now"),
     ],
-    ids=["batch size", "optimizer", "classes", "auto-resume"],
+    ids=["batch size", "optimizer", "classes", "auto-resume", "parameter groups"],
 )
 def test_arguments_that_conflict_with_the_existing_run_are_rejected_and_no_file_changes(
     arguments, expected, uninterrupted, toy_config, toy_data, tmp_path
@@ -308,7 +309,7 @@ def test_arguments_that_conflict_with_the_existing_run_are_rejected_and_no_file_
     outcome = run_main([*toy_arguments(toy_config, toy_data, tmp_path), *arguments], tmp_path / "log")
     assert outcome.exit_codes == [2], outcome.output
     assert expected in outcome.output
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_run_resumes_although_its_pretrained_file_is_missing(uninterrupted, toy_config, toy_data, tmp_path):
@@ -344,23 +345,24 @@ def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(
 
 # File names: the value of --resume, the value of --pretrained, and the newest checkpoint in the output directory.
 RESUMED, WEIGHTS, NEWEST = "resumed.pth", "weights.pth", "checkpoint_000000007.pth"
+TWO_RUNS = ("refused", "would then contain checkpoints of two runs")
 REFUSED = ("refused", "give only one of --resume and --pretrained")
 
 
 @pytest.mark.parametrize(
     ("resume", "pretrained", "auto_resume", "evaluating", "expected"),
     [
-        (False, False, False, False, ("scratch", "")),
+        (False, False, False, False, TWO_RUNS),
         (False, False, False, True, ("refused", "no weights to evaluate")),
         (False, False, True, False, ("resume", NEWEST)),
         (False, False, True, True, ("refused", "no weights to evaluate")),
-        (False, True, False, False, ("pretrained", WEIGHTS)),
+        (False, True, False, False, TWO_RUNS),
         (False, True, False, True, ("evaluate", WEIGHTS)),
         (False, True, True, False, ("resume", NEWEST)),
         (False, True, True, True, ("evaluate", WEIGHTS)),
-        (True, False, False, False, ("resume", RESUMED)),
+        (True, False, False, False, TWO_RUNS),
         (True, False, False, True, ("evaluate", RESUMED)),
-        (True, False, True, False, ("resume", RESUMED)),
+        (True, False, True, False, TWO_RUNS),
         (True, False, True, True, ("evaluate", RESUMED)),
         (True, True, False, False, REFUSED),
         (True, True, False, True, REFUSED),
@@ -374,9 +376,9 @@ def test_resume_precedes_auto_resume_which_precedes_pretrained(
     """The output directory contains a checkpoint. The next test covers an output directory without checkpoints."""
     folder = tmp_path / "toy" / "default"
     folder.mkdir(parents=True)
-    torch.save({"model": {}}, folder / NEWEST)
+    torch.save(run_state(num_updates=7), folder / NEWEST)
     for name in (RESUMED, WEIGHTS):
-        torch.save({"model": {}}, tmp_path / name)
+        torch.save(run_state(num_updates=9), tmp_path / name)
     arguments = ["--cfg", str(toy_config), "--output", str(tmp_path), "--data-path", str(tmp_path)]
     arguments += ["--resume", str(tmp_path / RESUMED)] * resume + ["--pretrained", str(tmp_path / WEIGHTS)] * pretrained
     arguments += ["--eval"] * evaluating + ["--opts", "TRAIN.AUTO_RESUME", str(auto_resume)]
@@ -392,7 +394,7 @@ def test_resume_precedes_auto_resume_which_precedes_pretrained(
         with pytest.raises(ConfigError, match=expected[1]):
             decide()
     else:
-        kind, path = decide()
+        kind, path, *_ = decide()
         assert (kind, Path(path).name) == expected
 
 

@@ -188,9 +188,9 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has numbered checkpoints. Does not use ``utils.checkpoint``, whose import takes seconds."""
+    """Whether a run directory has checkpoints. Does not use ``utils.checkpoint``, whose import takes seconds."""
     try:
-        return any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
+        return (folder / "best.pth").is_file() or any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:
         return False
 

@@ -1,8 +1,8 @@
 """Write, verify, rotate and repair checkpoints. A new file is verified before it replaces another one.
 
 A checkpoint is a dictionary of plain data. Its keys include ``model``, ``state_dict_ema``, ``optimizer``, ``scaler``,
-``num_updates``, ``best``, ``config`` and ``class_names``. The reference implementation (the authors' code) also stores
-weights under the keys ``model`` and ``state_dict_ema``.
+``num_updates``, ``best``, ``config``, ``class_names``, ``run_id`` and ``format``. The reference implementation (the authors'
+code) also stores weights under the keys ``model`` and ``state_dict_ema``.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,10 @@ from weights.reader import CheckpointError, read_checkpoint, sha256, verify
 
 logger = logging.getLogger(__name__)
 
+# Version of the layout of checkpoints, stored as ``format``. Raise it when code that reads the previous format would misread a
+# new checkpoint. Checkpoints without this entry have format 0; they lack only ``run_id`` and the names of the parameters in the
+# state of the optimizer, and can be resumed.
+FORMAT = 1
 _NAME = re.compile(r"checkpoint_(\d{9,})\.pth")
 BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
 _TEMPORARY = ".incomplete"
@@ -45,6 +49,22 @@ def save_checkpoint(state: dict, path: Path) -> None:
         verify(temporary)
 
     _replace(path, write, size=_num_bytes(state))
+
+
+def check_format(state: Mapping, path: Path | str) -> None:
+    """Reject a checkpoint that a later version of this project has written, whose entries may have another meaning.
+
+    Raises:
+        CheckpointError: the format of the checkpoint is later than ``FORMAT``, or is not a number.
+    """
+    stored = state.get("format", 0)
+    if not isinstance(stored, int):
+        raise CheckpointError(f"{path}: invalid checkpoint format {stored!r}; use an intact copy of the file")
+    if stored > FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {stored}, but this version of the project reads formats up to {FORMAT}. Update the "
+            "project to the version that wrote the file"
+        )
 
 
 def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
@@ -121,15 +141,20 @@ def checkpoint_path(folder: Path, num_updates: int) -> Path:
     return folder / f"checkpoint_{num_updates:09d}.pth"
 
 
-def remove_surplus(folder: Path, keep: int) -> None:
+def remove_surplus(folder: Path, keep: int, *, newest: Path | None = None) -> None:
     """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files left behind by killed processes.
 
     The newest checkpoint must be verified before the call. ``best.pth`` is not numbered, so it is never deleted.
+
+    Args:
+        newest: the checkpoint that was just written; later numbers are neither counted nor deleted, since this run did not
+            write them. None: the checkpoint with the highest number.
     """
     incomplete = [
         path for path in folder.glob(f"*{_TEMPORARY}") if _NAME.fullmatch(path.name.removesuffix(_TEMPORARY)) is not None
     ]
-    for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *list_checkpoints(folder)[keep:]]:
+    numbered = [path for path in list_checkpoints(folder) if newest is None or num_updates_of(path) <= num_updates_of(newest)]
+    for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *numbered[keep:]]:
         path.unlink(missing_ok=True)
 
 
@@ -160,54 +185,76 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def is_intact(path: Path) -> bool:
-    """Whether a checkpoint can be read and its checksums are correct."""
-    try:
-        read_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def rename_damaged(folder: Path, *, num_updates: int) -> None:
-    """Rename damaged checkpoints later than update ``num_updates`` to ``*.damaged``; resume and rotation ignore these files."""
-    for path in list_checkpoints(folder):
-        if num_updates_of(path) <= num_updates:
-            return
-        if not is_intact(path):
-            damaged = path.with_name(path.name + _DAMAGED)
-            while os.path.lexists(damaged):
-                damaged = damaged.with_name(damaged.name + _DAMAGED)
-            os.replace(path, damaged)
-            logger.warning("%s: damaged, renamed to %s", path, damaged.name)
-
-
-def repair_best(best: Path, state: dict, path: Path) -> bool:
-    """Link ``best.pth`` to the checkpoint that a run resumes from, if that checkpoint is the best one and not linked yet.
-
-    The link is missing if the process was killed after writing the checkpoint and before linking it.
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a file that cannot be resumed from to ``*.damaged``; resume and rotation ignore such files.
 
     Args:
-        best: path of ``best.pth``.
+        reason: why the file cannot be used, for the log.
+    """
+    damaged = path.with_name(path.name + _DAMAGED)
+    while os.path.lexists(damaged):
+        damaged = damaged.with_name(damaged.name + _DAMAGED)
+    os.replace(path, damaged)
+    logger.warning("%s: %s, renamed to %s", path, reason, damaged.name)
+
+
+def find_best(folder: Path, state: Mapping) -> Path | None:
+    """Find the checkpoint that ``state`` records as the best one: ``best.pth`` or a numbered checkpoint; None if it is lost.
+
+    Args:
+        state: contents of a checkpoint; it must record an evaluation.
+    """
+    for path in (folder / BEST, checkpoint_path(folder, state["best"]["num_updates"])):
+        try:
+            stored = read_checkpoint(path)
+        except CheckpointError:
+            continue
+        if stored.get("num_updates") == state["best"]["num_updates"] and stored.get("best") == state["best"]:
+            return path
+    return None
+
+
+def restore_best(folder: Path, state: Mapping, path: Path) -> bool:
+    """Make ``best.pth`` the checkpoint that ``state`` records as the best one, if it is missing or outdated.
+
+    The link is missing if the process was killed after it wrote the checkpoint and before it linked it.
+
+    Args:
+        folder: the run's directory.
         state: contents of the checkpoint at ``path``.
         path: the checkpoint that the run resumes from.
 
     Returns:
         Whether ``best.pth`` is now the checkpoint that ``state`` records as the best; also True before the first evaluation.
     """
-    num_updates = state["best"]["num_updates"]
+    num_updates, best = state["best"]["num_updates"], folder / BEST
     if num_updates < 0:  # not evaluated yet
         return True
-    if num_updates == state["num_updates"]:
-        if not best.is_file() or sha256(best) != sha256(path):
-            link_best(path, best)
-            logger.warning("%s: restored from %s", best, path.name)
-        return True
-    try:
-        stored = read_checkpoint(best)
-    except CheckpointError:
+    found = find_best(folder, state)
+    if num_updates == state["num_updates"] and not (found == best and sha256(best) == sha256(path)):
+        found = path
+    if found is None:
         return False
-    return stored.get("num_updates") == num_updates and stored.get("best") == state["best"]
+    if found != best:
+        link_best(found, best)
+        logger.warning("%s: restored from %s", best, found.name)
+    return True
+
+
+def is_best_current(folder: Path, state: Mapping) -> bool:
+    """Whether ``best.pth`` is the checkpoint that ``state`` records as the best one; also True before the first evaluation."""
+    return state["best"]["num_updates"] < 0 or find_best(folder, state) == folder / BEST
+
+
+def keep_former_best(folder: Path) -> None:
+    """Rename ``best.pth`` to ``best_<updates>.pth``, so that the next best checkpoint does not replace it."""
+    best = folder / BEST
+    if os.path.isfile(best):
+        kept = folder / f"best_{read_checkpoint(best)['num_updates']:09d}.pth"
+        while os.path.lexists(kept):
+            kept = kept.with_name(f"{kept.stem}_{kept.suffix}")
+        os.replace(best, kept)
+        logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", best, kept.name)
 
 
 def to_host(value: object, *, copy: bool = False) -> object:

@@ -78,7 +78,15 @@ KEYS = {
         choices=("error", "skip", "replace"),
     ),
     "DATA.MAX_UNREADABLE": Key(
-        100, "maximum number of unreadable images per process before the run ends, with `skip` or `replace`", minimum=0
+        100,
+        "maximum number of unreadable images per process before the run ends, with `skip` or `replace`; counted anew at each "
+        "start",
+        minimum=0,
+    ),
+    "DATA.ACCEPT_CHANGES": Key(
+        False,
+        "resume although images were added, removed or replaced since the checkpoint; classes and the number of updates per "
+        "epoch must be unchanged; if validation images changed, the best accuracy is reset; also applies to `--replay`",
     ),
     "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1, maximum=1_000_000),
     "DATA.GLOBAL_BATCH_SIZE": Key(

@@ -1,4 +1,4 @@
-"""Atomic replacement of files."""
+"""Atomic replacement of files, and identity of directories."""
 
 import os
 import uuid
@@ -16,3 +16,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def identify(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a directory, which it keeps when it is renamed; None if there is nothing at the path."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_same(folder: Path, identity: tuple[int, int] | None) -> None:
+    """Check that a path still is the directory that ``identify`` has identified; None accepts any directory.
+
+    Raises:
+        OSError: the directory was moved or removed.
+    """
+    if identity is not None and identify(folder) != identity:
+        raise OSError(f"{folder} was moved or removed")

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.background import Sink
-from utils.files import replacing
+from utils.files import check_same, identify, replacing
 from utils.text import printable
 
 logger = logging.getLogger(__name__)
@@ -102,11 +103,22 @@ class _ColoredFormatter(_Formatter):
         return f"[{colored(stamp, 'green')}] {text}"
 
 
-def setup_logging(rank: int, output: Path | None = None) -> None:
+def collect_records() -> MemoryHandler:
+    """Collect log records from now on, for the log file that ``setup_logging`` opens later."""
+    handler = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def setup_logging(rank: int, output: Path | None = None, *, earlier: MemoryHandler | None = None) -> None:
     """Log to the console and, if an output directory is given, to ``log_rank<rank>.txt``.
 
     Rank 0 logs messages of level INFO and above, other ranks WARNING and above.
+
+    Args:
+        earlier: records that were collected before the output directory existed, to write to the file first.
     """
+    records = list(earlier.buffer) if earlier is not None else []
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -118,7 +130,10 @@ def setup_logging(rank: int, output: Path | None = None) -> None:
         console.addFilter(lambda record: not getattr(record, "file_only", False))
         root.addHandler(console)
     if output is not None:
-        root.addHandler(_file_handler(output / f"log_rank{rank}.txt"))
+        file_handler = _file_handler(output / f"log_rank{rank}.txt")
+        for record in records:
+            file_handler.handle(record)
+        root.addHandler(file_handler)
     logging.captureWarnings(True)
 
 
@@ -153,7 +168,10 @@ def _console() -> _Console:
 
 
 def _file_handler(path: Path) -> _Handler:
+    identity = identify(path.parent)
+
     def write(text: str) -> None:
+        check_same(path.parent, identity)  # another run may have started at the path of a moved directory
         with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
@@ -203,6 +221,7 @@ class MetricsWriter:
     def __init__(self, output: Path, step: int, *, evaluated: bool = True):
         self._path = output / "metrics.jsonl"
         self._folder = output
+        self._identity = identify(output)
         self._write_line = Sink(str(self._path))
         self._write_event = Sink(f"{output}: TensorBoard events")
         self._board = None
@@ -215,6 +234,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def _append(self, line: str) -> None:
+        check_same(self._folder, self._identity)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -23,15 +23,16 @@ def eval_dtype(cfg: CfgNode) -> torch.dtype:
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Build AdamW or SGD (Nesterov), without weight decay for the parameters in ``model.no_weight_decay()``.
 
-    Every parameter group has an ``lr_scale``, its learning-rate multiplier.
+    Every parameter group has an ``lr_scale``, its learning-rate multiplier, and the names of its parameters, so that the state
+    of the optimizer contains them.
     """
     no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
-        {"params": parameters, "weight_decay": 0.0 if is_exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
+        {"params": named, "weight_decay": 0.0 if is_exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
         for is_exempt in (False, True)
         for scale in sorted({scales[name] for name in trainable})
-        if (parameters := [p for name, p in trainable.items() if (name in no_decay) == is_exempt and scales[name] == scale])
+        if (named := [(name, p) for name, p in trainable.items() if (name in no_decay) == is_exempt and scales[name] == scale])
     ]
     options = cfg.TRAIN.OPTIMIZER
     # Fused optimizers update many parameters in one kernel. This code uses them on CUDA devices and CPUs only.

@@ -1,24 +1,28 @@
 """The output directory of a run: its path, checks before writing, and a lock against a second run."""
 
 import contextlib
+import json
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import time
+import uuid
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from yacs.config import CfgNode
 
-from utils.checkpoint import is_intact, list_checkpoints, num_updates_of, rename_damaged
 from utils.config import ConfigError
-from utils.files import replacing
+from utils.files import identify, replacing
+from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+RECORD = "run.json"  # see RunRecord
+MAX_ATTEMPTS = 10  # maximum number of attempts to lock a file that other processes delete
 SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file is deleted
 
 
@@ -41,42 +45,61 @@ def create_output_directory(output: Path) -> None:
         raise ConfigError(f"{output} cannot be written to ({error.strerror}); choose another --output") from None
 
 
-def check_is_newest(output: Path, *, num_updates: int) -> None:
-    """Reject a run if its directory has an intact checkpoint of a later update.
-
-    Otherwise, the directory would contain checkpoints of two runs.
-
-    Args:
-        num_updates: number of updates completed before the start: 0, or that of the resumed checkpoint.
-
-    Raises:
-        ConfigError: the directory has an intact checkpoint of a later update.
-    """
-    for path in list_checkpoints(output):
-        if num_updates_of(path) <= num_updates:
-            return
-        if is_intact(path):
-            raise ConfigError(
-                f"{output} contains {path.name}, but this run starts from the earlier update {num_updates}, so the directory "
-                "would then contain checkpoints of two runs. Resume from that checkpoint (TRAIN.AUTO_RESUME True, no "
-                "--resume), or choose another --tag"
-            )
-
-
-def check_available(output: Path) -> Path:
+def check_available(output: Path) -> None:
     """Check that a run could create and lock a directory, without creating or locking it.
 
-    Returns:
-        The directory, or its nearest existing ancestor.
-
     Raises:
-        ConfigError: the path or an ancestor is a file, or another run has locked the directory.
+        ConfigError: the path or an ancestor is a file or not writable, or another run has locked the directory.
     """
     existing = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ConfigError(f"{existing} is a file; choose another --output or --tag")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{output} cannot be written to (no permission for {existing}); choose another --output")
     RunLock(output).check()
-    return existing
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Contents of ``run.json``: the identity of the run to which a directory belongs.
+
+    Args:
+        run_id: the run's id, which its checkpoints contain too.
+        has_saved: whether a checkpoint was ever written to the directory. If not, nothing is lost when the run starts again.
+        resumed_from: absolute path of the checkpoint of --resume with which the run was started here; "" without --resume.
+    """
+
+    run_id: str
+    has_saved: bool
+    resumed_from: str = ""
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Read ``run.json``; None if it is missing or invalid, as in the directories of earlier versions."""
+    try:
+        record = RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    valid = isinstance(record.run_id, str) and isinstance(record.has_saved, bool) and isinstance(record.resumed_from, str)
+    return record if valid and record.run_id else None
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write ``run.json``.
+
+    Raises:
+        OSError: the file cannot be written; an existing file is unchanged.
+    """
+    with replacing(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+
+
+def record_save(folder: Path) -> None:
+    """Record in ``run.json``, if it exists, that a checkpoint was written to the directory."""
+    record = read_record(folder)
+    if record is not None and not record.has_saved:
+        with contextlib.suppress(OSError):  # the checkpoint itself is written; the record is only needed once it is deleted
+            write_record(folder, replace(record, has_saved=True))
 
 
 class RunDirectory:
@@ -87,24 +110,25 @@ class RunDirectory:
         self._lock = RunLock(path)
         self._created: list[Path] = []
 
-    def open(self, *, num_updates: int) -> None:
-        """Create, lock and clean up the directory: delete old incomplete files, and rename damaged checkpoints.
-
-        Args:
-            num_updates: number of updates completed before the start: 0, or that of the resumed checkpoint.
+    def open(self) -> None:
+        """Create and lock the directory.
 
         Raises:
-            ConfigError: the directory cannot be written to, is locked by another run, or has a checkpoint of a later update.
+            ConfigError: the directory cannot be written to, or is locked by another run.
         """
-        missing = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
+        self._created = [path for path in (self.path, *self.path.parents) if not os.path.exists(path)]
         create_output_directory(self.path)
-        self._created = missing
         self._lock.acquire()
-        self._remove_leftovers()
-        rename_damaged(self.path, num_updates=num_updates)
-        check_is_newest(self.path, num_updates=num_updates)
 
-    def _remove_leftovers(self) -> None:
+    def check(self) -> None:
+        """Check that the path still is the directory that this run has locked. Call it before every write to the path.
+
+        Raises:
+            CheckpointError: the directory was moved or removed, or another run has started in it.
+        """
+        self._lock.check_held()
+
+    def remove_leftovers(self) -> None:
         """Delete incomplete files of killed processes, except recent files, which a running evaluation may be writing."""
         for path in self.path.glob(".*.incomplete*"):
             with contextlib.suppress(OSError):
@@ -124,21 +148,28 @@ class RunDirectory:
         self._lock.release()
 
     def discard(self) -> None:
-        """Release the lock and remove the directories that this run created. Call it only before the first update."""
-        self._lock.release()
-        if self.path in self._created:
-            shutil.rmtree(self.path, ignore_errors=True)
-        for parent in self._created[1:]:
+        """Remove the lock file and the directories that this run created, if they are empty, then release the lock.
+
+        Call it only if nothing else was written to the directory.
+        """
+        self._lock.delete()
+        for path in self._created:
             with contextlib.suppress(OSError):  # not empty: another run uses it
-                parent.rmdir()
+                path.rmdir()
+        self._lock.release()
 
 
 class RunLock:
-    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends or is killed."""
+    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends or is killed.
+
+    On file systems without locks, the run that started last wins: the earlier run ends before its next write.
+    """
 
     def __init__(self, output: Path):
         self.path = output / LOCK
         self._file: IO | None = None
+        self._holder = ""
+        self._folder: tuple[int, int] | None = None
 
     def acquire(self) -> None:
         """Acquire the lock, and write the process id and the host name to the lock file.
@@ -146,21 +177,79 @@ class RunLock:
         Raises:
             ConfigError: another run has the lock; the message gives its process id and host name.
         """
-        self._file = self._open()
-        self._lock(self._file)
+        for _ in range(MAX_ATTEMPTS):
+            self._file = self._open()
+            try:
+                is_locked = self._lock(self._file)
+            except ConfigError:
+                self.release()
+                raise
+            if self._is_at_path():
+                break
+            self.release()  # another process deleted the file after it was opened here
+        else:
+            raise ConfigError(f"{self.path} is deleted by another process again and again; choose another --tag")
+        if not is_locked:
+            logger.warning(
+                "%s: this file system does not support locks, so a second run in the directory cannot be refused: never start "
+                "two runs with the same --output and --tag",
+                self.path.parent,
+            )
+        self._holder = f"process {os.getpid()} on {socket.gethostname()}, id {uuid.uuid4().hex[:8]}\n"
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.write(self._holder)
         self._file.flush()
+        self._folder = identify(self.path.parent)
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Check that no other run has the lock.
+
+        Returns:
+            False if this is unknown, since there is no lock file, or the file system does not support locks.
 
         Raises:
             ConfigError: another run has the lock.
         """
-        if os.path.exists(self.path):
-            with self._open() as file:
-                self._lock(file)
+        if not os.path.exists(self.path):
+            return False
+        with self._open() as file:
+            return self._lock(file)
+
+    def check_held(self) -> None:
+        """Check that the lock file at the path is the one that this process has locked, and names this process.
+
+        Raises:
+            CheckpointError: the directory was moved or removed, or another run has started in it.
+            ConfigError: the lock file was deleted, and another run has locked a new one.
+        """
+        assert self._file is not None, "call acquire() first"
+        folder = self.path.parent
+        if not self._is_at_path():
+            if not os.path.lexists(self.path) and identify(folder) == self._folder:
+                logger.warning("%s was deleted while the run was active; it is created and locked again", self.path)
+                self.release()
+                self.acquire()
+                return
+            raise CheckpointError(
+                f"{folder} was moved or removed while the run was writing to it; nothing more is written to this path. To "
+                "resume from the last checkpoint, move the directory back and repeat the same command"
+            )
+        # Read through the open file: closing another descriptor of the file would release the lock.
+        if os.pread(self._file.fileno(), 1000, 0).decode(errors="replace") != self._holder:
+            raise CheckpointError(
+                f"{folder}: another run has started in this directory, on a file system without locks; this run ends. Choose "
+                "another --tag for one of them"
+            )
+
+    def _is_at_path(self) -> bool:
+        held = os.fstat(self._file.fileno())
+        try:
+            found = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a temporary failure of the file system; if it persists, the write itself fails
+            return True
+        return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
     def _open(self) -> IO:
         try:
@@ -168,7 +257,8 @@ class RunLock:
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be opened ({error.strerror}); choose another --tag or --output") from None
 
-    def _lock(self, file: IO) -> None:
+    def _lock(self, file: IO) -> bool:
+        """Lock a file; False if the platform or the file system does not support locks."""
         try:
             import fcntl
 
@@ -176,13 +266,20 @@ class RunLock:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "unknown process"
+            holder = file.read().split(", id")[0].strip() or "unknown process"
             raise ConfigError(
                 f"{self.path.parent}: another run is writing to this directory ({holder}); wait for it, stop it, "
                 "or choose another --tag"
             ) from None
         except (ImportError, OSError):
-            pass  # this platform or file system does not support locks
+            return False
+        return True
+
+    def delete(self) -> None:
+        """Delete the lock file while its lock is held: a process that has opened it meanwhile notices, see ``acquire``."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
     def release(self) -> None:
         if self._file is not None:

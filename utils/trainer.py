@@ -24,6 +24,7 @@ from utils.distributed import World, on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError
 from utils.evaluation import EvalResult, evaluate, log_results
 from utils.log import MetricsWriter, progress
+from utils.run import record_save
 from utils.schedule import Schedule
 from utils.step import NUM_REQUESTS, Report, Reports, train_step
 
@@ -180,6 +181,8 @@ class Trainer:
         self.failed = torch.zeros((), device=world.device)  # see train_step
         self.skipped_in_a_row = 0
         self.last_save = time.monotonic()
+        # Called before every write of a file to ``output``; raises if the path no longer is the run's directory.
+        self.check_output: Callable[[], None] = lambda: None
 
     def fit(self) -> None:
         """Train the remaining epochs, with evaluation and checkpoints.
@@ -338,7 +341,7 @@ class Trainer:
         """
         epoch = update // self.updates_per_epoch
         path = self.output / f"replay_{update:09d}.pth"
-        on_main(self.world, lambda: save_checkpoint(self.describe_update(update), path))
+        on_main(self.world, partial(self.save_replay_file, update, path))
         position = f"update {update} (epoch {epoch}, both counted from 0)"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"
         data_path = self.metadata.get("config", {}).get("DATA", {}).get("DATA_PATH", "DIR")
@@ -351,6 +354,11 @@ class Trainer:
             f"{what}. The update changed no weights, and the checkpoints are untouched. {command} repeats "
             f"the update and names the first module whose output is not finite. {advice}"
         )
+
+    def save_replay_file(self, update: int, path: Path) -> None:
+        """The part of ``fail`` that runs on rank 0."""
+        self.check_output()
+        save_checkpoint(self.describe_update(update), path)
 
     def describe_update(self, update: int) -> dict:
         """Weights, position and images of an update, for ``--replay``."""
@@ -437,7 +445,8 @@ class Trainer:
         self.background_write.wait()
         state = to_host(self.state.to_dict() | self.metadata, copy=True)
         path = checkpoint_path(self.output, self.state.num_updates)
-        self.background_write.start(partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints))
+        write = partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints)
+        self.background_write.start(partial(write, check_output=self.check_output))
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is written.
@@ -466,20 +475,26 @@ class Trainer:
         )
 
 
-def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int) -> None:
+def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int, check_output: Callable[[], None]) -> None:
     """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
+
+    ``check_output`` is called before each of these steps, see ``Trainer``.
 
     This function runs in another thread and therefore gets no reference to the trainer: if that were the last reference, the
     trainer and its loaders would be destroyed in that thread.
 
     Raises:
-        CheckpointError: the checkpoint could not be written.
+        CheckpointError: the checkpoint could not be written, or ``path`` is no longer in the directory of the run.
     """
     started = time.monotonic()
+    check_output()
     save_checkpoint(state, path)
+    record_save(path.parent)
     if best:
+        check_output()
         link_best(path, path.parent / BEST)
-    remove_surplus(path.parent, keep)
+    check_output()
+    remove_surplus(path.parent, keep, newest=path)
     logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)
 
 

@@ -153,7 +153,7 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
         finished = save_and_kill(folder, number, create_state(2), best=True)
         newest = newest_intact_checkpoint(folder)
         state = read_checkpoint(newest)
-        assert utils.checkpoint.repair_best(folder / BEST, state, newest)
+        assert utils.checkpoint.restore_best(folder, state, newest)
         best = read_checkpoint(folder / BEST)
         assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
         if finished:

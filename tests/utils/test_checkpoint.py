@@ -186,24 +186,24 @@ def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
         newer.mkdir()  # a directory counts as a damaged checkpoint
-        checkpoint.rename_damaged(saved.parent, num_updates=1)
+        checkpoint.set_aside(newer, "damaged")
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 
-def test_repair_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
+def test_restore_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
     """A damaged file, or a checkpoint with another update or accuracy, is not accepted."""
     best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
     save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
-    assert checkpoint.repair_best(best, state, saved)
+    assert checkpoint.restore_best(best.parent, state, saved)
     for other in ({"num_updates": 5, "best": {"acc1": 40.0, "num_updates": 5}}, {"num_updates": 4, "best": state["best"]}):
         save_checkpoint(other, best)
-        assert not checkpoint.repair_best(best, state, saved)
+        assert not checkpoint.restore_best(best.parent, state, saved)
     damage(best, "empty")
-    assert not checkpoint.repair_best(best, state, saved)
+    assert not checkpoint.restore_best(best.parent, state, saved)
 
 
 def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
-    assert checkpoint.repair_best(saved.with_name("best.pth"), {"num_updates": 9, "best": dict(NO_BEST)}, saved)
+    assert checkpoint.restore_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved)
     assert not saved.with_name("best.pth").exists()
 
 

@@ -310,6 +310,7 @@ DEFAULTS = {
     "DATA.INDEX_CACHE": "~/.cache/flatten",
     "DATA.UNREADABLE": "error",
     "DATA.MAX_UNREADABLE": 100,
+    "DATA.ACCEPT_CHANGES": False,
     "DATA.GLOBAL_BATCH_SIZE": 0,
     "DATA.INTERPOLATION": "bicubic",
     "DATA.MEAN": [0.485, 0.456, 0.406],
