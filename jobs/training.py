@@ -125,8 +125,8 @@ def open_directory(
         CheckpointError: ``best.pth`` cannot be repaired.
     """
     output, contents = directory.path, init.contents
-    directory.open()
     try:
+        directory.open()
         check_unchanged(contents)
     except ConfigError:
         directory.discard()
