@@ -324,9 +324,12 @@ def check_data(saved: dict | None, data: dict, path: str, *, accept_changes: boo
     return changes
 
 
-def class_names(description: Mapping) -> list[str]:
-    """Names of the classes in a result of ``describe_index``, by class id."""
-    return [name for name, *_ in description["classes"]]
+def class_names(description: Mapping) -> list[str] | None:
+    """Names of the classes in a result of ``describe_index``, by class id; None if it is malformed."""
+    try:
+        return [name for name, *_ in description["classes"]]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def restore_or_reset_best(saved: dict, output: Path, path: str, *, val_changed: bool) -> bool:

@@ -1,0 +1,489 @@
+"""Starts of runs: what lies in the output directory, what was asked, and which files may change (docs/training.md)."""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import jobs.training
+import utils.trainer
+from jobs.initialization import choose_initialization
+from scripts.soak import read_state
+from tests.conftest import write_images
+from tests.launch import run_main
+from tests.reliability.test_signals import call_before
+from tests.runs import assert_equal, run_state, toy_arguments
+from utils.checkpoint import BEST, FORMAT, checkpoint_path, list_checkpoints
+from utils.config import ConfigError, load_config
+from utils.distributed import World
+from utils.run import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
+from weights.reader import CheckpointError, read_checkpoint
+
+WORLD = World(0, 0, 1, torch.device("cpu"))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of a directory and of all files in it, by name."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
+
+
+# --- The decision table. Each builder creates the contents of a run directory.
+
+
+def save(folder: Path, num_updates: int, run_id: str = "a", *, name: str = "", **entries) -> None:
+    torch.save(
+        run_state(num_updates=num_updates, run_id=run_id) | entries,
+        folder / (name or checkpoint_path(folder, num_updates).name),
+    )
+
+
+def build_killed_at_start(folder: Path) -> None:
+    """The files of a run that was killed before its first checkpoint."""
+    write_record(folder, RunRecord("a", has_saved=False))
+    for name in ("log_rank0.txt", "config.yaml", "events.out.tfevents.1", "checkpoint_000000005.pth.incomplete"):
+        (folder / name).write_text("")
+    (folder / "metrics.jsonl").write_text('{"step": 40, "kind": "train", "epoch": 3}\n')
+
+
+def build_killed_at_start_by_an_earlier_version(folder: Path) -> None:
+    build_killed_at_start(folder)
+    (folder / RECORD).unlink()
+    (folder / "metrics.jsonl").write_text('{"step": 4, "kind": "train", "epoch": 0}\n{"step": 5, "ki')
+
+
+def build_results_of_an_evaluation(folder: Path) -> None:
+    for name in ("eval.json", "eval_classes.csv", "confusion.png", "predictions_raw.csv", "notes.txt", ".lock"):
+        (folder / name).write_text("")
+
+
+def build_numbered(folder: Path) -> None:
+    save(folder, 4)
+    save(folder, 7)
+    save(folder, 4, name=BEST)
+    write_record(folder, RunRecord("a", has_saved=True))
+
+
+def build_numbered_of_an_earlier_version(folder: Path) -> None:
+    for num_updates in (4, 7):
+        save(folder, num_updates, "")
+    (folder / "metrics.jsonl").write_text("")
+
+
+def build_damaged_newest(folder: Path) -> None:
+    build_numbered(folder)
+    (folder / "checkpoint_000000009.pth").write_bytes(b"PK")
+
+
+def build_no_run_state_newest(folder: Path) -> None:
+    build_numbered(folder)
+    torch.save({"model": {}}, folder / "checkpoint_000000099.pth")
+
+
+def build_wrong_number(folder: Path) -> None:
+    build_numbered(folder)
+    save(folder, 7, name="checkpoint_000000099.pth")
+
+
+def build_best_alone(folder: Path) -> None:
+    save(folder, 7, name=BEST)
+    write_record(folder, RunRecord("a", has_saved=True))
+
+
+def build_best_and_damaged(folder: Path) -> None:
+    build_best_alone(folder)
+    for number in (7, 9):
+        checkpoint_path(folder, number).write_bytes(b"")
+
+
+def build_only_damaged(folder: Path) -> None:
+    checkpoint_path(folder, 7).write_bytes(b"")
+
+
+def build_renamed_damaged(folder: Path) -> None:
+    (folder / "checkpoint_000000007.pth.damaged").write_bytes(b"")
+
+
+def build_damaged_best(folder: Path) -> None:
+    (folder / BEST).write_bytes(b"PK")
+
+
+def build_best_of_another_kind(folder: Path) -> None:
+    torch.save({"model": {}}, folder / BEST)
+
+
+def build_deleted_checkpoints(folder: Path) -> None:
+    build_killed_at_start(folder)
+    write_record(folder, RunRecord("a", has_saved=True))
+
+
+def build_deleted_checkpoints_of_an_earlier_version(folder: Path) -> None:
+    build_killed_at_start_by_an_earlier_version(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 12, "kind": "eval_raw", "epoch": 0}\n')
+
+
+def build_config_of_the_user(folder: Path) -> None:
+    (folder / "config.yaml").write_text("")
+
+
+def build_foreign_newest(folder: Path) -> None:
+    build_numbered(folder)
+    save(folder, 99, "b")
+
+
+def build_foreign_oldest(folder: Path) -> None:
+    build_numbered(folder)
+    save(folder, 1, "b")
+
+
+def build_foreign_best(folder: Path) -> None:
+    build_numbered(folder)
+    save(folder, 4, "b", name=BEST)
+
+
+def build_foreign_all(folder: Path) -> None:
+    save(folder, 7, "b")
+    write_record(folder, RunRecord("a", has_saved=True))
+
+
+SCRATCH, REFUSED, NEWEST = "scratch", "refused", "checkpoint_000000007.pth"
+# Builder -> outcome of the same command, of --resume of a file elsewhere, and of TRAIN.AUTO_RESUME False.
+NEW_RUN = (SCRATCH, "elsewhere.pth", SCRATCH)
+OWN_RUN = (NEWEST, REFUSED, REFUSED)
+NOTHING_USABLE = TWO_RUNS = (REFUSED, REFUSED, REFUSED)
+TABLE = {
+    os.mkdir: NEW_RUN,
+    build_results_of_an_evaluation: NEW_RUN,
+    build_killed_at_start: NEW_RUN,
+    build_killed_at_start_by_an_earlier_version: NEW_RUN,
+    build_numbered: OWN_RUN,
+    build_numbered_of_an_earlier_version: OWN_RUN,
+    build_damaged_newest: OWN_RUN,
+    build_no_run_state_newest: OWN_RUN,
+    build_wrong_number: OWN_RUN,
+    build_best_alone: (BEST, REFUSED, REFUSED),
+    build_best_and_damaged: (BEST, REFUSED, REFUSED),
+    build_only_damaged: NOTHING_USABLE,
+    build_renamed_damaged: NOTHING_USABLE,
+    build_damaged_best: NOTHING_USABLE,
+    build_best_of_another_kind: NOTHING_USABLE,
+    build_deleted_checkpoints: NOTHING_USABLE,
+    build_deleted_checkpoints_of_an_earlier_version: NOTHING_USABLE,
+    build_config_of_the_user: NOTHING_USABLE,
+    build_foreign_newest: TWO_RUNS,
+    build_foreign_oldest: TWO_RUNS,
+    build_foreign_best: TWO_RUNS,
+    build_foreign_all: TWO_RUNS,
+}
+
+
+def decide(toy_config: Path, tmp_path: Path, *opts) -> str:
+    """Name of the checkpoint to resume from, "scratch", "pretrained" or "refused"."""
+    try:
+        init = choose_initialization(load_config(toy_config, ["OUTPUT", str(tmp_path), *opts]), WORLD)
+    except ConfigError as error:
+        assert "another --tag" in str(error)  # the remedy that is always accepted
+        return REFUSED
+    return Path(init.checkpoint).name if init.kind == "resume" else init.kind
+
+
+@pytest.mark.parametrize("build", TABLE, ids=lambda build: build.__name__.removeprefix("build_"))
+def test_a_start_resumes_starts_anew_or_is_refused_as_the_table_says_and_changes_no_file(build, toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    if build is os.mkdir:
+        folder.parent.mkdir()
+    else:
+        folder.mkdir(parents=True)
+    build(folder)
+    save(tmp_path, 50, "c", name="elsewhere.pth")
+    before = snapshot(folder)
+    asked = ([], ["MODEL.RESUME", str(tmp_path / "elsewhere.pth")], ["TRAIN.AUTO_RESUME", "False"])
+    assert tuple(decide(toy_config, tmp_path, *opts) for opts in asked) == TABLE[build]
+    if TABLE[build] == NEW_RUN:
+        pretrained = ["MODEL.PRETRAINED", str(tmp_path / "elsewhere.pth")]
+        assert decide(toy_config, tmp_path, *pretrained) == "pretrained"
+    assert snapshot(folder) == before
+    # Every refusal is resolved by another tag, and by moving the directory away.
+    assert decide(toy_config, tmp_path, "TAG", "other") == SCRATCH
+    folder.rename(tmp_path / "moved")
+    assert decide(toy_config, tmp_path) == SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "run_id", "expected"),
+    [
+        (build_numbered, NEWEST, None, NEWEST),
+        (build_numbered, "checkpoint_000000004.pth", None, REFUSED),
+        (build_numbered, BEST, None, REFUSED),
+        (build_damaged_newest, NEWEST, None, NEWEST),
+        (build_best_alone, BEST, None, BEST),
+        (build_deleted_checkpoints, "copy.pth", "a", "copy.pth"),
+        (build_deleted_checkpoints, "copy.pth", "b", REFUSED),
+        (build_killed_at_start, "copy.pth", "b", "copy.pth"),
+    ],
+)
+def test_resume_accepts_a_file_of_the_directory_if_it_is_the_newest_of_its_run(
+    build, name, run_id, expected, toy_config, tmp_path
+):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    build(folder)
+    if run_id is not None:
+        save(folder, 9, run_id, name=name)
+    assert decide(toy_config, tmp_path, "MODEL.RESUME", str(folder / name)) == expected
+
+
+def test_a_repeated_command_with_resume_continues_the_run_that_it_has_started(toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    build_numbered(folder)
+    for name in ("origin.pth", "other.pth"):
+        save(tmp_path, 2, "a", name=name)
+    write_record(folder, RunRecord("a", has_saved=True, resumed_from=str(tmp_path / "origin.pth")))
+    assert decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "origin.pth")) == NEWEST
+    assert decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "other.pth")) == REFUSED
+
+
+def test_a_checkpoint_of_a_later_format_is_rejected_by_its_number_and_not_renamed(toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    build_numbered(folder)
+    save(folder, 9, "a", format=FORMAT + 1)
+    before = snapshot(folder)
+    with pytest.raises(ConfigError, match=rf"has checkpoint format {FORMAT + 1}, but .* reads formats up to {FORMAT}. Update"):
+        choose_initialization(load_config(toy_config, ["OUTPUT", str(tmp_path)]), WORLD)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"run_id": 3, "has_saved": true}', '{"run_id": "a"}', "[" * 5000])
+def test_an_invalid_run_record_counts_as_missing(content, tmp_path):
+    (tmp_path / RECORD).write_text(content)
+    assert read_record(tmp_path) is None
+
+
+# --- Whole runs
+
+
+def test_a_run_with_best_pth_alone_resumes_from_it(uninterrupted, toy_config, toy_data, tmp_path):
+    """Once the numbered files are deleted, and once they are damaged."""
+    expected, folder = uninterrupted(1), tmp_path / "toy/default"
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
+    stopped = read_checkpoint(expected / BEST)
+    for damaged in (False, True):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(expected, folder)
+        for path in list_checkpoints(folder):
+            path.unlink()
+            if damaged:
+                path.write_bytes(b"PK\x03\x04")
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert f"start: resume {folder / BEST}" in outcome.output
+        assert f"the run resumes from update {stopped['num_updates']}" in outcome.output
+        if stopped["num_updates"] < 36:
+            assert_equal(read_state(folder), read_state(expected))
+        assert len(list(folder.glob("*.damaged"))) == (2 if damaged and stopped["num_updates"] < 36 else 0)
+        assert_equal(read_checkpoint(folder / BEST)["best"], read_checkpoint(expected / BEST)["best"])
+
+
+def test_a_directory_with_remains_of_a_run_is_refused_and_another_tag_is_accepted(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    before = snapshot(folder)
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1)
+    for flags in ([], ["--check"]):
+        outcome = run_main([*arguments, *flags], tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "no checkpoint from which it could resume" in outcome.output
+        assert snapshot(folder) == before
+    outcome = run_main([*arguments, "--tag", "other"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert snapshot(folder) == before
+
+
+def test_resume_of_another_run_is_refused_in_a_used_directory_and_continues_in_an_empty_one(
+    trained, uninterrupted, toy_config, toy_data, tmp_path
+):
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    before = snapshot(tmp_path / "toy")
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4)
+    for flags in ([], ["--check"]):
+        outcome = run_main([*arguments, "--resume", trained, *flags], tmp_path / "log", processes=1)
+        assert outcome.exit_codes == [2], outcome.output
+        assert "would then contain checkpoints of two runs" in outcome.output
+        assert snapshot(tmp_path / "toy") == before
+    command = [*arguments, "--resume", trained, "--tag", "other"]
+    call = {"prepare": lambda rank: call_before(utils.trainer, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
+    assert run_main(command, tmp_path / "log", **call).exit_codes == [-9]
+    outcome = run_main(command, tmp_path / "log")  # the same command resumes what it has started
+    assert outcome.exit_codes == [0], outcome.output
+    other = tmp_path / "toy/other"
+    assert f"start: resume {other}" in outcome.output
+    assert read_checkpoint(list_checkpoints(other)[0])["run_id"] == read_checkpoint(trained)["run_id"]
+    assert before.items() <= snapshot(tmp_path / "toy").items() | {(str(tmp_path / "toy"), before[str(tmp_path / "toy")])}
+
+
+@pytest.mark.parametrize("case", ["missing", "stale", "lost"])
+def test_a_finished_run_repairs_its_best_checkpoint_or_reports_that_it_is_lost(
+    case, uninterrupted, toy_config, toy_data, tmp_path
+):
+    """The state of a run that was killed between the last checkpoint and its link, or whose best.pth was deleted later."""
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    newest, older = list_checkpoints(folder)
+    state = read_checkpoint(newest)
+    best_update = state["num_updates"] if case != "lost" else 12
+    state["best"] = {"acc1": 99.0, "weights": "raw", "epoch": best_update // 12 - 1, "num_updates": best_update}
+    torch.save(state, newest)
+    (folder / BEST).unlink()
+    if case == "stale":
+        shutil.copy(older, folder / BEST)
+    before = snapshot(folder)
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "this run is finished" in outcome.output
+    if case == "lost":
+        assert "the best checkpoint of this run (after update 12, Acc@1 99.000) is lost" in outcome.output
+        assert not (folder / BEST).exists()
+    else:
+        assert "best.pth: restored from" in outcome.output
+        assert read_checkpoint(folder / BEST)["best"] == state["best"]
+    after = snapshot(folder)
+    assert {name for name in before if before[name] != after[name]} <= {str(folder / name) for name in ("", ".lock", BEST)}
+
+
+def test_nothing_is_written_before_the_last_check_has_passed_on_every_rank(uninterrupted, toy_config, tmp_path):
+    """Data that changed, optimizer state of another shape, and a check that fails only on rank 1."""
+    folder, data = tmp_path / "toy/default", tmp_path / "data"
+    shutil.copytree(uninterrupted(2), folder)
+    newest = list_checkpoints(folder)[0]
+    newest.write_bytes(b"")  # would be renamed
+    (folder / BEST).unlink()  # would be repaired
+    write_images(data, "train", classes=3, per_class=33)
+    write_images(data, "val", classes=3, per_class=11)
+    before = snapshot(tmp_path / "toy")
+
+    def fail_on_rank_1(rank: int) -> None:
+        if rank == 1:
+            jobs.training.resume = lambda *_: (_ for _ in ()).throw(CheckpointError("unreadable on this rank"))
+
+    arguments = toy_arguments(toy_config, data, tmp_path, "DATA.BATCH_SIZE", 4)
+    outcome = run_main(arguments, tmp_path / "log", processes=2)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "the data have changed since it was saved" in outcome.output
+    assert snapshot(tmp_path / "toy") == before
+    outcome = run_main([*arguments, "DATA.ACCEPT_CHANGES", True], tmp_path / "log", processes=2, prepare=fail_on_rank_1)
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "unreadable on this rank" in outcome.output
+    assert snapshot(tmp_path / "toy") == before
+
+
+# --- The lock follows the path
+
+
+def run_until_second_save(arguments: list, tmp_path: Path, interfere) -> tuple:
+    """Run ``main.py``, and call ``interfere`` before its second checkpoint is written."""
+
+    def prepare(rank: int) -> None:
+        call_before(utils.trainer, "write_checkpoint", 2, interfere)
+
+    return run_main(arguments, tmp_path / "log", prepare=prepare)
+
+
+@pytest.mark.parametrize("action", ["moved", "removed", "moved, and a new run started"])
+def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_it(action, toy_config, toy_data, tmp_path):
+    folder, moved = tmp_path / "toy/default", tmp_path / "moved"
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "TRAIN.EPOCHS", 1)
+
+    def interfere() -> None:
+        if action == "removed":
+            shutil.rmtree(folder)
+            return
+        folder.rename(moved)
+        if action != "moved":
+            assert run_main(arguments, tmp_path / "log of the new run").exit_codes == [0]
+            (tmp_path / "before").write_text(json.dumps(snapshot(folder)))
+
+    outcome = run_until_second_save(arguments, tmp_path, interfere)
+    assert outcome.exit_codes == [2], outcome.output
+    assert f"{folder} was moved or removed while the run was writing" in outcome.output
+    if action in ("moved", "removed"):
+        assert not folder.exists()
+    else:
+        assert {name: tuple(stamp) for name, stamp in json.loads((tmp_path / "before").read_text()).items()} == snapshot(folder)
+    if action == "moved":  # the remedy of the message
+        assert [path.name for path in list_checkpoints(moved)] == ["checkpoint_000000002.pth"]
+        moved.rename(folder)
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert "resumed after update 2" in outcome.output
+
+
+def test_a_deleted_lock_file_is_created_again_unless_another_run_has_locked_the_directory(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.open()
+    os.unlink(tmp_path / "run/.lock")
+    directory.check()
+    assert (tmp_path / "run/.lock").exists()
+    os.unlink(tmp_path / "run/.lock")
+    (tmp_path / "run/.lock").write_text("")
+    with pytest.raises(CheckpointError, match="was moved or removed while the run was writing"):
+        directory.check()
+    directory.close()
+
+
+def test_without_locks_a_warning_is_logged_and_the_run_that_started_first_ends(tmp_path, monkeypatch, caplog):
+    def unsupported(*_arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    first.open()
+    assert "this file system does not support locks" in caplog.text
+    first.check()
+    second.open()
+    with pytest.raises(CheckpointError, match="another run has started in this directory"):
+        first.check()
+    second.check()
+    first.close()
+    second.close()
+
+
+def test_discarding_a_directory_removes_it_while_its_lock_is_held(tmp_path, monkeypatch):
+    directory, held = RunDirectory(tmp_path / "a/b"), []
+    directory.open()
+    original = Path.rmdir
+
+    def rmdir(path: Path) -> None:
+        held.append(directory._lock._file is not None)
+        original(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    directory.discard()
+    assert held == [True, True]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_is_deleted_between_opening_and_locking_is_not_used(tmp_path, monkeypatch):
+    lock = RunLock(tmp_path)
+    original, calls = lock._lock, []
+
+    def delete_first(file):
+        if not calls:
+            os.unlink(lock.path)
+        calls.append(file)
+        return original(file)
+
+    monkeypatch.setattr(lock, "_lock", delete_first)
+    lock.acquire()
+    assert len(calls) == 2
+    lock.check_held()
+    lock.release()
