@@ -1,9 +1,10 @@
 """Starts of runs: what lies in the output directory, what was asked, and which files may change (docs/training.md)."""
 
 import fcntl
-import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,7 @@ def decide(toy_config: Path, tmp_path: Path, *opts) -> str:
     try:
         init = choose_initialization(load_config(toy_config, ["OUTPUT", str(tmp_path), *opts]), WORLD)
     except ConfigError as error:
-        assert "another --tag" in str(error)  # the remedy that is always accepted
-        return REFUSED
+        return REFUSED if "another --tag" in str(error) else str(error)  # this remedy is always accepted
     return Path(init.checkpoint).name if init.kind == "resume" else init.kind
 
 
@@ -389,36 +389,34 @@ def test_nothing_is_written_before_the_last_check_has_passed_on_every_rank(unint
 # --- The lock follows the path
 
 
-def run_until_second_save(arguments: list, tmp_path: Path, interfere) -> tuple:
-    """Run ``main.py``, and call ``interfere`` before its second checkpoint is written."""
-
-    def prepare(rank: int) -> None:
-        call_before(utils.trainer, "write_checkpoint", 2, interfere)
-
-    return run_main(arguments, tmp_path / "log", prepare=prepare)
-
-
 @pytest.mark.parametrize("action", ["moved", "removed", "moved, and a new run started"])
 def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_it(action, toy_config, toy_data, tmp_path):
-    folder, moved = tmp_path / "toy/default", tmp_path / "moved"
+    folder, moved, proceed = tmp_path / "toy/default", tmp_path / "moved", tmp_path / "proceed"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "TRAIN.EPOCHS", 1)
 
     def interfere() -> None:
-        if action == "removed":
-            shutil.rmtree(folder)
-            return
-        folder.rename(moved)
-        if action != "moved":
-            assert run_main(arguments, tmp_path / "log of the new run").exit_codes == [0]
-            (tmp_path / "before").write_text(json.dumps(snapshot(folder)))
+        """Move or remove the directory before the second checkpoint is written, and wait for the other run."""
+        shutil.rmtree(folder) if action == "removed" else folder.rename(moved)
+        deadline = time.monotonic() + 100
+        while action.endswith("started") and not proceed.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
-    outcome = run_until_second_save(arguments, tmp_path, interfere)
+    call = {"prepare": lambda rank: call_before(utils.trainer, "write_checkpoint", 2, interfere)}
+    with ThreadPoolExecutor(1) as executor:
+        first = executor.submit(run_main, arguments, tmp_path / "log", **call)
+        if action.endswith("started"):
+            while not moved.exists() and not first.done():
+                time.sleep(0.01)
+            assert run_main(arguments, tmp_path / "log of the new run").exit_codes == [0]
+            before = snapshot(folder)
+            proceed.touch()
+        outcome = first.result()
     assert outcome.exit_codes == [2], outcome.output
     assert f"{folder} was moved or removed while the run was writing" in outcome.output
-    if action in ("moved", "removed"):
-        assert not folder.exists()
+    if action.endswith("started"):
+        assert snapshot(folder) == before
     else:
-        assert {name: tuple(stamp) for name, stamp in json.loads((tmp_path / "before").read_text()).items()} == snapshot(folder)
+        assert not folder.exists()
     if action == "moved":  # the remedy of the message
         assert [path.name for path in list_checkpoints(moved)] == ["checkpoint_000000002.pth"]
         moved.rename(folder)
