@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
@@ -15,6 +15,7 @@ from benchmarks.timing import Timing, speedup
 from data.build import build_index, build_train_transform
 from data.datasets import ImageDataset, decode_pixels, read_file
 from data.index import DataError
+from data.workers import create_loader
 
 
 class TimmDataset(Dataset):
@@ -112,7 +113,7 @@ def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max
     datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
     for (name, dataset), num_workers in itertools.product(datasets.items(), range(max_workers + 1)):
-        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
         started = time.perf_counter()
         num_images = sum(len(batch) for batch in loader)
         records.append(

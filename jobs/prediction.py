@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from data.datasets import FileDataset
 from data.files import IMAGE_EXTENSIONS, DataError
 from data.folders import list_images
 from data.transforms import Normalize, Preprocessing
+from data.workers import create_loader
 from jobs.checkpoints import Checkpoint
 from utils.log import progress
 
@@ -91,12 +91,8 @@ def predict(
     Args:
         model: in evaluation mode, on ``device``.
     """
-    loader = DataLoader(
-        FileDataset(images, preprocessing.create_transform()),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-    )
+    dataset = FileDataset(images, preprocessing.create_transform())
+    loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
     normalize = Normalize(preprocessing.mean, preprocessing.std, device)
     predictions: list[Prediction] = []
     for samples in progress(loader, len(loader), "predict"):

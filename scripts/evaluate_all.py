@@ -64,6 +64,32 @@ def write(path: Path, rows: list[dict]) -> None:
             writer.writerow({column: csv_cell(value) for column, value in row.items()})
 
 
+def evaluate_all(args: argparse.Namespace, world) -> list[str]:
+    """Evaluate all checkpoints and write the CSV. Returns the reason for each checkpoint that cannot be evaluated.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: a checkpoint cannot be evaluated, and there are several processes, which would
+            not stay synchronised if the error occurred in only one of them.
+    """
+    rows, failed = [], []
+    for reference in args.checkpoints:
+        try:
+            rows.append(evaluate_one(reference, args, world))
+        except ValueError as error:  # ConfigError, DataError or CheckpointError
+            if world.size > 1:
+                raise
+            failed.append(f"{reference}: {error}")  # printable removes the secrets of a URL
+            continue
+        if world.is_main:
+            write(args.csv, rows)
+    if world.is_main:
+        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
+            print(printable(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}"))
+        for reason in failed:
+            print(f"evaluate_all.py: error: {printable(reason)}", file=sys.stderr)
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
@@ -79,26 +105,18 @@ def main() -> None:
         parser.error(f"--data-path {args.data_path}: no such directory")
 
     # Imported after the arguments are checked, because importing torch is slow.
+    from jobs.launch import leave
     from utils.distributed import cleanup, setup
     from utils.log import setup_logging
 
-    world = setup()
-    setup_logging(world.rank)
-    rows, failed = [], []
-    for reference in args.checkpoints:
-        try:
-            rows.append(evaluate_one(reference, args, world))
-        except ValueError as error:  # ConfigError, DataError or CheckpointError
-            failed.append(f"{reference}: {error}")  # printable removes the secrets of a URL
-            continue
-        if world.is_main:
-            write(args.csv, rows)
-    if world.is_main:
-        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
-            print(printable(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}"))
-        for reason in failed:
-            print(f"evaluate_all.py: error: {printable(reason)}", file=sys.stderr)
-    cleanup()
+    world = None
+    try:
+        world = setup()
+        setup_logging(world.rank)
+        failed = evaluate_all(args, world)
+        cleanup()
+    except BaseException as error:  # loader workers and other processes must end too
+        leave(error, world)
     sys.exit(2 if failed else 0)
 
 

@@ -3,12 +3,17 @@
 import os
 import re
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
+import data.build
+import utils.background
 import utils.trainer
 from data.datasets import ImageDataset
+from data.workers import StallCheck, StalledWorkerError, WatchedDataset
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
@@ -84,3 +89,130 @@ def test_d8_the_error_identifies_the_lost_loader_worker(fault, message, toy_conf
     assert "the same command resumes" in outcome.output.lower()
     assert "Traceback" not in outcome.output
     assert time.monotonic() - started < 30
+
+
+def replace_collate(function) -> None:
+    """Let the loader workers call ``function`` instead of the project's collate function."""
+    data.build.collate = function
+
+
+def fail_to_collate(message: str):
+    def collate(_samples):
+        raise RuntimeError(message)
+
+    return lambda: replace_collate(collate)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (fail_to_collate("first line\nthe true reason"), "RuntimeError: first line\nthe true reason"),
+        (
+            fail_to_collate("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
+            "No space left on device (28). The shared memory (/dev/shm) through which the loader workers send batches is full",
+        ),
+        (lambda: replace_collate(lambda _samples: os._exit(0)), "exited unexpectedly"),
+        (lambda: replace_collate(lambda _samples: lambda: None), "cannot send a batch: "),
+    ],
+    ids=["error", "full shared memory", "exit with status 0", "batch that cannot be sent"],
+)
+def test_d8_the_reason_of_a_workers_failure_is_on_the_console(fault, expected, trained, toy_data, tmp_path):
+    arguments = ["--eval", "--resume", trained, "--output", tmp_path, "--data-path", toy_data, "--opts", "DATA.NUM_WORKERS", 2]
+    started = time.monotonic()
+    outcome = run_main(arguments, tmp_path / "log", prepare=lambda _rank: fault())
+    assert outcome.exit_codes == [1], outcome.output
+    assert expected in outcome.output
+    assert time.monotonic() - started < 30
+
+
+def test_d8_workers_that_are_slow_but_make_progress_do_not_end_the_run(trained, toy_data, tmp_path):
+    """A batch takes longer than DATA.WORKER_TIMEOUT, but no image does."""
+
+    def prepare(_rank: int) -> None:
+        original = ImageDataset.__getitem__
+        ImageDataset.__getitem__ = lambda self, key: time.sleep(0.2) or original(self, key)
+
+    options = ["DATA.NUM_WORKERS", 2, "DATA.WORKER_TIMEOUT", 1, "DATA.BATCH_SIZE", 16]
+    arguments = ["--eval", "--resume", trained, "--output", tmp_path, "--data-path", toy_data, "--opts", *options]
+    outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [0], outcome.output
+
+
+def test_d8_time_in_which_the_process_is_suspended_is_no_stall(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    check = StallCheck(WatchedDataset([], 0), timeout=10)
+    for seconds in (5000, *[1] * 7):  # suspended, then 7 checks without progress
+        now[0] += seconds
+        check.check()
+    now[0] += 1
+    with pytest.raises(StalledWorkerError, match="no image for 10 s"):
+        check.check()
+
+
+def test_d8_a_temporary_directory_whose_path_is_too_long_is_rejected_if_workers_are_used(trained, toy_data, tmp_path):
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+
+    def prepare(_rank: int) -> None:
+        os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+
+    for num_workers, status in ((2, 2), (0, 0)):
+        options = ["--data-path", toy_data, "--opts", "DATA.NUM_WORKERS", num_workers]
+        outcome = run_main(
+            ["--eval", "--resume", trained, "--output", tmp_path, *options], tmp_path / "log", prepare=prepare, timeout=60
+        )
+        assert outcome.exit_codes == [status], outcome.output
+        assert ("export TMPDIR=/tmp" in outcome.output) == (num_workers > 0)
+
+
+@pytest.mark.parametrize("end", ["error while a worker is stopped", "killed while a worker reads"])
+def test_workers_that_do_not_respond_end_with_the_training_process(end, toy_config, toy_data, tmp_path):
+    process_ids = tmp_path / "process ids"
+
+    def prepare(_rank: int) -> None:
+        def read(self, key):
+            with open(process_ids, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            if end.startswith("error"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)
+
+        ImageDataset.__getitem__ = read
+
+        def end_process() -> None:
+            while not process_ids.exists():
+                time.sleep(0.01)
+            time.sleep(0.5)
+            if end.startswith("error"):
+                raise KeyError("injected")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        # ``_timed_out`` is called while the process waits for its first batch.
+        call_before(data.build, "_timed_out", 1, end_process)
+
+    options = ["DATA.NUM_WORKERS", 2, "DATA.WORKER_TIMEOUT", 20]
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", prepare=prepare, timeout=60)
+    assert outcome.exit_codes == [1 if end.startswith("error") else -signal.SIGKILL], outcome.output
+    deadline = time.monotonic() + 15
+    for process_id in process_ids.read_text().split():
+        while has_not_ended(int(process_id)):
+            assert time.monotonic() < deadline, outcome.output
+            time.sleep(0.1)
+
+
+def has_not_ended(process_id: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_checkpoint_write_that_hangs_does_not_keep_the_process_alive(monkeypatch, caplog):
+    monkeypatch.setattr(utils.background, "SECONDS_OF_LAST_WRITE", 0.1)
+    write = utils.background.BackgroundWrite()
+    write.start(lambda: time.sleep(60))
+    assert write._thread.daemon
+    write.close()
+    assert "the write is interrupted" in caplog.text

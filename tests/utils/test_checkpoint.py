@@ -160,7 +160,8 @@ def test_the_error_of_a_failed_write_gives_its_cause_and_a_fitting_remedy(cause,
         expected = "No such file or directory.*cannot be accessed"
     elif cause == "no inodes":
         fail(errno.ENOSPC)
-        monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=1000, f_favail=0))
+        full = types.SimpleNamespace(f_files=1000, f_favail=0, f_frsize=1, f_blocks=100, f_bfree=90, f_bavail=90)
+        monkeypatch.setattr(os, "statvfs", lambda _: full)
         expected = "No space left on device.*no inodes left"
     elif cause == "disk error":
         fail(errno.EIO)
