@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.arguments import check_usage, is_reporting_process, overrides, parse_arguments
 from utils.config import ConfigError, load_config
+from utils.launcher import read_launch
 from utils.stop import StopRequest
 from utils.text import printable
 
@@ -22,12 +23,15 @@ def main(*, ema: bool = False) -> None:
         ema: enable the EMA unless the command line disables it.
     """
     args = parse_arguments(__doc__)
+    reporting = True  # an error in the launcher's variables may concern this process only, so every process reports it
     try:
+        read_launch()
+        reporting = is_reporting_process()
         opts = overrides(args, ema=ema)
         cfg = load_config(args.cfg, opts) if args.cfg else None
         check_usage(args, cfg, CONFIGS)
     except ConfigError as error:
-        if is_reporting_process():
+        if reporting:
             print(f"main.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 

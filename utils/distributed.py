@@ -1,7 +1,10 @@
 """Distributed processes: rank and device, DDP, and collective operations."""
 
 import inspect
+import logging
 import os
+import socket
+import struct
 import time
 import uuid
 import warnings
@@ -15,6 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from utils.launcher import read_launch
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
@@ -35,11 +42,16 @@ class LostRankError(RuntimeError):
     """A process did not start, or no longer takes part in collectives. The message gives its rank, if known."""
 
 
+class StalledCollectiveError(RuntimeError):
+    """A collective operation on a GPU has not finished in time, so another process probably does not take part in it."""
+
+
 @dataclass(frozen=True)
 class World:
     """Rank and device of this process among ``size`` processes.
 
     Args:
+        timeout_seconds: maximum wait for a process to join a collective.
         store: key-value store shared by the processes of this launch; None without torchrun.
         long_timeout_group: process group with the timeout ``LONG_TIMEOUT``, see ``on_main``; None without torchrun.
     """
@@ -48,6 +60,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    timeout_seconds: float = COLLECTIVE_TIMEOUT
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     long_timeout_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
@@ -63,30 +76,22 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         timeout_seconds: maximum wait for a process to start or to join a collective.
 
     Raises:
+        ConfigError: the launcher's variables are missing or inconsistent.
         MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
         LostRankError: a process did not start.
     """
-    launched = "RANK" in os.environ  # set by torchrun; another program may set only WORLD_SIZE
-    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    launched, rank, local_rank, size = read_launch()
+    device = choose_device(local_rank)
     if not launched:
-        rank, local_rank, size = 0, 0, 1
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise MissingDeviceError(
-                f"process {local_rank} (counted from 0) has no GPU: only {torch.cuda.device_count()} found; lower "
-                "--nproc_per_node"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        check_driver()
-        device = torch.device("cpu")
-    if not launched:
-        return World(rank, local_rank, size, device)
+        warn_about_unused_devices(device)
+        return World(rank, local_rank, size, device, timeout_seconds)
+    choose_interface(size)
     timeout, on_gpu = timedelta(seconds=timeout_seconds), device.type == "cuda"
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store = dist.PrefixStore(agree_on_launch_id(store, rank, size, timeout_seconds=timeout_seconds), store)
+        if on_gpu:
+            check_device_is_not_shared(store, device)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("collectives", store),
@@ -100,9 +105,72 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         if not is_lost_connection(error):
             raise
         raise LostRankError(
-            f"rank {rank} did not connect to the other ranks within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}"
+            f"rank {rank} did not connect to the other ranks within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}. If the "
+            "nodes cannot reach each other at the addresses above (Debian maps a host name to 127.0.1.1), set "
+            "GLOO_SOCKET_IFNAME on every node to the network interface of the cluster, which `ip address` lists, and on GPUs "
+            "also NCCL_SOCKET_IFNAME"
         ) from None
-    return World(rank, local_rank, size, device, store, long_timeout_group)
+    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group)
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Choose and activate the device of a process: the GPU with the number ``local_rank``, or the only one that is visible.
+
+    Schedulers that assign GPUs to tasks, such as ``srun --gpus-per-task=1``, show each process only its own GPU, as number 0.
+
+    Raises:
+        MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
+    """
+    if not torch.cuda.is_available():
+        check_driver()
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise MissingDeviceError(
+            f"process {local_rank} (counted from 0) has no GPU: only {count} found; lower --nproc_per_node (under SLURM, "
+            "--ntasks-per-node)"
+        )
+    device = torch.device("cuda", local_rank if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_device_is_not_shared(store: dist.Store, device: torch.device) -> None:
+    """Reject a GPU that another process of this launch uses, as with ``--nproc_per_node=2`` on a machine with one GPU.
+
+    Args:
+        store: store of this launch.
+
+    Raises:
+        MissingDeviceError: another process has registered the GPU before this one.
+    """
+    if store.add(f"gpu/{torch.cuda.get_device_properties(device).uuid}", 1) > 1:
+        raise MissingDeviceError(
+            f"another process already uses the only GPU that this process sees, {torch.cuda.get_device_name(device)}; lower "
+            "--nproc_per_node, or under SLURM assign one GPU to each task (--gpus-per-task=1)"
+        )
+
+
+def warn_about_unused_devices(device: torch.device) -> None:
+    """Warn if this process is the only one and leaves GPUs unused.
+
+    Args:
+        device: device of this process.
+    """
+    if device.type == "cuda":
+        if torch.cuda.device_count() > 1:
+            logger.warning(
+                "this machine has %d GPUs, and a single process uses one of them; to use all, start with torchrun "
+                "--nproc_per_node=gpu main.py ...",
+                torch.cuda.device_count(),
+            )
+        return
+    for name, is_available in (
+        ("Apple GPU (MPS)", torch.backends.mps.is_available),
+        ("Intel GPU (XPU)", torch.xpu.is_available),
+    ):
+        if is_available():
+            logger.warning("this machine's %s is not used: main.py runs on CUDA devices and on CPUs", name)
 
 
 def check_driver(devices: Path = Path("/dev")) -> None:
@@ -116,13 +184,63 @@ def check_driver(devices: Path = Path("/dev")) -> None:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = sorted(devices.glob("nvidia[0-9]*"))
-    if torch.version.cuda and gpus and visible not in ("", "-1"):
-        setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
-        raise MissingDeviceError(
-            f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}. Check "
-            "nvidia-smi, then update the driver, or install a torch build for the CUDA version that the driver supports. To "
-            "use the CPU, set CUDA_VISIBLE_DEVICES=-1"
-        )
+    if not gpus or visible in ("", "-1"):
+        return
+    setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    remedy = (
+        "Check nvidia-smi, then update the driver, or install a torch build for the CUDA version that the driver supports"
+        if torch.version.cuda
+        else "This torch build has no CUDA support; install torch and torchvision for CUDA, see https://pytorch.org/get-started"
+    )
+    raise MissingDeviceError(
+        f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}. {remedy}. To "
+        "use the CPU, set CUDA_VISIBLE_DEVICES=-1"
+    )
+
+
+def choose_interface(size: int) -> None:
+    """Let gloo use the network interface that leads to the other nodes, unless GLOO_SOCKET_IFNAME is set.
+
+    By default, gloo uses the address of the host name. Debian maps that name to 127.0.1.1, which other nodes cannot reach.
+
+    Args:
+        size: number of processes on all nodes.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == size:
+        return
+    interface = find_interface(os.environ["MASTER_ADDR"])
+    if interface is None and "LOCAL_WORLD_SIZE" in os.environ:
+        # This is the first node, whose own name may be mapped to a loopback address. Use the default route; the address is
+        # reserved for documentation, and nothing is sent to it.
+        interface = find_interface("192.0.2.1")
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def find_interface(host: str) -> str | None:
+    """Name of the network interface from which packets to ``host`` leave; None for a loopback address, or if unknown."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # selects a route without sending a packet
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                if _ipv4_address(probe, name) == address and not address.startswith("127."):
+                    return name
+    except (OSError, ImportError):
+        return None
+    return None
+
+
+def _ipv4_address(probe: socket.socket, interface: str) -> str | None:
+    """First IPv4 address of an interface; None if it has none, or on systems other than Linux."""
+    import fcntl
+
+    get_interface_address = 0x8915  # SIOCGIFADDR of linux/sockios.h; the address is at bytes 20 to 23 of struct ifreq
+    try:
+        reply = fcntl.ioctl(probe, get_interface_address, struct.pack("256s", interface.encode()[:15]))
+    except OSError:
+        return None
+    return socket.inet_ntoa(reply[20:24])
 
 
 def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> str:
@@ -209,7 +327,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
         **{_SYNC_BUFFERS: False},  # the buffers are masks and indices, which are constant
@@ -287,7 +405,9 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an error comes from a failed collective operation rather than from the computation."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+    return isinstance(error, (dist.DistError, StalledCollectiveError)) or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
 
 
 def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:

@@ -3,30 +3,40 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import utils.distributed
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
 from utils.arguments import is_reporting_process
+from utils.config import ConfigError
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
     OtherRankError,
     agree_on_launch_id,
+    check_device_is_not_shared,
     check_driver,
+    choose_device,
+    choose_interface,
+    find_interface,
     on_all,
     on_main,
     setup,
     sum_over_processes,
+    warn_about_unused_devices,
 )
+from utils.launcher import TASK_COUNTS, read_launch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -137,4 +147,170 @@ def test_a_gpu_that_torch_cannot_use_is_rejected_unless_it_is_hidden(monkeypatch
         check_driver(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", None)  # a torch build for the CPU
-    check_driver(tmp_path)
+    with pytest.raises(
+        MissingDeviceError, match="This torch build has no CUDA support; install torch and torchvision for CUDA"
+    ):
+        check_driver(tmp_path)
+
+
+# Devices, with faked GPUs.
+
+
+def fake_gpus(monkeypatch, count: int) -> list[torch.device]:
+    """Let torch report ``count`` GPUs; return the list of devices that are activated."""
+    activated = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", activated.append)
+    return activated
+
+
+def test_a_process_uses_the_gpu_of_its_local_rank_or_the_only_one_it_sees(monkeypatch):
+    """Under ``srun --gpus-per-task=1``, every process sees one GPU, as number 0."""
+    activated = fake_gpus(monkeypatch, 8)
+    assert [choose_device(rank).index for rank in range(8)] == [device.index for device in activated] == list(range(8))
+    fake_gpus(monkeypatch, 1)
+    assert [choose_device(rank).index for rank in range(8)] == [0] * 8
+    fake_gpus(monkeypatch, 2)
+    with pytest.raises(MissingDeviceError, match=r"process 2 .* has no GPU: only 2 found"):
+        choose_device(2)
+
+
+def test_two_processes_on_the_same_gpu_are_rejected(monkeypatch):
+    """Only the processes of one launch are compared: after a restart, the same GPU is free again."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-7"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    store, device = dist.HashStore(), torch.device("cuda", 0)
+    for launch_id in ("first", "restart"):
+        launch = dist.PrefixStore(launch_id, store)
+        check_device_is_not_shared(launch, device)
+        with pytest.raises(MissingDeviceError, match=r"already uses the only GPU .* H100; lower --nproc_per_node"):
+            check_device_is_not_shared(launch, device)
+
+
+def test_a_single_process_on_a_machine_with_unused_gpus_gets_a_warning(monkeypatch, caplog):
+    fake_gpus(monkeypatch, 8)
+    warn_about_unused_devices(torch.device("cuda", 0))
+    assert "this machine has 8 GPUs" in caplog.text
+    assert "torchrun --nproc_per_node=gpu main.py" in caplog.text
+    fake_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    warn_about_unused_devices(torch.device("cpu"))
+    assert "Apple GPU (MPS) is not used" in caplog.text
+    caplog.clear()
+    fake_gpus(monkeypatch, 1)
+    warn_about_unused_devices(torch.device("cuda", 0))
+    assert not caplog.text
+
+
+# Variables of launchers.
+
+LAUNCH_VARIABLES = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launch_variables(monkeypatch):
+    """Set the variables of rank 1 of 2 processes, and remove those of other launchers."""
+    for name in (*TASK_COUNTS, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in LAUNCH_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            (name, value)
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+            for value in ("", "x", "-1", "1.5", "\N{ARABIC-INDIC DIGIT ONE}")
+        ],
+        *[(name, None) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")],
+        ("RANK", "2"),
+        ("LOCAL_RANK", "2"),
+        ("WORLD_SIZE", "1"),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_WORLD_SIZE", "1"),
+        ("LOCAL_WORLD_SIZE", ""),
+    ],
+)
+def test_inconsistent_launch_variables_are_rejected_and_named(name, value, launch_variables, monkeypatch):
+    assert read_launch() == (True, 1, 1, 2)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{name}\b.*torchrun"):
+        read_launch()
+
+
+@pytest.mark.parametrize("name", TASK_COUNTS)
+def test_several_tasks_without_rank_are_rejected(name, launch_variables, monkeypatch):
+    """Otherwise, each task would train the whole job alone. The remedies of the message are accepted."""
+    monkeypatch.setenv(name, "2")
+    assert read_launch() == (True, 1, 1, 2)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match=rf"{name}=2: .* start the processes with torchrun.* unset {name}"):
+        read_launch()
+    monkeypatch.setenv(name, "1")
+    assert read_launch() == (False, 0, 0, 1)
+    monkeypatch.delenv(name)
+    assert read_launch() == (False, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": ""}, "RANK=''"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2"),
+        ({"RANK": "1"}, "WORLD_SIZE is not set"),
+    ],
+)
+def test_main_rejects_launch_variables_before_torch_is_imported(variables, message, toy_config, toy_data, tmp_path):
+    program = f"import sys; sys.argv = {['main.py', *map(str, toy_arguments(toy_config, toy_data, tmp_path))]!r}; import main\n"
+    program += "try: main.main()\nfinally: assert 'torch' not in sys.modules"
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCH_VARIABLES}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"main.py: error: {message}")
+    assert "Traceback" not in result.stderr
+
+
+# Network interfaces.
+
+
+def test_the_interface_of_a_host_is_the_one_from_which_packets_to_it_leave():
+    assert find_interface("127.0.0.1") is None
+    assert find_interface("127.0.1.1") is None
+    assert find_interface("no-such-host.invalid") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no route to other machines")
+    assert find_interface("192.0.2.1") in [name for _, name in socket.if_nameindex() if name != "lo"]
+
+
+@pytest.mark.parametrize(
+    ("local_size", "given", "routes", "chosen"),
+    [
+        ("1", None, {"node0": "eth1"}, "eth1"),  # another node
+        ("1", None, {"192.0.2.1": "eth0"}, "eth0"),  # the first node, whose own name is mapped to 127.0.1.1
+        ("1", None, {}, None),  # no route is known
+        ("1", "ib0", {"node0": "eth1"}, "ib0"),  # set by the user
+        ("2", None, {"node0": "eth1"}, None),  # all processes run on one node
+    ],
+)
+def test_gloo_uses_the_interface_that_leads_to_the_other_nodes(
+    local_size, given, routes, chosen, launch_variables, monkeypatch
+):
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_size)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given or "")
+    if given is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(utils.distributed, "find_interface", routes.get)
+    choose_interface(2)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
