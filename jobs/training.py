@@ -90,7 +90,8 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         trainer.check_output = directory.check
         directory.write_config(cfg.dump())
         state = trainer.state
-        trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=state.last_evaluation == state.num_updates)
+        evaluated = state.last_evaluation == state.num_updates
+        trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
         trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
     try:
         trainer.fit()

@@ -5,10 +5,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ import torch
 import jobs.launch  # noqa: F401 - imported once, before the processes are forked
 import main
 from utils.distributed import cleanup, setup
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,32 @@ def run_in_processes(task: Callable, *arguments, processes: int, timeout: float 
     for child in children:
         child.kill()
     assert exit_codes == [0] * processes
+
+
+def torchrun(
+    arguments: list, log: Path, *options: object, program: str | Path = "main.py", prefix: Sequence[str] = ()
+) -> subprocess.Popen:
+    """Start ``<prefix> torchrun <options> <program> <arguments>`` in a new session, with its output appended to ``log``."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *map(str, [*options, program, *arguments])]
+    with open(log, "a") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Wait until ``condition()`` is true; assert that ``process`` is running, and that at most ``seconds`` pass."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.005)
 
 
 def free_port() -> int:

@@ -96,6 +96,10 @@ class BackgroundWrite:
             raise error
 
     @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def failed(self) -> bool:
         """Whether the write has failed, so that ``wait`` will raise its error."""
         return self._error is not None

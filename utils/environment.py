@@ -29,6 +29,7 @@ def describe_environment(device: torch.device, world_size: int) -> dict[str, str
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
         "processes": world_size,
+        "threads": torch.get_num_threads(),  # per process; it changes the order of additions, and thus their rounding
         "command": without_secrets(shlex.join(sys.argv)),
         "commit": find_commit(),
     }

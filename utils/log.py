@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
@@ -19,7 +20,7 @@ from termcolor import colored
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.background import Sink
+from utils.background import SECONDS_AT_EXIT, Sink
 from utils.files import check_same, identify, replacing
 from utils.text import printable
 
@@ -215,23 +216,33 @@ class MetricsWriter:
     Args:
         output: the run's directory.
         step: number of updates at the start; entries of later updates are discarded.
-        evaluated: whether the evaluation at ``step`` is complete; if not, its entries in ``metrics.jsonl`` are discarded too.
+        evaluated: whether the evaluation at ``step`` is complete; if not, its entries are discarded too.
+        evaluations: records of all evaluations until ``step``. Those that ``metrics.jsonl`` lacks are restored.
     """
 
-    def __init__(self, output: Path, step: int, *, evaluated: bool = True):
+    def __init__(self, output: Path, step: int, *, evaluated: bool = True, evaluations: Sequence[dict] = ()):
         self._path = output / "metrics.jsonl"
         self._folder = output
         self._identity = identify(output)
         self._write_line = Sink(str(self._path))
         self._write_event = Sink(f"{output}: TensorBoard events")
         self._board = None
-        self._write_line(_discard_later_records, self._path, step, evaluated)
-        self._write_event(self._open_board, step)
+        self._flushed: list[threading.Event] = []  # set when all entries before the last call of ``flush`` are written
+        self._write_line(_restore_records, self._path, step, evaluated, evaluations)
+        self._write_event(self._open_board, step, evaluated)
 
-    def _open_board(self, step: int) -> None:
+    def _open_board(self, step: int, evaluated: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-        self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
+        _rename_later_event_files(self._folder)
+        # TensorBoard discards earlier events of this step and of later steps.
+        board = SummaryWriter(str(self._folder), purge_step=step + 1 if evaluated else step)
+        for record in [] if evaluated else _read_records(self._path):
+            if (record["step"], record["kind"]) == (step, "train"):  # discarded with the evaluation of the same step
+                for name, value in record.items():
+                    if name not in ("step", "kind") and value is not None:
+                        board.add_scalar(f"train/{name}", value, step)
+        self._board = board
 
     def _append(self, line: str) -> None:
         check_same(self._folder, self._identity)
@@ -244,9 +255,7 @@ class MetricsWriter:
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
         """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point ``kind/name`` for every value."""
-        # JSON cannot represent infinity and NaN, which are possible gradient norms in fp16.
-        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._write_line(self._append, json.dumps({"step": step, "kind": kind, **record}))
+        self._write_line(self._append, json.dumps(_as_json({"step": step, "kind": kind, **values})))
         for name, value in values.items():
             self._write_event(self._event, "add_scalar", f"{kind}/{name}", value, step)
 
@@ -261,28 +270,76 @@ class MetricsWriter:
         """Write a matplotlib figure to TensorBoard. It is rendered in the background: do not use the figure after the call."""
         self._write_event(self._event, "add_figure", name, figure, step)
 
+    def flush(self) -> None:
+        """Wait until all entries so far are written, for at most ``SECONDS_AT_EXIT``.
+
+        If the disk blocks and a previous call has waited in vain, do not wait again before its entries are written.
+        """
+        if not all(written.is_set() for written in self._flushed):
+            return
+        self._write_event(self._event, "flush")
+        self._flushed = [threading.Event(), threading.Event()]
+        deadline = time.monotonic() + SECONDS_AT_EXIT
+        for sink, written in zip((self._write_line, self._write_event), self._flushed, strict=True):
+            sink(written.set)
+        for written in self._flushed:
+            written.wait(max(deadline - time.monotonic(), 0))
+
     def close(self) -> None:
         self._write_event(self._event, "close")
-        self._write_line.flush()
-        self._write_event.flush()
+        self._flushed = []  # wait once more, even if a previous flush has waited in vain
+        self.flush()
 
 
-def _discard_later_records(path: Path, step: int, evaluated: bool) -> None:
-    """Remove records of later steps or of an incomplete evaluation, and lines truncated when a process was killed.
+def _as_json(record: dict) -> dict:
+    """Replace infinity and NaN, which are possible gradient norms in fp16, by None: JSON cannot represent them."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
 
-    Args:
-        evaluated: see ``MetricsWriter``.
-    """
-    if not path.exists():
-        return
-    remaining = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+
+def _read_records(path: Path) -> list[dict]:
+    """Records of a metrics file, without lines that were truncated when a process was killed."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            incomplete = record["step"] == step and not evaluated and record["kind"].startswith("eval")
-            if record["step"] <= step and not incomplete:
-                remaining.append(line)
-        except (ValueError, TypeError, KeyError, AttributeError):  # a truncated line, or not a record
+            if isinstance(record["step"], int) and isinstance(record["kind"], str):
+                records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in remaining), encoding="utf-8")
+    return records
+
+
+def _restore_records(path: Path, step: int, evaluated: bool, evaluations: Sequence[dict]) -> None:
+    """Remove records of later steps or of an incomplete evaluation, and add missing records of complete evaluations.
+
+    Args:
+        evaluated, evaluations: see ``MetricsWriter``.
+    """
+    records = [
+        record
+        for record in _read_records(path)
+        if record["step"] < step or (record["step"] == step and (evaluated or not record["kind"].startswith("eval")))
+    ]
+    known = {(record["step"], record["kind"]) for record in records}
+    records += [_as_json(record) for record in evaluations if (record["step"], record["kind"]) not in known]
+    records.sort(key=lambda record: record["step"])  # stable: within a step, training comes before the evaluation
+    if records or path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+
+
+def _rename_later_event_files(folder: Path) -> None:
+    """Rename TensorBoard's event files of previous processes if one of them would be read after a file created now.
+
+    TensorBoard reads the files in the order of their names, which contain the time of their creation. After the clock was
+    set back, it would read an old file last and show events that the resumed run has discarded.
+    """
+    prefix, now = "events.out.tfevents.", int(time.time())
+    paths = sorted(folder.glob(f"{prefix}[0-9]*"))
+    if not paths or paths[-1].name < f"{prefix}{now:010d}":
+        return
+    for position, path in enumerate(paths, start=now - len(paths)):
+        _, _, rest = path.name.removeprefix(prefix).partition(".")
+        renamed = path.with_name(f"{prefix}{position:010d}.{rest}")
+        if not renamed.exists():
+            path.rename(renamed)

@@ -4,8 +4,9 @@ The host does not wait for the device during an update, except in fp16.
 """
 
 import math
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from utils.distributed import side_channel
+from utils.distributed import StalledCollectiveError, side_channel
 
 
 class Report(NamedTuple):
@@ -38,6 +39,8 @@ class Report(NamedTuple):
 
 
 NUM_REQUESTS = 2  # stop and save
+NO_REQUESTS = (False,) * NUM_REQUESTS
+SECONDS_BETWEEN_POLLS = 0.0005
 
 
 def train_step(
@@ -50,7 +53,8 @@ def train_step(
     seeds: Sequence[int],
     amp_dtype: torch.dtype,
     max_grad_norm: float,
-    requests: Tensor | None = None,
+    requests: Callable[[], Sequence[bool]] = lambda: NO_REQUESTS,
+    begin_change: Callable[[], None] = lambda: None,
     failed: Tensor | None = None,
 ) -> Tensor:
     """Run one optimizer update in any precision, with or without gradient clipping and accumulation.
@@ -66,7 +70,9 @@ def train_step(
         seeds: one seed per batch, for the model's random draws (drop path, dropout).
         scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: maximum L2 norm of the gradient over all parameters; ``inf``: no clipping.
-        requests: (2,) requests of this process to stop and to save, each 0 or 1.
+        requests: returns the requests of this process to stop and to save; called before the last backward pass.
+        begin_change: called after the last backward pass, before anything changes that a checkpoint contains. An error before
+            this call leaves the state as it was after the previous update.
         failed: scalar tensor, initially 0, updated in place. In fp32 and bf16, it becomes NaN at the first update whose loss or
             gradient is not finite; later updates then change nothing.
 
@@ -74,9 +80,9 @@ def train_step(
         (4,) values of a ``Report``, on the device. Reading them makes the host wait, so the caller decides when to read.
     """
     device = optimizer.param_groups[0]["params"][0].device
-    requests = torch.zeros(NUM_REQUESTS, device=device) if requests is None else requests
     failed = torch.zeros((), device=device) if failed is None else failed
     accumulate_gradients(model, criterion, scaler, batches, seeds=seeds, amp_dtype=amp_dtype, requests=requests)
+    begin_change()
     loss, *requested = side_channel(model).pop_means()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaled = amp_dtype == torch.float16
@@ -107,7 +113,7 @@ def accumulate_gradients(
     *,
     seeds: Sequence[int],
     amp_dtype: torch.dtype,
-    requests: Tensor,
+    requests: Callable[[], Sequence[bool]],
 ) -> None:
     """Run the forward and backward passes of one update.
 
@@ -118,12 +124,17 @@ def accumulate_gradients(
     num_batches = len(seeds)
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
-        without_sync = isinstance(model, DistributedDataParallel) and index + 1 < num_batches
+        last = index + 1 == num_batches
+        without_sync = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if without_sync else nullcontext():
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 logits, channel = model(images)
                 loss = criterion(logits, targets) / num_batches
-            numbers = torch.cat([loss.detach().view(1), requests / num_batches])
+            requested = torch.zeros(NUM_REQUESTS, device=loss.device)
+            for position, is_requested in enumerate(requests() if last else NO_REQUESTS):
+                if is_requested:
+                    requested[position] = 1  # filled on the device: a copy from the host would wait for the device
+            numbers = torch.cat([loss.detach().view(1), requested])
             (scaler.scale(loss) + channel @ numbers).backward()
 
 
@@ -131,9 +142,13 @@ class Reports:
     """Queue of reports that are being copied from the device to the host.
 
     The host reads the report of an update after it has launched the next one, so that the device is never idle.
+
+    Args:
+        timeout_seconds: maximum wait for a report. An update takes longer only if another process does not take part in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float = math.inf) -> None:
+        self._timeout_seconds = timeout_seconds
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, update: int, report: Tensor) -> None:
@@ -146,9 +161,31 @@ class Reports:
         self._sent.append((update, report, copied))
 
     def collect_reports(self, *, max_pending: int) -> Iterator[tuple[int, Report]]:
-        """Remove and yield the number and report of each queued update in order, except for the newest ``max_pending``."""
+        """Remove and yield the number and report of each queued update in order, except for the newest ``max_pending``.
+
+        Raises:
+            StalledCollectiveError: a report did not arrive in time.
+        """
         while len(self._sent) > max_pending:
             update, report, copied = self._sent.popleft()
-            if copied is not None:
-                copied.synchronize()
+            self._wait(copied)
             yield update, Report(*report.tolist())
+
+    def read_newest(self) -> Report:
+        """Wait for the newest report and return it, without removing it from the queue.
+
+        Raises:
+            StalledCollectiveError: the report did not arrive in time.
+        """
+        _, report, copied = self._sent[-1]
+        self._wait(copied)
+        return Report(*report.tolist())
+
+    def _wait(self, copied: torch.cuda.Event | None) -> None:
+        if copied is None:
+            return
+        deadline = time.monotonic() + self._timeout_seconds
+        while not copied.query():
+            if time.monotonic() > deadline:
+                raise StalledCollectiveError(f"an update has not finished for {self._timeout_seconds:g} s")
+            time.sleep(SECONDS_BETWEEN_POLLS)

@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 
 from utils.background import BackgroundWrite
 from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
-from utils.distributed import World, on_main, sum_over_processes
+from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError
 from utils.evaluation import EvalResult, evaluate, log_results
 from utils.log import MetricsWriter, progress
 from utils.run import record_save
 from utils.schedule import Schedule
-from utils.step import NUM_REQUESTS, Report, Reports, train_step
+from utils.step import Report, Reports, train_step
+from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ RNG_STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws diffe
 # Function: images, targets, number of the forward pass -> mixed images and targets.
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 MAX_SKIPPED = 20  # the run ends after this many consecutive updates with non-finite gradients in fp16
+SLOW_UPDATE = 5.0  # seconds; see ``Trainer.save_before_slow_update``
+SHARE_OF_TIMEOUT = 0.9  # of the timeout of collectives; NCCL aborts the process once all of it has passed
 
 
 def check_trained(*, num_updates: int, num_skipped: int) -> None:
@@ -61,6 +64,7 @@ class TrainState:
         num_skipped: number of updates skipped in fp16 (non-finite gradients); the learning-rate schedule does not count them.
         last_evaluation: ``num_updates`` at the last evaluation.
         best: the best evaluation so far, see ``NO_BEST``.
+        evaluations: all evaluations so far, as in ``metrics.jsonl``. That file is restored from them on resume.
     """
 
     model: nn.Module
@@ -72,6 +76,7 @@ class TrainState:
     num_skipped: int = 0
     last_evaluation: int = 0
     best: dict = field(default_factory=lambda: dict(NO_BEST))
+    evaluations: list[dict] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """State dicts and counters for a checkpoint; parameter names have no prefixes of DDP or ``torch.compile``."""
@@ -84,6 +89,7 @@ class TrainState:
             "num_skipped": self.num_skipped,
             "last_evaluation": self.last_evaluation,
             "best": self.best,
+            "evaluations": self.evaluations,
         }
 
     def load_dict(self, state: dict) -> None:
@@ -107,6 +113,7 @@ class TrainState:
         self.num_skipped = state.get("num_skipped", 0)
         self.last_evaluation = state.get("last_evaluation", self.num_updates)
         self.best = dict(state["best"])
+        self.evaluations = list(state.get("evaluations", []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,30 +183,45 @@ class Trainer:
         self.draw = draw
         self.updates_per_epoch = train_loader.updates_per_epoch
         self.phase = "start-up"
-        self.reports = Reports()
+        self.reports = Reports(SHARE_OF_TIMEOUT * world.timeout_seconds if world.size > 1 else math.inf)
         self.background_write = BackgroundWrite()  # writes checkpoints, on rank 0
         self.failed = torch.zeros((), device=world.device)  # see train_step
         self.skipped_in_a_row = 0
         self.last_save = time.monotonic()
         # Called before every write of a file to ``output``; raises if the path no longer is the run's directory.
         self.check_output: Callable[[], None] = lambda: None
+        self.saved_updates = state.num_updates  # number of updates in the newest checkpoint, or in the one being written
+        self.changing_state = False  # whether an update has changed a part of the state, but not yet all of it
+        self.sent_stop = False  # whether the newest update carried a request of this process to stop
 
     def fit(self) -> None:
         """Train the remaining epochs, with evaluation and checkpoints.
+
+        After any error between two updates, rank 0 saves the state, see ``save_after_error``.
 
         Raises:
             Stopped: in every process, if any process was asked to stop; all updates so far are saved.
             TrainingError: the loss or gradient of an update is not finite, or fp16 skipped too many updates.
             CheckpointError, OtherRankError: a checkpoint could not be written.
         """
+        try:
+            self.run_epochs()
+        except BaseException as error:
+            self.save_after_error(error)
+            raise
+
+    def run_epochs(self) -> None:
+        """Train, evaluate and save until the run is finished. Raises: see ``fit``."""
         state = self.state
-        if sum_over_processes(torch.tensor(float(self.stop()), device=self.world.device)) > 0:
+        if self.any_process_stops():
             raise Stopped("stopped before the first update")
         self.last_save = started = time.monotonic()
         done_epochs, updates_in_epoch = divmod(state.num_updates, self.updates_per_epoch)
         if done_epochs and not updates_in_epoch:
             self.finish_epoch(done_epochs - 1)  # not done yet if the run was stopped after the epoch's last update
         for epoch in range(done_epochs, self.recipe.num_epochs):
+            if epoch > done_epochs and self.any_process_stops():
+                self.save_and_stop()
             self.train_epoch(epoch)
             self.finish_epoch(epoch)
         if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was reduced below the number of trained epochs
@@ -218,16 +240,21 @@ class Trainer:
     def finish_epoch(self, epoch: int) -> None:
         """Evaluate and save at the end of an epoch if they are due. A new best accuracy is always saved.
 
+        The state is also saved before an evaluation, so that nothing is lost if it fails. The checkpoint with the result then
+        replaces that one; both have the same number of updates, and thus the same name.
+
         On resume, an evaluation or checkpoint that already exists is not repeated.
         """
         last = epoch + 1 >= self.recipe.num_epochs
         saving = last or (epoch + 1) % self.recipe.save_freq == 0
-        if last or (epoch + 1) % self.recipe.eval_freq == 0:
-            if self.state.last_evaluation != self.state.num_updates:
-                improved = self.evaluate(epoch)
-                if saving or improved:
-                    self.save(best=improved)
-        elif saving and not on_main(self.world, checkpoint_path(self.output, self.state.num_updates).is_file):
+        evaluating = last or (epoch + 1) % self.recipe.eval_freq == 0
+        if evaluating and self.state.last_evaluation != self.state.num_updates:
+            if not self.is_saved:
+                self.save()
+            improved = self.evaluate(epoch)
+            if saving or improved:
+                self.save(best=improved)
+        elif saving and not self.is_saved:
             self.save()
 
     def train_epoch(self, epoch: int) -> None:
@@ -247,7 +274,11 @@ class Trainer:
         batches = self.mixed_batches(batches)
         updates = range(first_update, self.updates_per_epoch)
         for update in progress(updates, len(updates), f"epoch {epoch}/{recipe.num_epochs}", seconds_between_lines=math.inf):
+            started = time.monotonic()
             self.update(batches)
+            if self.all_processes_stop():
+                self.save_and_stop(meter)
+            seconds = time.monotonic() - started
             done = update + 1
             saving = recipe.save_steps > 0 and done % recipe.save_steps == 0
             logging_now = saving or done % recipe.print_freq == 0 or done == self.updates_per_epoch
@@ -255,6 +286,7 @@ class Trainer:
             meter.add(reports)
             if any(report.stop > 0 for report in reports):
                 self.save_and_stop(meter)
+            self.save_before_slow_update(seconds)
             saving = saving or any(report.save > 0 for report in reports)
             if logging_now or saving:
                 meter.add(self.collect_reports(max_pending=0))
@@ -286,7 +318,8 @@ class Trainer:
             seeds=[seed_of_pass(recipe.seed, number, self.world.rank) for number in forward_passes],
             amp_dtype=recipe.amp_dtype,
             max_grad_norm=recipe.max_grad_norm,
-            requests=self.requests(),
+            requests=self.requests,
+            begin_change=self.begin_change,
             failed=self.failed,
         )
         self.reports.send(state.num_updates, report)
@@ -294,17 +327,22 @@ class Trainer:
         if state.scales_loss and not Report(*report.tolist()).is_finite:
             state.num_skipped += 1
             self.skipped_in_a_row += 1
-            return
-        self.skipped_in_a_row = 0
-        if state.ema is not None:
-            state.ema.update(state.model)
+        else:
+            self.skipped_in_a_row = 0
+            if state.ema is not None:
+                state.ema.update(state.model)
+        self.changing_state = False
+
+    def begin_change(self) -> None:
+        """Note that an update starts to change the state, which is incomplete from now on until the end of ``update``."""
+        self.changing_state = True
 
     def learning_rate(self, num_updates: int) -> float:
         """Learning rate of update ``num_updates`` (counted from 0), to be multiplied by each parameter group's ``lr_scale``."""
         return self.schedule(num_updates - self.state.num_skipped)
 
-    def requests(self) -> Tensor:
-        """(2,) requests of this process, each 0 or 1: to stop, and (only on rank 0) to save a checkpoint.
+    def requests(self) -> tuple[bool, bool]:
+        """Requests of this process to stop, and (only on rank 0) to save a checkpoint, sent with an update.
 
         If the last checkpoint write failed, a save is requested immediately, so that ``save`` raises the error of the
         failed write in all processes.
@@ -313,11 +351,33 @@ class Trainer:
         saving = (due or self.background_write.failed) and self.world.is_main
         if saving:
             self.last_save = time.monotonic()  # request the save only once
-        requests = torch.zeros(NUM_REQUESTS, device=self.world.device)
-        for position, requested in enumerate((self.stop(), saving)):
-            if requested:
-                requests[position] = 1
-        return requests
+        self.sent_stop = self.stop()
+        return self.sent_stop, saving
+
+    def any_process_stops(self) -> bool:
+        """Whether any process was asked to stop. The result is the same in all processes, which wait for each other."""
+        return sum_over_processes(torch.tensor(float(self.stop()), device=self.world.device)).item() > 0
+
+    def all_processes_stop(self) -> bool:
+        """Whether every process was asked to stop before it had sent its requests with the newest update.
+
+        All processes then know it, so they can stop at once. A process that was not asked to stop reads the report only after
+        the next update, so that it does not wait for its device; if there is such a process, all stop after that update.
+        """
+        if self.world.size == 1:
+            return self.stop()
+        return self.sent_stop and round(self.reports.read_newest().stop * self.world.size) == self.world.size
+
+    def save_before_slow_update(self, update_seconds: float) -> None:
+        """If this process is rank 0, was asked to stop and must take part in another, slow update, save before that update.
+
+        ``torchrun`` kills its processes 30 seconds after it has passed on a signal.
+
+        Args:
+            update_seconds: duration of the previous update.
+        """
+        if self.stop() and update_seconds > SLOW_UPDATE and self.world.is_main and not self.background_write.failed:
+            self.start_saving(best=False)
 
     def collect_reports(self, *, max_pending: int) -> list[Report]:
         """Reports that were not collected yet, except for those of the newest ``max_pending`` updates.
@@ -415,8 +475,10 @@ class Trainer:
         log_results(results)
         improved = False
         for weights, result in results.items():
+            kind, record = f"eval_{weights}", _record(result, epoch)
+            state.evaluations.append({"step": state.num_updates, "kind": kind, **record})
             if self.metrics is not None:
-                self.metrics.scalars(state.num_updates, f"eval_{weights}", _record(result, epoch))
+                self.metrics.scalars(state.num_updates, kind, record)
             if result.acc1 >= state.best["acc1"]:  # on ties, prefer the later epoch
                 improved = True
                 position = {"epoch": epoch, "num_updates": state.num_updates}
@@ -439,6 +501,12 @@ class Trainer:
         on_main(self.world, lambda: self.start_saving(best=best))
         self.phase = "training"
         self.last_save = time.monotonic()
+        self.saved_updates = self.state.num_updates
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether a checkpoint of the current number of updates is saved or being written."""
+        return self.saved_updates == self.state.num_updates
 
     def start_saving(self, *, best: bool) -> None:
         """The part of ``save`` that runs on rank 0."""
@@ -446,7 +514,36 @@ class Trainer:
         state = to_host(self.state.to_dict() | self.metadata, copy=True)
         path = checkpoint_path(self.output, self.state.num_updates)
         write = partial(write_checkpoint, state, path, best=best, keep=self.recipe.keep_checkpoints)
-        self.background_write.start(partial(write, check_output=self.check_output))
+        flush_metrics = self.metrics.flush if self.metrics is not None else lambda: None
+        self.background_write.start(partial(write, check_output=self.check_output, flush_metrics=flush_metrics))
+
+    def save_after_error(self, error: BaseException) -> None:
+        """Save the last complete update after an unexpected error, if it is not saved yet. Never raises an error.
+
+        Only rank 0 saves, and without any collective operation, so it does not matter what the other processes do. The state
+        is not saved if it may be incomplete: after an error in the part of an update that changes it, after any CUDA error,
+        and after a lost connection on GPUs, where kernels run later than the host.
+
+        The write runs in the background; ``background_write.close`` waits for it.
+
+        Args:
+            error: the error that ends the run.
+        """
+        expected = isinstance(error, (Stopped, TrainingError, CheckpointError, OtherRankError))
+        device_failed = self.world.device.type == "cuda" and (
+            isinstance(error, torch.AcceleratorError) or (isinstance(error, Exception) and is_lost_connection(error))
+        )
+        if not self.world.is_main or expected or device_failed or self.changing_state or self.is_saved:
+            return
+        try:
+            if not bool(self.failed.isfinite()):  # the updates since the one that failed have changed nothing
+                return
+            logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
+            self.background_write.close()  # waits for a limited time, unlike ``wait``
+            if not self.background_write.is_writing:
+                self.start_saving(best=False)
+        except BaseException as second:
+            logger.warning("the state could not be saved (%s: %s)", type(second).__name__, second)
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is written.
@@ -467,7 +564,8 @@ class Trainer:
         if meter is not None:
             meter.add(self.collect_reports(max_pending=0))
             meter.log()
-        self.save()
+        if not self.is_saved:
+            self.save()
         self.finish_saving()
         raise Stopped(
             f"stopped in {phase}; the checkpoint after update {self.state.num_updates} is saved, and the same command resumes "
@@ -475,7 +573,15 @@ class Trainer:
         )
 
 
-def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int, check_output: Callable[[], None]) -> None:
+def write_checkpoint(
+    state: dict,
+    path: Path,
+    *,
+    best: bool,
+    keep: int,
+    check_output: Callable[[], None],
+    flush_metrics: Callable[[], None],
+) -> None:
     """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
 
     ``check_output`` is called before each of these steps, see ``Trainer``.
@@ -483,10 +589,14 @@ def write_checkpoint(state: dict, path: Path, *, best: bool, keep: int, check_ou
     This function runs in another thread and therefore gets no reference to the trainer: if that were the last reference, the
     trainer and its loaders would be destroyed in that thread.
 
+    Args:
+        flush_metrics: called first, so that a resumed run does not lack the metrics of updates before the checkpoint.
+
     Raises:
         CheckpointError: the checkpoint could not be written, or ``path`` is no longer in the directory of the run.
     """
     started = time.monotonic()
+    flush_metrics()
     check_output()
     save_checkpoint(state, path)
     record_save(path.parent)

@@ -5,17 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from scripts.soak import newest_update, read_state
-from tests.launch import free_port
+from tests.launch import ROOT, free_port, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
 
 pytestmark = pytest.mark.reliability
-ROOT = Path(__file__).parent.parent.parent
 
 # Fake ``srun``: start the command that follows the options as two ranks. Once there is a new checkpoint, send SIGUSR1 to both
 # ranks, unless the environment variable PREEMPT is "no".
@@ -97,21 +95,6 @@ def test_s5_preempted_slurm_job_is_requeued_and_equals_an_uninterrupted_run(
 # --- torchrun
 
 
-def torchrun(arguments: list, log: Path, *options: object, program: str | Path = "main.py") -> subprocess.Popen:
-    """Start ``torchrun <options> <program> <arguments>`` in a new session, with its output appended to ``log``."""
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, [*options, program, *arguments])]
-    with open(log, "a") as file:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=file,
-            stderr=file,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-
 def find_workers(output: Path, **variables: str) -> list[int]:
     """Process ids of the ranks whose command line contains ``output`` and whose environment contains ``variables``."""
     process_ids = []
@@ -129,15 +112,6 @@ def find_workers(output: Path, **variables: str) -> list[int]:
         ):
             process_ids.append(int(process.name))
     return process_ids
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    """Wait until ``condition()`` is true; assert that ``process`` is running, and that at most ``seconds`` pass."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("kills", [pytest.param(1, id="1 kill"), pytest.param(3, id="3 kills", marks=pytest.mark.slow)])

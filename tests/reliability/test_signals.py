@@ -1,7 +1,8 @@
-"""Signals that stop training (rows S1 to S3 of docs/reliability.md), and checkpoints at time intervals."""
+"""Signals that stop training (rows S1 to S3 and S7 of docs/reliability.md), and checkpoints at time intervals."""
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -10,10 +11,11 @@ import pytest
 import jobs.training
 import utils.evaluation
 import utils.trainer
-from scripts.soak import read_state
-from tests.launch import run_main
+from scripts.soak import newest_update, read_state
+from tests.launch import run_main, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
 from utils.checkpoint import list_checkpoints
+from utils.stop import SECONDS_OF_ONE_REQUEST, SIGNALS
 from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
@@ -101,7 +103,9 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
     def prepare(rank: int) -> None:
         def send_two_signals_and_hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # this thread writes the checkpoint; the main thread handles the signal meanwhile
+            time.sleep(
+                SECONDS_OF_ONE_REQUEST + 0.5
+            )  # this thread writes the checkpoint; the main thread handles the signal meanwhile
             os.kill(os.getpid(), second)
             time.sleep(60)
 
@@ -114,12 +118,30 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
     assert [read_checkpoint(path)["num_updates"] for path in checkpoints] == [4, 2]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def reset_sighup(rank: int) -> None:
+    """Let SIGHUP end this process by default, even if the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    "signal_number",
+    [
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_s3_loader_workers_ignore_a_signal_to_their_process_group(signal_number, uninterrupted, toy_config, toy_data, tmp_path):
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
     folder = tmp_path / "toy/default"
     stopped = run_main(
-        arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2, kill_signal=signal_number
+        arguments,
+        tmp_path / "log",
+        kill_when=lambda: len(list_checkpoints(folder)) == 2,
+        kill_signal=signal_number,
+        prepare=reset_sighup,
     )
     assert stopped.exit_codes == [STOPPED], stopped.output
     assert "Traceback" not in stopped.output
@@ -127,6 +149,93 @@ def test_s3_loader_workers_ignore_a_signal_to_their_process_group(signal_number,
     resumed = run_main(arguments, tmp_path / "log")
     assert resumed.exit_codes == [0], resumed.output
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
+
+
+def test_s7_sighup_has_no_effect_on_a_run_under_nohup(toy_config, toy_data, tmp_path):
+    """nohup starts its command with SIGHUP ignored."""
+
+    def prepare(rank: int) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1, "SAVE_STEPS", 2, "DATA.NUM_WORKERS", 2)
+    folder = tmp_path / "toy/default"
+    options = {"kill_when": lambda: bool(list_checkpoints(folder)), "kill_signal": signal.SIGHUP, "prepare": prepare}
+    outcome = run_main(arguments, tmp_path / "log", **options)
+    assert outcome.exit_codes == [0], outcome.output
+
+
+@pytest.mark.parametrize("second", [signal.SIGHUP, signal.SIGTERM])
+def test_s7_a_request_that_arrives_twice_within_two_seconds_still_saves(second, toy_config, toy_data, tmp_path):
+    """When a terminal is closed, its processes get SIGHUP from the kernel, and again from torchrun."""
+
+    def prepare(rank: int) -> None:
+        def send_twice() -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.7)
+            os.kill(os.getpid(), second)
+
+        reset_sighup(rank)
+        call_before(utils.trainer, "train_step", 3, send_twice)
+
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log", prepare=prepare)
+    assert outcome.exit_codes == [STOPPED], outcome.output
+    assert read_checkpoint(list_checkpoints(tmp_path / "toy/default")[0])["num_updates"] == 3
+
+
+@pytest.mark.parametrize(("arrival", "saved"), [("before the request", [5]), ("after the request", [6, 5])])
+def test_s7_all_ranks_stop_at_most_one_update_after_the_update_in_flight(arrival, saved, toy_config, toy_data, tmp_path):
+    """All ranks get SIGTERM during a slow fifth update, before or after it has sent the requests of its process.
+
+    In the second case, all ranks need another update to agree. Rank 0 saves the state before that update, since its duration
+    may exceed the time after which a launcher kills the processes.
+    """
+    in_fifth_update = tmp_path / "in fifth update"
+
+    def prepare(rank: int) -> None:
+        def wait_for_signal() -> None:
+            in_fifth_update.touch()
+            time.sleep(2)
+
+        utils.trainer.SLOW_UPDATE = 1.5
+        if arrival == "before the request":
+            call_before(utils.trainer, "train_step", 5, wait_for_signal)
+        else:
+            call_before(utils.trainer.Trainer, "begin_change", 5, wait_for_signal)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "PRINT_FREQ", 99, "KEEP_CHECKPOINTS", 9)
+    arguments += ["DATA.NUM_WORKERS", 2]
+    options = {"processes": 2, "kill_when": in_fifth_update.exists, "kill_signal": signal.SIGTERM, "prepare": prepare}
+    outcome = run_main(arguments, tmp_path / "log", **options)
+    assert outcome.exit_codes == [STOPPED, STOPPED], outcome.output
+    assert [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy/default")] == saved
+
+
+@pytest.mark.parametrize(
+    ("launcher", "signal_number"),
+    [
+        pytest.param(launcher, number, marks=[] if (launcher, number) == ("nohup", signal.SIGHUP) else [pytest.mark.slow])
+        for launcher in ("", "nohup")
+        for number in SIGNALS
+    ],
+)
+def test_s7_signals_that_torchrun_forwards_stop_the_run_and_save_its_state(
+    launcher, signal_number, toy_config, toy_data, tmp_path
+):
+    """torchrun handles SIGHUP even under nohup. It forwards SIGUSR1 only if an option lists it."""
+    folder, log = tmp_path / "toy/default", tmp_path / "log"
+    options = ["--standalone", "--nproc_per_node=1", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "TRAIN.EPOCHS", 99)
+    job = torchrun([*arguments, "DATA.NUM_WORKERS", 2], log, *options, prefix=[launcher] if launcher else [])
+    try:
+        wait_for(lambda: newest_update(folder) > 2, job, log)
+        job.send_signal(signal_number)
+        assert job.wait(60) == 1
+    finally:
+        for process in [job.pid] if job.poll() is None else []:
+            os.killpg(process, signal.SIGKILL)
+    saved = re.search(r"the checkpoint after update (\d+) is saved, and the same command resumes", log.read_text())
+    assert saved is not None, log.read_text()
+    assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == int(saved[1])
 
 
 def test_checkpoints_are_saved_at_time_intervals_within_an_epoch(toy_config, toy_data, tmp_path):

@@ -14,6 +14,7 @@ from tests.runs import LinearClassifier, assert_equal
 from utils.checkpoint import BEST, list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
+from utils.errors import Stopped
 from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
 from utils.step import Report
@@ -121,7 +122,7 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(
     monkeypatch.setattr(utils.trainer, "train_step", step_and_notify)
     monkeypatch.setattr(utils.trainer, "save_checkpoint", save_delayed)
     trainer.fit()
-    assert len(writes) == 4
+    assert len(writes) == 6  # after 2 and 6 updates, and before and after the evaluations of both epochs
     for path in list_checkpoints(tmp_path):
         assert_equal(read_checkpoint(path), read_checkpoint(tmp_path / "expected" / path.name))
 
@@ -147,7 +148,7 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
 
 def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
-    assert trainer.requests().tolist() == [0, 0]  # requests to stop and to save
+    assert trainer.requests() == (False, False)  # requests to stop and to save
 
     def fail(state, path):
         raise CheckpointError("no space")
@@ -156,7 +157,7 @@ def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(t
     trainer.save()
     while not trainer.background_write.failed:
         time.sleep(0.01)
-    assert trainer.requests().tolist() == [0, 1]  # every process then saves, which raises the error of the failed write
+    assert trainer.requests() == (False, True)  # every process then saves, which raises the error of the failed write
 
 
 def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, monkeypatch):
@@ -181,12 +182,26 @@ def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, correct_counts):
     assert best["best"] == trainer.state.best  # saved after the evaluation, so it contains the new best accuracy
 
 
+def saved_epochs(folder) -> list[int]:
+    return sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(folder))
+
+
 def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, correct_counts):
-    """SAVE_FREQ is 2 in a run of 5 epochs. The first evaluation is the best, so its state is saved too."""
+    """SAVE_FREQ is 2 in a run of 5 epochs that is evaluated only at its end."""
+    create_trainer(tmp_path, num_epochs=5, save_freq=2, eval_freq=5).fit()
+    assert saved_epochs(tmp_path) == [2, 4, 5]
+
+
+def test_the_state_is_saved_before_an_evaluation_and_replaced_only_if_a_save_is_due_or_the_accuracy_improved(
+    tmp_path, correct_counts
+):
+    """SAVE_FREQ is 2, and the accuracy improves in the first evaluation only. Checkpoint 3 precedes its evaluation."""
     correct_counts[:] = [9, 1]
     create_trainer(tmp_path, num_epochs=5, save_freq=2).fit()
-    epochs = sorted(read_checkpoint(path)["num_updates"] // UPDATES_PER_EPOCH for path in list_checkpoints(tmp_path))
-    assert epochs == [1, 2, 4, 5]
+    assert saved_epochs(tmp_path) == [1, 2, 3, 4, 5]
+    evaluated = [state["last_evaluation"] == state["num_updates"] for state in map(read_checkpoint, list_checkpoints(tmp_path))]
+    assert evaluated == [True, True, False, True, True]  # newest first
+    assert read_checkpoint(tmp_path / BEST)["num_updates"] == UPDATES_PER_EPOCH
 
 
 def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, correct_counts):
@@ -201,6 +216,97 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
     monkeypatch.setattr(utils.trainer, "evaluate", record)
     trainer.fit()
     assert evaluated == [2, 4, 5]
+
+
+# Saves after an error.
+
+
+def train_and_fail(trainer: Trainer, error: type[BaseException], monkeypatch, *, during: str) -> None:
+    """Raise ``error`` in the third update: while its batch is loaded, in the optimizer step, or in the update of the EMA."""
+
+    def fail(*_arguments, **_options):
+        if trainer.state.num_updates + (during != "EMA update") == 3:
+            raise error("injected")
+
+    if during == "loading":
+        trainer.mixup = lambda images, targets, _: fail() or (images, targets)
+    elif during == "optimizer step":
+        trainer.state.optimizer.register_step_pre_hook(fail)
+    else:
+        monkeypatch.setattr(trainer.state.ema, "update", fail)
+    with pytest.raises(error, match="injected"):
+        trainer.fit()
+    trainer.background_write.close()
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_unexpected_error_between_two_updates_saves_the_last_complete_one(error, tmp_path, monkeypatch):
+    expected = create_trainer(tmp_path / "expected", save_steps=2)
+    (tmp_path / "expected").mkdir()
+    monkeypatch.setattr(expected, "evaluate", lambda epoch: False)
+    expected.fit()
+    trainer = create_trainer(tmp_path)
+    train_and_fail(trainer, error, monkeypatch, during="loading")
+    (path,) = list_checkpoints(tmp_path)
+    saved = read_checkpoint(path)
+    assert saved["num_updates"] == 2
+    reference = read_checkpoint(tmp_path / "expected" / path.name)
+    for name in ("model", "state_dict_ema", "scaler", "best"):
+        assert_equal(saved[name], reference[name])
+
+
+@pytest.mark.parametrize("during", ["optimizer step", "EMA update"])
+def test_an_error_while_an_update_changes_the_state_saves_nothing(during, tmp_path, monkeypatch):
+    train_and_fail(create_trainer(tmp_path), ValueError, monkeypatch, during=during)
+    assert not list_checkpoints(tmp_path)
+
+
+def test_an_error_is_raised_even_if_the_state_cannot_be_saved_after_it(tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(utils.trainer, "to_host", fail)
+    train_and_fail(create_trainer(tmp_path), ValueError, monkeypatch, during="loading")
+    assert "the state could not be saved (OSError: no space)" in caplog.text
+
+
+def test_an_error_after_an_update_that_was_not_finite_saves_nothing(tmp_path, monkeypatch):
+    """The loss of the second update is NaN, so it changed no weights. Its report is read only after the third update."""
+    trainer = create_trainer(tmp_path, print_freq=99)
+    criterion, calls = trainer.criterion, []
+    trainer.criterion = lambda *arguments: (
+        criterion(*arguments) * (float("nan") if calls.append(None) or len(calls) == 2 else 1)
+    )
+    train_and_fail(trainer, ValueError, monkeypatch, during="loading")
+    assert len(calls) == 2
+    assert not list_checkpoints(tmp_path)
+
+
+def test_an_error_right_after_a_save_does_not_save_again(tmp_path, monkeypatch):
+    trainer, writes = create_trainer(tmp_path, save_steps=2), []
+    save = utils.trainer.save_checkpoint
+    monkeypatch.setattr(utils.trainer, "save_checkpoint", lambda *arguments: writes.append(None) or save(*arguments))
+    train_and_fail(trainer, ValueError, monkeypatch, during="loading")
+    assert len(writes) == 1
+
+
+# Stop requests.
+
+
+def test_a_single_process_stops_after_the_update_in_which_the_signal_arrives(tmp_path):
+    """The request arrives in the backward pass of the second update, after the update has sent its requests."""
+    trainer = create_trainer(tmp_path)
+    begin_change = trainer.begin_change
+
+    def request_stop() -> None:
+        begin_change()
+        if trainer.state.num_updates == 1:
+            trainer.stop = lambda: True
+
+    trainer.begin_change = request_stop
+    with pytest.raises(Stopped, match="the checkpoint after update 2 is saved"):
+        trainer.fit()
+    assert [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path)] == [2]
 
 
 # Updates.
@@ -277,6 +383,9 @@ class Metrics:
 
     def image(self, name, image, step):
         self.points.append((step, name, image))
+
+    def flush(self):
+        pass
 
 
 def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_learning_rate(
