@@ -448,6 +448,8 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> tuple[Index, 
         header = json.loads(str(cached["header"]))
         if not isinstance(header, dict) or header.get("format") != CACHE_FORMAT:
             raise ValueError("its format version differs")
+        if not {str(path.absolute()) for path in archives or [source]} <= header["stamps"].keys():
+            raise ValueError("it does not list the data that it was made from")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:
             raise ValueError("the data have changed")
         if [str(archive.absolute()) for archive in archives] != header["archives"]:
@@ -463,7 +465,11 @@ def _read_cache(path: Path, source: Path, archives: list[Path]) -> tuple[Index, 
     _check_arrays(index)
     if not archives and any(_file_size(source / index.name(position)) != index.sizes[position] for position in _sampled(index)):
         raise ValueError("image files have changed")
-    notes = [(int(level), str(text)) for level, text in header["notes"]]
+    notes = [(level, text) for level, text in header["notes"]]
+    if not isinstance(header["notes"], list) or not all(
+        level in (logging.INFO, logging.WARNING) and isinstance(text, str) for level, text in notes
+    ):
+        raise ValueError("invalid log lines")
     logger.info("%s: %d images, from the index cached in %s", source, len(index), path)
     return index, notes
 
