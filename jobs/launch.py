@@ -161,7 +161,7 @@ def report(error: BaseException, world: World | None) -> None:
 def print_traceback() -> None:
     """Print the traceback of the current error on standard error, without Python's buffer, which may be blocked or closed."""
     with contextlib.suppress(BaseException):
-        data = traceback.format_exc().encode(errors="backslashreplace")
+        data = f"{printable(traceback.format_exc())}\n".encode(errors="backslashreplace")
         while data:
             data = data[os.write(2, data) :]
 
