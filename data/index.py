@@ -490,7 +490,11 @@ def _check_arrays(index: Index) -> None:
     classes = index.classes
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
         raise ValueError("invalid class names")
-    if not count or not 0 <= index.labels.min() <= index.labels.max() < len(classes) or not np.bincount(index.labels).all():
+    if (
+        not count
+        or not 0 <= index.labels.min() <= index.labels.max() < len(classes)
+        or not np.bincount(index.labels, minlength=len(classes)).all()
+    ):
         raise ValueError("labels and classes differ")
     if index.ends[0] < 1 or (np.diff(index.ends) < 1).any() or index.ends[-1] != len(index.text):
         raise ValueError("invalid names")
