@@ -14,7 +14,7 @@ from jobs.checkpoints import locate
 from jobs.start import Candidate, Contents, check_training_state, choose_start, read_candidate, survey
 from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
 from utils.compatibility import check_state, compare_groups
-from utils.config import ConfigError, flatten, load_stored_config
+from utils.config import ConfigError, flatten, load_stored_config, show
 from utils.config_keys import KEYS
 from utils.distributed import World, on_all, on_main
 from utils.run import build_output_path, check_available
@@ -128,11 +128,11 @@ def log_config_changes(stored: Mapping, cfg: CfgNode, path: str) -> None:
             default = new[key] == KEYS[key].default
             logger.log(
                 logging.WARNING if default else logging.INFO,
-                "%s: %s was %r in the checkpoint, but is %r now%s",
+                "%s: %s was %s in the checkpoint, but is %s now%s",
                 path,
                 key,
-                old[key],
-                new[key],
+                show(old[key]),
+                show(new[key]),
                 ", the default" if default else "",
             )
     added = [f"{key} {new[key]!r}" for key in sorted(new.keys() - old.keys())]
@@ -146,7 +146,7 @@ def warn_about_environment(saved: dict, environment: Mapping, path: str) -> None
     if not isinstance(stored, Mapping):
         return
     changes = [
-        f"{name} was {stored[name] or 'unknown'} and is {value or 'unknown'} now"
+        f"{name} was {show(stored[name])} and is {show(value)} now"
         for name, value in environment.items()
         if name != "command" and name in stored and stored[name] != value
     ]
@@ -249,7 +249,9 @@ def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, worl
     """
     update = saved["num_updates"] - saved.get("num_skipped", 0)
     try:
-        former = load_stored_config(saved["config"], source=path)
+        former = load_stored_config(
+            saved["config"], source=path, sections=("TRAIN.", "DATA.BATCH_SIZE", "DATA.GLOBAL_BATCH_SIZE")
+        )
         before = build_schedule(former, updates_per_epoch=saved["updates_per_epoch"], world_size=world_size)
     except ConfigError:  # the stored config is only compared; this version may reject its values
         return

@@ -396,7 +396,9 @@ def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_i
 
     def interfere() -> None:
         """Move or remove the directory before the second checkpoint is written, and wait for the other run."""
-        shutil.rmtree(folder) if action == "removed" else folder.rename(moved)
+        folder.rename(moved)
+        if action == "removed":
+            shutil.rmtree(moved)
         deadline = time.monotonic() + 100
         while action.endswith("started") and not proceed.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
