@@ -270,6 +270,11 @@ def find_unusable_entries(saved: Mapping) -> list[str]:
     data = saved.get("data", {"train": {}, "val": {}})
     if not isinstance(data, dict) or not all(isinstance(data.get(split), dict) for split in ("train", "val")):
         names.append("data")
+    evaluations = saved.get("evaluations", [])
+    if not isinstance(evaluations, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("step"), int) and isinstance(one.get("kind"), str) for one in evaluations
+    ):
+        names.append("evaluations")
     if not isinstance(saved.get("run_id", ""), str):
         names.append("run_id")
     return sorted(set(names))
