@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import cswin, pvt, swin
-from models.attention import SoftmaxAttention, efficient_attention, linear_attention, relu_attention, softmax_attention
-from models.fused_attention import EPS
+from models.attention import (
+    EPS,
+    SoftmaxAttention,
+    efficient_attention,
+    focus,
+    linear_attention,
+    relu_attention,
+    softmax_attention,
+)
 from models.layers import partition_windows
-from models.linear_attention import FocusedLinearAttention, focus
+from models.linear_attention import FocusedLinearAttention
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
 # Forms of attention: attention functions that are compared on the same queries and keys.

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.cswin import LinearStripes
-from models.linear_attention import FocusedLinearAttention
+from models.linear_attention import DepthwiseFilters, FocusedLinearAttention
 
 EPS = 1e-6
 
@@ -38,12 +38,18 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, module: FocusedLinearAttent
     if maps.shape[1] != grid[0] * grid[1]:
         maps = F.interpolate(maps.transpose(1, 2), size=grid[0] * grid[1], mode="linear").transpose(1, 2)
     head_maps = maps.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, grid)
-    conv_out = module.dwc(head_maps.contiguous()).flatten(2).unflatten(0, (num_images, num_heads)).flatten(1, 2).transpose(1, 2)
+    conv_out = convolve(head_maps.contiguous(), module.dwc)
+    conv_out = conv_out.flatten(2).unflatten(0, (num_images, num_heads)).flatten(1, 2).transpose(1, 2)
     out = out + (F.pad(conv_out, (0, 0, num_prefix, 0)) if num_prefix else conv_out)
     if isinstance(module, LinearStripes):
-        local_encoding = module.get_v(v.transpose(1, 2).contiguous().unflatten(-1, grid))
+        local_encoding = convolve(v.transpose(1, 2).contiguous().unflatten(-1, grid), module.get_v)
         out = out + local_encoding.flatten(2).transpose(1, 2)
     return out
+
+
+def convolve(maps: Tensor, filters: DepthwiseFilters) -> Tensor:
+    """Depthwise convolution of maps, (B, C, height, width), with C filters."""
+    return F.conv2d(maps, filters.weight, filters.bias, padding=filters.kernel_size // 2, groups=maps.shape[1])
 
 
 def use_naive_attention(model: nn.Module) -> nn.Module:

@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused_attention import EPS
+from models.transforms import is_function_transformed
+
+EPS = 1e-6  # added to features and normalisers to prevent division by zero
+
+
+def focus(x: Tensor, power: float) -> Tensor:
+    """Focused function f_p (eq. 6): raise elements to ``power`` and restore the norm of each vector. x: (..., C), positive."""
+    largest = x.amax(dim=-1, keepdim=True)
+    unit = x / largest  # prevents overflow and underflow of the powers; ``largest`` is multiplied back below
+    sharp = unit**power
+    return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
@@ -76,7 +86,27 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = No
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Softmax attention, softmax(q k^T / sqrt(D)) v, the baseline of the paper's comparison."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if key_mask is None else key_mask.transpose(-2, -1))
+    return scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask.transpose(-2, -1))
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0
+) -> Tensor:
+    """``F.scaled_dot_product_attention``, which also supports ``torch.func``, forward-mode derivatives and empty batches.
+
+    The kernels of torch cannot differentiate a mask under ``torch.func.vmap``, have no forward-mode derivatives, and give the
+    mask no gradient if the batch is empty. In these cases, this function computes the attention with standard operations.
+
+    Args:
+        mask: added to the attention logits, or bool, False for keys to ignore; must broadcast to (B, H, N, M).
+    """
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if compiled or not (is_function_transformed() or q.shape[0] == 0):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return F.dropout(logits.softmax(dim=-1), dropout) @ v
 
 
 def count_keys(key_mask: Tensor | None) -> Tensor | None:
@@ -111,12 +141,23 @@ COMPARED_ATTENTIONS = {
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention with qkv and output projections. (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def attend(self, x: Tensor, bias: Tensor | None = None, region: Tensor | None = None) -> Tensor:
@@ -133,13 +174,13 @@ class SoftmaxAttention(nn.Module):
         if bias is not None:
             bias = bias.to(q.dtype)
         if region is None:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=attn_drop)
+            x = scaled_dot_product_attention(q, k, v, bias, dropout=attn_drop)
         else:
             # Masks differ between windows but not between images: treat windows as heads, so that all images share one mask.
             num_windows = len(region)
             masked = region.unsqueeze(1) != region.unsqueeze(2)  # (nW, N, N)
             bias = bias.masked_fill(masked.unsqueeze(1), float("-inf")).flatten(0, 1)  # (nW * H, N, N)
             q, k, v = (t.unflatten(0, (-1, num_windows)).flatten(1, 2) for t in (q, k, v))  # (B / nW, nW * H, N, D)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=attn_drop)
+            x = scaled_dot_product_attention(q, k, v, bias.unsqueeze(0), dropout=attn_drop)
             x = x.unflatten(1, (num_windows, -1)).flatten(0, 1)  # (B, H, N, D)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))

@@ -11,6 +11,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.attention import scaled_dot_product_attention
 from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
@@ -26,10 +27,9 @@ from models.layers import (
     merge_windows,
     parse_attention_types,
     partition_windows,
-    tensor_defaults,
     window_regions,
 )
-from models.linear_attention import FocusedLinearAttention
+from models.linear_attention import DepthwiseFilters, FocusedLinearAttention
 
 # Directions of stripes. The value is the axis of the map that is split: height for horizontal and width for vertical stripes.
 HORIZONTAL = 0
@@ -46,16 +46,25 @@ def stripe_size(grid: tuple[int, int], axis: int | None, width: int | None) -> t
     return (min(width, grid[0]), grid[1]) if axis == HORIZONTAL else (grid[0], min(width, grid[1]))
 
 
+def valid_tokens(
+    grid: tuple[int, int], stripe: tuple[int, int], padded: tuple[int, int], *, device: torch.device | None = None
+) -> Tensor | None:
+    """Key mask (nW, N) of a map, False for padding; None if there is no padding."""
+    region = window_regions(grid, stripe, (0, 0), padded, device=device)
+    return None if region is None else region != PADDING
+
+
 class StripedAttention(nn.Module):
     """Mixin: attention plus a depthwise convolution of v within stripes. q, k, v: (B, H, W, C); returns (B, H, W, C).
 
-    The convolution is CSwin's locally-enhanced positional encoding (LePE). The native map is the token map at the model's
-    native input size. If one stripe covers the whole native map, one stripe also covers maps of other sizes. Otherwise the
-    stripe width is fixed: maps of other sizes are padded to a multiple of the width, and the padding is masked.
+    The convolution is CSwin's locally-enhanced positional encoding (LePE); subclasses create its filters, ``get_v``. The native
+    map is the token map at the model's native input size. If one stripe covers the whole native map, one stripe also covers
+    maps of other sizes. Otherwise the stripe width is fixed: maps of other sizes are padded to a multiple of the width, and the
+    padding is masked.
     """
 
-    def build_stripes(self, dim: int, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
-        """Create the layers and buffers of the mixin.
+    def set_stripes(self, grid: tuple[int, int], axis: int | None, width: int | None) -> None:
+        """Set the layout of the stripes.
 
         Args:
             grid: height and width of the native map.
@@ -64,31 +73,12 @@ class StripedAttention(nn.Module):
                 one stripe covers the whole map.
         """
         self.axis = axis
-        self.native_grid = grid
         self.width = None if stripe_size(grid, axis, width) == grid else width
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.register_buffer("native_mask", None, persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Store the mask of the native map in a buffer, so that training steps do not recompute it."""
-        self.native_mask = self.mask(self.native_grid, like=self.get_v.weight)
-
-    def set_map_size(self, grid: tuple[int, int]) -> None:
-        """Change the size of the native map in place."""
-        self.native_grid = grid
-        self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes (height, width) of a stripe and of the padded map, for a map of size ``grid``."""
         stripe = stripe_size(grid, self.axis, self.width)
         return stripe, tuple(ceil_divide(side, size) * size for side, size in zip(grid, stripe, strict=True))
-
-    def mask(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-        """Key mask (nW, N), False for padding, on the device of ``like``; None if there is no padding."""
-        stripe, padded = self.layout(grid)
-        region = cached_constant(window_regions, grid, stripe, (0, 0), padded, like=like)
-        return None if region is None else region != PADDING
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         """Attention plus LePE. q, k, v: (B * nW, N, C); mask: (B * nW, N), False for padding."""
@@ -97,7 +87,7 @@ class StripedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         grid = tuple(q.shape[1:3])
         stripe, padded = self.layout(grid)
-        mask = self.native_mask if grid == self.native_grid else self.mask(grid, like=q)
+        mask = cached_constant(valid_tokens, grid, stripe, padded, like=q)
         if mask is not None:
             padding = (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])
             q, k, v = (F.pad(t, padding) for t in (q, k, v))
@@ -111,9 +101,21 @@ class StripedAttention(nn.Module):
 class LinearStripes(FocusedLinearAttention, StripedAttention):
     """Focused linear attention within stripes."""
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, linear: Mapping):
-        super().__init__(dim, num_heads, stripe_size(grid, axis, width), **linear)
-        self.build_stripes(dim, grid, axis, width)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        axis: int | None,
+        width: int | None,
+        linear: Mapping,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, stripe_size(grid, axis, width), **factory, **linear)
+        self.set_stripes(grid, axis, width)
+        self.get_v = DepthwiseFilters(dim, 3, **factory)
 
     forward = StripedAttention.forward  # otherwise inherited from FocusedLinearAttention, the first base class
 
@@ -122,16 +124,16 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 
     def local_filter(self) -> tuple[Tensor, Tensor]:
         """Kernel and bias of one convolution for both rank restoration and LePE: the sums of their kernels and biases."""
-        kernel, bias = super().local_filter()
+        (kernel, bias), (lepe_kernel, lepe_bias) = super().local_filter(), self.get_v()
         if kernel is None:
-            return self.get_v.weight, self.get_v.bias
-        margin = (kernel.shape[-1] - self.get_v.kernel_size[0]) // 2
+            return lepe_kernel, lepe_bias
+        margin = (kernel.shape[-1] - lepe_kernel.shape[-1]) // 2
         if margin >= 0:
-            return kernel + F.pad(self.get_v.weight, (margin,) * 4), bias + self.get_v.bias
-        return F.pad(kernel, (-margin,) * 4) + self.get_v.weight, bias + self.get_v.bias
+            return kernel + F.pad(lepe_kernel, (margin,) * 4), bias + lepe_bias
+        return F.pad(kernel, (-margin,) * 4) + lepe_kernel, bias + lepe_bias
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
-        super().set_map_size(grid)
+        """Change the size of the native map in place."""
         self.set_grid(self.layout(grid)[0])
 
     def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
@@ -150,17 +152,28 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 class SoftmaxStripes(StripedAttention):
     """Softmax attention within stripes."""
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], axis: int | None, width: int | None, attn_drop: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        axis: int | None,
+        width: int | None,
+        attn_drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.build_stripes(dim, grid, axis, width)
+        self.set_stripes(grid, axis, width)
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B * nW, heads, N, D)
         mask = None if mask is None else mask[:, None, None]
         attn_drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attn_drop)
+        x = scaled_dot_product_attention(q, k, v, mask, dropout=attn_drop)
         value_map = v.transpose(-2, -1).flatten(1, 2).unflatten(-1, stripe)
         return x.transpose(1, 2).flatten(2) + self.get_v(value_map).flatten(2).transpose(1, 2)
 
@@ -187,23 +200,26 @@ class Block(nn.Module):
         attn_drop: float,
         drop_path: float,
         linear: Mapping,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         axes = (None,) if split_size is None or split_size >= max(grid) else (VERTICAL, HORIZONTAL)
         axis_dim, axis_heads = dim // len(axes), num_heads // len(axes)
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        factory = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.attns = nn.ModuleList(
-            LinearStripes(axis_dim, axis_heads, grid, axis, split_size, linear)
+            LinearStripes(axis_dim, axis_heads, grid, axis, split_size, linear, **factory)
             if attention_type == "L"
-            else SoftmaxStripes(axis_dim, axis_heads, grid, axis, split_size, attn_drop)
+            else SoftmaxStripes(axis_dim, axis_heads, grid, axis, split_size, attn_drop, **factory)
             for axis in axes
         )
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = split_channels(self.qkv(x), 3)
@@ -226,10 +242,11 @@ class ChannelsLast(nn.Module):
 class Merge(nn.Module):
     """Strided convolution that halves the map and doubles the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(2 * dim)
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, **factory)
+        self.norm = nn.LayerNorm(2 * dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -287,6 +304,7 @@ class CSwinTransformer(Backbone):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        factory = {"device": device, "dtype": dtype}
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info = [
             {"num_chs": embed_dim * 2**index, "reduction": 4 * 2**index, "module": f"stage{index + 1}"}
@@ -302,24 +320,26 @@ class CSwinTransformer(Backbone):
             "proj_drop": proj_drop_rate,
             "attn_drop": attn_drop_rate,
             "linear": linear,
+            **factory,
         }
-        with tensor_defaults(device, dtype):
-            self.stage1_conv_embed = nn.Sequential(
-                nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2), ChannelsLast(), nn.LayerNorm(embed_dim)
-            )
-            for index, grid in enumerate(grids):
-                dim, last = embed_dim * 2**index, index == len(grids) - 1
-                blocks = []
-                for letter, rate in zip(attention_types[index], rates[index], strict=True):
-                    split_size = None if last else splits[letter][index]
-                    block_options = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
-                    blocks.append(Block(dim, num_heads[index], grid, **block_options, **options))
-                setattr(self, f"stage{index + 1}", Stage(*blocks))
-                if not last:
-                    setattr(self, f"merge{index + 1}", Merge(dim))
-            self.norm = nn.LayerNorm(self.num_features)
-            self.apply(init_weights)
-            self.build_head(drop_rate)
+        self.stage1_conv_embed = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim, 7, stride=4, padding=2, **factory),
+            ChannelsLast(),
+            nn.LayerNorm(embed_dim, **factory),
+        )
+        for index, grid in enumerate(grids):
+            dim, last = embed_dim * 2**index, index == len(grids) - 1
+            blocks = []
+            for letter, rate in zip(attention_types[index], rates[index], strict=True):
+                split_size = None if last else splits[letter][index]
+                block_options = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
+                blocks.append(Block(dim, num_heads[index], grid, **block_options, **options))
+            setattr(self, f"stage{index + 1}", Stage(*blocks))
+            if not last:
+                setattr(self, f"merge{index + 1}", Merge(dim, **factory))
+        self.norm = nn.LayerNorm(self.num_features, **factory)
+        self.apply(init_weights)
+        self.build_head(drop_rate, **factory)
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         grids = [tuple((side - 3) // 4 + 1 for side in img_size)]  # kernel 7 x 7, stride 4, padding 2

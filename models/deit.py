@@ -27,7 +27,6 @@ from models.layers import (
     parse_attention_types,
     resized_parameter,
     run_block,
-    tensor_defaults,
     whole_map,
 )
 from models.linear_attention import FocusedLinearAttention
@@ -36,10 +35,22 @@ from models.linear_attention import FocusedLinearAttention
 class LinearAttention(FocusedLinearAttention):
     """Focused linear attention over class and patch tokens. (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], *, qkv_bias: bool, proj_drop: float, linear: Mapping):
-        super().__init__(dim, num_heads, grid, num_prefix_tokens=1, **linear)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        *,
+        qkv_bias: bool,
+        proj_drop: float,
+        linear: Mapping,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid, num_prefix_tokens=1, **factory, **linear)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -59,25 +70,36 @@ class SoftmaxTokenAttention(SoftmaxAttention):
 
 
 def create_attention(
-    attention_type: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **projections
+    attention_type: str, dim: int, num_heads: int, grid: tuple[int, int], *, linear: Mapping, attn_drop: float, **options
 ) -> nn.Module:
     """Create the attention module of a linear (``L``) or softmax (``S``) block."""
     if attention_type == "L":
-        return LinearAttention(dim, num_heads, grid, linear=linear, **projections)
-    return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **projections)
+        return LinearAttention(dim, num_heads, grid, linear=linear, **options)
+    return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **options)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class Block(nn.Module):
     """Attention and MLP, each pre-norm with a residual connection. (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, proj_drop: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        factory = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
         self.attn = attention
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), grid))
@@ -145,31 +167,24 @@ class DeiT(Backbone):
         (attention_types,) = parse_attention_types(attn_type, (depth,))
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         check_attention_dropout(attn_drop_rate, attention_types)
-        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
-        with tensor_defaults(device, dtype):
-            self.patch_embed = PatchEmbed(
-                img_size=None, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, strict_img_size=False
-            )
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-            self.pos_drop = nn.Dropout(pos_drop_rate)
-            self.blocks = nn.ModuleList(
-                Block(
-                    embed_dim,
-                    create_attention(letter, embed_dim, num_heads, self.grid, **options),
-                    mlp_ratio,
-                    proj_drop_rate,
-                    rate,
-                )
-                for letter, rate in zip(attention_types, rates, strict=True)
-            )
-            norm_after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
-            self.norm = nn.Identity() if norm_after_pooling else nn.LayerNorm(embed_dim, eps=1e-6)
-            self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if norm_after_pooling else nn.Identity()
-            trunc_normal_(self.cls_token, std=0.02)
-            trunc_normal_(self.pos_embed, std=0.02)
-            self.apply(init_weights)
-            self.build_head(drop_rate)
+        factory = {"device": device, "dtype": dtype}
+        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **factory}
+        embed = {"in_chans": in_chans, "embed_dim": embed_dim, "strict_img_size": False, **factory}
+        self.patch_embed = PatchEmbed(img_size=None, patch_size=patch_size, **embed)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **factory))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim, **factory))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.blocks = nn.ModuleList()
+        for letter, rate in zip(attention_types, rates, strict=True):
+            attention = create_attention(letter, embed_dim, num_heads, self.grid, **options)
+            self.blocks.append(Block(embed_dim, attention, mlp_ratio, proj_drop_rate, rate, **factory))
+        norm_after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
+        self.norm = nn.Identity() if norm_after_pooling else nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory) if norm_after_pooling else nn.Identity()
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_weights)
+        self.build_head(drop_rate, **factory)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the patch grid, in tokens, for an image of ``height`` x ``width`` pixels."""

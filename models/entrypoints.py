@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.cswin import CSwinTransformer
 from models.deit import DeiT
 from models.layers import Backbone
+from models.loading import stored_img_size
 from models.pvt import PyramidVisionTransformer
 from models.pvt_v2 import PyramidVisionTransformerV2
 from models.registry import MODELS
@@ -57,8 +58,9 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATION_OV
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
     """Checkpoint filter for timm: extract the state dict, drop unused entries and resize position tables.
 
-    timm stores the image size of the checkpoint in ``model.pretrained_model_args`` or ``model.pretrained_cfg``. If the position
-    tables do not match that size, they are resized as in ``Backbone.resize_position_tables`` without an ``img_size``.
+    The image size of the checkpoint is read from its config (DATA.IMG_SIZE). Without a config, timm stores it in
+    ``model.pretrained_model_args`` or ``model.pretrained_cfg``; if the position tables do not match that size, they are resized
+    as in ``Backbone.resize_position_tables`` without an ``img_size``.
 
     Args:
         state_dict: a state dict, or a checkpoint of the paper's code, of this project or of timm;
@@ -67,7 +69,10 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
     Raises:
         ValueError: ``state_dict`` contains no weights, or a position table whose shape is ambiguous.
     """
+    img_size = stored_img_size(state_dict)
     _, state_dict = choose_weights(state_dict, "auto", "state dict")
+    if img_size is not None:
+        return model.adapt_state_dict(state_dict, img_size=img_size)
     arguments, config = getattr(model, "pretrained_model_args", {}), getattr(model, "pretrained_cfg", {})
     checkpoint_img_size = arguments.get("img_size") or config.get("input_size", ())[1:] or None
     try:
@@ -79,11 +84,12 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
 def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
     """Create a model with timm's ``build_model_with_cfg``, and load pretrained weights if ``pretrained``.
 
-    Released files are read here, because they contain a config object that timm's loader rejects.
+    Files are read here: timm's loader rejects the config object in released files, and drops the config in other checkpoints,
+    which determines the layout of the position tables.
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None) or {}
-    if pretrained and _is_released_file(name, kwargs.get("pretrained_cfg"), overlay):
-        overlay = {**overlay, "state_dict": _read_released(name)}
+    if pretrained and (state := _read_pretrained(name, kwargs.get("pretrained_cfg"), overlay)):
+        overlay = {**overlay, "state_dict": state}
     model = build_model_with_cfg(
         MODELS[name],
         name,
@@ -98,14 +104,19 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
     return model
 
 
-def _is_released_file(name: str, pretrained_cfg: str | dict | None, overlay: Mapping) -> bool:
-    """Whether timm would load the weights of this model from the released URL."""
+def _read_pretrained(name: str, pretrained_cfg: str | dict | None, overlay: Mapping) -> dict | None:
+    """The checkpoint that timm would load from a local file or from the released URL; None for other sources.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
-    other_source = cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir")
-    return name in RELEASED and cfg.url == RELEASED[name].url and not other_source
-
-
-def _read_released(name: str) -> dict[str, Tensor]:
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
+        return None
+    if cfg.file:
+        return read_checkpoint(cfg.file)
+    if name not in RELEASED or cfg.url != RELEASED[name].url or cfg.hf_hub_id:
+        return None
     path = fetch(RELEASED[name].url, name)
     _, state_dict = choose_weights(read_checkpoint(path), "auto", path)
     return state_dict

@@ -1,8 +1,10 @@
-"""Focused linear attention with a custom backward pass that needs less time and memory than autograd.
+"""Focused linear attention in two forms: standard operations, and a custom backward pass that needs less time and memory.
 
-The outputs equal those of the unfused form in ``models/linear_attention.py``, for which autograd stores about twelve tensors of
-the size of q. Here only q, k, v, the (D, D + 1) key-value summary of each head (see below) and three statistics per token are
-stored, and the backward pass recomputes the rest. On a CPU, tokens are processed in blocks that fit into its caches.
+Both forms have the same outputs and derivatives. For the standard operations (``unfused_attention``), autograd stores about
+twelve tensors of the size of q. The other form (``focused_attention``) stores only q, k, v, the (D, D + 1) key-value summary of
+each head (see below) and three statistics per token, and its backward pass recomputes the rest. On a CPU, it processes tokens
+in blocks that fit into the caches. If its gradients are to be differentiated again, it computes them with the standard
+operations instead.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens per block.
 
@@ -25,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-6  # added to features and normalisers to prevent division by zero
+from models.attention import EPS, focus, linear_attention
+from models.transforms import is_batched, is_transformed
+
 # Elements of q or k per block: larger blocks exceed the caches, smaller ones add call overhead.
 MAX_BLOCK_ELEMENTS_ON_CPU = 2**19
 
@@ -94,11 +98,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def is_transformed() -> bool:
-    """Whether a compiler, a tracer or ``torch.func`` is active; these need standard operations, not custom backward passes."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-
-
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """View of the channels as heads. (b, n, C) -> (b, H, n, D)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -117,18 +116,42 @@ class _FocusedAttention(torch.autograd.Function):
         run = _Run(q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix)
         with without_autocast(q.device):
             out, *saved = run.forward(bias)
-        ctx.save_for_backward(q, k, v, position, scale, kernel, key_weight, *saved)
+        ctx.save_for_backward(q, k, v, position, scale, kernel, bias, key_weight, *saved)
         ctx.options = num_heads, power, grid, num_prefix
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        q, k, v, position, scale, kernel, key_weight, *saved = ctx.saved_tensors
-        run = _Run(q, k, v, position, scale, kernel, key_weight, *ctx.options)
-        with without_autocast(q.device):
-            gradients = run.backward(gradient, *saved)
-        return *gradients, None, None, None, None, None
+        *inputs, bias, key_weight, summaries, query_statistics, key_statistics = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
+            gradients = _unfused_gradients([*inputs, bias, key_weight], ctx.needs_input_grad, ctx.options, gradient)
+        else:
+            run = _Run(*inputs, key_weight, *ctx.options)
+            with without_autocast(gradient.device):
+                gradients = *run.backward(gradient, summaries, query_statistics, key_statistics), None
+        return *gradients, None, None, None, None
+
+
+def _unfused_gradients(
+    inputs: list[Tensor | None], needed: tuple[bool, ...], options: tuple, gradient: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``unfused_attention``, which autograd can differentiate again and ``vmap`` can batch.
+
+    Args:
+        inputs: the tensors among the arguments of ``unfused_attention``.
+        needed: for each input, whether to compute its gradient.
+        options: the other arguments of ``unfused_attention``.
+        gradient: (B, N, C), gradient of the output.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # If one input depends on another, the gradient of the latter must not include the path through the former. Hence the
+        # gradients are those of aliases, which do not depend on each other.
+        aliases = [None if value is None else value.view_as(value) for value in inputs]
+        out = unfused_attention(*aliases, *options)
+        wanted = [alias for alias, is_needed in zip(aliases, needed, strict=False) if is_needed]
+        gradients = iter(torch.autograd.grad(out, wanted, gradient, create_graph=create_graph))
+    return [next(gradients) if is_needed else None for _, is_needed in zip(aliases, needed, strict=False)]
 
 
 class _Run:
@@ -417,7 +440,8 @@ def focused_attention(
 ) -> Tensor:
     """Focused linear attention plus a depthwise convolution of the values, (B, N, C) in the dtype of ``v``.
 
-    Only first derivatives are supported. Except for the convolution, computations are in float32 or higher precision.
+    First derivatives have a custom backward pass; derivatives of higher order are those of ``unfused_attention``. Except for
+    the convolution, computations are in float32 or higher precision.
 
     Args:
         q: (B, N, C).
@@ -435,6 +459,44 @@ def focused_attention(
     )
 
 
+def unfused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    scale: Tensor,
+    kernel: Tensor | None,
+    bias: Tensor | None,
+    key_weight: Tensor | None,
+    num_heads: int,
+    power: float,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+) -> Tensor:
+    """``focused_attention``, computed with standard torch operations, so that it has derivatives of any order and kind."""
+    with without_autocast(q.device):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        queries, keys = ((F.relu(x) + EPS) / scale for x in (q.to(dtype), k.to(dtype) + position))
+        if power != 1:  # norms are over all channels of a token, before the split into heads
+            queries, keys = focus(queries, power), focus(keys, power)
+        queries, keys, values = (split_heads(x, num_heads) for x in (queries, keys, v.to(dtype)))
+        if key_weight is None:
+            out = linear_attention(queries, keys, values, eps=EPS)
+        else:
+            out = linear_attention(queries, keys * key_weight, values, num_keys=1, eps=EPS)
+        out = out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
+        return out if kernel is None else out + depthwise_convolution(v, kernel, bias, grid, num_prefix_tokens)
+
+
+def depthwise_convolution(v: Tensor, kernel: Tensor, bias: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
+    """Depthwise convolution of the map tokens of ``v``, (B, N, C), in its dtype; the result is zero for prefix tokens."""
+    maps = v[:, num_prefix_tokens:].transpose(1, 2).unflatten(-1, grid)  # (B, C, height, width)
+    kernel, bias = kernel.to(v.dtype), bias.to(v.dtype)
+    maps = F.conv2d(maps, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
+    tokens = maps.flatten(2).transpose(1, 2)
+    return F.pad(tokens, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else tokens
+
+
 class _SplitChannels(torch.autograd.Function):
     """See ``split_channels``."""
 
@@ -445,7 +507,7 @@ class _SplitChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        if torch.is_grad_enabled():  # create_graph=True: the gradients may be differentiated again
+        if torch.is_grad_enabled() or is_batched(gradients[0]):  # create_graph=True: they may be differentiated again
             return torch.cat(gradients, dim=-1), None
         first, width = gradients[0], gradients[0].shape[-1]
         storage, offset = first.untyped_storage()._cdata, first.storage_offset()

@@ -11,23 +11,24 @@ import logging
 import math
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import named_apply, register_notrace_function
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.fused_attention import is_transformed
+from models.transforms import is_transformed
 
 logger = logging.getLogger(__name__)
 
 NO_OPTIONS: Mapping = MappingProxyType({})
 PADDING = -1  # region id of padding, see ``window_regions``
+GRIDS_KEY = "position_grids"  # key of a state dict's metadata, see ``stored_grids``
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -41,21 +42,6 @@ def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
 
 def ceil_divide(size: int, divisor: int) -> int:
     return -(-size // divisor)
-
-
-@contextmanager
-def tensor_defaults(device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[None]:
-    """Context manager that creates new tensors on ``device``, and new floating-point tensors in ``dtype``.
-
-    With None, torch's current default is used.
-    """
-    previous_dtype = torch.get_default_dtype()
-    with nullcontext() if device is None else torch.device(device):
-        torch.set_default_dtype(dtype or previous_dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(previous_dtype)
 
 
 @register_notrace_function  # FX cannot trace the comparison of sizes
@@ -152,7 +138,12 @@ def merge_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> 
 
 
 def window_regions(
-    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], padded: tuple[int, int]
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    padded: tuple[int, int],
+    *,
+    device: torch.device | None = None,
 ) -> Tensor | None:
     """Region id of each token of each window; softmax attention is restricted to tokens of the same region.
 
@@ -163,7 +154,7 @@ def window_regions(
     """
     if padded == grid and not any(shift):
         return None
-    region = torch.zeros(padded, dtype=torch.long)
+    region = torch.zeros(padded, dtype=torch.long, device=device)
     for axis in (0, 1):
         if shift[axis]:  # the rows or columns that ``roll`` moves to the opposite edge
             region.narrow(axis, 0, shift[axis]).add_(1 + axis)
@@ -174,18 +165,33 @@ def window_regions(
 
 
 def cached_constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``build(*arguments)`` on the device of ``like``, cached so that it is copied to a GPU only once."""
-    if is_transformed() or type(like) not in (Tensor, nn.Parameter):  # tensors created in a trace must not be cached
-        value = build(*arguments)
-        return None if value is None else value.to(like.device)
+    """``build(*arguments, device=like.device)``, cached, so that training steps do not compute it again.
+
+    Masks and indices are constants of the map size. They are not buffers, because everything that handles buffers would have to
+    except them: averages of models, construction on the ``meta`` device, ``to_empty``, and offloading.
+    """
+    # Tensors that are created in a trace or under a dispatch mode (such as fake tensors) must not be cached.
+    if is_transformed() or type(like) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return build(*arguments, device=like.device)
     return _build_constant(build, arguments, like.device)
 
 
 @functools.lru_cache(maxsize=128)
 def _build_constant(build: Callable[..., Tensor | None], arguments: tuple, device: torch.device) -> Tensor | None:
     with torch.inference_mode(False):  # autograd cannot save inference tensors
-        value = build(*arguments)
-        return None if value is None else value.to(device)
+        return build(*arguments, device=device)
+
+
+def stored_grids(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
+    """Height and width of each position table in a state dict, by name relative to the model; {} if unknown.
+
+    ``Backbone.state_dict`` records them in the metadata of the state dict, which ``torch.save`` keeps. safetensors files and
+    copies to a plain dictionary have no metadata.
+    """
+    metadata = getattr(state_dict, "_metadata", None)
+    entries = metadata.values() if isinstance(metadata, Mapping) else ()
+    found = (entry[GRIDS_KEY] for entry in entries if isinstance(entry, Mapping) and GRIDS_KEY in entry)
+    return next((grids for grids in found if isinstance(grids, Mapping)), {})
 
 
 class PositionTable(NamedTuple):
@@ -269,13 +275,15 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = self.check_global_pool(global_pool)
+        self.register_state_dict_post_hook(_record_grids)
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
-        self.register_load_state_dict_post_hook(_refresh_buffers_after_loading)
 
-    def build_head(self, drop_rate: float) -> None:
+    def build_head(
+        self, drop_rate: float, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Create the dropout and the classifier; ``num_features`` must be set."""
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = create_classifier(self.num_features, self.num_classes)
+        self.head = create_classifier(self.num_features, self.num_classes, device=device, dtype=dtype)
 
     @property
     def head_hidden_size(self) -> int:
@@ -326,7 +334,7 @@ class Backbone(nn.Module):
         return self.stage_grids(size)
 
     def set_input_size(self, img_size: int | Iterable[int]) -> None:
-        """Change the native input size in place: resize position tables (bicubic) and rebuild the attention masks.
+        """Change the native input size in place, and resize position tables (bicubic).
 
         The logits for images of the new size do not change, because forward passes resize tables in the same way. Parameters of
         resized tables are new objects, so create the optimizer afterwards.
@@ -341,13 +349,6 @@ class Backbone(nn.Module):
             for module in itertools.chain.from_iterable(block.modules() for block in blocks):
                 if hasattr(module, "set_map_size"):
                     module.set_map_size(grid)
-
-    def init_non_persistent_buffers(self) -> None:
-        """Recompute the non-persistent buffers on the device of the parameters.
-
-        Required after ``to_empty`` on a model constructed on the ``meta`` device; ``load_state_dict`` does this automatically.
-        """
-        named_apply(_init_buffers_of, self)
 
     # Forward passes.
 
@@ -499,8 +500,7 @@ class Backbone(nn.Module):
             self.global_pool = self.check_global_pool(global_pool)
         self.num_classes = num_classes
         parameter = next(self.parameters())
-        with tensor_defaults(parameter.device, parameter.dtype):
-            self.head = create_classifier(self.num_features, num_classes)
+        self.head = create_classifier(self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype)
         self.head.train(self.training)
 
     # Training.
@@ -555,8 +555,9 @@ class Backbone(nn.Module):
         Args:
             state_dict: weights of the same model, trained at any input size.
             img_size: training image size of the checkpoint in pixels, an integer or (height, width): DATA.IMG_SIZE of its
-                config. It determines the height and width of every stored table. Without it, a table with the model's shape
-                is left unchanged, and any other table is assumed to be square.
+                config. It determines the height and width of every stored table that ``stored_grids`` does not contain. Without
+                it, a table with the model's shape is assumed to have the model's height and width, with a warning unless these
+                are equal, and any other table is assumed to be square.
 
         Returns:
             Resized tables by name; unchanged tables are omitted.
@@ -564,30 +565,45 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a table does not match ``img_size``, or its height and width are ambiguous because ``img_size`` is None.
         """
-        grids = None if img_size is None else self.stage_grids(to_pair(img_size))
-        resized = {}
+        recorded, size = stored_grids(state_dict), None if img_size is None else to_pair(img_size)
+        resized, assumed = {}, []
         for stage, table in self.named_position_tables():
             own, stored = self.get_parameter(table.name), state_dict.get(table.name)
             if stored is None or stored.shape[-1] != own.shape[-1]:
                 continue  # the caller reports missing tables and tables of another model
-            if grids is None and stored.shape == own.shape:
-                continue
             rows = stored.flatten(0, -2)  # (prefix + positions, C)
             num_positions = rows.shape[0] - table.num_prefix_tokens
-            if grids is None:
+            grid = _recorded_grid(recorded.get(table.name), num_positions)
+            if grid is None and size is not None:
+                grid = _grid_at(table, num_positions, size, self.stage_grids(size)[stage])
+            elif grid is None and stored.shape == own.shape:
+                grid = table.grid
+                if table.assume_square and grid[0] != grid[1]:
+                    assumed.append(table.name)
+            elif grid is None:
                 grid = _assumed_grid(table, num_positions)
-            else:
-                grid = table.source_grid(grids[stage], num_positions)
-                if grid is None or math.prod(grid) != num_positions:
-                    height, width = to_pair(img_size)
-                    raise ValueError(
-                        f"{table.name}: {num_positions} positions in the checkpoint do not match images of "
-                        f"{height} x {width} pixels; give the img_size at which the checkpoint was trained"
-                    )
             if grid != table.grid:
                 new = resize_grid(rows.unsqueeze(0), grid, table.grid, table.num_prefix_tokens)
                 resized[table.name] = new.reshape(own.shape)
+        if assumed:
+            logger.warning(
+                "the weights do not record the height and width of %d position tables (the first is %s); they are loaded as if "
+                "trained at this model's image size. If they were trained at another size with as many tokens, load "
+                "model.adapt_state_dict(weights, img_size=(height, width)) instead",
+                len(assumed),
+                assumed[0],
+            )
         return resized
+
+    def position_grids(self) -> dict[str, tuple[int, int]]:
+        """Height and width of every position table, by name."""
+        return {table.name: table.grid for _, table in self.named_position_tables()}
+
+    def with_grids(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy of a state dict that fits this model, with metadata that record the model's ``position_grids``."""
+        copied = OrderedDict(state_dict)
+        copied._metadata = {"": {GRIDS_KEY: self.position_grids()}}  # type: ignore[attr-defined]
+        return copied
 
     def adapt_state_dict(
         self, state_dict: Mapping[str, Tensor], img_size: int | Iterable[int] | None = None
@@ -597,10 +613,10 @@ class Backbone(nn.Module):
         ``load_state_dict`` calls this automatically, without an ``img_size``. See ``resize_position_tables``.
         """
         used = {name: value for name, value in state_dict.items() if not self.unused_entries.fullmatch(name)}
-        resized = self.resize_position_tables(used, img_size)
+        resized = self.resize_position_tables(state_dict, img_size)
         if resized:
             logger.info("resized %d position tables, the first is %s", len(resized), next(iter(resized)))
-        return used | resized
+        return self.with_grids(used | resized)
 
 
 @register_notrace_function  # FX cannot trace the comparison of sizes
@@ -627,13 +643,42 @@ def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None
         )
 
 
-def create_classifier(num_features: int, num_classes: int) -> nn.Module:
+def create_classifier(
+    num_features: int,
+    num_classes: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Create the linear head, or the identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
-    head = nn.Linear(num_features, num_classes)
+    head = nn.Linear(num_features, num_classes, device=device, dtype=dtype)
     init_weights(head)
     return head
+
+
+def _recorded_grid(recorded: object, num_positions: int) -> tuple[int, int] | None:
+    """An entry of ``stored_grids``; None if it is missing, or if the table was replaced since."""
+    if not isinstance(recorded, (list, tuple)) or len(recorded) != 2 or not all(type(side) is int for side in recorded):
+        return None
+    height, width = recorded
+    return (height, width) if min(height, width) > 0 and height * width == num_positions else None
+
+
+def _grid_at(table: PositionTable, num_positions: int, size: tuple[int, int], stage_map: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a position table in a checkpoint for images of ``size`` pixels, whose token map is ``stage_map``.
+
+    Raises:
+        ValueError: the number of positions does not match the size.
+    """
+    grid = table.source_grid(stage_map, num_positions)
+    if grid is None or math.prod(grid) != num_positions:
+        raise ValueError(
+            f"{table.name}: {num_positions} positions in the checkpoint do not match images of "
+            f"{size[0]} x {size[1]} pixels; give the img_size at which the checkpoint was trained"
+        )
+    return grid
 
 
 def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
@@ -651,16 +696,17 @@ def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
     return grid
 
 
-def _init_buffers_of(module: nn.Module, name: str) -> None:
-    if hasattr(module, "init_non_persistent_buffers"):
-        module.init_non_persistent_buffers()
+def _record_grids(model: Backbone, state_dict: Mapping[str, Tensor], prefix: str, metadata: dict) -> None:
+    """Hook of ``state_dict``: record the height and width of the position tables, which their shapes do not determine."""
+    metadata[GRIDS_KEY] = model.position_grids()
 
 
 def _adapt_before_loading(
     model: Backbone, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
 ) -> None:
     """Hook of ``load_state_dict``: apply ``adapt_state_dict`` to the entries of this model, in place."""
-    stored = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    stored = OrderedDict((name.removeprefix(prefix), value) for name, value in state_dict.items() if name.startswith(prefix))
+    stored._metadata = {"": metadata}  # type: ignore[attr-defined]
     try:
         adapted = model.adapt_state_dict(stored)
     except ValueError as error:
@@ -669,11 +715,3 @@ def _adapt_before_loading(
     for name in stored.keys() - adapted.keys():
         del state_dict[prefix + name]
     state_dict.update({prefix + name: value for name, value in adapted.items()})
-
-
-def _refresh_buffers_after_loading(model: Backbone, incompatible_keys: NamedTuple) -> None:
-    """Hook of ``load_state_dict``: recompute the non-persistent buffers.
-
-    In a model constructed on the ``meta`` device, they have no values yet, and checkpoints do not contain them.
-    """
-    model.init_non_persistent_buffers()

@@ -3,22 +3,23 @@
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import COMPARED_ATTENTIONS, count_keys, linear_attention
-from models.fused_attention import EPS, focused_attention, is_transformed, without_autocast
+from models.attention import COMPARED_ATTENTIONS, count_keys
+from models.fused_attention import (
+    depthwise_convolution,
+    focused_attention,
+    split_heads,
+    unfused_attention,
+    without_autocast,
+)
 from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
-
-
-def focus(x: Tensor, power: float) -> Tensor:
-    """Focused function f_p (eq. 6): raise elements to ``power`` and restore the norm of each vector. x: (..., C), positive."""
-    largest = x.amax(dim=-1, keepdim=True)
-    unit = x / largest  # prevents overflow and underflow of the powers; ``largest`` is multiplied back below
-    sharp = unit**power
-    return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
-
+from models.transforms import is_transformed
 
 ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 
@@ -36,6 +37,44 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
     lower = position.long()
     upper = (lower + 1).clamp(max=num_input_tokens - 1)
     return torch.lerp(x[:, lower], x[:, upper], (position - lower).to(x.dtype).unsqueeze(-1))
+
+
+class DepthwiseFilters(nn.Module):
+    """Filters of a depthwise convolution, which the caller applies. The module's output are the filters themselves.
+
+    Parameters are read only in the forward pass of their own module, so that hooks on the module take effect: pruning,
+    reparametrisation, offloading and sharding. For the same reason, the output is a copy: after the forward pass, a hook may
+    free the parameters.
+
+    Args:
+        dim: number of filters.
+        kernel_size: side of a filter, odd.
+        repeats: how often the output repeats all filters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        *,
+        repeats: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.repeats = repeats
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # the initialisation of nn.Conv2d
+        nn.init.uniform_(self.bias, -1 / kernel_size, 1 / kernel_size)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Kernel (repeats * dim, 1, side, side) and bias (repeats * dim,)."""
+        return self.weight.repeat(self.repeats, 1, 1, 1), self.bias.repeat(self.repeats)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.bias)}, kernel_size={self.kernel_size}, repeats={self.repeats}"
 
 
 class FocusedLinearAttention(nn.Module):
@@ -56,10 +95,11 @@ class FocusedLinearAttention(nn.Module):
         kind: one of ``ATTENTION_KINDS``; only ``focused`` has a positional encoding and a scale.
         focusing: apply the focused function f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Attributes:
-        fused: for kind ``focused``, use a custom backward pass, which supports only first derivatives. False selects the
-            unfused form, which supports derivatives of any order but needs more time and memory.
+        fused: for kind ``focused``, use a custom backward pass. False selects standard operations, with the same outputs and
+            derivatives; they need more time and memory for first derivatives, and less for derivatives of higher order.
 
     Raises:
         ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.
@@ -80,6 +120,8 @@ class FocusedLinearAttention(nn.Module):
         kind: str = "focused",
         focusing: bool = True,
         rank_restoration: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if dim % num_heads:
@@ -88,6 +130,7 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
         if kind not in ATTENTION_KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(ATTENTION_KINDS)}")
+        factory = {"device": device, "dtype": dtype}
         self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
@@ -98,14 +141,12 @@ class FocusedLinearAttention(nn.Module):
         self.focusing = focusing
         if kind == "focused":
             num_keys = num_prefix_tokens + self.key_grid[0] * self.key_grid[1]
-            self.scale = nn.Parameter(torch.zeros(1, 1, dim))
-            self.positional_encoding = nn.Parameter(torch.zeros(1, num_keys, dim))
+            self.scale = nn.Parameter(torch.zeros(1, 1, dim, **factory))
+            self.positional_encoding = nn.Parameter(torch.zeros(1, num_keys, dim, **factory))
         has_convolution = rank_restoration and (kind == "focused" or COMPARED_ATTENTIONS[kind].has_convolution)
-        head_dim = dim // num_heads
-        # One filter per channel of a head, shared by all heads.
-        self.dwc = (
-            nn.Conv2d(head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim) if has_convolution else None
-        )
+        # One filter per channel of a head, shared by all heads. Repeating the filters avoids splitting the value map into
+        # heads, which would copy it.
+        self.dwc = DepthwiseFilters(dim // num_heads, kernel_size, repeats=num_heads, **factory) if has_convolution else None
 
     def attend(
         self,
@@ -144,22 +185,23 @@ class FocusedLinearAttention(nn.Module):
             # If all keys are masked, the output would be 0 / 0. Attend to all keys instead; their values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
         kernel, bias = self.local_filter()
-        if self.kind == "focused" and self.fused and not is_transformed():
-            out = self._attend_fused(q, k, v, grid, key_grid, key_mask, kernel, bias)
-        else:  # only "focused" has a fused form; compilers and tracers need standard operations
-            out = self._attend_unfused(q, k, v, key_grid, key_mask)
-            if kernel is not None:
-                out = self._restore_rank(out, v, grid, kernel, bias)
+        convolved = False
+        if self.kind == "focused":
+            form = focused_attention if self.fused and not is_transformed() else unfused_attention
+            convolved = q.shape[1] == k.shape[1]  # both forms include the convolution, but not of reduced values
+            filters = {"kernel": kernel, "bias": bias} if convolved else {}
+            out = self._attend_focused(q, k, v, key_grid, key_mask, form=form, grid=grid, **filters)
+        else:
+            out = self._attend_compared(q, k, v, key_mask)
+        if kernel is not None and not convolved:
+            out = self._restore_rank(out, v, grid, kernel, bias)
         return out if has_keys is None else out * has_keys.unsqueeze(-1)
 
     forward = attend
 
     def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
-        if self.dwc is None:
-            return None, None
-        # All heads share the filters. Repeating the filters avoids splitting the value map into heads, which would copy it.
-        return self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias.repeat(self.num_heads)
+        return (None, None) if self.dwc is None else self.dwc()
 
     def attention_matrix(
         self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
@@ -184,9 +226,13 @@ class FocusedLinearAttention(nn.Module):
             columns = []
             for column in one_hot.unbind(-1):
                 values = column.unsqueeze(-1).expand(-1, -1, self.dim)
-                columns.append(self._attend_unfused(q, k, values, key_grid, mask))
+                columns.append(self._attend_compared(q, k, values, mask))
             return torch.stack(columns, dim=-1).transpose(1, 2)
-        weights = self._attend_unfused(q, k, one_hot.repeat(1, 1, self.num_heads), key_grid, mask)  # (B, N, H * M)
+        values = one_hot.repeat(1, 1, self.num_heads)
+        if self.kind == "focused":
+            weights = self._attend_focused(q, k, values, key_grid, mask, form=unfused_attention)  # (B, N, H * M)
+        else:
+            weights = self._attend_compared(q, k, values, mask)
         return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
@@ -217,73 +263,54 @@ class FocusedLinearAttention(nn.Module):
                 f"pass the {grid_name} (height and width) of these tokens"
             )
 
-    def _attend_unfused(self, q: Tensor, k: Tensor, v: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-        """Attention without the convolution, computed with standard torch operations. Returns (B, N, C)."""
-        with without_autocast(q.device):
-            compute_dtype = torch.promote_types(q.dtype, torch.float32)
-            q, k, value = q.to(compute_dtype), k.to(compute_dtype), v.to(compute_dtype)
-            if self.kind == "focused":
-                q, k = self._compute_features(q, k, key_grid)
-                q, k, value = (self._split_heads(x, self.num_heads) for x in (q, k, value))
-                out = linear_attention(q, k if key_mask is None else k * key_mask, value, count_keys(key_mask), eps=EPS)
-            else:
-                compared = COMPARED_ATTENTIONS[self.kind]
-                num_heads = 1 if compared.single_head else self.num_heads
-                out = compared.function(*(self._split_heads(x, num_heads) for x in (q, k, value)), key_mask)
-            return out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
-
-    def _compute_features(self, q: Tensor, k: Tensor, key_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        k = k + resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens)
-        scale = F.softplus(self.scale)
-        q, k = (F.relu(q) + EPS) / scale, (F.relu(k) + EPS) / scale
-        if self.focusing:  # norms are over all channels of a token, before the split into heads
-            q, k = focus(q, self.focusing_factor), focus(k, self.focusing_factor)
-        return q, k
-
-    @staticmethod
-    def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
-
-    def _attend_fused(
+    def _attend_focused(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        grid: tuple[int, int],
         key_grid: tuple[int, int],
         key_mask: Tensor | None,
-        kernel: Tensor | None,
-        bias: Tensor | None,
+        *,
+        form: Callable[..., Tensor],
+        grid: tuple[int, int] = (0, 0),
+        kernel: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Attention and convolution, computed by ``focused_attention``. Returns (B, N, C)."""
-        same_map = q.shape[1] == k.shape[1]
-        out = focused_attention(
+        """Focused attention, and the convolution of the values if ``kernel`` is given. Returns (B, N, C).
+
+        Args:
+            form: ``focused_attention`` or ``unfused_attention``.
+            grid: height and width of the token map of v, for the convolution.
+        """
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return form(
             q,
             k,
             v,
             position=resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens),
             scale=F.softplus(self.scale),
-            kernel=kernel if same_map else None,
-            bias=bias if same_map else None,
-            key_weight=None if key_mask is None else key_mask / count_keys(key_mask),
+            kernel=kernel,
+            bias=bias,
+            key_weight=None if key_mask is None else key_mask / count_keys(key_mask).to(dtype),
             num_heads=self.num_heads,
             power=self.focusing_factor if self.focusing else 1,
             grid=grid,
             num_prefix_tokens=self.num_prefix_tokens,
         )
-        return out if same_map or kernel is None else self._restore_rank(out, v, grid, kernel, bias)
+
+    def _attend_compared(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attention of a kind other than ``focused``, without the convolution. Returns (B, N, C)."""
+        compared = COMPARED_ATTENTIONS[self.kind]
+        num_heads = 1 if compared.single_head else self.num_heads
+        with without_autocast(q.device):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            out = compared.function(*(split_heads(x.to(dtype), num_heads) for x in (q, k, v)), key_mask)
+            return out.transpose(1, 2).flatten(2).to(v.dtype)
 
     def _restore_rank(self, out: Tensor, v: Tensor, grid: tuple[int, int], kernel: Tensor, bias: Tensor) -> Tensor:
         """Add the depthwise convolution of ``v`` to the map tokens of ``out``, (B, N, C); prefix tokens stay unchanged."""
-        prefix, (height, width) = self.num_prefix_tokens, grid
-        values = v[:, prefix:]
-        if values.shape[1] != height * width:
-            values = stretch_tokens(values, height * width)
-        value_map = values.transpose(1, 2)  # (B, C, N)
-        restored = F.conv2d(
-            value_map.unflatten(-1, (height, width)), kernel, bias, padding=kernel.shape[-1] // 2, groups=self.dim
-        )
-        restored = restored.flatten(2).transpose(1, 2)  # (B, N, C)
-        if prefix:
-            restored = F.pad(restored, (0, 0, prefix, 0))
-        return out + restored
+        num_prefix, num_tokens = self.num_prefix_tokens, grid[0] * grid[1]
+        if v.shape[1] - num_prefix != num_tokens:
+            v, num_prefix = stretch_tokens(v[:, num_prefix:], num_tokens), 0
+        convolved = depthwise_convolution(v, kernel, bias, grid, num_prefix)
+        return out + F.pad(convolved, (0, 0, out.shape[1] - convolved.shape[1], 0))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from models.registry import nearest_model
-from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint
+from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, with_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class LoadReport:
         weights: label of the loaded weights, ``raw`` or ``ema``.
         mapped: head entries copied from the rows of the ImageNet-1k classes in a larger head, such as one for ImageNet-22k.
         head: numbers of classes in the file and in the model, if they differ.
+        prefix: prefix of the model's names in the file, such as ``model.``; entries without it are not used.
         coverage: fraction of the model's parameters and buffers that the file filled.
     """
 
@@ -38,6 +40,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     head: tuple[int, int] | None = None
+    prefix: str = ""
     coverage: float = 0.0
 
     def __str__(self) -> str:
@@ -47,6 +50,8 @@ class LoadReport:
             if names := getattr(self, name):
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 parts.append(f"{len(names)} {name} ({shown})")
+        if self.prefix:
+            parts.append(f"the file's names have the prefix {self.prefix!r}")
         if self.head is not None:
             parts.append(f"head: {self.head[0]} classes in the file, {self.head[1]} in the model")
         return "; ".join(parts)
@@ -55,10 +60,10 @@ class LoadReport:
 def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
     """Load weights of the same model, trained at any input size and with any number of classes.
 
-    Entries are matched by name. Position tables (such as position embeddings) are resized (bicubic, as in the paper's code). If
-    the file has the head of ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with
-    1000 classes loads the rows of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the
-    model's is not loaded.
+    Entries are matched by name; a prefix that all names of the model have in the file, such as ``model.``, is ignored. Position
+    tables (such as position embeddings) are resized (bicubic, as in the paper's code). If the file has the head of
+    ImageNet-22k, or of another data set that timm identifies by its number of classes, a model with 1000 classes loads the rows
+    of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
 
     Args:
         weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``weights.reader.preferred_weights``).
@@ -75,14 +80,52 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
-    origin, img_size = _stored_value(state, "MODEL", "NAME"), _stored_value(state, "DATA", "IMG_SIZE")
-    sides = img_size if isinstance(img_size, (list, tuple)) else [img_size]
-    if not all(isinstance(side, int) for side in sides) or len(sides) > 2:
-        img_size = None  # missing or invalid
-    fitting, report = _match(model, stored, LoadReport(str(path), label), origin=origin, img_size=img_size)
-    model.load_state_dict(fitting, strict=False)
+    prefix = _name_prefix(stored, model, path)
+    inside, outside = _split_by_prefix(stored, prefix)
+    origin, report = _stored_value(state, "MODEL", "NAME"), LoadReport(str(path), label, prefix=prefix)
+    fitting, report = _match(model, inside, report, origin=origin, img_size=stored_img_size(state))
+    report.unused += outside
+    model.load_state_dict(model.with_grids(fitting), strict=False)
     logger.info("%s", report)
     return report
+
+
+def stored_img_size(state: Mapping) -> int | list[int] | None:
+    """DATA.IMG_SIZE in the config of a checkpoint; None if it is missing or invalid."""
+    img_size = _stored_value(state, "DATA", "IMG_SIZE")
+    if isinstance(img_size, (list, tuple)):
+        return list(img_size) if len(img_size) == 2 and all(type(side) is int and side > 0 for side in img_size) else None
+    return img_size if type(img_size) is int and img_size > 0 else None
+
+
+def _name_prefix(stored: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> str:
+    """Prefix behind which the names of a file match those of the model, as in ``model.head.weight``; "" if there is none.
+
+    Raises:
+        CheckpointError: several prefixes match equally well.
+    """
+    own, counts = model.state_dict().keys(), Counter({"": 0})
+    for name in stored:
+        parts = name.split(".")
+        counts.update(".".join([*parts[:index], ""]) for index in range(len(parts)) if ".".join(parts[index:]) in own)
+    largest = max(counts.values())
+    prefixes = [prefix for prefix, count in counts.items() if count == largest]
+    if "" in prefixes:
+        return ""
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"{path}: the names match this model behind several prefixes ({', '.join(map(repr, prefixes))}); "
+            "write the weights behind one of them to a file of its own, without the prefix"
+        )
+    return prefixes[0]
+
+
+def _split_by_prefix(stored: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The entries whose names start with ``prefix``, which is removed, and the names of all other entries."""
+    inside = with_metadata(
+        {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}, stored
+    )
+    return inside, [name for name in stored if not name.startswith(prefix)]
 
 
 def _stored_value(state: Mapping, section: str, key: str) -> object:

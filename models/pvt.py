@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from models.attention import scaled_dot_product_attention
 from models.fused_attention import split_channels
 from models.layers import (
     NO_OPTIONS,
@@ -25,7 +25,6 @@ from models.layers import (
     init_weights,
     parse_attention_types,
     resized_parameter,
-    tensor_defaults,
     whole_map,
 )
 from models.linear_attention import FocusedLinearAttention
@@ -37,15 +36,25 @@ BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 class SpatialReduction(nn.Module):
     """Mixin with projections: q is projected from the map, k and v from the map after a strided convolution."""
 
-    def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float) -> None:
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+    def build_projections(
+        self,
+        dim: int,
+        reduction: int,
+        *,
+        qkv_bias: bool,
+        proj_drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory = {"device": device, "dtype": dtype}
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reduction = reduction
         if reduction > 1:
-            self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
-            self.norm = nn.LayerNorm(dim)
+            self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction, **factory)
+            self.norm = nn.LayerNorm(dim, **factory)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Project a map (B, H, W, C) to q (B, N, C), k and v (B, M, C); also return the height and width of the keys' map."""
@@ -64,9 +73,21 @@ def reduce_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
 class LinearAttention(FocusedLinearAttention, SpatialReduction):
     """Focused linear attention over the whole map. (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], reduction: int, linear: Mapping, **projections):
-        super().__init__(dim, num_heads, grid, key_grid=reduce_grid(grid, reduction), **linear)
-        self.build_projections(dim, reduction, **projections)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        reduction: int,
+        linear: Mapping,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **projections,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, grid, key_grid=reduce_grid(grid, reduction), **factory, **linear)
+        self.build_projections(dim, reduction, **factory, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, key_grid = self.project(x)
@@ -93,7 +114,7 @@ class SoftmaxAttention(SpatialReduction):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, _ = self.project(x)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N or M, D)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        out = scaled_dot_product_attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         out = out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out)).view_as(x)
 
@@ -119,12 +140,21 @@ def create_attention(
 class Block(nn.Module):
     """Attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp: nn.Module,
+        drop_path: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.norm1 = BlockNorm(dim)
+        self.norm1 = BlockNorm(dim, device=device, dtype=dtype)
         self.attn = attention
         self.drop_path = DropPath(drop_path)
-        self.norm2 = BlockNorm(dim)
+        self.norm2 = BlockNorm(dim, device=device, dtype=dtype)
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,11 +165,22 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Strided convolution and layer norm. (B, C, H, W) -> (B, h, w, C')."""
 
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int):
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        kernel_size: int,
+        stride: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         # A kernel wider than its stride overlaps neighbouring patches; the padding centres it on its patch.
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=kernel_size // 2 if kernel_size > stride else 0)
-        self.norm = nn.LayerNorm(dim)
+        padding = kernel_size // 2 if kernel_size > stride else 0
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=padding, **factory)
+        self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
@@ -205,35 +246,33 @@ class PyramidBackbone(Backbone):
             max(reductions[letter][index] for letter in set(attention_types[index])) for index in range(len(depths))
         ]
         self.grids = self.native_grids(img_size)
-        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
-        with tensor_defaults(device, dtype):
-            for index, grid in enumerate(self.grids):
-                dim, stride = dims[index], 2 if index else 4
-                embed = PatchEmbed(dims[index - 1] if index else in_chans, dim, self.kernel_sizes[index], stride)
-                blocks = [
-                    Block(
-                        dim,
-                        create_attention(letter, dim, num_heads[index], grid, reductions[letter][index], **options),
-                        self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate),
-                        rate,
-                    )
-                    for letter, rate in zip(attention_types[index], rates[index], strict=True)
-                ]
-                parts = {
-                    "patch_embed": embed,
-                    self.version_part_name: self.create_version_part(dim, grid),
-                    "block": Stage(*blocks),
-                }
-                for part, module in parts.items():
-                    setattr(self, f"{part}{index + 1}", module)
-            self.norm = nn.Identity()  # neither version has a final norm
-            self.apply(init_weights)
-            self.build_head(drop_rate)
+        factory = {"device": device, "dtype": dtype}
+        options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **factory}
+        for index, grid in enumerate(self.grids):
+            dim, stride = dims[index], 2 if index else 4
+            embed = PatchEmbed(dims[index - 1] if index else in_chans, dim, self.kernel_sizes[index], stride, **factory)
+            blocks = []
+            for letter, rate in zip(attention_types[index], rates[index], strict=True):
+                attention = create_attention(letter, dim, num_heads[index], grid, reductions[letter][index], **options)
+                mlp = self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate, **factory)
+                blocks.append(Block(dim, attention, mlp, rate, **factory))
+            parts = {
+                "patch_embed": embed,
+                self.version_part_name: self.create_version_part(dim, grid, **factory),
+                "block": Stage(*blocks),
+            }
+            for part, module in parts.items():
+                setattr(self, f"{part}{index + 1}", module)
+        self.norm = nn.Identity()  # neither version has a final norm
+        self.apply(init_weights)
+        self.build_head(drop_rate, **factory)
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float, **factory) -> nn.Module:
+        """Create the MLP of a block; ``factory`` is the device and dtype of its parameters."""
         raise NotImplementedError
 
-    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module | nn.Parameter:
+    def create_version_part(self, dim: int, grid: tuple[int, int], **factory) -> nn.Module | nn.Parameter:
+        """Create the version-specific part of a stage; ``factory`` is the device and dtype of its parameters."""
         raise NotImplementedError
 
     def stage_part(self, part: str, index: int) -> nn.Module | nn.Parameter:
@@ -291,11 +330,11 @@ class PyramidVisionTransformer(PyramidBackbone):
         super().__init__(**options)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
-        return Mlp(dim, hidden_dim, drop=drop)
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float, **factory) -> nn.Module:
+        return Mlp(dim, hidden_dim, drop=drop, **factory)
 
-    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Parameter:
-        return nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
+    def create_version_part(self, dim: int, grid: tuple[int, int], **factory) -> nn.Parameter:
+        return nn.Parameter(trunc_normal_(torch.empty(1, grid[0] * grid[1], dim, **factory), std=0.02))
 
     def named_position_tables(self) -> Iterator[tuple[int, PositionTable]]:
         yield from super().named_position_tables()

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from models.linear_attention import DepthwiseFilters
 from models.pvt import BlockNorm, PyramidBackbone
 
 
 class DepthwiseConvolution(nn.Module):
     """Depthwise 3 x 3 convolution. (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, **factory):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -26,9 +27,9 @@ class DepthwiseConvolution(nn.Module):
 class ConvolutionalMlp(Mlp):
     """MLP with a depthwise convolution before its activation. (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float):
-        super().__init__(dim, hidden_dim, drop=drop)
-        self.dwconv = DepthwiseConvolution(hidden_dim)
+    def __init__(self, dim: int, hidden_dim: int, drop: float, **factory):
+        super().__init__(dim, hidden_dim, drop=drop, **factory)
+        self.dwconv = DepthwiseConvolution(hidden_dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.dwconv(self.fc1(x))))
@@ -49,11 +50,11 @@ class PyramidVisionTransformerV2(PyramidBackbone):
         super().__init__(**options)
         self.apply(_init_convolution)
 
-    def create_mlp(self, dim: int, hidden_dim: int, drop: float) -> nn.Module:
-        return ConvolutionalMlp(dim, hidden_dim, drop)
+    def create_mlp(self, dim: int, hidden_dim: int, drop: float, **factory) -> nn.Module:
+        return ConvolutionalMlp(dim, hidden_dim, drop, **factory)
 
-    def create_version_part(self, dim: int, grid: tuple[int, int]) -> nn.Module:
-        return BlockNorm(dim)
+    def create_version_part(self, dim: int, grid: tuple[int, int], **factory) -> nn.Module:
+        return BlockNorm(dim, **factory)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):
@@ -64,9 +65,10 @@ class PyramidVisionTransformerV2(PyramidBackbone):
 
 def _init_convolution(module: nn.Module) -> None:
     """Initialise a convolution from a normal distribution of variance 2 / fan-out, and its bias with 0."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    if isinstance(module, (nn.Conv2d, DepthwiseFilters)):
+        groups = len(module.weight) if isinstance(module, DepthwiseFilters) else module.groups
+        num_outputs, _, height, width = module.weight.shape
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (height * width * num_outputs // groups)))
         nn.init.zeros_(module.bias)
 
 

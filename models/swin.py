@@ -30,7 +30,6 @@ from models.layers import (
     partition_windows,
     resize_grid,
     resized_parameter,
-    tensor_defaults,
     window_regions,
 )
 from models.linear_attention import FocusedLinearAttention
@@ -39,10 +38,22 @@ from models.linear_attention import FocusedLinearAttention
 class LinearWindowAttention(FocusedLinearAttention):
     """Focused linear attention within windows. (B * nW, N, C) -> (B * nW, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], *, qkv_bias: bool, proj_drop: float, **linear):
-        super().__init__(dim, num_heads, window, **linear)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: tuple[int, int],
+        *,
+        qkv_bias: bool,
+        proj_drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **linear,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, window, **factory, **linear)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
@@ -61,18 +72,22 @@ class LinearWindowAttention(FocusedLinearAttention):
 class SoftmaxWindowAttention(SoftmaxAttention):
     """Softmax attention within windows, with relative-position bias. (B * nW, N, C) -> (B * nW, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], **options):
-        super().__init__(dim, num_heads, **options)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, **factory, **options)
         self.window = window
         height, width = offset_grid(window)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(height * width, num_heads))
-        self.register_buffer("relative_position_index", None, persistent=False)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(height * width, num_heads, **factory))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        device = self.relative_position_bias_table.device
-        self.relative_position_index = relative_position_index(self.window).to(device)
 
     def set_window(self, window: tuple[int, int]) -> None:
         """Change the window size in place; a resized bias table is a new parameter."""
@@ -80,7 +95,6 @@ class SoftmaxWindowAttention(SoftmaxAttention):
             self.relative_position_bias_table, offset_grid(self.window), offset_grid(window)
         )
         self.window = window
-        self.init_non_persistent_buffers()
 
     def source_grid(self, stage_map: tuple[int, int], num_positions: int) -> tuple[int, int] | None:
         grids = (offset_grid(window) for window in capped_windows(stage_map))
@@ -89,17 +103,17 @@ class SoftmaxWindowAttention(SoftmaxAttention):
     def position_tables(self) -> list[PositionTable]:
         return [PositionTable("relative_position_bias_table", offset_grid(self.window), self.source_grid)]
 
-    def position_bias(self, window: tuple[int, int]) -> Tensor:
-        """Learned bias for every pair of tokens in a window, (1, heads, N, N)."""
-        table, index = self.relative_position_bias_table, self.relative_position_index
+    def position_bias(self, window: tuple[int, int], like: Tensor) -> Tensor:
+        """Learned bias for every pair of tokens in a window, (1, heads, N, N), on the device of ``like``."""
+        table = self.relative_position_bias_table
         if window != self.window:
             table = resize_grid(table.unsqueeze(0), offset_grid(self.window), offset_grid(window))[0]
-            index = cached_constant(relative_position_index, window, like=table)
+        index = cached_constant(relative_position_index, window, like=like)
         num_tokens = window[0] * window[1]
         return table[index.flatten()].view(1, num_tokens, num_tokens, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
-        return self.attend(x, self.position_bias(window), region)
+        return self.attend(x, self.position_bias(window, like=x), region)
 
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
@@ -126,34 +140,28 @@ class SwinBlock(nn.Module):
         attn_drop: float,
         drop_path: float,
         linear: Mapping,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.covers = tuple(window_size >= side for side in grid)
         self.window = tuple(min(window_size, side) for side in grid)
-        self.grid = grid
         self.shifted = shifted
-        options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop}
-        self.norm1 = nn.LayerNorm(dim)
+        factory = {"device": device, "dtype": dtype}
+        options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **factory}
+        self.norm1 = nn.LayerNorm(dim, **factory)
         if attention_type == "L":
             self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear)
         else:
             self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, attn_drop=attn_drop, **options)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.register_buffer("native_region", None, persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Store the regions of the native map in a buffer, so that training steps do not recompute them."""
-        self.native_region = self.regions(self.grid, like=self.norm1.weight)
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native map in place."""
-        self.grid = grid
         self.window, _, _ = self.layout(grid)
         self.attn.set_window(self.window)
-        self.init_non_persistent_buffers()
 
     def layout(self, grid: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Sizes (height, width) of a window, its shift and the padded map, for a map of size ``grid``."""
@@ -175,7 +183,7 @@ class SwinBlock(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
         window, shift, padded = self.layout(grid)
-        region = self.native_region if grid == self.grid else self.regions(grid, like=x)
+        region = self.regions(grid, like=x)
         if padded != grid:
             x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
         if any(shift):
@@ -195,10 +203,11 @@ class SwinBlock(nn.Module):
 class PatchMerging(nn.Module):
     """Halve the map and double the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        factory = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * dim, **factory)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -221,7 +230,15 @@ class SwinStage(nn.Module):
         self.downsample = downsample
 
 
-def create_patch_embed(patch_size: int, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None) -> PatchEmbed:
+def create_patch_embed(
+    patch_size: int,
+    in_chans: int,
+    embed_dim: int,
+    norm_layer: type[nn.Module] | None,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> PatchEmbed:
     """Create a patch embedding for images of any size; it pads incomplete patches. (B, C, H, W) -> (B, h, w, embed_dim)."""
     return PatchEmbed(
         img_size=None,
@@ -232,6 +249,8 @@ def create_patch_embed(patch_size: int, in_chans: int, embed_dim: int, norm_laye
         output_fmt="NHWC",
         strict_img_size=False,
         dynamic_img_pad=True,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -321,6 +340,7 @@ class SwinTransformer(Backbone):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_chans=in_chans, num_classes=num_classes, global_pool=global_pool)
+        factory = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         self.feature_info = [
@@ -337,20 +357,20 @@ class SwinTransformer(Backbone):
             "proj_drop": proj_drop_rate,
             "attn_drop": attn_drop_rate,
             "linear": linear,
+            **factory,
         }
-        with tensor_defaults(device, dtype):
-            norm_layer = nn.LayerNorm if patch_norm else None
-            self.patch_embed = create_patch_embed(patch_size, in_chans, embed_dim, norm_layer)
-            self.pos_drop = nn.Dropout(pos_drop_rate)
-            self.layers = nn.ModuleList()
-            for stage, grid in enumerate(grids):
-                dim = embed_dim * 2**stage
-                blocks = create_blocks(dim, num_heads[stage], grid, attention_types[stage], rates[stage], windows, **options)
-                last = stage == len(grids) - 1
-                self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim)))
-            self.norm = nn.LayerNorm(self.num_features)
-            self.apply(init_weights)
-            self.build_head(drop_rate)
+        norm_layer = nn.LayerNorm if patch_norm else None
+        self.patch_embed = create_patch_embed(patch_size, in_chans, embed_dim, norm_layer, **factory)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.layers = nn.ModuleList()
+        for stage, grid in enumerate(grids):
+            dim = embed_dim * 2**stage
+            blocks = create_blocks(dim, num_heads[stage], grid, attention_types[stage], rates[stage], windows, **options)
+            last = stage == len(grids) - 1
+            self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim, **factory)))
+        self.norm = nn.LayerNorm(self.num_features, **factory)
+        self.apply(init_weights)
+        self.build_head(drop_rate, **factory)
 
     def stage_grids(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         grids = [tuple(ceil_divide(side, self.patch_size) for side in img_size)]
@@ -387,9 +407,9 @@ def capped_windows(grid: tuple[int, int]) -> Iterator[tuple[int, int]]:
         yield min(size, grid[0]), min(size, grid[1])
 
 
-def relative_position_index(window: tuple[int, int]) -> Tensor:
+def relative_position_index(window: tuple[int, int], *, device: torch.device | None = None) -> Tensor:
     """Row index into the bias table for each pair of tokens in a window, (N, N)."""
-    rows, columns = torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in window), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + window[0] - 1
     column_offset = columns[:, None] - columns[None, :] + window[1] - 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import describe
-from weights.reader import CheckpointError, read_checkpoint, sha256, verify
+from weights.reader import CheckpointError, read_checkpoint, sha256, verify, with_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,9 @@ def to_host(value: object, *, copy: bool = False) -> object:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=copy)
     if isinstance(value, dict):
-        return {key: to_host(item, copy=copy) for key, item in value.items()}
+        plain = {key: to_host(item, copy=copy) for key, item in value.items()}
+        # The metadata of a state dict contain the height and width of position tables, which their shapes do not determine.
+        return with_metadata(plain, value) if hasattr(value, "_metadata") else plain
     if isinstance(value, (list, tuple)):
         return [to_host(item, copy=copy) for item in value]
     assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: read_checkpoint would reject it"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 WEIGHTS = ("raw", "ema", "auto")
 METADATA_KEY = "flatten"  # key of the safetensors metadata that contains config, class names and other plain data, as JSON
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Modules that DDP, torch.compile, FSDP and activation checkpointing insert into names.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 MAX_DEPTH = 32  # maximum nesting of containers in a file
 MAX_ITEMS = 5_000_000  # maximum number of values in a file; values that are referenced several times count each time
@@ -155,6 +156,10 @@ def _find_illegal_structure(state: dict) -> str:
         container, path, depth = pending.pop()
         if depth > MAX_DEPTH:
             return f"{path} is nested more than {MAX_DEPTH} levels deep"
+        if problem := _describe_illegal_attributes(container):
+            return f"{path or 'its top level'} {problem}"
+        if hasattr(container, "_metadata"):
+            pending.append((container._metadata, f"{path} (metadata)", depth + 1))
         num_items += len(container)
         if num_items > MAX_ITEMS:
             return f"{path or 'it'} makes it larger than {MAX_ITEMS} values"
@@ -167,6 +172,17 @@ def _find_illegal_structure(state: dict) -> str:
                 pending.append((value, f"{path}.{key}"[-MAX_PATH:].lstrip("."), depth + 1))
             elif problem := _describe_illegal_value(value):
                 return f"{path}.{key}"[-MAX_PATH:].lstrip(".") + f" {problem}"
+    return ""
+
+
+def _describe_illegal_attributes(container: object) -> str:
+    """Why the attributes of a container are not those of a state dict or config; "" if they are. Only pickles have attributes."""
+    attributes = getattr(container, "__dict__", {})
+    if hidden := sorted(attributes.keys() & set(dir(collections.OrderedDict))):
+        return f"has an attribute {hidden[0]}, which hides a method"
+    metadata = attributes.get("_metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(entry, dict) for entry in metadata.values()):
+        return "has metadata that are not those of a state dict"
     return ""
 
 
@@ -272,7 +288,7 @@ def _describe_global(message: str) -> str:
 
 
 def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
-    """State dicts of a weight file by label (``raw``, ``ema``), without the name prefixes of DDP and torch.compile."""
+    """State dicts of a weight file by label (``raw``, ``ema``), without the parts of names that wrappers such as DDP insert."""
     state_dicts = {
         "raw": next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), None),
         "ema": next((state[key] for key in ("state_dict_ema", "model_ema") if isinstance(state.get(key), dict)), None),
@@ -280,14 +296,24 @@ def stored_weights(state: Mapping) -> dict[str, dict[str, Tensor]]:
     if not any(state_dicts.values()) and state and all(isinstance(value, Tensor) for value in state.values()):
         state_dicts["raw"] = state  # a bare state dict
     return {
-        label: {
-            _WRAPPERS.sub("", name): value
-            for name, value in weights.items()
-            if isinstance(name, str) and isinstance(value, Tensor)
-        }
+        label: with_metadata(
+            {
+                _WRAPPERS.sub("", name): value
+                for name, value in weights.items()
+                if isinstance(name, str) and isinstance(value, Tensor)
+            },
+            weights,
+        )
         for label, weights in state_dicts.items()
         if weights
     }
+
+
+def with_metadata(state_dict: dict[str, Tensor], source: Mapping) -> dict[str, Tensor]:
+    """A state dict with the metadata that ``Module.state_dict`` attached to ``source``, if any; see ``torch.save``."""
+    copied = collections.OrderedDict(state_dict)
+    copied._metadata = getattr(source, "_metadata", {})  # type: ignore[attr-defined]
+    return copied
 
 
 def preferred_weights(state: Mapping) -> str:

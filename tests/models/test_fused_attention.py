@@ -159,21 +159,6 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(run, [*tokens, *parameters.values()], fast_mode=False)
 
 
-def test_second_derivatives_require_the_unfused_form():
-    operator = random_operator((2, 3))
-    packed = torch.randn(1, 6, 3 * C).double().requires_grad_()
-    second_derivatives = []
-    for split in (split_channels, lambda x, parts: x.chunk(parts, dim=-1)):
-        operator.fused = False
-        (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
-        second_derivatives.append(torch.autograd.grad(gradient.square().sum(), packed)[0])
-        operator.fused = True
-        (gradient,) = torch.autograd.grad(operator(*split(packed, 3)).square().sum(), packed, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
-    torch.testing.assert_close(*second_derivatives)
-
-
 def test_torch_func_uses_the_unfused_form():
     operator = random_operator((2, 3))
     packed = torch.randn(2, 6, 3 * C).double().requires_grad_()

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import linear_attention
-from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention, focus, stretch_tokens
+from models.attention import focus, linear_attention
+from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention, stretch_tokens
 
 B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
@@ -34,6 +34,10 @@ def random_inputs(num_queries=N, num_keys=N):
     return [torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True) for shape in shapes]
 
 
+def convolve(filters, maps):
+    return F.conv2d(maps, filters.weight, filters.bias, padding=filters.kernel_size // 2, groups=maps.shape[1])
+
+
 def definition(operator, q, k, v, grid=GRID):
     """Compute the output by equations 3 to 8 of the paper, with an explicit weight for every pair of query and key."""
 
@@ -55,7 +59,7 @@ def definition(operator, q, k, v, grid=GRID):
         F.interpolate(v.transpose(1, 2), size=out.shape[1], mode="linear") if num_keys != out.shape[1] else v.transpose(1, 2)
     )
     maps = stretched.reshape(B * H, D, *grid)  # heads become batch entries, as in the reference
-    return out + operator.dwc(maps).reshape(B, C, -1).transpose(1, 2)
+    return out + convolve(operator.dwc, maps).reshape(B, C, -1).transpose(1, 2)
 
 
 def assert_same_forward_and_backward(one, other, inputs):
@@ -128,7 +132,7 @@ def test_every_kind_except_focused_equals_its_naive_form_forward_and_backward(ki
     expected = naive(kind, q, k, v)
     if kind == "enhanced":
         maps = v.transpose(1, 2).reshape(B * H, D, *GRID)
-        expected = expected + operator.dwc(maps).reshape(B, C, N).transpose(1, 2)
+        expected = expected + convolve(operator.dwc, maps).reshape(B, C, N).transpose(1, 2)
     out = operator(q, k, v)
     assert_same_forward_and_backward(out, expected, [q, k, v])
 
@@ -154,7 +158,7 @@ def test_prefix_tokens_attend_and_are_not_convolved():
     operator = random_operator(num_prefix_tokens=1)
     q, k, v = random_inputs(N + 1, N + 1)
     attended = definition_without_convolution(operator, q, k, v)
-    convolved = operator.dwc(v[:, 1:].transpose(1, 2).reshape(B * H, D, *GRID)).reshape(B, C, N).transpose(1, 2)
+    convolved = convolve(operator.dwc, v[:, 1:].transpose(1, 2).reshape(B * H, D, *GRID)).reshape(B, C, N).transpose(1, 2)
     expected = torch.cat([attended[:, :1], attended[:, 1:] + convolved], dim=1)
     torch.testing.assert_close(operator(q, k, v), expected)
 

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 
 from models.cswin import CSwinTransformer
 from models.deit import DeiT
+from models.loading import load_weights
 from models.pvt import PyramidVisionTransformer
 from models.pvt_v2 import PyramidVisionTransformerV2
 from models.swin import SwinTransformer
+from utils.checkpoint import to_host
+from weights.reader import read_checkpoint
 
 TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
 TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin
@@ -101,7 +104,7 @@ def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is
     assert source.pos_embed.shape == target.pos_embed.shape  # 16 patches each: 2 x 8 and 4 x 4
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    state_dict = source.state_dict()
+    state_dict = dict(source.state_dict())  # without metadata
     assert target.resize_position_tables(state_dict) == {}
     resized = target.resize_position_tables(state_dict, img_size=(32, 128))
     assert set(resized) == {"pos_embed", "blocks.0.attn.positional_encoding", "blocks.1.attn.positional_encoding"}
@@ -126,16 +129,96 @@ def test_a_table_of_equal_shape_but_another_grid_is_resized_if_the_image_size_is
     ids=["non-square", "stripe"],
 )
 def test_a_table_with_an_ambiguous_grid_is_rejected_without_the_image_size_of_the_checkpoint(model, source, message):
+    without_metadata = dict(source.state_dict())
     with pytest.raises(ValueError, match=message):
-        model.resize_position_tables(source.state_dict())
+        model.resize_position_tables(without_metadata)
     with pytest.raises(RuntimeError, match=message):
-        model.load_state_dict(source.state_dict())
+        model.load_state_dict(without_metadata)
 
 
 def test_a_table_that_does_not_match_the_given_image_size_is_rejected():
     source, target = DeiT(**TOY_DEIT, img_size=64), DeiT(**TOY_DEIT, img_size=96)
     with pytest.raises(ValueError, match=r"pos_embed: 16 positions .* 32 x 96 pixels"):
-        target.resize_position_tables(source.state_dict(), img_size=(32, 96))
+        target.resize_position_tables(dict(source.state_dict()), img_size=(32, 96))
+
+
+def as_saved(state_dict, path):
+    torch.save(state_dict, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", TABLE_KINDS)
+def test_a_saved_state_dict_of_another_grid_with_as_many_tokens_gives_the_logits_of_its_source_model(kind, tmp_path):
+    """A state dict records the heights and widths of its tables. Models for 48 x 96 and 96 x 48 pixels have equal numbers."""
+    source, target = build(kind, (48, 96)), build(kind, (96, 48))
+    assert sum(parameter.numel() for parameter in source.parameters()) == sum(p.numel() for p in target.parameters())
+    target.load_state_dict(as_saved(source.state_dict(), tmp_path / "weights.pth"))
+    assert_same_logits(target, source, (96, 48))
+    nested = torch.nn.ModuleDict({"backbone": build(kind, (96, 48))})
+    nested.load_state_dict(as_saved(torch.nn.ModuleDict({"backbone": source}).state_dict(), tmp_path / "nested.pth"))
+    assert_same_logits(nested["backbone"], source, (96, 48))
+
+
+@pytest.mark.parametrize("kind", ["pvt", "swin, global"])
+def test_a_checkpoint_of_a_run_at_another_grid_with_as_many_tokens_is_resized_on_every_path(kind, tmp_path):
+    """Paths: as the state of a run, by ``load_weights`` without and with the config of the run, and behind a prefix."""
+    source = build(kind, (48, 96))
+    state = to_host({"model": source.state_dict(), "config": {"DATA": {"IMG_SIZE": [48, 96]}}})
+    torch.save(state, tmp_path / "run.pth")
+    resumed = build(kind, (96, 48))
+    resumed.load_state_dict(read_checkpoint(tmp_path / "run.pth")["model"])
+    assert_same_logits(resumed, source, (96, 48))
+    torch.save(source.state_dict(), tmp_path / "bare.pth")
+    torch.save({"model": dict(source.state_dict()), "config": state["config"]}, tmp_path / "old.pth")
+    torch.save(torch.nn.ModuleDict({"net": source}).state_dict(), tmp_path / "prefixed.pth")
+    for name in ("run", "bare", "old", "prefixed"):
+        loaded = build(kind, (96, 48))
+        report = load_weights(loaded, tmp_path / f"{name}.pth")
+        assert sorted(report.resized) == sorted(loaded.position_grids())
+        assert_same_logits(loaded, source, (96, 48))
+
+
+@pytest.mark.parametrize("kind", ["pvt", "deit", "cswin, global"])
+def test_weights_without_metadata_are_loaded_into_a_non_square_model_with_a_warning_and_the_remedy_works(kind, caplog):
+    source, same, other = build(kind, (48, 96)), build(kind, (48, 96)), build(kind, (96, 48))
+    without_metadata = dict(source.state_dict())
+    same.load_state_dict(without_metadata)
+    assert "do not record the height and width" in caplog.text
+    assert_same_logits(same, source, (48, 96))
+    caplog.clear()
+    other.load_state_dict(other.adapt_state_dict(without_metadata, img_size=(48, 96)))  # the remedy in the warning
+    assert_same_logits(other, source, (96, 48))
+    build(kind, 64).load_state_dict(dict(build(kind, 64).state_dict()))  # released weights are square
+    assert caplog.text == ""
+
+
+def test_a_table_that_was_resized_by_hand_is_loaded_as_it_is(tmp_path):
+    """The recorded height and width no longer match the table, and are ignored."""
+    source, target = (DeiT(**TOY_DEIT, img_size=size) for size in (64, 96))  # patches of 16 x 16 pixels
+    state_dict = as_saved(source.state_dict(), tmp_path / "weights.pth")
+    state_dict["pos_embed"] = torch.randn(1, 1 + 6 * 6, 16)
+    target.load_state_dict(state_dict)
+    assert torch.equal(target.pos_embed, state_dict["pos_embed"])
+
+
+@pytest.mark.parametrize("grids", [None, 3, {"pos_embed": "8x8"}, {"pos_embed": [0, 64]}, {"pos_embed": [-8, -8]}], ids=str)
+def test_invalid_metadata_of_a_state_dict_are_ignored(grids):
+    source, target = build("deit", 64), build("deit", 64)
+    state_dict = source.state_dict()
+    state_dict._metadata[""]["position_grids"] = grids
+    target.load_state_dict(state_dict)
+    assert_same_logits(target, source, (64, 64))
+
+
+@pytest.mark.parametrize("kind", TABLE_KINDS)
+def test_only_the_head_trains_after_a_frozen_model_is_resized(kind):
+    """A resized table is a new parameter; it stays frozen."""
+    model = build(kind, 64)
+    model.freeze_features()
+    model.set_input_size(84)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {"head.weight", "head.bias"}
+    model.train()(torch.randn(2, 3, 84, 84)).sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("size", [(48, 96), (96, 96), (40, 32)], ids=str)

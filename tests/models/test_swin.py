@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import build_model, create_model
 from models.layers import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
@@ -55,11 +56,22 @@ def test_window_regions_of_a_shifted_map_equal_a_hand_computed_example():
     assert regions[3].unique().numel() == 4
 
 
+def naive_position_bias(attention, window):
+    """Bias (heads, N, N) of each pair of tokens in a window, looked up by the difference of their rows and columns."""
+    rows, columns = (2 * side - 1 for side in attention.window)
+    table = attention.relative_position_bias_table.detach().T.unflatten(1, (rows, columns))
+    height, width = window
+    table = F.interpolate(table[None], size=(2 * height - 1, 2 * width - 1), mode="bicubic")[0]  # unchanged at the native size
+    tokens = [(row, column) for row in range(height) for column in range(width)]
+    pairs = [table[:, a - c + height - 1, b - d + width - 1] for a, b in tokens for c, d in tokens]
+    return torch.stack(pairs, dim=1).unflatten(1, (len(tokens), len(tokens)))
+
+
 def naive_softmax_block(block, x, window):
     """Compute the output of a softmax block one window at a time, from the real tokens of the window (without padding)."""
     attention, height, width = block.attn, x.shape[1], x.shape[2]
     normed, out = block.norm1(x), torch.zeros_like(x)
-    bias = attention.position_bias(window)[0]
+    bias = naive_position_bias(attention, window)
     for top in range(0, height, window[0]):
         for left in range(0, width, window[1]):
             tokens = normed[:, top : top + window[0], left : left + window[1]]

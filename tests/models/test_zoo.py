@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
-from models.cswin import CSwinTransformer, stripe_size
-from models.linear_attention import ATTENTION_KINDS, focus
+from models.attention import focus
+from models.cswin import CSwinTransformer, StripedAttention, stripe_size
+from models.linear_attention import ATTENTION_KINDS
 from models.loading import load_weights
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, seeded_image
@@ -310,6 +311,10 @@ def test_the_number_of_input_channels_is_an_argument(name, in_chans):
     assert create_model(name, num_classes=2, img_size=64, in_chans=in_chans)(torch.randn(1, in_chans, 64, 64)).shape == (1, 2)
 
 
+def convolve(maps, filters):
+    return F.conv2d(maps, filters.weight, filters.bias, padding=filters.weight.shape[-1] // 2, groups=maps.shape[1])
+
+
 def naive_stripes(attention, q, k, v, window):
     """Compute attention, rank restoration and CSwin's positional encoding (LePE) per stripe, from real tokens (no padding)."""
     out = torch.zeros_like(q)
@@ -332,11 +337,11 @@ def naive_stripes(attention, q, k, v, window):
                 similarity = queries @ keys.transpose(-2, -1)
                 attended = similarity @ values / (similarity.sum(dim=-1, keepdim=True) + 1e-6 * similarity.shape[-1])
                 heads = maps.unflatten(1, (num_heads, head_dim)).flatten(0, 1)
-                restored = attention.dwc(heads).unflatten(0, (-1, num_heads)).flatten(1, 2).permute(0, 2, 3, 1)
+                restored = convolve(heads, attention.dwc).unflatten(0, (-1, num_heads)).flatten(1, 2).permute(0, 2, 3, 1)
             else:
                 attended = (queries @ keys.transpose(-2, -1) / head_dim**0.5).softmax(dim=-1) @ values
                 restored = 0
-            lepe = attention.get_v(maps).permute(0, 2, 3, 1)
+            lepe = convolve(maps, attention.get_v).permute(0, 2, 3, 1)
             out[box] = attended.transpose(1, 2).flatten(2).unflatten(1, grid) + restored + lepe
     return out
 
@@ -445,9 +450,10 @@ def test_softmax_stripes_of_cswin_have_the_widths_of_the_cswin_paper(name, large
     """In the last stage, a stripe is the whole map: 7 x 7 tokens at 224 pixels, and 12 x 12 at 384."""
     model = create_model(name, attn_type="SSSS", device="meta")
     widths = []
-    for blocks in model.stage_blocks():
-        stripes = [module for module in next(iter(blocks)).modules() if hasattr(module, "native_mask")]
-        widths.append({min(stripe_size(stripe.native_grid, stripe.axis, stripe.width)) for stripe in stripes})
+    native_size = 384 if name.endswith("_384") else 224
+    for blocks, grid in zip(model.stage_blocks(), model.native_grids(native_size), strict=True):
+        stripes = [module for module in next(iter(blocks)).modules() if isinstance(module, StripedAttention)]
+        widths.append({min(stripe_size(grid, stripe.axis, stripe.width)) for stripe in stripes})
     assert widths == [{1}, {2}, {largest}, {largest}]
 
 
