@@ -176,7 +176,7 @@ def _find_illegal_structure(state: dict) -> str:
 
 
 def _describe_illegal_attributes(container: object) -> str:
-    """Why the attributes of a container are not those of a state dict or config; "" if they are. Only pickles have attributes."""
+    """Why the attributes of a container, which a pickle may set, are not those of a state dict or config; "" if they are."""
     attributes = getattr(container, "__dict__", {})
     if hidden := sorted(attributes.keys() & set(dir(collections.OrderedDict))):
         return f"has an attribute {hidden[0]}, which hides a method"

@@ -9,6 +9,7 @@ import shutil
 import stat
 import tarfile
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(saved, o
 
 
 def damage(path, how):
-    """Empty a file, truncate it, or flip one bit near its middle. ``how`` also seeds the random position."""
+    """Empty a file, truncate it, or flip one bit of its largest tensor. ``how`` also seeds the random position."""
     data = bytearray(path.read_bytes())
     rng = random.Random(how)
     if how == "empty":
@@ -69,7 +70,9 @@ def damage(path, how):
     elif how.startswith("cut"):
         data = data[: rng.randrange(len(data))]
     else:
-        data[len(data) // 2 + rng.randrange(200)] ^= 1 << rng.randrange(8)
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read(max(archive.infolist(), key=lambda entry: entry.file_size))
+        data[data.index(content) + rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
@@ -444,3 +447,44 @@ def test_a_file_damaged_while_it_is_written_never_replaces_a_checkpoint(saved, m
 def test_prefixes_of_ddp_and_compile_are_removed_from_parameter_names(prefix):
     state = {"model": {f"{prefix}head.weight": torch.ones(2), f"{prefix}module_list.0.weight": torch.ones(3)}}
     assert set(stored_weights(state)["raw"]) == {"head.weight", "module_list.0.weight"}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "encoder.model."])
+def test_weights_behind_a_common_prefix_are_loaded_and_the_report_names_the_prefix(tmp_path, prefix):
+    source, target = toy(), toy()
+    for parameter in target.parameters():
+        torch.nn.init.zeros_(parameter)
+    state = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(10_000_000)}}, tmp_path / "lightning.ckpt")
+    report = load_weights(target, tmp_path / "lightning.ckpt")
+    assert (report.prefix, report.missing, report.unused, report.coverage) == (prefix, [], ["criterion.weight"], 1)
+    assert f"prefix '{prefix}'" in str(report)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_weights_behind_two_prefixes_are_rejected_and_the_error_names_them(tmp_path):
+    state = {f"{prefix}.net.{name}": value for prefix in ("student", "teacher") for name, value in toy().state_dict().items()}
+    torch.save(state, tmp_path / "pair.pth")
+    with pytest.raises(CheckpointError, match=r"several prefixes \('student\.net\.', 'teacher\.net\.'\)"):
+        load_weights(toy(), tmp_path / "pair.pth")
+
+
+def test_names_of_wrappers_are_removed_anywhere_in_a_name(tmp_path):
+    wrappers = ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]
+    state = {}
+    for index, (name, value) in enumerate(toy().state_dict().items()):
+        parts, wrapper = name.split("."), wrappers[index % 4]
+        inner = index % len(parts)
+        state["_orig_mod.module." + ".".join([*parts[:inner], wrapper + parts[inner], *parts[inner + 1 :]])] = value
+    torch.save({"model": state}, tmp_path / "wrapped.pth")
+    report = load_weights(toy(), tmp_path / "wrapped.pth")
+    assert (report.missing, report.unused, report.prefix, report.coverage) == ([], [], "", 1)
+
+
+@pytest.mark.parametrize("attributes", [{"get": "text"}, {"_metadata": [1]}, {"_metadata": {"": 3}}], ids=str)
+def test_attributes_of_a_stored_dictionary_that_would_break_its_use_are_rejected(tmp_path, attributes):
+    state = toy().state_dict()
+    vars(state).update(attributes)
+    torch.save({"model": state}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"odd\.pth is not a valid checkpoint: model has"):
+        read_checkpoint(tmp_path / "odd.pth")
