@@ -18,11 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.index import DataError, Index
+from utils.stop import SIGNALS
 
 logger = logging.getLogger(__name__)
 
-# Signals that launchers and terminals send to all processes of a job. Only the training process handles them.
-IGNORED_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 SECONDS_BETWEEN_CHECKS = 1.0  # interval of the checks for a stalled worker, and for the end of the parent process
 SECONDS_UNTIL_WARNING = 30.0  # time without a finished image after which a warning is logged
 FINISHED, READING = 0, 1  # columns of ``WatchedDataset.progress``
@@ -179,9 +178,8 @@ def check_sockets() -> None:
 
 def start_worker(_worker: int) -> None:
     """Prepare a loader worker: it ignores stop signals, ends with its parent, and ends if it cannot send a batch."""
-    for name in IGNORED_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="end with parent", daemon=True).start()
     # Python would print the error and drop the batch, and the main process would wait for it.
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_end_after_lost_batch))  # noqa: B010 - not typed

@@ -277,6 +277,12 @@ def find_unusable_entries(saved: Mapping) -> list[str]:
         names.append("evaluations")
     if not isinstance(saved.get("run_id", ""), str):
         names.append("run_id")
+    evaluations = saved.get("evaluations", [])
+    if not isinstance(evaluations, list) or not all(
+        isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
+        for record in evaluations
+    ):
+        names.append("evaluations")
     return sorted(set(names))
 
 

@@ -26,7 +26,7 @@ status=0
 # srun does not inherit --cpus-per-task from sbatch. Without the option, all threads of a process would share one core.
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=60 bash -c '
   export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
-  export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-1}"
+  export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-${SLURM_STEP_TASKS_PER_NODE%%[(,]*}}" # the latter is, for example, "8(x2)"
   exec python main.py "$@"
 ' main.py "$@" || status=$?
 if [ "$status" -eq "$STOPPED" ]; then

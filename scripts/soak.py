@@ -1,9 +1,9 @@
 """Train under random faults for a given time, and compare each finished run with an undisturbed run (without faults).
 
 A small model is trained on handwritten digits. Each time the training command is started, one fault follows at a random time:
-SIGKILL to one or all processes, a stop signal (SIGTERM, SIGINT or SIGUSR1) to one process, a full disk, or damage to the newest
-checkpoint. Before some of these faults, a second run is started in the same directory. After the fault, the same command is
-repeated. All runs, including the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
+SIGKILL to one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of
+these faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including
+the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must end, and the newest intact checkpoint must not be older than before, unless the fault
 damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to the undisturbed run's.
@@ -33,6 +33,7 @@ import torch
 
 from utils.checkpoint import BEST, list_checkpoints, newest_intact_checkpoint, num_updates_of
 from utils.files import replacing
+from utils.stop import SIGNALS
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +174,7 @@ def kill_all(job: Job, _rng: random.Random) -> str:
 
 
 def stop(job: Job, rng: random.Random) -> str:
-    rank, stop_signal = rng.randrange(len(job.processes)), rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    rank, stop_signal = rng.randrange(len(job.processes)), rng.choice(SIGNALS)
     os.kill(job.processes[rank].pid, stop_signal)
     return f"{stop_signal.name} to rank {rank}"
 

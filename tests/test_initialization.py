@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import jobs.evaluation
 import jobs.training
+import utils.log
 from jobs.checkpoints import open_checkpoint
 from jobs.initialization import Initialization, check_data, is_finished, resume
 from jobs.start import Contents, find_unusable_entries
@@ -37,6 +39,8 @@ INVALID_ENTRIES = {
     "num_skipped is text": {"num_skipped": "x"},
     "data is a number": {"data": 7},
     "data lacks the split val": {"data": {"train": {}}},
+    "evaluations is a dictionary": {"evaluations": {}},
+    "an evaluation has no step": {"evaluations": [{"kind": "eval_raw"}]},
 }
 
 
@@ -292,16 +296,75 @@ def test_tensorboard_contains_scalars_text_and_images(tmp_path):
     assert (image.height, image.width) == (4, 5)
 
 
-def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(tmp_path):
+@pytest.mark.parametrize("clock", [0, -86_400, 86_400], ids=["same clock", "clock set back", "clock set forward"])
+def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(clock, tmp_path, monkeypatch):
+    """The run is resumed at step 2 twice; before the first of them, the clock is set."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for resumed_at, steps in ((0, (1, 2, 3)), (2, (3,))):
+    now = time.time
+    for number, (resumed_at, steps) in enumerate(((0, (1, 2, 3)), (2, (3, 4)), (2, (3,)))):
+        monkeypatch.setattr(time, "time", lambda shift=clock * (number > 0): now() + shift)
         metrics = MetricsWriter(tmp_path, resumed_at)
         for step in steps:
-            metrics.scalars(step, "train", {"loss": float(10 * resumed_at + step)})
+            metrics.scalars(step, "train", {"loss": float(10 * number + step)})
         metrics.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+
+
+def test_tensorboard_drops_an_incomplete_evaluation_but_keeps_the_training_point_of_its_step(tmp_path):
+    """The run is killed after the evaluation at step 2, before it is saved, and resumes at step 2."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((0, (1, 2)), (2, (3,))):
+        metrics = MetricsWriter(tmp_path, start, evaluated=start == 0)
+        for step in steps:
+            metrics.scalars(step, "train", {"loss": float(step), "grad_norm": float("inf")})
+        metrics.scalars(2, "eval_raw", {"acc1": 50.0 + start})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(point.step, point.value) for point in events.Scalars("eval_raw/acc1")] == [(2, 52.0)]
+
+
+def test_evaluations_that_the_metrics_file_lacks_are_restored_from_the_checkpoint_in_order(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        writer.scalars(step, "train", {"loss": float(step)})
+    writer.scalars(4, "eval_raw", {"acc1": 40.0})
+    writer.close()
+    evaluations = [{"step": step, "kind": "eval_raw", "acc1": 10.0 * step, "loss": float("nan")} for step in (2, 4)]
+    MetricsWriter(tmp_path, 4, evaluations=evaluations).close()
+    points = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(point["step"], point["kind"]) for point in points] == [
+        (1, "train"),
+        (2, "train"),
+        (2, "eval_raw"),
+        (3, "train"),
+        (4, "train"),
+        (4, "eval_raw"),
+    ]
+    assert points[2] == {"step": 2, "kind": "eval_raw", "acc1": 20.0, "loss": None}
+    (tmp_path / "metrics.jsonl").unlink()
+    MetricsWriter(tmp_path, 4, evaluations=evaluations).close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_blocked_disk_delays_the_first_flush_of_metrics_for_a_limited_time_and_later_ones_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.log, "SECONDS_AT_EXIT", 0.5)
+    writer, release = MetricsWriter(tmp_path, 0), threading.Event()
+    writer._write_line(release.wait, 60)
+    writer.scalars(1, "train", {"loss": 1.0})
+    durations = []
+    for _ in range(3):
+        started = time.monotonic()
+        writer.flush()
+        durations.append(time.monotonic() - started)
+    assert durations[0] >= 0.5
+    assert sum(durations[1:]) < 0.5
+    release.set()
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
 # --- Loading of weights, and gradient checkpointing

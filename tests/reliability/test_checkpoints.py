@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import utils.checkpoint
+import utils.evaluation
 import utils.trainer
+from data.datasets import ImageDataset
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -178,6 +180,84 @@ def test_r14_resume_restores_best_pth_after_a_kill_between_save_and_link(uninter
     expected = uninterrupted(1)
     assert_equal(read_state(folder), read_state(expected))
     assert read_checkpoint(folder / BEST)["num_updates"] == read_checkpoint(expected / BEST)["num_updates"]
+
+
+# --- Errors and kills between two updates
+
+
+def kill_when_saved(folder: Path) -> None:
+    """Wait for the checkpoint of the first epoch, which is written in the background, and kill this process."""
+    while not checkpoint_path(folder, 12).is_file():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raise_error(_folder: Path) -> None:
+    raise KeyError("injected")
+
+
+R22_FAULTS = {"killed": kill_when_saved, "error": raise_error}
+
+
+@pytest.mark.parametrize("fault", R22_FAULTS)
+def test_r22_an_evaluation_that_fails_loses_no_update(fault, uninterrupted, toy_config, toy_data, tmp_path):
+    """SAVE_STEPS and SAVE_MINUTES would save nothing before the first evaluation."""
+    folder = tmp_path / "toy/default"
+
+    def prepare(rank: int) -> None:
+        call_before(utils.evaluation, "progress", 1, lambda: R22_FAULTS[fault](folder))
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
+    failed = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert failed.exit_codes == [-9 if fault == "killed" else 1], failed.output
+    (checkpoint,) = list_checkpoints(folder)
+    state = read_checkpoint(checkpoint)
+    assert (state["num_updates"], state["last_evaluation"]) == (12, 0)
+    assert not (folder / BEST).exists()
+    resumed = run_main(arguments, tmp_path / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert_equal(read_state(folder), read_state(uninterrupted(1)))
+    assert read_checkpoint(folder / BEST)["best"] == read_checkpoint(uninterrupted(1) / BEST)["best"]
+    assert_one_point_per_step(folder)
+
+
+def assert_one_point_per_step(folder: Path) -> None:
+    """Metrics file and TensorBoard have every training step that was logged and every evaluation exactly once, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    for kind, name, expected in (
+        ("train", "loss", range(2, 37, 2)),
+        ("eval_raw", "acc1", (12, 24, 36)),
+        ("eval_ema", "acc1", (12, 24, 36)),
+    ):
+        assert [point["step"] for point in points if point["kind"] == kind] == list(expected)
+        assert [point.step for point in events.Scalars(f"{kind}/{name}")] == list(expected)
+
+
+def test_r22_an_error_of_a_loader_worker_in_mid_epoch_loses_no_update(uninterrupted, toy_config, toy_data, tmp_path):
+    """In the second epoch, the worker fails in its third batch, which is the fifth or sixth of the epoch."""
+    folder = tmp_path / "toy/default"
+
+    def prepare(rank: int) -> None:
+        original, keys = ImageDataset.__getitem__, []
+
+        def read(self, key):
+            keys.extend([key] if key[0] == 1 else [])
+            if len(keys) > 2 * 8:
+                raise KeyError("injected")
+            return original(self, key)
+
+        ImageDataset.__getitem__ = read
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
+    failed = run_main(arguments, tmp_path / "log", prepare=prepare)
+    assert failed.exit_codes == [1], failed.output
+    assert read_checkpoint(list_checkpoints(folder)[0])["num_updates"] == 12 + 4
+    resumed = run_main(arguments, tmp_path / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
 # --- Full disks and unusable output directories

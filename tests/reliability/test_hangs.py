@@ -17,6 +17,8 @@ from data.workers import StallCheck, StalledWorkerError, WatchedDataset
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
+from utils.checkpoint import list_checkpoints
+from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
 
@@ -49,6 +51,9 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     phase = "training after update 4" if function == "train_step" else "evaluation after update 12"
     report = next(line for line in outcome.output.splitlines() if "rank(s) 1 lost" in line)
     assert re.search(rf"did not take part in {phase}", report)
+    # Rank 0 has saved the updates before the one in which it lost rank 1, or the state before the evaluation.
+    newest = list_checkpoints(tmp_path / "toy/default")[0]
+    assert read_checkpoint(newest)["num_updates"] == (4 if function == "train_step" else 12)
     seconds = report_time(report) - report_time(outcome.output.splitlines()[0])
     assert seconds <= 3 + 10  # COLLECTIVE_TIMEOUT plus 10 s
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -15,7 +16,7 @@ from scripts.soak import read_state
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import list_checkpoints
+from utils.checkpoint import BEST, list_checkpoints
 
 pytestmark = pytest.mark.reliability
 
@@ -138,6 +139,26 @@ def test_r16_failed_writes_of_logs_or_metrics_do_not_end_the_run(output, uninter
     assert outcome.exit_codes == [0], outcome.output
     assert outcome.output.count("No space left on device); the run continues") == 1
     assert_equal(read_state(tmp_path / "toy/default"), read_state(uninterrupted(1)))
+
+
+def test_u3_a_checkpoint_is_written_only_after_its_metrics(toy_config, toy_data, tmp_path):
+    """The disk of the metrics file is slow, and the run is killed as soon as the first evaluation is saved."""
+
+    def prepare(rank: int) -> None:
+        append = utils.log.MetricsWriter._append
+
+        def append_slowly(self, line: str) -> None:
+            time.sleep(0.3)
+            append(self, line)
+
+        utils.log.MetricsWriter._append = append_slowly
+
+    folder = tmp_path / "toy/default"
+    options = {"prepare": prepare, "kill_when": (folder / BEST).exists}
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2), tmp_path / "log", **options)
+    assert outcome.exit_codes == [-9], outcome.output
+    records = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records if record["step"] == 12] == ["train", "eval_raw", "eval_ema"]
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", '{"step": "x"}', "{}", '{"step": 3, "ki', "\x00\xff"])

@@ -10,10 +10,10 @@ from models import create_model
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier
 from utils.config import load_config
-from utils.distributed import World, wrap
+from utils.distributed import StalledCollectiveError, World, is_lost_connection, wrap
 from utils.evaluation import evaluate
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from utils.step import train_step
+from utils.step import Reports, train_step
 from utils.trainer import TrainState
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -264,3 +264,22 @@ def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_de
 def test_evaluation_uses_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
     assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)
+
+
+class UnfinishedEvent:
+    """A CUDA event of an update that never finishes."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_report_that_does_not_arrive_in_time_is_a_lost_connection():
+    """The error comes before NCCL aborts the process, and names the time that the process has waited."""
+    reports = Reports(timeout_seconds=0.05)
+    reports.send(0, torch.zeros(4))
+    assert [update for update, _ in reports.collect_reports(max_pending=0)] == [0]
+    reports._sent.append((1, torch.zeros(4), UnfinishedEvent()))
+    for read in (reports.read_newest, lambda: list(reports.collect_reports(max_pending=0))):
+        with pytest.raises(StalledCollectiveError, match=r"has not finished for 0\.05 s") as caught:
+            read()
+        assert is_lost_connection(caught.value)
