@@ -158,7 +158,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
     """Write a JSON file with the metadata ``about`` and the values of every image."""
     content = about | {"rows": [vars(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def report(rows: Sequence[Row], about: dict) -> str:

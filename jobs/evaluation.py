@@ -219,14 +219,30 @@ def open_model(
         prefixes: prefixes of the keys to read from the checkpoint's own config, see ``stored_config``.
 
     Raises:
-        ConfigError, CheckpointError: config and checkpoint do not match.
+        ConfigError: config and checkpoint do not match.
+        CheckpointError: config and checkpoint do not match, or weights are not finite.
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
     check_model(cfg)
     label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
     model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
+    check_finite_weights(model, checkpoint.path, label)
     return OpenedModel(model.eval(), checkpoint, cfg, label)
+
+
+def check_finite_weights(model: torch.nn.Module, path: Path, label: str) -> None:
+    """Check that all weights of a model are finite.
+
+    Raises:
+        CheckpointError: a tensor has values that are not finite; the message names the file and the first such tensor.
+    """
+    for name, value in model.state_dict().items():
+        if num_invalid := int((~value.isfinite()).sum()):
+            raise CheckpointError(
+                f"{path}: {num_invalid} of {value.numel()} values of {name} in the {label} weights are not finite; use an "
+                "earlier checkpoint of the run, or other weights of this one (raw or ema)"
+            )
 
 
 def log_published(released: Released, result: EvalResult) -> None:

@@ -1,6 +1,7 @@
 """Classify images without labels."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.folders import list_images
 from data.transforms import Normalize, Preprocessing
 from data.workers import create_loader
 from jobs.checkpoints import Checkpoint
+from utils.errors import TrainingError
 from utils.log import progress
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,9 @@ def predict(
 
     Args:
         model: in evaluation mode, on ``device``.
+
+    Raises:
+        TrainingError: the model's outputs for an image are not finite.
     """
     dataset = FileDataset(images, preprocessing.create_transform())
     loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
@@ -101,8 +106,14 @@ def predict(
             if image is None:
                 logger.warning("%s: not a readable image (%s)", images[position], error)
                 predictions.append(Prediction(images[position], error=error))
-            else:
-                predictions.append(Prediction(images[position], *next(rows)))
+                continue
+            class_ids, confidences = next(rows)
+            if not math.isfinite(confidences[0]):
+                raise TrainingError(
+                    f"{images[position]}: the outputs of the model are not finite; use another checkpoint, and look for "
+                    "extreme weights or values of DATA.MEAN and DATA.STD"
+                )
+            predictions.append(Prediction(images[position], class_ids, confidences))
     return predictions
 
 
@@ -110,10 +121,11 @@ def predict(
 def _predict_batch(
     model: nn.Module, normalize: Normalize, images: list[Tensor], top_k: int, device: torch.device
 ) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Yield class ids and confidences of each image, most confident first."""
+    """Yield class ids and confidences of each image, most confident first; NaN for an image with logits that are not finite."""
     if not images:
         return
-    probabilities = model(normalize(torch.stack(images).to(device))).float().softmax(dim=1)
+    logits = model(normalize(torch.stack(images).to(device))).float()
+    probabilities = logits.softmax(dim=1).masked_fill(~logits.isfinite().all(dim=1, keepdim=True), torch.nan)
     confidences, class_ids = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
     for ids, values in zip(class_ids.tolist(), confidences.tolist(), strict=True):
         yield tuple(ids), tuple(values)

@@ -30,7 +30,7 @@ def average(locations: list[Location], weights: str) -> dict:
 
     Raises:
         CheckpointError: a file cannot be read, does not contain the requested weights, or differs from the first file in model,
-            classes or an entry that is not floating-point.
+            classes or an entry that is not floating-point, or has weights that are not finite.
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -64,6 +64,8 @@ def average(locations: list[Location], weights: str) -> dict:
                     )
                 total[name] = value
                 continue
+            if not value.isfinite().all():
+                raise CheckpointError(f"{path}: values of {name} are not finite; leave this checkpoint out of the average")
             dtypes.setdefault(name, value.dtype)
             total[name] = total[name] + value.double() if name in total else value.double()
     mean = {name: (value / len(paths)).to(dtypes[name]) if name in dtypes else value for name, value in total.items()}

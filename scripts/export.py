@@ -224,7 +224,7 @@ def check_evaluation(evaluation: dict, label: str) -> None:
 def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, class_names: Sequence[str]) -> None:
     """Write the weights, with config and class names as metadata, so that the file is self-contained."""
     contents = {"config": to_dict(cfg), "class_names": list(class_names)}
-    metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(contents)}
+    metadata = {"format": "pt", "model": cfg.MODEL.NAME, "weights": label, METADATA_KEY: json.dumps(contents, allow_nan=False)}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     path.write_bytes(save(state, metadata=metadata))
 
@@ -285,18 +285,22 @@ def write_files(folder: Path, opened: OpenedModel, formats: Sequence[str]) -> di
 
     Raises:
         ExportError: an exported file does not match the model.
+        CheckpointError: the outputs of the model are not finite.
     """
     model, checkpoint, cfg, label = opened
     names = checkpoint.class_names
+    images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if not model(images[:1]).isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: the outputs of the model are not finite; export another checkpoint")
     files = {"config.yaml": "the resolved config"}
     (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
     if "safetensors" in formats:
         path = folder / "model.safetensors"
         write_safetensors(model, path, cfg, label, names)
         files[path.name] = f"weights, sha256 `{sha256(path)}`"
-        (folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2, allow_nan=False) + "\n")
         files["config.json"] = "architecture and preprocessing, for timm"
-    images = torch.randn(max(BATCHES), 3, *image_size(cfg), generator=torch.Generator().manual_seed(0))
     if "torch" in formats:
         path = folder / "model.pt2"
         error = export_torch(model, images, path)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
+from utils.errors import TrainingError
 from utils.text import csv_cell, escape, printable
 
 GRID = 36  # maximum number of images in the PNG
@@ -127,7 +128,7 @@ def write_json(path: Path, predictions: list, names: list[str], about: dict) -> 
         return {"image": str(prediction.image), "predictions": top}
 
     records = about | {"images": [record(prediction) for prediction in predictions]}
-    path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(records, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -136,7 +137,7 @@ def main() -> None:
         if args.cfg:
             load_config(args.cfg, args.opts)  # reports config errors before torch is imported
         unreadable = run(args)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ConfigError, TrainingError, ValueError, OSError) as error:
         print(f"predict.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(1 if unreadable else 0)

@@ -12,10 +12,10 @@ from data.index import DataError
 from jobs.checkpoints import Checkpoint, Location, open_checkpoint
 from jobs.prediction import class_names, find_images
 from models import build_model
-from scripts import average_checkpoints, evaluate_all, predict
+from scripts import average_checkpoints, evaluate_all, export, predict
 from tests.launch import run_script
 from utils.config import load_config
-from weights.reader import read_checkpoint
+from weights.reader import CheckpointError, read_checkpoint
 
 
 @pytest.fixture
@@ -157,6 +157,42 @@ def test_evaluate_all_writes_a_table_of_checkpoints_sorted_by_accuracy(trained, 
     assert int(row["parameters"]) == sum(value.numel() for name, value in state["model"].items() if "index" not in name)
     assert float(row["images_per_second"]) > 0
     assert (by_file[str(tmp_path / "other.pth")]["img_size"], by_file[str(tmp_path / "other.pth")]["model"]) == ("48", "other")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(torch.nan, "1 of 3 values of head.bias"), (3e38, "outputs of the model are not finite")]
+)
+def test_weights_or_outputs_that_are_not_finite_are_an_error_and_nothing_is_written(
+    trained, images, tmp_path, monkeypatch, capsys, value, message
+):
+    """The value 3e38 is finite, but the logits overflow."""
+    state, damaged = read_checkpoint(trained), tmp_path / "damaged.pth"
+    for weights in ("model", "state_dict_ema"):
+        state[weights]["head.bias"][1] = value
+        if value == 3e38:
+            state[weights]["head.weight"].fill_(value)
+    torch.save(state, damaged)
+    commands = {
+        predict: [images, "--resume", damaged, "--output", tmp_path / "out"],
+        export: [damaged, tmp_path / "out"],
+    }
+    for script, arguments in commands.items():
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert str(damaged) in error or str(images) in error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_cannot_be_averaged(trained, tmp_path):
+    state = read_checkpoint(trained)
+    state["model"]["norm.weight"][0] = torch.inf
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(CheckpointError, match=r"damaged\.pth: values of norm\.weight are not finite"):
+        average_checkpoints.average([Location(trained), Location(tmp_path / "damaged.pth")], "raw")
 
 
 def model_options(config):
