@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -120,6 +121,7 @@ def leave(error: BaseException, world: World | None) -> NoReturn:
     status = FAILED
     try:
         status = exit_status(error)
+        end_later(status)
         report(error, world)
     except BaseException:  # the report failed, for example for lack of memory; its traceback includes the reported error
         print_traceback()
@@ -161,7 +163,7 @@ def report(error: BaseException, world: World | None) -> None:
 def print_traceback() -> None:
     """Print the traceback of the current error on standard error, without Python's buffer, which may be blocked or closed."""
     with contextlib.suppress(BaseException):
-        data = f"{printable(traceback.format_exc())}\n".encode(errors="backslashreplace")
+        data = f"{printable(traceback.format_exc().strip())}\n".encode(errors="backslashreplace")
         while data:
             data = data[os.write(2, data) :]
 
@@ -173,17 +175,19 @@ def end_process(status: int) -> NoReturn:
     workers that have ended.
     """
 
-    def end_later() -> None:
-        timer = threading.Timer(SECONDS_TO_END, os._exit, (status,))
-        timer.daemon = True
-        timer.start()
-
     try:
-        for task in (end_later, kill_workers, logging.shutdown, flush_output):
+        for task in (partial(end_later, status), kill_workers, logging.shutdown, flush_output):
             with contextlib.suppress(BaseException):
                 task()
     finally:
         os._exit(status)
+
+
+def end_later(status: int) -> None:
+    """End this process after ``SECONDS_TO_END``, whatever it is doing: the console may be blocked, for example."""
+    timer = threading.Timer(SECONDS_TO_END, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def flush_output() -> None:

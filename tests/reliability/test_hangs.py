@@ -111,7 +111,7 @@ def fail_to_collate(message: str):
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        (fail_to_collate("first line\nthe true reason"), "RuntimeError: first line\nthe true reason"),
+        (fail_to_collate("first line\nthe true reason"), "RuntimeError: first line\n  the true reason"),
         (
             fail_to_collate("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
             "No space left on device (28). The shared memory (/dev/shm) through which the loader workers send batches is full",
