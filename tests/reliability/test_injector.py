@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -103,7 +104,7 @@ def jobs(toy_config, toy_data, tmp_path_factory) -> dict[str, Job]:
         lambda output: [*evaluation, "--output", output, *options],
         lambda output: json.loads((output / "toy/default/eval.json").read_text())["results"],
     )
-    jobs["replay"] = Job(lambda _: ["--replay", replay, *options[2:]], lambda _: None)
+    jobs["replay"] = Job(lambda _: ["--replay", replay, *options], lambda _: None)
 
     def become_script(output: Path) -> None:
         main.main = scripts.evaluate_all.main
@@ -200,10 +201,9 @@ def check_directory(folder: Path, output: str, report: str) -> None:
     checkpoints = list_checkpoints(folder)
     for path in checkpoints[:1]:
         read_checkpoint(path)  # raises an error if the file is damaged
-    saved = [line for line in output.splitlines() if "(and as best.pth)" in line]
-    if saved:
-        reported = int(saved[-1].split("checkpoint_")[1].split(".")[0])
-        assert read_checkpoint(folder / BEST)["num_updates"] >= reported, report
+    reported = re.findall(r"saved \S+checkpoint_(\d+)\.pth \(and as best\.pth\)", output)
+    if reported and folder.is_dir():  # --check removes its temporary directory
+        assert read_checkpoint(folder / BEST)["num_updates"] >= int(reported[-1]), report
 
 
 @pytest.mark.parametrize("seed", range(15))
