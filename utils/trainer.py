@@ -101,7 +101,9 @@ class TrainState:
             KeyError, RuntimeError: the checkpoint belongs to another model or optimizer.
         """
         self.model.load_state_dict(state["model"])
-        options = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        # The learning rate is the checkpoint's until the next update sets it: a run that resumes to evaluate may save it again.
+        kept = ("params", "lr")
+        options = [{name: value for name, value in group.items() if name not in kept} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, configured in zip(self.optimizer.param_groups, options, strict=True):
             group.update(configured)
