@@ -1,9 +1,11 @@
 """Train under random faults for a given time, and compare each finished run with an undisturbed run (without faults).
 
 A small model is trained on handwritten digits. Each time the training command is started, one fault follows at a random time:
-SIGKILL to one or all processes, a stop signal to one process, a full disk, or damage to the newest checkpoint. Before some of
-these faults, a second run is started in the same directory. After the fault, the same command is repeated. All runs, including
-the undisturbed one, have the same unreadable training images (DATA.UNREADABLE skip).
+SIGKILL to one or all processes, a stop signal to one process, a full disk, damage to the newest checkpoint, deletion of all
+checkpoints except best.pth, or a move of the output directory, which is moved back later. Before some of these faults, a second
+run is started in the same directory. After some, a start with --resume of another run's checkpoint is tried, which must be
+refused. After the fault, the same command is repeated. All runs, including the undisturbed one, have the same unreadable
+training images (DATA.UNREADABLE skip).
 
 After each fault, all processes must end, and the newest intact checkpoint must not be older than before, unless the fault
 damaged a checkpoint. The final state (model, EMA, optimizer, scaler, counters) must be bit-equal to the undisturbed run's.
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -42,6 +44,7 @@ GLOBAL_BATCH_SIZE = 64
 UNREADABLE_IMAGES = 3  # number of truncated training images
 COLLECTIVE_TIMEOUT = 20  # seconds
 SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # maximum time from a fault to the end of all processes
+SHARE_OF_OTHER_RUNS = 0.2  # share of the faults after which a checkpoint of another run is tried
 BYTES_OF_FULL_DISK = 20_000  # file-size limit that simulates a full disk; smaller than a checkpoint
 DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py: finished, user error or full disk, stopped by a signal
 
@@ -92,9 +95,20 @@ class Job:
     Args:
         batch_size: images per process and forward pass.
         log: file to which the processes append their output.
+        arguments: further arguments of main.py.
     """
 
-    def __init__(self, data: Path, output: Path, *, num_processes: int, batch_size: int, num_workers: int, log: Path):
+    def __init__(
+        self,
+        data: Path,
+        output: Path,
+        *,
+        num_processes: int,
+        batch_size: int,
+        num_workers: int,
+        log: Path,
+        arguments: Sequence[object] = (),
+    ):
         self.folder = output / "quickstart/default"
         self.log = log
         with socket.socket() as probe:
@@ -109,7 +123,7 @@ class Job:
             "COLLECTIVE_TIMEOUT": COLLECTIVE_TIMEOUT,
         }
         command = [sys.executable, "main.py", "--cfg", CONFIG, "--data-path", data.absolute(), "--output", output.absolute()]
-        command += ["--batch-size", batch_size, "--opts", *(word for pair in options.items() for word in pair)]
+        command += ["--batch-size", batch_size, *arguments, "--opts", *(word for pair in options.items() for word in pair)]
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         if num_processes > 1:
             environment |= {"WORLD_SIZE": str(num_processes)}
@@ -174,7 +188,9 @@ def kill_all(job: Job, _rng: random.Random) -> str:
 
 
 def stop(job: Job, rng: random.Random) -> str:
-    rank, stop_signal = rng.randrange(len(job.processes)), rng.choice(SIGNALS)
+    # Child processes inherit an ignored signal, such as SIGHUP under nohup.
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    rank, stop_signal = rng.randrange(len(job.processes)), rng.choice(handled)
     os.kill(job.processes[rank].pid, stop_signal)
     return f"{stop_signal.name} to rank {rank}"
 
@@ -204,8 +220,44 @@ def damage(job: Job, rng: random.Random) -> str:
     return f"SIGKILL to all processes, {newest.name} is now {kind}"
 
 
-FAULTS = {"kill one": kill_one, "kill all": kill_all, "stop": stop, "full disk": fill_disk, "damage": damage}
-SECOND_RUN = "second run"
+def keep_only_best(job: Job, _rng: random.Random) -> str:
+    job.kill()
+    if not (job.folder / BEST).is_file():
+        return "SIGKILL to all processes, no best.pth to keep"
+    for path in list_checkpoints(job.folder):
+        path.unlink()
+    return "SIGKILL to all processes, all checkpoints except best.pth deleted"
+
+
+def move_directory(job: Job, _rng: random.Random) -> str:
+    """Move the output directory, wait for the end of the job, and move the directory back.
+
+    Raises:
+        SoakError: the job created something at the old path.
+    """
+    if not job.folder.exists():
+        job.kill()
+        return "SIGKILL to all processes, no directory to move"
+    moved = job.folder.with_name("moved")
+    job.folder.rename(moved)
+    job.wait(SECONDS_TO_END)
+    if job.folder.exists():
+        raise SoakError(f"the output directory was moved, but the job created {job.folder}; see {job.log}")
+    moved.rename(job.folder)
+    return "output directory moved, then moved back"
+
+
+FAULTS = {
+    "kill one": kill_one,
+    "kill all": kill_all,
+    "stop": stop,
+    "full disk": fill_disk,
+    "damage": damage,
+    "best.pth alone": keep_only_best,
+    "moved directory": move_directory,
+}
+LOSSES = ("damage", "best.pth alone")  # faults after which the newest checkpoint may be an earlier one
+SECOND_RUN, OTHER_RUN = "second run", "--resume of another run"
 
 
 class Soak:
@@ -230,7 +282,9 @@ class Soak:
         for job in self.jobs:
             job.kill()
 
-    def job(self, name: str, *, num_processes: int, num_workers: int = 0, log: str = "") -> Job:
+    def job(
+        self, name: str, *, num_processes: int, num_workers: int = 0, log: str = "", arguments: Sequence[object] = ()
+    ) -> Job:
         """Start the training command with output directory ``name``, and log file ``log``.txt (default: ``name``.txt)."""
         output = self.args.output
         job = Job(
@@ -240,6 +294,7 @@ class Soak:
             batch_size=GLOBAL_BATCH_SIZE // self.args.processes,
             num_workers=num_workers,
             log=output / f"{log or name}.txt",
+            arguments=arguments,
         )
         self.jobs = [*(other for other in self.jobs if other.running()), job]
         return job
@@ -313,13 +368,32 @@ class Soak:
         if DONE in statuses:
             raise SoakError(f"{fault}: only some processes finished the run, exit statuses {statuses}; see {job.log}")
         update_after = newest_intact_update(job.folder)
-        if kind != "damage" and update_after < update_before:
+        if kind not in LOSSES and update_after < update_before:
             raise SoakError(f"{fault}: the newest intact checkpoint went back from update {update_before} to {update_after}")
         self.survived[kind] += 1
         self.say(
             f"{job.folder.parent.parent.name}: {fault} after {delay:.1f} s; exit statuses {statuses}, update {update_after}"
         )
+        if update_after > 0 and self.rng.random() < SHARE_OF_OTHER_RUNS:
+            self.resume_other_run(job)
         return statuses
+
+    def resume_other_run(self, job: Job) -> None:
+        """Try to resume a checkpoint of the undisturbed run in the directory of a job that has ended.
+
+        Raises:
+            SoakError: the start is not refused, or changes a file.
+        """
+        other = list_checkpoints(self.args.output / "undisturbed/quickstart/default")[0]
+        before = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
+        started = self.job(
+            job.folder.parent.parent.name, num_processes=1, log="other", arguments=["--resume", other.absolute()]
+        )
+        statuses = started.end(SECONDS_TO_END)
+        if statuses != [MISTAKE] or before != {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}:
+            raise SoakError(f"{OTHER_RUN}: exit statuses {statuses}, or files of {job.folder} changed; see {started.log}")
+        self.survived[OTHER_RUN] += 1
+        self.say(f"{job.folder.parent.parent.name}: {OTHER_RUN} refused")
 
     def start_second_run(self, job: Job) -> list[int]:
         """Start a second run in the directory of a running job. It must exit with status 2 and must not disturb the job.
