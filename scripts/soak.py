@@ -34,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from utils.checkpoint import BEST, list_checkpoints, newest_intact_checkpoint, num_updates_of
+from utils.config import ConfigError
 from utils.files import replacing
+from utils.run import RunLock
 from utils.stop import SIGNALS
 from weights.reader import read_checkpoint
 
@@ -229,15 +231,24 @@ def keep_only_best(job: Job, _rng: random.Random) -> str:
     return "SIGKILL to all processes, all checkpoints except best.pth deleted"
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run has locked its output directory."""
+    try:
+        RunLock(folder).check()
+    except ConfigError:
+        return True
+    return False
+
+
 def move_directory(job: Job, _rng: random.Random) -> str:
     """Move the output directory, wait for the end of the job, and move the directory back.
 
     Raises:
         SoakError: the job created something at the old path.
     """
-    if not job.folder.exists():
+    if not is_locked(job.folder):  # moved before the start is decided, the directory would rightly be created again
         job.kill()
-        return "SIGKILL to all processes, no directory to move"
+        return "SIGKILL to all processes, no directory in use to move"
     moved = job.folder.with_name("moved")
     job.folder.rename(moved)
     job.wait(SECONDS_TO_END)
