@@ -1,6 +1,5 @@
 """Distributed processes: rank and device, DDP, and collective operations."""
 
-import inspect
 import logging
 import os
 import socket
@@ -330,16 +329,7 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
-        **{_SYNC_BUFFERS: False},  # the buffers are masks and indices, which are constant
     )
-
-
-# Name of DDP's option for broadcasting buffers: ``forward_sync_buffers`` since torch 2.15, before that ``broadcast_buffers``.
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
-)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

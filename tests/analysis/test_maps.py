@@ -168,6 +168,33 @@ def test_token_positions_contain_each_token_of_the_map_once(case):
         assert sorted(positions[positions >= 0].tolist()) == list(range(grid[0] * grid[1]))
 
 
+@pytest.mark.parametrize("size", [56, (44, 52)], ids=str)
+@pytest.mark.parametrize("attn_type", ["SS", "LL"])
+def test_token_positions_are_those_of_the_tokens_that_a_shifted_window_contains(attn_type, size):
+    """Maps of 14 x 14 tokens (or 11 x 13, padded), windows of 7 x 7 and a shift of 3: compare inputs of block and attention."""
+    model = SwinTransformer(img_size=56, attn_type=attn_type, window_size=7, softmax_window=7, **SMALL_SWIN).eval()
+    block, seen = model.layers[0].blocks[1], {}
+    assert block.layout((14, 14)) == ((7, 7), (3, 3), (14, 14))
+    block.norm1.register_forward_hook(lambda module, inputs, output: seen.update(map=output))
+    block.attn.register_forward_pre_hook(lambda module, inputs: seen.update(windows=inputs[0]))
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.no_grad(), capture(model, ["layers.0.blocks.1.attn"]) as attentions:
+        model(torch.randn(1, 3, height, width))
+    positions = token_positions(model, attentions[0])
+    tokens = torch.cat([seen["map"].flatten(0, 2), torch.zeros(1, 16)])  # the last row, index -1, is padding
+    assert torch.equal(tokens[positions], seen["windows"])
+
+
+def test_token_positions_of_stripes_are_those_of_the_tokens_in_each_stripe():
+    """Vertical and horizontal stripes of 2 tokens on a map of 8 x 8 tokens."""
+    model = CSwinTransformer(img_size=32, attn_type="LLLL", linear_splits=(2, 2, 2, 2), **SMALL_CSWIN).eval()
+    with torch.no_grad(), capture(model, ["stage1.0.attns.0", "stage1.0.attns.1"]) as attentions:
+        model(torch.randn(1, 3, 32, 32))
+    vertical, horizontal = (token_positions(model, attention) for attention in attentions)
+    assert vertical[1].tolist() == [row * 8 + column for row in range(8) for column in (2, 3)]
+    assert horizontal[1].tolist() == [row * 8 + column for row in (2, 3) for column in range(8)]
+
+
 @pytest.mark.parametrize(("side", "distance", "uniform"), [(56, 18.8, 29.1), (28, 9.0, 14.5), (14, 4.2, 7.3)])
 def test_the_convolution_over_spatially_reduced_values_is_not_local(side, distance, uniform):
     """Before the convolution, reduced values are interpolated along the flattened tokens, which mixes rows and columns.

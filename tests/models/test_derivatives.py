@@ -163,13 +163,16 @@ def test_gradients_of_stacked_models_under_vmap_equal_those_of_the_single_models
     images = tiny_images(dtype=torch.float64)
     stacked, _ = torch.func.stack_module_state(models)
 
-    def mean_square(parameters):
+    def square_sum(parameters):
         return torch.func.functional_call(models[0], parameters, (images,)).square().sum()
 
-    gradients = torch.func.vmap(torch.func.grad(mean_square))(stacked)
+    inside = torch.func.vmap(torch.func.grad(square_sum))(stacked)
+    losses = torch.func.vmap(square_sum)(stacked)
+    outside = dict(zip(stacked, torch.autograd.grad(losses.sum(), list(stacked.values())), strict=True))
     for index, model in enumerate(models):
         expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
-        assert_close([gradients[name][index] for name, _ in model.named_parameters()], expected, 1e-9)
+        for gradients in (inside, outside):
+            assert_close([gradients[name][index] for name, _ in model.named_parameters()], expected, 1e-9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
