@@ -180,16 +180,24 @@ def start_worker(_worker: int) -> None:
     """Prepare a loader worker: it ignores stop signals, ends with its parent, and ends if it cannot send a batch."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="end with parent", daemon=True).start()
+    end_with_parent()
     # Python would print the error and drop the batch, and the main process would wait for it.
     setattr(multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_end_after_lost_batch))  # noqa: B010 - not typed
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent ends. The loop of torch notices it only between two batches."""
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_CHECKS)
-    os._exit(1)
+def end_with_parent() -> None:
+    """Let this worker process end when its parent ends, however it ends. Call it in the worker.
+
+    The loop of torch notices the end of the parent only between two batches, and executors do not notice it.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_CHECKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def _end_after_lost_batch(error: Exception, _batch: object) -> NoReturn:

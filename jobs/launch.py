@@ -122,6 +122,7 @@ def leave(error: BaseException, world: World | None) -> NoReturn:
     try:
         status = exit_status(error)
         end_later(status)
+        kill_workers()  # first, since the report may block
         report(error, world)
     except BaseException:  # the report failed, for example for lack of memory; its traceback includes the reported error
         print_traceback()

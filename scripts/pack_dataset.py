@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -26,6 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset, open_image
 from data.index import CLASS_NAMES_FILE, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
+from data.workers import end_with_parent
 from utils.log import progress, setup_logging
 from utils.text import printable
 
@@ -72,6 +73,7 @@ def pack(
             pool = stack.enter_context(
                 ProcessPoolExecutor(workers, get_context("fork"), _set_worker_arguments, (dataset, short_side, quality))
             )
+            stack.push(_kill_workers_after_error)  # the executor would wait for them
             files = _in_rounds(pool, len(index))
         else:
             files = (_read(dataset, short_side, quality, position) for position in range(len(index)))
@@ -141,9 +143,16 @@ def _size(index: Index) -> str:
 _worker_arguments: tuple = ()  # in each worker: dataset, short_side, quality
 
 
+def _kill_workers_after_error(kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+        for child in active_children():
+            child.kill()
+
+
 def _set_worker_arguments(*arguments) -> None:
     global _worker_arguments
     _worker_arguments = arguments
+    end_with_parent()
 
 
 def _read_in_worker(position: int) -> bytes:
