@@ -86,26 +86,6 @@ def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     assert_equal(read_state(folder), read_state(uninterrupted(1)))
 
 
-def test_a_missing_or_outdated_best_checkpoint_is_restored_on_resume(uninterrupted, toy_config, toy_data, tmp_path):
-    """If a run is killed before it links best.pth to a new checkpoint, best.pth is missing or an earlier checkpoint."""
-    folder = tmp_path / "toy/default"
-    shutil.copytree(uninterrupted(1), folder)
-    state = read_checkpoint(list_checkpoints(folder)[0])
-    for content in (None, "older"):
-        for path in (*list_checkpoints(folder), folder / "best.pth"):
-            path.unlink(missing_ok=True)
-        # The run stopped after the first epoch, whose evaluation was the best so far.
-        stopped = state | {"num_updates": 12, "best": {"acc1": 99.0, "weights": "raw", "epoch": 0, "num_updates": 12}}
-        torch.save(stopped, folder / "checkpoint_000000012.pth")
-        if content == "older":
-            torch.save(state | {"num_updates": 6}, folder / "best.pth")
-        arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
-        outcome = run_main(arguments, tmp_path / "log")
-        assert outcome.exit_codes == [0], outcome.output
-        assert "best.pth: restored from checkpoint_000000012.pth" in outcome.output
-        assert read_checkpoint(folder / "best.pth")["num_updates"] == 12
-
-
 def test_resuming_from_the_checkpoint_of_another_run_resets_the_best_accuracy(uninterrupted, toy_config, toy_data, tmp_path):
     newest = list_checkpoints(uninterrupted(1))[0]
     state = read_checkpoint(newest)
