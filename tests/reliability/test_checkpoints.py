@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import utils.checkpoint
 import utils.evaluation
@@ -394,7 +395,10 @@ def add_image(root: Path) -> None:
 
 R17_CHANGES = {
     "added image": (add_image, "class class1 had 34 images, now it has 35"),
-    "removed image": (lambda root: (root / "train/class1/003.png").unlink(), "class class1 had 34 images, now it has 33"),
+    "overwritten images": (
+        lambda root: [Image.new("RGB", (40, 40)).save(path) for path in (root / "train").rglob("*.png")],
+        "in train/, class class0 has the same number of images, but files of other sizes or contents",
+    ),
     "renamed class": (
         lambda root: [(root / split / "class0").rename(root / split / "class9") for split in ("train", "val")],
         "class class0 is missing, class class9 is new",
