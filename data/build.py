@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
+from data.archives import list_shards
 from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
 from data.erasing import Erase
 from data.files import DataError
 from data.folders import find_linked_classes
-from data.index import Index, index_folder, index_tar, index_zip, list_shards
+from data.index import Index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
 from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform

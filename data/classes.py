@@ -10,7 +10,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data.index import DataError, is_class_id
+from data.archives import is_class_id
+from data.files import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from data.index import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, Index
+from data.archives import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
+from data.files import DataError
+from data.index import Index
 
 logger = logging.getLogger(__name__)
 

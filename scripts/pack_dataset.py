@@ -24,8 +24,9 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.archives import CLASS_NAMES_FILE, list_shards, read_class_names
 from data.datasets import ImageDataset, open_image
-from data.index import CLASS_NAMES_FILE, DataError, Index, index_folder, index_tar, index_zip, list_shards, read_class_names
+from data.index import DataError, Index, index_folder, index_tar, index_zip
 from data.workers import end_with_parent
 from utils.log import progress, setup_logging
 from utils.text import printable

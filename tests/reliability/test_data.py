@@ -238,8 +238,8 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
     # Use a time in the future: the index of data that changed in the last 2 s is not cached.
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
-    scans, original = [], data.index._read_map
-    monkeypatch.setattr(data.index, "_read_map", lambda path: scans.append(path) or original(path))
+    scans, original = [], data.index.read_map
+    monkeypatch.setattr(data.index, "read_map", lambda path: scans.append(path) or original(path))
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     assert not scans
     if change == "cache format":
