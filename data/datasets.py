@@ -16,11 +16,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from data.archives import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
 from data.files import DataError
 from data.index import Index
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+except ImportError:  # deprecated: a later torchvision removes them. Pillow then decodes JPEG files, more slowly
+    decode_jpeg = decode_png = None
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +227,8 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
         if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
             return _warn_if_dark(Image.fromarray(_most_significant_byte(file, data)).convert("RGB"), name)
         if file.format == "PNG" and data[24] == 16 and depth < 16:  # Pillow reads only the upper 8 of 16 bits
+            if decode_png is None:
+                raise ValueError(f"its samples of {depth} bits are stored in 16 bits; convert it to 8 bits")
             pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
             colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]]
             return _warn_if_dark(Image.fromarray((colours >> _shift(colours, depth)).astype(np.uint8)), name)
@@ -361,7 +367,7 @@ def decode_pixels(data: bytes, name: str = "") -> Tensor:
     """
     with open_image(data) as file:
         is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
-    if is_rgb_jpeg:
+    if is_rgb_jpeg and decode_jpeg is not None:
         try:
             # The result of decode_jpeg already has channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)

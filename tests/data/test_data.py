@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import importlib.util
+import inspect
 import io
 import os
 import pickle
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -839,6 +842,20 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 def test_training_decoder_returns_the_same_pixels_as_pillow(data):
     expected = torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1)
     assert torch.equal(decode_pixels(data), expected)
+
+
+def test_images_are_decoded_by_a_torchvision_without_decoders(monkeypatch):
+    """torchvision has deprecated its decoders. The module is loaded again without them."""
+    for name in ("decode_jpeg", "decode_png"):
+        monkeypatch.delattr(torchvision.io, name)
+    spec = importlib.util.spec_from_file_location("datasets_without_decoders", inspect.getfile(ImageDataset))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    for file_format in ("JPEG", "PNG"):
+        content = encoded(image, file_format)
+        expected = torch.from_numpy(np.array(Image.open(io.BytesIO(content)))).permute(2, 0, 1)
+        assert torch.equal(module.decode_pixels(content), expected)
 
 
 def test_damaged_files_raise_the_same_errors_as_pillow(capfd):
