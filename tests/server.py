@@ -8,12 +8,16 @@ from contextlib import contextmanager
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """Send the response body whose name is the last part of the URL path.
+        """Send the response body whose name is the last part of the URL path, or the complete response of that name.
 
         The body named ``cut`` is always truncated to half its length; the body named ``once`` only at the first request.
         """
         self.server.requests.append(self.path)
         name = self.path.split("?")[0].strip("/").split("/")[-1]
+        self.server.authorizations.append(self.headers["Authorization"])
+        if name in self.server.responses:
+            self.wfile.write(self.server.responses[name])
+            return
         if name not in self.server.bodies:
             self.send_error(404, "Not Found")
             return
@@ -29,11 +33,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(bodies: Mapping[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """Serve response bodies by name, at ``<server.url>/<name>``. ``server.requests`` lists the requested paths."""
+def serve(
+    bodies: Mapping[str, bytes], responses: Mapping[str, bytes] | None = None
+) -> Iterator[http.server.ThreadingHTTPServer]:
+    """Serve response bodies by name, at ``<server.url>/<name>``. ``server.requests`` lists the requested paths.
+
+    Args:
+        responses: complete responses by name: status line, headers and body.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.bodies = bodies
-    server.requests = []
+    server.responses = responses or {}
+    server.requests, server.authorizations = [], []
     server.url = f"http://127.0.0.1:{server.server_port}/f"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -161,7 +161,9 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
     if cfg is None:
         if not args.eval:
             raise ConfigError("--cfg is missing: give a config, such as configs/flatten_swin_t.yaml")
-        name = "--pretrained" if args.pretrained and not args.resume else "--resume"
+        if args.resume and args.pretrained:
+            raise ConfigError("--resume and --pretrained: give only one of them")
+        name = "--pretrained" if args.pretrained else "--resume"
         _check_weights(name, args.resume or args.pretrained, configs)
         _check_data_path(args)
         return

@@ -231,6 +231,8 @@ def _find_illegal_entry(state: dict) -> str:
     for name in _COUNTERS:
         if name in state and not (type(state[name]) is int and 0 <= state[name] <= MAX_COUNT):
             return f"{name} is {_show(state[name])}, not a number from 0 to {MAX_COUNT}"
+    if name := _find_tensor(state.get("config")):
+        return f"config.{name} is a tensor, not a setting"
     best = state.get("best")
     if not isinstance(best, dict):
         return ""
@@ -242,6 +244,18 @@ def _find_illegal_entry(state: dict) -> str:
             return f"best.{name} is {_show(best[name])}, not a number from -1 to {MAX_COUNT}"
     if best.get("weights", "") not in ("", "raw", "ema"):
         return f"best.weights is {_show(best['weights'])}, not raw or ema"
+    return ""
+
+
+def _find_tensor(tree: object) -> str:
+    """Name of the first tensor in nested dictionaries and lists; "" if there is none."""
+    if not isinstance(tree, (dict, list, tuple)):
+        return ""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, Tensor):
+            return str(key)
+        if name := _find_tensor(value):
+            return f"{key}.{name}"
     return ""
 
 

@@ -3,16 +3,20 @@
 import hashlib
 import io
 import multiprocessing
+import pickle
 import ssl
+import time
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import weights.download
 from tests.server import serve
+from utils.text import printable
 from weights.download import cached_path, fetch
 from weights.reader import CheckpointError, read_checkpoint
-from weights.urls import is_url
+from weights.urls import conceal, is_url, without_secrets
 
 
 def checkpoint_bytes() -> bytes:
@@ -31,10 +35,31 @@ BODIES = {
 }
 
 
+def response(status: str, *headers: str, body: bytes = b"") -> bytes:
+    return "\r\n".join([f"HTTP/1.0 {status}", *headers, "", ""]).encode("latin1") + body
+
+
+SAFETENSORS = save({"weight": torch.arange(4096.0)}, metadata={"flatten": "{}"})
+# Complete responses by the last part of the URL path. The words of the status are chosen by the server.
+RESPONSES = {
+    "text_length": response("200 OK", "Content-Length: abc", body=GOOD),
+    "negative_length": response("200 OK", "Content-Length: -5", body=GOOD),
+    "other_format": response("200 OK", body=SAFETENSORS),
+    "half.safetensors": response("200 OK", body=SAFETENSORS[:9000]),
+    "metadata.safetensors": response("200 OK", body=save({"weight": torch.zeros(2)}, metadata={"flatten": "{"})),
+    "no_dictionary": response("200 OK", body=pickle.dumps([1, 2], protocol=2)),
+    "reason": response("503 try\x1b[31m later"),
+    "loop": response("302 Found", "Location: /f/loop?token=SECRET"),
+    "file": response("302 Found", "Location: file:///etc/passwd?token=SECRET"),
+    "garbage": b"\x00\xff" * 50,
+    "endless_headers": b"HTTP/1.0 200 OK\r\n" + b"A: b\r\n" * 500 + b"\r\n",
+}
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    with serve(BODIES) as server:
+    with serve(BODIES, RESPONSES) as server:
         yield server
 
 
@@ -137,3 +162,68 @@ def test_the_error_for_an_unwritable_cache_suggests_setting_torch_home(server, t
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match="set TORCH_HOME to another directory"):
         fetch(f"{server.url}/good", "toy")
+
+
+@pytest.mark.parametrize("name", ["text_length", "negative_length", "other_format"])
+def test_odd_headers_and_a_missing_suffix_do_not_prevent_a_download(server, name):
+    state = read_checkpoint(fetch(f"{server.url}/{name}"))
+    assert torch.equal(state["model"]["weight"], torch.arange(4096.0))
+
+
+@pytest.mark.parametrize("name", sorted(RESPONSES.keys() - {"text_length", "negative_length", "other_format"}))
+def test_unusable_responses_are_reported_on_one_line_and_fetched_again_by_the_next_call(server, name):
+    for attempt in (1, 2):
+        with pytest.raises(CheckpointError) as caught:
+            fetch(f"{server.url}/{name}?token=SECRET")
+        message = str(caught.value)
+        assert message.startswith(f"{server.url}/{name}")
+        assert "\n" not in message
+        assert "SECRET" not in message
+        assert sum(path.startswith(f"/f/{name}?token=SECRET") for path in server.requests) >= attempt
+    assert [path.suffix for path in cached_path(f"{server.url}/{name}").parent.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://host:abc/x", "http://a b/x", "http://\n/x", "http://é" + "e" * 70 + "/x"])
+def test_a_malformed_url_is_an_error_on_one_line(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"not a valid URL|cannot be downloaded") as caught:
+        fetch(url)
+    assert len(printable(caught.value).splitlines()) == 1 + url.count("\n")
+
+
+def test_credentials_and_query_strings_are_used_only_for_the_request(server, caplog):
+    caplog.set_level("INFO")
+    url = server.url.replace("http://", "http://user:p%40ss@") + "/good.pth?signature=SECRET#part"
+    path = fetch(url)
+    assert server.requests == ["/f/good.pth?signature=SECRET"]
+    assert server.authorizations == ["Basic dXNlcjpwQHNz"]  # user:p@ss
+    written = caplog.text + path.name + path.with_name(f"{path.name}.sha256").read_text()
+    assert not [secret for secret in ("SECRET", "p%40ss", "p@ss", "user") if secret in written]
+    assert fetch(conceal(url)) == path  # in this process, the concealed URL stands for the original
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://h.org/a.pth?X-Amz-Signature=S&x=1#f", "https://h.org/a.pth"),
+        ("cannot read 'https://u:pw@h.org/a?k=S': no", "cannot read 'https://h.org/a': no"),
+        (
+            "--opts MODEL.PRETRAINED=http://u@h/x?S (S3: s3://key:secret@bucket/x)",
+            "--opts MODEL.PRETRAINED=http://h/x (S3: s3://bucket/x)",
+        ),
+        ("two: HTTPS://a/?S, https://b/#S; end?", "two: HTTPS://a/, https://b/; end?"),
+        ("who@where: a//b?c#d", "who@where: a//b?c#d"),
+    ],
+)
+def test_secrets_are_removed_from_every_url_in_a_text(text, expected):
+    assert without_secrets(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["http://x?" + ")" * 500_000, "a://" * 200_000, "a.+" * 200_000 + "://", "http://" + "x" * 500_000]
+)
+def test_secrets_are_removed_from_long_texts_in_linear_time(text):
+    started = time.process_time()
+    without_secrets(text)
+    assert time.process_time() - started < 5
