@@ -254,11 +254,12 @@ def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
         raise ConfigError(f"{path}: BASE files form a cycle: {' -> '.join(str(p) for p in (*chain, path))}")
     tree = _read_yaml(path, f" (BASE of {chain[-1]})" if chain else "")
     bases = tree.pop("BASE", None) or []
-    if not isinstance(bases, (str, list)):
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and len(base) <= MAX_TEXT for base in bases):
         raise ConfigError(f"{path}: BASE={show(bases)}: give a file, or a list of files")
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         if base:
-            _merge_file(cfg, path.parent / os.path.expanduser(str(base)), (*chain, path))
+            _merge_file(cfg, path.parent / os.path.expanduser(base), (*chain, path))
     for key, value in _leaves_of_file(tree, cfg, str(path)):
         _set(cfg, key, value, str(path))
 
@@ -448,10 +449,10 @@ def _validate(cfg: CfgNode) -> None:
     for key in ("MODEL.NAME", "TAG"):
         if not leaves[key] or leaves[key] in (".", "..") or re.search(r"[/\\]", leaves[key]):
             raise ConfigError(
-                f"{key}={leaves[key]!r} is used as a directory name; give a name other than . and .., without / and \\"
+                f"{key}={show(leaves[key])} is used as a directory name; give a name other than . and .., without / and \\"
             )
         if len(os.fsencode(leaves[key])) > MAX_NAME_BYTES:
-            raise ConfigError(f"{key}={leaves[key]!r} is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
+            raise ConfigError(f"{key}={show(leaves[key])} is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
     _validate_sizes(cfg)
     _validate_model(cfg)
     _validate_recipe(cfg)
@@ -479,21 +480,21 @@ def _validate_model(cfg: CfgNode) -> None:
     for key, value in flatten(cfg).items():
         types = next((types for prefix, types in _FAMILY_KEYS.items() if key.startswith(prefix)), MODEL_TYPES)
         if cfg.MODEL.TYPE not in types and value != defaults[key]:
-            raise ConfigError(f"{key}={value!r} has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
+            raise ConfigError(f"{key}={show(value)} has no effect with MODEL.TYPE={cfg.MODEL.TYPE}; remove it")
     if la_keys.KERNEL_SIZE % 2 == 0:
         raise ConfigError(
             f"MODEL.LA.KERNEL_SIZE={la_keys.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
         )
     if not re.fullmatch(r"[LS]+|(?=[LS]*M)[LSM]+[0-9]{1,4}", la_keys.ATTN_TYPE):
         raise ConfigError(
-            f"MODEL.LA.ATTN_TYPE={la_keys.ATTN_TYPE!r}: give one letter per stage: L (linear), S (softmax) or M (mixed); "
+            f"MODEL.LA.ATTN_TYPE={show(la_keys.ATTN_TYPE)}: give one letter per stage: L (linear), S (softmax) or M (mixed); "
             "with M, the number of linear blocks in that stage follows the last letter, as in LLMS3"
         )
     if not re.fullmatch(r"[1-9]{4}", la_keys.PVT_LA_SR_RATIOS):
-        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={la_keys.PVT_LA_SR_RATIOS!r}: give one digit per stage, as in 8421")
+        raise ConfigError(f"MODEL.LA.PVT_LA_SR_RATIOS={show(la_keys.PVT_LA_SR_RATIOS)}: give one digit per stage, as in 8421")
     if not re.fullmatch(r"[1-9][0-9]{0,3}(-[1-9][0-9]{0,3}){3}", la_keys.CSWIN_LA_SPLIT_SIZE):
         raise ConfigError(
-            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={la_keys.CSWIN_LA_SPLIT_SIZE!r}: give one number per stage, as in 56-28-14-7"
+            f"MODEL.LA.CSWIN_LA_SPLIT_SIZE={show(la_keys.CSWIN_LA_SPLIT_SIZE)}: give one number per stage, as in 56-28-14-7"
         )
     if not swin_keys.DEPTHS:
         raise ConfigError("MODEL.SWIN.DEPTHS=[]: give the number of blocks of each stage")

@@ -1,4 +1,5 @@
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -415,3 +416,97 @@ BOUNDS = {
 def test_the_bounds_of_every_numeric_config_key_equal_the_expected_bounds():
     bounds = {name: (key.minimum, key.maximum) for name, key in KEYS.items() if key.minimum is not None}
     assert bounds == {name: pair for pair, names in BOUNDS.items() for name in names.split()}
+
+
+ALIASES = "".join(f"a{level}: &a{level} [*a{level - 1}, *a{level - 1}]\n" for level in range(1, 60))
+MERGES = "".join(f"b{level}: &b{level} {{<<: [*b{level - 1}, *b{level - 1}]}}\n" for level in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "TRAIN: &a {EPOCHS: *a}",
+        "MODEL: &a {SWIN: {DEPTHS: [*a]}}",
+        "&a [*a]",
+        "MODEL: {SWIN: {DEPTHS: &a [*a]}}",
+        "TRAIN: {EPOCHS: " + "[" * 1500 + "]" * 1500 + "}",
+        "TRAIN: " + "{A: " * 3000 + "1" + "}" * 3000,
+        f"a0: &a0 [1]\n{ALIASES}TRAIN: {{EPOCHS: *a59}}",
+        f"b0: &b0 {{x: 1}}\n{MERGES}",
+        "DATA: {MEAN: [1e400, 0, 0]}",
+        "TRAIN: {BASE_LR: .inf}",
+        "TRAIN: {BASE_LR: .nan}",
+        "TRAIN: {CLIP_GRAD: -.inf}",
+        "AUG: {CUTMIX_MINMAX: [.nan, 1]}",
+        "TRAIN: {BASE_LR: 0x" + "f" * 400 + "}",
+        "TRAIN: {EPOCHS: 0x" + "f" * 5000 + "}",
+        "TAG: 0x" + "f" * 5000,
+        "TRAIN: {EPOCHS: " + "9" * 5000 + "}",
+        "TRAIN: {EPOCHS: true}",
+        "SEED: 1.0e+0",
+        "1: 2",
+        "null: 2",
+        "MODEL: {1.5: 2}",
+        "? [a, b]\n: 1",
+        "TAG: 2001-99-99",
+        "TAG: !!binary =",
+        "BASE: [[a]]",
+        'BASE: "a\\0.yaml"',
+        "BASE: " + "a" * 5000 + ".yaml",
+        'TAG: "a\\nb"',
+        'OUTPUT: "a\\0b"',
+        "MODEL: {SWIN: {DEPTHS: [" + "1, " * 2000 + "1]}}",
+        "MODEL: {LA: {ATTN_TYPE: " + "L" * 3000 + "1}}",
+        "AUG: {AUTO_AUGMENT: " + "rand-m9-" * 90_000 + "}",
+        "MODEL: {LA: {CSWIN_LA_SPLIT_SIZE: " + "1" * 3000 + "-1-1-1}, TYPE: FLatten_CSWin_64_24181_tiny_224}",
+        "#" * 2_000_000,
+        b"\xff\xfeT\x00A\x00G\x00",
+        b"TAG: \xe9",
+        b"TAG: a\x00b",
+    ],
+    ids=range(38),
+)
+def test_hostile_config_files_are_rejected_within_seconds_by_one_line_with_the_file(content, tmp_path):
+    path, started = tmp_path / "config.yaml", time.process_time()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert len(message) < 1500
+    assert "\n" not in message
+    assert re.search(r"config\.yaml|[A-Z]+\.[A-Z]+|TAG|SEED", message)
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TRAIN.BASE_LR", "inf"),
+        ("TRAIN.BASE_LR", "1e999"),
+        ("TRAIN.BASE_LR", "nan"),
+        ("TRAIN.CLIP_GRAD", "1e999"),
+        ("TRAIN.EPOCHS", "9" * 5000),
+        ("TRAIN.EPOCHS", "(" * 3000),
+        ("TRAIN.EPOCHS", "[" * 4000 + "]" * 4000),
+        ("TRAIN.EPOCHS", "True"),
+        ("DATA.IMG_SIZE", "True"),
+        ("DATA.IMG_SIZE", "[True, 32]"),
+        ("DATA.MEAN", "[1e999, 0, 0]"),
+        ("DATA.BATCH_SIZE", "0"),
+        ("TRAIN.EPOCHS", "-1"),
+        ("MODEL.NUM_CLASSES", "1"),
+        ("MODEL.SWIN.DEPTHS", "[2, 1000000000]"),
+        ("AUG.AUTO_AUGMENT", "rand\x1b[2J"),
+        ("TAG", "a\nb"),
+    ],
+)
+def test_hostile_values_on_the_command_line_are_rejected_with_the_key(key, value, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(key)) as caught:
+        load_config(write(tmp_path), [key, value])
+    assert len(str(caught.value)) < 1500
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_file_may_start_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("\ufeffTAG: été\n".encode())
+    assert load_config(tmp_path / "config.yaml").TAG == "été"
