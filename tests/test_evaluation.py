@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +165,29 @@ def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_
     }
     assert (tmp_path / "confusion.png").stat().st_size > 5000
     assert not list(tmp_path.glob(".*incomplete*"))
+
+
+def test_results_for_20000_classes_need_little_memory(tmp_path):
+    """A matrix of all pairs of classes would need 3.2 GB."""
+    num_classes, rng = 20_000, np.random.default_rng(0)
+    targets = rng.integers(0, num_classes, 1000)
+    predictions = np.where(rng.random(1000) < 0.5, targets, rng.integers(0, num_classes, 1000))
+    result = create_result(targets, predictions, num_classes)
+    options = {"classes": [f"class{number}" for number in range(num_classes)], "names": [str(number) for number in range(1000)]}
+    tracemalloc.start()
+    write_evaluation(
+        tmp_path, {"raw": result, "ema": result}, preferred="raw", about={}, real_labels=None, predictions=True, **options
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+    with open(tmp_path / "eval_classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["num_images"]) for row in rows] == np.bincount(targets, minlength=num_classes).tolist()
+    correct = [int(row["correct1_ema"]) for row in rows]
+    assert correct == [int(((targets == number) & (predictions == number)).sum()) for number in range(100)] + correct[100:]
+    assert sum(correct) == result.correct1
+    assert not (tmp_path / "confusion.png").exists()
 
 
 def test_the_confusion_matrix_is_drawn_with_classes_counts_and_percentages(tmp_path, monkeypatch):

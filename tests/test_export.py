@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,65 @@ def test_a_missing_onnx_package_is_reported_before_anything_is_written(checkpoin
     assert ended.value.code == 2
     assert "--formats onnx: not installed: onnxscript; run pip install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"sha256": 1}',
+        "[" * 100_000,
+        '{"sha256": "x", "results": [], "data": "", "precision": "", "versions": {"torch": ""}}',
+        '{"sha256": "x", "results": {"ema": []}, "data": "", "precision": "", "versions": {"torch": ""}}',
+        '{"sha256": "x", "results": {"ema": {"acc1_interval_95": [1, "2"]}}, "data": "", "precision": "", "versions": 3}',
+        '{"sha256": "x", "results": {}, "data": "", "precision": "", "versions": null}',
+        b"\xff\xfe",
+    ],
+)
+def test_an_odd_eval_json_is_reported_and_a_failed_export_leaves_nothing(content, checkpoint, tmp_path, monkeypatch, capsys):
+    evaluation = tmp_path / "odd.json"
+    evaluation.write_bytes(
+        content if isinstance(content, bytes) else content.replace('"x"', f'"{sha256(checkpoint[0])}"').encode()
+    )
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, checkpoint[0], tmp_path / "out", "--eval-json", evaluation)
+    assert caught.value.code == 1
+    assert "odd.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_halfway_leaves_nothing_and_can_be_repeated(checkpoint, tmp_path, monkeypatch):
+    def fail(*_):
+        raise export.ExportError("wrong logits")
+
+    monkeypatch.setattr(export, "export_torch", fail)
+    (tmp_path / "parent/empty").mkdir(parents=True)
+    for name in ("new", "empty"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, checkpoint[0], tmp_path / "parent" / name, "--formats", "safetensors", "torch")
+        assert sorted(path.name for path in (tmp_path / "parent").rglob("*")) == ["empty"]
+    (tmp_path / "parent/empty/.export.1.incomplete").mkdir()  # left by a killed export
+    run(monkeypatch, checkpoint[0], tmp_path / "parent/empty")
+    names = {path.name for path in (tmp_path / "parent/empty").iterdir()}
+    assert names == {"README.md", "config.json", "config.yaml", "model.safetensors"}
+
+
+HOSTILE_NAMES = ["<script>alert(1)</script>", "x\n# forged", "`|<!--\udc80"]
+
+
+def test_names_with_markup_are_escaped_in_the_model_card_and_survive_in_the_other_files(checkpoint, tmp_path, monkeypatch):
+    state = torch.load(checkpoint[0], weights_only=True)
+    state["config"]["MODEL"]["NAME"] = "<b>`x`"
+    state["config"]["AUG"]["AUTO_AUGMENT"] = "```"
+    path = tmp_path / "a`b.pth"
+    torch.save(state | {"class_names": HOSTILE_NAMES}, path)
+    run(monkeypatch, path, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)<(script|b>|!--)", card.partition("## Recipe")[0])
+    assert "# forged" not in card.splitlines()
+    assert re.search(r"^````yaml$", card, re.MULTILINE)
+    assert json.loads((tmp_path / "out/config.json").read_text())["label_names"] == HOSTILE_NAMES
+    assert open_checkpoint(tmp_path / "out/model.safetensors").class_names == tuple(HOSTILE_NAMES)

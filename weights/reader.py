@@ -4,13 +4,16 @@ Formats: checkpoints of this project and of the reference, timm-style files, bar
 """
 
 import argparse
+import codecs
 import collections
 import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -58,13 +61,6 @@ def _read_numpy_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
     return np.frombuffer(data, dtype=kind.byte_order + kind.name, count=1)[0].item()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Bytes that pickle has stored as text. Other encodings could multiply the length of the text."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding}")
-    return text.encode("latin1")
-
-
 # Types and functions, other than those of torch, that the pickles of released files refer to. They create only plain data: the
 # config of the reference implementation (a yacs CfgNode, read as a dictionary), timm's arguments (a Namespace), and accuracies
 # (numpy scalars, whose module differs between numpy 1 and 2, and whose bytes pickle stores with codecs.encode).
@@ -74,7 +70,6 @@ _PLAIN_GLOBALS = [
     (_NumpyType, "numpy.dtype"),
     (_read_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_read_numpy_scalar, "numpy._core.multiarray.scalar"),
-    (_encode, "_codecs.encode"),
 ]
 
 
@@ -134,9 +129,11 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _read_pickle(path: Path) -> object:
-    if _is_archive(path):
+    is_archive = _is_archive(path)
+    if is_archive:
         verify(path)
     try:
+        _check_encodings(path, is_archive=is_archive)
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -146,33 +143,85 @@ def _read_pickle(path: Path) -> object:
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({type(error).__name__}: {error})") from None
 
 
-def _find_illegal_structure(state: dict) -> str:
-    """Describe the first entry of a file that is nested too deeply, too large, or not plain data; "" if there is none.
+def _check_encodings(path: Path, *, is_archive: bool) -> None:
+    """Reject pickles that could encode bytes again and again. torch allows ``codecs.encode``, as numpy scalars use it.
 
-    The walk ends after ``MAX_ITEMS`` values, because a small file can contain 2^60 references to one value.
+    Some codecs, such as hex, multiply the length of bytes, so that a few nested calls exhaust the memory.
+
+    Raises:
+        pickle.UnpicklingError: the file calls ``codecs.encode`` and contains the name of such a codec.
     """
-    pending, num_items = [(state, "", 0)], 0
-    while pending:
-        container, path, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            return f"{path} is nested more than {MAX_DEPTH} levels deep"
-        if problem := _describe_illegal_attributes(container):
-            return f"{path or 'its top level'} {problem}"
-        if hasattr(container, "_metadata"):
-            pending.append((container._metadata, f"{path} (metadata)", depth + 1))
-        num_items += len(container)
-        if num_items > MAX_ITEMS:
-            return f"{path or 'it'} makes it larger than {MAX_ITEMS} values"
-        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            if type(key) not in (str, int):
-                return f"{path or 'its top level'} has a key of type {type(key).__name__}"
-            if isinstance(value, argparse.Namespace):
-                value = vars(value)
-            if isinstance(value, (dict, list, tuple, set, frozenset)):
-                pending.append((value, f"{path}.{key}"[-MAX_PATH:].lstrip("."), depth + 1))
-            elif problem := _describe_illegal_value(value):
-                return f"{path}.{key}"[-MAX_PATH:].lstrip(".") + f" {problem}"
+    with open(path, "rb") as file:
+        if is_archive:
+            with zipfile.ZipFile(file) as archive:
+                contents = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        else:  # before version 1.6, torch saved several pickles in a row, of which the first four contain no tensor data
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                contents = [content[:]] if content.find(b"_codecs\nencode\n") >= 0 else []
+    for content in contents:
+        if b"_codecs\nencode\n" not in content:
+            continue
+        stream = io.BytesIO(content)
+        for _ in range(1 if is_archive else 4):
+            for _, text, _ in pickletools.genops(stream):
+                if isinstance(text, str) and len(text) < 32 and _is_binary_codec(text):
+                    raise pickle.UnpicklingError(f"it may call codecs.encode with the codec {text}")
+
+
+def _is_binary_codec(name: str) -> bool:
+    try:
+        return not codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        return False
+
+
+def _find_illegal_structure(state: dict) -> str:
+    """Describe the first entry of a file that is nested too deeply, too large, or not plain data; "" if there is none."""
+    try:
+        _measure(state, "", 0, {})
+    except _IllegalEntryError as error:
+        return str(error)
     return ""
+
+
+class _IllegalEntryError(Exception):
+    pass
+
+
+def _measure(value: object, path: str, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Number of values in nested containers, and their number of levels.
+
+    Args:
+        path: name of the container in the file, for messages.
+        depth: number of containers around this one.
+        known: the results so far by id of the container: a small file may contain 2^60 references to one value.
+
+    Raises:
+        _IllegalEntryError: a value is nested too deeply or not plain data, or there are too many values.
+    """
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        if problem := _describe_illegal_value(value):
+            raise _IllegalEntryError(f"{path} {problem}")
+        return 1, 0
+    num_values, num_levels = known.get(id(value), (len(value), 1))
+    if depth + num_levels > MAX_DEPTH:
+        raise _IllegalEntryError(f"{path} is nested more than {MAX_DEPTH} levels deep")
+    if id(value) not in known:
+        if problem := _describe_illegal_attributes(value):
+            raise _IllegalEntryError(f"{path or 'its top level'} {problem}")
+        if hasattr(value, "_metadata"):
+            _measure(value._metadata, f"{path} (metadata)", depth + 1, known)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if type(key) not in (str, int):
+                raise _IllegalEntryError(f"{path or 'its top level'} has a key of type {type(key).__name__}")
+            size, levels = _measure(item, f"{path}.{key}"[-MAX_PATH:].lstrip("."), depth + 1, known)
+            num_values, num_levels = num_values + size, max(num_levels, levels + 1)
+        known[id(value)] = num_values, num_levels
+    if num_values > MAX_ITEMS:
+        raise _IllegalEntryError(f"{path or 'it'} has more than {MAX_ITEMS} values")
+    return num_values, num_levels
 
 
 def _describe_illegal_attributes(container: object) -> str:

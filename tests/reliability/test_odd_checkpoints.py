@@ -254,7 +254,7 @@ def change(state: dict, rng: random.Random) -> str:
         places = [state, *(containers(state["config"], []) if isinstance(state.get("config"), dict) else [])]
         container = rng.choice(places if rng.random() < 0.5 else [place for place in containers(state, []) if place])
         keys = list(container) if isinstance(container, dict) else list(range(len(container)))
-        key = rng.choice(keys) if keys else "new"
+        key = rng.choice(keys or [0])
         kind = rng.choice(["replace", "replace", "replace", "remove", "rename", "reshape"])
         changes.append(f"{kind} {str(key)[:40]!r}")
         if isinstance(container, list):

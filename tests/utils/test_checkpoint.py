@@ -212,8 +212,11 @@ def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
 
 
 def test_checkpoint_rotation_keeps_the_newest_and_the_best(saved):
+    """Rotation follows the numbers of the checkpoints, also if a copy has changed the order of their modification times."""
     for number in range(2, 6):
-        shutil.copy(saved, checkpoint.checkpoint_path(saved.parent, number))
+        path = checkpoint.checkpoint_path(saved.parent, number)
+        shutil.copy(saved, path)
+        os.utime(path, (1e9 - number, 1e9 - number))
     checkpoint.link_best(saved, saved.parent / "best.pth")
     checkpoint.remove_surplus(saved.parent, keep=2)
     assert sorted(path.name for path in saved.parent.iterdir()) == [
