@@ -97,7 +97,7 @@ def test_input_size_and_crop_follow_the_evaluation_recipe_of_the_reference(name)
         assert data["crop_pct"] == (0.875 if recipe["TEST.CROP"] else 1.0)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", FAMILIES)
 def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
     """Corresponds to timm's test_model_forward_features, for the ``feature_cls`` values "getter" and "hook"."""
     for feature_cls in ("getter", "hook"):
@@ -112,8 +112,8 @@ def test_feature_maps_have_the_channels_and_strides_of_feature_info(name):
             assert features_map.shape == (2, num_channels, side // reduction, side // reduction)
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_has_arguments_for_input_channels_dtype_and_device(name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_have_arguments_for_input_channels_dtype_and_device(name):
     model = timm.create_model(name, in_chans=5, dtype=torch.bfloat16, device="meta")
     assert {(tensor.dtype, tensor.device.type) for tensor in model.parameters()} == {(torch.bfloat16, "meta")}
     assert model.in_chans == model.state_dict()[f"{model.default_cfg['first_conv']}.weight"].shape[1] == 5
@@ -121,8 +121,8 @@ def test_every_model_has_arguments_for_input_channels_dtype_and_device(name):
     assert torch.empty(0).device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_intermediates_of_every_model_match_the_forward_pass(name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_intermediates_of_models_match_the_forward_pass(name):
     """Corresponds to timm's test_model_forward_intermediates, but compares values."""
     model, images = timm.create_model(name, img_size=64, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -461,6 +461,25 @@ def test_nested_models_load_only_their_own_entries():
     assert torch.equal(target["norm"].weight, source["norm"].weight)
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(target["backbone"](images), source["backbone"](images))
+
+
+@pytest.mark.parametrize("source", ["file", "state_dict"])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_weights_from_a_checkpoint_of_a_run_are_resized_from_the_image_size_of_its_config(tmp_path, source, features_only):
+    """Maps of 64 x 128 and 128 x 64 pixels have as many tokens. The config determines the layout of the tables."""
+    options = {"num_classes": 3, "dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "attn_type": "LL"}
+    options |= {"mlp_ratios": (2, 2), "linear_reductions": (1, 1)}
+    trained = timm.create_model("flatten_pvt_t", img_size=(64, 128), **options).eval()
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoint = {"model": dict(trained.state_dict()), "config": {"DATA": {"IMG_SIZE": [64, 128]}}}
+    torch.save(checkpoint, tmp_path / "best.pth")
+    overlay = {source: str(tmp_path / "best.pth") if source == "file" else checkpoint, "num_classes": 3}
+    loading = {"pretrained": True, "pretrained_cfg_overlay": overlay, "features_only": features_only}
+    model = timm.create_model("flatten_pvt_t", img_size=(128, 64), **options, **loading).eval()
+    images = torch.randn(2, 3, 128, 64)
+    expected = trained.forward_intermediates(images, intermediates_only=True) if features_only else trained(images)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
 
 
 # Models built from a config.
