@@ -93,6 +93,8 @@ class DeviceLoader:
 
         Raises:
             StalledWorkerError: the workers finished no image for DATA.WORKER_TIMEOUT seconds.
+            RuntimeError: a worker ended.
+            Exception: the error of a worker, with its traceback in the message.
         """
         check = StallCheck(cast(WatchedDataset, self.loader.dataset), self.loader.timeout)
         batches = self._start_epoch(check)
@@ -110,6 +112,10 @@ class DeviceLoader:
                 except RuntimeError as error:
                     if not _timed_out(error):
                         raise
+                except (OSError, EOFError) as error:
+                    if "in DataLoader worker process" in str(error):  # an error of the worker, whose traceback the message has
+                        raise
+                    raise RuntimeError(f"DataLoader worker (pid unknown) ended while it sent a batch ({error!r})") from error
                 check.check()
             self.seconds_waited += time.monotonic() - started
             yield batch

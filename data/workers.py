@@ -12,6 +12,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import torch
@@ -69,10 +70,10 @@ class WatchedDataset(Dataset):
         progress[READING] = key[1]
         try:
             sample = self.dataset[key]
-        except Exception as error:
+        except BaseException as error:
             if not isinstance(error, DataError) and hasattr(error, "add_note"):  # Python 3.11 or later
                 error.add_note(f"The error occurred while reading {self.name(key[1])}")
-            raise
+            raise_sendable(error)
         finally:
             progress[READING] = NO_IMAGE
         progress[FINISHED] += 1
@@ -143,7 +144,30 @@ class StallCheck:
         return ", ".join(names) or "no worker is reading an image"
 
 
-def create_loader(dataset: Dataset, *, num_workers: int, **options) -> DataLoader:
+class SendErrors:
+    """A collate function whose errors all reach the main process, see ``raise_sendable``."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples: list) -> object:
+        try:
+            return self.collate(samples)
+        except BaseException as error:
+            raise_sendable(error)
+
+
+def raise_sendable(error: BaseException) -> NoReturn:
+    """Raise an error or, in a loader worker, a RuntimeError instead of one that torch does not send to the main process.
+
+    After a SystemExit, a KeyboardInterrupt or the like, a worker would end without a message.
+    """
+    if isinstance(error, Exception) or get_worker_info() is None:
+        raise error
+    raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def create_loader(dataset: Dataset, *, num_workers: int, collate_fn: Callable, **options) -> DataLoader:
     """Create a data loader whose workers end with this process, however it ends.
 
     Args:
@@ -155,7 +179,9 @@ def create_loader(dataset: Dataset, *, num_workers: int, **options) -> DataLoade
     if num_workers:
         check_sockets()
         _register_exit_hook(os.getpid())
-    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=start_worker, **options)
+    return DataLoader(
+        dataset, num_workers=num_workers, collate_fn=SendErrors(collate_fn), worker_init_fn=start_worker, **options
+    )
 
 
 def check_sockets() -> None:

@@ -101,9 +101,9 @@ def replace_collate(function) -> None:
     data.build.collate = function
 
 
-def fail_to_collate(message: str):
+def fail_to_collate(message: str, error_type: type[BaseException] = RuntimeError):
     def collate(_samples):
-        raise RuntimeError(message)
+        raise error_type(message)
 
     return lambda: replace_collate(collate)
 
@@ -116,10 +116,12 @@ def fail_to_collate(message: str):
             fail_to_collate("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
             "No space left on device (28). The shared memory (/dev/shm) through which the loader workers send batches is full",
         ),
+        (fail_to_collate("left by a library", SystemExit), "RuntimeError: SystemExit: left by a library"),
+        (fail_to_collate("end of an iterator", StopIteration), "StopIteration: end of an iterator"),
         (lambda: replace_collate(lambda _samples: os._exit(0)), "exited unexpectedly"),
         (lambda: replace_collate(lambda _samples: lambda: None), "cannot send a batch: "),
     ],
-    ids=["error", "full shared memory", "exit with status 0", "batch that cannot be sent"],
+    ids=["error", "full shared memory", "SystemExit", "StopIteration", "exit with status 0", "batch that cannot be sent"],
 )
 def test_d8_the_reason_of_a_workers_failure_is_on_the_console(fault, expected, trained, toy_data, tmp_path):
     arguments = ["--eval", "--resume", trained, "--output", tmp_path, "--data-path", toy_data, "--opts", "DATA.NUM_WORKERS", 2]

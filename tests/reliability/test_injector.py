@@ -188,11 +188,13 @@ def shows_reason(output: str, error: BaseException) -> bool:
     """Whether the console shows the type of an error, or the beginning of its message."""
     if isinstance(error, KeyboardInterrupt) and "stopped" in output:
         return True
+    if not isinstance(error, Exception) and "exited unexpectedly" in output:  # it ended a worker outside of its loaders
+        return True
     try:
         words = str(error).split()
     except RuntimeError:
         words = []
-    return type(error).__name__ in output or bool(words and " ".join(words)[:20] in " ".join(output.split()))
+    return type(error).__name__ in output or bool(words and " ".join(words)[:12] in " ".join(output.split()))
 
 
 def check_directory(folder: Path, output: str, report: str) -> None:
