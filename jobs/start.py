@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.checkpoint import BEST, check_format, list_checkpoints, num_updates_of
+from utils.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
 from utils.config import ConfigError
 from utils.run import RECORD, RunRecord, read_record
 from utils.trainer import NO_BEST
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import CheckpointError, read_checkpoint, verify
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ def is_inside(path: Path, output: Path) -> bool:
 def survey(output: Path) -> Contents:
     """Read the contents of a run directory, which may not exist. Nothing is written.
 
+    Only the newest usable checkpoint is read completely: a run resumes from no other one, and checkpoints are large.
+
     Raises:
         ConfigError: the directory or a checkpoint cannot be opened, or a later version of this project wrote a checkpoint.
     """
@@ -195,15 +197,21 @@ def survey(output: Path) -> Contents:
     usable: list[Candidate] = []
     unusable = {}
     for path in candidate_paths(output):
-        linked = next((one for one in usable if os.path.exists(path) and os.path.samefile(path, one.path)), None)
-        try:  # best.pth usually is a hard link to a numbered checkpoint that was just read
-            usable.append(read_candidate(path) if linked is None else linked._replace(path=path))
+        try:
+            usable.append(read_candidate(path))
         except NotResumableError as error:
             unusable[path] = str(error).removeprefix(f"{path} ").partition("; ")[0]
         except CheckpointError as error:
             logger.warning("%s; trying the previous checkpoint", error)
             unusable[path] = "damaged"
     usable.sort(key=lambda one: (one.num_updates, one.path.name != BEST), reverse=True)
+    while usable:
+        try:
+            verify(usable[0].path)
+            break
+        except CheckpointError as error:
+            logger.warning("%s; trying the previous checkpoint", error)
+            unusable[usable.pop(0).path] = "damaged"
     record = read_record(output)
     remains = () if usable else find_remains(output, record)
     return Contents(output, tuple(usable), unusable, record, remains, stamps)
@@ -217,7 +225,7 @@ def candidate_paths(output: Path) -> Iterator[Path]:
 
 
 def read_candidate(path: Path) -> Candidate:
-    """Read which run and update a checkpoint belongs to.
+    """Read which run and update a checkpoint belongs to. The values of its tensors are neither read nor verified.
 
     Raises:
         ConfigError: the file cannot be opened, or was written by a later version of this project.
@@ -232,13 +240,13 @@ def read_candidate(path: Path) -> Candidate:
             raise ConfigError(
                 f"{path} cannot be opened ({error.strerror}); make it readable, or choose another --tag"
             ) from None
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, with_data=False)
     try:
         check_format(state, path)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     check_training_state(state, path)
-    if path.name != BEST and path in list_checkpoints(path.parent) and state["num_updates"] != num_updates_of(path):
+    if is_numbered(path) and state["num_updates"] != num_updates_of(path):
         raise NotResumableError(f"{path} is the state after update {state['num_updates']}, unlike its name")
     return Candidate(path, state["num_updates"], state.get("run_id", ""))
 
@@ -277,12 +285,6 @@ def find_unusable_entries(saved: Mapping) -> list[str]:
         names.append("evaluations")
     if not isinstance(saved.get("run_id", ""), str):
         names.append("run_id")
-    evaluations = saved.get("evaluations", [])
-    if not isinstance(evaluations, list) or not all(
-        isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
-        for record in evaluations
-    ):
-        names.append("evaluations")
     return sorted(set(names))
 
 

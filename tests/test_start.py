@@ -258,6 +258,23 @@ def test_a_checkpoint_of_a_later_format_is_rejected_by_its_number_and_not_rename
     assert snapshot(folder) == before
 
 
+def test_flipped_bits_are_detected_in_the_newest_checkpoint_and_older_ones_are_not_read(toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    for number in (1, 2, 3):
+        save(folder, number, model={"weight": torch.full((100,), 0.5)})
+    save(folder, 3, name=BEST, model={"weight": torch.full((100,), 0.5)})
+    for name, expected in (
+        (checkpoint_path(folder, 1).name, checkpoint_path(folder, 3).name),
+        (checkpoint_path(folder, 3).name, BEST),
+        (BEST, checkpoint_path(folder, 2).name),
+    ):
+        content = bytearray((folder / name).read_bytes())
+        content[content.index(torch.full((100,), 0.5).numpy().tobytes())] ^= 1
+        (folder / name).write_bytes(content)
+        assert decide(toy_config, tmp_path) == expected
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"run_id": 3, "has_saved": true}', '{"run_id": "a"}', "[" * 5000])
 def test_an_invalid_run_record_counts_as_missing(content, tmp_path):
     (tmp_path / RECORD).write_text(content)

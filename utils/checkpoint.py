@@ -126,10 +126,15 @@ def _num_bytes(value: object) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Numbered checkpoints of a run, newest first."""
     try:
-        numbered = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+        numbered = [path for path in folder.glob("checkpoint_*.pth") if is_numbered(path)]
     except OSError:  # no permission: the first write to the directory reports it
         return []
     return sorted(numbered, key=num_updates_of, reverse=True)
+
+
+def is_numbered(path: Path) -> bool:
+    """Whether a file has the name of a numbered checkpoint."""
+    return _NAME.fullmatch(path.name) is not None
 
 
 def num_updates_of(path: Path) -> int:
@@ -150,9 +155,7 @@ def remove_surplus(folder: Path, keep: int, *, newest: Path | None = None) -> No
         newest: the checkpoint that was just written; later numbers are neither counted nor deleted, since this run did not
             write them. None: the checkpoint with the highest number.
     """
-    incomplete = [
-        path for path in folder.glob(f"*{_TEMPORARY}") if _NAME.fullmatch(path.name.removesuffix(_TEMPORARY)) is not None
-    ]
+    incomplete = [path for path in folder.glob(f"*{_TEMPORARY}") if is_numbered(path.with_suffix(""))]
     numbered = [path for path in list_checkpoints(folder) if newest is None or num_updates_of(path) <= num_updates_of(newest)]
     for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *numbered[keep:]]:
         path.unlink(missing_ok=True)
@@ -230,9 +233,10 @@ def restore_best(folder: Path, state: Mapping, path: Path) -> bool:
     num_updates, best = state["best"]["num_updates"], folder / BEST
     if num_updates < 0:  # not evaluated yet
         return True
-    found = find_best(folder, state)
-    if num_updates == state["num_updates"] and not (found == best and sha256(best) == sha256(path)):
-        found = path
+    resumes_from_best = num_updates == state["num_updates"]
+    if resumes_from_best and _are_equal(best, path):
+        return True
+    found = path if resumes_from_best else find_best(folder, state)
     if found is None:
         return False
     if found != best:
@@ -241,20 +245,33 @@ def restore_best(folder: Path, state: Mapping, path: Path) -> bool:
     return True
 
 
+def _are_equal(path: Path, other: Path) -> bool:
+    """Whether two paths are the same file, or files with the same contents; False if one of them cannot be read."""
+    try:
+        return os.path.samefile(path, other) or sha256(path) == sha256(other)
+    except OSError:
+        return False
+
+
 def is_best_current(folder: Path, state: Mapping) -> bool:
     """Whether ``best.pth`` is the checkpoint that ``state`` records as the best one; also True before the first evaluation."""
     return state["best"]["num_updates"] < 0 or find_best(folder, state) == folder / BEST
 
 
 def keep_former_best(folder: Path) -> None:
-    """Rename ``best.pth`` to ``best_<updates>.pth``, so that the next best checkpoint does not replace it."""
+    """Rename ``best.pth`` to ``best_<updates>.pth``, or, if it is damaged, set it aside: the next best does not replace it."""
     best = folder / BEST
-    if os.path.isfile(best):
+    if not os.path.isfile(best):
+        return
+    try:
         kept = folder / f"best_{read_checkpoint(best)['num_updates']:09d}.pth"
-        while os.path.lexists(kept):
-            kept = kept.with_name(f"{kept.stem}_{kept.suffix}")
-        os.replace(best, kept)
-        logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", best, kept.name)
+    except CheckpointError:
+        set_aside(best, "damaged")
+        return
+    while os.path.lexists(kept):
+        kept = kept.with_name(f"{kept.stem}_{kept.suffix}")
+    os.replace(best, kept)
+    logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", best, kept.name)
 
 
 def to_host(value: object, *, copy: bool = False) -> object:

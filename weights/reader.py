@@ -73,8 +73,11 @@ _PLAIN_GLOBALS = [
 ]
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, *, with_data: bool = True) -> None:
     """Read a zip-based checkpoint completely and verify its checksums.
+
+    Args:
+        with_data: if False, verify only that the entries of the archive fit into the file.
 
     Raises:
         CheckpointError: the file is damaged. ``torch.load`` alone does not detect flipped bits in tensor data.
@@ -84,7 +87,7 @@ def verify(path: Path) -> None:
             size, entries = os.path.getsize(path), sum(entry.file_size for entry in archive.infolist())
             if entries > size:  # torch.save does not compress
                 raise CheckpointError(f"{path}: its entries have {entries} bytes, but the file has {size}; not a checkpoint")
-            damaged = archive.testzip()
+            damaged = archive.testzip() if with_data else None
     except CheckpointError:
         raise
     except Exception as error:  # zipfile and zlib raise many exception types on damaged files
@@ -106,8 +109,12 @@ def _digest(file: io.BufferedReader) -> str:  # Python 3.10 has no hashlib.file_
     return digest.hexdigest()
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, *, with_data: bool = True) -> dict:
     """Read a weight file as plain data on the CPU.
+
+    Args:
+        with_data: if False, neither read nor verify the values of the tensors of a zip-based file, which are mapped into
+            memory. This takes milliseconds, whatever the size of the file.
 
     Returns:
         The dictionary of the file. For safetensors files: the tensors, or, if the file has this project's metadata,
@@ -120,7 +127,7 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
-    state = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    state = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, with_data=with_data)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
     if problem := _find_illegal_structure(state) or _find_illegal_entry(state):
@@ -128,14 +135,14 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def _read_pickle(path: Path) -> object:
+def _read_pickle(path: Path, *, with_data: bool) -> object:
     is_archive = _is_archive(path)
     if is_archive:
-        verify(path)
+        verify(path, with_data=with_data)
     try:
         _check_encodings(path, is_archive=is_archive)
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive and not with_data)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0] if "GLOBAL" not in str(error) else _describe_global(str(error))
         raise CheckpointError(f"{path}: not loaded, since it is damaged or contains code: {reason}") from None

@@ -206,6 +206,19 @@ def test_restore_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
     assert not checkpoint.restore_best(best.parent, state, saved)
 
 
+def test_a_best_checkpoint_that_is_no_longer_compared_is_kept_under_another_name_unless_it_is_damaged(saved):
+    best, content = saved.with_name("best.pth"), saved.read_bytes()
+    for kept in ("best_000000001.pth", "best_000000001_.pth"):
+        best.write_bytes(content)
+        checkpoint.keep_former_best(best.parent)
+        assert saved.with_name(kept).read_bytes() == content
+    best.write_bytes(content)
+    damage(best, "flip")
+    checkpoint.keep_former_best(best.parent)
+    assert not best.exists()
+    assert best.with_name("best.pth.damaged").exists()
+
+
 def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
     assert checkpoint.restore_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved)
     assert not saved.with_name("best.pth").exists()
