@@ -164,7 +164,8 @@ def read_calls(path: Path) -> dict[Call, int]:
 
 def draw_fault(calls: dict[Call, int], rng: random.Random) -> Fault:
     """Draw a place, a function, a call and an error."""
-    place = rng.choice(sorted({call.place for call in calls} - {"other"}))
+    places = sorted({call.place for call in calls} - {"other"})
+    place = rng.choice([*places, *(place for place in places if place in ("main", "worker"))])
     call = rng.choice(sorted(call for call in calls if call.place == place))
     return Fault(call, rng.randint(1, calls[call]), rng.randrange(len(ERRORS)))
 
