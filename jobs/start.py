@@ -1,6 +1,5 @@
 """Decide how a run starts, from the contents of its output directory and from what was asked."""
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from utils.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
 from utils.config import ConfigError
+from utils.log import read_records
 from utils.run import RECORD, RunRecord, read_record
 from utils.trainer import NO_BEST
 from weights.reader import CheckpointError, read_checkpoint, verify
@@ -306,17 +306,13 @@ def find_remains(output: Path, record: RunRecord | None) -> tuple[str, ...]:
 def has_finished_epoch(metrics: Path) -> bool:
     """Whether ``metrics.jsonl`` has records of an evaluation, or of an epoch after the first one."""
     try:
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        records = read_records(metrics)
     except OSError:
         return False
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if str(record["kind"]).startswith("eval") or record["epoch"] > 0:
-                return True
-        except (ValueError, TypeError, KeyError, RecursionError):  # a truncated line, or not a record
-            continue
-    return False
+    epochs = [record.get("epoch") for record in records]
+    return any(record["kind"].startswith("eval") for record in records) or any(
+        isinstance(epoch, int) and epoch > 0 for epoch in epochs
+    )
 
 
 def list_stamps(output: Path) -> tuple:
@@ -325,17 +321,16 @@ def list_stamps(output: Path) -> tuple:
     Raises:
         ConfigError: the directory cannot be listed.
     """
+    stamps = []
     try:
-        entries = list(os.scandir(output))
-    except (FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(output):
+            if entry.name.startswith(("checkpoint_", "best")) or entry.name == RECORD:
+                status = entry.stat(follow_symlinks=False)
+                stamps.append((entry.name, status.st_size, status.st_mtime_ns))
+    except (FileNotFoundError, NotADirectoryError):  # no directory; or a file was just deleted, which also counts as a change
         return ()
     except OSError as error:
         raise ConfigError(f"{output} cannot be listed ({error.strerror}); choose another --output") from None
-    stamps = []
-    for entry in entries:
-        if entry.name.startswith(("checkpoint_", "best")) or entry.name == RECORD:
-            status = entry.stat(follow_symlinks=False)
-            stamps.append((entry.name, status.st_size, status.st_mtime_ns))
     return tuple(sorted(stamps))
 
 

@@ -237,7 +237,7 @@ class MetricsWriter:
         _rename_later_event_files(self._folder)
         # TensorBoard discards earlier events of this step and of later steps.
         board = SummaryWriter(str(self._folder), purge_step=step + 1 if evaluated else step)
-        for record in [] if evaluated else _read_records(self._path):
+        for record in [] if evaluated else read_records(self._path):
             if (record["step"], record["kind"]) == (step, "train"):  # discarded with the evaluation of the same step
                 for name, value in record.items():
                     if name not in ("step", "kind") and value is not None:
@@ -296,7 +296,7 @@ def _as_json(record: dict) -> dict:
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
 
 
-def _read_records(path: Path) -> list[dict]:
+def read_records(path: Path) -> list[dict]:
     """Records of a metrics file, without lines that were truncated when a process was killed."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
@@ -317,7 +317,7 @@ def _restore_records(path: Path, step: int, evaluated: bool, evaluations: Sequen
     """
     records = [
         record
-        for record in _read_records(path)
+        for record in read_records(path)
         if record["step"] < step or (record["step"] == step and (evaluated or not record["kind"].startswith("eval")))
     ]
     known = {(record["step"], record["kind"]) for record in records}
