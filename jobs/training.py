@@ -137,10 +137,9 @@ def open_directory(
         for path, reason in contents.unusable.items():
             set_aside(path, reason)
         run_id = (saved or {}).get("run_id") or contents.run_id or uuid.uuid4().hex
-        resumed_from = str(Path(init.checkpoint).absolute()) if cfg.MODEL.RESUME else ""
-        if contents.record is not None and contents.record.has_saved:
-            resumed_from = contents.record.resumed_from
-        write_record(output, RunRecord(run_id, has_saved=bool(contents.usable), resumed_from=resumed_from))
+        if contents.record is None or not contents.record.has_saved:
+            resumed_from = str(Path(init.checkpoint).absolute()) if cfg.MODEL.RESUME else ""
+            write_record(output, RunRecord(run_id, has_saved=bool(contents.usable), resumed_from=resumed_from))
         if saved is None:
             return run_id, False
         accepted = check_data(saved, data, init.checkpoint, accept_changes=True)
@@ -193,10 +192,9 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
     init = choose_initialization(cfg, world)
     directory = on_main(world, lambda: create_temporary_directory(init.contents.output))
     lock = RunLock(directory)
-    if world.is_main:
-        lock.acquire()
     logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init[:2])
     try:
+        on_main(world, lock.acquire)
         for path, reason in init.contents.unusable.items() if world.is_main else ():
             logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)

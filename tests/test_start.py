@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ import torch
 
 import jobs.training
 import utils.trainer
-from jobs.initialization import choose_initialization
+from jobs.initialization import Initialization, choose_initialization
+from jobs.start import survey
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -281,6 +283,18 @@ def test_an_invalid_run_record_counts_as_missing(content, tmp_path):
     assert read_record(tmp_path) is None
 
 
+def test_the_record_of_a_run_that_has_saved_is_not_replaced_at_a_later_start(toy_config, tmp_path):
+    """Even if its checkpoints are deleted, and it resumes from a copy of one of them."""
+    build_deleted_checkpoints(tmp_path)
+    save(tmp_path, 9, name="copy.pth")
+    cfg = load_config(toy_config, ["MODEL.RESUME", str(tmp_path / "copy.pth")])
+    init = Initialization("resume", str(tmp_path / "copy.pth"), survey(tmp_path))
+    directory = RunDirectory(tmp_path)
+    jobs.training.open_directory(directory, cfg, init, None, {})
+    assert read_record(tmp_path) == RunRecord("a", has_saved=True)
+    directory.close()
+
+
 # --- Whole runs
 
 
@@ -455,6 +469,30 @@ def test_a_deleted_lock_file_is_created_again_unless_another_run_has_locked_the_
     with pytest.raises(CheckpointError, match="was moved or removed while the run was writing"):
         directory.check()
     directory.close()
+
+
+def test_a_run_ends_if_its_lock_file_is_deleted_and_another_run_locks_a_new_one(tmp_path, monkeypatch):
+    def refuse(_file):
+        raise ConfigError("another run is writing to this directory")
+
+    directory = RunDirectory(tmp_path)
+    directory.open()
+    os.unlink(tmp_path / ".lock")
+    monkeypatch.setattr(directory._lock, "_lock", refuse)
+    with pytest.raises(CheckpointError, match="another run is writing"):
+        directory.check()
+
+
+def test_a_start_on_a_full_disk_is_refused_and_leaves_no_file(tmp_path):
+    directory, (limit, maximum) = RunDirectory(tmp_path / "a/run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, maximum))
+    try:
+        with pytest.raises(ConfigError, match=r"cannot be written to \(File too large\); free disk space"):
+            directory.open()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, maximum))
+    directory.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_locks_a_warning_is_logged_and_the_run_that_started_first_ends(tmp_path, monkeypatch, caplog):

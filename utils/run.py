@@ -175,7 +175,7 @@ class RunLock:
         """Acquire the lock, and write the process id and the host name to the lock file.
 
         Raises:
-            ConfigError: another run has the lock; the message gives its process id and host name.
+            ConfigError: another run has the lock, whose process id and host name are in the message, or the disk is full.
         """
         for _ in range(MAX_ATTEMPTS):
             self._file = self._open()
@@ -196,9 +196,13 @@ class RunLock:
                 self.path.parent,
             )
         self._holder = f"process {os.getpid()} on {socket.gethostname()}, id {uuid.uuid4().hex[:8]}\n"
-        self._file.truncate(0)
-        self._file.write(self._holder)
-        self._file.flush()
+        try:  # without Python's buffer, whose content would be written again when the file is closed
+            os.truncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), self._holder.encode())
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written to ({error.strerror}); free disk space or choose another --output"
+            ) from None
         self._folder = identify(self.path.parent)
 
     def check(self) -> bool:
@@ -218,9 +222,10 @@ class RunLock:
     def check_held(self) -> None:
         """Check that the lock file at the path is the one that this process has locked, and names this process.
 
+        A deleted lock file is created and locked again.
+
         Raises:
             CheckpointError: the directory was moved or removed, or another run has started in it.
-            ConfigError: the lock file was deleted, and another run has locked a new one.
         """
         assert self._file is not None, "call acquire() first"
         folder = self.path.parent
@@ -228,7 +233,10 @@ class RunLock:
             if not os.path.lexists(self.path) and identify(folder) == self._folder:
                 logger.warning("%s was deleted while the run was active; it is created and locked again", self.path)
                 self.release()
-                self.acquire()
+                try:
+                    self.acquire()
+                except ConfigError as error:
+                    raise CheckpointError(str(error)) from None
                 return
             raise CheckpointError(
                 f"{folder} was moved or removed while the run was writing to it; nothing more is written to this path. To "
