@@ -32,7 +32,7 @@ _SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records t
 
 def list_shards(root: Path, split: str) -> list[Path]:
     """Tar shards of a split, sorted by name."""
-    return sorted(root.glob(f"{split}-*.tar"))
+    return sorted(root.glob(f"{split}-*.tar")) if os.path.isdir(root) else []
 
 
 def check_shards(shards: Sequence[Path], split: str) -> None:
@@ -46,7 +46,7 @@ def check_shards(shards: Sequence[Path], split: str) -> None:
     numbered: dict[int, Path] = {}
     total = 0
     for shard in shards:
-        status = os.stat(shard) if shard.exists() else None
+        status = os.stat(shard) if os.path.exists(shard) else None
         if status and (other := seen.setdefault((status.st_dev, status.st_ino), shard)) != shard:
             raise DataError(f"{shard} and {other} are links to the same file, which would be counted twice; remove one of them")
         if match := re.fullmatch(re.escape(split) + r"-([0-9]+)(?:-of-([0-9]+))?\.tar", shard.name):
@@ -91,8 +91,15 @@ def is_class_id(text: str) -> bool:
 
 
 def read_class_names(listing: Path) -> list[str]:
-    """Read the lines of ``classes.txt``; ``splitlines`` would also split at characters other than newlines."""
-    return listing.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
+    """Read the lines of ``classes.txt``; ``splitlines`` would also split at characters other than newlines.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return listing.read_text(encoding="utf-8-sig", errors="surrogateescape").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise DataError(f"{listing} cannot be read ({error.strerror}); it must list the class names") from None
 
 
 def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
@@ -105,7 +112,7 @@ def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         raise DataError(f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
     classes = [str(label) for label in range(max(labels) + 1)]
-    if listing.is_file():
+    if os.path.isfile(listing):
         classes = read_class_names(listing)
     if len(set(classes)) < len(classes):
         duplicate = next(name for name in classes if classes.count(name) > 1)

@@ -241,7 +241,7 @@ def build_index(cfg: CfgNode, split: str) -> Index:
     if cfg.DATA.ZIP_MODE:
         return index_zip(root, split, cache=cache)
     shards = list_shards(root, split)
-    if not (root / split).is_dir() and shards:
+    if shards and not os.path.isdir(root / split):
         return index_tar(root, split, cache=cache)
     index = index_folder(root / split, cache=cache)
     if shards:

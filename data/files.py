@@ -170,16 +170,19 @@ def suggest_split(split: Path) -> str:
     images. If there are none, the names in ``root`` are listed.
     """
     root, name = split.parent, split.name
-    if not root.is_dir():
+    try:
+        entries = sorted(path for path in root.iterdir() if path != split and not path.name.startswith("."))
+    except FileNotFoundError:
         return f". {root} does not exist"
-    entries = sorted(path for path in root.iterdir() if path != split and not path.name.startswith("."))
-    shards = sorted(path for path in split.glob("*.tar*")) if split.is_dir() else []
+    except OSError as error:
+        return f". {root} cannot be listed ({error.strerror}); check its permissions"
+    shards = sorted(split.glob("*.tar*")) if os.path.isdir(split) else []
     related = shards + [path for path in entries if _split_of(path.name) == name]
     if not related:
-        shown = ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in entries[:5])
+        shown = ", ".join(f"{path.name}{'/' if os.path.isdir(path) else ''}" for path in entries[:5])
         return f". {root} contains {shown or 'nothing else'}{f' and {len(entries) - 5} more' if len(entries) > 5 else ''}"
     found = related[0]
-    if found.is_dir():
+    if os.path.isdir(found):
         only_if = "" if "test" not in found.name.lower() else "if it contains the validation images, "
         remedy = f"{only_if}rename it to {name}/"
     elif found.suffix == ".zip":
@@ -191,7 +194,7 @@ def suggest_split(split: Path) -> str:
     else:
         remedy = "this format is not read"
     more = f" (and {len(related) - 1} more)" if len(related) > 1 else ""
-    return f". Found {found.name}{'/' if found.is_dir() else ''}{more}: {remedy}"
+    return f". Found {found.name}{'/' if os.path.isdir(found) else ''}{more}: {remedy}"
 
 
 def _split_of(name: str) -> str | None:

@@ -37,7 +37,7 @@ from data.files import (
     check_distinct_names,
     suggest_split,
 )
-from data.folders import Listing, class_notes, list_class, list_classes
+from data.folders import UNKNOWN_SIZE, Listing, class_notes, list_class, list_classes
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
 
     def scan() -> Scan:
         listing = root / f"{split}_map.txt"
-        if not archive.is_file():
+        if not os.path.isfile(archive):
             hint = suggest_split(root / split)
             raise DataError(f"{archive}: no such file; check --data-path, or leave out --zip{hint}")
         names, labels = read_map(listing)
@@ -467,19 +467,24 @@ def _check_arrays(index: Index) -> None:
 
 
 def _file_size(path: Path) -> int:
-    return os.stat(path).st_size if os.path.exists(path) else -1
+    """Size of a file in bytes, as in a ``Listing``."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return UNKNOWN_SIZE
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist.
+    """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist or cannot be accessed.
 
     The times of a directory change when entries are added or removed.
     """
 
     def stamp(path: Path) -> list[int]:
-        if not path.exists():
+        try:
+            status = os.stat(path)
+        except OSError:
             return [0, 0, 0, 0]
-        status = path.stat()
         return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
     return {str(path.absolute()): stamp(path) for path in paths}

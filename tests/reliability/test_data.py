@@ -25,7 +25,8 @@ from PIL import Image
 import data.index
 import jobs.training
 import scripts.pack_dataset
-from data.build import build_datasets, build_mixup, build_train_transform, collate
+from data.archives import class_names
+from data.build import build_datasets, build_index, build_mixup, build_train_transform, collate
 from data.classes import read_class_map
 from data.datasets import FORMATS, FileDataset, ImageDataset, Sample, decode_image
 from data.folders import UNKNOWN_SIZE
@@ -298,6 +299,38 @@ def test_d11_directory_that_cannot_be_listed_raises_an_error(tmp_path, monkeypat
         index_folder(tmp_path / "train")
     monkeypatch.setattr(os, "stat", original_stat)
     assert len(index_folder(tmp_path / "train")) == 7
+
+
+@pytest.mark.parametrize("zip_mode", [False, True])
+def test_a_data_path_without_permissions_is_a_data_error(toy_data, toy_config, monkeypatch, zip_mode):
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "DATA.ZIP_MODE", zip_mode])
+
+    def denied(original):
+        def call(path=".", *arguments, **options):
+            if str(path).startswith(str(toy_data)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return original(path, *arguments, **options)
+
+        return call
+
+    for name in ("stat", "scandir", "listdir"):
+        monkeypatch.setattr(os, name, denied(getattr(os, name)))
+    with pytest.raises(DataError, match=r"cannot be listed .Permission denied"):
+        build_index(cfg, "train")
+
+
+def test_a_list_of_class_names_that_cannot_be_read_is_a_data_error(tmp_path, monkeypatch):
+    (tmp_path / "classes.txt").write_text("class0\n")
+    original = Path.read_text
+
+    def read_text(path, *arguments, **options):
+        if path.name == "classes.txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(DataError, match=r"classes\.txt cannot be read .Permission denied"):
+        class_names(tmp_path, [0], tmp_path)
 
 
 def test_hidden_directories_and_links_to_parents_are_ignored(tmp_path, caplog):
