@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from benchmarks.timing import Timing, speedup
 from data.build import build_index, build_train_transform
 from data.datasets import ImageDataset, decode_pixels, read_file
-from data.index import DataError
+from data.files import DataError
 from data.workers import create_loader
 
 

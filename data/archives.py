@@ -37,7 +37,7 @@ def list_shards(root: Path, split: str) -> list[Path]:
 
 def check_shards(shards: Sequence[Path], split: str) -> None:
     """Check that numbered shards, ``<split>-<number>.tar``, form a sequence that starts at 0 or 1, and that no shard is a link
-    to another one. Of ``<split>-<number>-of-<total>.tar``, all must exist.
+    to another one. If the names state the total, ``<split>-<number>-of-<total>.tar``, all shards must exist.
 
     Raises:
         DataError: a shard is missing, or occurs twice.
@@ -90,6 +90,11 @@ def is_class_id(text: str) -> bool:
     return re.fullmatch(r"[0-9]{1,18}", text) is not None
 
 
+def numbered(count: int) -> list[str]:
+    """Class names "0", "1", ..., as used for archives without ``classes.txt``."""
+    return [str(number) for number in range(count)]
+
+
 def read_class_names(listing: Path) -> list[str]:
     """Read the lines of ``classes.txt``; ``splitlines`` would also split at characters other than newlines.
 
@@ -111,9 +116,7 @@ def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
         raise DataError(f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
-    classes = [str(label) for label in range(max(labels) + 1)]
-    if os.path.isfile(listing):
-        classes = read_class_names(listing)
+    classes = read_class_names(listing) if os.path.isfile(listing) else numbered(max(labels) + 1)
     if len(set(classes)) < len(classes):
         duplicate = next(name for name in classes if classes.count(name) > 1)
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")

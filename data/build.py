@@ -21,7 +21,7 @@ from data.classes import check_class_names, check_classes, read_class_map, read_
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
 from data.erasing import Erase
 from data.files import DataError
-from data.folders import find_linked_classes
+from data.folders import find_linked_class
 from data.index import Index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
@@ -30,7 +30,7 @@ from data.workers import StallCheck, WatchedDataset, create_loader
 
 logger = logging.getLogger(__name__)
 
-NUM_COMPARED_IMAGES = 16  # of splits with the same labels, to find out whether they have the same images
+NUM_COMPARED_IMAGES = 16  # images that are compared if two splits have the same labels
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def warn_if_shared(train: ImageDataset, val: ImageDataset) -> None:
     """Warn if validation images are also training images: the same directories, or splits with the same labels and contents."""
     shared = ""
     if not train.index.archives and not val.index.archives:
-        shared = next(find_linked_classes(train.index.source, val.index.source, val.index.classes), "")
+        shared = find_linked_class(train.index.source, val.index.source, val.index.classes)
     if not shared and np.array_equal(train.index.labels, val.index.labels):
         positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))
         if all(_read_if_possible(train, position) == _read_if_possible(val, position) for position in positions):

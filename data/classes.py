@@ -10,7 +10,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data.archives import is_class_id
+from data.archives import is_class_id, numbered
 from data.files import DataError
 
 logger = logging.getLogger(__name__)
@@ -151,11 +151,6 @@ def _normalisation_twins(names: Sequence[str], others: Sequence[str]) -> tuple[s
         if other != name:
             return name, other
     return None
-
-
-def numbered(count: int) -> list[str]:
-    """Class names "0", "1", ..., as used for archives without ``classes.txt``."""
-    return [str(number) for number in range(count)]
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:

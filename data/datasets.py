@@ -144,17 +144,13 @@ class ImageDataset(Dataset):
             DataError: the image cannot be read or decoded.
         """
         try:
-            return self.decoder(self.read(position), self.path(position))
+            return self.decoder(self.read(position), self.index.path(position))
         except Exception as error:  # Pillow's decoders raise many exception types on damaged files
             raise self.unreadable_error(position, error) from error
 
-    def path(self, position: int) -> str:
-        """Path of an image, for messages; in an archive, it starts with the path of the archive."""
-        return f"{self.index.source}/{self.index.name(position)}"
-
     def unreadable_error(self, position: int, error: Exception) -> DataError:
         """Error for an image that cannot be read, decoded or transformed."""
-        return DataError(f"{self.path(position)}: not a readable image ({describe_error(error)}); repair or remove it")
+        return DataError(f"{self.index.path(position)}: not a readable image ({describe_error(error)}); repair or remove it")
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key

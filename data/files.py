@@ -58,13 +58,14 @@ def is_image_content(head: bytes) -> bool:
     return _SIGNATURES.match(head) is not None
 
 
-def read_head(path: str | Path) -> bytes:
-    """First ``HEAD`` bytes of a regular file; empty if it cannot be read."""
+def read_head(path: str | Path, num_bytes: int = HEAD, *, offset: int = 0) -> bytes:
+    """The ``num_bytes`` bytes of a regular file after ``offset``; fewer at its end, none if it cannot be read."""
     try:
         if not os.path.isfile(path):  # reading a pipe would block
             return b""
-        with open(path, "rb") as file:
-            return file.read(HEAD)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(num_bytes)
     except OSError:
         return b""
 

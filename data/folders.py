@@ -1,10 +1,10 @@
 """Listing of the images in directories, for training, evaluation, packing and prediction."""
 
+import contextlib
 import errno
 import logging
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from data.files import (
     suggest_split,
 )
 
-UNKNOWN_SIZE = -1  # of a file whose size cannot be determined, such as a link to a missing file
+UNKNOWN_SIZE = -1  # stands for a size that cannot be determined, such as that of a link to a missing file
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Listing:
         sizes: size of each image file in bytes; ``UNKNOWN_SIZE`` if it cannot be determined.
         directories: path of every directory that was read, by device and inode.
         left_out: what was not read.
+        notes: log lines about what was found.
     """
 
     root: Path
@@ -204,14 +205,13 @@ def is_directory(entry: os.DirEntry) -> bool:
         raise _listing_error(entry.path, error) from None
 
 
-def find_linked_classes(one: Path, other: Path, classes: list[str]) -> Iterator[str]:
-    """Class directories that are the same directory in two splits."""
+def find_linked_class(one: Path, other: Path, classes: list[str]) -> str:
+    """First class whose directory is the same in two splits; "" if there is none."""
     for name in classes:
-        try:
+        with contextlib.suppress(OSError):
             if os.path.samefile(one / name, other / name):
-                yield name
-        except OSError:
-            continue
+                return name
+    return ""
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -35,6 +35,7 @@ from data.files import (
     LeftOut,
     Note,
     check_distinct_names,
+    read_head,
     suggest_split,
 )
 from data.folders import UNKNOWN_SIZE, Listing, class_notes, list_class, list_classes
@@ -46,8 +47,8 @@ SECONDS_BETWEEN_LOG_LINES = 30  # between progress lines in the log
 CACHE_FORMAT = 3  # version of the file format of cached indices
 DESCRIPTION_FORMAT = 2  # version of the results of ``describe_index``; without a number: version 1
 NUM_SAMPLES = 256  # images whose content is part of ``describe_index``, in addition to those of each class and archive
-MAX_SAMPLED_GROUPS = 1024  # classes or archives of which one image each is sampled
-SAMPLED_BYTES = 2**16  # read of each sampled image
+MAX_SAMPLED_GROUPS = 1024  # maximum number of classes, and of archives, from which one image each is sampled
+SAMPLED_BYTES = 2**16  # bytes that are read from each sampled image
 MAX_COMPARED_MEMBERS = 256  # members of equal name and size in different shards whose content is compared
 
 
@@ -90,6 +91,10 @@ class Index:
     def name(self, position: int) -> str:
         start = self.ends[position - 1] if position else 0
         return self.text[start : self.ends[position]].tobytes().decode(errors="surrogateescape")
+
+    def path(self, position: int) -> str:
+        """Path of an image, for messages; in an archive, it starts with the path of the archive."""
+        return f"{self.source}/{self.name(position)}"
 
 
 Scan = tuple[Index, list[Path], list[Note]]  # index, paths whose change invalidates it, and log lines
@@ -242,7 +247,7 @@ def _sampled(index: Index) -> list[int]:
     positions = {int(position) for position in np.linspace(0, len(index) - 1, min(NUM_SAMPLES, len(index)))}
     for groups, count in ((index.labels, len(index.classes)), (index.archive, len(index.archives))):
         first = np.full(count, -1)
-        first[groups[::-1]] = np.arange(len(groups) - 1, -1, -1)  # of the positions of a group, the first is assigned last
+        first[groups[::-1]] = np.arange(len(groups) - 1, -1, -1)  # the first position of each group is assigned last
         first = first[first >= 0]  # an archive may have no images
         chosen = np.linspace(0, len(first) - 1, min(MAX_SAMPLED_GROUPS, len(first)))
         positions |= {int(first[int(group)]) for group in chosen}
@@ -255,14 +260,7 @@ def _read_beginning(index: Index, position: int) -> bytes:
     if index.archives:
         path, offset = Path(index.archives[index.archive[position]]), int(index.offsets[position])
         size = min(size, int(index.sizes[position]))
-    try:
-        if not os.path.isfile(path):  # reading a pipe would block
-            return b""
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError:
-        return b""
+    return read_head(path, size, offset=offset)
 
 
 def compare_descriptions(stored: dict, current: dict) -> str:
@@ -511,6 +509,4 @@ def _check_repeated_members(index: Index) -> None:
     for position in equal[:MAX_COMPARED_MEMBERS]:
         one, other = (int(order[position + step]) for step in (0, 1))
         if index.archive[one] != index.archive[other] and _read_beginning(index, one) == _read_beginning(index, other):
-            raise DataError(
-                f"{index.source}/{index.name(other)} and {index.name(one)} are the same image; remove one of the shards"
-            )
+            raise DataError(f"{index.path(other)} and {index.name(one)} are the same image; remove one of the shards")

@@ -18,7 +18,8 @@ from typing import NoReturn, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.index import DataError, Index
+from data.files import DataError
+from data.index import Index
 from utils.stop import SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -72,15 +73,16 @@ class WatchedDataset(Dataset):
             sample = self.dataset[key]
         except BaseException as error:
             if not isinstance(error, DataError) and hasattr(error, "add_note"):  # Python 3.11 or later
-                error.add_note(f"The error occurred while reading {self.name(key[1])}")
+                error.add_note(f"The error occurred while reading {self.path(key[1])}")
             raise_sendable(error)
         finally:
             progress[READING] = NO_IMAGE
         progress[FINISHED] += 1
         return sample
 
-    def name(self, position: int) -> str:
-        return f"{self.index.source}/{self.index.name(position)}"
+    def path(self, position: int) -> str:
+        """Path of an image, for messages."""
+        return self.index.path(position)
 
 
 class StallCheck:
@@ -140,7 +142,7 @@ class StallCheck:
     def _describe(self) -> str:
         """The images that the workers are reading."""
         reading = [(worker, position) for worker, position in enumerate(self.dataset.progress[:, READING].tolist())]
-        names = [f"worker {worker} is reading {self.dataset.name(position)}" for worker, position in reading if position >= 0]
+        names = [f"worker {worker} is reading {self.dataset.path(position)}" for worker, position in reading if position >= 0]
         return ", ".join(names) or "no worker is reading an image"
 
 

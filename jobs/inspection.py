@@ -12,7 +12,7 @@ from analysis.pages import trace
 from analysis.pictures import Figure, draw_forms
 from data.build import build_preprocessing
 from data.datasets import FileDataset
-from data.index import DataError
+from data.files import DataError
 from data.transforms import Normalize
 from utils.config import ConfigError
 

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yacs.config import CfgNode
 
-from data.index import DataError
+from data.files import DataError
 from data.workers import StalledWorkerError, kill_workers
 from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update

@@ -129,7 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.every < 1:
         parser.error(f"--every {args.every}: must be at least 1")
-    from data.index import DataError
+    from data.files import DataError
     from weights.reader import CheckpointError
 
     try:

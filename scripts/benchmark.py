@@ -211,7 +211,7 @@ def main() -> None:
     args = parse()
     import torch
 
-    from data.index import DataError
+    from data.files import DataError
     from utils.files import replacing
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

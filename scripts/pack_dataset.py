@@ -26,7 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.archives import CLASS_NAMES_FILE, list_shards, read_class_names
 from data.datasets import ImageDataset, open_image
-from data.index import DataError, Index, index_folder, index_tar, index_zip
+from data.files import DataError
+from data.index import Index, index_folder, index_tar, index_zip
 from data.workers import end_with_parent
 from utils.log import progress, setup_logging
 from utils.text import printable
