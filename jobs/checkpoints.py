@@ -82,9 +82,15 @@ class Location:
         if self.released is not None:
             return self.released.name
         folder = self.path.resolve().parent
-        if not self.in_cache and (folder / "config.yaml").is_file():
+        if self.tag:
             return folder.parent.name or folder.name
         return folder.name if self.path.name == BEST else self.path.stem
+
+    @property
+    def tag(self) -> str:
+        """Name of the directory of the run that the checkpoint is in, which is its TAG; "" for other files."""
+        folder = self.path.resolve().parent
+        return folder.name if not self.in_cache and (folder / "config.yaml").is_file() else ""
 
 
 @dataclass(frozen=True, eq=False)

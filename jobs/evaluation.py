@@ -114,7 +114,8 @@ def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence, *, own_c
     """Directory of the results: by default, the directory of the checkpoint.
 
     If the command line sets OUTPUT or TAG, or if the checkpoint is in the download cache, the directory is
-    ``<OUTPUT>/<NAME>/<TAG>``. NAME is MODEL.NAME of --cfg or of the command line, else ``Location.name``.
+    ``<OUTPUT>/<NAME>/<TAG>``. NAME is MODEL.NAME of --cfg or of the command line, else ``Location.name``. Without --cfg and
+    without TAG on the command line, TAG is ``Location.tag`` for a checkpoint of a run.
 
     Args:
         own_config: whether ``cfg`` is the checkpoint's own config.
@@ -123,7 +124,8 @@ def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence, *, own_c
     if not {"OUTPUT", "TAG"} & keys and not checkpoint.location.in_cache:
         return checkpoint.path.parent
     if own_config and "MODEL.NAME" not in keys:
-        return Path(cfg.OUTPUT) / checkpoint.location.name / cfg.TAG
+        tag = cfg.TAG if "TAG" in keys else checkpoint.location.tag or cfg.TAG
+        return Path(cfg.OUTPUT) / checkpoint.location.name / tag
     return build_output_path(cfg)
 
 

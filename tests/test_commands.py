@@ -112,7 +112,7 @@ COMMANDS = [
 def test_commands_of_the_reference_resolve_to_the_expected_job_model_and_config(
     command, millions, job, expected, tmp_path, monkeypatch
 ):
-    (tmp_path / "WEIGHTS").write_bytes(b"")
+    torch.save({"model": {}}, tmp_path / "WEIGHTS")
     (tmp_path / "IMAGENET").mkdir()
     script, *arguments = (
         command.replace("OUT", str(tmp_path / "out"))

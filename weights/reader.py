@@ -127,6 +127,8 @@ def read_checkpoint(path: str | Path, *, with_data: bool = True) -> dict:
     path = Path(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise CheckpointError(f"{path}: damaged or not a checkpoint (the file is empty)")
     state = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, with_data=with_data)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
