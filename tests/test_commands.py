@@ -21,9 +21,10 @@ from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.arguments import FLAGS, check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
-from utils.config import flatten, load_config
+from utils.config import flatten, load_config, to_dict
 from utils.distributed import World
 from utils.schedule import global_batch_size
+from utils.trainer import NO_BEST
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +113,9 @@ COMMANDS = [
 def test_commands_of_the_reference_resolve_to_the_expected_job_model_and_config(
     command, millions, job, expected, tmp_path, monkeypatch
 ):
-    torch.save({"model": {}}, tmp_path / "WEIGHTS")
+    state = {key: {} for key in ("model", "optimizer", "scaler")} | {"num_updates": 1, "best": NO_BEST, "updates_per_epoch": 1}
+    config = to_dict(load_config(CONFIGS / "flatten_swin_t.yaml"))
+    torch.save(state | {"config": config, "global_batch_size": 1024}, tmp_path / "WEIGHTS")
     (tmp_path / "IMAGENET").mkdir()
     script, *arguments = (
         command.replace("OUT", str(tmp_path / "out"))
