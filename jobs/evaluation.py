@@ -31,7 +31,9 @@ from weights.reader import CheckpointError, choose_weights, preferred_weights, s
 
 logger = logging.getLogger(__name__)
 
-MAX_GROWTH, MAX_NEW_VALUES = 4, 100_000_000  # maximum size of a model, relative to its file; the latter is added
+# The maximum number of values in a model is MAX_GROWTH times the number of weights in its file, plus MAX_NEW_VALUES.
+MAX_GROWTH = 4
+MAX_NEW_VALUES = 100_000_000
 
 
 @dataclass(frozen=True)

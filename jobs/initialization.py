@@ -119,8 +119,8 @@ def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) ->
 def log_config_changes(stored: Mapping, cfg: CfgNode, path: str) -> None:
     """Log how the config differs from that of the checkpoint to resume from.
 
-    A value that is the default now is a warning: nobody asked for the change, and the default may have been another one in the
-    version that wrote the checkpoint.
+    The log line is a warning if the new value is the default: the command may not request this change, since the version that
+    wrote the checkpoint may have had another default.
     """
     old, new = flatten(stored), flatten(cfg)
     for key in sorted(old.keys() & new.keys()):

@@ -1,4 +1,4 @@
-"""Decide how a run starts, from the contents of its output directory and from what was asked."""
+"""Decide how a run starts, given its command and the contents of its output directory."""
 
 import logging
 import os

@@ -246,7 +246,7 @@ def move_directory(job: Job, _rng: random.Random) -> str:
     Raises:
         SoakError: the job created something at the old path.
     """
-    if not is_locked(job.folder):  # moved before the start is decided, the directory would rightly be created again
+    if not is_locked(job.folder):  # a run that has not locked its directory yet would create it again, which is correct
         job.kill()
         return "SIGKILL to all processes, no directory in use to move"
     moved = job.folder.with_name("moved")

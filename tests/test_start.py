@@ -1,4 +1,4 @@
-"""Starts of runs: what lies in the output directory, what was asked, and which files may change (docs/training.md)."""
+"""Starts of runs, given a command and the contents of the output directory, and the files that change (docs/training.md)."""
 
 import fcntl
 import os

@@ -138,18 +138,20 @@ def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
 
 
 class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = 20
+        self.maxdict = self.maxset = 10
+        self.maxstring = self.maxother = self.maxlong = 200
+
     def repr_int(self, value: int, level: int) -> str:  # Python refuses to print integers of more than 4300 digits
         return repr(value) if abs(value) < MAX_INT else f"an integer of {value.bit_length()} bits"
 
 
-_repr = _Repr()
-_repr.maxlevel, _repr.maxlist, _repr.maxtuple, _repr.maxdict, _repr.maxset = 4, 20, 20, 10, 10
-_repr.maxstring = _repr.maxother = _repr.maxlong = 200
-
-
 def show(value: object) -> str:
     """Short ``repr`` of a value, for messages: values of a file may be large or contain themselves."""
-    return _repr.repr(value)
+    return _Repr().repr(value)
 
 
 def _section(cfg: CfgNode, dotted_name: str) -> CfgNode:

@@ -79,8 +79,7 @@ KEYS = {
     ),
     "DATA.MAX_UNREADABLE": Key(
         100,
-        "maximum number of unreadable images per process before the run ends, with `skip` or `replace`; counted anew at each "
-        "start",
+        "maximum number of unreadable images per process before the run ends (`skip` or `replace`); each start counts from 0",
         minimum=0,
     ),
     "DATA.ACCEPT_CHANGES": Key(

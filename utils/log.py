@@ -273,7 +273,7 @@ class MetricsWriter:
     def flush(self) -> None:
         """Wait until all entries so far are written, for at most ``SECONDS_AT_EXIT``.
 
-        If the disk blocks and a previous call has waited in vain, do not wait again before its entries are written.
+        If a previous call has timed out, do not wait again before its entries are written.
         """
         if not all(written.is_set() for written in self._flushed):
             return
@@ -287,7 +287,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._write_event(self._event, "close")
-        self._flushed = []  # wait once more, even if a previous flush has waited in vain
+        self._flushed = []  # wait once more, even if a previous flush has timed out
         self.flush()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose values were chosen by somebody else: paths, limits, structure, names, and secrets in URLs."""
+"""Checkpoints with unexpected or malicious values: paths, limits, structure, names, and secrets in URLs."""
 
 import json
 import logging
