@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import describe
 from utils.launcher import read_launch
 
 logger = logging.getLogger(__name__)
@@ -410,7 +411,7 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
     """
     missing = _find_missing_ranks(world)
     what = f"rank(s) {', '.join(map(str, missing))} lost" if missing else "the connection between the processes is lost"
-    reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
+    reason = describe(error).split("] ")[-1].split(". ")[0]
     return LostRankError(
         f"{what}: a process ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended, see "
         "its output above for the reason. The same command resumes from the newest checkpoint"
