@@ -319,6 +319,6 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_nodes(
 @pytest.mark.parametrize(("message", "reason"), [("", "DistError"), ("[pair.cc:1] closed\nby peer. More", "closed by peer")])
 def test_a_lost_connection_is_reported_with_any_message(message, reason, monkeypatch):
     monkeypatch.setattr(utils.distributed, "SECONDS_TO_REGISTER", 0)
-    world = utils.distributed.World(0, 0, 2, torch.device("cpu"), dist.HashStore())
+    world = utils.distributed.World(0, 0, 2, torch.device("cpu"), store=dist.HashStore())
     error = str(utils.distributed.lost_rank_error(world, dist.DistError(message), "evaluation"))
     assert f"did not take part in evaluation within COLLECTIVE_TIMEOUT ({reason})" in error
