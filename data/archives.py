@@ -25,6 +25,7 @@ from data.files import (
 
 CLASS_NAMES_FILE = "classes.txt"  # next to archives: one class name per line
 MAX_FILE_SIZE = 2**28  # bytes; larger image files are rejected
+MAX_LABEL_SIZE = 32  # bytes of a file with a class id
 MAX_COMPRESSION_RATIO = 1000  # maximum ratio of decompressed to compressed size of an archive entry
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
 _SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records that only sparse members have
@@ -33,6 +34,13 @@ _SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records t
 def list_shards(root: Path, split: str) -> list[Path]:
     """Tar shards of a split, sorted by name."""
     return sorted(root.glob(f"{split}-*.tar")) if os.path.isdir(root) else []
+
+
+def unread_shards(root: Path, split: str, shards: Sequence[Path]) -> list[Path]:
+    """Files that could be further shards of a split, such as ``val-001.tar.gz``, ``val_001.tar`` or ``val-001.TAR``."""
+    pattern = re.compile(re.escape(split) + r"([^a-z].*)?\.(tar\b.*|tgz)", re.IGNORECASE | re.DOTALL)
+    known = {path.name for path in shards}
+    return sorted(path for path in root.iterdir() if path.name not in known and pattern.fullmatch(path.name))
 
 
 def check_shards(shards: Sequence[Path], split: str) -> None:
@@ -229,12 +237,20 @@ def _check_zip_entry(archive: Path, entry: zipfile.ZipInfo) -> None:
         )
 
 
-def data_offset(file, header_offset: int) -> int:
-    """Offset of an entry's data, computed from its local header: the central directory may have a different extra field."""
-    header = os.pread(file.fileno(), _LOCAL_HEADER, header_offset)
+def data_offset(file, entry: zipfile.ZipInfo) -> int:
+    """Offset of an entry's data, computed from its local header: the central directory may have a different extra field.
+
+    Raises:
+        zipfile.BadZipFile: there is no local header, or it has the name of another entry.
+    """
+    name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+    header = os.pread(file.fileno(), _LOCAL_HEADER + len(name), entry.header_offset)
+    name_length, extra_length = (int.from_bytes(header[start : start + 2], "little") for start in (26, 28))
     if header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no entry at byte {header_offset}")
-    return header_offset + _LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        raise zipfile.BadZipFile(f"no entry at byte {entry.header_offset}")
+    if name_length != len(name) or header[_LOCAL_HEADER:] != name:
+        raise zipfile.BadZipFile(f"the entry at byte {entry.header_offset} is not {entry.filename}")
+    return entry.header_offset + _LOCAL_HEADER + name_length + extra_length
 
 
 def read_shard(shard: Path, left_out: LeftOut) -> Iterator[tuple[str, int, int, int]]:
@@ -316,8 +332,8 @@ class _Members:
                 )
             self.images[key] = entry.name, entry.offset_data, entry.size
         elif extension == "cls":
-            text = archive.extractfile(entry).read(32).strip()
-            if not text.isdigit():  # bytes.isdigit accepts only 0 to 9
+            text = archive.extractfile(entry).read(MAX_LABEL_SIZE).strip()
+            if entry.size > MAX_LABEL_SIZE or not text.isdigit():  # bytes.isdigit accepts only 0 to 9
                 raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
             if self.labels.setdefault(key, int(text)) != int(text):
                 raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")

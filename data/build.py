@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from data.archives import list_shards
-from data.classes import check_class_names, check_classes, read_class_map, read_real_labels
+from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
 from data.erasing import Erase
 from data.files import DataError
@@ -217,13 +217,15 @@ def build_datasets(
         warn_if_shared(train, val)
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
-        class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES)
+        class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES, model_classes)
     else:
         check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
         if not training:
             check_class_names(index.classes, model_classes, cfg.DATA.DATA_PATH)
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
+        targets = index.labels if class_ids is None else np.array(class_ids)[index.labels]
+        check_real_labels(real_labels, targets.tolist(), cfg.TEST.REAL_LABELS)
     logger.info(
         "data: %s%d validation images, %d classes",
         f"{len(train)} training images, " if train else "",

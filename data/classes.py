@@ -15,6 +15,7 @@ from data.files import DataError
 
 logger = logging.getLogger(__name__)
 
+MIN_REAL_AGREEMENT = 0.5  # minimum fraction of images whose ReaL labels include their original class
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
@@ -153,25 +154,29 @@ def _normalisation_twins(names: Sequence[str], others: Sequence[str]) -> tuple[s
     return None
 
 
-def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> list[int]:
+def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, model_classes: Sequence[str] = ()) -> list[int]:
     """Read the model's class id for each class of a dataset; predictions are then restricted to these class ids.
 
     Args:
         class_map: ``imagenet`` for directories named by WordNet id such as n01440764 (ImageNet-A, -R, -Sketch) or by class
             number (ImageNet-V2); otherwise a file with one line per directory: its name, white space, the model's class id.
         classes: class names of the dataset, in the order of the dataset's class ids.
+        model_classes: class names with which the weights were trained, by class id; () if unknown.
 
     Raises:
-        DataError: a directory without a class id, a class id out of range, or the same class id for two directories.
+        DataError: a directory without a class id, a class id out of range, or the same class id for two directories; with
+            ``imagenet``, also weights with another order of classes.
     """
     if class_map == "imagenet":
-        if len(classes) < num_classes and set(classes) == {str(number) for number in range(len(classes))}:
-            raise DataError(
-                f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from 0, so they cannot be matched with the "
-                f"model's {num_classes} classes; name the directories by WordNet id (for archives: list the WordNet ids in "
-                "classes.txt), or set TEST.CLASS_MAP to a file with the class id of each directory"
-            )
+        for first in (0, 1):
+            if len(classes) < num_classes and set(classes) == {str(number + first) for number in range(len(classes))}:
+                raise DataError(
+                    f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from {first}, so they cannot be matched "
+                    f"with the model's {num_classes} classes; name the directories by WordNet id (for archives: list the "
+                    "WordNet ids in classes.txt), or set TEST.CLASS_MAP to a file with the class id of each directory"
+                )
         names = imagenet_classes(num_classes)
+        _check_imagenet_order(model_classes, names)
         ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
         source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
         remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
@@ -191,7 +196,34 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int) -> 
     if len(set(class_ids)) < len(class_ids):
         duplicate = next(name for name, number in zip(classes, class_ids, strict=True) if class_ids.count(number) > 1)
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
+    for name, number in zip(classes, class_ids, strict=True):
+        if name in model_classes and model_classes[number] != name:
+            logger.warning(
+                "%s: class %s is mapped to class id %d, but in the checkpoint, this class id is %s, and %s has class id %d",
+                *(source, name, number, model_classes[number], name, list(model_classes).index(name)),
+            )
+            break
     return class_ids
+
+
+def _check_imagenet_order(model_classes: Sequence[str], names: Sequence[str]) -> None:
+    """Check that the class ids of weights may be those of ImageNet, which TEST.CLASS_MAP=imagenet assumes.
+
+    Args:
+        model_classes: class names with which the weights were trained, by class id; () if unknown.
+        names: WordNet ids of ImageNet's classes, by class id; () if no ImageNet variant has this number of classes.
+
+    Raises:
+        DataError: the weights have ImageNet's classes, or numbered classes, in another order.
+    """
+    for expected in (list(names), numbered(len(model_classes))):
+        if set(model_classes) == set(expected) and list(model_classes) != expected:
+            position = next(i for i, name in enumerate(expected) if model_classes[i] != name)
+            raise DataError(
+                f"TEST.CLASS_MAP=imagenet: the checkpoint was trained with another order of classes: its class {position} is "
+                f"{model_classes[position]!r} instead of {expected[position]!r}. Set TEST.CLASS_MAP to a file with one line "
+                "per class of the data: its name, a space, and the model's class id"
+            )
 
 
 def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
@@ -205,10 +237,12 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
         DataError: an invalid file, or an image that has no entry in the file.
     """
     try:
-        labels = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        labels = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"TEST.REAL_LABELS={path} cannot be read ({error}); use real.json of the ReaL labels") from None
-    if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
+    if not isinstance(labels, list) or not all(
+        isinstance(entry, list) and all(type(label) is int and label >= 0 for label in entry) for entry in labels
+    ):
         raise DataError(f"TEST.REAL_LABELS={path}: not a list of lists of class ids; use real.json of the ReaL labels")
     image_labels = []
     for name in names:
@@ -217,6 +251,28 @@ def read_real_labels(path: str | Path, names: Sequence[str]) -> list[list[int]]:
             raise DataError(f"TEST.REAL_LABELS={path}: no labels for {name}; the file covers only ImageNet's validation images")
         image_labels.append(labels[int(number[1]) - 1])
     return image_labels
+
+
+def check_real_labels(real_labels: Sequence[Sequence[int]], class_ids: Sequence[int], path: str) -> None:
+    """Check that the model has the class ids of ImageNet, to which the ReaL labels refer.
+
+    Nine of ten images have their original class among their ReaL labels.
+
+    Args:
+        real_labels: result of ``read_real_labels``.
+        class_ids: the model's class id of each image.
+
+    Raises:
+        DataError: most images have other labels.
+    """
+    labelled = [(class_id, labels) for class_id, labels in zip(class_ids, real_labels, strict=True) if labels]
+    agreeing = sum(class_id in labels for class_id, labels in labelled)
+    if agreeing < MIN_REAL_AGREEMENT * len(labelled):
+        raise DataError(
+            f"TEST.REAL_LABELS={path}: only {agreeing} of {len(labelled)} images have their own class id among their labels, "
+            "so the class ids of the model are not ImageNet's; leave out TEST.REAL_LABELS, or use weights and data with "
+            "ImageNet's 1000 classes, sorted by WordNet id"
+        )
 
 
 def _read_ids(path: Path) -> dict[str, int]:

@@ -80,6 +80,7 @@ class ImageDataset(Dataset):
         self.seed = seed
         self.unreadable = unreadable
         self._archives: dict[int, int] = {}
+        self._stamps = [_archive_stamp(os.stat(path)) if os.path.exists(path) else None for path in index.archives]
         self._in_memory = in_memory
         # Use one array: with one object per image, updates of reference counts would make every forked worker copy the memory.
         sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
@@ -125,9 +126,19 @@ class ImageDataset(Dataset):
         return data
 
     def _read_archive(self, position: int) -> bytes:
-        """Read an image's bytes as stored in the archive. ``pread`` is used, since forked workers share the file position."""
+        """Read an image's bytes as stored in the archive. ``pread`` is used, since forked workers share the file position.
+
+        Raises:
+            ValueError: the archive was changed or replaced, so that other images may be at the indexed offsets.
+        """
         archive, size, offset = (int(values[position]) for values in (self.index.archive, self.index.sizes, self.index.offsets))
-        return os.pread(self._open(archive), size, offset)
+        descriptor = self._open(archive)
+        data = os.pread(descriptor, size, offset)
+        if not len(self.index.checksums) and _archive_stamp(os.fstat(descriptor)) != self._stamps[archive]:
+            raise ValueError(
+                f"{self.index.archives[archive]} was changed after its images were listed; start the command again"
+            )
+        return data
 
     def _open(self, archive: int) -> int:
         """Open an archive and return its file descriptor; above ``MAX_OPEN_ARCHIVES``, close the one that was opened first."""
@@ -187,6 +198,11 @@ class ImageDataset(Dataset):
         with restore_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
             return self.transform(image)
+
+
+def _archive_stamp(status: os.stat_result) -> tuple[int, int]:
+    """Size and mtime of an archive. Unlike its ctime, they do not change if an open archive is deleted or renamed."""
+    return status.st_size, status.st_mtime_ns
 
 
 def read_file(path: Path) -> bytes:
@@ -275,7 +291,7 @@ def _check_samples(file: Image.Image) -> None:
     """Reject pixels that have no defined brightness as 8-bit values.
 
     Raises:
-        ValueError: floating-point, signed or 32-bit numbers.
+        ValueError: floating-point, signed or 32-bit numbers, or TIFF files whose pixels Pillow reads incorrectly.
     """
     if file.mode == "F":
         raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
@@ -285,9 +301,20 @@ def _check_samples(file: Image.Image) -> None:
         raise ValueError("its pixels are signed or complex numbers; convert it to 8 bits")
     if file.mode == "I":
         raise ValueError("its pixels have 32 bits; convert it to 8 bits")
+    is_deep = max(_tiff_values(file, _BITS_PER_SAMPLE), default=1) > 8
+    if (
+        is_deep
+        and _tiff_values(file, _PLANAR) == (2,)
+        and _tiff_values(file, _COMPRESSION) in ((), (1,))
+        and file.mode != "I;16"
+    ):
+        raise ValueError("its channels of 16 bits are stored separately (PlanarConfiguration 2); convert it to 8 bits")
+    if file.mode == "P" and max(_tiff_values(file, _COLOUR_MAP), default=0) in range(1, 256):  # Pillow uses the upper 8 bits
+        raise ValueError("its palette has values of 8 instead of 16 bits; convert it to RGB")
 
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF files
+# Tags of TIFF files.
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
 
 
 def _tiff_values(file: Image.Image, tag: int) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from data.archives import (
     read_map,
     read_shard,
     unlisted_entries,
+    unread_shards,
 )
 from data.files import (
     DataError,
@@ -145,7 +146,7 @@ def index_zip(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         try:
             with zipfile.ZipFile(archive) as zip_file, open(archive, "rb") as file:
                 entries = find_entries(zip_file, archive, names, listing)
-                offsets = [data_offset(file, entry.header_offset) for entry in entries]
+                offsets = [data_offset(file, entry) for entry in entries]
                 check_extents(archive, entries, offsets, os.fstat(file.fileno()).st_size)
                 notes = [*check_distinct_names(classes, archive), *unlisted_entries(zip_file, archive, entries, listing)]
         except DataError:
@@ -192,8 +193,10 @@ def index_tar(root: str | Path, split: str, *, cache: Path | None = None) -> Ind
         index = _create_index(root, classes, names, labels, archives=shards, **storage)
         _check_repeated_members(index)
         notes = [*check_distinct_names(classes, source), *left_out.notes(source)]
-        if unread := sorted(path.name for path in root.glob(f"{split}-*.tar?*")):
-            notes.append((logging.WARNING, f"{root / unread[0]} is not read; shards must be uncompressed and end in .tar"))
+        if unread := unread_shards(root, split, shards):
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            text = f"{unread[0]} is not read{more}; shards must be uncompressed and named {split}-*.tar"
+            notes.append((logging.WARNING, text))
         return index, [*shards, root / CLASS_NAMES_FILE], notes
 
     return _cached(scan, source, shards, cache)

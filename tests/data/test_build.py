@@ -1,7 +1,9 @@
 """Effect of config keys on datasets, loaders and mixup, compared with Pillow and with hand-computed values."""
 
 import io
+import os
 import random
+import tarfile
 import zipfile
 
 import numpy as np
@@ -18,7 +20,7 @@ from data.build import (
     build_train_transform,
 )
 from data.datasets import ImageDataset, seed_generators
-from data.index import DataError, index_zip
+from data.index import DataError, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
 from utils.config import load_config
 
@@ -163,6 +165,34 @@ def test_changed_pixel_in_a_zip_archive_fails_the_checksum(tmp_path):
     (tmp_path / "val.zip").write_bytes(data)
     with pytest.raises(DataError, match="fails its checksum"):
         ImageDataset(index, lambda image: image)[(0, 0)]
+
+
+def write_shard(path, contents):
+    with tarfile.open(path, "w") as archive:
+        for label, content in enumerate(contents):
+            for extension, part in (("bmp", content), ("cls", b"%d" % label)):
+                entry = tarfile.TarInfo(f"{label}.{extension}")
+                entry.size = len(part)
+                archive.addfile(entry, io.BytesIO(part))
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["before it is opened", "after it was opened"])
+def test_a_tar_shard_that_changes_during_a_run_is_an_error(opened, tmp_path):
+    """Tar files have no checksums: images at the former offsets would get the class ids of others."""
+    images = []
+    for brightness in (10, 20):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), brightness).save(buffer, "BMP")
+        images.append(buffer.getvalue())
+    write_shard(tmp_path / "val-0.tar", images)
+    os.utime(tmp_path / "val-0.tar", (1e9, 1e9))
+    dataset = ImageDataset(index_tar(tmp_path, "val"), lambda image: image)
+    if opened:
+        assert [dataset[(0, position)].image.getpixel((0, 0))[0] for position in range(2)] == [10, 20]
+    write_shard(tmp_path / "other.tar", images[::-1])
+    (tmp_path / "val-0.tar").write_bytes((tmp_path / "other.tar").read_bytes())
+    with pytest.raises(DataError, match=r"val-0\.tar was changed after its images were listed"):
+        dataset[(0, 0)]
 
 
 def test_reading_an_image_does_not_change_the_random_generators_of_the_process(toy_config, toy_data):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from data.build import build_datasets
 from data.classes import ClassMatch, check_classes, compare_classes
 from jobs.checkpoints import Location, open_checkpoint
 from jobs.training import load_pretrained
@@ -136,6 +137,24 @@ def test_numbered_directories_in_another_order_are_refused_and_the_printed_remed
     assert "TEST.CLASS_MAP" in outcome.output
     (tmp_path / "map.txt").write_text("".join(f"{number} {number}\n" for number in range(NUM_CLASSES)))
     assert count_correct(evaluate(numbered_data / "folders", "TEST.CLASS_MAP", tmp_path / "map.txt"), folder) == expected
+
+
+def test_a_class_map_that_contradicts_the_class_names_of_the_checkpoint_is_refused_or_named(
+    numbered_data, toy_config, tmp_path, caplog
+):
+    """TEST.CLASS_MAP=imagenet takes numbers for class ids, so the weights must have this order of classes."""
+    opts = ["DATA.DATA_PATH", str(numbered_data / "folders"), "MODEL.NUM_CLASSES", NUM_CLASSES, "TEST.CLASS_MAP"]
+    cfg = load_config(toy_config, [*opts, "imagenet"])
+    for model_classes in ([], AS_NUMBERS, NAMED):
+        assert build_datasets(cfg, training=False, model_classes=model_classes).class_ids == [int(name) for name in AS_TEXT]
+    with pytest.raises(ValueError, match=r"another order of classes: its class 2 is '10' instead of '2'.*one line per class"):
+        build_datasets(cfg, training=False, model_classes=AS_TEXT)
+    (tmp_path / "map.txt").write_text("".join(f"{name} {number}\n" for number, name in enumerate(AS_TEXT)))
+    cfg = load_config(toy_config, [*opts, str(tmp_path / "map.txt")])
+    assert build_datasets(cfg, training=False, model_classes=AS_TEXT).class_ids == list(range(NUM_CLASSES))
+    assert "is mapped to" not in caplog.text
+    build_datasets(cfg, training=False, model_classes=AS_NUMBERS)
+    assert "class 10 is mapped to class id 2, but in the checkpoint, this class id is 2, and 10 has class id 10" in caplog.text
 
 
 @pytest.mark.parametrize("names", [AS_NUMBERS, None, NAMED], ids=["same classes", "unknown", "other classes"])

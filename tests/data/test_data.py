@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import json
 import os
 import pickle
 import random
@@ -444,6 +445,17 @@ def test_unsafe_zip_entries_are_rejected(tmp_path, entry, data, message):
         index_zip(tmp_path, "val")
 
 
+def test_zip_entries_with_another_name_in_their_local_header_are_rejected(tmp_path):
+    """Otherwise, two images would exchange their class ids, with correct checksums."""
+    write_zip([("a.png", b"x"), ("b.png", b"y")], tmp_path)
+    content = (tmp_path / "val.zip").read_bytes()
+    start = content.index(b"PK\1\2")  # of the central directory
+    directory = content[start:].replace(b"a.png", b"c.png").replace(b"b.png", b"a.png").replace(b"c.png", b"b.png")
+    (tmp_path / "val.zip").write_bytes(content[:start] + directory)
+    with pytest.raises(DataError, match=r"the entry at byte \d+ is not a\.png"):
+        index_zip(tmp_path, "val")
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
@@ -771,9 +783,10 @@ def test_invalid_class_maps_are_rejected(tmp_path, text, message):
         read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
 
 
-def test_imagenet_class_map_rejects_fewer_classes_than_the_model_if_they_are_numbered_from_0():
-    with pytest.raises(DataError, match="are numbered from 0"):
-        read_class_map("imagenet", ["0", "1", "2"], 1000)
+@pytest.mark.parametrize("first", [0, 1])
+def test_imagenet_class_map_rejects_fewer_classes_than_the_model_if_they_are_numbered_consecutively(first):
+    with pytest.raises(DataError, match=f"are numbered from {first}"):
+        read_class_map("imagenet", [str(first + number) for number in range(12)], 1000)
 
 
 def test_imagenet_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_path):
@@ -782,6 +795,33 @@ def test_imagenet_real_labels_are_looked_up_by_the_number_in_the_file_name(tmp_p
     assert read_real_labels(tmp_path / "real.json", names) == [[1, 2], []]
     with pytest.raises(DataError, match=r"no labels for cat\.jpg"):
         read_real_labels(tmp_path / "real.json", ["cat.jpg"])
+
+
+@pytest.mark.parametrize(
+    "text", ['[["0"], [1]]', "[[0.0], [1]]", "[[true], [1]]", "[[-1], [1]]", "[[[0]], [1]]", "[" * 100_000]
+)
+def test_real_labels_that_are_not_class_ids_are_rejected(text, tmp_path):
+    (tmp_path / "real.json").write_text(text)
+    with pytest.raises(DataError, match=r"use real\.json"):
+        read_real_labels(tmp_path / "real.json", ["ILSVRC2012_val_00000002.JPEG"])
+
+
+def test_real_labels_are_rejected_if_the_class_ids_are_not_those_of_imagenet(toy_config, tmp_path):
+    """Images of ImageNet's classes 0, 1 and 2, in directories whose order is that of ImageNet, or the reverse."""
+    (tmp_path / "real.json").write_text(json.dumps([[number // 4, 7] for number in range(12)]))
+    for kind, names in (("same", "abc"), ("other", "cba")):
+        for number in range(12):
+            path = tmp_path / kind / "val" / names[number // 4] / f"ILSVRC2012_val_{number + 1:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    opts = ["MODEL.NUM_CLASSES", 3, "TEST.REAL_LABELS", str(tmp_path / "real.json")]
+    real_labels = build_datasets(config(toy_config, tmp_path / "same", *opts), training=False).real_labels
+    assert [labels[0] for labels in real_labels] == [0] * 4 + [1] * 4 + [2] * 4
+    with pytest.raises(DataError, match="only 4 of 12 images have their own class id among their labels"):
+        build_datasets(config(toy_config, tmp_path / "other", *opts), training=False)
+    (tmp_path / "map.txt").write_text("a 2\nb 1\nc 0\n")
+    mapped = config(toy_config, tmp_path / "other", *opts, "TEST.CLASS_MAP", str(tmp_path / "map.txt"))
+    assert build_datasets(mapped, training=False).class_ids == [2, 1, 0]
 
 
 def test_seconds_waited_includes_only_the_loader(toy_config, toy_data, monkeypatch):

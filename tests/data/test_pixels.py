@@ -27,34 +27,41 @@ RAMP = list(range(0, 4096, 273))  # 16 values of 12 bits: 0, 273, ..., 4095
 
 
 def tiff(
-    samples: bytes, *, bits: int, width: int, height: int, channels: int = 1, photometric: int = 1, sample_format: int = 1
+    samples: bytes,
+    *,
+    bits: int,
+    width: int,
+    height: int,
+    channels: int = 1,
+    photometric: int = 1,
+    sample_format: int = 1,
+    tags: dict[int, tuple[int, list[int]]] | None = None,
 ):
-    """A little-endian TIFF file of one strip without compression."""
-    tags = {
-        256: (4, width),
-        257: (4, height),
-        258: (3, bits),
-        259: (3, 1),
-        262: (3, photometric),
-        273: (4, 8),  # the samples follow the file header
-        277: (3, channels),
-        278: (4, height),
-        279: (4, len(samples)),
-        339: (3, sample_format),
+    """A little-endian TIFF file without compression, by default of one strip.
+
+    Args:
+        tags: further tags: number -> type (3: 16 bits, 4: 32 bits) and values.
+    """
+    values = {
+        256: (4, [width]),
+        257: (4, [height]),
+        258: (3, [bits] * channels),
+        259: (3, [1]),
+        262: (3, [photometric]),
+        273: (4, [8]),  # the samples follow the file header
+        277: (3, [channels]),
+        278: (4, [height]),
+        279: (4, [len(samples)]),
+        339: (3, [sample_format] * channels),
     }
-    lists = b""
+    lists = entries = b""
     position = 8 + len(samples) + len(samples) % 2
-    if channels > 1:
-        for tag, value in ((258, bits), (339, sample_format)):
-            tags[tag] = (3, position + len(lists))
-            lists += struct.pack("<H", value) * channels
-    entries = b"".join(
-        struct.pack("<HHII", tag, kind, channels if tag in (258, 339) else 1, value)
-        if kind == 4 or (channels > 1 and tag in (258, 339))
-        else struct.pack("<HHIHH", tag, kind, 1, value, 0)
-        for tag, (kind, value) in tags.items()
-    )
-    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    for tag, (kind, numbers) in sorted((values | (tags or {})).items()):
+        content = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(content) > 4:
+            content, lists = struct.pack("<I", position + len(lists)), lists + content
+        entries += struct.pack("<HHI4s", tag, kind, len(numbers), content)
+    directory = struct.pack("<H", len(entries) // 12) + entries + bytes(4)
     return b"II*\0" + struct.pack("<I", position + len(lists)) + samples + bytes(len(samples) % 2) + lists + directory
 
 
@@ -147,6 +154,34 @@ def test_samples_of_any_declared_depth_are_scaled_to_8_bits(name):
 def test_signed_samples_are_rejected(bits):
     with pytest.raises(ValueError, match="signed"):
         decode_image(tiff(bytes(4 * bits // 8), bits=bits, width=4, height=1, sample_format=2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            tiff(
+                struct.pack("<8H", *GREY_16) * 3,
+                bits=16,
+                width=8,
+                height=1,
+                channels=3,
+                photometric=2,
+                tags={273: (4, [8, 24, 40]), 279: (4, [16] * 3), 284: (3, [2])},
+            ),
+            "channels of 16 bits are stored separately",
+        ),
+        (
+            tiff(bytes(range(8)), bits=8, width=8, height=1, photometric=3, tags={320: (3, list(range(256)) * 3)}),
+            "palette has values of 8",
+        ),
+    ],
+    ids=["separate channels", "palette of 8 bits"],
+)
+def test_tiff_files_that_pillow_reads_with_other_values_are_rejected(content, message):
+    for decode in (decode_image, decode_pixels):
+        with pytest.raises(ValueError, match=message):
+            decode(content)
 
 
 @pytest.mark.parametrize("content", [words([100] * 64), words([4095] * 64)])

@@ -564,6 +564,14 @@ def tar_compressed_beside(draw: Draw) -> None:
     draw.warned = ["val-2.tar.gz is not read"]
 
 
+def tar_misnamed_beside(draw: Draw) -> None:
+    names = [f"val-{number}.tar" for number in range(2)]
+    write_tar(draw, tar_members(draw))
+    other = draw.rng.choice(["val_2.tar", "val-2.TAR", "VAL-2.tar", "val2.tar", "val.tar", "val.tgz"])
+    (draw.root / other).write_bytes((draw.root / draw.rng.choice(names)).read_bytes())
+    draw.warned = [f"{other} is not read"]
+
+
 CHANGES = {
     name: value
     for name, value in list(globals().items())
