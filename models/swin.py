@@ -170,20 +170,13 @@ class SwinBlock(nn.Module):
         shift = tuple(size // 2 if self.shifted and side > size else 0 for side, size in zip(padded, window, strict=True))
         return window, shift, padded
 
-    def regions(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-        """``window_regions`` of a map, on the device of ``like``; None if the attention needs no mask.
-
-        Linear attention masks only padding, so its windows may mix tokens from opposite edges of the map.
-        """
-        window, shift, padded = self.layout(grid)
-        if padded == grid and isinstance(self.attn, LinearWindowAttention):
-            return None
-        return cached_constant(window_regions, grid, window, shift, padded, like=like)
-
     def attend(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
         window, shift, padded = self.layout(grid)
-        region = self.regions(grid, like=x)
+        region = None
+        if padded != grid or isinstance(self.attn, SoftmaxWindowAttention):
+            # Linear attention masks only padding, so its windows may mix tokens from opposite edges of the map.
+            region = cached_constant(window_regions, grid, window, shift, padded, like=x)
         if padded != grid:
             x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0]))
         if any(shift):
