@@ -117,9 +117,7 @@ def _read_pretrained(name: str, pretrained_cfg: str | dict | None, overlay: Mapp
         return read_checkpoint(cfg.file)
     if name not in RELEASED or cfg.url != RELEASED[name].url or cfg.hf_hub_id:
         return None
-    path = fetch(RELEASED[name].url, name)
-    _, state_dict = choose_weights(read_checkpoint(path), "auto", path)
-    return state_dict
+    return read_checkpoint(fetch(RELEASED[name].url, name))
 
 
 def _num_maps(name: str, kwargs: Mapping) -> int:
