@@ -40,7 +40,7 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
 
 
 class DepthwiseFilters(nn.Module):
-    """Filters of a depthwise convolution, which the caller applies. The module's output are the filters themselves.
+    """Filters of a depthwise convolution. The module returns the filters; its caller computes the convolution.
 
     Parameters are read only in the forward pass of their own module, so that hooks on the module take effect: pruning,
     reparametrisation, offloading and sharding. For the same reason, the output is a copy: after the forward pass, a hook may

@@ -28,7 +28,7 @@ class LoadReport:
         mapped: head entries copied from the rows of the ImageNet-1k classes in a larger head, such as one for ImageNet-22k.
         head: numbers of classes in the file and in the model, if they differ.
         prefix: prefix of the model's names in the file, such as ``model.``; entries without it are not used.
-        coverage: fraction of the model's parameters and buffers that the file filled.
+        coverage: fraction of the model's parameters that the file filled.
     """
 
     path: str

@@ -128,7 +128,7 @@ def _download(url: str, path: Path) -> None:
     except _FAILURES as error:
         reason = _reason(getattr(error, "reason", None) or error)
         raise CheckpointError(f"{shown} cannot be downloaded ({reason}); check the network and try again{hint}") from None
-    except ValueError as error:  # of urllib: parts of the URL that cannot be sent
+    except ValueError as error:  # urllib raises it for parts of a URL that cannot be sent
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{shown} cannot be downloaded ({_reason(error)}); check the URL{hint}") from None

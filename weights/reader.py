@@ -36,7 +36,8 @@ MAX_CLASSES = 1_000_000
 MAX_PATH = 200  # maximum length of the name of an entry in a message
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
 _DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
-_COUNTERS = ("num_updates", "num_skipped", "last_evaluation", "updates_per_epoch", "global_batch_size")  # of our checkpoints
+# Counters in checkpoints of this project.
+_COUNTERS = ("num_updates", "num_skipped", "last_evaluation", "updates_per_epoch", "global_batch_size")
 
 
 class CheckpointError(ValueError):
@@ -194,7 +195,7 @@ def _find_illegal_structure(state: dict) -> str:
 
 
 class _IllegalEntryError(Exception):
-    pass
+    """A value in a file is not plain data or exceeds a limit. The message starts with the name of its entry."""
 
 
 def _measure(value: object, path: str, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
