@@ -101,6 +101,8 @@ def stored_img_size(state: Mapping) -> int | list[int] | None:
 def _name_prefix(stored: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> str:
     """Prefix behind which the names of a file match those of the model, as in ``model.head.weight``; "" if there is none.
 
+    A prefix must lead to at least half of the model's names: blocks of other models have a few names in common with it.
+
     Raises:
         CheckpointError: several prefixes match equally well.
     """
@@ -110,7 +112,7 @@ def _name_prefix(stored: Mapping[str, Tensor], model: nn.Module, path: str | Pat
         counts.update(".".join([*parts[:index], ""]) for index in range(len(parts)) if ".".join(parts[index:]) in own)
     largest = max(counts.values())
     prefixes = [prefix for prefix, count in counts.items() if count == largest]
-    if "" in prefixes:
+    if "" in prefixes or 2 * largest < len(own):
         return ""
     if len(prefixes) > 1:
         raise CheckpointError(
