@@ -33,7 +33,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
-from utils.checkpoint import BEST, list_checkpoints, newest_intact_checkpoint, num_updates_of
+from jobs.start import survey
+from utils.checkpoint import BEST, is_numbered, list_checkpoints, num_updates_of
 from utils.config import ConfigError
 from utils.files import replacing
 from utils.run import RunLock
@@ -86,9 +87,9 @@ def newest_update(folder: Path) -> int:
 
 
 def newest_intact_update(folder: Path) -> int:
-    """Number of updates of the newest intact checkpoint; 0 if there is none."""
-    path = newest_intact_checkpoint(folder)
-    return 0 if path is None else num_updates_of(path)
+    """Number of updates of the checkpoint from which a run would resume; 0 if there is none."""
+    usable = survey(folder).usable
+    return usable[0].num_updates if usable else 0
 
 
 class Job:
@@ -205,7 +206,7 @@ def fill_disk(job: Job, _rng: random.Random) -> str:
 
 def damage(job: Job, rng: random.Random) -> str:
     job.kill()
-    newest = newest_intact_checkpoint(job.folder)
+    newest = next((one.path for one in survey(job.folder).usable if is_numbered(one.path)), None)
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["truncated", "overwritten", "empty", "a directory"]), newest.read_bytes()

@@ -176,18 +176,6 @@ def link_best(path: Path, best: Path) -> None:
     _replace(best, write, size=path.stat().st_size if path.exists() else 0)
 
 
-def newest_intact_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint; None if there is none. Damaged ones are logged and skipped."""
-    for path in list_checkpoints(folder):
-        try:
-            read_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("%s; trying the previous checkpoint", error)
-        else:
-            return path
-    return None
-
-
 def set_aside(path: Path, reason: str) -> None:
     """Rename a file that cannot be resumed from to ``*.damaged``; resume and rotation ignore such files.
 

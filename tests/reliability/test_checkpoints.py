@@ -18,18 +18,18 @@ import utils.checkpoint
 import utils.evaluation
 import utils.trainer
 from data.datasets import ImageDataset
+from jobs.start import survey
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, toy_arguments
+from tests.runs import assert_equal, run_state, toy_arguments
 from tests.utils.test_checkpoint import toy
 from utils.checkpoint import (
     BEST,
     checkpoint_path,
     link_best,
     list_checkpoints,
-    newest_intact_checkpoint,
     remove_surplus,
     save_checkpoint,
 )
@@ -115,8 +115,12 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
 
 
 def create_state(num_updates: int) -> dict:
-    best = {"acc1": 50.0, "weights": "raw", "epoch": 0, "num_updates": num_updates}
-    return {"model": toy().state_dict(), "num_updates": num_updates, "best": best}
+    return run_state(num_updates=num_updates, best=num_updates) | {"model": toy().state_dict()}
+
+
+def newest_usable(folder: Path) -> Path | None:
+    """The checkpoint from which a run in this directory would resume; None if there is none."""
+    return next((candidate.path for candidate in survey(folder).usable), None)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "later save"])
@@ -131,7 +135,7 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
         if not first:
             save_checkpoint(create_state(1), checkpoint_path(folder, 1))
         finished = save_and_kill(folder, number, create_state(2), best=False)
-        newest = newest_intact_checkpoint(folder)
+        newest = newest_usable(folder)
         if first and newest is None:
             assert not list_checkpoints(folder)  # killed before the first checkpoint was complete
         else:
@@ -154,7 +158,7 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
         save_checkpoint(create_state(1), checkpoint_path(folder, 1))
         link_best(checkpoint_path(folder, 1), folder / BEST)
         finished = save_and_kill(folder, number, create_state(2), best=True)
-        newest = newest_intact_checkpoint(folder)
+        newest = newest_usable(folder)
         state = read_checkpoint(newest)
         assert utils.checkpoint.restore_best(folder, state, newest)
         best = read_checkpoint(folder / BEST)
@@ -346,7 +350,7 @@ def test_r4_damage_to_the_newest_checkpoint_is_detected_or_harmless(tmp_path):
     expected = read_checkpoint(newer)
     for description, damaged in damaged_versions(content):
         newer.write_bytes(damaged)
-        newest_intact = newest_intact_checkpoint(tmp_path)
+        newest_intact = newest_usable(tmp_path)
         if newest_intact == newer:
             assert description.startswith("flip")
             assert_equal(read_checkpoint(newer), expected, description)

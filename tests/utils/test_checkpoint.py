@@ -17,11 +17,13 @@ import torch
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
+from jobs.start import survey
 from models import create_model
 from models.loading import load_weights
 from models.swin import SwinTransformer
+from tests.runs import run_state
 from utils import checkpoint
-from utils.checkpoint import newest_intact_checkpoint, save_checkpoint
+from utils.checkpoint import save_checkpoint
 from utils.trainer import NO_BEST
 from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
@@ -79,13 +81,14 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["empty", *(f"cut{n}" for n in range(8)), *(f"flip{n}" for n in range(16))])
 def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(saved, how, caplog):
     newer = saved.with_name("checkpoint_000000002.pth")
-    shutil.copy(saved, newer)
+    for number, path in ((1, saved), (2, newer)):
+        save_checkpoint(run_state(num_updates=number) | {"model": toy().state_dict()}, path)
     damage(newer, how)
     with pytest.raises(CheckpointError, match=newer.name):
         verify(newer)
     with pytest.raises(CheckpointError, match=newer.name):
         read_checkpoint(newer)
-    assert newest_intact_checkpoint(saved.parent) == saved
+    assert [candidate.path for candidate in survey(saved.parent).usable] == [saved]
     assert "trying the previous checkpoint" in caplog.text
 
 
