@@ -82,15 +82,18 @@ class BackgroundWrite:
         except BaseException as error:  # any error: ``wait`` raises it in the thread that started the write
             self._error = error
 
+    def join(self) -> None:
+        """Wait for the current write, if there is one. If it has failed, ``wait`` will raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+
     def wait(self) -> None:
         """Wait for the current write, if there is one.
 
         Raises:
             BaseException: the error with which the write failed.
         """
-        if self._thread is None:
-            return
-        self._thread.join()
+        self.join()
         error, self._thread, self._error = self._error, None, None
         if error is not None:
             raise error

@@ -373,12 +373,16 @@ class Trainer:
     def save_before_slow_update(self, update_seconds: float) -> None:
         """If this process is rank 0, was asked to stop and must take part in another, slow update, save before that update.
 
-        ``torchrun`` kills its processes 30 seconds after it has passed on a signal.
+        ``torchrun`` kills its processes 30 seconds after it has passed on a signal. If the previous write has failed, nothing
+        is saved here: ``requests`` then requests a save, in which all processes raise the error.
 
         Args:
             update_seconds: duration of the previous update.
         """
-        if self.stop() and update_seconds > SLOW_UPDATE and self.world.is_main and not self.background_write.failed:
+        if not (self.stop() and update_seconds > SLOW_UPDATE and self.world.is_main):
+            return
+        self.background_write.join()
+        if not self.background_write.failed:
             self.start_saving(best=False)
 
     def collect_reports(self, *, max_pending: int) -> list[Report]:

@@ -18,7 +18,7 @@ from utils.errors import Stopped
 from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
 from utils.step import Report
-from utils.trainer import Recipe, Trainer, TrainState
+from utils.trainer import SLOW_UPDATE, Recipe, Trainer, TrainState
 from weights.reader import CheckpointError, read_checkpoint
 
 DEVICE = torch.device("cpu")
@@ -158,6 +158,23 @@ def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(t
     while not trainer.background_write.failed:
         time.sleep(0.01)
     assert trainer.requests() == (False, True)  # every process then saves, which raises the error of the failed write
+
+
+def test_a_save_before_a_slow_update_does_not_raise_the_error_of_a_previous_write_in_rank_0_alone(tmp_path):
+    trainer, started = create_trainer(tmp_path), threading.Event()
+    trainer.stop = lambda: True
+
+    def fail() -> None:
+        started.wait(10)
+        raise CheckpointError("disk full")
+
+    trainer.background_write.start(fail)
+    threading.Timer(0.2, started.set).start()
+    trainer.save_before_slow_update(SLOW_UPDATE + 1)
+    assert trainer.background_write.failed
+    assert trainer.requests() == (True, True)
+    with pytest.raises(CheckpointError, match="disk full"):
+        trainer.save()
 
 
 def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, monkeypatch):
