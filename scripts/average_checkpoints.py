@@ -6,6 +6,7 @@ main.py --eval --resume, or fine-tune from it with main.py --pretrained.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,8 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.classes import ClassMatch, compare_classes
 from jobs.checkpoints import Location, locate, stored_class_names
 from utils.checkpoint import save_checkpoint
+from utils.config import flatten, show
 from utils.text import printable
 from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
+
+# Prefixes of the keys that must be equal. Equal shapes do not imply this: the focusing factor, for example, is not a weight.
+COMPARED_KEY_PREFIXES = (
+    *("MODEL.TYPE", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA."),
+    *("DATA.IMG_SIZE", "DATA.MEAN", "DATA.STD"),
+)
 
 
 def average(locations: list[Location], weights: str) -> dict:
@@ -30,7 +38,7 @@ def average(locations: list[Location], weights: str) -> dict:
 
     Raises:
         CheckpointError: a file cannot be read, does not contain the requested weights, or differs from the first file in model,
-            classes or an entry that is not floating-point, or has weights that are not finite.
+            normalisation, classes or an entry that is not floating-point; weights or their averages are not finite.
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -42,6 +50,7 @@ def average(locations: list[Location], weights: str) -> dict:
         state = read_checkpoint(path)
         if path == paths[0] and "config" in state:
             metadata["config"] = state["config"]
+        check_same_config(metadata.get("config"), state.get("config"), paths[0], path)
         own_names = stored_class_names(state, location)
         if own_names and names and (difference := compare_classes(own_names, names))[0] is not ClassMatch.EQUAL:
             raise CheckpointError(
@@ -69,9 +78,33 @@ def average(locations: list[Location], weights: str) -> dict:
             dtypes.setdefault(name, value.dtype)
             total[name] = total[name] + value.double() if name in total else value.double()
     mean = {name: (value / len(paths)).to(dtypes[name]) if name in dtypes else value for name, value in total.items()}
+    if overflown := next((name for name, value in mean.items() if name in dtypes and not value.isfinite().all()), None):
+        raise CheckpointError(
+            f"{paths[0]}: the average of {overflown} exceeds the range of its data type, {dtypes[overflown]}; list a file with "
+            "float32 weights first, or leave out the checkpoint with extreme weights"
+        )
     if unnamed and names:
         print(f"warning: {unnamed[0]} has no class names; its classes are assumed to be in the order of the other files")
     return {"model": mean, **metadata, **({"class_names": list(names)} if names else {})}
+
+
+def check_same_config(first: object, other: object, first_path: Path, path: Path) -> None:
+    """Check that the stored configs of two checkpoints describe the same model and normalisation.
+
+    Only keys that both configs contain are compared.
+
+    Raises:
+        CheckpointError: a key with one of the ``COMPARED_KEY_PREFIXES`` differs.
+    """
+    if not (isinstance(first, Mapping) and isinstance(other, Mapping)):
+        return
+    before, after = flatten(first), flatten(other)
+    for key in sorted(before.keys() & after.keys()):
+        if key.startswith(COMPARED_KEY_PREFIXES) and show(before[key]) != show(after[key]):
+            raise CheckpointError(
+                f"{path}: {key} is {show(after[key])}, but {show(before[key])} in {first_path}; all checkpoints must have the "
+                "same model, input size and normalisation"
+            )
 
 
 def main() -> None:
@@ -92,7 +125,7 @@ def main() -> None:
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(average([locate(reference) for reference in args.checkpoints], args.weights), args.output)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
     print(f"{args.output}: mean of {len(args.checkpoints)} checkpoints, sha256 {sha256(args.output)}")
 

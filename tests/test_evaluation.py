@@ -24,6 +24,7 @@ from scripts.compare_evals import compare, read
 from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main
 from utils.checkpoint import save_checkpoint
+from utils.config import load_config, to_dict
 from utils.distributed import World
 from utils.evaluation import EvalResult, Predictions, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
@@ -427,6 +428,40 @@ def test_checkpoints_are_averaged_entry_by_entry(tmp_path):
     torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="contains a different model"):
         average([paths[0], Location(tmp_path / "other.pth")], "raw")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("MODEL.LA.FOCUSING_FACTOR", 5), ("DATA.MEAN", [0.5, 0.5, 0.5]), ("TEST.CROP_PCT", 0.9)]
+)
+def test_checkpoints_of_different_models_with_equal_shapes_are_not_averaged(key, value, toy_config, tmp_path):
+    paths = []
+    for number, opts in enumerate(([], [key, value])):
+        paths.append(Location(tmp_path / f"{number}.pth"))
+        torch.save({"model": {"w": torch.zeros(2)}, "config": to_dict(load_config(toy_config, opts))}, paths[-1].path)
+    if key.startswith("TEST."):
+        assert average(paths, "raw")["config"]["TEST"]["CROP_PCT"] == 0.875
+        return
+    with pytest.raises(CheckpointError, match=rf"1\.pth: {key} is .*same model, input size and normalisation"):
+        average(paths, "raw")
+
+
+def test_an_average_beyond_the_range_of_the_data_type_of_the_first_file_is_rejected(tmp_path):
+    for name, values in (("half", torch.full((2,), 6e4).half()), ("float", torch.full((2,), 1e5))):
+        torch.save({"model": {"w": values}}, tmp_path / f"{name}.pth")
+    paths = [Location(tmp_path / "half.pth"), Location(tmp_path / "float.pth")]
+    with pytest.raises(CheckpointError, match=r"average of w exceeds the range of its data type, torch\.float16"):
+        average(paths, "raw")
+    assert average(paths[::-1], "raw")["model"]["w"].tolist() == [8e4, 8e4]
+
+
+def test_an_output_file_that_cannot_be_written_is_an_error_of_averaging(tmp_path, monkeypatch, capsys):
+    torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "a.pth")
+    files = [str(tmp_path / "a.pth")] * 2
+    monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *files, "--output", str(tmp_path / "a.pth" / "mean.pth")])
+    with pytest.raises(SystemExit) as caught:
+        average_checkpoints.main()
+    assert caught.value.code == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_averaged_checkpoints_of_a_run_can_be_evaluated(trained, toy_config, toy_data, tmp_path, monkeypatch):
