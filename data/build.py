@@ -188,13 +188,14 @@ def build_datasets(
     training: bool,
     rank: int = 0,
     world_size: int = 1,
-    run_once: Callable[[Callable[[], Index]], Index] = lambda scan: scan(),
+    run_once: Callable[[Callable[[], Any]], Any] = lambda task: task(),
     model_classes: Sequence[str] = (),
 ) -> Datasets:
     """Build the datasets of a run, and check that the classes of the splits match each other and the model.
 
     Args:
-        run_once: calls its argument, which indexes a split, on one process, and returns the index on every process.
+        run_once: calls its argument on one process, and returns the result on every process. It is used for tasks that read
+            many files or log warnings.
         model_classes: class names with which the evaluated checkpoint was trained, by class id; () if unknown.
 
     Raises:
@@ -214,14 +215,16 @@ def build_datasets(
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
     if train is not None:
-        warn_if_shared(train, val)
+        run_once(lambda: warn_if_shared(train, val))
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
-        class_ids = read_class_map(cfg.TEST.CLASS_MAP, index.classes, cfg.MODEL.NUM_CLASSES, model_classes)
+        class_ids = run_once(
+            lambda: read_class_map(cfg.TEST.CLASS_MAP, val.index.classes, cfg.MODEL.NUM_CLASSES, model_classes)
+        )
     else:
         check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
         if not training:
-            check_class_names(index.classes, model_classes, cfg.DATA.DATA_PATH)
+            run_once(lambda: check_class_names(val.index.classes, model_classes, cfg.DATA.DATA_PATH))
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
         targets = index.labels if class_ids is None else np.array(class_ids)[index.labels]

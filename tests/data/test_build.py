@@ -20,7 +20,7 @@ from data.build import (
     build_train_transform,
 )
 from data.datasets import ImageDataset, seed_generators
-from data.index import DataError, index_tar, index_zip
+from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
 from utils.config import load_config
 
@@ -136,6 +136,20 @@ def test_different_seeds_give_different_orders_augmentations_and_mixing(toy_conf
     assert not torch.equal(one[2], other[2])
     assert not torch.equal(one[3], other[3])
     assert not any(torch.equal(one[1][index], other[1][index]) for index in one[1].keys() & other[1].keys())
+
+
+@pytest.mark.parametrize(
+    ("training", "model_classes", "warning"), [(True, (), "have the same images"), (False, ("0", "1"), "matched by class id")]
+)
+def test_a_warning_about_the_data_is_logged_by_one_process(training, model_classes, warning, toy_config, white_images, caplog):
+    cfg = config(toy_config, white_images, "MODEL.NUM_CLASSES", 2)
+    build_datasets(cfg, training=training, model_classes=model_classes)
+    assert warning in caplog.text
+    caplog.clear()
+    received = index_folder(white_images / "val")  # another process receives the index instead of scanning the data
+    options = {"rank": 1, "world_size": 2, "run_once": lambda task: received}
+    build_datasets(cfg, training=training, model_classes=model_classes, **options)
+    assert caplog.text == ""
 
 
 def test_sampler_position_counts_updates_instead_of_forward_passes():
