@@ -103,9 +103,8 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
     def prepare(rank: int) -> None:
         def send_two_signals_and_hang() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(
-                SECONDS_OF_ONE_REQUEST + 0.5
-            )  # this thread writes the checkpoint; the main thread handles the signal meanwhile
+            # This thread writes the checkpoint. Meanwhile, the main thread handles the signal.
+            time.sleep(SECONDS_OF_ONE_REQUEST + 0.5)
             os.kill(os.getpid(), second)
             time.sleep(60)
 
