@@ -19,6 +19,7 @@ from data.files import (
     DataError,
     LeftOut,
     Note,
+    first_duplicate,
     has_image_extension,
     is_system_path,
 )
@@ -125,8 +126,7 @@ def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
         raise DataError(f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps")
     listing = root / CLASS_NAMES_FILE
     classes = read_class_names(listing) if os.path.isfile(listing) else numbered(max(labels) + 1)
-    if len(set(classes)) < len(classes):
-        duplicate = next(name for name in classes if classes.count(name) > 1)
+    if (duplicate := first_duplicate(classes)) is not None:
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
     if max(labels) >= len(classes):
         raise DataError(

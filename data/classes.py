@@ -11,7 +11,7 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from data.archives import is_class_id, numbered
-from data.files import DataError
+from data.files import DataError, first_duplicate
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,9 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
         remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
     else:
         ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
-    ids |= {name: ids[name.strip()] for name in classes if name not in ids and name.strip() in ids}
+    # Names in a file have no white space around them, and may have another Unicode normalisation than directories.
+    normalised = {_normalise(name): number for name, number in ids.items()}
+    ids |= {name: normalised[_normalise(name)] for name in classes if name not in ids and _normalise(name) in normalised}
     if missing := [name for name in classes if name not in ids]:
         raise DataError(f"{source}: directories without a class id: {_shorten(missing)}; {remedy}, or remove them")
     if len(classes) < 2:
@@ -193,8 +195,8 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
     class_ids = [ids[name] for name in classes]
     if max(class_ids) >= num_classes:
         raise DataError(f"{source} has class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
-    if len(set(class_ids)) < len(class_ids):
-        duplicate = next(name for name, number in zip(classes, class_ids, strict=True) if class_ids.count(number) > 1)
+    if (repeated := first_duplicate(class_ids)) is not None:
+        duplicate = classes[class_ids.index(repeated)]
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
     for name, number in zip(classes, class_ids, strict=True):
         if name in model_classes and model_classes[number] != name:
@@ -281,16 +283,23 @@ def _read_ids(path: Path) -> dict[str, int]:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise DataError(f"TEST.CLASS_MAP={path} cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
-    ids = {}
+    ids: dict[str, int] = {}
+    forms: dict[str, int] = {}  # by normalised name
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        *names, label = line.rsplit(maxsplit=1)
+        name = names[0].strip() if names else ""
         if not name or not is_class_id(label):
             raise DataError(f"{path}:{number}: expected a directory name, white space and a class id, found {line!r}")
-        if ids.setdefault(name.strip(), int(label)) != int(label):
-            raise DataError(f"{path}:{number}: {name.strip()} has another class id in an earlier line; remove one of the lines")
+        if ids.setdefault(name, int(label)) != int(label) or forms.setdefault(_normalise(name), int(label)) != int(label):
+            raise DataError(f"{path}:{number}: {name} has another class id in an earlier line; remove one of the lines")
     return ids
+
+
+def _normalise(name: str) -> str:
+    """Remove white space around a name, and unify its Unicode normalisation."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def _shorten(names: list[str]) -> str:

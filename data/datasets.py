@@ -85,7 +85,13 @@ class ImageDataset(Dataset):
         # Use one array: with one object per image, updates of reference counts would make every forked worker copy the memory.
         sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._memory = np.zeros(self._starts[-1], dtype=np.uint8)
+        try:
+            self._memory = np.zeros(self._starts[-1], dtype=np.uint8)
+        except MemoryError:
+            raise DataError(
+                f"{index.source}: its images need {self._starts[-1] / 2**30:.1f} GiB of memory per process, which is not "
+                "available; use --cache-mode no, or part with several processes"
+            ) from None
         for slot, position in enumerate(in_memory):
             try:
                 data = self._read_archive(position)  # short if the archive is truncated

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_EXTENSIONS = {
@@ -32,6 +33,7 @@ _SPLIT_WORDS = {
     "val": {"val", "valid", "validation", "test", "testing", "dev", "eval"},
 }
 
+T = TypeVar("T")
 Note = tuple[int, str]  # level of the log line, and its text
 
 
@@ -153,6 +155,16 @@ def check_distinct_names(classes: Sequence[str], source: str | Path) -> list[Not
     if twins := _first_twins(classes, str.casefold):
         return [(logging.WARNING, f"{source}: the classes {twins[0]} and {twins[1]} differ only in upper and lower case")]
     return []
+
+
+def first_duplicate(values: Iterable[T]) -> T | None:
+    """The first value that occurred before; None if all differ. Linear in the number of values, which may be 10^6."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
 
 
 def _first_twins(names: Iterable[str], normalise: Callable[[str], str]) -> tuple[str, str] | None:

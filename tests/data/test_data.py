@@ -24,6 +24,7 @@ import torchvision.io
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from data.archives import class_names
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader, collate
 from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, decode_image, decode_pixels
@@ -445,6 +446,22 @@ def test_unsafe_zip_entries_are_rejected(tmp_path, entry, data, message):
         index_zip(tmp_path, "val")
 
 
+def test_a_duplicate_among_a_hundred_thousand_class_names_is_found_at_once(tmp_path):
+    (tmp_path / "classes.txt").write_text("".join(f"{number}\n" for number in [*range(100_000), 99_999]))
+    started = time.process_time()
+    with pytest.raises(DataError, match="duplicate class name 99999"):
+        class_names(tmp_path, [0, 1], tmp_path)
+    assert time.process_time() - started < 5
+
+
+def test_images_that_do_not_fit_into_memory_are_an_error_with_a_remedy(tmp_path):
+    write_zip([("a.png", b"x")], tmp_path)
+    index = index_zip(tmp_path, "val")
+    index.sizes[:] = 2**50
+    with pytest.raises(DataError, match=r"1048576\.0 GiB of memory per process.*--cache-mode no"):
+        ImageDataset(index, None, in_memory=range(1))
+
+
 def test_zip_entries_with_another_name_in_their_local_header_are_rejected(tmp_path):
     """Otherwise, two images would exchange their class ids, with correct checksums."""
     write_zip([("a.png", b"x"), ("b.png", b"y")], tmp_path)
@@ -766,6 +783,12 @@ def test_class_maps_translate_directory_names_to_class_ids_of_the_model(tmp_path
     assert read_class_map("imagenet", ["0", "1", "10", "2"], 1000) == [0, 1, 10, 2]
     (tmp_path / "map.txt").write_text("cat 3\nsmall dog\t1\n\n")
     assert read_class_map(str(tmp_path / "map.txt"), ["cat", "small dog"], 4) == [3, 1]
+    composed, decomposed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
+    (tmp_path / "map.txt").write_text(f" a\tb\t 2\n{decomposed} 1\n")
+    assert read_class_map(str(tmp_path / "map.txt"), ["a\tb ", composed], 3) == [2, 1]
+    (tmp_path / "map.txt").write_text(f"tea 0\n{decomposed} 1\n{composed} 2\n")
+    with pytest.raises(DataError, match="another class id in an earlier line"):
+        read_class_map(str(tmp_path / "map.txt"), ["tea", composed], 3)
 
 
 @pytest.mark.parametrize(
