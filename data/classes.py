@@ -198,11 +198,17 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
     if (repeated := first_duplicate(class_ids)) is not None:
         duplicate = classes[class_ids.index(repeated)]
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
+    stored_ids = {name: number for number, name in enumerate(model_classes)}
     for name, number in zip(classes, class_ids, strict=True):
-        if name in model_classes and model_classes[number] != name:
+        if (stored := stored_ids.get(name, number)) != number:
             logger.warning(
                 "%s: class %s is mapped to class id %d, but in the checkpoint, this class id is %s, and %s has class id %d",
-                *(source, name, number, model_classes[number], name, list(model_classes).index(name)),
+                source,
+                name,
+                number,
+                model_classes[number] if number < len(model_classes) else "unused",
+                name,
+                stored,
             )
             break
     return class_ids
@@ -219,7 +225,7 @@ def _check_imagenet_order(model_classes: Sequence[str], names: Sequence[str]) ->
         DataError: the weights have ImageNet's classes, or numbered classes, in another order.
     """
     for expected in (list(names), numbered(len(model_classes))):
-        if set(model_classes) == set(expected) and list(model_classes) != expected:
+        if sorted(model_classes) == sorted(expected) and list(model_classes) != expected:
             position = next(i for i, name in enumerate(expected) if model_classes[i] != name)
             raise DataError(
                 f"TEST.CLASS_MAP=imagenet: the checkpoint was trained with another order of classes: its class {position} is "

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torchvision.io
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from data.archives import class_names
@@ -804,6 +805,14 @@ def test_invalid_class_maps_are_rejected(tmp_path, text, message):
     (tmp_path / "map.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 4)
+
+
+def test_class_maps_accept_a_checkpoint_with_fewer_or_repeated_class_names(tmp_path, caplog):
+    (tmp_path / "map.txt").write_text("cat 5\ndog 1\n")
+    assert read_class_map(str(tmp_path / "map.txt"), ["cat", "dog"], 10, ["cat", "dog"]) == [5, 1]
+    assert "class cat is mapped to class id 5, but in the checkpoint, this class id is unused" in caplog.text
+    names = ImageNetInfo().label_names()
+    assert read_class_map("imagenet", names[:2], 1000, [*names, names[0]]) == [0, 1]
 
 
 @pytest.mark.parametrize("first", [0, 1])
