@@ -363,7 +363,7 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
     if world.is_main:
         try:
             outcome[0] = task()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:  # the other processes wait for the result
             error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group if long_timeout else None)
@@ -384,7 +384,7 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
     error = result = None
     try:
         result = task()
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:  # the other processes wait for the result
         error = caught
     failures = int(sum_over_processes(torch.tensor(float(error is not None), device=world.device)))
     if error is not None:

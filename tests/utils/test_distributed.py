@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,14 +87,18 @@ def test_world_size_and_local_rank_variables_are_ignored_without_rank(monkeypatc
     assert is_reporting_process()
 
 
-def fail_in_rank_one(world) -> None:
-    def task() -> int:
-        if world.rank == 1:
-            raise ValueError("injected error in rank 1")
-        return world.rank
+def fail_in_one_rank(world) -> None:
+    for error in (ValueError("injected"), SystemExit("injected")):
 
-    with pytest.raises(ValueError if world.rank == 1 else OtherRankError):
-        on_all(world, task)
+        def task(failing_rank: int, error: BaseException = error) -> int:
+            if world.rank == failing_rank:
+                raise error
+            return world.rank
+
+        with pytest.raises(type(error) if world.rank == 1 else OtherRankError):
+            on_all(world, partial(task, 1))
+        with pytest.raises(type(error) if world.rank == 0 else OtherRankError):
+            on_main(world, partial(task, 0))
     assert on_all(world, lambda: world.rank) == world.rank
 
 
@@ -115,7 +120,7 @@ def test_on_main_uses_the_long_timeout_group_only_for_tasks_with_a_long_timeout(
 
 
 def test_a_task_that_fails_in_one_process_fails_in_all_processes():
-    run_in_processes(fail_in_rank_one, processes=2)
+    run_in_processes(fail_in_one_rank, processes=2)
 
 
 def test_a_signal_while_packages_are_imported_stops_training_before_its_first_update(toy_config, toy_data, tmp_path):
