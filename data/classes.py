@@ -36,6 +36,11 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
         if twins := _normalisation_twins(missing, extra):
             parts.append(f"{twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation (NFC and NFD): rename one")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
+    if len(val) == 1:
+        raise DataError(
+            f"{root} contains only one class, {val[0]!r}, so every prediction would be correct; check --data-path: each split "
+            "needs one directory per class, and at least two classes"
+        )
     if len(val) != num_classes:
         remedy = (
             f"add --opts MODEL.NUM_CLASSES {len(val)}"

@@ -202,6 +202,8 @@ def suggest_split(split: Path) -> str:
         remedy = f"rename the archive to {name}.zip and its list to {name}_map.txt, and add --zip"
         if found.name == f"{name}.zip":
             remedy = f"add --zip, which needs {name}_map.txt too"
+    elif found.match(f"{name}-*.tar"):  # shards are read without --zip
+        remedy = "leave out --zip to read tar shards"
     elif ".tar" in found.suffixes or found.suffix == ".tgz":
         remedy = f"rename tar shards to {name}-*.tar (uncompressed) in {root}"
     else:

@@ -262,6 +262,20 @@ def test_no_mixup_is_built_if_mixup_and_cutmix_are_disabled(toy_config, toy_data
     assert build_mixup(config(toy_config, toy_data, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)) is None
 
 
+def test_a_data_set_of_one_class_is_refused_without_the_remedy_of_a_model_for_one_class():
+    """MODEL.NUM_CLASSES 1 and class maps of one class are refused too."""
+    for train in (["cat"], None):
+        with pytest.raises(DataError, match="only one class, 'cat'.*at least two classes") as caught:
+            check_classes(train, ["cat"], 3, "data")
+        assert "NUM_CLASSES" not in str(caught.value)
+
+
+def test_the_error_for_tar_shards_read_with_zip_says_to_leave_out_zip(tmp_path):
+    (tmp_path / "val-000000.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"Found val-000000\.tar: leave out --zip"):
+        index_zip(tmp_path, "val")
+
+
 @pytest.mark.parametrize(
     ("train", "val", "num_classes", "message"),
     [
