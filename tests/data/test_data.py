@@ -265,7 +265,7 @@ def test_no_mixup_is_built_if_mixup_and_cutmix_are_disabled(toy_config, toy_data
 def test_a_data_set_of_one_class_is_refused_without_the_remedy_of_a_model_for_one_class():
     """MODEL.NUM_CLASSES 1 and class maps of one class are refused too."""
     for train in (["cat"], None):
-        with pytest.raises(DataError, match="only one class, 'cat'.*at least two classes") as caught:
+        with pytest.raises(DataError, match=r"only one class, 'cat'.*at least two classes") as caught:
             check_classes(train, ["cat"], 3, "data")
         assert "NUM_CLASSES" not in str(caught.value)
 
