@@ -22,6 +22,7 @@ from data.files import (
     suggest_split,
 )
 
+MAX_DEPTH = 100  # maximum number of nested directories
 UNKNOWN_SIZE = -1  # stands for a size that cannot be determined, such as that of a link to a missing file
 
 
@@ -56,7 +57,7 @@ class Listing:
             The directories below ``folder`` that were read, relative to it.
 
         Raises:
-            DataError: a directory cannot be listed, or was already read under another name.
+            DataError: a directory cannot be listed, is nested too deeply, or was already read under another name.
         """
         found: list[tuple[str, int, int]] = []
         nested: list[str] = []
@@ -66,6 +67,8 @@ class Listing:
             if identity in ancestors:
                 self.left_out.add_kind("are links to a directory that contains them", str(parent))
                 return
+            if len(ancestors) > MAX_DEPTH:
+                raise DataError(f"{parent}: directories are nested more than {MAX_DEPTH} levels deep; move the images up")
             if (other := self.directories.setdefault(identity, parent)) != parent:
                 raise DataError(
                     f"{parent} and {other} are the same directory, which would be counted twice; remove one of the links"

@@ -319,6 +319,16 @@ def test_a_data_path_without_permissions_is_a_data_error(toy_data, toy_config, m
         build_index(cfg, "train")
 
 
+def test_directories_that_are_nested_too_deeply_are_a_data_error(tmp_path):
+    """Without a limit, a thousand levels would exceed Python's recursion limit."""
+    write_images(tmp_path, "train", classes=2, per_class=2, size=8)
+    (tmp_path / "train/class0" / "/".join("a" * 90)).mkdir(parents=True)
+    assert len(index_folder(tmp_path / "train")) == 4
+    (tmp_path / "train/class0" / "/".join("a" * 150)).mkdir(parents=True)
+    with pytest.raises(DataError, match="nested more than 100 levels deep"):
+        index_folder(tmp_path / "train")
+
+
 def test_a_list_of_class_names_that_cannot_be_read_is_a_data_error(tmp_path, monkeypatch):
     (tmp_path / "classes.txt").write_text("class0\n")
     original = Path.read_text
