@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from data.classes import imagenet_classes
 from models.released import RELEASED, Released
 from utils.checkpoint import BEST
 from utils.config import ConfigError, flatten, load_config, load_stored_config, show
+from utils.distributed import World, on_all, on_main
 from weights.download import fetch
 from weights.reader import CheckpointError, read_checkpoint, sha256
 from weights.urls import is_url, without_secrets
@@ -136,6 +137,30 @@ def locate(reference: str | Path) -> Location:
     if text in RELEASED:
         return Location(fetch(RELEASED[text].url, text), RELEASED[text], in_cache=True)
     raise CheckpointError(f"{text}: no such file or released model; released models are {', '.join(RELEASED)}")
+
+
+def check_same_file(world: World, path: Path | str, digest: Callable[[], str]) -> None:
+    """Check that every process reads the same weight file: on directories that the nodes do not share, the files may differ.
+
+    The processes would otherwise start from different states, and wait for each other at different updates.
+
+    Args:
+        path: path of the file, for the message.
+        digest: returns the SHA-256 of the file that this process reads; not called in a single process.
+
+    Raises:
+        CheckpointError: in the processes whose file differs from that of rank 0.
+        OtherRankError: in the other processes.
+    """
+    if world.size == 1:
+        return
+    expected = on_main(world, digest)
+
+    def check() -> None:
+        if digest() != expected:
+            raise CheckpointError(f"{path} differs between processes; use a copy on a file system that all nodes share")
+
+    on_all(world, check)
 
 
 def open_checkpoint(reference: str | Path) -> Checkpoint:

@@ -14,7 +14,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
-from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, choose_config, open_checkpoint
+from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, check_same_file, choose_config, open_checkpoint
 from jobs.training import check_model, format_process_count
 from models import build_model
 from models.loading import fill_model
@@ -62,8 +62,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
         opts: KEY, VALUE, ... of the command line.
     """
     checkpoint = on_all(world, lambda: open_checkpoint(choose_checkpoint(args, cfg)))
-    digest = on_main(world, lambda: checkpoint.digest)
-    on_all(world, partial(check_same_file, checkpoint, digest))
+    check_same_file(world, checkpoint.path, lambda: checkpoint.digest)
     own_config = cfg is None
     cfg = choose_config(checkpoint, cfg, opts)
     output = choose_output(cfg, checkpoint, opts, own_config=own_config)
@@ -89,19 +88,6 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     if checkpoint.location.released is not None:
         log_published(checkpoint.location.released, evaluation.result)
     logger.info("%s", evaluation.result)
-
-
-def check_same_file(checkpoint: Checkpoint, digest: str) -> None:
-    """Check that this process has read the same file as rank 0.
-
-    Args:
-        digest: SHA-256 of the file that rank 0 has read.
-
-    Raises:
-        CheckpointError: the digests differ.
-    """
-    if checkpoint.digest != digest:
-        raise CheckpointError(f"{checkpoint.path} differs between processes; evaluate a copy on a shared file system")
 
 
 def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:

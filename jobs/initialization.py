@@ -10,8 +10,8 @@ from yacs.config import CfgNode
 
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
-from jobs.checkpoints import locate
-from jobs.start import Candidate, Contents, check_training_state, choose_start, read_candidate, survey
+from jobs.checkpoints import check_same_file, locate
+from jobs.start import Candidate, Contents, check_training_state, choose_start, is_repeated, read_candidate, survey
 from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
 from utils.compatibility import check_state, compare_groups
 from utils.config import ConfigError, flatten, load_stored_config, show
@@ -20,7 +20,7 @@ from utils.distributed import World, on_all, on_main
 from utils.run import build_output_path, check_available
 from utils.schedule import Schedule, build_schedule, global_batch_size
 from utils.trainer import TrainState
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import CheckpointError, read_checkpoint, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,9 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
             weights to start from.
         CheckpointError: the file of --resume is not a checkpoint of a run.
     """
-    requested = on_all(world, partial(locate, cfg.MODEL.RESUME)).path if cfg.MODEL.RESUME else None
-    contents, start = on_main(world, partial(survey_and_choose, cfg, requested), long_timeout=True)
+    contents, repeated = on_main(world, partial(survey_output, cfg), long_timeout=True)
+    requested = on_all(world, partial(locate, cfg.MODEL.RESUME)).path if cfg.MODEL.RESUME and not repeated else None
+    start = on_main(world, partial(choose_checkpoint, cfg, contents, requested))
     if start is not None:
         return Initialization("resume", str(start.path), contents)
     if cfg.MODEL.PRETRAINED:
@@ -75,15 +76,20 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     return Initialization("scratch", "", contents)
 
 
-def survey_and_choose(cfg: CfgNode, requested: Path | None) -> tuple[Contents, Candidate | None]:
-    """Contents of the output directory, and the checkpoint to resume from; None to start with other weights.
-
-    Args:
-        requested: the file of --resume.
-    """
+def survey_output(cfg: CfgNode) -> tuple[Contents, bool]:
+    """Contents of the output directory, and whether its run was started with the same --resume (see ``is_repeated``)."""
     output = build_output_path(cfg)
     check_available(output)
     contents = survey(output)
+    return contents, cfg.TRAIN.AUTO_RESUME and bool(cfg.MODEL.RESUME) and is_repeated(contents, cfg.MODEL.RESUME)
+
+
+def choose_checkpoint(cfg: CfgNode, contents: Contents, requested: Path | None) -> Candidate | None:
+    """The checkpoint to resume from; None to start with other weights.
+
+    Args:
+        requested: the file of --resume; None if the command is repeated.
+    """
     start = choose_start(
         contents,
         requested=None if requested is None else read_candidate(requested),
@@ -95,7 +101,7 @@ def survey_and_choose(cfg: CfgNode, requested: Path | None) -> tuple[Contents, C
             start.path,
             start.num_updates,
         )
-    return contents, start
+    return start
 
 
 def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
@@ -103,6 +109,7 @@ def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) ->
     if init.kind != "resume":
         return None
     saved = on_all(world, partial(read_checkpoint, init.checkpoint))
+    check_same_file(world, init.checkpoint, partial(sha256, Path(init.checkpoint)))
     on_all(world, partial(check_resumable, saved, cfg, world, init.checkpoint))
     if not world.is_main:
         return saved
@@ -283,7 +290,9 @@ def describe_data(datasets: Datasets, world: World) -> dict:
     )
 
 
-def check_data(saved: dict | None, data: dict, path: str, *, accept_changes: bool = False) -> dict[str, str]:
+def check_data(
+    saved: dict | None, data: dict, path: str, *, accept_changes: bool = False, advise_acceptance: bool = True
+) -> dict[str, str]:
     """Refuse to resume if the data have changed.
 
     Otherwise, the run would continue with different images, or class ids would refer to different classes.
@@ -293,6 +302,7 @@ def check_data(saved: dict | None, data: dict, path: str, *, accept_changes: boo
         data: description of the current data, from ``describe_data``.
         path: path of the checkpoint to resume from, for messages.
         accept_changes: DATA.ACCEPT_CHANGES: allow changes that leave the names and the order of the classes as they are.
+        advise_acceptance: propose DATA.ACCEPT_CHANGES for such changes; False if the run could not resume with it either.
 
     Returns:
         The accepted changes: split -> description.
@@ -315,7 +325,7 @@ def check_data(saved: dict | None, data: dict, path: str, *, accept_changes: boo
             advice = (
                 "if the change is intended, for example after an unreadable image was removed, add --opts DATA.ACCEPT_CHANGES "
                 "True; else restore the data"
-                if same_classes
+                if same_classes and advise_acceptance
                 else "restore them"
             )
             raise ConfigError(

@@ -13,6 +13,7 @@ from utils.log import read_records
 from utils.run import RECORD, RunRecord, read_record
 from utils.trainer import NO_BEST
 from weights.reader import CheckpointError, read_checkpoint, verify
+from weights.urls import is_url, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,11 @@ def choose_start(contents: Contents, *, requested: Candidate | None, auto_resume
 
     Each row also applies if there are unusable files with the names of checkpoints: they are renamed once the run starts.
     --pretrained selects the weights of a new run, without effect if the run resumes. A finished run resumes, and ends at once.
-    Repeating a command with --resume FILE counts as "same command" once the run that it started has saved a checkpoint.
+    Repeating a command with --resume FILE counts as "same command" once the run that it started has saved a checkpoint, see
+    ``is_repeated``.
 
     Args:
-        requested: the checkpoint of --resume; None without --resume.
+        requested: the checkpoint of --resume; None without --resume, or if the command is repeated.
         auto_resume: TRAIN.AUTO_RESUME.
 
     Raises:
@@ -110,13 +112,12 @@ def choose_start(contents: Contents, *, requested: Candidate | None, auto_resume
     output, usable = contents.output, contents.usable
     inside = requested is not None and is_inside(requested.path, output)
     check_single_run(contents, requested if inside else None)
-    is_repeated = auto_resume and requested is not None and usable and requested_before(contents, requested)
-    if requested is not None and not is_repeated:
+    if requested is not None:
         if not inside and (usable or contents.remains):
             raise ConfigError(
                 f"--resume {requested.path}: {output} already contains files of a run ({describe(contents)}), so the directory "
-                "would then contain checkpoints of two runs. Choose another --tag to continue from this checkpoint in a new "
-                "directory, or leave out --resume to resume the run of this directory"
+                "would then contain files of two runs. Choose another --tag to continue from this checkpoint in a new directory"
+                f"{', or leave out --resume to resume the run of this directory' if usable else ''}"
             )
         if inside and usable and usable[0].num_updates > requested.num_updates:
             raise ConfigError(
@@ -128,8 +129,8 @@ def choose_start(contents: Contents, *, requested: Candidate | None, auto_resume
     if not auto_resume and (usable or contents.remains):
         raise ConfigError(
             f"TRAIN.AUTO_RESUME=False: {output} contains files of a run ({describe(contents)}), so the directory would then "
-            "contain checkpoints of two runs. Choose another --tag, move the directory away, or resume that run with "
-            "TRAIN.AUTO_RESUME True"
+            "contain files of two runs. Choose another --tag, or move the directory away"
+            f"{', or resume that run with TRAIN.AUTO_RESUME True' if usable else ''}"
         )
     if usable:
         return usable[0]
@@ -143,10 +144,22 @@ def choose_start(contents: Contents, *, requested: Candidate | None, auto_resume
     return None
 
 
-def requested_before(contents: Contents, requested: Candidate) -> bool:
-    """Whether the run of the directory was started with the same --resume."""
+def is_repeated(contents: Contents, reference: str) -> bool:
+    """Whether the run of the directory was started with the same --resume, and can be resumed.
+
+    The file of --resume is then not needed and may be missing: the run that wrote it may have deleted it since.
+
+    Args:
+        reference: the value of --resume.
+    """
     record = contents.record
-    return record is not None and record.has_saved and record.resumed_from == str(requested.path.absolute())
+    same = record is not None and record.has_saved and record.resumed_from == normalise(reference)
+    return same and bool(contents.usable)
+
+
+def normalise(reference: str) -> str:
+    """Form of a value of --resume that does not depend on the working directory: an absolute path, or a URL without secrets."""
+    return without_secrets(reference) if is_url(reference) else os.path.abspath(os.path.expanduser(reference))
 
 
 def check_single_run(contents: Contents, requested: Candidate | None) -> None:

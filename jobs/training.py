@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import ClassMatch, compare_classes, find_order
-from jobs.checkpoints import stored_class_names
+from jobs.checkpoints import check_same_file, stored_class_names
 from jobs.initialization import (
     Initialization,
     check_data,
@@ -31,7 +31,7 @@ from jobs.initialization import (
     warn_about_environment,
     warn_about_learning_rate,
 )
-from jobs.start import check_unchanged, is_inside
+from jobs.start import check_unchanged, is_inside, normalise
 from models import build_model
 from models.loading import fill_model
 from utils.checkpoint import FORMAT, is_best_current, restore_best, set_aside
@@ -46,7 +46,7 @@ from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, 
 from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
 from utils.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
-from weights.reader import CheckpointError, read_checkpoint
+from weights.reader import CheckpointError, read_checkpoint, sha256
 
 if TYPE_CHECKING:
     from jobs.inspection import AttentionPictures
@@ -138,7 +138,7 @@ def open_directory(
             set_aside(path, reason)
         run_id = (saved or {}).get("run_id") or contents.run_id or uuid.uuid4().hex
         if contents.record is None or not contents.record.has_saved:
-            resumed_from = str(Path(init.checkpoint).absolute()) if cfg.MODEL.RESUME else ""
+            resumed_from = normalise(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else ""
             write_record(output, RunRecord(run_id, has_saved=bool(contents.usable), resumed_from=resumed_from))
         if saved is None:
             return run_id, False
@@ -160,7 +160,17 @@ def end_finished_run(saved: dict, world: World, init: Initialization) -> None:
     output, path = init.contents.output, Path(init.checkpoint)
     if is_inside(path, output):
         on_main(world, partial(repair_finished_run, saved, output, path))
-    logger.info("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
+    logger.info("%s", describe_finished_run(init))
+
+
+def describe_finished_run(init: Initialization) -> str:
+    """Message that the run is finished, with the remedy."""
+    if is_inside(Path(init.checkpoint), init.contents.output):
+        return f"{init.checkpoint}: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag"
+    return (
+        f"{init.checkpoint}: this run is finished, so nothing is written to {init.contents.output}; raise "
+        "TRAIN.EPOCHS to continue it there, or start a new run from its weights with --pretrained instead of --resume"
+    )
 
 
 def repair_finished_run(saved: dict, output: Path, path: Path) -> None:
@@ -199,7 +209,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and is_finished(saved, cfg):
-            logger.warning("%s: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag", init.checkpoint)
+            logger.warning("%s", describe_finished_run(init))
         if saved is not None and world.is_main:
             warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
         trainer = build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters)
@@ -224,14 +234,14 @@ def build_trainer(
         cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, long_timeout=True)
     )
     data = describe_data(datasets, world)
-    changes = check_data(saved, data, init.checkpoint, accept_changes=cfg.DATA.ACCEPT_CHANGES)
-    for split, change in changes.items() if world.is_main else ():
-        logger.warning("DATA.ACCEPT_CHANGES=True: the run resumes with changed data: in %s/, %s", split, change)
-    mixup = build_mixup(cfg, rank=world.rank)
     placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
-
+    can_accept = saved is not None and saved["updates_per_epoch"] == train_loader.updates_per_epoch
+    changes = check_data(saved, data, init.checkpoint, accept_changes=cfg.DATA.ACCEPT_CHANGES, advise_acceptance=can_accept)
+    for split, change in changes.items() if world.is_main else ():
+        logger.warning("DATA.ACCEPT_CHANGES=True: the run resumes with changed data: in %s/, %s", split, change)
+    mixup = build_mixup(cfg, rank=world.rank)
     state = build_initial_state(cfg, world, init, datasets.train.index.classes)
     model = state.model
     if saved is not None:
@@ -279,6 +289,7 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
     model = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
         on_all(world, partial(load_pretrained, model, init.checkpoint, classes, world))
+        check_same_file(world, init.checkpoint, partial(sha256, Path(init.checkpoint)))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:
         model.freeze_features()

@@ -21,7 +21,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     import torch
 
     from data.build import build_preprocessing
-    from jobs.checkpoints import choose_config, open_checkpoint
+    from jobs.checkpoints import check_same_file, choose_config, open_checkpoint
     from jobs.evaluation import evaluate_weights
     from jobs.throughput import images_per_second
     from utils.config import image_size, load_config
@@ -30,6 +30,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
 
     opts = ["DATA.DATA_PATH", args.data_path, *args.opts]
     checkpoint = open_checkpoint(reference)
+    check_same_file(world, checkpoint.path, lambda: checkpoint.digest)
     cfg = choose_config(checkpoint, load_config(args.cfg, opts) if args.cfg else None, opts)
     evaluation = evaluate_weights(checkpoint, cfg, world)
     result, model = evaluation.result, evaluation.models[evaluation.preferred].eval()

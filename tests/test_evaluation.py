@@ -390,7 +390,7 @@ def test_evaluation_is_rejected_if_two_processes_read_different_checkpoints(trai
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--eval", "--resume", trained]
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)
     assert outcome.exit_codes == [2, 2], outcome.output
-    assert "differs between processes; evaluate a copy on a shared file system" in outcome.output
+    assert "differs between processes; use a copy on a file system that all nodes share" in outcome.output
 
 
 def test_a_dry_run_runs_each_part_of_training_and_deletes_its_files(toy_config, toy_data, tmp_path):

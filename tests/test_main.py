@@ -21,7 +21,7 @@ from utils.arguments import check_usage, overrides, parse_arguments
 from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
 from utils.distributed import World
-from utils.run import LOCK
+from utils.run import LOCK, RunRecord, write_record
 from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +207,18 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoint_of_the_previous
     assert "at update" in outcome.output
     saved = [read_checkpoint(path)["num_updates"] for path in list_checkpoints(tmp_path / "toy" / "default")]
     assert saved == [1]  # the first update uses the initial weights; the loss of the second one is not finite
+
+
+def test_a_non_finite_loss_is_reported_although_the_replay_file_cannot_be_written(toy_config, toy_data, tmp_path):
+    """A directory at its path prevents that; it is beside the files of a run that was killed before its first checkpoint."""
+    folder = tmp_path / "toy/default"
+    (folder / "replay_000000001.pth").mkdir(parents=True)
+    write_record(folder, RunRecord("a", has_saved=False))
+    options = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.BASE_LR", 1e20, "TRAIN.CLIP_GRAD", 0, "DATA.NUM_WORKERS", 2]
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", processes=2)
+    assert set(outcome.exit_codes) == {1}, outcome.output
+    assert "the loss is nan" in outcome.output
+    assert "The file for --replay could not be written ([Errno 21] Is a directory" in outcome.output
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,9 @@ def test_changed_classes_or_updates_per_epoch_are_refused_although_changes_are_a
         outcome = run_main(toy_arguments(toy_config, data, tmp_path, *options), tmp_path / "log")
         assert outcome.exit_codes == [2], outcome.output
         assert message in outcome.output
+        outcome = run_main(toy_arguments(toy_config, data, tmp_path, *options[2:]), tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "DATA.ACCEPT_CHANGES" not in outcome.output.split("ERROR")[1]  # it is no remedy here
 
 
 def test_a_replay_with_changed_training_images_is_refused_or_logs_the_change(toy_data, tmp_path, caplog):

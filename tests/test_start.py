@@ -238,7 +238,7 @@ def test_resume_accepts_a_file_of_the_directory_if_it_is_the_newest_of_its_run(
     assert decide(toy_config, tmp_path, "MODEL.RESUME", str(folder / name)) == expected
 
 
-def test_a_repeated_command_with_resume_continues_the_run_that_it_has_started(toy_config, tmp_path):
+def test_a_repeated_command_with_resume_continues_the_run_that_it_has_started(toy_config, tmp_path, monkeypatch):
     folder = tmp_path / "toy/default"
     folder.mkdir(parents=True)
     build_numbered(folder)
@@ -247,6 +247,27 @@ def test_a_repeated_command_with_resume_continues_the_run_that_it_has_started(to
     write_record(folder, RunRecord("a", has_saved=True, resumed_from=str(tmp_path / "origin.pth")))
     assert decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "origin.pth")) == NEWEST
     assert decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "other.pth")) == REFUSED
+    monkeypatch.chdir(folder)
+    assert decide(toy_config, tmp_path, "MODEL.RESUME", "../../origin.pth") == NEWEST
+    (tmp_path / "origin.pth").unlink()  # for example by the run that wrote it
+    assert decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "origin.pth")) == NEWEST
+    with pytest.raises(CheckpointError, match="no such file"):
+        decide(toy_config, tmp_path, "MODEL.RESUME", str(tmp_path / "gone.pth"))
+
+
+@pytest.mark.parametrize("build", [build_numbered, build_only_damaged], ids=["usable", "damaged"])
+def test_a_refused_start_proposes_to_resume_the_run_of_the_directory_only_if_that_is_possible(build, toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    build(folder)
+    save(tmp_path, 2, "a", name="elsewhere.pth")
+    for opts, remedy in (
+        (["MODEL.RESUME", str(tmp_path / "elsewhere.pth")], "leave out --resume"),
+        (["TRAIN.AUTO_RESUME", "False"], "resume that run with TRAIN.AUTO_RESUME True"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            choose_initialization(load_config(toy_config, ["OUTPUT", str(tmp_path), *opts]), WORLD)
+        assert (remedy in str(refused.value)) == (build is build_numbered)
 
 
 def test_a_checkpoint_of_a_later_format_is_rejected_by_its_number_and_not_renamed(toy_config, tmp_path):
@@ -349,17 +370,48 @@ def test_resume_of_another_run_is_refused_in_a_used_directory_and_continues_in_a
     for flags in ([], ["--check"]):
         outcome = run_main([*arguments, "--resume", trained, *flags], tmp_path / "log", processes=1)
         assert outcome.exit_codes == [2], outcome.output
-        assert "would then contain checkpoints of two runs" in outcome.output
+        assert "would then contain files of two runs" in outcome.output
         assert snapshot(tmp_path / "toy") == before
-    command = [*arguments, "--resume", trained, "--tag", "other"]
+    origin = tmp_path / "origin.pth"
+    shutil.copy(trained, origin)
+    command = [*arguments, "--resume", origin, "--tag", "other"]
     call = {"prepare": lambda rank: call_before(utils.trainer, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
     assert run_main(command, tmp_path / "log", **call).exit_codes == [-9]
+    origin.unlink()
     outcome = run_main(command, tmp_path / "log")  # the same command resumes what it has started
     assert outcome.exit_codes == [0], outcome.output
     other = tmp_path / "toy/other"
     assert f"start: resume {other}" in outcome.output
     assert read_checkpoint(list_checkpoints(other)[0])["run_id"] == read_checkpoint(trained)["run_id"]
     assert before.items() <= snapshot(tmp_path / "toy").items() | {(str(tmp_path / "toy"), before[str(tmp_path / "toy")])}
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+def test_a_start_is_refused_if_two_processes_read_different_files(flag, uninterrupted, toy_config, toy_data, tmp_path):
+    """Nodes without a shared file system: each process reads relative paths in its own directory."""
+    newest, older = list_checkpoints(uninterrupted(2))
+    folders = tmp_path / "node0", tmp_path / "node1"
+    for folder, path in zip(folders, (newest, older), strict=True):
+        folder.mkdir()
+        shutil.copy(path, folder / "file.pth")
+    before = snapshot(tmp_path / "node0")
+    arguments = toy_arguments(toy_config, toy_data, "output", "TRAIN.EPOCHS", 4, "DATA.BATCH_SIZE", 4, "DATA.NUM_WORKERS", 2)
+    outcome = run_main(
+        [*arguments, flag, "file.pth"], tmp_path / "log", processes=2, prepare=lambda rank: os.chdir(folders[rank]), timeout=60
+    )
+    assert outcome.exit_codes == [2, 2], outcome.output
+    assert "file.pth differs between processes; use a copy on a file system that all nodes share" in outcome.output
+    assert snapshot(tmp_path / "node0") == before
+
+
+def test_resume_of_a_finished_run_elsewhere_names_what_continues_it(trained, toy_config, toy_data, tmp_path):
+    saved = read_checkpoint(trained) | {"last_evaluation": 24, "num_updates": 24}
+    torch.save(saved, tmp_path / "finished.pth")
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2)
+    outcome = run_main([*arguments, "--resume", tmp_path / "finished.pth"], tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert f"nothing is written to {tmp_path / 'toy/default'}; raise TRAIN.EPOCHS to continue it there" in outcome.output
+    assert not (tmp_path / "toy").exists()
 
 
 @pytest.mark.parametrize("case", ["missing", "stale", "lost"])

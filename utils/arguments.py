@@ -174,10 +174,11 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
-    # A run that resumes from its output directory does not read MODEL.PRETRAINED, so that file may be missing.
+    # A run that resumes from its output directory reads neither the file of MODEL.PRETRAINED nor, if the command is repeated,
+    # that of MODEL.RESUME. These files may be missing; ``jobs.initialization`` finds out whether they are needed.
     resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
-    for key in ("RESUME",) if resumes and not args.eval else ("RESUME", "PRETRAINED"):
-        if cfg.MODEL[key]:
+    for key in ("RESUME", "PRETRAINED"):
+        if cfg.MODEL[key] and not (resumes and not args.eval):
             _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]

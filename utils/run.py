@@ -66,7 +66,7 @@ class RunRecord:
     Args:
         run_id: the run's id, which its checkpoints contain too.
         has_saved: whether a checkpoint was ever written to the directory. If not, nothing is lost when the run starts again.
-        resumed_from: absolute path of the checkpoint of --resume with which the run was started here; "" without --resume.
+        resumed_from: the value of --resume with which the run was started here, see ``jobs.start.normalise``; "" without it.
     """
 
     run_id: str

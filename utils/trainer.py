@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from utils.background import BackgroundWrite
 from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
-from utils.errors import Stopped, TrainingError
+from utils.errors import Stopped, TrainingError, describe
 from utils.evaluation import EvalResult, evaluate, log_results
 from utils.log import MetricsWriter, progress
 from utils.run import record_save
@@ -407,24 +407,30 @@ class Trainer:
         """
         epoch = update // self.updates_per_epoch
         path = self.output / f"replay_{update:09d}.pth"
-        on_main(self.world, partial(self.save_replay_file, update, path))
+        failure = on_main(self.world, partial(self.save_replay_file, update, path))
         position = f"update {update} (epoch {epoch}, both counted from 0)"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"
         data_path = self.metadata.get("config", {}).get("DATA", {}).get("DATA_PATH", "DIR")
         command = f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(data_path)}"
+        replay = f"{command} repeats the update and names the first module whose output is not finite"
+        if failure:
+            replay = f"The file for --replay could not be written ({failure})"
         advice = "Lower TRAIN.BASE_LR, set TRAIN.CLIP_GRAD, or inspect the images that --replay lists"
+        if failure:
+            advice = "Lower TRAIN.BASE_LR, or set TRAIN.CLIP_GRAD"
         if self.state.scales_loss:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
-        raise TrainingError(
-            f"{what}. The update changed no weights, and the checkpoints are untouched. {command} repeats "
-            f"the update and names the first module whose output is not finite. {advice}"
-        )
+        raise TrainingError(f"{what}. The update changed no weights, and the checkpoints are untouched. {replay}. {advice}")
 
-    def save_replay_file(self, update: int, path: Path) -> None:
-        """The part of ``fail`` that runs on rank 0."""
-        self.check_output()
-        save_checkpoint(self.describe_update(update), path)
+    def save_replay_file(self, update: int, path: Path) -> str:
+        """The part of ``fail`` that runs on rank 0. Returns the reason if the file could not be written, else ""."""
+        try:
+            self.check_output()
+            save_checkpoint(self.describe_update(update), path)
+        except Exception as error:  # it must not hide the error that ends the run
+            return describe(error.__cause__ or error)
+        return ""
 
     def describe_update(self, update: int) -> dict:
         """Weights, position and images of an update, for ``--replay``."""
