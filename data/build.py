@@ -261,7 +261,8 @@ def warn_if_shared(train: ImageDataset, val: ImageDataset) -> None:
         shared = find_linked_class(train.index.source, val.index.source, val.index.classes)
     if not shared and np.array_equal(train.index.labels, val.index.labels):
         positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))
-        if all(_read_if_possible(train, position) == _read_if_possible(val, position) for position in positions):
+        pairs = ((_read_if_possible(train, position), _read_if_possible(val, position)) for position in positions)
+        if all(first == second != b"" for first, second in pairs):
             shared = val.index.classes[0]
     if shared:
         logger.warning(

@@ -199,7 +199,7 @@ def check_sockets() -> None:
             probe.bind(f"{folder}/listener-12345678")  # the name has as many characters as those of multiprocessing
     except OSError as error:
         raise DataError(
-            f"loader workers cannot create sockets in the temporary directory {os.environ.get('TMPDIR', '')} ({error}); set "
+            f"loader workers cannot create sockets in the temporary directory {tempfile.gettempdir()} ({error}); set "
             "TMPDIR to a writable local directory with a short path (export TMPDIR=/tmp), or set DATA.NUM_WORKERS to 0"
         ) from None
 
@@ -218,7 +218,7 @@ def end_with_parent() -> None:
 
     The loop of torch notices the end of the parent only between two batches, and executors do not notice it.
     """
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid  # unlike os.getppid(), right even if the parent has ended already
 
     def watch() -> None:
         while os.getppid() == parent:
