@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_PIXELS = 2**27  # maximum number of pixels of an image; decoding one of this size needs 400 MiB
 MAX_EXIF_SEGMENTS = 32  # in a JPEG file; cameras write one
+MAX_FILL_BYTES = 1024  # between the segments of a JPEG file
+MAX_COMMENTS = 1024  # in a PNM file of decimal numbers
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
 RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from those of augmentation
@@ -277,18 +279,26 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _check_segments(data: bytes) -> None:
-    """Reject a JPEG file with many EXIF segments: Pillow joins them in a time that is quadratic in their number.
+    """Reject files whose structure takes Pillow long to read.
+
+    It joins EXIF segments in a time that is quadratic in their number, likewise comments in PNM files of decimal numbers, and
+    reads fill bytes of JPEG files one by one.
 
     Raises:
-        ValueError: more than ``MAX_EXIF_SEGMENTS``.
+        ValueError: more than ``MAX_EXIF_SEGMENTS``, ``MAX_COMMENTS`` or ``MAX_FILL_BYTES``.
     """
-    position, count = 2, 0
+    if data.startswith((b"P1", b"P2", b"P3")) and data.count(b"#") > MAX_COMMENTS:
+        raise ValueError(f"more than {MAX_COMMENTS} comments; remove them")
+    position, count, fill = 2, 0, 0
     while data.startswith(b"\xff\xd8") and data[position : position + 1] == b"\xff" and count <= MAX_EXIF_SEGMENTS:
         marker, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker in (b"\xda", b""):  # the pixels follow
             return
         count += marker == b"\xe1" and data.startswith(b"Exif", position + 4)
         position += 1 if marker == b"\xff" else 2 + length
+        fill += marker == b"\xff"
+        if fill > MAX_FILL_BYTES:
+            raise ValueError(f"more than {MAX_FILL_BYTES} fill bytes between its segments; remove them")
     if count > MAX_EXIF_SEGMENTS:
         raise ValueError(f"more than {MAX_EXIF_SEGMENTS} EXIF segments; remove them")
 

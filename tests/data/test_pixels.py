@@ -262,6 +262,22 @@ def test_a_jpeg_file_with_a_thousand_exif_segments_is_rejected_at_once():
     assert time.process_time() - started < 5
 
 
+def test_files_that_pillow_reads_slowly_are_rejected_at_once():
+    """Pillow needs 48 s for a PNM file with a million comments, and minutes for fill bytes of 100 MB."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    started = time.process_time()
+    for decode in (decode_image, decode_pixels):
+        with pytest.raises(ValueError, match="more than 1024 comments"):
+            decode(b"P3\n2 1 255\n" + b"#\n" * 10**6 + b"1 2 3 4 5 6")
+        assert np.asarray(decode(b"P3\n# a comment\n2 1 255\n" + b"#\n" * 9 + b"1 2 3 4 5 6")).ravel()[0] == 1
+        with pytest.raises(ValueError, match="more than 1024 fill bytes"):
+            decode(content[:2] + b"\xff" * 10**7 + content[2:])
+        decode(content[:2] + b"\xff" * 100 + content[2:])
+    assert time.process_time() - started < 5
+
+
 class FailOnWhite:
     """Transform that fails on white images, for lack of memory, without a message."""
 
