@@ -39,7 +39,14 @@ from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.dry_run import dry_run
 from utils.environment import apply_numerical_settings, describe_environment
-from utils.log import FILE_ONLY, MetricsWriter, collect_records, setup_logging
+from utils.log import (
+    FILE_ONLY,
+    MetricsWriter,
+    collect_records,
+    lacks_evaluations,
+    restore_evaluations,
+    setup_logging,
+)
 from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from utils.run import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
 from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
@@ -155,7 +162,7 @@ def open_directory(
 
 
 def end_finished_run(saved: dict, world: World, init: Initialization) -> None:
-    """Log that a run is finished. Its ``best.pth`` is repaired first if it is missing or outdated; no other file changes."""
+    """Log that a run is finished. If ``best.pth`` or the evaluations in ``metrics.jsonl`` are incomplete, repair them first."""
     check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
     output, path = init.contents.output, Path(init.checkpoint)
     if is_inside(path, output):
@@ -174,12 +181,16 @@ def describe_finished_run(init: Initialization) -> str:
 
 
 def repair_finished_run(saved: dict, output: Path, path: Path) -> None:
-    """Repair the ``best.pth`` of a finished run under the lock of its directory, if necessary and possible."""
-    if is_best_current(output, saved):
+    """Repair ``best.pth`` and ``metrics.jsonl`` of a finished run, if necessary, under the lock of its directory."""
+    evaluations = saved.get("evaluations", [])
+    lacks_metrics = lacks_evaluations(output, evaluations)
+    if is_best_current(output, saved) and not lacks_metrics:
         return
     directory = RunDirectory(output)
     directory.open()
     try:
+        if lacks_metrics:
+            restore_evaluations(output, saved["num_updates"], evaluations)
         repaired = restore_best(output, saved, path)
     finally:
         directory.close()

@@ -105,11 +105,10 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
     Returns None if the run is not finished.
     """
-    path = run.folder / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    last = [r for r in records if r["kind"].startswith("eval_") and r["epoch"] == num_epochs - 1]
+    from utils.log import METRICS, read_records  # imports torch, which takes seconds
+
+    records = read_records(run.folder / METRICS)
+    last = [record for record in records if record["kind"].startswith("eval_") and record.get("epoch") == num_epochs - 1]
     by_kind = {record["kind"]: record["acc1"] for record in last}
     return by_kind.get("eval_ema", by_kind.get("eval_raw"))
 
@@ -221,7 +220,9 @@ def main() -> None:
         help="concurrent runs; 0 (default): one per GPU, or one per two CPU cores if there is no GPU",
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
     try:
         ablation = read_ablation(args.file)
         runs = ablation.runs(args.output.absolute())
@@ -233,6 +234,8 @@ def main() -> None:
         print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}, epochs per run: {num_epochs}", flush=True)
         num_slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
         train(ablation, unfinished, args.data_path, num_slots=num_slots)
+        if lacking := [run for run in runs if final_accuracy(run, num_epochs) is None]:
+            raise RuntimeError(f"{lacking[0].folder}: finished, but its metrics lack the last evaluation; repeat the command")
     except (ConfigError, RuntimeError) as error:
         sys.exit(f"ablate.py: error: {error}")
     accuracies = {arm: [final_accuracy(run, num_epochs) for run in runs if run.arm == arm] for arm in ablation.arms}

@@ -85,8 +85,10 @@ def analyze(args: argparse.Namespace) -> None:
     from jobs.inspection import InspectedImages
     from jobs.prediction import find_images
     from utils.log import progress, setup_logging
+    from utils.run import check_writable
 
     setup_logging(rank=0)
+    check_writable(args.output)
     model, checkpoint, cfg, weights = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images)[:: args.every], cfg)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from utils.config import ConfigError, load_config
+from utils.files import can_write, replacing
 from utils.text import printable
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -80,6 +81,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
+    for name in ("json", "png"):
+        if (path := getattr(args, name, None)) and not can_write(path):
+            parser.error(f"--{name} {path}: cannot be written; choose a file in an existing directory")
     return args
 
 
@@ -212,7 +216,6 @@ def main() -> None:
     import torch
 
     from data.files import DataError
-    from utils.files import replacing
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.files import replacing
+from utils.files import can_write, replacing
 from utils.text import csv_cell, printable
 
 WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # forward passes in the measurement of throughput
@@ -104,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():
         parser.error(f"--data-path {args.data_path}: no such directory")
+    if not can_write(args.csv):
+        parser.error(f"--csv {args.csv}: cannot be written; choose a file in an existing directory")
 
     # Imported after the arguments are checked, because importing torch is slow.
     from jobs.launch import leave

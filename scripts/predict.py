@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from jobs.prediction import class_names, find_images, predict
     from utils.log import setup_logging
     from utils.report import draw_predictions
+    from utils.run import check_writable
 
     setup_logging(0)
+    check_writable(args.output)
     images = find_images(args.images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, checkpoint, cfg, label = open_model(args.resume, args.cfg, args.opts, weights=args.weights, device=device)

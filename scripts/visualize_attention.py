@@ -56,7 +56,9 @@ def visualize(args: argparse.Namespace) -> None:
     from jobs.prediction import find_images
     from utils.config import image_size
     from utils.files import replacing
+    from utils.run import check_writable
 
+    check_writable(args.output)
     model, checkpoint, cfg, weights = open_at_token_grid(args)
     names = module_names(model, args.blocks)
     images = InspectedImages(find_images(args.images), cfg)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 import scripts.ablate
-from scripts.ablate import final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
+from scripts.ablate import Run, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
 from tests.launch import run_script
 from utils.config import ConfigError
 
@@ -64,6 +64,16 @@ def test_accuracy_differences_between_arms_are_paired_by_seed():
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
     assert [row.get("significant") for row in rows] == [True, False, None]
     assert "| b | 22.00 ± 11.00 | +2.00 ± 2.48 | no |" in to_markdown(rows, "a")
+
+
+def test_a_truncated_line_in_the_metrics_of_an_arm_does_not_end_the_ablation(tmp_path):
+    """The last line of a run that was killed, or whose disk was full, may be incomplete; the run counts as unfinished."""
+    run = Run("arm", 0, "arm_0", [], tmp_path)
+    assert final_accuracy(run, 1) is None
+    record = '{"step": 3, "kind": "eval_raw", "epoch": 0, "acc1": 50.0}\n'
+    for content, expected in ((record[:30], None), ("[]\n", None), (record + record[:30], 50.0)):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        assert final_accuracy(run, 1) == expected
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from data.index import DataError
 from jobs.checkpoints import Checkpoint, Location, open_checkpoint
 from jobs.prediction import class_names, find_images
 from models import build_model
-from scripts import average_checkpoints, evaluate_all, export, predict
+from scripts import analyze_focus, average_checkpoints, benchmark, evaluate_all, export, predict, visualize_attention
 from tests.launch import run_script
 from utils.config import load_config
 from weights.reader import CheckpointError, read_checkpoint
@@ -157,6 +157,26 @@ def test_evaluate_all_writes_a_table_of_checkpoints_sorted_by_accuracy(trained, 
     assert int(row["parameters"]) == sum(value.numel() for name, value in state["model"].items() if "index" not in name)
     assert float(row["images_per_second"]) > 0
     assert (by_file[str(tmp_path / "other.pth")]["img_size"], by_file[str(tmp_path / "other.pth")]["model"]) == ("48", "other")
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_computed(trained, images, toy_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    missing = tmp_path / "missing/table"
+    cases = {
+        predict: [images, "--resume", trained, "--output", tmp_path / "file/predictions"],
+        analyze_focus: ["--resume", trained, "--images", images, "--output", tmp_path / "file"],
+        visualize_attention: ["--resume", trained, "--images", images, "--output", tmp_path / "file"],
+        evaluate_all: [trained, "--data-path", toy_data, "--csv", missing],
+        benchmark: ["model", "flatten_swin_t", "--json", missing],
+    }
+    for script, arguments in cases.items():
+        outcome = run_script(script, arguments, tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        last = outcome.output.strip().splitlines()[-1]
+        expected = "is a file; choose another --output" if "--output" in arguments else "choose a file in an existing"
+        assert f"{script.__name__.split('.')[-1]}.py: error: " in last
+        assert expected in last
+        assert "entries loaded" not in outcome.output  # weights
 
 
 @pytest.mark.parametrize(

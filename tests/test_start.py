@@ -414,6 +414,22 @@ def test_resume_of_a_finished_run_elsewhere_names_what_continues_it(trained, toy
     assert not (tmp_path / "toy").exists()
 
 
+def test_a_finished_run_restores_the_evaluations_that_its_metrics_lack(uninterrupted, toy_config, toy_data, tmp_path):
+    """The state of a run that ended while the disk of its metrics was full or slow."""
+    folder = tmp_path / "toy/default"
+    shutil.copytree(uninterrupted(1), folder)
+    metrics = folder / "metrics.jsonl"
+    complete = metrics.read_text()
+    lines = complete.splitlines(keepends=True)
+    assert '"kind": "eval_ema"' in lines[-1]
+    assert '"kind": "eval_raw"' in lines[-2]
+    metrics.write_text("".join(lines[:-2]) + lines[-2][:20])
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    assert "missing evaluations restored from the checkpoint" in outcome.output
+    assert metrics.read_text() == complete
+
+
 @pytest.mark.parametrize("case", ["missing", "stale", "lost"])
 def test_a_finished_run_repairs_its_best_checkpoint_or_reports_that_it_is_lost(
     case, uninterrupted, toy_config, toy_data, tmp_path

@@ -18,6 +18,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def can_write(path: Path) -> bool:
+    """Whether ``replacing`` can write a file: its directory exists and is writable, and the path is no directory."""
+    return os.access(path.parent, os.W_OK | os.X_OK) and not path.is_dir()
+
+
 def identify(folder: Path) -> tuple[int, int] | None:
     """Device and inode of a directory, which it keeps when it is renamed; None if there is nothing at the path."""
     try:

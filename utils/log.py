@@ -26,6 +26,7 @@ from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
@@ -221,7 +222,7 @@ class MetricsWriter:
     """
 
     def __init__(self, output: Path, step: int, *, evaluated: bool = True, evaluations: Sequence[dict] = ()):
-        self._path = output / "metrics.jsonl"
+        self._path = output / METRICS
         self._folder = output
         self._identity = identify(output)
         self._write_line = Sink(str(self._path))
@@ -307,6 +308,31 @@ def read_records(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return records
+
+
+def lacks_evaluations(output: Path, evaluations: Sequence[dict]) -> bool:
+    """Whether ``metrics.jsonl`` lacks a record of ``evaluations``: its disk was full or slow when the run ended."""
+    try:
+        known = {(record["step"], record["kind"]) for record in read_records(output / METRICS)}
+    except OSError:
+        return bool(evaluations)
+    return not all((record["step"], record["kind"]) in known for record in evaluations)
+
+
+def restore_evaluations(output: Path, step: int, evaluations: Sequence[dict]) -> None:
+    """Add the records of ``evaluations`` that ``metrics.jsonl`` lacks. A failure causes only a warning.
+
+    Args:
+        output: the directory of a finished run.
+        step: number of updates of the run.
+        evaluations: records of all evaluations of the run.
+    """
+    try:
+        _restore_records(output / METRICS, step, True, evaluations)
+    except OSError as error:
+        logger.warning("%s: missing evaluations cannot be restored (%s)", output / METRICS, error)
+    else:
+        logger.warning("%s: missing evaluations restored from the checkpoint", output / METRICS)
 
 
 def _restore_records(path: Path, step: int, evaluated: bool, evaluations: Sequence[dict]) -> None:

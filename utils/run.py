@@ -51,12 +51,21 @@ def check_available(output: Path) -> None:
     Raises:
         ConfigError: the path or an ancestor is a file or not writable, or another run has locked the directory.
     """
+    check_writable(output)
+    RunLock(output).check()
+
+
+def check_writable(output: Path) -> None:
+    """Check that a directory exists and is writable, or could be created.
+
+    Raises:
+        ConfigError: the path or an ancestor is a file or not writable.
+    """
     existing = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ConfigError(f"{existing} is a file; choose another --output or --tag")
+        raise ConfigError(f"{existing} is a file; choose another --output (or another --tag of a run)")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{output} cannot be written to (no permission for {existing}); choose another --output")
-    RunLock(output).check()
 
 
 @dataclass(frozen=True)
