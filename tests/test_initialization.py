@@ -96,7 +96,7 @@ def test_check_detects_the_same_problems_as_training(uninterrupted, toy_config, 
     command = [*toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 4, "TRAIN.AUTO_RESUME", False), "--check"]
     outcome = run_main(command, tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "so the directory would then contain checkpoints of two runs" in outcome.output
+    assert "so the directory would then contain files of two runs" in outcome.output
     newest, older = list_checkpoints(folder)
     newest.write_bytes(newest.read_bytes()[:1000])
     if read_checkpoint(folder / "best.pth")["num_updates"] > int(older.stem[11:]):

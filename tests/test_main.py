@@ -286,7 +286,7 @@ def test_losses_are_the_same_for_any_number_of_processes_and_accumulation_steps(
         (["--batch-size", "4"], "was saved with a global batch size of 8, but it is now 4"),
         (["--opts", "TRAIN.OPTIMIZER.NAME", "sgd"], "sgd cannot load this optimizer state"),
         (["--opts", "MODEL.NUM_CLASSES", "2"], "cannot change on resume"),
-        (["--opts", "TRAIN.AUTO_RESUME", "False"], "would then contain checkpoints of two runs"),
+        (["--opts", "TRAIN.AUTO_RESUME", "False"], "would then contain files of two runs"),
         (["--opts", "TRAIN.LAYER_DECAY", "0.8", "TRAIN.EPOCHS", "9"], "TRAIN.LAYER_DECAY was 1.0 and is 0.8 now"),
     ],
     ids=["batch size", "optimizer", "classes", "auto-resume", "parameter groups"],
@@ -337,7 +337,7 @@ def test_processes_stay_synchronised_when_one_of_them_reads_an_unreadable_image(
 
 # File names: the value of --resume, the value of --pretrained, and the newest checkpoint in the output directory.
 RESUMED, WEIGHTS, NEWEST = "resumed.pth", "weights.pth", "checkpoint_000000007.pth"
-TWO_RUNS = ("refused", "would then contain checkpoints of two runs")
+TWO_RUNS = ("refused", "of two runs")
 REFUSED = ("refused", "give only one of --resume and --pretrained")
 
 
