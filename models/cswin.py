@@ -132,6 +132,10 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
             return kernel + F.pad(lepe_kernel, (margin,) * 4), bias + lepe_bias
         return F.pad(kernel, (-margin,) * 4) + lepe_kernel, bias + lepe_bias
 
+    @property
+    def filter_side(self) -> int:
+        return max(self.get_v.kernel_size[0], super().filter_side)
+
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native map in place."""
         self.set_grid(self.layout(grid)[0])

@@ -6,7 +6,6 @@ Triton is imported at the first launch: importing this module needs no Triton.
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -36,9 +35,14 @@ def plan(num_tokens: int, block_size: int) -> Plan:
     return Plan(block_size, blocks_per_chunk, ceil_divide(num_blocks, blocks_per_chunk))
 
 
+def choose_precision(dtype: torch.dtype) -> str:
+    """Precision of products of matrices: ``tf32``, or ``tf32x3`` with the accuracy of float32."""
+    return "tf32" if dtype in HALF_PRECISION or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
 def launch_options(head_dim: int, precision: str) -> dict[str, int]:
-    """Tokens per block and warps per program for which the kernels need the fewest registers; see docs/performance.md."""
-    return {"block_size": 32, "num_warps": 4}
+    """Tokens per block and warps per program. The larger tiles of accurate products spill registers with 32 tokens."""
+    return {"block_size": 16 if head_dim == 64 and precision == "tf32x3" else 32, "num_warps": 4}
 
 
 def launch(kernel: str, num_programs: int, arguments: list[Tensor | int | None], constants: dict) -> None:
@@ -86,8 +90,7 @@ class KernelRun:
         self.filter = None if kernel is None else kernel.float().view(self.channels, -1).t().contiguous()  # (side^2, C)
         self.key_weight = None if key_weight is None else key_weight.float().reshape(self.num_images, -1).contiguous()
         self.grid = [height, width, prefix]
-        half = q.dtype in HALF_PRECISION
-        precision = "tf32" if half or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        precision = choose_precision(q.dtype)
         options = launch_options(self.head_dim, precision)
         block_size = options.pop("block_size")
         self.query_plan = plan(self.num_queries, block_size)

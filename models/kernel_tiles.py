@@ -127,10 +127,9 @@ def load_summary(ptr, head, D: tl.constexpr, TRANSPOSED: tl.constexpr):
     """S (D, D), or its transpose, and s (D,) of one head."""
     lanes = tl.arange(0, D)
     ptr += head * D * (D + 1)
+    S = tl.load(ptr + lanes[:, None] * D + lanes[None, :])
     if TRANSPOSED:
-        S = tl.load(ptr + lanes[None, :] * D + lanes[:, None])
-    else:
-        S = tl.load(ptr + lanes[:, None] * D + lanes[None, :])
+        S = tl.trans(S)
     return S, tl.load(ptr + D * D + lanes)
 
 
