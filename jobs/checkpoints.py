@@ -12,6 +12,7 @@ from data.classes import imagenet_classes
 from models.released import RELEASED, Released
 from utils.checkpoint import BEST
 from utils.config import ConfigError, flatten, load_config, load_stored_config, show
+from utils.config_keys import KEYS
 from utils.distributed import World, on_all, on_main
 from weights.download import fetch
 from weights.reader import CheckpointError, read_checkpoint, sha256
@@ -20,13 +21,15 @@ from weights.urls import is_url, without_secrets
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
+LINEAR_ATTENTION_KEYS = tuple(key for key in KEYS if key.startswith("MODEL.LA.") and key != "MODEL.LA.BACKEND")
 # Prefixes of the keys that determine the predictions for an image: model and preprocessing.
 PREDICTION_KEY_PREFIXES = (
     "MODEL.TYPE",
     "MODEL.NUM_CLASSES",
     "MODEL.SWIN.",
     "MODEL.DEIT.",
-    "MODEL.LA.",
+    *LINEAR_ATTENTION_KEYS,
     "DATA.IMG_SIZE",
     "DATA.INTERPOLATION",
     "DATA.MEAN",

@@ -14,6 +14,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
+from jobs.attention import choose_attention
 from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, check_same_file, choose_config, open_checkpoint
 from jobs.training import check_model, format_process_count
 from models import build_model
@@ -42,12 +43,14 @@ class Evaluation:
 
     Args:
         preferred: label of the weights whose result is reported.
+        attention: how linear attention was computed, see ``choose_attention``.
     """
 
     results: dict[str, EvalResult]
     models: dict[str, torch.nn.Module]
     preferred: str
     datasets: Datasets
+    attention: str
 
     @property
     def result(self) -> EvalResult:
@@ -78,7 +81,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
             output,
             evaluation.results,
             preferred=evaluation.preferred,
-            about=describe_evaluation(cfg, checkpoint),
+            about=describe_evaluation(cfg, checkpoint) | {"attention": evaluation.attention},
             classes=index.classes,
             names=[index.name(position) for position in range(len(index))],
             real_labels=evaluation.datasets.real_labels,
@@ -135,10 +138,11 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     )
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
     models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
+    attention = choose_attention(models.values(), [eval_dtype(cfg)], cfg, world)
     options = {"class_ids": datasets.class_ids, "keep_predictions": True}
     results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
     log_results(results)
-    return Evaluation(results, models, preferred_weights(checkpoint.state), datasets)
+    return Evaluation(results, models, preferred_weights(checkpoint.state), datasets, attention)
 
 
 def load_models(

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
-from jobs.checkpoints import check_same_file, locate
+from jobs.checkpoints import LINEAR_ATTENTION_KEYS, check_same_file, locate
 from jobs.start import Candidate, Contents, check_training_state, choose_start, is_repeated, read_candidate, survey
 from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
 from utils.compatibility import check_state, compare_groups
@@ -25,7 +25,14 @@ from weights.reader import CheckpointError, read_checkpoint, sha256
 logger = logging.getLogger(__name__)
 
 # Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
-ARCHITECTURE_KEY_PREFIXES = ("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA.", "DATA.IMG_SIZE")
+ARCHITECTURE_KEY_PREFIXES = (
+    "MODEL.TYPE",
+    "MODEL.NUM_CLASSES",
+    "MODEL.SWIN.",
+    "MODEL.DEIT.",
+    *LINEAR_ATTENTION_KEYS,
+    "DATA.IMG_SIZE",
+)
 # Keys that determine the parameter groups of the optimizer; a resumed run must not change the groups.
 GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
 MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from jobs.attention import choose_attention
 from models import build_model
 from utils.config import image_size
 from utils.distributed import World
@@ -44,6 +45,7 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log the images per second of the forward pass on random images, with the model, device and precision."""
     apply_numerical_settings(cfg)
     model = build_model(cfg).to(world.device).eval()
+    choose_attention([model], [amp_dtype(cfg)], cfg, world)
     if cfg.TRAIN.COMPILE:
         model = torch.compile(model)
     height, width = image_size(cfg)

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import ClassMatch, compare_classes, find_order
+from jobs.attention import choose_attention
 from jobs.checkpoints import check_same_file, stored_class_names
 from jobs.initialization import (
     Initialization,
@@ -90,7 +91,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     setup_logging(world.rank, output, earlier=earlier)
     if reset_best:
         trainer.state.best = dict(NO_BEST)
-    trainer.metadata |= {"environment": environment, "run_id": run_id}
+    trainer.metadata |= {"environment": environment | trainer.metadata["environment"], "run_id": run_id}
     trainer.stop = stop.requested
     del saved  # the state was loaded into the trainer; free the host memory of this copy
     if world.is_main:
@@ -262,6 +263,8 @@ def build_trainer(
     if saved is not None and world.is_main:
         warn_about_learning_rate(saved, cfg, schedule, world.size, init.checkpoint)
     log_recipe(cfg, world, model, schedule.base_lr, train_loader)
+    attended = [model, state.ema.module] if state.ema else [model]
+    attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     return Trainer(
         state=state,
         model=wrap(
@@ -280,6 +283,7 @@ def build_trainer(
         output=output,
         metadata={
             "format": FORMAT,
+            "environment": {"attention": attention},
             "config": to_dict(cfg),
             "class_names": list(datasets.train.index.classes),
             "data": data,

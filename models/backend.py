@@ -209,7 +209,7 @@ def model_variants(model: nn.Module, device: torch.device, dtypes: Iterable[torc
     return list(variants)
 
 
-def choose_backend(model: nn.Module, device: torch.device, dtypes: Sequence[torch.dtype], requested: str) -> tuple[str, str]:
+def choose_backend(model: nn.Module, device: torch.device, dtypes: Sequence[torch.dtype], requested: str) -> str:
     """Choose the backend of a model, and run the self-check if the kernels may be used.
 
     Args:
@@ -217,15 +217,14 @@ def choose_backend(model: nn.Module, device: torch.device, dtypes: Sequence[torc
         requested: one of ``BACKENDS``.
 
     Returns:
-        ``triton`` or ``torch``, and the reason for ``torch``.
+        The reason to use torch operations; "" to use the kernels.
     """
     if requested == "torch":
-        return "torch", "MODEL.LA.BACKEND is torch"
+        return "MODEL.LA.BACKEND is torch"
     variants = model_variants(model, device, dtypes)
     if not variants:
-        return "torch", "the model has no focused linear attention"
-    reason = next(filter(None, map(_check_once, variants)), "")
-    return ("torch" if reason else "triton"), reason
+        return "the model has no focused linear attention"
+    return next(filter(None, map(_check_once, variants)), "")
 
 
 def set_backend(model: nn.Module, backend: str) -> None:

@@ -121,7 +121,8 @@ class DeiT(Backbone):
         proj_drop_rate: dropout of attention projections and MLPs.
         attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
         drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
-        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration,
+            backend.
         device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Raises:

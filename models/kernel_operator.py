@@ -46,7 +46,7 @@ def launch_options(head_dim: int, precision: str) -> dict[str, int]:
 
 
 def launch(kernel: str, num_programs: int, arguments: list[Tensor | int | None], constants: dict) -> None:
-    """Launch a kernel of ``models/kernels.py``. A tensor that is None is not read; the kernel gets another one as its address."""
+    """Launch a kernel of ``models/kernels.py``. Arguments that are None are tensors that this variant does not read."""
     from models import kernels
 
     placeholder = next(argument for argument in arguments if isinstance(argument, Tensor))
@@ -118,8 +118,21 @@ class KernelRun:
         launch(
             "key_summary_kernel",
             images * num_chunks,
-            [self.k, self.v, self.position, self.inverse_scale, self.key_weight, key_statistics, partial]
-            + [*self.k.stride()[:2], *self.v.stride()[:2], self.num_keys, heads, num_blocks, num_chunks],
+            [
+                self.k,
+                self.v,
+                self.position,
+                self.inverse_scale,
+                self.key_weight,
+                key_statistics,
+                partial,
+                *self.k.stride()[:2],
+                *self.v.stride()[:2],
+                self.num_keys,
+                heads,
+                num_blocks,
+                num_chunks,
+            ],
             self.constants | {"HAS_WEIGHT": self.key_weight is not None},
         )
         summary = add_chunks(partial)
@@ -130,8 +143,22 @@ class KernelRun:
         launch(
             "output_kernel",
             images * num_chunks,
-            [self.q, self.v, self.inverse_scale, summary, self.filter, bias, query_statistics, out]
-            + [*self.q.stride()[:2], *self.v.stride()[:2], self.num_queries, heads, *self.grid, num_chunks],
+            [
+                self.q,
+                self.v,
+                self.inverse_scale,
+                summary,
+                self.filter,
+                bias,
+                query_statistics,
+                out,
+                *self.q.stride()[:2],
+                *self.v.stride()[:2],
+                self.num_queries,
+                heads,
+                *self.grid,
+                num_chunks,
+            ],
             self.constants | {"SIDE": self.side},
         )
         return out, summary, query_statistics, key_statistics
@@ -170,8 +197,25 @@ class KernelRun:
         launch(
             "query_gradient_kernel",
             images * num_chunks,
-            [self.q, gradient, self.inverse_scale, summary, statistics, scratch, partial, grad_log_scale, grad_bias, grad_q]
-            + [*self.q.stride()[:2], *grad_q.stride()[:2], self.num_queries, heads, self.grid[2], num_blocks, num_chunks],
+            [
+                self.q,
+                gradient,
+                self.inverse_scale,
+                summary,
+                statistics,
+                scratch,
+                partial,
+                grad_log_scale,
+                grad_bias,
+                grad_q,
+                *self.q.stride()[:2],
+                *grad_q.stride()[:2],
+                self.num_queries,
+                heads,
+                self.grid[2],
+                num_blocks,
+                num_chunks,
+            ],
             self.constants,
         )
         return add_chunks(partial), grad_log_scale.sum(dim=(0, 1)), grad_bias.sum(dim=(0, 1))
@@ -188,10 +232,30 @@ class KernelRun:
         launch(
             "key_gradient_kernel",
             images * num_chunks,
-            [self.k, self.v, gradient, self.position, self.inverse_scale, self.key_weight, grad_summary, self.filter]
-            + [statistics, scratch, grad_log_scale, grad_filter, grad_k, grad_v]
-            + [*self.k.stride()[:2], *self.v.stride()[:2], *grad_k.stride()[:2]]
-            + [self.num_keys, heads, *self.grid, num_blocks, num_chunks],
+            [
+                self.k,
+                self.v,
+                gradient,
+                self.position,
+                self.inverse_scale,
+                self.key_weight,
+                grad_summary,
+                self.filter,
+                statistics,
+                scratch,
+                grad_log_scale,
+                grad_filter,
+                grad_k,
+                grad_v,
+                *self.k.stride()[:2],
+                *self.v.stride()[:2],
+                *grad_k.stride()[:2],
+                self.num_keys,
+                heads,
+                *self.grid,
+                num_blocks,
+                num_chunks,
+            ],
             self.constants | {"SIDE": self.side, "HAS_WEIGHT": self.key_weight is not None},
         )
         return grad_log_scale.sum(dim=(0, 1)), None if grad_filter is None else grad_filter.sum(dim=(0, 1))

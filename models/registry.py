@@ -135,6 +135,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
             "kind": cfg.MODEL.LA.KIND,
             "focusing": cfg.MODEL.LA.FOCUSING,
             "rank_restoration": cfg.MODEL.LA.RANK_RESTORATION,
+            "backend": cfg.MODEL.LA.BACKEND,
         },
     }
 

@@ -188,6 +188,12 @@ KEYS = {
     "MODEL.LA.RANK_RESTORATION": Key(
         True, "add the depthwise convolution of the values; affects only `MODEL.LA.KIND` `focused` and `enhanced`"
     ),
+    "MODEL.LA.BACKEND": Key(
+        "auto",
+        "implementation of `MODEL.LA.KIND` `focused`: `torch` operations, `triton` kernels (an error if unavailable), or "
+        "`auto`: the kernels if GPU and model are supported and the kernels pass a self-check at the start",
+        choices=("auto", "triton", "torch"),
+    ),
     # Training
     "TRAIN.EPOCHS": Key(300, "number of epochs, excluding the cooldown", minimum=1, maximum=1_000_000),
     "TRAIN.WARMUP_EPOCHS": Key(20, "epochs of linear warm-up from `TRAIN.WARMUP_LR`, included in `TRAIN.EPOCHS`", minimum=0),
