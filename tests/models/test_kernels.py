@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent.parent
 MAX_STACK = 32  # bytes; ptxas spills a few bytes when this allows more programs per multiprocessor
 
 
-def run_interpreted(file: str, *arguments: str) -> None:
-    """Run a test file in a process in which Triton interprets kernels on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", file, *arguments]
+def run_interpreted(*arguments: str) -> None:
+    """Run test files in a process in which Triton interprets kernels on the CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments]
     outcome = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200, check=False
     )
@@ -27,6 +27,10 @@ def run_interpreted(file: str, *arguments: str) -> None:
 
 def test_interpreted_kernels_equal_standard_operations():
     run_interpreted("tests/models/interpreted_kernels.py", "-m", "not slow")
+
+
+def test_interpreted_kernels_work_with_the_features_of_torch_and_in_whole_runs():
+    run_interpreted("tests/models/interpreted_runs.py", "tests/models/interpreted_integration.py")
 
 
 @pytest.mark.slow
