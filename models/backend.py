@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import fused_attention, kernel_operator
 from models.kernel_operator import choose_precision
+from models.transforms import is_batched, is_function_transformed
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, side: int, powe
         return False
     if torch.compiler.is_compiling():
         return _was_checked(q.device, q.dtype, q.shape[2] // num_heads, side, float(power), masked)
-    if torch._C._are_functorch_transforms_active():
+    if is_function_transformed() or any(map(is_batched, (q, k, v))):
         return False
     options = q.shape[2] // num_heads, side, float(power), masked, choose_precision(q.dtype)
     return not _check_once(Variant(q.device, q.dtype, *options))

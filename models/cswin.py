@@ -134,7 +134,7 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
 
     @property
     def filter_side(self) -> int:
-        return max(self.get_v.kernel_size[0], super().filter_side)
+        return max(self.get_v.kernel_size, super().filter_side)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native map in place."""

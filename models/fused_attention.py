@@ -124,7 +124,7 @@ class _FocusedAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         *inputs, bias, key_weight, summaries, query_statistics, key_statistics = ctx.saved_tensors
         if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
-            gradients = _unfused_gradients([*inputs, bias, key_weight], ctx.needs_input_grad, ctx.options, gradient)
+            gradients = unfused_gradients([*inputs, bias, key_weight], ctx.needs_input_grad, ctx.options, gradient)
         else:
             run = _Run(*inputs, key_weight, *ctx.options)
             with without_autocast(gradient.device):
@@ -132,7 +132,7 @@ class _FocusedAttention(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _unfused_gradients(
+def unfused_gradients(
     inputs: list[Tensor | None], needed: tuple[bool, ...], options: tuple, gradient: Tensor
 ) -> list[Tensor | None]:
     """Gradients of ``unfused_attention``, which autograd can differentiate again and ``vmap`` can batch.

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.fused_attention import unfused_gradients
 from models.layers import ceil_divide
+from models.transforms import is_batched
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 MAX_BLOCKS = 8  # per chunk: more blocks write fewer partial sums, fewer blocks occupy more of the GPU
@@ -350,6 +352,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, gradient, *_):
     q, k, v, position, scale, kernel, bias, key_weight, *saved = ctx.saved_tensors
+    if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
+        num_heads, power, *grid, num_prefix = ctx.options
+        inputs, options = [q, k, v, position, scale, kernel, bias, key_weight], (num_heads, power, tuple(grid), num_prefix)
+        gradients = unfused_gradients(inputs, ctx.needs_input_grad, options, gradient)
+        return *gradients, *(None,) * len(ctx.options)
     first, second, grad_position, grad_scale, grad_kernel, grad_bias = attention_backward_operator(
         gradient, q, k, v, position, scale, kernel, key_weight, *saved, *ctx.options
     )

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernel_operator
 from models.attention import COMPARED_ATTENTIONS, count_keys
+from models.backend import BACKENDS, supports
 from models.fused_attention import (
     depthwise_convolution,
     focused_attention,
@@ -95,6 +97,8 @@ class FocusedLinearAttention(nn.Module):
         kind: one of ``ATTENTION_KINDS``; only ``focused`` has a positional encoding and a scale.
         focusing: apply the focused function f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
+        backend: for kind ``focused``: ``torch`` operations, ``triton`` kernels, or ``auto``. Calls that the kernels do not
+            support use torch operations; see ``models/backend.py``.
         device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Attributes:
@@ -102,7 +106,7 @@ class FocusedLinearAttention(nn.Module):
             derivatives; they need more time and memory for first derivatives, and less for derivatives of higher order.
 
     Raises:
-        ValueError: an unknown kind, an even kernel, or heads that do not divide the channels.
+        ValueError: an unknown kind or backend, an even kernel, or heads that do not divide the channels.
     """
 
     fused = True
@@ -120,6 +124,7 @@ class FocusedLinearAttention(nn.Module):
         kind: str = "focused",
         focusing: bool = True,
         rank_restoration: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -130,8 +135,11 @@ class FocusedLinearAttention(nn.Module):
             raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
         if kind not in ATTENTION_KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(ATTENTION_KINDS)}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
         factory = {"device": device, "dtype": dtype}
         self.dim = dim
+        self.backend = backend
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.grid = to_pair(grid)
@@ -187,8 +195,8 @@ class FocusedLinearAttention(nn.Module):
         kernel, bias = self.local_filter()
         convolved = False
         if self.kind == "focused":
-            form = focused_attention if self.fused and not is_transformed() else unfused_attention
-            convolved = q.shape[1] == k.shape[1]  # both forms include the convolution, but not of reduced values
+            form = self._choose_form(q, k, v, kernel, masked=key_mask is not None)
+            convolved = q.shape[1] == k.shape[1]  # all forms include the convolution, but not of reduced values
             filters = {"kernel": kernel, "bias": bias} if convolved else {}
             out = self._attend_focused(q, k, v, key_grid, key_mask, form=form, grid=grid, **filters)
         else:
@@ -202,6 +210,26 @@ class FocusedLinearAttention(nn.Module):
     def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
         return (None, None) if self.dwc is None else self.dwc()
+
+    @property
+    def filter_side(self) -> int:
+        """Side of the convolution's kernel if the convolution is computed with the attention; else 0."""
+        return self.dwc.kernel_size if self.dwc is not None and self.grid == self.key_grid else 0
+
+    @property
+    def power(self) -> float:
+        """Exponent p of the focused function; 1 without it."""
+        return self.focusing_factor if self.focusing else 1
+
+    def _choose_form(self, q: Tensor, k: Tensor, v: Tensor, kernel: Tensor | None, *, masked: bool) -> Callable[..., Tensor]:
+        """The form of focused attention for this call: the Triton kernels, the custom backward pass, or standard operations."""
+        if not self.fused:
+            return unfused_attention
+        side = kernel.shape[-1] if kernel is not None and q.shape[1] == k.shape[1] else 0
+        options = {"num_heads": self.num_heads, "side": side, "power": self.power, "masked": masked}
+        if supports(q, k, v, **options, requested=self.backend):
+            return kernel_operator.focused_attention
+        return unfused_attention if is_transformed() else focused_attention
 
     def attention_matrix(
         self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
@@ -279,7 +307,7 @@ class FocusedLinearAttention(nn.Module):
         """Focused attention, and the convolution of the values if ``kernel`` is given. Returns (B, N, C).
 
         Args:
-            form: ``focused_attention`` or ``unfused_attention``.
+            form: ``unfused_attention`` or an equivalent function.
             grid: height and width of the token map of v, for the convolution.
         """
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -293,7 +321,7 @@ class FocusedLinearAttention(nn.Module):
             bias=bias,
             key_weight=None if key_mask is None else key_mask / count_keys(key_mask).to(dtype),
             num_heads=self.num_heads,
-            power=self.focusing_factor if self.focusing else 1,
+            power=self.power,
             grid=grid,
             num_prefix_tokens=self.num_prefix_tokens,
         )

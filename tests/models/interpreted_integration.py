@@ -100,6 +100,18 @@ def test_functorch_and_export_use_standard_operations(launches):
     assert len(launches) == 4
 
 
+def test_second_derivatives_equal_those_of_standard_operations(launches):
+    operator, results = create_operator(), []
+    packed = torch.randn(1, 6, 3 * C).requires_grad_()
+    for backend_name in ("triton", "torch"):
+        operator.backend = backend_name
+        (gradient,) = torch.autograd.grad(operator(*split_channels(packed, 3)).square().sum(), packed, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), [packed, *operator.parameters()]))
+    assert len(launches) == 4  # also the second derivative needs the gradient of the output once, without a graph
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_autocast_runs_the_kernels_in_bfloat16(launches):
     model = create_model("flatten_deit_t", img_size=32, embed_dim=16, depth=1, num_heads=1, num_classes=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
