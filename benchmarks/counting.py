@@ -1,12 +1,21 @@
 """Count kernel launches, bytes read and written, and bytes of live tensors, from the operations that torch dispatches."""
 
 import weakref
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models import kernel_operator
+
+# Registered operator -> the function that launches its kernels.
+KERNEL_OPERATORS = {
+    torch.ops.flatten.focused_attention.default: kernel_operator.run_forward,
+    torch.ops.flatten.focused_attention_backward.default: kernel_operator.run_backward,
+}
 # Names of operations that launch no kernel.
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}
 # Names of operations that read only the shape and type of their argument.
@@ -43,6 +52,8 @@ class TrafficCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function in KERNEL_OPERATORS:
+            return self._count_launches(KERNEL_OPERATORS[function], args)
         out = function(*args, **kwargs)
         name, schema = function.overloadpacket.__name__, function._schema
         if name in ALLOCATIONS:
@@ -61,6 +72,17 @@ class TrafficCounter(TorchDispatchMode):
         self.bytes_read += sum(map(num_bytes, distinct_inputs.values()))
         self.bytes_written += sum(map(num_bytes, results))
         return out
+
+    def _count_launches(self, operator: Callable, args: tuple):
+        """Run the host code of an operator of ``models/kernel_operator.py``; count its launches instead of executing them."""
+
+        def count(kernel: str, num_programs: int, inputs: list, outputs: list, *_) -> None:
+            self.num_kernels += 1
+            self.bytes_read += sum(num_bytes(tensor) for tensor in inputs if tensor is not None)
+            self.bytes_written += sum(num_bytes(tensor) for tensor in outputs if tensor is not None)
+
+        with mock.patch.object(kernel_operator, "launch", count), self:  # also counts the torch operations of the host code
+            return operator(*args)
 
 
 class MemoryCounter(TorchDispatchMode):

@@ -1,15 +1,17 @@
 """Benchmark models against the same network with softmax attention or naive linear attention, and against timm's model."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import timm
 import torch
 from torch import nn
 
-from benchmarks.counting import MemoryCounter
+from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
+from models.backend import set_backend
 
 # Our model -> timm's model of the same family and size. timm has no PVT (v1) and no CSwin.
 PEERS = {
@@ -41,15 +43,18 @@ def create_variants(name: str, img_size: int) -> dict[str, nn.Module]:
 def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
     """Create a function for one inference step (forward), or one training step (forward, loss, backward)."""
     device = images.device
-    autocast = {"device_type": device.type, "dtype": dtype, "enabled": dtype != torch.float32}
+
+    def autocast() -> AbstractContextManager:
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
     targets = torch.arange(len(images), device=device) % NUM_CLASSES
 
     def infer() -> None:
-        with torch.inference_mode(), torch.autocast(**autocast):
+        with torch.inference_mode(), autocast():
             model(images)
 
     def train() -> None:
-        with torch.autocast(**autocast):
+        with autocast():
             loss = nn.functional.cross_entropy(model(images), targets)
         loss.backward()
         for parameter in model.parameters():
@@ -113,3 +118,23 @@ def measure_peak(step: Callable[[], None], device: torch.device) -> int:
     with MemoryCounter() as counter:
         step()
     return counter.peak
+
+
+def count_step_traffic(name: str, *, img_size: int, batch_size: int) -> list[dict]:
+    """Count kernel launches and bytes moved by one training step in fp32, on the meta device, so nothing is computed.
+
+    Returns:
+        One record per variant of the model; our model appears with torch operations and with the Triton kernels.
+    """
+    with torch.device("meta"):
+        variants = create_variants(name, img_size)
+        images = torch.empty(batch_size, 3, img_size, img_size)
+    runs = [(f"focused, {backend}", variants["focused"], backend) for backend in ("torch", "triton")]
+    runs += [(label, model, "torch") for label, model in variants.items() if label != "focused"]
+    records = []
+    for label, model, backend in runs:
+        set_backend(model, backend)
+        with TrafficCounter() as counter:
+            create_step(model.train(), images, training=True, dtype=torch.float32)()
+        records.append({"model": name, "variant": label, "kernels": counter.num_kernels, "gigabytes": counter.num_bytes / 1e9})
+    return records

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.counting import TrafficCounter
+from benchmarks.counting import TrafficCounter, num_bytes
 from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models.fused_attention import split_channels
@@ -15,6 +15,7 @@ from models.layers import merge_windows, partition_windows
 from models.linear_attention import FocusedLinearAttention
 
 OURS = "focused"
+KERNELS = "focused, Triton kernels"
 NAIVE = "naive implementation"
 SOFTMAX = "softmax"
 WINDOWS = "softmax in 7 x 7 windows"
@@ -106,8 +107,10 @@ def measure_operator(
     return records
 
 
-def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int) -> list[dict]:
-    """Count kernel launches and bytes moved by the operator and by the naive implementation in fp32.
+def count_traffic(
+    num_tokens: int, *, dim: int, num_heads: int, batch_size: int, dtype: torch.dtype = torch.float32
+) -> list[dict]:
+    """Count kernel launches and bytes moved by the operator, in both forms, and by the naive implementation.
 
     The tensors are on the meta device, so nothing is computed. The minimum traffic counts each input and output once: the
     forward pass must read q, k and v and write the output; the backward pass must read q, k, v and the output's gradient and
@@ -119,13 +122,15 @@ def count_traffic(num_tokens: int, *, dim: int, num_heads: int, batch_size: int)
     """
     side = math.isqrt(num_tokens)
     with torch.device("meta"):
-        operator = FocusedLinearAttention(dim, num_heads, (side, side))
-        qkv = torch.empty(batch_size, num_tokens, 3 * dim).requires_grad_()
-        gradient = torch.empty(batch_size, num_tokens, dim)
+        operator = FocusedLinearAttention(dim, num_heads, (side, side)).to(dtype)
+        qkv = torch.empty(batch_size, num_tokens, 3 * dim, dtype=dtype).requires_grad_()
+        gradient = torch.empty(batch_size, num_tokens, dim, dtype=dtype)
     attentions = create_attentions(operator, side, with_softmax=False)
-    tensor_bytes = 4 * batch_size * num_tokens * dim
+    attentions[KERNELS] = attentions[OURS]
+    tensor_bytes = num_bytes(gradient)
     records = []
-    for name in (OURS, NAIVE):
+    for name in (OURS, KERNELS, NAIVE):
+        operator.backend = "triton" if name == KERNELS else "torch"
         for pass_name, min_tensors in (("forward", 4), ("forward and backward", 4 + 7)):
             with TrafficCounter() as counter:
                 if pass_name == "forward":

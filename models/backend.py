@@ -64,7 +64,7 @@ def find_obstacle(variant: Variant) -> str:
         return f"the convolution kernel is {variant.side} x {variant.side}; the kernels support 3 x 3 and 5 x 5"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if IS_INTERPRETED:
+    if IS_INTERPRETED or variant.device.type == "meta":
         return ""
     if variant.device.type != "cuda":
         return f"the device is a {variant.device.type.upper()}"
@@ -83,9 +83,10 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, side: int, powe
     """Whether to compute this call with the kernels.
 
     The first call of each variant runs the self-check and logs a warning if it fails. ``torch.compile`` uses the kernels only
-    if the variant has been checked before, by an eager call or by ``choose_backend``.
+    if the variant has been checked before, by an eager call or by ``choose_backend``. On the meta device, where nothing is
+    computed, ``triton`` selects the kernels without a check.
     """
-    if requested == "torch" or not (q.is_cuda or IS_INTERPRETED):
+    if requested == "torch" or not (q.is_cuda or IS_INTERPRETED or (q.is_meta and requested == "triton")):
         return False
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
@@ -108,7 +109,7 @@ def _was_checked(device, dtype, head_dim, side, power, masked) -> bool:
 
 def _check_once(variant: Variant) -> str:
     if variant not in _verdicts:
-        _verdicts[variant] = find_obstacle(variant) or _check(variant)
+        _verdicts[variant] = find_obstacle(variant) or ("" if variant.device.type == "meta" else _check(variant))
     return _verdicts[variant]
 
 

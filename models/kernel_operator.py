@@ -47,13 +47,20 @@ def launch_options(head_dim: int, precision: str) -> dict[str, int]:
     return {"block_size": 16 if head_dim == 64 and precision == "tf32x3" else 32, "num_warps": 4}
 
 
-def launch(kernel: str, num_programs: int, arguments: list[Tensor | int | None], constants: dict) -> None:
-    """Launch a kernel of ``models/kernels.py``. Arguments that are None are tensors that this variant does not read."""
+def launch(
+    kernel: str,
+    num_programs: int,
+    inputs: list[Tensor | None],
+    outputs: list[Tensor | None],
+    numbers: list[int],
+    constants: dict,
+) -> None:
+    """Launch a kernel of ``models/kernels.py``. Tensors that are None are not used by this variant of the kernel."""
     from models import kernels
 
-    placeholder = next(argument for argument in arguments if isinstance(argument, Tensor))
-    arguments = [placeholder if argument is None else argument for argument in arguments]
-    getattr(kernels, kernel)[(num_programs,)](*arguments, **constants, num_stages=1, enable_fp_fusion=True)
+    tensors = [inputs[0] if tensor is None else tensor for tensor in [*inputs, *outputs]]
+    with torch.cuda.device_of(inputs[0]):
+        getattr(kernels, kernel)[(num_programs,)](*tensors, *numbers, **constants, num_stages=1, enable_fp_fusion=True)
 
 
 class KernelRun:
@@ -120,21 +127,9 @@ class KernelRun:
         launch(
             "key_summary_kernel",
             images * num_chunks,
-            [
-                self.k,
-                self.v,
-                self.position,
-                self.inverse_scale,
-                self.key_weight,
-                key_statistics,
-                partial,
-                *self.k.stride()[:2],
-                *self.v.stride()[:2],
-                self.num_keys,
-                heads,
-                num_blocks,
-                num_chunks,
-            ],
+            [self.k, self.v, self.position, self.inverse_scale, self.key_weight],
+            [key_statistics, partial],
+            [*self.k.stride()[:2], *self.v.stride()[:2], self.num_keys, heads, num_blocks, num_chunks],
             self.constants | {"HAS_WEIGHT": self.key_weight is not None},
         )
         summary = add_chunks(partial)
@@ -145,22 +140,9 @@ class KernelRun:
         launch(
             "output_kernel",
             images * num_chunks,
-            [
-                self.q,
-                self.v,
-                self.inverse_scale,
-                summary,
-                self.filter,
-                bias,
-                query_statistics,
-                out,
-                *self.q.stride()[:2],
-                *self.v.stride()[:2],
-                self.num_queries,
-                heads,
-                *self.grid,
-                num_chunks,
-            ],
+            [self.q, self.v, self.inverse_scale, summary, self.filter, bias],
+            [query_statistics, out],
+            [*self.q.stride()[:2], *self.v.stride()[:2], self.num_queries, heads, *self.grid, num_chunks],
             self.constants | {"SIDE": self.side},
         )
         return out, summary, query_statistics, key_statistics
@@ -199,25 +181,9 @@ class KernelRun:
         launch(
             "query_gradient_kernel",
             images * num_chunks,
-            [
-                self.q,
-                gradient,
-                self.inverse_scale,
-                summary,
-                statistics,
-                scratch,
-                partial,
-                grad_log_scale,
-                grad_bias,
-                grad_q,
-                *self.q.stride()[:2],
-                *grad_q.stride()[:2],
-                self.num_queries,
-                heads,
-                self.grid[2],
-                num_blocks,
-                num_chunks,
-            ],
+            [self.q, gradient, self.inverse_scale, summary, statistics],
+            [scratch, partial, grad_log_scale, grad_bias, grad_q],
+            [*self.q.stride()[:2], *grad_q.stride()[:2], self.num_queries, heads, self.grid[2], num_blocks, num_chunks],
             self.constants,
         )
         return add_chunks(partial), grad_log_scale.sum(dim=(0, 1)), grad_bias.sum(dim=(0, 1))
@@ -244,11 +210,9 @@ class KernelRun:
                 grad_summary,
                 self.filter,
                 statistics,
-                scratch,
-                grad_log_scale,
-                grad_filter,
-                grad_k,
-                grad_v,
+            ],
+            [scratch, grad_log_scale, grad_filter, grad_k, grad_v],
+            [
                 *self.k.stride()[:2],
                 *self.v.stride()[:2],
                 *grad_k.stride()[:2],
@@ -273,8 +237,7 @@ def split_gradients(first: Tensor, second: Tensor, channels: int) -> tuple[Tenso
     return first.split(channels, dim=-1) if second.numel() == 0 else (first, *second.split(channels, dim=-1))
 
 
-@torch.library.custom_op("flatten::focused_attention", mutates_args=())
-def attention_operator(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -294,6 +257,9 @@ def attention_operator(
     return run.forward(bias)
 
 
+attention_operator = torch.library.custom_op("flatten::focused_attention", run_forward, mutates_args=())
+
+
 @attention_operator.register_fake
 def _(q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, height, width, prefix):
     (num_images, num_queries, channels), num_keys, head_dim = q.shape, k.shape[1], q.shape[2] // num_heads
@@ -305,8 +271,7 @@ def _(q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, heig
     )
 
 
-@torch.library.custom_op("flatten::focused_attention_backward", mutates_args=())
-def attention_backward_operator(
+def run_backward(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -327,6 +292,9 @@ def attention_backward_operator(
     """Gradients; see ``KernelRun.backward``. Outputs of an operator must not share memory, so views are taken outside."""
     run = KernelRun(q, k, v, position, scale, kernel, key_weight, num_heads, power, height, width, prefix)
     return run.backward(gradient, summary, query_statistics, key_statistics)
+
+
+attention_backward_operator = torch.library.custom_op("flatten::focused_attention_backward", run_backward, mutates_args=())
 
 
 @attention_backward_operator.register_fake

@@ -3,6 +3,7 @@
     model       complete models, compared with the same network with softmax attention, with timm's model, and with a naive
                 implementation of the paper's formula
     attention   the attention operator at several numbers of tokens, and its memory traffic
+    traffic     kernel launches and memory traffic of a training step, counted on the meta device
     data        decoding and augmentation, compared with torchvision's reader and timm's transform, and loading with different
                 numbers of workers
     epoch       the training loop of a config, with and without data loader and EMA, compared with bare training steps
@@ -63,6 +64,11 @@ def parse() -> argparse.Namespace:
     )
     attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
+    traffic = modes.add_parser("traffic", parents=[shared], help="bytes moved by a training step, counted without a GPU")
+    traffic.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
+    traffic.add_argument("--batch-size", type=int, default=128)
+    traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
+
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
     data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
     data.add_argument(
@@ -87,13 +93,18 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def check_names(names: list[str]) -> None:
+    from models import list_models
+
+    if unknown := [name for name in names if name not in list_models()]:
+        raise ConfigError(f"{unknown[0]}: unknown model; choose among {', '.join(list_models())}")
+
+
 def measure_models(args: argparse.Namespace, device) -> list[dict]:
     from benchmarks.networks import measure_model
-    from models import list_models
     from utils.optim import PRECISIONS as DTYPES
 
-    if unknown := [name for name in args.models if name not in list_models()]:
-        raise ConfigError(f"{unknown[0]}: unknown model; choose among {', '.join(list_models())}")
+    check_names(args.models)
     training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.steps]
     return [
         record
@@ -133,6 +144,14 @@ def measure_attention(args: argparse.Namespace, device) -> list[dict]:
     return records + count_traffic(3136, dim=args.dim, num_heads=args.heads, batch_size=args.batch_size)
 
 
+def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
+    from benchmarks.networks import count_step_traffic
+
+    check_names(args.models)
+    options = {"img_size": args.img_size, "batch_size": args.batch_size}
+    return [record for name in args.models for record in count_step_traffic(name, **options)]
+
+
 def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from benchmarks.loading import measure_loading, measure_workers
     from data.build import count_cores
@@ -154,7 +173,13 @@ def measure_epoch(args: argparse.Namespace, device) -> list[dict]:
     return measure_loop(cfg, World(0, 0, 1, device), updates=args.updates, rounds=args.rounds)
 
 
-MEASURES = {"model": measure_models, "attention": measure_attention, "data": measure_data, "epoch": measure_epoch}
+MEASURES = {
+    "model": measure_models,
+    "attention": measure_attention,
+    "traffic": measure_traffic,
+    "data": measure_data,
+    "epoch": measure_epoch,
+}
 
 
 def to_markdown(records: list[dict]) -> str:
