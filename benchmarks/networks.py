@@ -11,7 +11,7 @@ from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
-from models.backend import set_backend
+from models.backend import choose_backend, set_backend
 
 # Our model -> timm's model of the same family and size. timm has no PVT (v1) and no CSwin.
 PEERS = {
@@ -80,6 +80,9 @@ def measure_model(
     """
     torch.manual_seed(0)
     variants = create_variants(name, img_size)
+    if device.type == "cuda" and not choose_backend(variants["focused"], device, [dtype], "auto"):
+        set_backend(variants["focused"], "torch")
+        variants["focused, Triton kernels"] = create_model(name, img_size=img_size)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
     steps, eager_steps = {}, {}
     for label, model in variants.items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,12 @@ from torch import Tensor
 from benchmarks.counting import TrafficCounter, num_bytes
 from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
+from models.backend import choose_backend
 from models.fused_attention import split_channels
 from models.layers import merge_windows, partition_windows
 from models.linear_attention import FocusedLinearAttention
 
-OURS = "focused"
+OURS = "focused"  # torch operations
 KERNELS = "focused, Triton kernels"
 NAIVE = "naive implementation"
 SOFTMAX = "softmax"
@@ -24,8 +26,15 @@ WINDOW = 7
 Attention = Callable[[Tensor], Tensor]  # joint projection to q, k and v, (B, N, 3C) -> output, (B, N, C)
 
 
-def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softmax: bool) -> dict[str, Attention]:
+def create_attentions(
+    operator: FocusedLinearAttention, side: int, *, with_softmax: bool, with_kernels: bool
+) -> dict[str, Attention]:
     """Attention functions by name, for maps of side * side tokens."""
+
+    def focused(qkv: Tensor, backend: str) -> Tensor:
+        operator.backend = backend
+        return operator(*split_channels(qkv, 3))
+
     grid, num_heads = (side, side), operator.num_heads
 
     def softmax(qkv: Tensor) -> Tensor:
@@ -37,9 +46,11 @@ def create_attentions(operator: FocusedLinearAttention, side: int, *, with_softm
         return merge_windows(out, (WINDOW, WINDOW), grid).flatten(1, 2)
 
     attentions = {
-        OURS: lambda qkv: operator(*split_channels(qkv, 3)),
+        OURS: partial(focused, backend="torch"),
         NAIVE: lambda qkv: naive_attention(*qkv.chunk(3, dim=-1), module=operator, grid=grid),
     }
+    if with_kernels:
+        attentions[KERNELS] = partial(focused, backend="triton")
     if with_softmax:
         attentions[SOFTMAX] = softmax
     if side % WINDOW == 0:
@@ -79,7 +90,8 @@ def measure_operator(
     operator = FocusedLinearAttention(dim, num_heads, (side, side)).to(device, dtype)
     qkv = torch.randn(batch_size, num_tokens, 3 * dim, device=device, dtype=dtype).requires_grad_()
     gradient, parameters = torch.randn(batch_size, num_tokens, dim, device=device, dtype=dtype), list(operator.parameters())
-    attentions = create_attentions(operator, side, with_softmax=num_tokens <= max_softmax_tokens)
+    with_kernels = device.type == "cuda" and not choose_backend(operator, device, [dtype], "auto")
+    attentions = create_attentions(operator, side, with_softmax=num_tokens <= max_softmax_tokens, with_kernels=with_kernels)
 
     def infer(attend: Attention) -> None:
         with torch.no_grad():
@@ -125,12 +137,10 @@ def count_traffic(
         operator = FocusedLinearAttention(dim, num_heads, (side, side)).to(dtype)
         qkv = torch.empty(batch_size, num_tokens, 3 * dim, dtype=dtype).requires_grad_()
         gradient = torch.empty(batch_size, num_tokens, dim, dtype=dtype)
-    attentions = create_attentions(operator, side, with_softmax=False)
-    attentions[KERNELS] = attentions[OURS]
+    attentions = create_attentions(operator, side, with_softmax=False, with_kernels=True)
     tensor_bytes = num_bytes(gradient)
     records = []
     for name in (OURS, KERNELS, NAIVE):
-        operator.backend = "triton" if name == KERNELS else "torch"
         for pass_name, min_tensors in (("forward", 4), ("forward and backward", 4 + 7)):
             with TrafficCounter() as counter:
                 if pass_name == "forward":

@@ -62,8 +62,6 @@ def find_obstacle(variant: Variant) -> str:
         return f"the head dimension is {variant.head_dim}; the kernels support {', '.join(map(str, HEAD_DIMS))}"
     if variant.side not in KERNEL_SIDES:
         return f"the convolution kernel is {variant.side} x {variant.side}; the kernels support 3 x 3 and 5 x 5"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
     if IS_INTERPRETED or variant.device.type == "meta":
         return ""
     if variant.device.type != "cuda":
@@ -72,6 +70,13 @@ def find_obstacle(variant: Variant) -> str:
         return "the kernels have not been tested with ROCm"
     if (capability := torch.cuda.get_device_capability(variant.device)) < MIN_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    return find_triton_problem()
+
+
+def find_triton_problem() -> str:
+    """Why the installed Triton cannot compile the kernels; "" if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
@@ -92,7 +97,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, side: int, powe
         return False
     if not q.dtype == k.dtype == v.dtype or q.shape[0] == 0:
         return False
-    if max(q.shape[1], k.shape[1]) * 3 * q.shape[2] >= MAX_OFFSET:
+    if any(x.shape[1] * max(x.stride(1), 3 * x.shape[2]) >= MAX_OFFSET for x in (q, k, v)):
         return False
     if torch.compiler.is_compiling():
         return _was_checked(q.device, q.dtype, q.shape[2] // num_heads, side, float(power), masked)

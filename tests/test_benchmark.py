@@ -9,8 +9,8 @@ from torch import nn
 import scripts.benchmark
 from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
-from benchmarks.networks import PEERS, create_variants
-from benchmarks.operator import NAIVE, OURS, count_traffic
+from benchmarks.networks import PEERS, count_step_traffic, create_variants
+from benchmarks.operator import KERNELS, NAIVE, OURS, count_traffic
 from benchmarks.timing import Timing, speedup
 from models import create_model
 from tests.launch import run_script
@@ -89,11 +89,27 @@ def test_the_attention_operator_moves_fewer_bytes_than_the_naive_implementation(
     assert records[OURS, "forward and backward"]["tensors"] < 134
 
 
+def test_the_triton_kernels_move_at_most_17_tensors_in_few_launches():
+    """Counted on the meta device. The minimum, one pass over every input and output, is 11 tensors."""
+    for dtype in (torch.float32, torch.bfloat16):
+        records = count_traffic(3136, dim=96, num_heads=3, batch_size=128, dtype=dtype)
+        record = next(r for r in records if r["attention"] == KERNELS and r["pass"] == "forward and backward")
+        assert 11 < record["tensors"] < 17
+        assert record["kernels"] < 40
+
+
+def test_swin_with_the_triton_kernels_moves_fewer_bytes_than_with_softmax_attention():
+    records = {r["variant"]: r for r in count_step_traffic("flatten_swin_t", img_size=224, batch_size=128)}
+    assert records["focused, triton"]["gigabytes"] < 112
+    assert records["focused, triton"]["gigabytes"] < 0.81 * records["softmax baseline"]["gigabytes"]
+
+
 def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):
     common = ["--rounds", 1, "--json", tmp_path / "records.json"]
     runs = {
         "attention": ["--tokens", 49, 64, "--dim", 8, "--heads", 2, "--batch-size", 1, "--png", tmp_path / "attention.png"],
         "model": ["flatten_deit_t", "--img-size", 32, "--batch-size", 1, "--png", tmp_path / "model.png"],
+        "traffic": ["flatten_deit_t", "--img-size", 32, "--batch-size", 1],
         "data": ["--images", toy_data / "val/class0", "--workers", 1],
         "epoch": ["--cfg", toy_config, "--data-path", toy_data, "--updates", 2],
     }

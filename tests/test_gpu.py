@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from models import create_model
+from models.backend import Variant, compare, find_obstacle
 from models.linear_attention import FocusedLinearAttention
 from tests.conftest import CONFIGS
+from tests.launch import torchrun
 from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.optim import build_optimizer, build_scaler
@@ -48,3 +50,69 @@ def test_a_training_update_does_not_synchronise_host_and_gpu(name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert report.isfinite().all()
+
+
+def require_kernels(dtype: torch.dtype = torch.float32) -> Variant:
+    """A variant for this GPU; skips the test if the GPU or Triton does not support the kernels."""
+    variant = Variant(GPU, dtype, 32, 5, 3.0, False, "tf32" if dtype != torch.float32 else "tf32x3")
+    if reason := find_obstacle(variant):
+        pytest.skip(reason)
+    return variant
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_triton_kernels_agree_with_torch_operations(dtype, head_dim, masked):
+    variant = require_kernels(dtype)._replace(head_dim=head_dim, masked=masked)
+    for side, power in ((5, 3.0), (3, 2.5), (0, 1.0)):
+        assert compare(variant._replace(side=side, power=power)) == ""
+
+
+def test_results_of_the_kernels_do_not_depend_on_the_other_images_of_the_batch():
+    require_kernels()
+    operator = FocusedLinearAttention(96, 3, (28, 28), backend="triton").to(GPU)
+    tokens = torch.randn(8, 784, 3 * 96, device=GPU)
+    with torch.no_grad():
+        batch, single = operator(*tokens.chunk(3, dim=-1)), operator(*tokens[3:4].chunk(3, dim=-1))
+    assert torch.equal(batch[3:4], single)
+
+
+def test_a_compiled_model_uses_the_kernels_and_has_the_same_gradients():
+    require_kernels(torch.bfloat16)
+    model, images = create_model("flatten_swin_t", depths=(1, 1, 1, 1)).to(GPU), torch.randn(2, 3, 224, 224, device=GPU)
+    results = []
+    for run in (model, torch.compile(model)):  # the eager call runs the self-check
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            loss = run(images).square().mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+        assert any("query_gradient_kernel" in event.key for event in profile.key_averages())
+        results.append(gradients)
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-2, atol=1e-2 * eager.abs().max().item())
+
+
+def test_a_nan_in_the_weights_reaches_the_report_and_the_weights_do_not_change():
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["AMP", True])
+    model = create_model("flatten_swin_t").to(GPU).train()
+    with torch.no_grad():
+        model.layers[0].blocks[0].attn.qkv.weight[0, 0] = float("nan")
+    before = [parameter.clone() for parameter in model.parameters()]
+    wrapped = wrap(model, World(0, 0, 1, GPU), num_scalars=3)
+    batch = torch.randn(2, 3, 224, 224, device=GPU), torch.zeros(2, dtype=torch.long, device=GPU)
+    options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
+    optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
+    report = train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [batch], **options)
+    assert not report.isfinite().all()
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_run_with_nccl_on_one_process_resumes(toy_config, toy_data, tmp_path):
+    log = tmp_path / "log"
+    arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", "AMP", True, "TRAIN.EPOCHS"]
+    for epochs in (1, 2):
+        process = torchrun([*arguments, epochs], log, "--standalone", "--nproc_per_node", 1)
+        assert process.wait(timeout=120) == 0, log.read_text()
+    assert log.read_text().count("attention: t") == 2
+    assert "start: resume" in log.read_text()
