@@ -4,49 +4,66 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-from models import kernels
-from models.kernel_operator import choose_precision, launch_options
-
-KERNELS = ("key_summary_kernel", "output_kernel", "query_gradient_kernel", "key_gradient_kernel")
-# Arguments with the data type of q, k and v; all other tensors are float32.
-TOKENS = {"q_ptr", "k_ptr", "v_ptr", "grad_ptr", "out_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr"}
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from models import kernel_operator, kernels
+from models.backend import Variant, random_inputs, run_form
+from models.kernel_operator import COMPILER_OPTIONS, choose_precision, fill
 
 
-def compile_kernel(
-    name: str,
+class AbsentGPU:
+    """A driver of Triton for a GPU that is not present: kernels can be compiled, but not launched."""
+
+    def __init__(self, capability: int):
+        self._target = GPUTarget("cuda", capability, warp_size=32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # Triton caches compiled kernels per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_kernels(
     *,
     capability: int,
     head_dim: int,
     dtype: torch.dtype,
     side: int = 5,
-    power: int | float = 3,
+    power: float = 3.0,
     masked: bool = False,
-) -> CompiledKernel:
-    """Compile a kernel of ``models/kernels.py`` as its launch would, for the GPU architecture ``sm_<capability>``."""
-    kernel, precision = getattr(kernels, name), choose_precision(dtype)
-    options = launch_options(head_dim, precision)
-    constants = {"D": head_dim, "BN": options.pop("block_size"), "POWER": power, "PRECISION": precision}
-    constants |= {"SIDE": side, "HAS_WEIGHT": masked}
-    signature, constant_values, attributes = {}, {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            constant_values[(index,)] = constants[argument]
-            continue
-        is_pointer = argument.endswith("_ptr")
-        signature[argument] = ("*" + TRITON_TYPES[dtype if argument in TOKENS else torch.float32]) if is_pointer else "i32"
-        if is_pointer or argument.startswith("stride"):  # the launch finds that these are multiples of 16
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constant_values, attrs=attributes)
-    options |= {"num_stages": 1, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    num_heads: int = 2,
+    grid: tuple[int, int] = (23, 13),
+) -> dict[str, CompiledKernel]:
+    """Compile the four kernels for the GPU architecture ``sm_<capability>``, from the arguments of a call on the CPU.
+
+    The outputs of the call are meaningless, because its launches only compile.
+    """
+    compiled = {}
+
+    def compile_only(kernel: str, num_programs: int, inputs: list, outputs: list, numbers: list[int], constants: dict) -> None:
+        function = getattr(kernels, kernel)
+        options = {**constants, **COMPILER_OPTIONS}
+        compiled[kernel] = function.warmup(*fill(inputs, outputs), *numbers, **options, grid=(num_programs,))
+
+    variant = Variant(torch.device("cpu"), dtype, head_dim, side, power, masked, choose_precision(dtype))
+    inputs = random_inputs(variant, num_images=2, num_heads=num_heads, grid=grid)
+    options = {"num_heads": num_heads, "power": power, "grid": grid, "num_prefix_tokens": 1}
+    with (
+        mock.patch.object(driver, "_active", AbsentGPU(capability)),
+        mock.patch.object(kernel_operator, "launch", compile_only),
+    ):
+        run_form(kernel_operator.focused_attention, inputs, None, options)
+    return compiled
 
 
 def measure_resources(compiled: CompiledKernel) -> dict[str, int]:
@@ -67,13 +84,13 @@ def tabulate_resources(capabilities: list[int], head_dims: list[int], dtypes: li
         {
             "GPU": f"sm_{capability}",
             "head_dim": head_dim,
-            "dtype": TRITON_TYPES[dtype],
+            "dtype": str(dtype).removeprefix("torch."),
             "products": choose_precision(dtype),
             "kernel": name.removesuffix("_kernel"),
-            **measure_resources(compile_kernel(name, capability=capability, head_dim=head_dim, dtype=dtype)),
+            **measure_resources(compiled),
         }
         for capability in capabilities
         for head_dim in head_dims
         for dtype in dtypes
-        for name in KERNELS
+        for name, compiled in compile_kernels(capability=capability, head_dim=head_dim, dtype=dtype).items()
     ]

@@ -148,21 +148,21 @@ def compare(variant: Variant, *, num_images: int = 2, num_heads: int = 2, grid: 
     """
     inputs = random_inputs(variant, num_images=num_images, num_heads=num_heads, grid=grid)
     options = {"num_heads": num_heads, "power": variant.power, "grid": grid, "num_prefix_tokens": 1}
-    exact = _run(fused_attention.focused_attention, inputs, torch.float64, options)
-    results = _run(kernel_operator.focused_attention, inputs, None, options)
+    exact = run_form(fused_attention.focused_attention, inputs, torch.float64, options)
+    results = run_form(kernel_operator.focused_attention, inputs, None, options)
     precise = variant.dtype == torch.float32 and variant.precision != "tf32"
     tolerance = TOLERANCE_WITHOUT_TF32 if precise else TOLERANCES[variant.dtype]
     for (name, result), expected in zip(results.items(), exact.values(), strict=True):
         error = ((result.double() - expected).norm() / expected.norm()).item()
         if not error <= tolerance:
             return f"{name} differs from that of torch operations by {error:.1e} (relative L2 norm, maximum {tolerance:g})"
-    repeated = _run(kernel_operator.focused_attention, inputs, None, options)
+    repeated = run_form(kernel_operator.focused_attention, inputs, None, options)
     if different := [name for name, result in results.items() if not torch.equal(result, repeated[name])]:
         return f"{different[0]} differs between two identical calls"
     for name in ("q", "k", "v"):
         with_nan = inputs[name].clone()
         with_nan[0, 1, 0] = float("nan")
-        out = _run(kernel_operator.focused_attention, inputs | {name: with_nan}, None, options)["output"]
+        out = run_form(kernel_operator.focused_attention, inputs | {name: with_nan}, None, options)["output"]
         if out.isfinite().all():
             return f"a NaN in {name} does not reach the output"
     return ""
@@ -191,7 +191,7 @@ def random_inputs(variant: Variant, *, num_images: int, num_heads: int, grid: tu
     }
 
 
-def _run(function, inputs: dict[str, Tensor | None], dtype: torch.dtype | None, options: dict) -> dict[str, Tensor]:
+def run_form(function, inputs: dict[str, Tensor | None], dtype: torch.dtype | None, options: dict) -> dict[str, Tensor]:
     """Output and gradients of a form of the operator, with all inputs converted to ``dtype`` if it is given."""
     inputs = {name: None if x is None else x.detach().to(dtype or x.dtype) for name, x in inputs.items()}
     gradient = inputs.pop("gradient")

@@ -17,6 +17,7 @@ from models.transforms import is_batched
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 MAX_BLOCKS = 8  # per chunk: more blocks write fewer partial sums, fewer blocks occupy more of the GPU
+COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 class Plan(NamedTuple):
@@ -58,9 +59,13 @@ def launch(
     """Launch a kernel of ``models/kernels.py``. Tensors that are None are not used by this variant of the kernel."""
     from models import kernels
 
-    tensors = [inputs[0] if tensor is None else tensor for tensor in [*inputs, *outputs]]
     with torch.cuda.device_of(inputs[0]):
-        getattr(kernels, kernel)[(num_programs,)](*tensors, *numbers, **constants, num_stages=1, enable_fp_fusion=True)
+        getattr(kernels, kernel)[(num_programs,)](*fill(inputs, outputs), *numbers, **constants, **COMPILER_OPTIONS)
+
+
+def fill(inputs: list[Tensor | None], outputs: list[Tensor | None]) -> list[Tensor]:
+    """Replace None, which a kernel cannot receive as an address, by the first tensor."""
+    return [inputs[0] if tensor is None else tensor for tensor in [*inputs, *outputs]]
 
 
 class KernelRun:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="CPU-only builds of torch have no Triton")
-from benchmarks.resources import KERNELS, compile_kernel, measure_resources
+from benchmarks.resources import compile_kernels, measure_resources
 from models import kernel_operator
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,8 +43,10 @@ SPILLS = {("query_gradient_kernel", 80, 64, "tf32x3"): 256}
 
 
 def check_resources(capability: int, head_dim: int, dtype: torch.dtype, **options) -> None:
-    for name in KERNELS:
-        resources = measure_resources(compile_kernel(name, capability=capability, head_dim=head_dim, dtype=dtype, **options))
+    compiled = compile_kernels(capability=capability, head_dim=head_dim, dtype=dtype, **options)
+    assert len(compiled) == 4
+    for name, kernel in compiled.items():
+        resources = measure_resources(kernel)
         key = (name, capability, head_dim, kernel_operator.choose_precision(dtype))
         assert resources["stack"] <= SPILLS.get(key, MAX_STACK), (name, resources)
         assert resources["shared_memory"] <= 48 * 1024, (name, resources)
@@ -53,6 +55,12 @@ def check_resources(capability: int, head_dim: int, dtype: torch.dtype, **option
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_gpus_without_spilling_registers(capability):
     check_resources(capability, 32, torch.bfloat16)
+
+
+def test_kernels_are_not_compiled_again_for_other_numbers_of_tokens_and_heads():
+    first = compile_kernels(capability=90, head_dim=32, dtype=torch.bfloat16)
+    second = compile_kernels(capability=90, head_dim=32, dtype=torch.bfloat16, num_heads=1, grid=(8, 4))
+    assert {name: kernel.hash for name, kernel in first.items()} == {name: kernel.hash for name, kernel in second.items()}
 
 
 @pytest.mark.slow
