@@ -77,8 +77,10 @@ def find_triton_problem() -> str:
     """Why the installed Triton cannot compile the kernels; "" if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    import triton
-
+    try:
+        import triton
+    except Exception as error:  # a damaged installation must not end a run that can use torch operations
+        return f"Triton cannot be imported ({type(error).__name__}: {error})"
     if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
         return f"Triton {triton.__version__} is installed; the kernels need 3.9"
     return ""

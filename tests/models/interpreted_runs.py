@@ -50,6 +50,10 @@ def test_a_run_on_two_processes_uses_the_kernels_and_records_it(tiny_run, tmp_pa
     outcome = run_main(["--eval", *arguments, "--resume", best], tmp_path / "log", prepare=accept_all, timeout=600)
     assert outcome.exit_codes == [0], outcome.output
     assert json.loads((best.parent / "eval.json").read_text())["attention"] == "triton kernels"
+    options = ["--opts", "TRAIN.EPOCHS", "2", "MODEL.LA.BACKEND", "torch"]  # another backend may resume the run
+    outcome = run_main([*arguments, *options], tmp_path / "log", processes=2, timeout=600)
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert "attention: torch, because MODEL.LA.BACKEND is torch" in outcome.output
 
 
 def test_all_processes_use_torch_if_one_of_them_cannot_use_the_kernels(tiny_run, tmp_path):
