@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from models import backend
 from tests.conftest import write_images
@@ -65,3 +66,16 @@ def test_all_processes_use_torch_if_one_of_them_cannot_use_the_kernels(tiny_run,
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=reject_on_rank_1, timeout=600)
     assert outcome.exit_codes == [2, 2]
     assert "MODEL.LA.BACKEND=triton: the output differs; set MODEL.LA.BACKEND auto" in outcome.output
+
+
+@pytest.mark.slow
+def test_a_compiled_run_on_two_processes_has_the_weights_of_an_eager_run(tiny_run, tmp_path):
+    weights = []
+    for compiled in (False, True):
+        arguments = [*tiny_run, "--output", tmp_path / str(compiled), "--opts", "TRAIN.COMPILE", compiled]
+        outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=accept_all, timeout=900)
+        assert outcome.exit_codes == [0, 0], outcome.output
+        assert "attention: triton kernels" in outcome.output
+        weights.append(read_checkpoint(tmp_path / str(compiled) / "tiny/default/best.pth")["model"])
+    for name, eager in weights[0].items():
+        torch.testing.assert_close(weights[1][name], eager, rtol=1e-4, atol=1e-6)
