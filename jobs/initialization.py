@@ -35,6 +35,18 @@ ARCHITECTURE_KEY_PREFIXES = (
 )
 # Keys that determine the parameter groups of the optimizer; a resumed run must not change the groups.
 GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
+# Keys on which the accuracy of given weights depends.
+EVALUATION_KEYS = (
+    "DATA.INTERPOLATION",
+    "DATA.MEAN",
+    "DATA.STD",
+    "TEST.CLASS_MAP",
+    "TEST.CROP",
+    "TEST.CROP_MODE",
+    "TEST.CROP_PCT",
+    "TEST.INTERPOLATION",
+    "TEST.PRECISION",
+)
 MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume
 
 
@@ -351,26 +363,35 @@ def class_names(description: Mapping) -> list[str] | None:
         return None
 
 
-def restore_or_reset_best(saved: dict, output: Path, path: str, *, val_changed: bool) -> bool:
+def find_evaluation_change(saved: dict, cfg: CfgNode, accepted: Mapping[str, str]) -> str:
+    """Why accuracies of the resumed run cannot be compared with earlier ones; "" if they can.
+
+    Args:
+        accepted: accepted changes of the data, from ``check_data``.
+    """
+    stored, configured = flatten(saved["config"]), flatten(cfg)
+    changed = [key for key in EVALUATION_KEYS if stored.get(key, configured[key]) != configured[key]]
+    if "val" in accepted:
+        changed.append("the validation images")
+    return f"{' and '.join(changed)} changed after the best accuracy was measured" if changed else ""
+
+
+def restore_or_reset_best(saved: dict, output: Path, path: str, *, evaluation_change: str) -> bool:
     """Repair the ``best.pth`` of the run that is resumed. On rank 0, after all checks.
 
     Args:
         output: directory with ``best.pth``.
         path: path of the checkpoint to resume from.
-        val_changed: whether the validation images changed, so that earlier accuracies are not comparable.
+        evaluation_change: see ``find_evaluation_change``.
 
     Returns:
         Whether the best accuracy has to be reset, since its checkpoint is lost or it is not comparable. An existing
         ``best.pth`` is then kept under another name.
     """
-    if not val_changed and restore_best(output, saved, Path(path)):
+    if not evaluation_change and restore_best(output, saved, Path(path)):
         return False
     if saved["best"]["num_updates"] >= 0:
-        reason = (
-            "the validation images have changed since the best accuracy was measured"
-            if val_changed
-            else "the best checkpoint of its run is not in the output directory"
-        )
+        reason = evaluation_change or "the best checkpoint of its run is not in the output directory"
         logger.warning("%s: %s; the best accuracy is reset", path, reason)
     keep_former_best(output)
     return True

@@ -25,6 +25,7 @@ from jobs.initialization import (
     check_data,
     choose_initialization,
     describe_data,
+    find_evaluation_change,
     is_finished,
     read_resumed_checkpoint,
     restore_or_reset_best,
@@ -151,7 +152,8 @@ def open_directory(
         if saved is None:
             return run_id, False
         accepted = check_data(saved, data, init.checkpoint, accept_changes=True)
-        return run_id, restore_or_reset_best(saved, output, init.checkpoint, val_changed="val" in accepted)
+        change = find_evaluation_change(saved, cfg, accepted)
+        return run_id, restore_or_reset_best(saved, output, init.checkpoint, evaluation_change=change)
     except OSError as error:
         directory.close()
         raise ConfigError(

@@ -266,15 +266,17 @@ def test_accepted_data_changes_resume_with_a_warning_and_are_stored(toy_config, 
     outcome = run_main([*more, "DATA.ACCEPT_CHANGES", "True"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert "in train/, class class2 had 34 images, now it has 33" in outcome.output
-    assert (
-        "the validation images have changed since the best accuracy was measured; the best accuracy is reset" in outcome.output
-    )
+    assert "the validation images changed after the best accuracy was measured; the best accuracy is reset" in outcome.output
     assert_equal(read_checkpoint(folder / f"best_{former_best['num_updates']:09d}.pth"), former_best)
     best = read_checkpoint(folder / "best.pth")
     assert best["num_updates"] == best["best"]["num_updates"] == 36
     assert best["data"]["val"]["num_images"] == 32
-    again = run_main([*arguments, "TRAIN.EPOCHS", 4], tmp_path / "log")  # the change is not reported again
+    # The change is not reported again. Another evaluation crop has the same effect as other validation images.
+    again = run_main([*arguments, "TRAIN.EPOCHS", 4, "TEST.CROP_PCT", 0.5], tmp_path / "log")
     assert again.exit_codes == [0], again.output
+    assert ": TEST.CROP_PCT changed after the best accuracy was measured; the best accuracy is reset" in again.output
+    assert_equal(read_checkpoint(folder / "best_000000036.pth"), best)
+    assert read_checkpoint(folder / "best.pth")["num_updates"] == 48
 
 
 def test_changed_classes_or_updates_per_epoch_are_refused_although_changes_are_accepted(trained, toy_config, tmp_path):
