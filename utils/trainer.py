@@ -420,8 +420,18 @@ class Trainer:
             advice = "Lower TRAIN.BASE_LR, or set TRAIN.CLIP_GRAD"
         if self.state.scales_loss:
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
-            advice = "Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR"
+            advice = f"Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR. {self.advise_after_divergence()}"
         raise TrainingError(f"{what}. The update changed no weights, and the checkpoints are untouched. {replay}. {advice}")
+
+    def advise_after_divergence(self) -> str:
+        """How to continue if the newest checkpoints contain weights that have diverged."""
+        best = self.state.best["num_updates"]
+        if best < 0:
+            return "If the weights have diverged, start a new run with a lower TRAIN.BASE_LR and another --tag"
+        return (
+            f"If the weights have diverged since the best evaluation, delete the checkpoints in {self.output} that are later "
+            f"than update {best}: the same command with a lower TRAIN.BASE_LR then resumes from the best checkpoint"
+        )
 
     def save_replay_file(self, update: int, path: Path) -> str:
         """The part of ``fail`` that runs on rank 0. Returns the reason if the file could not be written, else ""."""
@@ -484,6 +494,8 @@ class Trainer:
             results = evaluate(models, self.val_loader, amp_dtype=self.recipe.eval_dtype, world=self.world, stop=self.stop)
         except Stopped:
             self.save_and_stop()
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self.advise_after_divergence()}") from None
         log_results(results)
         improved = False
         for weights, result in results.items():

@@ -14,7 +14,7 @@ from tests.runs import LinearClassifier, assert_equal
 from utils.checkpoint import BEST, list_checkpoints
 from utils.config import load_config
 from utils.distributed import World, wrap
-from utils.errors import Stopped
+from utils.errors import Stopped, TrainingError
 from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
 from utils.step import Report
@@ -474,3 +474,18 @@ def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
     meter.log()
     ((_, _, values),) = trainer.metrics.points
     assert values["images_per_second"] == pytest.approx(3 * 7 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("best", "advice"),
+    [(-1, "start a new run with a lower TRAIN.BASE_LR and another --tag"), (4, "that are later than update 4")],
+)
+def test_the_error_of_diverged_weights_says_which_checkpoints_to_delete(best, advice, tmp_path, monkeypatch):
+    def evaluate(*_, **__):
+        raise TrainingError("the raw weights give outputs that are not finite")
+
+    monkeypatch.setattr(utils.trainer, "evaluate", evaluate)
+    trainer = create_trainer(tmp_path)
+    trainer.state.best["num_updates"] = best
+    with pytest.raises(TrainingError, match=f"outputs that are not finite. If the weights have diverged.*{advice}"):
+        trainer.evaluate(1)
