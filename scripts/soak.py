@@ -228,7 +228,10 @@ def keep_only_best(job: Job, _rng: random.Random) -> str:
     if not (job.folder / BEST).is_file():
         return "SIGKILL to all processes, no best.pth to keep"
     for path in list_checkpoints(job.folder):
-        path.unlink()
+        if path.is_dir():  # from the fault that puts a directory in the place of a checkpoint
+            path.rmdir()
+        else:
+            path.unlink()
     return "SIGKILL to all processes, all checkpoints except best.pth deleted"
 
 
