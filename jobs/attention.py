@@ -32,7 +32,7 @@ def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype],
     reasons = gather_on_main(world, choose_backend(models[0], world.device, sorted(set(dtypes), key=str), requested))
     reason = on_main(world, lambda: next(filter(None, reasons), ""))
     if reason and requested == "triton":
-        raise ConfigError(f"MODEL.LA.BACKEND=triton: {reason}; set MODEL.LA.BACKEND auto to use torch operations")
+        raise ConfigError(f"MODEL.LA.BACKEND=triton: {reason}; to use torch operations, set --opts MODEL.LA.BACKEND auto")
     for model in models:
         set_backend(model, "torch" if reason else "triton")
     description = f"torch, because {reason}" if reason else "triton kernels"

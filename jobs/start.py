@@ -215,7 +215,7 @@ def survey(output: Path) -> Contents:
         except NotResumableError as error:
             unusable[path] = str(error).removeprefix(f"{path} ").partition("; ")[0]
         except CheckpointError as error:
-            logger.warning("%s; trying the previous checkpoint", error)
+            logger.warning("%s; it is not used", error)
             unusable[path] = "damaged"
     usable.sort(key=lambda one: (one.num_updates, one.path.name != BEST), reverse=True)
     while usable:
@@ -223,7 +223,7 @@ def survey(output: Path) -> Contents:
             verify(usable[0].path)
             break
         except CheckpointError as error:
-            logger.warning("%s; trying the previous checkpoint", error)
+            logger.warning("%s; it is not used", error)
             unusable[usable.pop(0).path] = "damaged"
     record = read_record(output)
     remains = () if usable else find_remains(output, record)

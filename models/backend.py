@@ -56,6 +56,8 @@ _verdicts: dict[Variant, str] = {}
 
 def find_obstacle(variant: Variant) -> str:
     """Reason why the kernels do not support this device, GPU software, data type or layer; "" if they do."""
+    if variant.device.type not in ("cuda", "meta") and not IS_INTERPRETED:
+        return f"the device is a {variant.device.type.upper()}"
     if variant.dtype not in TOLERANCES:
         return f"the kernels do not support {str(variant.dtype).removeprefix('torch.')}"
     if variant.head_dim not in HEAD_DIMS:
@@ -64,8 +66,6 @@ def find_obstacle(variant: Variant) -> str:
         return f"the convolution kernel is {variant.side} x {variant.side}; the kernels support 3 x 3 and 5 x 5"
     if IS_INTERPRETED or variant.device.type == "meta":
         return ""
-    if variant.device.type != "cuda":
-        return f"the device is a {variant.device.type.upper()}"
     if torch.version.hip:
         return "the kernels have not been tested with ROCm"
     if (capability := torch.cuda.get_device_capability(variant.device)) < MIN_CAPABILITY:

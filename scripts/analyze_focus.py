@@ -116,18 +116,24 @@ def main() -> None:
     parser.add_argument(
         "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
     )
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config (default: the checkpoint's own)")
-    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    parser.add_argument(
+        "--cfg", nargs="+", action="extend", default=[], metavar="FILE", help="config (default: the checkpoint's own)"
+    )
+    parser.add_argument(
+        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
     parser.add_argument("--output", type=Path, default=Path("focus"), help="output directory")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="names or prefixes of attention modules (default: all)")
+    parser.add_argument(
+        "--blocks", nargs="+", action="extend", metavar="NAME", help="names or prefixes of attention modules (default: all)"
+    )
     parser.add_argument(
         "--weights",
         choices=("raw", "ema", "auto"),
         default="auto",
         help="auto: raw or ema, whichever was more accurate in training",
     )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
     if args.every < 1:
         parser.error(f"--every {args.every}: must be at least 1")

@@ -70,7 +70,9 @@ def parse() -> argparse.Namespace:
     traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
-    data.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    data.add_argument(
+        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
+    )
     data.add_argument(
         "--packed", type=Path, metavar="DIR", help="data set packed from the same images by scripts/pack_dataset.py"
     )
@@ -80,9 +82,9 @@ def parse() -> argparse.Namespace:
     data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
-    epoch.add_argument("--cfg", nargs="+", required=True, metavar="FILE")
+    epoch.add_argument("--cfg", nargs="+", action="extend", required=True, metavar="FILE")
     epoch.add_argument("--data-path", required=True, help="directory with train/ and val/")
-    epoch.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    epoch.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     epoch.add_argument("--updates", type=int, default=10, help="optimizer updates per measurement")
     args = parser.parse_args()
     if args.rounds < 1:

@@ -97,9 +97,13 @@ def main() -> None:
     parser.add_argument("--data-path", required=True, help="directory with val/")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
     parser.add_argument(
-        "--cfg", nargs="+", metavar="FILE", help="config for all checkpoints (default: the config of each checkpoint)"
+        "--cfg",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="config for all checkpoints (default: the config of each checkpoint)",
     )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--batch-size", type=int, default=16, help="batch size of the throughput measurement (default: 16)")
     args = parser.parse_args()
     if not Path(args.data_path).is_dir():

@@ -318,8 +318,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file, run directory, URL, or released model")
     parser.add_argument("folder", type=Path, help="output directory; must be empty or new")
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--cfg", nargs="+", action="extend", metavar="FILE", help="config (default: the checkpoint's own)")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["safetensors"])
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="auto", help="auto: raw or ema, whichever was more accurate in training"

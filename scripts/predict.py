@@ -28,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
     )
-    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="config (default: the checkpoint's own)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--cfg", nargs="+", action="extend", metavar="FILE", help="config (default: the checkpoint's own)")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="output directory (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=5, help="predictions per image (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")

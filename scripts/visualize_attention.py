@@ -82,10 +82,16 @@ def main() -> None:
     parser.add_argument(
         "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
     )
-    parser.add_argument("--cfg", nargs="+", default=[], metavar="FILE", help="config (default: the checkpoint's own)")
-    parser.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="image files or directories")
+    parser.add_argument(
+        "--cfg", nargs="+", action="extend", default=[], metavar="FILE", help="config (default: the checkpoint's own)"
+    )
+    parser.add_argument(
+        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
+    )
     parser.add_argument("--output", type=Path, default=Path("attention"), help="output directory")
-    parser.add_argument("--blocks", nargs="+", metavar="NAME", help="names or prefixes of attention modules (default: all)")
+    parser.add_argument(
+        "--blocks", nargs="+", action="extend", metavar="NAME", help="names or prefixes of attention modules (default: all)"
+    )
     parser.add_argument(
         "--queries",
         nargs="+",
@@ -109,7 +115,7 @@ def main() -> None:
         default="auto",
         help="auto: raw or ema, whichever was more accurate in training",
     )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to override")
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
     if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
         parser.error(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")

@@ -420,3 +420,13 @@ def test_weights_stay_finite_in_mixed_precision_with_accumulation_and_gradient_c
     state = read_checkpoint(list_checkpoints(tmp_path / "toy/default")[0])
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     assert bool(state["scaler"]) == ("fp16" in options)
+
+
+def test_repeated_cfg_and_opts_flags_add_values_and_later_values_take_precedence(toy_config, tmp_path, monkeypatch):
+    other = tmp_path / "other.yaml"
+    other.write_text("TRAIN: {EPOCHS: 7}\nPRINT_FREQ: 9\n")
+    command = ["main.py", "--cfg", str(toy_config), "--cfg", str(other)]
+    monkeypatch.setattr(sys, "argv", [*command, "--opts", "SAVE_FREQ", "5", "PRINT_FREQ", "3", "--opts", "PRINT_FREQ", "4"])
+    args = parse_arguments("")
+    cfg = load_config(args.cfg, overrides(args))
+    assert (cfg.MODEL.NAME, cfg.TRAIN.EPOCHS, cfg.SAVE_FREQ, cfg.PRINT_FREQ) == ("toy", 7, 5, 4)

@@ -68,13 +68,20 @@ FLAGS = {
         None,
         {
             "nargs": "+",
+            "action": "extend",  # a repeated flag adds values
             "metavar": "FILE",
             "help": "one or more YAML configs, see configs/; optional with --eval, not used with --replay",
         },
     ),
     "--opts": (
         None,
-        {"nargs": "+", "default": [], "metavar": "KEY VALUE", "help": "override config keys: KEY VALUE or KEY=VALUE"},
+        {
+            "nargs": "+",
+            "action": "extend",
+            "default": [],
+            "metavar": "KEY VALUE",
+            "help": "override config keys: KEY VALUE or KEY=VALUE",
+        },
     ),
     "--batch-size": ("DATA.BATCH_SIZE", {"type": int, "help": "images per process and forward pass"}),
     "--data-path": ("DATA.DATA_PATH", {"help": "directory with train/ and val/"}),

@@ -65,7 +65,10 @@ def test_all_processes_use_torch_if_one_of_them_cannot_use_the_kernels(tiny_run,
     arguments += ["--opts", "MODEL.LA.BACKEND", "triton", "TAG", "required"]
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=reject_on_rank_1, timeout=600)
     assert outcome.exit_codes == [2, 2]
-    assert "MODEL.LA.BACKEND=triton: the output differs; set MODEL.LA.BACKEND auto" in outcome.output
+    assert (
+        "MODEL.LA.BACKEND=triton: the output differs; to use torch operations, set --opts MODEL.LA.BACKEND auto"
+        in outcome.output
+    )
 
 
 @pytest.mark.slow
