@@ -39,30 +39,10 @@ def parse() -> argparse.Namespace:
     plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the measurements to this file")
 
     model = modes.add_parser("model", parents=[shared, plotting], help="complete models")
-    model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
-    model.add_argument("--steps", choices=("inference", "training", "both"), default="both", help="steps to measure")
-    model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
-    model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
-    model.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    model.add_argument("--img-size", type=int, default=224, help="side length in pixels")
+    add_model_options(model)
 
     attention = modes.add_parser("attention", parents=[shared, plotting], help="the attention operator")
-    attention.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        default=[196, 784, 3136, 16384, 65536],
-        help="numbers of tokens; each must be a square number",
-    )
-    attention.add_argument("--dim", type=int, default=96, help="channels")
-    attention.add_argument("--heads", type=int, default=3)
-    attention.add_argument(
-        "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
-    )
-    attention.add_argument(
-        "--max-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
-    )
-    attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    add_attention_options(attention)
 
     traffic = modes.add_parser("traffic", parents=[shared], help="bytes moved by a training step, counted without a GPU")
     traffic.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
@@ -70,16 +50,7 @@ def parse() -> argparse.Namespace:
     traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
-    data.add_argument(
-        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
-    )
-    data.add_argument(
-        "--packed", type=Path, metavar="DIR", help="data set packed from the same images by scripts/pack_dataset.py"
-    )
-    data.add_argument(
-        "--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="config that sets the augmentation"
-    )
-    data.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
+    add_data_options(data)
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
     epoch.add_argument("--cfg", nargs="+", action="extend", required=True, metavar="FILE")
@@ -93,6 +64,47 @@ def parse() -> argparse.Namespace:
         if (path := getattr(args, name, None)) and not can_write(path):
             parser.error(f"--{name} {path}: cannot be written; choose a file in an existing directory")
     return args
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
+    parser.add_argument("--steps", choices=("inference", "training", "both"), default="both", help="steps to measure")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    parser.add_argument("--img-size", type=int, default=224, help="side length in pixels")
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[196, 784, 3136, 16384, 65536],
+        help="numbers of tokens; each must be a square number",
+    )
+    parser.add_argument("--dim", type=int, default=96, help="channels")
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
+    )
+    parser.add_argument(
+        "--max-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
+    )
+    parser.add_argument(
+        "--packed", type=Path, metavar="DIR", help="data set packed from the same images by scripts/pack_dataset.py"
+    )
+    parser.add_argument(
+        "--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="config that sets the augmentation"
+    )
+    parser.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
 
 
 def check_names(names: list[str]) -> None:
