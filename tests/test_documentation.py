@@ -93,16 +93,12 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
 
 
 MARKERS = sorted(
-    {
-        (page, marker)
-        for page in PAGES
-        for marker in re.findall(r"(?:scripts/test\.sh|pytest) -m (\w+|\"[^\"]+\")", page.read_text())
-    }
+    {marker for page in PAGES for marker in re.findall(r"(?:scripts/test\.sh|pytest) -m (\w+|\"[^\"]+\")", page.read_text())}
 )
 
 
-@pytest.mark.parametrize(("page", "marker"), MARKERS, ids=lambda value: value if isinstance(value, str) else value.name)
-def test_documented_markers_select_tests(page, marker):
+@pytest.mark.parametrize("marker", MARKERS)
+def test_documented_markers_select_tests(marker):
     # Two files that together have tests with every marker: collecting all files would take twice as long.
     files = ["tests/utils/test_schedule.py", "tests/reliability/test_data.py"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker.strip('"'), *files]
