@@ -117,7 +117,7 @@ def _name_prefix(stored: Mapping[str, Tensor], model: nn.Module, path: str | Pat
     if len(prefixes) > 1:
         raise CheckpointError(
             f"{path}: the names match this model behind several prefixes ({', '.join(map(repr, prefixes))}); "
-            "write the weights behind one of them to a file of its own, without the prefix"
+            "write the weights behind one of them to a separate file, without the prefix"
         )
     return prefixes[0]
 

@@ -1,6 +1,6 @@
 """The Triton kernels, interpreted on the CPU, equal standard torch operations in float64.
 
-``tests/models/test_kernels.py`` runs this file in a process of its own with TRITON_INTERPRET=1; Triton reads it at its import.
+``tests/models/test_kernels.py`` runs this file in a separate process with TRITON_INTERPRET=1; Triton reads it at its import.
 """
 
 import copy
