@@ -1,6 +1,7 @@
 """Fixtures and helpers for several test files: reference values with their weights and inputs, toy data, and toy runs."""
 
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
@@ -50,6 +51,19 @@ def pytest_collection_modifyitems(items):
     # Tests that run main.py come first, also if a plugin shuffles the tests: the runs are forked from this process, and take
     # twice as long once large models have filled its memory.
     items.sort(key=lambda item: not hasattr(item.module, "run_main"))
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """Begin each test with the default level of the root logger, and remove the handlers that the test's ``setup_logging`` added."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    handlers = list(root.handlers)
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:] = handlers
+    logging.captureWarnings(False)
 
 
 def reference(name: str):

@@ -149,7 +149,7 @@ def test_a_warning_about_the_data_is_logged_by_one_process(training, model_class
     received = index_folder(white_images / "val")  # another process receives the index instead of scanning the data
     options = {"rank": 1, "world_size": 2, "run_once": lambda task: received}
     build_datasets(cfg, training=training, model_classes=model_classes, **options)
-    assert caplog.text == ""
+    assert warning not in caplog.text
 
 
 def test_sampler_position_counts_updates_instead_of_forward_passes():

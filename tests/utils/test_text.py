@@ -41,19 +41,6 @@ def test_no_message_can_forge_a_log_line_or_control_the_terminal(text, tmp_path,
     assert "a" not in text or "reading a" in file
 
 
-@pytest.fixture(autouse=True)
-def restore_logging():
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-
-
 def test_line_breaks_of_the_projects_own_messages_are_kept_and_indented(tmp_path):
     setup_logging(0, tmp_path)
     logging.getLogger("test").info("config:\n%s", "AMP: false\nAUG:\n  HFLIP: 0.5\n\té")
