@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import cswin, pvt, swin
-from models.attention import (
+from models.backbone import partition_windows
+from models.compared_attention import (
     EPS,
     SoftmaxAttention,
     efficient_attention,
@@ -24,7 +25,6 @@ from models.attention import (
     relu_attention,
     softmax_attention,
 )
-from models.layers import partition_windows
 from models.linear_attention import FocusedLinearAttention
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)

@@ -11,7 +11,7 @@ from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
-from models.backend import choose_backend, set_backend
+from models.kernel_selection import choose_backend, set_backend
 
 # Our model -> timm's model of the same family and size. timm has no PVT (v1) and no CSwin.
 PEERS = {

@@ -13,8 +13,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from models import kernel_operator, kernels
-from models.backend import Variant, random_inputs, run_form
 from models.kernel_operator import COMPILER_OPTIONS, choose_precision, fill
+from models.kernel_selection import Variant, random_inputs, run_form
 
 
 class AbsentGPU:

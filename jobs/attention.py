@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from models.backend import choose_backend, set_backend
+from models.kernel_selection import choose_backend, set_backend
 from utils.config import ConfigError
 from utils.distributed import World, gather_on_main, on_main
 

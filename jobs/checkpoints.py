@@ -9,14 +9,14 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from data.classes import imagenet_classes
-from models.released import RELEASED, Released
+from models.checkpoints.download import fetch
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
+from models.checkpoints.released import RELEASED, Released
 from utils.checkpoint import BEST
 from utils.config import ConfigError, flatten, load_config, load_stored_config, show
 from utils.config_keys import KEYS
 from utils.distributed import World, on_all, on_main
-from weights.download import fetch
-from weights.reader import CheckpointError, read_checkpoint, sha256
-from weights.urls import is_url, without_secrets
+from utils.urls import is_url, reveal, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def locate(reference: str | Path) -> Location:
     if is_url(text):
         # A stored config has the URL without its query string.
         released = next((file for file in RELEASED.values() if without_secrets(file.url) == without_secrets(text)), None)
-        path = fetch(released.url, released.name) if released else fetch(text)
+        path = fetch(released.url, released.name) if released else fetch(reveal(text))
         return Location(path, released, in_cache=True)
     if os.path.isfile(path):
         return Location(path)

@@ -18,8 +18,9 @@ from jobs.attention import choose_attention
 from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, check_same_file, choose_config, open_checkpoint
 from jobs.training import check_model, format_process_count
 from models import build_model
-from models.loading import fill_model
-from models.released import Released
+from models.checkpoints.loading import fill_model
+from models.checkpoints.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
+from models.checkpoints.released import Released
 from utils.config import load_config, option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import apply_numerical_settings
@@ -28,7 +29,6 @@ from utils.metrics import wilson_interval
 from utils.optim import eval_dtype
 from utils.report import write_evaluation
 from utils.run import build_output_path, create_output_directory
-from weights.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
 
 logger = logging.getLogger(__name__)
 

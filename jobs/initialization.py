@@ -12,6 +12,7 @@ from data.build import Datasets
 from data.index import compare_descriptions, describe_index
 from jobs.checkpoints import LINEAR_ATTENTION_KEYS, check_same_file, locate
 from jobs.start import Candidate, Contents, check_training_state, choose_start, is_repeated, read_candidate, survey
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
 from utils.compatibility import check_state, compare_groups
 from utils.config import ConfigError, flatten, load_stored_config, show
@@ -20,7 +21,6 @@ from utils.distributed import World, on_all, on_main
 from utils.run import build_output_path, check_available
 from utils.schedule import Schedule, build_schedule, global_batch_size
 from utils.trainer import TrainState
-from weights.reader import CheckpointError, read_checkpoint, sha256
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from jobs.evaluation import evaluate_checkpoint
 from jobs.replay import replay_update
 from jobs.throughput import measure_throughput
 from jobs.training import check_model, dry_run_training, train
+from models.checkpoints.reader import CheckpointError
 from utils.arguments import is_reporting_process
 from utils.config import ConfigError
 from utils.distributed import (
@@ -40,7 +41,6 @@ from utils.log import FILE_ONLY, setup_logging
 from utils.schedule import accumulation_steps
 from utils.stop import StopRequest
 from utils.text import printable
-from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 

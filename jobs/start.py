@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from models.checkpoints.reader import CheckpointError, read_checkpoint, verify
 from utils.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
 from utils.config import ConfigError
 from utils.log import read_records
 from utils.run import RECORD, RunRecord, read_record
 from utils.trainer import NO_BEST
-from weights.reader import CheckpointError, read_checkpoint, verify
-from weights.urls import is_url, without_secrets
+from utils.urls import is_url, without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from jobs.initialization import (
 )
 from jobs.start import check_unchanged, is_inside, normalise
 from models import build_model
-from models.loading import fill_model
+from models.checkpoints.loading import fill_model
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from utils.checkpoint import FORMAT, is_best_current, restore_best, set_aside
 from utils.config import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
@@ -55,7 +56,6 @@ from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, 
 from utils.step import NUM_REQUESTS
 from utils.stop import StopRequest
 from utils.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
-from weights.reader import CheckpointError, read_checkpoint, sha256
 
 if TYPE_CHECKING:
     from jobs.inspection import AttentionPictures

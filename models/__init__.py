@@ -1,8 +1,8 @@
 """FLatten Transformer models, created from a config (``build_model``) or by name (``create_model``, ``list_models``)."""
 
-from models.entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
-from models.registry import build_arguments, build_model, create_model, list_models, nearest_model
-from models.released import RELEASED, Released, released
+from .checkpoints.released import RELEASED, Released, released
+from .entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
+from .registry import build_arguments, build_model, create_model, list_models, nearest_model
 
 __all__ = [
     "RELEASED",

@@ -11,9 +11,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from models.attention import scaled_dot_product_attention
-from models.fused_attention import split_channels
-from models.layers import (
+from .backbone import (
     NO_OPTIONS,
     PADDING,
     Backbone,
@@ -29,7 +27,9 @@ from models.layers import (
     partition_windows,
     window_regions,
 )
-from models.linear_attention import DepthwiseFilters, FocusedLinearAttention
+from .compared_attention import scaled_dot_product_attention
+from .fused_attention import split_channels
+from .linear_attention import DepthwiseFilters, FocusedLinearAttention
 
 # Directions of stripes. The value is the axis of the map that is split: height for horizontal and width for vertical stripes.
 HORIZONTAL = 0

@@ -14,9 +14,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from models.attention import SoftmaxAttention
-from models.fused_attention import split_channels
-from models.layers import (
+from .backbone import (
     NO_OPTIONS,
     Backbone,
     PositionTable,
@@ -29,7 +27,9 @@ from models.layers import (
     run_block,
     whole_map,
 )
-from models.linear_attention import FocusedLinearAttention
+from .compared_attention import SoftmaxAttention
+from .fused_attention import split_channels
+from .linear_attention import FocusedLinearAttention
 
 
 class LinearAttention(FocusedLinearAttention):

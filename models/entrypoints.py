@@ -6,17 +6,17 @@ from typing import cast
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from models.cswin import CSwinTransformer
-from models.deit import DeiT
-from models.layers import Backbone
-from models.loading import stored_img_size
-from models.pvt import PyramidVisionTransformer
-from models.pvt_v2 import PyramidVisionTransformerV2
-from models.registry import MODELS
-from models.released import RELEASED
-from models.swin import SwinTransformer
-from weights.download import fetch
-from weights.reader import choose_weights, read_checkpoint
+from .backbone import Backbone
+from .checkpoints.download import fetch
+from .checkpoints.loading import stored_img_size
+from .checkpoints.reader import choose_weights, read_checkpoint
+from .checkpoints.released import RELEASED
+from .cswin import CSwinTransformer
+from .deit import DeiT
+from .pvt import PyramidVisionTransformer
+from .pvt_v2 import PyramidVisionTransformerV2
+from .registry import MODELS
+from .swin import SwinTransformer
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
@@ -64,7 +64,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
 
     Args:
         state_dict: a state dict, or a checkpoint of the paper's code, of this project or of timm;
-            ``weights.reader.preferred_weights`` selects between its raw and EMA weights.
+            ``models.checkpoints.reader.preferred_weights`` selects between its raw and EMA weights.
 
     Raises:
         ValueError: ``state_dict`` contains no weights, or a position table whose shape is ambiguous.

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import EPS, focus, linear_attention
-from models.transforms import is_batched, is_transformed
+from .compared_attention import EPS, focus, linear_attention
+from .tracing import is_batched, is_transformed
 
 # Elements of q or k per block: larger blocks exceed the caches, smaller ones add call overhead.
 MAX_BLOCK_ELEMENTS_ON_CPU = 2**19

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.fused_attention import unfused_gradients
-from models.layers import ceil_divide
-from models.transforms import is_batched
+from .backbone import ceil_divide
+from .fused_attention import unfused_gradients
+from .tracing import is_batched
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 MAX_BLOCKS = 8  # per chunk: more blocks write fewer partial sums, fewer blocks occupy more of the GPU
@@ -57,7 +57,7 @@ def launch(
     constants: dict,
 ) -> None:
     """Launch a kernel of ``models/kernels.py``. Tensors that are None are not used by this variant of the kernel."""
-    from models import kernels
+    from . import kernels
 
     with torch.cuda.device_of(inputs[0]):
         getattr(kernels, kernel)[(num_programs,)](*fill(inputs, outputs), *numbers, **constants, **COMPILER_OPTIONS)

@@ -6,7 +6,7 @@ x, t, u and c are defined in ``models/fused_attention.py``.
 import triton
 import triton.language as tl
 
-from models.fused_attention import EPS as EPS_VALUE
+from .fused_attention import EPS as EPS_VALUE
 
 EPS = tl.constexpr(EPS_VALUE)
 SMALLEST = tl.constexpr(1e-37)  # start of running maxima; smaller than x of any token

@@ -20,7 +20,7 @@ Within a program, phases exchange values through global memory: ``tl.debug_barri
 import triton
 import triton.language as tl
 
-from models.kernel_tiles import (
+from .kernel_tiles import (
     EPS,
     convolve,
     load_features,

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import kernel_operator
-from models.attention import COMPARED_ATTENTIONS, count_keys
-from models.backend import BACKENDS, supports
-from models.fused_attention import (
+from . import kernel_operator
+from .backbone import PositionTable, resize_grid, resized_parameter, to_pair
+from .compared_attention import COMPARED_ATTENTIONS, count_keys
+from .fused_attention import (
     depthwise_convolution,
     focused_attention,
     split_heads,
     unfused_attention,
     without_autocast,
 )
-from models.layers import PositionTable, resize_grid, resized_parameter, to_pair
-from models.transforms import is_transformed
+from .kernel_selection import BACKENDS, supports
+from .tracing import is_transformed
 
 ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 
@@ -98,7 +98,7 @@ class FocusedLinearAttention(nn.Module):
         focusing: apply the focused function f_p; has an effect on ``focused`` only.
         rank_restoration: add the depthwise convolution of v; has an effect on ``focused`` and ``enhanced`` only.
         backend: for kind ``focused``: ``torch`` operations, ``triton`` kernels, or ``auto``. Calls that the kernels do not
-            support use torch operations; see ``models/backend.py``.
+            support use torch operations; see ``models/kernel_selection.py``.
         device, dtype: device and data type of the parameters; torch's defaults if None.
 
     Attributes:

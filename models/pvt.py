@@ -12,9 +12,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from models.attention import scaled_dot_product_attention
-from models.fused_attention import split_channels
-from models.layers import (
+from .backbone import (
     NO_OPTIONS,
     Backbone,
     PositionTable,
@@ -27,7 +25,9 @@ from models.layers import (
     resized_parameter,
     whole_map,
 )
-from models.linear_attention import FocusedLinearAttention
+from .compared_attention import scaled_dot_product_attention
+from .fused_attention import split_channels
+from .linear_attention import FocusedLinearAttention
 
 SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction ratio of softmax blocks, one per stage
 BlockNorm = partial(nn.LayerNorm, eps=1e-6)

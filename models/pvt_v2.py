@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.linear_attention import DepthwiseFilters
-from models.pvt import BlockNorm, PyramidBackbone
+from .linear_attention import DepthwiseFilters
+from .pvt import BlockNorm, PyramidBackbone
 
 
 class DepthwiseConvolution(nn.Module):

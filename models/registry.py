@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models import cswin, deit, pvt, pvt_v2, swin
-from models.layers import Backbone, to_pair
+from . import cswin, deit, pvt, pvt_v2, swin
+from .backbone import Backbone, to_pair
 
 # Model name -> constructor with the arguments of that model size.
 MODELS: dict[str, partial[Backbone]] = {

@@ -138,7 +138,7 @@ def main() -> None:
     if args.every < 1:
         parser.error(f"--every {args.every}: must be at least 1")
     from data.files import DataError
-    from weights.reader import CheckpointError
+    from models.checkpoints.reader import CheckpointError
 
     try:
         analyze(args)

@@ -37,7 +37,7 @@ def check_on_gpu(quick: bool) -> bool:
     """Compare the kernels with torch operations, and print one row per size and precision. Returns whether all agree."""
     import torch
 
-    from models.backend import Variant, compare, find_obstacle
+    from models.kernel_selection import Variant, compare, find_obstacle
 
     device, passed = torch.device("cuda", torch.cuda.current_device()), True
     print("| size | precision | TF32 | masked | result | seconds |\n|---|---|---|---|---|---|")
@@ -73,7 +73,7 @@ def interpret_kernels() -> bool:
     """Interpret the kernels on the CPU at a small size. Returns whether they are correct."""
     import torch
 
-    from models.backend import Variant, compare
+    from models.kernel_selection import Variant, compare
 
     variant = Variant(torch.device("cpu"), torch.float32, 16, 3, 3.0, False, "tf32x3")
     reason = compare(variant, num_images=1, num_heads=1, grid=(5, 7))
@@ -85,7 +85,7 @@ def main() -> None:
     args = parse()
     import torch
 
-    from models.backend import IS_INTERPRETED, find_triton_problem
+    from models.kernel_selection import IS_INTERPRETED, find_triton_problem
 
     if problem := find_triton_problem():
         print(f"{problem}: attention uses torch operations; nothing to check")

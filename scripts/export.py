@@ -27,9 +27,9 @@ from data.build import build_preprocessing
 from jobs.checkpoints import RECIPE_KEY_PREFIXES, Checkpoint
 from jobs.evaluation import OpenedModel, open_model
 from models import build_arguments
+from models.checkpoints.reader import METADATA_KEY, WEIGHTS, CheckpointError, sha256
 from utils.config import ConfigError, image_size, to_dict
 from utils.text import code_fence, markdown, markdown_code, printable
-from weights.reader import METADATA_KEY, WEIGHTS, CheckpointError, sha256
 
 FORMATS = ("safetensors", "torch", "onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx

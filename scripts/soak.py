@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from jobs.start import survey
+from models.checkpoints.reader import read_checkpoint
 from utils.checkpoint import BEST, is_numbered, list_checkpoints, num_updates_of
 from utils.config import ConfigError
 from utils.files import replacing
 from utils.run import RunLock
 from utils.stop import SIGNALS
-from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs/quickstart.yaml"

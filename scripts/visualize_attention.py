@@ -120,7 +120,7 @@ def main() -> None:
     if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
         parser.error(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")
     from data.files import DataError
-    from weights.reader import CheckpointError
+    from models.checkpoints.reader import CheckpointError
 
     try:
         visualize(args)

@@ -37,7 +37,7 @@ FAST = {
     "utils.test_config",
     "utils.test_schedule",
     "utils.test_trainer",
-    "weights.test_download",
+    "models.test_download",
 }
 
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _restore_logging():
-    """Begin each test with the default level of the root logger, and remove the handlers that the test's ``setup_logging`` added."""
+    """Begin each test with the default level of the root logger, and remove the handlers that its ``setup_logging`` added."""
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     handlers = list(root.handlers)

@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Package -> other project packages that it may import.
-ALLOWED = {"weights": set(), "models": {"weights"}, "data": set(), "utils": {"weights"}, "analysis": {"models"}}
+ALLOWED = {"models": set(), "data": set(), "utils": {"models"}, "analysis": {"models"}}
 # Modules that import nothing of the project, and that every package may import.
 SHARED = {"utils.stop"}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 # Third-party library -> the only files that may import it.
 IMPORTERS = {
     "yaml": {"utils/config.py"},
-    "tqdm": {"utils/log.py", "weights/download.py"},
+    "tqdm": {"utils/log.py", "models/checkpoints/download.py"},
     "termcolor": {"utils/log.py"},
-    "safetensors": {"weights/reader.py"},
+    "safetensors": {"models/checkpoints/reader.py"},
     "matplotlib": {"utils/report.py", "analysis/pictures.py"},
     "torchvision": {"data/datasets.py", "data/index.py", "data/transforms.py", "utils/trainer.py"},
 }
@@ -24,12 +24,13 @@ IMPORTERS = {
 
 def imports(path: Path) -> set[str]:
     """Names of the modules that a file imports, at the top level or inside functions."""
-    names = set()
+    names, package = set(), path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
+            start = package[: len(package) + 1 - node.level] if node.level else ()  # of a relative import
+            names.add(".".join([*start, *filter(None, [node.module])]))
     return names
 
 

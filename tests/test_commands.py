@@ -17,6 +17,7 @@ import main_ema
 from jobs.initialization import choose_initialization
 from jobs.training import check_model
 from models import build_model
+from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.arguments import FLAGS, check_usage, overrides, parse_arguments
@@ -25,7 +26,6 @@ from utils.config import flatten, load_config, to_dict
 from utils.distributed import World
 from utils.schedule import global_batch_size
 from utils.trainer import NO_BEST
-from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes

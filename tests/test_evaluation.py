@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 import jobs.evaluation
 from data.samplers import EvalBatches
 from jobs.checkpoints import Location
+from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts import average_checkpoints
 from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
@@ -29,7 +30,6 @@ from utils.distributed import World
 from utils.evaluation import EvalResult, Predictions, evaluate
 from utils.metrics import mcnemar_test, paired_interval, wilson_interval
 from utils.report import confusion_matrix, draw_confusion, write_evaluation
-from weights.reader import CheckpointError, read_checkpoint
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 

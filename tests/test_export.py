@@ -15,11 +15,11 @@ from torch import nn
 from data.build import build_preprocessing
 from jobs.checkpoints import RECIPE_KEY_PREFIXES, open_checkpoint, stored_config
 from models import build_model, create_model
-from models.loading import load_weights
+from models.checkpoints.loading import load_weights
+from models.checkpoints.reader import sha256
 from scripts import export
 from tests.conftest import CONFIGS
 from utils.config import load_config, to_dict
-from weights.reader import sha256
 
 # Ignore warnings that torch raises about its own code.
 pytestmark = [

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import create_model
-from models.backend import Variant, compare, find_obstacle
+from models.kernel_selection import Variant, compare, find_obstacle
 from models.linear_attention import FocusedLinearAttention
 from tests.conftest import CONFIGS
 from tests.launch import torchrun

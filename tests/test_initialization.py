@@ -17,6 +17,7 @@ from jobs.checkpoints import open_checkpoint
 from jobs.initialization import Initialization, check_data, is_finished, resume
 from jobs.start import Contents, find_unusable_entries
 from jobs.training import build_trainer
+from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints, save_checkpoint
@@ -27,7 +28,6 @@ from utils.errors import TrainingError
 from utils.log import MetricsWriter
 from utils.run import RunLock, check_available
 from utils.trainer import check_trained
-from weights.reader import CheckpointError, preferred_weights, read_checkpoint
 
 # Test case -> invalid entry of a checkpoint.
 INVALID_ENTRIES = {

@@ -13,6 +13,7 @@ import torch
 
 from jobs.evaluation import choose_checkpoint
 from jobs.initialization import choose_initialization
+from models.checkpoints.reader import read_checkpoint
 from scripts.soak import read_state
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
@@ -22,7 +23,6 @@ from utils.checkpoint import list_checkpoints
 from utils.config import ConfigError, load_config
 from utils.distributed import World
 from utils.run import LOCK, RunRecord, write_record
-from weights.reader import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,6 +22,7 @@ from jobs.replay import check_images
 from jobs.start import Contents
 from jobs.training import build_initial_state
 from models import build_model
+from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -34,7 +35,6 @@ from utils.distributed import World
 from utils.optim import build_optimizer
 from utils.run import RECORD
 from utils.schedule import build_schedule
-from weights.reader import CheckpointError, read_checkpoint
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

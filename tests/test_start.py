@@ -15,6 +15,7 @@ import jobs.training
 import utils.trainer
 from jobs.initialization import Initialization, choose_initialization
 from jobs.start import survey
+from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -24,7 +25,6 @@ from utils.checkpoint import BEST, FORMAT, checkpoint_path, list_checkpoints
 from utils.config import ConfigError, load_config
 from utils.distributed import World
 from utils.run import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
-from weights.reader import CheckpointError, read_checkpoint
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

@@ -19,12 +19,12 @@ import jobs.training
 from data.build import build_num_workers
 from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
 from jobs.training import _batch_advice, warn_about_ema
+from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from utils.config import ConfigError, load_config
 from utils.distributed import World
 from utils.run import RunLock
-from weights.reader import CheckpointError, preferred_weights, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

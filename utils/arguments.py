@@ -12,7 +12,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from utils.config import ConfigError, option_keys
-from weights.urls import is_url
+from utils.urls import is_url
 
 
 def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:

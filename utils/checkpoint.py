@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256, verify, with_metadata
 from utils.errors import describe
-from weights.reader import CheckpointError, read_checkpoint, sha256, verify, with_metadata
 
 logger = logging.getLogger(__name__)
 

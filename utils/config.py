@@ -19,7 +19,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.config_keys import INFINITY, KEYS, MODEL_TYPES
-from weights.urls import conceal
+from utils.urls import conceal
 
 
 class ConfigError(ValueError):

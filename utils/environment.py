@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from weights.urls import without_secrets
+from utils.urls import without_secrets
 
 logger = logging.getLogger(__name__)
 

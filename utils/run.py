@@ -14,9 +14,9 @@ from typing import IO
 
 from yacs.config import CfgNode
 
+from models.checkpoints.reader import CheckpointError
 from utils.config import ConfigError
 from utils.files import identify, replacing
-from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import re
 
-from weights.urls import without_secrets
+from utils.urls import without_secrets
 
 CONTINUATION = "  "  # start of every line of a log record after its first line; records start in the first column
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -14,7 +14,7 @@ def printable(text: object) -> str:
 
     Control characters (escape sequences, carriage returns), Unicode's invisible and direction-changing characters and invalid
     Unicode are replaced by their Python escapes. Lines after the first one are indented. URLs lose their secrets, see
-    ``weights.urls.without_secrets``.
+    ``utils.urls.without_secrets``.
     """
     return f"\n{CONTINUATION}".join(map(escape, without_secrets(str(text)).split("\n")))
 

@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.checkpoints.reader import CheckpointError
 from utils.background import BackgroundWrite
 from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
@@ -27,7 +28,6 @@ from utils.log import MetricsWriter, progress
 from utils.run import record_save
 from utils.schedule import Schedule
 from utils.step import Report, Reports, train_step
-from weights.reader import CheckpointError
 
 logger = logging.getLogger(__name__)
 

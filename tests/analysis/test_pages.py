@@ -17,10 +17,10 @@ from PIL import Image
 import scripts.visualize_attention
 from analysis.maps import capture, token_positions
 from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, module_names, sample_queries, trace, write_page
+from models.checkpoints.reader import read_checkpoint
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
 from tests.launch import run_script
-from weights.reader import read_checkpoint
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

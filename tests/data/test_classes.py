@@ -13,7 +13,7 @@ from data.classes import ClassMatch, check_classes, compare_classes
 from jobs.checkpoints import Location, open_checkpoint
 from jobs.training import load_pretrained
 from models import build_model
-from models.released import RELEASED
+from models.checkpoints.released import RELEASED
 from scripts import average_checkpoints, export, predict
 from tests.launch import run_main, run_script
 from tests.runs import toy_arguments

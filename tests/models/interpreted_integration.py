@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models import backend, create_model, kernel_operator
+from models import create_model, kernel_operator, kernel_selection
 from models.fused_attention import split_channels
 from models.kernel_operator import attention_operator
 from models.linear_attention import FocusedLinearAttention
@@ -21,8 +21,8 @@ C = H * D
 def launches(monkeypatch) -> list[str]:
     """Names of the kernels that were launched. All variants count as checked."""
     names, launch = [], kernel_operator.launch
-    monkeypatch.setattr(backend, "_check", lambda variant: "")
-    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(kernel_selection, "_check", lambda variant: "")
+    monkeypatch.setattr(kernel_selection, "_verdicts", {})
     monkeypatch.setattr(kernel_operator, "launch", lambda kernel, *rest: (names.append(kernel), launch(kernel, *rest))[1])
     return names
 
@@ -119,23 +119,23 @@ def test_autocast_runs_the_kernels_in_bfloat16(launches):
     out.float().sum().backward()
     assert len(launches) == 4
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
-    assert {variant.dtype for variant in backend._verdicts} == {torch.bfloat16}
+    assert {variant.dtype for variant in kernel_selection._verdicts} == {torch.bfloat16}
 
 
 def test_the_self_check_finds_wrong_results_and_errors(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_verdicts", {})
-    variant = backend.Variant(torch.device("cpu"), torch.float32, 16, 0, 3.0, False, "tf32x3")
+    monkeypatch.setattr(kernel_selection, "_verdicts", {})
+    variant = kernel_selection.Variant(torch.device("cpu"), torch.float32, 16, 0, 3.0, False, "tf32x3")
     small = {"num_images": 1, "num_heads": 1, "grid": (2, 2)}
-    assert backend.compare(variant, **small) == ""
-    correct, compare = kernel_operator.KernelRun.forward, backend.compare
-    monkeypatch.setattr(backend, "compare", lambda variant: compare(variant, **small))
+    assert kernel_selection.compare(variant, **small) == ""
+    correct, compare = kernel_operator.KernelRun.forward, kernel_selection.compare
+    monkeypatch.setattr(kernel_selection, "compare", lambda variant: compare(variant, **small))
 
     def wrong(run, bias):
         out, *rest = correct(run, bias)
         return out * 1.001, *rest
 
     monkeypatch.setattr(kernel_operator.KernelRun, "forward", wrong)
-    assert "output differs from that of torch operations by 1.0e-03" in backend._check(variant)
+    assert "output differs from that of torch operations by 1.0e-03" in kernel_selection._check(variant)
     monkeypatch.setattr(kernel_operator, "launch", lambda *_: 1 / 0)
-    assert backend._check(variant) == "a kernel failed: ZeroDivisionError: division by zero"
+    assert kernel_selection._check(variant) == "a kernel failed: ZeroDivisionError: division by zero"
     assert len(caplog.records) == 2

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from models import backend, kernel_operator
+from models import kernel_operator, kernel_selection
 from models.fused_attention import split_channels
 from models.kernel_tiles import round_to_tf32
 from models.linear_attention import FocusedLinearAttention
@@ -23,8 +23,8 @@ D = 16
 @pytest.fixture(autouse=True)
 def _accept_all_variants(monkeypatch):
     """Skip the self-check, which takes seconds per variant in the interpreter."""
-    monkeypatch.setattr(backend, "_check", lambda variant: "")
-    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(kernel_selection, "_check", lambda variant: "")
+    monkeypatch.setattr(kernel_selection, "_verdicts", {})
 
 
 def create_operator(grid, *, heads=2, head_dim=D, **options) -> FocusedLinearAttention:

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from models import backend
+from models import kernel_selection
+from models.checkpoints.reader import read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
-from weights.reader import read_checkpoint
 
 TINY = """
 DATA: {IMG_SIZE: 16, BATCH_SIZE: 2, NUM_WORKERS: 0}
@@ -34,11 +34,11 @@ def tiny_run(tmp_path_factory) -> list:
 
 
 def accept_all(rank: int) -> None:
-    backend._check = lambda variant: ""
+    kernel_selection._check = lambda variant: ""
 
 
 def reject_on_rank_1(rank: int) -> None:
-    backend._check = lambda variant: "the output differs" if rank == 1 else ""
+    kernel_selection._check = lambda variant: "the output differs" if rank == 1 else ""
 
 
 def test_a_run_on_two_processes_uses_the_kernels_and_records_it(tiny_run, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import focus, linear_attention
+from models.compared_attention import focus, linear_attention
 from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention, stretch_tokens
 
 B, H, D, GRID = 2, 3, 4, (5, 6)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from models.loading import load_weights
+from models.checkpoints.loading import load_weights
 from tests.conftest import CONFIGS, REFERENCE, fill_with_seeded_weights, reference, seeded_image
 from utils.config import load_config
 from utils.distributed import World, wrap

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model, create_model
-from models.layers import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
+from models.backbone import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
 from models.swin import SwinTransformer
 from tests.conftest import CONFIGS
 from utils.config import load_config

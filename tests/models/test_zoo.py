@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
 from models import build_model, create_model, list_models, nearest_model
-from models.attention import focus
+from models.checkpoints.loading import load_weights
+from models.compared_attention import focus
 from models.cswin import CSwinTransformer, StripedAttention, stripe_size
 from models.linear_attention import ATTENTION_KINDS
-from models.loading import load_weights
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, seeded_image
 from utils.config import load_config

@@ -19,6 +19,7 @@ import utils.evaluation
 import utils.trainer
 from data.datasets import ImageDataset
 from jobs.start import survey
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -33,7 +34,6 @@ from utils.checkpoint import (
     remove_surplus,
     save_checkpoint,
 )
-from weights.reader import CheckpointError, read_checkpoint, sha256
 
 pytestmark = pytest.mark.reliability
 

@@ -14,11 +14,11 @@ import utils.background
 import utils.trainer
 from data.datasets import ImageDataset
 from data.workers import StallCheck, StalledWorkerError, WatchedDataset
+from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
 from utils.checkpoint import list_checkpoints
-from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
 

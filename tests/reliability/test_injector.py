@@ -16,13 +16,13 @@ import pytest
 import main
 import scripts.evaluate_all
 import utils.dry_run
+from models.checkpoints.reader import read_checkpoint
 from scripts.soak import find_difference, read_state
 from tests.injection import ERRORS, Call, Fault, draw_fault, inject, read_calls, record_calls
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.checkpoint import BEST, list_checkpoints, save_checkpoint
 from utils.run import RunLock
-from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
 SECONDS_TO_END = 30

@@ -13,6 +13,7 @@ from torch import nn
 
 import jobs.training
 from jobs.replay import find_non_finite
+from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from tests.runs import LinearClassifier, toy_arguments
@@ -21,7 +22,6 @@ from utils.config import load_config
 from utils.distributed import World, wrap
 from utils.optim import build_optimizer, build_scaler
 from utils.step import train_step
-from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
 UPDATE = 3  # the update at which a fault is injected, counted from 0

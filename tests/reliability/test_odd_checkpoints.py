@@ -21,6 +21,7 @@ from jobs.checkpoints import RECIPE_KEY_PREFIXES, Checkpoint, choose_config, ope
 from jobs.evaluation import check_model, load_models
 from jobs.initialization import check_resumable, resume
 from models import build_model
+from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from tests.server import serve
@@ -30,7 +31,6 @@ from utils.distributed import World
 from utils.log import setup_logging
 from utils.optim import build_ema, build_optimizer, build_scaler
 from utils.trainer import TrainState
-from weights.reader import CheckpointError, choose_weights, read_checkpoint
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]
 WORLD = World(0, 0, 1, torch.device("cpu"))

@@ -11,12 +11,12 @@ import pytest
 import jobs.training
 import utils.evaluation
 import utils.trainer
+from models.checkpoints.reader import read_checkpoint
 from scripts.soak import newest_update, read_state
 from tests.launch import run_main, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
 from utils.checkpoint import list_checkpoints
 from utils.stop import SECONDS_OF_ONE_REQUEST, SIGNALS
-from weights.reader import read_checkpoint
 
 pytestmark = pytest.mark.reliability
 STOPPED = 75  # exit status of a run that a signal stopped, see docs/outputs.md

@@ -19,13 +19,13 @@ from yacs.config import CfgNode
 
 from jobs.start import survey
 from models import create_model
-from models.loading import load_weights
+from models.checkpoints.loading import load_weights
+from models.checkpoints.reader import CheckpointError, read_checkpoint, stored_weights, verify
 from models.swin import SwinTransformer
 from tests.runs import run_state
 from utils import checkpoint
 from utils.checkpoint import save_checkpoint
 from utils.trainer import NO_BEST
-from weights.reader import CheckpointError, read_checkpoint, stored_weights, verify
 
 
 def toy(**options):

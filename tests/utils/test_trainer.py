@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import utils.trainer
+from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier, assert_equal
 from utils.checkpoint import BEST, list_checkpoints
@@ -19,7 +20,6 @@ from utils.evaluation import EvalResult
 from utils.optim import build_ema, build_optimizer, build_scaler
 from utils.step import Report
 from utils.trainer import SLOW_UPDATE, Recipe, Trainer, TrainState
-from weights.reader import CheckpointError, read_checkpoint
 
 DEVICE = torch.device("cpu")
 UPDATES_PER_EPOCH = 4

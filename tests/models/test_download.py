@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-import weights.download
+import models.checkpoints.download
+from models.checkpoints.download import cached_path, fetch
+from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.server import serve
 from utils.text import printable
-from weights.download import cached_path, fetch
-from weights.reader import CheckpointError, read_checkpoint
-from weights.urls import conceal, is_url, without_secrets
+from utils.urls import conceal, is_url, reveal, without_secrets
 
 
 def checkpoint_bytes() -> bytes:
@@ -124,7 +124,7 @@ def test_tls_error_is_reported_as_a_failed_download(server, monkeypatch):
     def fail(*_):
         raise ssl.SSLError("decryption failed")
 
-    monkeypatch.setattr(weights.download, "_copy", fail)
+    monkeypatch.setattr(models.checkpoints.download, "_copy", fail)
     with pytest.raises(CheckpointError, match=r"cannot be downloaded \(.*decryption failed.*\); check the network"):
         fetch(f"{server.url}/good", "toy")
 
@@ -199,7 +199,7 @@ def test_credentials_and_query_strings_are_used_only_for_the_request(server, cap
     assert server.authorizations == ["Basic dXNlcjpwQHNz"]  # user:p@ss
     written = caplog.text + path.name + path.with_name(f"{path.name}.sha256").read_text()
     assert not [secret for secret in ("SECRET", "p%40ss", "p@ss", "user") if secret in written]
-    assert fetch(conceal(url)) == path  # in this process, the concealed URL stands for the original
+    assert fetch(reveal(conceal(url))) == path  # in this process, the concealed URL stands for the original
     assert len(server.requests) == 1
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from models.registry import nearest_model
-from weights.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, with_metadata
+from ..registry import nearest_model
+from .reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, with_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
     of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
 
     Args:
-        weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``weights.reader.preferred_weights``).
+        weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``models.checkpoints.reader.preferred_weights``).
 
     Raises:
         ValueError: an unknown value of ``weights``.

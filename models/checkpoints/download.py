@@ -20,8 +20,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import torch
 from tqdm import tqdm
 
-from weights.reader import CheckpointError, read_checkpoint, sha256
-from weights.urls import reveal, without_secrets
+from .reader import CheckpointError, read_checkpoint, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def fetch(url: str, name: str = "") -> Path:
             sha256 that differs from the recorded one, or a cache that cannot be written. If the download fails, the message
             includes the URL and the path under which to save a manual download.
     """
-    url, shown = reveal(url), without_secrets(url)
+    shown = without_secrets(url)
     try:
         path = cached_path(url, name)
     except ValueError as error:
@@ -149,6 +148,11 @@ def _request(url: str) -> urllib.request.Request:
         token = base64.b64encode(unquote(credentials).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {token}")
     return request
+
+
+def without_secrets(text: str) -> str:
+    """Remove credentials, query string and fragment from the URLs in a text."""
+    return re.sub(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)(?:[^\s/?#]*@)?([^\s?#]*)([?#]\S*)?", r"\1\2", text)
 
 
 def _reason(error: object) -> str:

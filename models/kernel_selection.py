@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import fused_attention, kernel_operator
-from models.kernel_operator import choose_precision
-from models.transforms import is_batched, is_function_transformed
+from . import fused_attention, kernel_operator
+from .kernel_operator import choose_precision
+from .tracing import is_batched, is_function_transformed
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def run_form(function, inputs: dict[str, Tensor | None], dtype: torch.dtype | No
 
 def model_variants(model: nn.Module, device: torch.device, dtypes: Iterable[torch.dtype]) -> list[Variant]:
     """Variants of the calls of a model's focused linear attention, in a fixed order; [] without such attention."""
-    from models.linear_attention import FocusedLinearAttention
+    from .linear_attention import FocusedLinearAttention
 
     variants: dict[Variant, None] = {}
     for module in model.modules():
@@ -238,7 +238,7 @@ def choose_backend(model: nn.Module, device: torch.device, dtypes: Sequence[torc
 
 def set_backend(model: nn.Module, backend: str) -> None:
     """Set the backend of all attention modules of a model, to one of ``BACKENDS``."""
-    from models.linear_attention import FocusedLinearAttention
+    from .linear_attention import FocusedLinearAttention
 
     for module in model.modules():
         if isinstance(module, FocusedLinearAttention):

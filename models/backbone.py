@@ -22,7 +22,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.transforms import is_transformed
+from .tracing import is_transformed
 
 logger = logging.getLogger(__name__)
 

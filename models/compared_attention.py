@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transforms import is_function_transformed
+from .tracing import is_function_transformed
 
 EPS = 1e-6  # added to features and normalisers to prevent division by zero
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weights.reader import CheckpointError, choose_weights, preferred_weights, read_checkpoint
+from models.checkpoints.reader import CheckpointError, choose_weights, preferred_weights, read_checkpoint
 
 WEIGHTS = {"weight": torch.arange(6.0)}
 
@@ -91,7 +91,7 @@ def test_illegal_values_in_a_checkpoint_of_this_project_are_rejected_and_the_err
 
 
 def test_the_number_of_class_names_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr("weights.reader.MAX_CLASSES", 3)
+    monkeypatch.setattr("models.checkpoints.reader.MAX_CLASSES", 3)
     with pytest.raises(CheckpointError, match="class_names has 4 names; at most 3"):
         read({"model": WEIGHTS, "class_names": ["a"] * 4}, tmp_path)
 
