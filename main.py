@@ -6,8 +6,8 @@ Several processes: ``torchrun --nproc_per_node=8 main.py --cfg configs/X.yaml ..
 import sys
 from pathlib import Path
 
-from utils.arguments import check_usage, is_reporting_process, overrides, parse_arguments
-from utils.config import ConfigError, load_config
+from utils.config.arguments import check_usage, is_reporting_process, overrides, parse_arguments
+from utils.config.loading import ConfigError, load_config
 from utils.launcher import read_launch
 from utils.stop import StopRequest
 from utils.text import printable

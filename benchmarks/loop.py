@@ -11,13 +11,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from benchmarks.timing import speedup, time_in_turn
+from engine.metrics_writer import MetricsWriter
+from engine.optim import amp_dtype
+from engine.trainer import Meter, Trainer
 from jobs.initialization import Initialization
 from jobs.start import Contents
-from jobs.training import build_trainer
+from jobs.train import build_trainer
 from utils.distributed import World
-from utils.log import MetricsWriter
-from utils.optim import amp_dtype
-from utils.trainer import Meter, Trainer
 
 LOOP = "loop on one batch"
 LOADER = "loop with the data loader"

@@ -10,17 +10,17 @@ from yacs.config import CfgNode
 
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
-from jobs.checkpoints import LINEAR_ATTENTION_KEYS, check_same_file, locate
+from engine.checkpoint import BEST, check_format, keep_former_best, restore_best
+from engine.compatibility import check_state, compare_groups
+from engine.run_directory import build_output_path, check_available
+from engine.schedule import Schedule, build_schedule, global_batch_size
+from engine.trainer import TrainState
+from jobs.locate_checkpoint import check_same_file, locate
 from jobs.start import Candidate, Contents, check_training_state, choose_start, is_repeated, read_candidate, survey
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from utils.checkpoint import BEST, check_format, keep_former_best, restore_best
-from utils.compatibility import check_state, compare_groups
-from utils.config import ConfigError, flatten, load_stored_config, show
-from utils.config_keys import KEYS
+from utils.config.keys import KEYS, LINEAR_ATTENTION_KEYS
+from utils.config.loading import ConfigError, flatten, load_stored_config, show
 from utils.distributed import World, on_all, on_main
-from utils.run import build_output_path, check_available
-from utils.schedule import Schedule, build_schedule, global_batch_size
-from utils.trainer import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     4. ``scratch``: random weights.
 
     ``jobs.start.choose_start`` has the table of all cases. Nothing is written. --resume and --pretrained together are rejected,
-    see ``utils.config``. --eval does not use this function, see ``jobs.evaluation.choose_checkpoint``.
+    see ``utils.config``. --eval does not use this function, see ``jobs.evaluate.choose_checkpoint``.
 
     Raises:
         ConfigError: the start is refused because of the contents of the output directory, or TRAIN.FREEZE_BACKBONE without

@@ -19,13 +19,14 @@ from yacs.config import CfgNode
 
 from data.files import DataError
 from data.workers import StalledWorkerError, kill_workers
-from jobs.evaluation import evaluate_checkpoint
-from jobs.replay import replay_update
+from engine.replay import replay_update
+from engine.schedule import accumulation_steps
+from jobs.evaluate import evaluate_checkpoint
 from jobs.throughput import measure_throughput
-from jobs.training import check_model, dry_run_training, train
+from jobs.train import check_model, dry_run_training, train
 from models.checkpoints.reader import CheckpointError
-from utils.arguments import is_reporting_process
-from utils.config import ConfigError
+from utils.config.arguments import is_reporting_process
+from utils.config.loading import ConfigError
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
@@ -38,7 +39,6 @@ from utils.distributed import (
 )
 from utils.errors import Stopped, TrainingError, describe
 from utils.log import FILE_ONLY, setup_logging
-from utils.schedule import accumulation_steps
 from utils.stop import StopRequest
 from utils.text import printable
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
+from engine.metrics_writer import read_records
+from engine.run_directory import RECORD, RunRecord, read_record
+from engine.trainer import NO_BEST
 from models.checkpoints.reader import CheckpointError, read_checkpoint, verify
-from utils.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
-from utils.config import ConfigError
-from utils.log import read_records
-from utils.run import RECORD, RunRecord, read_record
-from utils.trainer import NO_BEST
+from utils.config.loading import ConfigError
 from utils.urls import is_url, without_secrets
 
 logger = logging.getLogger(__name__)

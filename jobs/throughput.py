@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from jobs.attention import choose_attention
+from engine.optim import amp_dtype
+from jobs.attention_backend import choose_attention
 from models import build_model
-from utils.config import image_size
+from utils.config.loading import image_size
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
-from utils.optim import amp_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import yaml
 
-from utils.config import ConfigError, load_config
+from utils.config.loading import ConfigError, load_config
 from utils.files import replacing
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
     Returns None if the run is not finished.
     """
-    from utils.log import METRICS, read_records  # imports torch, which takes seconds
+    from engine.metrics_writer import METRICS, read_records
 
     records = read_records(run.folder / METRICS)
     last = [record for record in records if record["kind"].startswith("eval_") and record.get("epoch") == num_epochs - 1]

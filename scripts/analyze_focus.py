@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError
+from utils.config.loading import ConfigError
 from utils.files import replacing
 from utils.text import markdown, printable
 
@@ -81,11 +81,12 @@ def draw_ranks(model, image, names, path: Path) -> None:
 def analyze(args: argparse.Namespace) -> None:
     from analysis.pages import module_names
     from analysis.summary import report, summarise, write_csv, write_json
-    from jobs.evaluation import open_model
-    from jobs.inspection import InspectedImages
-    from jobs.prediction import find_images
-    from utils.log import progress, setup_logging
-    from utils.run import check_writable
+    from engine.run_directory import check_writable
+    from jobs.evaluate import open_model
+    from jobs.inspect import InspectedImages
+    from jobs.predict import find_images
+    from utils.log import setup_logging
+    from utils.progress import progress
 
     setup_logging(rank=0)
     check_writable(args.output)

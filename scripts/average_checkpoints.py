@@ -14,10 +14,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.classes import ClassMatch, compare_classes
-from jobs.checkpoints import Location, locate, stored_class_names
+from engine.checkpoint import save_checkpoint
+from jobs.locate_checkpoint import Location, locate, stored_class_names
 from models.checkpoints.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
-from utils.checkpoint import save_checkpoint
-from utils.config import flatten, show
+from utils.config.loading import flatten, show
 from utils.text import printable
 
 # Prefixes of the keys that must be equal. Equal shapes do not imply this: the focusing factor, for example, is not a weight.

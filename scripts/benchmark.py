@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError, load_config
+from utils.config.loading import ConfigError, load_config
 from utils.files import can_write, replacing
 from utils.text import printable
 
@@ -116,7 +116,7 @@ def check_names(names: list[str]) -> None:
 
 def measure_models(args: argparse.Namespace, device) -> list[dict]:
     from benchmarks.networks import measure_model
-    from utils.optim import PRECISIONS as DTYPES
+    from engine.optim import PRECISIONS as DTYPES
 
     check_names(args.models)
     training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.steps]
@@ -141,7 +141,7 @@ def measure_models(args: argparse.Namespace, device) -> list[dict]:
 
 def measure_attention(args: argparse.Namespace, device) -> list[dict]:
     from benchmarks.operator import count_traffic, measure_operator
-    from utils.optim import PRECISIONS as DTYPES
+    from engine.optim import PRECISIONS as DTYPES
 
     records = []
     for num_tokens in args.tokens:
@@ -169,7 +169,7 @@ def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
 def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from benchmarks.loading import measure_loading, measure_workers
     from data.build import count_cores
-    from jobs.prediction import find_images
+    from jobs.predict import find_images
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
     max_workers = count_cores() if args.workers < 0 else args.workers

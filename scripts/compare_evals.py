@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.metrics import mcnemar_test, paired_interval, wilson_interval
-from utils.report import PREDICTION_COLUMNS
+from engine.metrics import mcnemar_test, paired_interval, wilson_interval
+from engine.report import PREDICTION_COLUMNS
 from utils.text import printable
 
 

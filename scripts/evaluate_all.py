@@ -21,12 +21,12 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     import torch
 
     from data.build import build_preprocessing
-    from jobs.checkpoints import check_same_file, choose_config, open_checkpoint
-    from jobs.evaluation import evaluate_weights
+    from engine.metrics import wilson_interval
+    from engine.optim import eval_dtype
+    from jobs.evaluate import evaluate_weights
+    from jobs.locate_checkpoint import check_same_file, choose_config, open_checkpoint
     from jobs.throughput import images_per_second
-    from utils.config import image_size, load_config
-    from utils.metrics import wilson_interval
-    from utils.optim import eval_dtype
+    from utils.config.loading import image_size, load_config
 
     opts = ["DATA.DATA_PATH", args.data_path, *args.opts]
     checkpoint = open_checkpoint(reference)

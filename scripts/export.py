@@ -24,11 +24,12 @@ from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.build import build_preprocessing
-from jobs.checkpoints import RECIPE_KEY_PREFIXES, Checkpoint
-from jobs.evaluation import OpenedModel, open_model
+from jobs.evaluate import OpenedModel, open_model
+from jobs.locate_checkpoint import Checkpoint
 from models import build_arguments
 from models.checkpoints.reader import METADATA_KEY, WEIGHTS, CheckpointError, sha256
-from utils.config import ConfigError, image_size, to_dict
+from utils.config.keys import RECIPE_KEY_PREFIXES
+from utils.config.loading import ConfigError, image_size, to_dict
 from utils.text import code_fence, markdown, markdown_code, printable
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -164,7 +165,7 @@ def model_card(
         lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
         lines += ["transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"]
     else:
-        lines += ["from models import build_model", "from utils.config import load_config", ""]
+        lines += ["from models import build_model", "from utils.config.loading import load_config", ""]
         lines += ['model = build_model(load_config("config.yaml"))']
     recipe = cfg.dump().rstrip()
     lines += ["```", "", "## Recipe", "", f"{code_fence(recipe)}yaml", recipe, code_fence(recipe), ""]

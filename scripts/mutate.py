@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("main.py", "models", "data", "jobs", "utils", "analysis")
+PACKAGES = ("main.py", "models", "data", "engine", "jobs", "utils", "analysis")
 QUICK = 1.0  # seconds; tests that take less time are run first
 RECORD = ".mutation"  # output directory of ``record``
 COVERAGE_CONFIG = """

@@ -29,7 +29,8 @@ from data.datasets import ImageDataset, open_image
 from data.files import DataError
 from data.index import Index, index_folder, index_tar, index_zip
 from data.workers import end_with_parent
-from utils.log import progress, setup_logging
+from utils.log import setup_logging
+from utils.progress import progress
 from utils.text import printable
 
 ROUND = 1024  # images submitted to the workers at a time

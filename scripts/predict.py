@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError, load_config
+from utils.config.loading import ConfigError, load_config
 from utils.errors import TrainingError
 from utils.text import csv_cell, escape, printable
 
@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data.build import build_preprocessing
-    from jobs.evaluation import open_model
-    from jobs.prediction import class_names, find_images, predict
+    from engine.report import draw_predictions
+    from engine.run_directory import check_writable
+    from jobs.evaluate import open_model
+    from jobs.predict import class_names, find_images, predict
     from utils.log import setup_logging
-    from utils.report import draw_predictions
-    from utils.run import check_writable
 
     setup_logging(0)
     check_writable(args.output)

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.config import ConfigError
+from utils.config.loading import ConfigError
 from utils.text import printable
 
 
 def open_at_token_grid(args: argparse.Namespace):
     """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
-    from jobs.evaluation import open_model
+    from jobs.evaluate import open_model
 
     inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     if not args.token_grid:
@@ -52,11 +52,11 @@ def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list
 def visualize(args: argparse.Namespace) -> None:
     from analysis.pages import module_names, trace, write_page
     from analysis.pictures import POINTS, draw_forms, draw_overlays
-    from jobs.inspection import InspectedImages
-    from jobs.prediction import find_images
-    from utils.config import image_size
+    from engine.run_directory import check_writable
+    from jobs.inspect import InspectedImages
+    from jobs.predict import find_images
+    from utils.config.loading import image_size
     from utils.files import replacing
-    from utils.run import check_writable
 
     check_writable(args.output)
     model, checkpoint, cfg, weights = open_at_token_grid(args)

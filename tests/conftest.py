@@ -35,8 +35,8 @@ FAST = {
     "test_documentation",
     "test_recipes",
     "utils.test_config",
-    "utils.test_schedule",
-    "utils.test_trainer",
+    "engine.test_schedule",
+    "engine.test_trainer",
     "models.test_download",
 }
 

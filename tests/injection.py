@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("analysis", "data", "jobs", "main.py", "models", "scripts", "utils")
+PACKAGES = ("analysis", "data", "engine", "jobs", "main.py", "models", "scripts", "utils")
 
 
 class OddError(Exception):

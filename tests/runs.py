@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from scripts.soak import find_difference
+from tests.soak import find_difference
 
 
 class LinearClassifier(nn.Linear):

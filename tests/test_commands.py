@@ -14,18 +14,18 @@ import torch
 
 import main
 import main_ema
+from engine.checkpoint import list_checkpoints
+from engine.schedule import global_batch_size
+from engine.trainer import NO_BEST
 from jobs.initialization import choose_initialization
-from jobs.training import check_model
+from jobs.train import check_model
 from models import build_model
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from utils.arguments import FLAGS, check_usage, overrides, parse_arguments
-from utils.checkpoint import list_checkpoints
-from utils.config import flatten, load_config, to_dict
+from utils.config.arguments import FLAGS, check_usage, overrides, parse_arguments
+from utils.config.loading import flatten, load_config, to_dict
 from utils.distributed import World
-from utils.schedule import global_batch_size
-from utils.trainer import NO_BEST
 
 ROOT = Path(__file__).parent.parent
 EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes

@@ -13,8 +13,8 @@ import pytest
 import main
 from scripts import document_config
 from tests.launch import run_script
-from utils.arguments import check_usage, overrides, parse_arguments
-from utils.config import flatten, load_config
+from utils.config.arguments import check_usage, overrides, parse_arguments
+from utils.config.loading import flatten, load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,7 +100,7 @@ MARKERS = sorted(
 @pytest.mark.parametrize("marker", MARKERS)
 def test_documented_markers_select_tests(marker):
     # Two files that together have tests with every marker: collecting all files would take twice as long.
-    files = ["tests/utils/test_schedule.py", "tests/reliability/test_data.py"]
+    files = ["tests/engine/test_schedule.py", "tests/reliability/test_data.py"]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker.strip('"'), *files]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout  # 5 if no test is selected

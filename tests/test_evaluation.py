@@ -15,21 +15,21 @@ from matplotlib.figure import Figure
 from torch import nn
 from yacs.config import CfgNode
 
-import jobs.evaluation
+import jobs.evaluate
 from data.samplers import EvalBatches
-from jobs.checkpoints import Location
+from engine.checkpoint import save_checkpoint
+from engine.evaluation import EvalResult, Predictions, evaluate
+from engine.metrics import mcnemar_test, paired_interval, wilson_interval
+from engine.report import confusion_matrix, draw_confusion, write_evaluation
+from jobs.locate_checkpoint import Location
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts import average_checkpoints
 from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
 from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main
-from utils.checkpoint import save_checkpoint
-from utils.config import load_config, to_dict
+from utils.config.loading import load_config, to_dict
 from utils.distributed import World
-from utils.evaluation import EvalResult, Predictions, evaluate
-from utils.metrics import mcnemar_test, paired_interval, wilson_interval
-from utils.report import confusion_matrix, draw_confusion, write_evaluation
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -384,8 +384,8 @@ def test_evaluation_is_rejected_if_two_processes_read_different_checkpoints(trai
     """Nodes may have different files at the same path; the test simulates this with a different digest in each process."""
 
     def prepare(rank: int) -> None:
-        original = jobs.evaluation.open_checkpoint
-        jobs.evaluation.open_checkpoint = lambda path: replace(original(path), digest=f"digest {rank}")
+        original = jobs.evaluate.open_checkpoint
+        jobs.evaluate.open_checkpoint = lambda path: replace(original(path), digest=f"digest {rank}")
 
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--eval", "--resume", trained]
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)

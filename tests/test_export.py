@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from data.build import build_preprocessing
-from jobs.checkpoints import RECIPE_KEY_PREFIXES, open_checkpoint, stored_config
+from jobs.locate_checkpoint import open_checkpoint, stored_config
 from models import build_model, create_model
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import sha256
 from scripts import export
 from tests.conftest import CONFIGS
-from utils.config import load_config, to_dict
+from utils.config.keys import RECIPE_KEY_PREFIXES
+from utils.config.loading import load_config, to_dict
 
 # Ignore warnings that torch raises about its own code.
 pytestmark = [

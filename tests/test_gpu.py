@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from engine.optim import build_optimizer, build_scaler
+from engine.step import train_step
 from models import create_model
 from models.kernel_selection import Variant, compare, find_obstacle
 from models.linear_attention import FocusedLinearAttention
 from tests.conftest import CONFIGS
 from tests.launch import torchrun
-from utils.config import load_config
+from utils.config.loading import load_config
 from utils.distributed import World, wrap
-from utils.optim import build_optimizer, build_scaler
-from utils.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or GPUs are hidden; set FLATTEN_TEST_GPU=1")
 GPU = torch.device("cuda", 0)

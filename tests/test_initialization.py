@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import jobs.evaluation
-import jobs.training
-import utils.log
-from jobs.checkpoints import open_checkpoint
+import engine.metrics_writer
+import jobs.evaluate
+import jobs.train
+from engine.checkpoint import list_checkpoints, save_checkpoint
+from engine.metrics_writer import MetricsWriter
+from engine.run_directory import RunLock, check_available
+from engine.trainer import check_trained
 from jobs.initialization import Initialization, check_data, is_finished, resume
+from jobs.locate_checkpoint import open_checkpoint
 from jobs.start import Contents, find_unusable_entries
-from jobs.training import build_trainer
+from jobs.train import build_trainer
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
-from utils.checkpoint import list_checkpoints, save_checkpoint
-from utils.config import ConfigError, load_config
+from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
 from utils.errors import TrainingError
-from utils.log import MetricsWriter
-from utils.run import RunLock, check_available
-from utils.trainer import check_trained
 
 # Test case -> invalid entry of a checkpoint.
 INVALID_ENTRIES = {
@@ -213,14 +213,14 @@ def test_fp16_is_recommended_for_amp_on_a_gpu_without_bf16(supported, toy_config
 
 def test_training_and_check_apply_the_numerical_settings_of_the_config(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        original = jobs.training.build_trainer
+        original = jobs.train.build_trainer
 
         def build(*arguments, **options):
             assert torch.are_deterministic_algorithms_enabled()
             assert not torch.backends.cuda.matmul.allow_tf32
             return original(*arguments, **options)
 
-        jobs.training.build_trainer = build
+        jobs.train.build_trainer = build
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DETERMINISTIC", "warn", "TF32", False, "TRAIN.EPOCHS", 1)
     for flags in ([], ["--check"]):
@@ -231,13 +231,13 @@ def test_training_and_check_apply_the_numerical_settings_of_the_config(toy_confi
 def test_evaluation_applies_the_numerical_settings_of_the_config(trained, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
-        original = jobs.evaluation.evaluate
+        original = jobs.evaluate.evaluate
 
         def evaluate(*arguments, **options):
             assert torch.backends.cuda.matmul.allow_tf32  # the config enables TF32 by default
             return original(*arguments, **options)
 
-        jobs.evaluation.evaluate = evaluate
+        jobs.evaluate.evaluate = evaluate
 
     arguments = [*toy_arguments(toy_config, toy_data, tmp_path), "--eval", "--resume", trained]
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
@@ -351,7 +351,7 @@ def test_evaluations_that_the_metrics_file_lacks_are_restored_from_the_checkpoin
 
 
 def test_a_blocked_disk_delays_the_first_flush_of_metrics_for_a_limited_time_and_later_ones_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils.log, "SECONDS_AT_EXIT", 0.5)
+    monkeypatch.setattr(engine.metrics_writer, "SECONDS_AT_EXIT", 0.5)
     writer, release = MetricsWriter(tmp_path, 0), threading.Event()
     writer._write_line(release.wait, 60)
     writer.scalars(1, "train", {"loss": 1.0})
@@ -385,7 +385,7 @@ def test_incomplete_weights_are_rejected_for_evaluation(trained, toy_config, toy
 
 def test_a_checkpoint_replaced_while_it_is_read_is_rejected(trained, monkeypatch):
     digests = iter(["first", "second"])
-    monkeypatch.setattr("jobs.checkpoints.sha256", lambda _: next(digests))
+    monkeypatch.setattr("jobs.locate_checkpoint.sha256", lambda _: next(digests))
     with pytest.raises(CheckpointError, match="was replaced while it was being read"):
         open_checkpoint(trained)
 

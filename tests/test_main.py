@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.evaluation import choose_checkpoint
+from engine.checkpoint import list_checkpoints
+from engine.run_directory import LOCK, RunRecord, write_record
+from jobs.evaluate import choose_checkpoint
 from jobs.initialization import choose_initialization
 from models.checkpoints.reader import read_checkpoint
-from scripts.soak import read_state
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
 from tests.runs import assert_equal, run_state, toy_arguments
-from utils.arguments import check_usage, overrides, parse_arguments
-from utils.checkpoint import list_checkpoints
-from utils.config import ConfigError, load_config
+from tests.soak import read_state
+from utils.config.arguments import check_usage, overrides, parse_arguments
+from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
-from utils.run import LOCK, RunRecord, write_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from data.index import DataError
-from jobs.checkpoints import Checkpoint, Location, open_checkpoint
-from jobs.prediction import class_names, find_images
+from jobs.locate_checkpoint import Checkpoint, Location, open_checkpoint
+from jobs.predict import class_names, find_images
 from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts import analyze_focus, average_checkpoints, benchmark, evaluate_all, export, predict, visualize_attention
 from tests.launch import run_script
-from utils.config import load_config
+from utils.config.loading import load_config
 
 
 @pytest.fixture

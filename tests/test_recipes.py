@@ -6,7 +6,7 @@ tests/reference/recipes.json lists these values, as one recipe per file.
 import pytest
 
 from tests.conftest import CONFIGS, reference
-from utils.config import flatten, load_config
+from utils.config.loading import flatten, load_config
 
 RECIPES = reference("recipes")["recipes"]
 IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an entry that is not a config key

@@ -19,7 +19,7 @@ from models.checkpoints.download import cached_path
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from tests.server import serve
-from utils.config import load_config
+from utils.config.loading import load_config
 
 CLASSES = {"n01440764": 0, "n01443537": 1, "n02091831": 176}  # class ids of ImageNet-1K
 # Model -> image size in pixels. The released files are for 224 pixels; smaller sizes are faster. CSwin needs 224: its stripes

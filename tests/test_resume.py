@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from data.index import describe_index, index_folder
-from jobs.checkpoints import log_differences
+from engine.checkpoint import list_checkpoints
+from engine.compatibility import compare_groups
+from engine.optim import build_optimizer
+from engine.replay import check_images
+from engine.run_directory import RECORD
+from engine.schedule import build_schedule
 from jobs.initialization import (
     ARCHITECTURE_KEY_PREFIXES,
     GROUP_KEYS,
@@ -18,23 +23,18 @@ from jobs.initialization import (
     warn_about_environment,
     warn_about_learning_rate,
 )
-from jobs.replay import check_images
+from jobs.locate_checkpoint import log_differences
 from jobs.start import Contents
-from jobs.training import build_initial_state
+from jobs.train import build_initial_state
 from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
-from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import list_checkpoints
-from utils.compatibility import compare_groups
-from utils.config import ConfigError, flatten, load_config
-from utils.config_keys import KEYS
+from tests.soak import read_state
+from utils.config.keys import KEYS
+from utils.config.loading import ConfigError, flatten, load_config
 from utils.distributed import World
-from utils.optim import build_optimizer
-from utils.run import RECORD
-from utils.schedule import build_schedule
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

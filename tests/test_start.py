@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import jobs.training
-import utils.trainer
+import engine.trainer
+import jobs.train
+from engine.checkpoint import BEST, FORMAT, checkpoint_path, list_checkpoints
+from engine.run_directory import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
 from jobs.initialization import Initialization, choose_initialization
 from jobs.start import survey
 from models.checkpoints.reader import CheckpointError, read_checkpoint
-from scripts.soak import read_state
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, run_state, toy_arguments
-from utils.checkpoint import BEST, FORMAT, checkpoint_path, list_checkpoints
-from utils.config import ConfigError, load_config
+from tests.soak import read_state
+from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
-from utils.run import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -311,7 +311,7 @@ def test_the_record_of_a_run_that_has_saved_is_not_replaced_at_a_later_start(toy
     cfg = load_config(toy_config, ["MODEL.RESUME", str(tmp_path / "copy.pth")])
     init = Initialization("resume", str(tmp_path / "copy.pth"), survey(tmp_path))
     directory = RunDirectory(tmp_path)
-    jobs.training.open_directory(directory, cfg, init, None, {})
+    jobs.train.open_directory(directory, cfg, init, None, {})
     assert read_record(tmp_path) == RunRecord("a", has_saved=True)
     directory.close()
 
@@ -375,7 +375,7 @@ def test_resume_of_another_run_is_refused_in_a_used_directory_and_continues_in_a
     origin = tmp_path / "origin.pth"
     shutil.copy(trained, origin)
     command = [*arguments, "--resume", origin, "--tag", "other"]
-    call = {"prepare": lambda rank: call_before(utils.trainer, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
+    call = {"prepare": lambda rank: call_before(engine.trainer, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
     assert run_main(command, tmp_path / "log", **call).exit_codes == [-9]
     origin.unlink()
     outcome = run_main(command, tmp_path / "log")  # the same command resumes what it has started
@@ -472,7 +472,7 @@ def test_nothing_is_written_before_the_last_check_has_passed_on_every_rank(unint
 
     def fail_on_rank_1(rank: int) -> None:
         if rank == 1:
-            jobs.training.resume = lambda *_: (_ for _ in ()).throw(CheckpointError("unreadable on this rank"))
+            jobs.train.resume = lambda *_: (_ for _ in ()).throw(CheckpointError("unreadable on this rank"))
 
     arguments = toy_arguments(toy_config, data, tmp_path, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2)
@@ -502,7 +502,7 @@ def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_i
         while action.endswith("started") and not proceed.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    call = {"prepare": lambda rank: call_before(utils.trainer, "write_checkpoint", 2, interfere)}
+    call = {"prepare": lambda rank: call_before(engine.trainer, "write_checkpoint", 2, interfere)}
     with ThreadPoolExecutor(1) as executor:
         first = executor.submit(run_main, arguments, tmp_path / "log", **call)
         if action.endswith("started"):

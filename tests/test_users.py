@@ -14,17 +14,17 @@ import torch
 import yaml
 from yacs.config import CfgNode
 
-import jobs.evaluation
-import jobs.training
+import jobs.evaluate
+import jobs.train
 from data.build import build_num_workers
-from jobs.checkpoints import choose_config, locate, open_checkpoint, stored_config
-from jobs.training import _batch_advice, warn_about_ema
+from engine.run_directory import RunLock
+from jobs.locate_checkpoint import choose_config, locate, open_checkpoint, stored_config
+from jobs.train import _batch_advice, warn_about_ema
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from utils.config import ConfigError, load_config
+from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
-from utils.run import RunLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -224,7 +224,7 @@ def test_sigint_and_sigterm_end_a_run_without_a_traceback(toy_config, toy_data, 
 def test_sigint_ends_an_evaluation_without_a_traceback(trained, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
-        jobs.evaluation.evaluate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+        jobs.evaluate.evaluate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["--eval", "--resume", trained, "--data-path", toy_data, "--output", tmp_path]
     outcome = run(*arguments, log_folder=tmp_path, prepare=prepare)
@@ -237,7 +237,7 @@ def test_sigterm_ends_a_check_immediately_and_the_next_check_deletes_its_directo
     """--check restores the default handler of SIGTERM: a Python handler would not run while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
-        jobs.training.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+        jobs.train.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)
 
     output = tmp_path / "output"
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]

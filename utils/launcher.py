@@ -3,7 +3,7 @@
 import os
 from typing import NamedTuple
 
-from utils.config import ConfigError
+from utils.config.loading import ConfigError
 
 # Numbers of tasks in the variables of srun, Open MPI, MPICH and Intel MPI, MVAPICH, and jsrun. These launchers do not set RANK.
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")

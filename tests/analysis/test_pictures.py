@@ -11,12 +11,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import jobs.inspection
+import jobs.inspect
 from analysis.pages import CONVOLUTION, SUM, BlockMaps
 from analysis.pictures import draw_forms, draw_overlays
+from engine.checkpoint import read_checkpoint
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import read_checkpoint
 
 IMAGE = Image.new("RGB", (30, 20), (10, 200, 30))
 
@@ -104,7 +104,7 @@ def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp
     def fail(*_arguments, **_options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(jobs.inspection, "trace", fail)
+    monkeypatch.setattr(jobs.inspect, "trace", fail)
     image = toy_data / "val/class1/003.png"
     outcome = run_main(
         toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image), tmp_path / "log"
@@ -113,7 +113,7 @@ def test_an_error_while_drawing_does_not_stop_training(toy_config, toy_data, tmp
     assert outcome.output.count("attention pictures are disabled after an error: out of memory") == 1
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout()).train()
     model[1].eval()
-    pictures = object.__new__(jobs.inspection.AttentionPictures)
+    pictures = object.__new__(jobs.inspect.AttentionPictures)
     pictures.image = torch.zeros(3, 4, 4)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(pictures(model))

@@ -22,7 +22,7 @@ from data.build import (
 from data.datasets import ImageDataset, seed_generators
 from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
-from utils.config import load_config
+from utils.config.loading import load_config
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ from timm.data import ImageNetInfo
 
 from data.build import build_datasets
 from data.classes import ClassMatch, check_classes, compare_classes
-from jobs.checkpoints import Location, open_checkpoint
-from jobs.training import load_pretrained
+from jobs.locate_checkpoint import Location, open_checkpoint
+from jobs.train import load_pretrained
 from models import build_model
 from models.checkpoints.released import RELEASED
 from scripts import average_checkpoints, export, predict
 from tests.launch import run_main, run_script
 from tests.runs import toy_arguments
-from utils.config import load_config, to_dict
+from utils.config.loading import load_config, to_dict
 from utils.distributed import World
 
 NUM_CLASSES = 12
@@ -217,6 +217,6 @@ def test_averaging_export_and_prediction_follow_the_class_order_of_the_checkpoin
 def test_released_weights_have_the_wordnet_ids_of_imagenet(tmp_path, monkeypatch):
     torch.save({"model": {}}, tmp_path / "released.pth")
     location = Location(tmp_path / "released.pth", RELEASED["flatten_swin_t"])
-    monkeypatch.setattr("jobs.checkpoints.locate", lambda reference: location)
+    monkeypatch.setattr("jobs.locate_checkpoint.locate", lambda reference: location)
     classes = open_checkpoint("flatten_swin_t").class_names
     assert (classes[0], classes[207], len(classes)) == ("n01440764", "n02099601", 1000)

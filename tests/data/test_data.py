@@ -34,7 +34,7 @@ from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.transforms import Normalize, Preprocessing, RandomResizedCrop, as_pair, create_train_transform
 from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
-from utils.config import load_config
+from utils.config.loading import load_config
 
 CPU = torch.device("cpu")
 PHOTOGRAPHS = os.environ.get("IMAGENET_SAMPLES")

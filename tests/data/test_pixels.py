@@ -21,7 +21,7 @@ from scripts import predict
 from scripts.pack_dataset import pack
 from tests.conftest import write_images
 from tests.launch import run_script
-from utils.config import load_config
+from utils.config.loading import load_config
 
 RAMP = list(range(0, 4096, 273))  # 16 values of 12 bits: 0, 273, ..., 4095
 

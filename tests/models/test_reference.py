@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from engine.optim import build_ema, build_optimizer, build_scaler
+from engine.step import train_step
 from models import build_model
 from models.checkpoints.loading import load_weights
 from tests.conftest import CONFIGS, REFERENCE, fill_with_seeded_weights, reference, seeded_image
-from utils.config import load_config
+from utils.config.loading import load_config
 from utils.distributed import World, wrap
-from utils.optim import build_ema, build_optimizer, build_scaler
-from utils.step import train_step
 
 CASES = sorted(path.stem for path in REFERENCE.glob("flatten_*.json"))
 TRAININGS = sorted(path.stem for path in REFERENCE.glob("train-*.json"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.checkpoint import to_host
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import read_checkpoint
 from models.cswin import CSwinTransformer
@@ -14,7 +15,6 @@ from models.deit import DeiT
 from models.pvt import PyramidVisionTransformer
 from models.pvt_v2 import PyramidVisionTransformerV2
 from models.swin import SwinTransformer
-from utils.checkpoint import to_host
 
 TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
 TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin

@@ -6,7 +6,7 @@ from models import build_model, create_model
 from models.backbone import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
 from models.swin import SwinTransformer
 from tests.conftest import CONFIGS
-from utils.config import load_config
+from utils.config.loading import load_config
 
 
 def toy(**options):

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from models import RELEASED, build_model, checkpoint_filter_fn, create_model, entrypoints, list_models, released
 from tests.conftest import CONFIGS, reference
-from utils.config import load_config
+from utils.config.loading import load_config
 
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]

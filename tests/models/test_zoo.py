@@ -13,6 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.ops import FeaturePyramidNetwork
 
+from engine.optim import build_optimizer
 from models import build_model, create_model, list_models, nearest_model
 from models.checkpoints.loading import load_weights
 from models.compared_attention import focus
@@ -20,8 +21,7 @@ from models.cswin import CSwinTransformer, StripedAttention, stripe_size
 from models.linear_attention import ATTENTION_KINDS
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, seeded_image
-from utils.config import load_config
-from utils.optim import build_optimizer
+from utils.config.loading import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]

@@ -14,19 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.checkpoint
-import utils.evaluation
-import utils.trainer
+import engine.checkpoint
+import engine.evaluation
+import engine.trainer
 from data.datasets import ImageDataset
-from jobs.start import survey
-from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from scripts.soak import read_state
-from tests.conftest import write_images
-from tests.launch import run_main
-from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, run_state, toy_arguments
-from tests.utils.test_checkpoint import toy
-from utils.checkpoint import (
+from engine.checkpoint import (
     BEST,
     checkpoint_path,
     link_best,
@@ -34,6 +26,14 @@ from utils.checkpoint import (
     remove_surplus,
     save_checkpoint,
 )
+from jobs.start import survey
+from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
+from tests.conftest import write_images
+from tests.engine.test_checkpoint import toy
+from tests.launch import run_main
+from tests.reliability.test_signals import call_before
+from tests.runs import assert_equal, run_state, toy_arguments
+from tests.soak import read_state
 
 pytestmark = pytest.mark.reliability
 
@@ -160,7 +160,7 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
         finished = save_and_kill(folder, number, create_state(2), best=True)
         newest = newest_usable(folder)
         state = read_checkpoint(newest)
-        assert utils.checkpoint.restore_best(folder, state, newest)
+        assert engine.checkpoint.restore_best(folder, state, newest)
         best = read_checkpoint(folder / BEST)
         assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
         if finished:
@@ -173,7 +173,7 @@ def test_r14_resume_restores_best_pth_after_a_kill_between_save_and_link(uninter
     """The run is killed after the checkpoint is complete, but before ``best.pth`` is linked to it."""
 
     def prepare(rank: int) -> None:
-        call_before(utils.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        call_before(engine.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     folder = tmp_path / "toy/default"
@@ -210,7 +210,7 @@ def test_r22_an_evaluation_that_fails_loses_no_update(fault, uninterrupted, toy_
     folder = tmp_path / "toy/default"
 
     def prepare(rank: int) -> None:
-        call_before(utils.evaluation, "progress", 1, lambda: R22_FAULTS[fault](folder))
+        call_before(engine.evaluation, "progress", 1, lambda: R22_FAULTS[fault](folder))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
     failed = run_main(arguments, tmp_path / "log", prepare=prepare)
@@ -298,7 +298,7 @@ def test_r3_full_disk_ends_all_processes_and_the_error_gives_the_reason(toy_conf
 
         if rank == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            call_before(utils.trainer, "save_checkpoint", 3, limit_file_size)
+            call_before(engine.trainer, "save_checkpoint", 3, limit_file_size)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
@@ -484,7 +484,7 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
 
             def stop_at_first_save(rank: int, last: bool = last) -> None:
                 if not last and rank == 0:
-                    call_before(utils.trainer, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                    call_before(engine.trainer, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
             outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_at_first_save)
             assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output
@@ -519,7 +519,7 @@ def test_r8_run_stopped_during_accumulation_equals_an_uninterrupted_run_after_re
     def prepare(rank: int) -> None:
         # manual_seed is called once before the weights are initialised, and then before every forward pass. Send the signal
         # before the third forward pass of the eighth update.
-        call_before(utils.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_before(engine.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
@@ -564,7 +564,7 @@ def test_r7_run_stopped_many_times_within_an_epoch_equals_an_uninterrupted_run(n
         return toy_arguments(toy_config, toy_data, output, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2)
 
     def stop_at_first_update(rank: int) -> None:
-        call_before(utils.trainer, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_before(engine.trainer, "train_step", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     folder, num_updates = tmp_path / "stopped/toy/default", 0
     for _ in range(num_stops):

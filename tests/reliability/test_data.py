@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import data.index
-import jobs.training
+import jobs.train
 import scripts.pack_dataset
 from data.archives import class_names
 from data.build import build_datasets, build_index, build_mixup, build_train_transform, collate
@@ -37,7 +37,7 @@ from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main, run_script
 from tests.runs import toy_arguments
-from utils.config import load_config
+from utils.config.loading import load_config
 
 pytestmark = pytest.mark.reliability
 ROOT = Path(__file__).parent.parent.parent
@@ -476,13 +476,13 @@ def test_copies_of_an_image_are_never_mixed_with_each_other(batch_size, repeats,
 
 def test_every_process_of_a_run_builds_mixup_with_its_rank(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        original = jobs.training.build_mixup
+        original = jobs.train.build_mixup
 
         def build(cfg, *, rank: int):
             (tmp_path / f"mixup{os.environ['RANK']}").write_text(str(rank))
             return original(cfg, rank=rank)
 
-        jobs.training.build_mixup = build
+        jobs.train.build_mixup = build
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 1)
     assert run_main(arguments, tmp_path / "log", processes=2, prepare=prepare).exit_codes == [0, 0]
@@ -506,7 +506,7 @@ def test_invalid_augmentation_policy_is_rejected_when_the_transform_is_built():
 @pytest.mark.slow  # -O makes Python recompile all packages
 def test_invalid_augmentation_policy_is_rejected_with_assertions_disabled():
     code = (
-        "from data.build import build_train_transform as build; from utils.config import load_config as load\n"
+        "from data.build import build_train_transform as build; from utils.config.loading import load_config as load\n"
         "import sys\n"
         "try: build(load('configs/flatten_swin_t.yaml', ['AUG.AUTO_AUGMENT', 'rand-m9-foo1']))\n"
         "except ValueError as error: sys.exit(0 if 'not a timm policy' in str(error) else 1)\n"

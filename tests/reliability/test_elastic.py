@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.soak import newest_update, read_state
 from tests.launch import ROOT, free_port, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
+from tests.soak import newest_update, read_state
 
 pytestmark = pytest.mark.reliability
 
@@ -116,17 +116,17 @@ def find_workers(output: Path, **variables: str) -> list[int]:
 
 FAILING_ONCE = """
 import os
-import utils.trainer
+import engine.trainer
 from main import main
 
-def train_step(*arguments, original=utils.trainer.train_step, calls=[], **options):
+def train_step(*arguments, original=engine.trainer.train_step, calls=[], **options):
     calls.append(None)
     if len(calls) == 5:
         raise KeyError("injected")
     return original(*arguments, **options)
 
 if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
-    utils.trainer.train_step = train_step
+    engine.trainer.train_step = train_step
 main()
 """
 
@@ -193,14 +193,14 @@ def test_s6_job_on_two_nodes_resumes_on_the_remaining_node_after_one_fails(toy_c
 
 FAILING_MAIN = """
 import os
-import utils.trainer
+import engine.trainer
 from main import main
 
 def fail(*arguments, **options):
     raise ValueError("injected error in rank 1")
 
 if os.environ["RANK"] == "1":
-    utils.trainer.train_step = fail
+    engine.trainer.train_step = fail
 main()
 """
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from data.classes import read_class_map, read_real_labels
 from data.index import DataError, index_zip
+from engine.checkpoint import save_checkpoint
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
-from tests.utils.test_checkpoint import toy
-from utils.checkpoint import save_checkpoint
-from utils.config import ConfigError, load_config
+from tests.engine.test_checkpoint import toy
+from utils.config.loading import ConfigError, load_config
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]
 FUZZ_SETTINGS = settings(

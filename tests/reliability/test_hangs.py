@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import data.build
+import engine.trainer
 import utils.background
-import utils.trainer
 from data.datasets import ImageDataset
 from data.workers import StallCheck, StalledWorkerError, WatchedDataset
+from engine.checkpoint import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
-from utils.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.reliability
 
@@ -39,7 +39,7 @@ RANK_FAULTS = {
 def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, function, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         if rank == 1:
-            call_before(utils.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
+            call_before(engine.trainer, function, 5 if function == "train_step" else 1, RANK_FAULTS[fault])
             if fault == "hangs":  # SIGALRM ends the hanging process 14 s after its start
                 signal.alarm(14)
 

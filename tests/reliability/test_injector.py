@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
+import engine.dry_run
 import main
 import scripts.evaluate_all
-import utils.dry_run
+from engine.checkpoint import BEST, list_checkpoints, save_checkpoint
+from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
-from scripts.soak import find_difference, read_state
 from tests.injection import ERRORS, Call, Fault, draw_fault, inject, read_calls, record_calls
 from tests.launch import run_main
 from tests.runs import toy_arguments
-from utils.checkpoint import BEST, list_checkpoints, save_checkpoint
-from utils.run import RunLock
+from tests.soak import find_difference, read_state
 
 pytestmark = pytest.mark.reliability
 SECONDS_TO_END = 30
@@ -41,7 +41,7 @@ HANDLERS = [
     "utils/background.py:BackgroundWrite.close",
     "utils/background.py:Sink.flush",
     "utils/log.py:MetricsWriter.close",
-    "utils/run.py:RunDirectory.close",
+    "engine/run_directory.py:RunDirectory.close",
     "utils/errors.py:describe",
 ]
 
@@ -90,7 +90,7 @@ def jobs(toy_config, toy_data, tmp_path_factory) -> dict[str, Job]:
     jobs["check"] = Job(
         lambda output: ["--check", *train(16)(output)],
         lambda _: None,
-        prepare=lambda _: setattr(utils.dry_run, "MEASUREMENT_SECONDS", 0.2),
+        prepare=lambda _: setattr(engine.dry_run, "MEASUREMENT_SECONDS", 0.2),
     )
     complete(jobs["training"], folder / "training")
     trained = folder / "training/toy/default"

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-import jobs.training
-from jobs.replay import find_non_finite
+import jobs.train
+from engine.checkpoint import list_checkpoints
+from engine.optim import build_optimizer, build_scaler
+from engine.replay import find_non_finite
+from engine.step import train_step
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
 from tests.runs import LinearClassifier, toy_arguments
-from utils.checkpoint import list_checkpoints
-from utils.config import load_config
+from utils.config.loading import load_config
 from utils.distributed import World, wrap
-from utils.optim import build_optimizer, build_scaler
-from utils.step import train_step
 
 pytestmark = pytest.mark.reliability
 UPDATE = 3  # the update at which a fault is injected, counted from 0
@@ -49,7 +49,7 @@ class FaultyLoss(nn.CrossEntropyLoss):
 def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fault, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         if rank == 1:
-            jobs.training.build_criterion = lambda *_, **__: FaultyLoss(fault)
+            jobs.train.build_criterion = lambda *_, **__: FaultyLoss(fault)
 
     options = ["SAVE_STEPS", 1, "DATA.BATCH_SIZE", 4, "KEEP_CHECKPOINTS", 9]
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
@@ -80,7 +80,7 @@ def test_n1_the_error_gives_the_update_of_the_nan_loss_even_if_another_update_fo
     """
 
     def prepare(rank: int) -> None:
-        jobs.training.build_criterion = lambda *_, **__: FaultyLoss("loss")
+        jobs.train.build_criterion = lambda *_, **__: FaultyLoss("loss")
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "PRINT_FREQ", print_freq)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
@@ -176,7 +176,7 @@ def overflow_in(first: int, last: int):
             return super().forward(logits, targets)
 
     def prepare(rank: int) -> None:
-        jobs.training.build_criterion = lambda *_, **__: Overflowing()
+        jobs.train.build_criterion = lambda *_, **__: Overflowing()
 
     return prepare
 

@@ -17,20 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.checkpoints import RECIPE_KEY_PREFIXES, Checkpoint, choose_config, open_checkpoint, stored_config
-from jobs.evaluation import check_model, load_models
+from engine.optim import build_ema, build_optimizer, build_scaler
+from engine.trainer import TrainState
+from jobs.evaluate import check_model, load_models
 from jobs.initialization import check_resumable, resume
+from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_config
 from models import build_model
 from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from tests.server import serve
-from utils.config import ConfigError, flatten, load_config
-from utils.config_keys import KEYS
+from utils.config.keys import KEYS, RECIPE_KEY_PREFIXES
+from utils.config.loading import ConfigError, flatten, load_config
 from utils.distributed import World
 from utils.log import setup_logging
-from utils.optim import build_ema, build_optimizer, build_scaler
-from utils.trainer import TrainState
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]
 WORLD = World(0, 0, 1, torch.device("cpu"))

@@ -30,10 +30,10 @@ from data.build import build_datasets
 from data.datasets import ImageDataset, decode_pixels
 from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches
-from jobs.prediction import find_images
+from jobs.predict import find_images
 from tests.launch import run_main
 from tests.runs import toy_arguments
-from utils.config import load_config
+from utils.config.loading import load_config
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore:Duplicate name")]
 COMPOSED, DECOMPOSED = "\N{LATIN SMALL LETTER E WITH ACUTE}", "e\N{COMBINING ACUTE ACCENT}"

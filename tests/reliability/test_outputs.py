@@ -10,13 +10,15 @@ import time
 
 import pytest
 
+import engine.metrics_writer
+import engine.trainer
 import utils.log
-import utils.trainer
-from scripts.soak import read_state
+import utils.progress
+from engine.checkpoint import BEST, list_checkpoints
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import BEST, list_checkpoints
+from tests.soak import read_state
 
 pytestmark = pytest.mark.reliability
 
@@ -62,7 +64,7 @@ CONSOLES = {
 @pytest.mark.parametrize("console", CONSOLES)
 def test_r16_a_console_that_fails_or_blocks_does_not_end_a_run(console, uninterrupted, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
-        utils.log._console.cache_clear()
+        utils.progress.console.cache_clear()
         CONSOLES[console]()
 
     # The path is not ASCII, so a console with ASCII encoding must escape it.
@@ -83,12 +85,12 @@ def test_r16_processes_without_a_console_save_their_state_when_stopped(toy_confi
     """The exit status must be 75, because a job is requeued only with this status."""
 
     def prepare(rank: int) -> None:
-        utils.log._console.cache_clear()
+        utils.progress.console.cache_clear()
         close_console()
         os.close(2)
         sys.stderr = None
         if rank == 1:
-            call_before(utils.trainer, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            call_before(engine.trainer, "train_step", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4)
     assert run_main(arguments, tmp_path / "log", processes=2, prepare=prepare).exit_codes == [75, 75]
@@ -104,7 +106,7 @@ def test_r16_a_metrics_file_that_cannot_be_rewritten_on_resume_does_not_end_the_
         def raise_no_space(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        utils.log.replacing = raise_no_space
+        engine.metrics_writer.replacing = raise_no_space
 
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
@@ -115,7 +117,7 @@ def test_r16_a_metrics_file_that_cannot_be_rewritten_on_resume_does_not_end_the_
 def test_r16_failed_writes_of_logs_or_metrics_do_not_end_the_run(output, uninterrupted, toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         """From the second epoch on, make every write to ``output`` fail with ENOSPC."""
-        original_open, original_event = open, utils.log.MetricsWriter._event
+        original_open, original_event = open, engine.metrics_writer.MetricsWriter._event
 
         def fail_after_first_epoch() -> None:
             if (tmp_path / "toy/default/checkpoint_000000012.pth").exists():
@@ -131,8 +133,8 @@ def test_r16_failed_writes_of_logs_or_metrics_do_not_end_the_run(output, uninter
                 fail_after_first_epoch()
             return original_event(self, *rest)
 
-        utils.log.open = open_or_fail
-        utils.log.MetricsWriter._event = event_or_fail
+        utils.log.open = engine.metrics_writer.open = open_or_fail
+        engine.metrics_writer.MetricsWriter._event = event_or_fail
 
     arguments = [*create_arguments(toy_config, toy_data, tmp_path), "KEEP_CHECKPOINTS", 99]
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
@@ -145,13 +147,13 @@ def test_u3_a_checkpoint_is_written_only_after_its_metrics(toy_config, toy_data,
     """The disk of the metrics file is slow, and the run is killed as soon as the first evaluation is saved."""
 
     def prepare(rank: int) -> None:
-        append = utils.log.MetricsWriter._append
+        append = engine.metrics_writer.MetricsWriter._append
 
         def append_slowly(self, line: str) -> None:
             time.sleep(0.3)
             append(self, line)
 
-        utils.log.MetricsWriter._append = append_slowly
+        engine.metrics_writer.MetricsWriter._append = append_slowly
 
     folder = tmp_path / "toy/default"
     options = {"prepare": prepare, "kill_when": (folder / BEST).exists}
@@ -165,7 +167,7 @@ def test_u3_a_checkpoint_is_written_only_after_its_metrics(toy_config, toy_data,
 def test_a_metrics_file_with_unexpected_content_does_not_stop_the_metrics(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "kind": "train", "loss": 3.0}\n' + f"{line}\n", encoding="latin-1")
-    writer = utils.log.MetricsWriter(tmp_path, 2)
+    writer = engine.metrics_writer.MetricsWriter(tmp_path, 2)
     writer.scalars(4, "train", {"loss": 1.0})
     writer.close()
     records = [json.loads(text) for text in path.read_text().splitlines()]
@@ -173,7 +175,7 @@ def test_a_metrics_file_with_unexpected_content_does_not_stop_the_metrics(line, 
 
 
 def test_blocked_output_does_not_block_the_caller():
-    sink, release, results = utils.log.Sink("blocked"), threading.Event(), []
+    sink, release, results = engine.metrics_writer.Sink("blocked"), threading.Event(), []
     sink(lambda: results.append(release.wait(60)))
     for _ in range(20_000):
         sink(int)  # more calls than the queue accepts; int() has no effect

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-import jobs.training
-import utils.evaluation
-import utils.trainer
+import engine.evaluation
+import engine.trainer
+import jobs.train
+from engine.checkpoint import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
-from scripts.soak import newest_update, read_state
 from tests.launch import run_main, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
-from utils.checkpoint import list_checkpoints
+from tests.soak import newest_update, read_state
 from utils.stop import SECONDS_OF_ONE_REQUEST, SIGNALS
 
 pytestmark = pytest.mark.reliability
@@ -36,9 +36,9 @@ def call_before(module, name: str, number: int, action) -> None:
 
 
 class FunctionalStub:
-    """Replacement for ``torch.nn.functional`` in ``utils.evaluation``: patching it does not affect the loss in training."""
+    """Replacement for ``torch.nn.functional`` in ``engine.evaluation``: patching it does not affect the loss in training."""
 
-    cross_entropy = staticmethod(utils.evaluation.F.cross_entropy)
+    cross_entropy = staticmethod(engine.evaluation.F.cross_entropy)
 
 
 def signal_in(phase: str, signal_number: int):
@@ -49,14 +49,14 @@ def signal_in(phase: str, signal_number: int):
 
     def prepare(rank: int) -> None:
         if phase == "save" and rank == 0:
-            call_before(utils.trainer, "save_checkpoint", 2, send)
+            call_before(engine.trainer, "save_checkpoint", 2, send)
         if phase != "save" and rank == 1:
             if phase == "start-up":
-                call_before(jobs.training, "build_trainer", 1, send)
+                call_before(jobs.train, "build_trainer", 1, send)
             elif phase == "step":
-                call_before(utils.trainer, "train_step", 5, send)
+                call_before(engine.trainer, "train_step", 5, send)
             else:
-                utils.evaluation.F = FunctionalStub
+                engine.evaluation.F = FunctionalStub
                 # For each batch, the loss of the raw weights is computed first, then the loss of the EMA weights.
                 call_before(FunctionalStub, "cross_entropy", 1 if phase == "evaluation" else 2, send)
 
@@ -108,7 +108,7 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
             os.kill(os.getpid(), second)
             time.sleep(60)
 
-        call_before(utils.trainer, "save_checkpoint", 3, send_two_signals_and_hang)
+        call_before(engine.trainer, "save_checkpoint", 3, send_two_signals_and_hang)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare, timeout=30)
@@ -174,7 +174,7 @@ def test_s7_a_request_that_arrives_twice_within_two_seconds_still_saves(second, 
             os.kill(os.getpid(), second)
 
         reset_sighup(rank)
-        call_before(utils.trainer, "train_step", 3, send_twice)
+        call_before(engine.trainer, "train_step", 3, send_twice)
 
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path), tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [STOPPED], outcome.output
@@ -195,11 +195,11 @@ def test_s7_all_ranks_stop_at_most_one_update_after_the_update_in_flight(arrival
             in_fifth_update.touch()
             time.sleep(2)
 
-        utils.trainer.SLOW_UPDATE = 1.5
+        engine.trainer.SLOW_UPDATE = 1.5
         if arrival == "before the request":
-            call_before(utils.trainer, "train_step", 5, wait_for_signal)
+            call_before(engine.trainer, "train_step", 5, wait_for_signal)
         else:
-            call_before(utils.trainer.Trainer, "begin_change", 5, wait_for_signal)
+            call_before(engine.trainer.Trainer, "begin_change", 5, wait_for_signal)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4, "PRINT_FREQ", 99, "KEEP_CHECKPOINTS", 9)
     arguments += ["DATA.NUM_WORKERS", 2]

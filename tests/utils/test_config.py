@@ -9,11 +9,12 @@ from models import build_model
 from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS, reference
-from utils.config import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
-from utils.config_keys import INFINITY, KEYS
+from utils.config.keys import INFINITY, KEYS
+from utils.config.loading import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = [path for folder in ("data", "jobs", "models", "utils") for path in (ROOT / folder).glob("*.py")] + [ROOT / "main.py"]
+PACKAGES = ("data", "engine", "jobs", "models", "utils")
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + [ROOT / "main.py"]
 
 
 def write(folder, name="config.yaml", text=""):
@@ -294,10 +295,12 @@ def test_loading_the_config_of_a_checkpoint_drops_unknown_keys_and_the_path_of_p
 
 
 def test_every_config_key_is_read_outside_the_config_modules():
-    """The code reads keys by full name (cfg.TRAIN.EPOCHS), but utils/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
-    text = "\n".join(path.read_text() for path in SOURCES if path.name not in ("config.py", "config_keys.py"))
+    """The code reads keys by full name (cfg.TRAIN.EPOCHS), but engine/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
+    text = "\n".join(path.read_text() for path in SOURCES if path.parent.name != "config")
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
-    read |= {f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "utils/optim.py").read_text())}
+    read |= {
+        f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "engine/optim.py").read_text())
+    }
     unread = flatten(load_config(CONFIGS / "flatten_swin_t.yaml")).keys() - read
     assert unread == {"BASE", "DATA.DATASET"}  # BASE is resolved by load_config; DATA.DATASET has only one choice
 
@@ -389,7 +392,7 @@ def test_every_config_key_has_a_description_and_a_legal_default():
         assert key.minimum is None or all(key.minimum <= default <= key.maximum for default in defaults), name
 
 
-# Smallest and largest legal values, listed independently of utils/config_keys.py.
+# Smallest and largest legal values, listed independently of utils/config/keys.py.
 BOUNDS = {
     (0, INFINITY): (
         "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.NUM_WORKERS DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "

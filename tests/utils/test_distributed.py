@@ -19,8 +19,8 @@ import torch.distributed as dist
 import utils.distributed
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.arguments import is_reporting_process
-from utils.config import ConfigError
+from utils.config.arguments import is_reporting_process
+from utils.config.loading import ConfigError
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,

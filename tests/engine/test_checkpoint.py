@@ -17,15 +17,15 @@ import torch
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
+from engine import checkpoint
+from engine.checkpoint import save_checkpoint
+from engine.trainer import NO_BEST
 from jobs.start import survey
 from models import create_model
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import CheckpointError, read_checkpoint, stored_weights, verify
 from models.swin import SwinTransformer
 from tests.runs import run_state
-from utils import checkpoint
-from utils.checkpoint import save_checkpoint
-from utils.trainer import NO_BEST
 
 
 def toy(**options):

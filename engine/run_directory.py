@@ -15,7 +15,7 @@ from typing import IO
 from yacs.config import CfgNode
 
 from models.checkpoints.reader import CheckpointError
-from utils.config import ConfigError
+from utils.config.loading import ConfigError
 from utils.files import identify, replacing
 
 logger = logging.getLogger(__name__)

@@ -6,15 +6,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.evaluation import evaluate
+from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.step import Reports, train_step
+from engine.trainer import TrainState
 from models import create_model
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier
-from utils.config import load_config
+from utils.config.loading import load_config
 from utils.distributed import StalledCollectiveError, World, is_lost_connection, wrap
-from utils.evaluation import evaluate
-from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from utils.step import Reports, train_step
-from utils.trainer import TrainState
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 

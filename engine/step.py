@@ -68,7 +68,7 @@ def train_step(
         batches: pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,) class ids, or
             (B, num_classes) probabilities after mixup.
         seeds: one seed per batch, for the model's random draws (drop path, dropout).
-        scaler: from ``utils.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
+        scaler: from ``engine.optim.build_scaler``; its scale is 1 unless ``amp_dtype`` is float16.
         max_grad_norm: maximum L2 norm of the gradient over all parameters; ``inf``: no clipping.
         requests: returns the requests of this process to stop and to save; called before the last backward pass.
         begin_change: called after the last backward pass, before anything changes that a checkpoint contains. An error before

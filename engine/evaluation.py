@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.distributed import World, gather_on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError
-from utils.log import progress
+from utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import utils.trainer
+import engine.trainer
+from engine.checkpoint import BEST, list_checkpoints
+from engine.evaluation import EvalResult
+from engine.optim import build_ema, build_optimizer, build_scaler
+from engine.step import Report
+from engine.trainer import SLOW_UPDATE, Recipe, Trainer, TrainState
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier, assert_equal
-from utils.checkpoint import BEST, list_checkpoints
-from utils.config import load_config
+from utils.config.loading import load_config
 from utils.distributed import World, wrap
 from utils.errors import Stopped, TrainingError
-from utils.evaluation import EvalResult
-from utils.optim import build_ema, build_optimizer, build_scaler
-from utils.step import Report
-from utils.trainer import SLOW_UPDATE, Recipe, Trainer, TrainState
 
 DEVICE = torch.device("cpu")
 UPDATES_PER_EPOCH = 4
@@ -91,7 +91,7 @@ def correct_counts(monkeypatch) -> list[int]:
         count = counts.pop(0) if len(counts) > 1 else counts[0]
         return {label: EvalResult(label, count, count, 10, 1.0, 3) for label in models}
 
-    monkeypatch.setattr(utils.trainer, "evaluate", evaluate)
+    monkeypatch.setattr(engine.trainer, "evaluate", evaluate)
     return counts
 
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(
     expected.fit()
 
     trainer = create_trainer(tmp_path, save_steps=2)
-    save, third_update_done, writes = utils.trainer.save_checkpoint, threading.Event(), []
+    save, third_update_done, writes = engine.trainer.save_checkpoint, threading.Event(), []
 
     def save_delayed(state, path):
         assert third_update_done.wait(30)
@@ -118,9 +118,9 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(
             third_update_done.set()
         return report
 
-    step = utils.trainer.train_step
-    monkeypatch.setattr(utils.trainer, "train_step", step_and_notify)
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", save_delayed)
+    step = engine.trainer.train_step
+    monkeypatch.setattr(engine.trainer, "train_step", step_and_notify)
+    monkeypatch.setattr(engine.trainer, "save_checkpoint", save_delayed)
     trainer.fit()
     assert len(writes) == 6  # after 2 and 6 updates, and before and after the evaluations of both epochs
     for path in list_checkpoints(tmp_path):
@@ -138,9 +138,9 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
             time.sleep(0.01)
         return step(*arguments, **options)
 
-    step = utils.trainer.train_step
-    monkeypatch.setattr(utils.trainer, "train_step", step_after_failure)
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
+    step = engine.trainer.train_step
+    monkeypatch.setattr(engine.trainer, "train_step", step_after_failure)
+    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
         trainer.fit()
     assert trainer.state.num_updates == 2
@@ -153,7 +153,7 @@ def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(t
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
     trainer.save()
     while not trainer.background_write.failed:
         time.sleep(0.01)
@@ -181,7 +181,7 @@ def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, mon
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
         create_trainer(tmp_path, num_epochs=1).fit()
 
@@ -224,13 +224,13 @@ def test_the_state_is_saved_before_an_evaluation_and_replaced_only_if_a_save_is_
 def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, correct_counts):
     evaluated = []
     trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
-    evaluate = utils.trainer.evaluate
+    evaluate = engine.trainer.evaluate
 
     def record(models, *arguments, **options):
         evaluated.append(trainer.state.num_updates // UPDATES_PER_EPOCH)
         return evaluate(models, *arguments, **options)
 
-    monkeypatch.setattr(utils.trainer, "evaluate", record)
+    monkeypatch.setattr(engine.trainer, "evaluate", record)
     trainer.fit()
     assert evaluated == [2, 4, 5]
 
@@ -282,7 +282,7 @@ def test_an_error_is_raised_even_if_the_state_cannot_be_saved_after_it(tmp_path,
     def fail(*_, **__):
         raise OSError("no space")
 
-    monkeypatch.setattr(utils.trainer, "to_host", fail)
+    monkeypatch.setattr(engine.trainer, "to_host", fail)
     train_and_fail(create_trainer(tmp_path), ValueError, monkeypatch, during="loading")
     assert "the state could not be saved (OSError: no space)" in caplog.text
 
@@ -301,8 +301,8 @@ def test_an_error_after_an_update_that_was_not_finite_saves_nothing(tmp_path, mo
 
 def test_an_error_right_after_a_save_does_not_save_again(tmp_path, monkeypatch):
     trainer, writes = create_trainer(tmp_path, save_steps=2), []
-    save = utils.trainer.save_checkpoint
-    monkeypatch.setattr(utils.trainer, "save_checkpoint", lambda *arguments: writes.append(None) or save(*arguments))
+    save = engine.trainer.save_checkpoint
+    monkeypatch.setattr(engine.trainer, "save_checkpoint", lambda *arguments: writes.append(None) or save(*arguments))
     train_and_fail(trainer, ValueError, monkeypatch, during="loading")
     assert len(writes) == 1
 
@@ -411,13 +411,13 @@ def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_
     """PRINT_FREQ is 3 in an epoch of 4 updates: points are logged after 3 and after 4 updates."""
     trainer, reports = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
     trainer.metrics = Metrics()
-    step = utils.trainer.train_step
+    step = engine.trainer.train_step
 
     def record(*arguments, **options):
         reports.append(step(*arguments, **options))
         return reports[-1]
 
-    monkeypatch.setattr(utils.trainer, "train_step", record)
+    monkeypatch.setattr(engine.trainer, "train_step", record)
     trainer.fit()
     points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
     assert [step for step, _ in points] == [3, 4]
@@ -458,8 +458,8 @@ def test_only_the_first_batch_of_a_run_is_logged_as_images(tmp_path, correct_cou
 
 def test_a_model_already_on_the_evaluation_device_is_not_copied():
     model = nn.Linear(2, 3)
-    assert utils.trainer._on_device(model, DEVICE) is model
-    copied = utils.trainer._on_device(model, torch.device("meta"))
+    assert engine.trainer._on_device(model, DEVICE) is model
+    copied = engine.trainer._on_device(model, torch.device("meta"))
     assert copied.weight.device.type == "meta"
     assert model.weight.device.type == "cpu"
 
@@ -468,7 +468,7 @@ def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
     """The meter gets three updates of 7 images, and a start time of two seconds ago."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
-    meter = utils.trainer.Meter(0, trainer)
+    meter = engine.trainer.Meter(0, trainer)
     meter.add([Report(1.0, 1.0, 0.0, 0.0)] * 3)
     meter.started -= 2
     meter.log()
@@ -484,7 +484,7 @@ def test_the_error_of_diverged_weights_says_which_checkpoints_to_delete(best, ad
     def evaluate(*_, **__):
         raise TrainingError("the raw weights give outputs that are not finite")
 
-    monkeypatch.setattr(utils.trainer, "evaluate", evaluate)
+    monkeypatch.setattr(engine.trainer, "evaluate", evaluate)
     trainer = create_trainer(tmp_path)
     trainer.state.best["num_updates"] = best
     with pytest.raises(TrainingError, match=f"outputs that are not finite. If the weights have diverged.*{advice}"):

@@ -18,8 +18,15 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import ClassMatch, compare_classes, find_order
-from jobs.attention import choose_attention
-from jobs.checkpoints import check_same_file, stored_class_names
+from engine.checkpoint import FORMAT, is_best_current, restore_best, set_aside
+from engine.dry_run import dry_run
+from engine.metrics_writer import MetricsWriter, lacks_evaluations, restore_evaluations
+from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
+from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
+from engine.step import NUM_REQUESTS
+from engine.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
+from jobs.attention_backend import choose_attention
 from jobs.initialization import (
     Initialization,
     check_data,
@@ -33,32 +40,19 @@ from jobs.initialization import (
     warn_about_environment,
     warn_about_learning_rate,
 )
+from jobs.locate_checkpoint import check_same_file, stored_class_names
 from jobs.start import check_unchanged, is_inside, normalise
 from models import build_model
 from models.checkpoints.loading import fill_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from utils.checkpoint import FORMAT, is_best_current, restore_best, set_aside
-from utils.config import ConfigError, to_dict
+from utils.config.loading import ConfigError, to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
-from utils.dry_run import dry_run
 from utils.environment import apply_numerical_settings, describe_environment
-from utils.log import (
-    FILE_ONLY,
-    MetricsWriter,
-    collect_records,
-    lacks_evaluations,
-    restore_evaluations,
-    setup_logging,
-)
-from utils.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from utils.run import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
-from utils.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
-from utils.step import NUM_REQUESTS
+from utils.log import FILE_ONLY, collect_records, setup_logging
 from utils.stop import StopRequest
-from utils.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
 
 if TYPE_CHECKING:
-    from jobs.inspection import AttentionPictures
+    from jobs.inspect import AttentionPictures
 
 logger = logging.getLogger(__name__)
 
@@ -366,7 +360,7 @@ def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures |
     """
     if not cfg.ATTENTION_IMAGE:
         return None
-    from jobs.inspection import AttentionPictures  # imports matplotlib, which takes a second
+    from jobs.inspect import AttentionPictures  # imports matplotlib, which takes a second
 
     return on_all(world, partial(AttentionPictures, cfg, world.device))
 

@@ -14,21 +14,22 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
-from jobs.attention import choose_attention
-from jobs.checkpoints import STORED_KEY_PREFIXES, Checkpoint, check_same_file, choose_config, open_checkpoint
-from jobs.training import check_model, format_process_count
+from engine.evaluation import EvalResult, evaluate, log_results
+from engine.metrics import wilson_interval
+from engine.optim import eval_dtype
+from engine.report import write_evaluation
+from engine.run_directory import build_output_path, create_output_directory
+from jobs.attention_backend import choose_attention
+from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, open_checkpoint
+from jobs.train import check_model, format_process_count
 from models import build_model
 from models.checkpoints.loading import fill_model
 from models.checkpoints.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
 from models.checkpoints.released import Released
-from utils.config import load_config, option_keys
+from utils.config.keys import STORED_KEY_PREFIXES
+from utils.config.loading import load_config, option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import apply_numerical_settings
-from utils.evaluation import EvalResult, evaluate, log_results
-from utils.metrics import wilson_interval
-from utils.optim import eval_dtype
-from utils.report import write_evaluation
-from utils.run import build_output_path, create_output_directory
 
 logger = logging.getLogger(__name__)
 

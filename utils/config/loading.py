@@ -1,7 +1,7 @@
 """Load the configuration of a run.
 
 Defaults, BASE files, config files and command line are merged in this order, so that later ones override earlier ones. The
-result is validated and frozen. ``utils.config_keys`` defines the keys.
+result is validated and frozen. ``utils.config.keys`` defines the keys.
 """
 
 import ast
@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from utils.config_keys import INFINITY, KEYS, MODEL_TYPES
+from utils.config.keys import INFINITY, KEYS, MODEL_TYPES
 from utils.urls import conceal
 
 

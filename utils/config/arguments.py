@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config import ConfigError, option_keys
+from utils.config.loading import ConfigError, option_keys
 from utils.urls import is_url
 
 
@@ -198,7 +198,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has checkpoints. Does not use ``utils.checkpoint``, whose import takes seconds."""
+    """Whether a run directory has checkpoints. Does not use ``engine.checkpoint``, whose import takes seconds."""
     try:
         return (folder / "best.pth").is_file() or any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:

@@ -9,58 +9,18 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from data.classes import imagenet_classes
+from engine.checkpoint import BEST
 from models.checkpoints.download import fetch
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from models.checkpoints.released import RELEASED, Released
-from utils.checkpoint import BEST
-from utils.config import ConfigError, flatten, load_config, load_stored_config, show
-from utils.config_keys import KEYS
+from utils.config.keys import PREDICTION_KEY_PREFIXES, STORED_KEY_PREFIXES
+from utils.config.loading import ConfigError, flatten, load_config, load_stored_config, show
 from utils.distributed import World, on_all, on_main
 from utils.urls import is_url, reveal, without_secrets
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
-LINEAR_ATTENTION_KEYS = tuple(key for key in KEYS if key.startswith("MODEL.LA.") and key != "MODEL.LA.BACKEND")
-# Prefixes of the keys that determine the predictions for an image: model and preprocessing.
-PREDICTION_KEY_PREFIXES = (
-    "MODEL.TYPE",
-    "MODEL.NUM_CLASSES",
-    "MODEL.SWIN.",
-    "MODEL.DEIT.",
-    *LINEAR_ATTENTION_KEYS,
-    "DATA.IMG_SIZE",
-    "DATA.INTERPOLATION",
-    "DATA.MEAN",
-    "DATA.STD",
-    "TEST.CROP",
-    "TEST.INTERPOLATION",
-)
-# Prefixes of the keys that are read from the config in a weight file. A file may come from anyone, so it determines no path, no
-# output directory and no limit. In checkpoints of the reference implementation, training keys have other meanings.
-STORED_KEY_PREFIXES = (
-    *PREDICTION_KEY_PREFIXES,
-    "MODEL.NAME",  # a label; the directory of results has another name, see ``Location.name``
-    "MODEL.DROP_RATE",
-    "MODEL.DROP_PATH_RATE",
-    "AMP",  # with AMP_DTYPE: the precision of TEST.PRECISION train
-    "TF32",
-)
-# Prefixes of the keys that are also read to repeat an update, or to describe the training of an exported model.
-RECIPE_KEY_PREFIXES = (
-    *STORED_KEY_PREFIXES,
-    "MODEL.LABEL_SMOOTHING",
-    "TRAIN.",
-    "AUG.",
-    "EMA.",
-    "SEED",
-    "DETERMINISTIC",
-    "CUDNN_BENCHMARK",
-    "DATA.BATCH_SIZE",
-    "DATA.GLOBAL_BATCH_SIZE",
-    "DATA.ZIP_MODE",
-)
 
 
 @dataclass(frozen=True)

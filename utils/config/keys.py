@@ -364,3 +364,44 @@ KEYS = {
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),
 }
+
+# Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
+LINEAR_ATTENTION_KEYS = tuple(key for key in KEYS if key.startswith("MODEL.LA.") and key != "MODEL.LA.BACKEND")
+# Prefixes of the keys that determine the predictions for an image: model and preprocessing.
+PREDICTION_KEY_PREFIXES = (
+    "MODEL.TYPE",
+    "MODEL.NUM_CLASSES",
+    "MODEL.SWIN.",
+    "MODEL.DEIT.",
+    *LINEAR_ATTENTION_KEYS,
+    "DATA.IMG_SIZE",
+    "DATA.INTERPOLATION",
+    "DATA.MEAN",
+    "DATA.STD",
+    "TEST.CROP",
+    "TEST.INTERPOLATION",
+)
+# Prefixes of the keys that are read from the config in a weight file. A file may come from anyone, so it determines no path, no
+# output directory and no limit. In checkpoints of the reference implementation, training keys have other meanings.
+STORED_KEY_PREFIXES = (
+    *PREDICTION_KEY_PREFIXES,
+    "MODEL.NAME",  # a label; the directory of results has another name, see ``Location.name``
+    "MODEL.DROP_RATE",
+    "MODEL.DROP_PATH_RATE",
+    "AMP",  # with AMP_DTYPE: the precision of TEST.PRECISION train
+    "TF32",
+)
+# Prefixes of the keys that are also read to repeat an update, or to describe the training of an exported model.
+RECIPE_KEY_PREFIXES = (
+    *STORED_KEY_PREFIXES,
+    "MODEL.LABEL_SMOOTHING",
+    "TRAIN.",
+    "AUG.",
+    "EMA.",
+    "SEED",
+    "DETERMINISTIC",
+    "CUDNN_BENCHMARK",
+    "DATA.BATCH_SIZE",
+    "DATA.GLOBAL_BATCH_SIZE",
+    "DATA.ZIP_MODE",
+)

@@ -10,16 +10,16 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_mixup, build_train_loader
 from data.index import Index, compare_descriptions, describe_index
-from jobs.checkpoints import RECIPE_KEY_PREFIXES
+from engine.checkpoint import check_format
+from engine.optim import amp_dtype, build_criterion
+from engine.schedule import accumulation_steps
+from engine.trainer import mix_batches, seed_of_pass
 from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
-from utils.checkpoint import check_format
-from utils.config import ConfigError, load_stored_config
+from utils.config.keys import RECIPE_KEY_PREFIXES
+from utils.config.loading import ConfigError, load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
-from utils.optim import amp_dtype, build_criterion
-from utils.schedule import accumulation_steps
-from utils.trainer import mix_batches, seed_of_pass
 
 logger = logging.getLogger(__name__)
 

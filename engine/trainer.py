@@ -18,16 +18,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
+from engine.evaluation import EvalResult, evaluate, log_results
+from engine.metrics_writer import MetricsWriter
+from engine.run_directory import record_save
+from engine.schedule import Schedule
+from engine.step import Report, Reports, train_step
 from models.checkpoints.reader import CheckpointError
 from utils.background import BackgroundWrite
-from utils.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError, describe
-from utils.evaluation import EvalResult, evaluate, log_results
-from utils.log import MetricsWriter, progress
-from utils.run import record_save
-from utils.schedule import Schedule
-from utils.step import Report, Reports, train_step
+from utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models.kernel_selection import choose_backend, set_backend
-from utils.config import ConfigError
+from utils.config.loading import ConfigError
 from utils.distributed import World, gather_on_main, on_main
 
 logger = logging.getLogger(__name__)

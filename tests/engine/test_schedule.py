@@ -1,8 +1,8 @@
 import pytest
 
+from engine.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
 from tests.conftest import CONFIGS, reference
-from utils.config import ConfigError, load_config
-from utils.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
+from utils.config.loading import ConfigError, load_config
 
 REFERENCE_SCHEDULES = [recorded for recorded in reference("lr_schedule") if (CONFIGS / f"{recorded['config']}.yaml").exists()]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from engine.trainer import TrainState
 from models.checkpoints.reader import CheckpointError
-from utils.trainer import TrainState
 
 # State of a parameter in each optimizer: names of tensors with the parameter's shape, and of counters with a single value.
 _ADAMW_TENSORS, _ADAMW_COUNTERS = ("exp_avg", "exp_avg_sq"), ("step",)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.evaluation import EvalResult
+from engine.evaluation import EvalResult
+from engine.metrics import wilson_interval
 from utils.files import replacing
-from utils.metrics import wilson_interval
 from utils.text import csv_cell, escape
 
 logger = logging.getLogger(__name__)

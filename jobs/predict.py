@@ -15,9 +15,9 @@ from data.files import IMAGE_EXTENSIONS, DataError
 from data.folders import list_images
 from data.transforms import Normalize, Preprocessing
 from data.workers import create_loader
-from jobs.checkpoints import Checkpoint
+from jobs.locate_checkpoint import Checkpoint
 from utils.errors import TrainingError
-from utils.log import progress
+from utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

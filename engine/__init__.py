@@ -1,0 +1,1 @@
+"""One run: updates, evaluation, checkpoints and the output directory."""
