@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from models import kernel_operator
 
 # Registered operator -> the function that launches its kernels.
+OPERATORS = getattr(torch.ops, kernel_operator.NAMESPACE)
 KERNEL_OPERATORS = {
-    torch.ops.flatten.focused_attention.default: kernel_operator.run_forward,
-    torch.ops.flatten.focused_attention_backward.default: kernel_operator.run_backward,
+    OPERATORS.focused_attention.default: kernel_operator.run_forward,
+    OPERATORS.focused_attention_backward.default: kernel_operator.run_backward,
 }
 # Names of operations that launch no kernel.
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "lift_fresh"}

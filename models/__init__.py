@@ -2,10 +2,12 @@
 
 from .checkpoints.released import RELEASED, Released, released
 from .entrypoints import checkpoint_filter_fn  # importing this module registers every model with timm
+from .linear_attention import FocusedLinearAttention
 from .registry import build_arguments, build_model, create_model, list_models, nearest_model
 
 __all__ = [
     "RELEASED",
+    "FocusedLinearAttention",
     "Released",
     "build_arguments",
     "build_model",

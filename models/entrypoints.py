@@ -1,9 +1,9 @@
 """Registration with timm: importing this module makes every model available to ``timm.create_model`` and timm's scripts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .backbone import Backbone
@@ -11,12 +11,8 @@ from .checkpoints.download import fetch
 from .checkpoints.loading import stored_img_size
 from .checkpoints.reader import choose_weights, read_checkpoint
 from .checkpoints.released import RELEASED
-from .cswin import CSwinTransformer
 from .deit import DeiT
-from .pvt import PyramidVisionTransformer
-from .pvt_v2 import PyramidVisionTransformerV2
 from .registry import MODELS
-from .swin import SwinTransformer
 
 
 def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
@@ -129,127 +125,20 @@ def _num_maps(name: str, kwargs: Mapping) -> int:
 __all__ = ["checkpoint_filter_fn", "default_cfgs"]
 
 
-@register_model
-def flatten_swin_t(pretrained: bool = False, **kwargs) -> SwinTransformer:
-    """FLatten-Swin-T."""
-    return _create("flatten_swin_t", pretrained, **kwargs)
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    """The function that creates a model by the conventions of timm and torch.hub."""
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"Create {name}; see ``{MODELS[name].func.__name__}`` for its arguments."
+    return create
 
 
-@register_model
-def flatten_swin_s(pretrained: bool = False, **kwargs) -> SwinTransformer:
-    """FLatten-Swin-S."""
-    return _create("flatten_swin_s", pretrained, **kwargs)
-
-
-@register_model
-def flatten_swin_b(pretrained: bool = False, **kwargs) -> SwinTransformer:
-    """FLatten-Swin-B."""
-    return _create("flatten_swin_b", pretrained, **kwargs)
-
-
-@register_model
-def flatten_swin_b_384(pretrained: bool = False, **kwargs) -> SwinTransformer:
-    """FLatten-Swin-B at 384 x 384 pixels."""
-    return _create("flatten_swin_b_384", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_t(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    """FLatten-PVT-T."""
-    return _create("flatten_pvt_t", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_s(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    """FLatten-PVT-S."""
-    return _create("flatten_pvt_s", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_m(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    """FLatten-PVT-M."""
-    return _create("flatten_pvt_m", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_b(pretrained: bool = False, **kwargs) -> PyramidVisionTransformer:
-    """FLatten-PVT-B, called PVT-Large in the paper's code."""
-    return _create("flatten_pvt_b", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b0(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B0."""
-    return _create("flatten_pvt_v2_b0", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b1(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B1."""
-    return _create("flatten_pvt_v2_b1", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b2(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B2."""
-    return _create("flatten_pvt_v2_b2", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b3(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B3."""
-    return _create("flatten_pvt_v2_b3", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b4(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B4."""
-    return _create("flatten_pvt_v2_b4", pretrained, **kwargs)
-
-
-@register_model
-def flatten_pvt_v2_b5(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
-    """FLatten-PVTv2-B5."""
-    return _create("flatten_pvt_v2_b5", pretrained, **kwargs)
-
-
-@register_model
-def flatten_cswin_t(pretrained: bool = False, **kwargs) -> CSwinTransformer:
-    """FLatten-CSwin-T."""
-    return _create("flatten_cswin_t", pretrained, **kwargs)
-
-
-@register_model
-def flatten_cswin_s(pretrained: bool = False, **kwargs) -> CSwinTransformer:
-    """FLatten-CSwin-S."""
-    return _create("flatten_cswin_s", pretrained, **kwargs)
-
-
-@register_model
-def flatten_cswin_b(pretrained: bool = False, **kwargs) -> CSwinTransformer:
-    """FLatten-CSwin-B."""
-    return _create("flatten_cswin_b", pretrained, **kwargs)
-
-
-@register_model
-def flatten_cswin_b_384(pretrained: bool = False, **kwargs) -> CSwinTransformer:
-    """FLatten-CSwin-B at 384 x 384 pixels."""
-    return _create("flatten_cswin_b_384", pretrained, **kwargs)
-
-
-@register_model
-def flatten_deit_t(pretrained: bool = False, **kwargs) -> DeiT:
-    """FLatten-DeiT-T."""
-    return _create("flatten_deit_t", pretrained, **kwargs)
-
-
-@register_model
-def flatten_deit_s(pretrained: bool = False, **kwargs) -> DeiT:
-    """FLatten-DeiT-S."""
-    return _create("flatten_deit_s", pretrained, **kwargs)
-
-
-@register_model
-def flatten_deit_b(pretrained: bool = False, **kwargs) -> DeiT:
-    """FLatten-DeiT-B."""
-    return _create("flatten_deit_b", pretrained, **kwargs)
+# Each function is an attribute of this module, as timm and pickle require. If the package is imported under two names, such as
+# ``models`` and ``flatten_transformer``, timm keeps the functions of the first import.
+for _name in MODELS:
+    globals()[_name] = _entrypoint(_name)
+    if not is_model(_name):
+        register_model(globals()[_name])

@@ -262,7 +262,9 @@ def run_forward(
     return run.forward(bias)
 
 
-attention_operator = torch.library.custom_op("flatten::focused_attention", run_forward, mutates_args=())
+# One namespace for each name under which the package is imported: torch would replace operators of the same name.
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+attention_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention", run_forward, mutates_args=())
 
 
 @attention_operator.register_fake
@@ -299,7 +301,7 @@ def run_backward(
     return run.backward(gradient, summary, query_statistics, key_statistics)
 
 
-attention_backward_operator = torch.library.custom_op("flatten::focused_attention_backward", run_backward, mutates_args=())
+attention_backward_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention_backward", run_backward, mutates_args=())
 
 
 @attention_backward_operator.register_fake

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
 from . import cswin, deit, pvt, pvt_v2, swin
 from .backbone import Backbone, to_pair
+
+if TYPE_CHECKING:  # users of the installed models need no yacs
+    from yacs.config import CfgNode
 
 # Model name -> constructor with the arguments of that model size.
 MODELS: dict[str, partial[Backbone]] = {
@@ -48,13 +51,13 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
         TypeError: an argument that the model's constructor does not accept.
     """
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)} (models.list_models() lists all names)")
+        raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)} (list_models() returns all names)")
     if img_size is not None:
         kwargs["img_size"] = img_size
     return MODELS[name](num_classes=num_classes, **kwargs)
 
 
-def build_model(cfg: CfgNode) -> nn.Module:
+def build_model(cfg: "CfgNode") -> nn.Module:
     """Create the model that the MODEL and DATA sections of a config describe.
 
     The evaluation transform of the config is stored in the model's ``pretrained_cfg``, so that
@@ -69,7 +72,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
+def build_arguments(cfg: "CfgNode") -> tuple[str, dict]:
     """Model name and ``create_model`` arguments for a config, as JSON-serialisable values.
 
     Raises:
@@ -85,7 +88,7 @@ def build_arguments(cfg: CfgNode) -> tuple[str, dict]:
 MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation at input sizes up to this does not crop
 
 
-def _build_data_config(model: Backbone, cfg: CfgNode) -> dict:
+def _build_data_config(model: Backbone, cfg: "CfgNode") -> dict:
     """timm's ``pretrained_cfg`` of a model, with the evaluation transform of ``cfg``."""
     size = to_pair(cfg.DATA.IMG_SIZE)
     uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= MAX_UNCROPPED_SIZE
@@ -122,7 +125,7 @@ def _suggest_nearest(name: str, names) -> str:
     return f": did you mean {matches[0]!r}?" if matches else ""
 
 
-def _shared_arguments(cfg: CfgNode) -> dict:
+def _shared_arguments(cfg: "CfgNode") -> dict:
     return {
         "img_size": cfg.DATA.IMG_SIZE,
         "num_classes": cfg.MODEL.NUM_CLASSES,
@@ -145,7 +148,7 @@ def _shared_arguments(cfg: CfgNode) -> dict:
 MAX_WINDOW_AT_224 = 56
 
 
-def _swin_arguments(cfg: CfgNode) -> dict:
+def _swin_arguments(cfg: "CfgNode") -> dict:
     return {
         "pos_drop_rate": cfg.MODEL.DROP_RATE,
         "patch_size": cfg.MODEL.SWIN.PATCH_SIZE,
@@ -160,19 +163,19 @@ def _swin_arguments(cfg: CfgNode) -> dict:
     }
 
 
-def _pvt_arguments(cfg: CfgNode) -> dict:
+def _pvt_arguments(cfg: "CfgNode") -> dict:
     return _pvt_v2_arguments(cfg) | {"pos_drop_rate": cfg.MODEL.DROP_RATE}
 
 
-def _pvt_v2_arguments(cfg: CfgNode) -> dict:
+def _pvt_v2_arguments(cfg: "CfgNode") -> dict:
     return {"linear_reductions": [int(digit) for digit in cfg.MODEL.LA.PVT_LA_SR_RATIOS]}
 
 
-def _cswin_arguments(cfg: CfgNode) -> dict:
+def _cswin_arguments(cfg: "CfgNode") -> dict:
     return {"linear_splits": [int(size) for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")]}
 
 
-def _deit_arguments(cfg: CfgNode) -> dict:
+def _deit_arguments(cfg: "CfgNode") -> dict:
     arguments = {"pos_drop_rate": cfg.MODEL.DROP_RATE}
     if cfg.MODEL.TYPE != "flatten_deit":  # other types determine the model size; MODEL.DEIT does not apply
         return arguments
@@ -185,7 +188,7 @@ def _deit_arguments(cfg: CfgNode) -> dict:
 
 
 # Constructor -> function that reads the arguments specific to that constructor from a config.
-FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[[CfgNode], dict]] = {
+FAMILY_ARGUMENTS: dict[Callable[..., Backbone], Callable[["CfgNode"], dict]] = {
     swin.SwinTransformer: _swin_arguments,
     pvt.PyramidVisionTransformer: _pvt_arguments,
     pvt_v2.PyramidVisionTransformerV2: _pvt_v2_arguments,
