@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from data.archives import list_shards
 from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
-from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels, restore_generators
+from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels
 from data.erasing import Erase
 from data.files import DataError
 from data.folders import find_linked_class
@@ -27,6 +27,7 @@ from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
 from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
 from data.workers import StallCheck, WatchedDataset, create_loader
+from utils.random import restore_generators
 
 logger = logging.getLogger(__name__)
 

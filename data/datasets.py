@@ -3,11 +3,10 @@
 import io
 import logging
 import os
-import random
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from data.archives import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
 from data.files import DataError
 from data.index import Index
+from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png
@@ -36,7 +36,6 @@ MAX_FILL_BYTES = 1024  # between the segments of a JPEG file
 MAX_COMMENTS = 1024  # in a PNM file of decimal numbers
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
-RNG_STREAM_OF_REPLACEMENT = 4  # hashed into the seed, so that these random draws differ from those of augmentation
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, (epoch * repeats + copy number, index)
 
@@ -184,7 +183,7 @@ class ImageDataset(Dataset):
                     return Sample(None, -1, key, decode_errors)
                 if self.unreadable == "error" or len(decode_errors) > MAX_REPLACEMENTS:
                     raise
-                position = draw_seed(self.seed or 0, *key, RNG_STREAM_OF_REPLACEMENT, len(decode_errors)) % len(self)
+                position = draw_seed(self.seed or 0, *key, Stream.REPLACEMENT, len(decode_errors)) % len(self)
         return Sample(image, int(self.index.labels[position]), (epoch, position), decode_errors)
 
     def _load(self, position: int, key: Key) -> Tensor:
@@ -445,29 +444,3 @@ class FileDataset(Dataset):
             return position, self.transform(decode_image(read_file(path), str(path))), None
         except Exception as error:  # decoders and transforms raise many exception types on damaged or unusual files
             return position, None, describe_error(error)
-
-
-def draw_seed(*identifiers: int) -> int:
-    """Hash the numbers that identify a random draw, such as (seed, epoch, index) or (seed, step, rank), to a 32-bit seed."""
-    return int(np.random.SeedSequence(identifiers).generate_state(1)[0])
-
-
-def seed_generators(seed: int, device: torch.device | None = None) -> None:
-    """Seed the CPU generators of ``random``, ``numpy`` and ``torch``, and torch's CUDA generator if ``device`` is a GPU."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds the GPU backends, which takes 300 times as long
-    if device is not None and device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-
-
-@contextmanager
-def restore_generators() -> Iterator[None]:
-    """Restore the states of the CPU generators of ``random``, ``numpy`` and ``torch`` on exit."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

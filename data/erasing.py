@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from data.datasets import Key
+from utils.random import Stream
 
 AREA = (0.02, 1 / 3)  # range of a rectangle's area, as a fraction of the image's area
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
 NUM_ATTEMPTS = 10  # maximum number of attempts to draw a rectangle that fits into the image
-RNG_STREAM_OF_ERASING = 1  # hashed into the seed, so that these random draws differ from those of augmentation
 GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
 
 
@@ -28,7 +28,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def hash_keys(seed: int, keys: Sequence[Key]) -> np.ndarray:
     """Hash (seed, epoch, index) of each image. Returns (B,) uint64."""
-    state = mix(np.full(len(keys), (seed + 1) * GOLDEN + RNG_STREAM_OF_ERASING & (2**64 - 1), dtype=np.uint64))
+    state = mix(np.full(len(keys), (seed + 1) * GOLDEN + Stream.ERASING & (2**64 - 1), dtype=np.uint64))
     for values in np.array(keys, dtype=np.uint64).reshape(-1, 2).T:
         state = mix(state + (values + np.uint64(1)) * np.uint64(GOLDEN))
     return state

@@ -4,9 +4,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from data.datasets import draw_seed, restore_generators, seed_generators
-
-RNG_STREAM_OF_MIXUP = 2  # hashed into the seed, so that these random draws differ from those of augmentation
+from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
 
 class StepMixup:
@@ -43,7 +41,7 @@ class StepMixup:
                 torch.cat([values[: middle + 1], values[:1], values[middle + 1 :]]) for values in (images, targets)
             )
         with restore_generators():
-            seed_generators(draw_seed(self.seed, step, self.rank, RNG_STREAM_OF_MIXUP))
+            seed_generators(draw_seed(self.seed, step, self.rank, Stream.MIXUP))
             images, targets = self.mixup(images, targets)
         if count % 2:
             images, targets = (torch.cat([values[: middle + 1], values[middle + 2 :]]) for values in (images, targets))

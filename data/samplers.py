@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from data.datasets import Key, draw_seed
+from data.datasets import Key
+from utils.random import draw_seed
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:

@@ -13,13 +13,14 @@ from data.index import Index, compare_descriptions, describe_index
 from engine.checkpoint import check_format
 from engine.optim import amp_dtype, build_criterion
 from engine.schedule import accumulation_steps
-from engine.trainer import mix_batches, seed_of_pass
+from engine.trainer import mix_batches
 from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import ConfigError, load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
+from utils.random import seed_of_pass
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,10 +28,10 @@ from utils.background import BackgroundWrite
 from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError, describe
 from utils.progress import progress
+from utils.random import seed_of_pass
 
 logger = logging.getLogger(__name__)
 
-RNG_STREAM_OF_MODEL = 3  # hashed into the seed, so that the model's draws differ from those of augmentation and mixup
 # Function: images, targets, number of the forward pass -> mixed images and targets.
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 MAX_SKIPPED = 20  # the run ends after this many consecutive updates with non-finite gradients in fp16
@@ -641,11 +640,6 @@ def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -
     """
     for number, batch in enumerate(batches, forward_pass):
         yield (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
-
-
-def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
-    """Seed of the model's random draws (drop path, dropout) in one forward pass of one process."""
-    return int(np.random.SeedSequence((seed, forward_pass, rank, RNG_STREAM_OF_MODEL)).generate_state(1)[0])
 
 
 class Meter:

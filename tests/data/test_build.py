@@ -19,10 +19,11 @@ from data.build import (
     build_train_loader,
     build_train_transform,
 )
-from data.datasets import ImageDataset, seed_generators
+from data.datasets import ImageDataset
 from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
 from utils.config.loading import load_config
+from utils.random import seed_generators
 
 CPU = torch.device("cpu")
 

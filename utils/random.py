@@ -1,0 +1,63 @@
+"""Random numbers: the streams of a run, the seed of each draw, and the states of the global generators.
+
+A draw is seeded from the numbers that identify it, so checkpoints need no generator state:
+
+| draw | seeded from |
+|---|---|
+| order of the images in an epoch | seed, epoch |
+| augmentation of an image | seed, epoch, index |
+| random erasing of an image | seed, epoch, index; ``Stream.ERASING`` |
+| mixup of a batch | seed, forward pass, rank; ``Stream.MIXUP`` |
+| the model's drop path and dropout | seed, forward pass, rank; ``Stream.MODEL`` |
+| replacement of an unreadable image | seed, epoch, index; ``Stream.REPLACEMENT``; number of the attempt |
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum, unique
+
+import numpy as np
+import torch
+
+
+@unique
+class Stream(IntEnum):
+    """A number that is hashed into seeds, so that different kinds of draws with equal identifiers differ.
+
+    A resumed run needs the same draws as before, so these numbers must not change.
+    """
+
+    ERASING = 1
+    MIXUP = 2
+    MODEL = 3
+    REPLACEMENT = 4
+
+
+def draw_seed(*identifiers: int) -> int:
+    """Hash the numbers that identify a draw, such as (seed, epoch, index), to a 32-bit seed."""
+    return int(np.random.SeedSequence(identifiers).generate_state(1)[0])
+
+
+def seed_of_pass(seed: int, forward_pass: int, rank: int) -> int:
+    """Seed of the model's draws (drop path, dropout) in one forward pass of one process."""
+    return draw_seed(seed, forward_pass, rank, Stream.MODEL)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the CPU generators of ``random``, ``numpy`` and ``torch``."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds the GPU backends, which takes 300 times as long
+
+
+@contextmanager
+def restore_generators() -> Iterator[None]:
+    """Restore the states of the CPU generators of ``random``, ``numpy`` and ``torch`` on exit."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
