@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from engine.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.metrics_writer import MetricsWriter
+from engine.remaining_work import remaining_work
 from engine.run_directory import record_save
 from engine.schedule import Schedule
 from engine.step import Report, Reports, train_step
@@ -218,16 +219,13 @@ class Trainer:
         if self.any_process_stops():
             raise Stopped("stopped before the first update")
         self.last_save = started = time.monotonic()
-        done_epochs, updates_in_epoch = divmod(state.num_updates, self.updates_per_epoch)
-        if done_epochs and not updates_in_epoch:
-            self.finish_epoch(done_epochs - 1)  # not done yet if the run was stopped after the epoch's last update
-        for epoch in range(done_epochs, self.recipe.num_epochs):
-            if epoch > done_epochs and self.any_process_stops():
+        self.finish_epoch()  # not done yet if the run was stopped after the last update of an epoch
+        first_epoch = state.num_updates // self.updates_per_epoch
+        for epoch in range(first_epoch, self.recipe.num_epochs):
+            if epoch > first_epoch and self.any_process_stops():
                 self.save_and_stop()
             self.train_epoch(epoch)
-            self.finish_epoch(epoch)
-        if state.last_evaluation != state.num_updates:  # TRAIN.EPOCHS was reduced below the number of trained epochs
-            self.save(best=self.evaluate(done_epochs))
+            self.finish_epoch()
         self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         best = state.best
@@ -239,25 +237,29 @@ class Trainer:
             best["epoch"],
         )
 
-    def finish_epoch(self, epoch: int) -> None:
-        """Evaluate and save at the end of an epoch if they are due. A new best accuracy is always saved.
+    def finish_epoch(self) -> None:
+        """Evaluate and save if ``remaining_work`` says so. A new best accuracy is always saved.
 
         The state is also saved before an evaluation, so that nothing is lost if it fails. The checkpoint with the result then
         replaces that one; both have the same number of updates, and thus the same name.
-
-        On resume, an evaluation or checkpoint that already exists is not repeated.
         """
-        last = epoch + 1 >= self.recipe.num_epochs
-        saving = last or (epoch + 1) % self.recipe.save_freq == 0
-        evaluating = last or (epoch + 1) % self.recipe.eval_freq == 0
-        if evaluating and self.state.last_evaluation != self.state.num_updates:
+        state, recipe = self.state, self.recipe
+        work = remaining_work(
+            state.num_updates,
+            updates_per_epoch=self.updates_per_epoch,
+            num_epochs=recipe.num_epochs,
+            eval_freq=recipe.eval_freq,
+            save_freq=recipe.save_freq,
+            is_evaluated=state.last_evaluation == state.num_updates,
+            is_saved=self.is_saved,
+        )
+        improved = False
+        if work.evaluate:
             if not self.is_saved:
                 self.save()
-            improved = self.evaluate(epoch)
-            if saving or improved:
-                self.save(best=improved)
-        elif saving and not self.is_saved:
-            self.save()
+            improved = self.evaluate((state.num_updates - 1) // self.updates_per_epoch)
+        if work.save or improved:
+            self.save(best=improved)
 
     def train_epoch(self, epoch: int) -> None:
         """Run the remaining updates of an epoch."""

@@ -1,0 +1,78 @@
+"""Decide what remains to be done after an update: at the end of an epoch, and when a run resumes from a checkpoint."""
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class BestFile(Enum):
+    """Where the checkpoint is that a run records as its best one."""
+
+    IN_PLACE = "best.pth"  # or there is none, since no evaluation was recorded yet
+    ELSEWHERE = "another file of the output directory, or the checkpoint to resume from"
+    UNUSABLE = "lost, or its accuracy is not comparable with later ones"
+
+
+class Remaining(NamedTuple):
+    """Work that remains after an update.
+
+    Attributes:
+        evaluate: evaluate the weights.
+        save: save the state, after the evaluation if there is one. A new best accuracy is saved in any case.
+        link: link ``best.pth`` to the checkpoint that is recorded as the best one.
+        reset: forget the best accuracy; the next evaluation sets it.
+        stop: no update remains.
+    """
+
+    evaluate: bool
+    save: bool
+    link: bool
+    reset: bool
+    stop: bool
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether neither an update nor an evaluation remains."""
+        return self.stop and not self.evaluate
+
+
+def remaining_work(
+    num_updates: int,
+    *,
+    updates_per_epoch: int,
+    num_epochs: int,
+    eval_freq: int,
+    save_freq: int,
+    is_evaluated: bool,
+    is_saved: bool,
+    best: BestFile = BestFile.IN_PLACE,
+) -> Remaining:
+    """Decide what remains after update ``num_updates``.
+
+    | position | evaluate | save | stop |
+    |---|---|---|---|
+    | before the first update, or within an epoch | no | no | no |
+    | end of an epoch, EVAL_FREQ due, not evaluated | yes | if SAVE_FREQ is due | no |
+    | end of an epoch, already evaluated or EVAL_FREQ not due | no | if SAVE_FREQ is due, and not saved | no |
+    | end of the last epoch, or later since TRAIN.EPOCHS was reduced; not evaluated | yes | yes | yes |
+    | end of the last epoch, or later; evaluated | no | if not saved | yes |
+
+    | best checkpoint | link | reset |
+    |---|---|---|
+    | in ``best.pth``, or none yet | no | no |
+    | elsewhere | yes | no |
+    | lost or not comparable | no | unless the run is finished |
+
+    Args:
+        num_epochs: including cooldown epochs.
+        eval_freq, save_freq: EVAL_FREQ and SAVE_FREQ, in epochs.
+        is_evaluated: whether the weights of this update were evaluated.
+        is_saved: whether a checkpoint of this update exists or is being written.
+        best: only needed on resume; during a run, each new best checkpoint is linked when it is saved.
+    """
+    epochs, updates_in_epoch = divmod(num_updates, updates_per_epoch)
+    stop = epochs >= num_epochs
+    at_end = stop or (epochs > 0 and updates_in_epoch == 0)
+    evaluate = at_end and (stop or epochs % eval_freq == 0) and not is_evaluated
+    save = at_end and (stop or epochs % save_freq == 0) and (evaluate or not is_saved)
+    reset = best is BestFile.UNUSABLE and not (stop and not evaluate)
+    return Remaining(evaluate=evaluate, save=save, link=best is BestFile.ELSEWHERE, reset=reset, stop=stop)
