@@ -9,7 +9,7 @@ from itertools import islice, repeat
 
 import torch
 
-from engine.checkpoint import checkpoint_path
+from engine.checkpoint_writer import checkpoint_path
 from engine.evaluation import evaluate
 from engine.trainer import Trainer, format_duration
 from models.checkpoints.reader import read_checkpoint

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_mixup, build_train_loader
 from data.index import Index, compare_descriptions, describe_index
-from engine.checkpoint import check_format
+from engine.checkpoint_writer import check_format
 from engine.optim import amp_dtype, build_criterion
 from engine.schedule import accumulation_steps
 from engine.trainer import mix_batches

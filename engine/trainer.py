@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.checkpoint import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
+from engine.checkpoint_writer import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.metrics_writer import MetricsWriter
 from engine.remaining_work import remaining_work

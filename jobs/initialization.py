@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.build import Datasets
 from data.index import compare_descriptions, describe_index
-from engine.checkpoint import BEST, check_format, keep_former_best, restore_best
+from engine.checkpoint_writer import BEST, check_format, keep_former_best, restore_best
 from engine.compatibility import check_state, compare_groups
 from engine.run_directory import build_output_path, check_available
 from engine.schedule import Schedule, build_schedule, global_batch_size

@@ -9,7 +9,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from data.classes import imagenet_classes
-from engine.checkpoint import BEST
+from engine.checkpoint_writer import BEST
 from models.checkpoints.download import fetch
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from models.checkpoints.released import RELEASED, Released

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.checkpoint import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
+from engine.checkpoint_writer import BEST, check_format, is_numbered, list_checkpoints, num_updates_of
 from engine.metrics_writer import read_records
 from engine.run_directory import RECORD, RunRecord, read_record
 from engine.trainer import NO_BEST

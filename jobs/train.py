@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import ClassMatch, compare_classes, find_order
-from engine.checkpoint import FORMAT, is_best_current, restore_best, set_aside
+from engine.checkpoint_writer import FORMAT, is_best_current, restore_best, set_aside
 from engine.dry_run import dry_run
 from engine.metrics_writer import MetricsWriter, lacks_evaluations, restore_evaluations
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.classes import ClassMatch, compare_classes
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from jobs.locate_checkpoint import Location, locate, stored_class_names
 from models.checkpoints.reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, sha256
 from utils.config.loading import flatten, show

@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
-from engine.checkpoint import BEST, is_numbered, list_checkpoints, num_updates_of
+from engine.checkpoint_writer import BEST, is_numbered, list_checkpoints, num_updates_of
 from engine.run_directory import RunLock
 from jobs.start import survey
 from models.checkpoints.reader import read_checkpoint
@@ -458,7 +458,7 @@ def main() -> None:
         parser.error(f"--output {args.output}: already exists; remove it, or choose another")
     args.output.mkdir(parents=True)
 
-    logging.getLogger("engine.checkpoint").setLevel(logging.ERROR)  # warnings about damaged checkpoints are expected
+    logging.getLogger("engine.checkpoint_writer").setLevel(logging.ERROR)  # warnings about damaged checkpoints are expected
     soak = Soak(args)
     failure = None
     try:

@@ -14,7 +14,7 @@ import torch
 
 import main
 import main_ema
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from engine.schedule import global_batch_size
 from engine.trainer import NO_BEST
 from jobs.initialization import choose_initialization

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 import jobs.evaluate
 from data.samplers import EvalBatches
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from engine.evaluation import EvalResult, Predictions, evaluate
 from engine.metrics import mcnemar_test, paired_interval, wilson_interval
 from engine.report import confusion_matrix, draw_confusion, write_evaluation

@@ -13,7 +13,7 @@ import torch
 import engine.metrics_writer
 import jobs.evaluate
 import jobs.train
-from engine.checkpoint import list_checkpoints, save_checkpoint
+from engine.checkpoint_writer import list_checkpoints, save_checkpoint
 from engine.metrics_writer import MetricsWriter
 from engine.run_directory import RunLock, check_available
 from engine.trainer import check_trained

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from engine.run_directory import LOCK, RunRecord, write_record
 from jobs.evaluate import choose_checkpoint
 from jobs.initialization import choose_initialization

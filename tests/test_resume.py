@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.index import describe_index, index_folder
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from engine.compatibility import compare_groups
 from engine.optim import build_optimizer
 from engine.replay import check_images

@@ -13,7 +13,7 @@ import torch
 
 import engine.trainer
 import jobs.train
-from engine.checkpoint import BEST, FORMAT, checkpoint_path, list_checkpoints
+from engine.checkpoint_writer import BEST, FORMAT, checkpoint_path, list_checkpoints
 from engine.run_directory import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
 from jobs.initialization import Initialization, choose_initialization
 from jobs.start import survey

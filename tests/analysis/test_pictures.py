@@ -14,7 +14,7 @@ from torch import nn
 import jobs.inspect
 from analysis.pages import CONVOLUTION, SUM, BlockMaps
 from analysis.pictures import draw_forms, draw_overlays
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint_writer import read_checkpoint
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
 

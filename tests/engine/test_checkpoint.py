@@ -17,8 +17,7 @@ import torch
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
-from engine import checkpoint
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from engine.trainer import NO_BEST
 from jobs.start import survey
 from models import create_model
@@ -50,16 +49,16 @@ def test_a_saved_checkpoint_is_readable_and_its_file_mode_follows_the_umask(save
 
 @pytest.mark.parametrize("operation", ["open", "fsync", "replace"])
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(saved, operation, monkeypatch):
-    before = checkpoint.sha256(saved)
+    before = checkpoint_writer.sha256(saved)
 
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint if operation == "open" else os, operation, fail, raising=False)
+    monkeypatch.setattr(checkpoint_writer if operation == "open" else os, operation, fail, raising=False)
     with pytest.raises(CheckpointError, match="existing checkpoints are untouched"):
         save_checkpoint({"model": {}}, saved)
     monkeypatch.undo()
-    assert checkpoint.sha256(saved) == before
+    assert checkpoint_writer.sha256(saved) == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
@@ -114,10 +113,10 @@ def test_without_hard_links_best_pth_becomes_a_verified_copy_or_remains_unchange
     if copy_is_damaged:
         monkeypatch.setattr(shutil, "copyfile", copy_truncated)
         with pytest.raises(CheckpointError, match="existing checkpoints are untouched"):
-            checkpoint.link_best(saved, best)
+            checkpoint_writer.link_best(saved, best)
         assert best.read_bytes() == before
     else:
-        checkpoint.link_best(saved, best)
+        checkpoint_writer.link_best(saved, best)
         assert best.read_bytes() == saved.read_bytes() != before
         assert os.stat(best).st_ino != os.stat(saved).st_ino
     assert any(name.endswith("best.pth.incomplete") for name in synced)
@@ -184,8 +183,8 @@ def test_files_whose_names_do_not_match_the_checkpoint_pattern_are_neither_liste
     others = ["checkpoint_12.pth", "checkpoint_mean.pth", "checkpoint_mean.pth.incomplete", "mine.incomplete"]
     for name in [*others, "checkpoint_000000002.pth.incomplete"]:
         (saved.parent / name).write_bytes(b"")
-    assert checkpoint.list_checkpoints(saved.parent) == [saved]
-    checkpoint.remove_surplus(saved.parent, keep=1)
+    assert checkpoint_writer.list_checkpoints(saved.parent) == [saved]
+    checkpoint_writer.remove_surplus(saved.parent, keep=1)
     assert sorted(path.name for path in saved.parent.iterdir()) == sorted([saved.name, *others])
 
 
@@ -193,7 +192,7 @@ def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     for _ in range(2):
         newer = saved.with_name("checkpoint_000000002.pth")
         newer.mkdir()  # a directory counts as a damaged checkpoint
-        checkpoint.set_aside(newer, "damaged")
+        checkpoint_writer.set_aside(newer, "damaged")
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 
@@ -201,40 +200,40 @@ def test_restore_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
     """A damaged file, or a checkpoint with another update or accuracy, is not accepted."""
     best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
     save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
-    assert checkpoint.restore_best(best.parent, state, saved)
+    assert checkpoint_writer.restore_best(best.parent, state, saved)
     for other in ({"num_updates": 5, "best": {"acc1": 40.0, "num_updates": 5}}, {"num_updates": 4, "best": state["best"]}):
         save_checkpoint(other, best)
-        assert not checkpoint.restore_best(best.parent, state, saved)
+        assert not checkpoint_writer.restore_best(best.parent, state, saved)
     damage(best, "empty")
-    assert not checkpoint.restore_best(best.parent, state, saved)
+    assert not checkpoint_writer.restore_best(best.parent, state, saved)
 
 
 def test_a_best_checkpoint_that_is_no_longer_compared_is_kept_under_another_name_unless_it_is_damaged(saved):
     best, content = saved.with_name("best.pth"), saved.read_bytes()
     for kept in ("best_000000001.pth", "best_000000001_.pth"):
         best.write_bytes(content)
-        checkpoint.keep_former_best(best.parent)
+        checkpoint_writer.keep_former_best(best.parent)
         assert saved.with_name(kept).read_bytes() == content
     best.write_bytes(content)
     damage(best, "flip")
-    checkpoint.keep_former_best(best.parent)
+    checkpoint_writer.keep_former_best(best.parent)
     assert not best.exists()
     assert best.with_name("best.pth.damaged").exists()
 
 
 def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
-    assert checkpoint.restore_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved)
+    assert checkpoint_writer.restore_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved)
     assert not saved.with_name("best.pth").exists()
 
 
 def test_checkpoint_rotation_keeps_the_newest_and_the_best(saved):
     """Rotation follows the numbers of the checkpoints, also if a copy has changed the order of their modification times."""
     for number in range(2, 6):
-        path = checkpoint.checkpoint_path(saved.parent, number)
+        path = checkpoint_writer.checkpoint_path(saved.parent, number)
         shutil.copy(saved, path)
         os.utime(path, (1e9 - number, 1e9 - number))
-    checkpoint.link_best(saved, saved.parent / "best.pth")
-    checkpoint.remove_surplus(saved.parent, keep=2)
+    checkpoint_writer.link_best(saved, saved.parent / "best.pth")
+    checkpoint_writer.remove_surplus(saved.parent, keep=2)
     assert sorted(path.name for path in saved.parent.iterdir()) == [
         "best.pth",
         "checkpoint_000000004.pth",

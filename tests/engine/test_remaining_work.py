@@ -32,7 +32,8 @@ def test_evaluation_save_and_stop_follow_the_table(num_updates, is_evaluated, is
     frequencies = {"updates_per_epoch": 10, "num_epochs": 6, "eval_freq": 2, "save_freq": 3}
     work = remaining_work(num_updates, **frequencies, is_evaluated=is_evaluated, is_saved=is_saved)
     assert (work.evaluate, work.save, work.stop) == (evaluate, save, stop)
-    assert not (work.link or work.reset)
+    assert not work.link
+    assert not work.reset
     assert work.is_finished == (stop and not evaluate)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import engine.trainer
-from engine.checkpoint import BEST, list_checkpoints
+from engine.checkpoint_writer import BEST, list_checkpoints
 from engine.evaluation import EvalResult
 from engine.optim import build_ema, build_optimizer, build_scaler
 from engine.step import Report

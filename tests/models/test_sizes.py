@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.checkpoint import to_host
+from engine.checkpoint_writer import to_host
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import read_checkpoint
 from models.cswin import CSwinTransformer

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.checkpoint
+import engine.checkpoint_writer
 import engine.evaluation
 import engine.trainer
 from data.datasets import ImageDataset
-from engine.checkpoint import (
+from engine.checkpoint_writer import (
     BEST,
     checkpoint_path,
     link_best,
@@ -160,7 +160,7 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
         finished = save_and_kill(folder, number, create_state(2), best=True)
         newest = newest_usable(folder)
         state = read_checkpoint(newest)
-        assert engine.checkpoint.restore_best(folder, state, newest)
+        assert engine.checkpoint_writer.restore_best(folder, state, newest)
         best = read_checkpoint(folder / BEST)
         assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
         if finished:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.classes import read_class_map, read_real_labels
 from data.index import DataError, index_zip
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.engine.test_checkpoint import toy

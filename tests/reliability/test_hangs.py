@@ -14,7 +14,7 @@ import engine.trainer
 import utils.background
 from data.datasets import ImageDataset
 from data.workers import StallCheck, StalledWorkerError, WatchedDataset
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before

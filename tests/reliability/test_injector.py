@@ -16,7 +16,7 @@ import pytest
 import engine.dry_run
 import main
 import scripts.evaluate_all
-from engine.checkpoint import BEST, list_checkpoints, save_checkpoint
+from engine.checkpoint_writer import BEST, list_checkpoints, save_checkpoint
 from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
 from tests.injection import ERRORS, Call, Fault, draw_fault, inject, read_calls, record_calls

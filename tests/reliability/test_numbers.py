@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import jobs.train
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from engine.optim import build_optimizer, build_scaler
 from engine.replay import find_non_finite
 from engine.step import train_step

@@ -14,7 +14,7 @@ import engine.metrics_writer
 import engine.trainer
 import utils.log
 import utils.progress
-from engine.checkpoint import BEST, list_checkpoints
+from engine.checkpoint_writer import BEST, list_checkpoints
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, toy_arguments

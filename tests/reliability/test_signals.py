@@ -11,7 +11,7 @@ import pytest
 import engine.evaluation
 import engine.trainer
 import jobs.train
-from engine.checkpoint import list_checkpoints
+from engine.checkpoint_writer import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments

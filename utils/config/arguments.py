@@ -198,7 +198,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has checkpoints. Does not use ``engine.checkpoint``, whose import takes seconds."""
+    """Whether a run directory has checkpoints. Does not use ``engine.checkpoint_writer``, whose import takes seconds."""
     try:
         return (folder / "best.pth").is_file() or any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
     except OSError:
