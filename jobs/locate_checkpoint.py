@@ -208,7 +208,11 @@ def choose_config(
         logger.warning("%s: its config cannot be read (%s)", checkpoint.path, error)
         return requested
     if stored is not None:
-        log_differences(stored, requested, checkpoint.path, prefixes=PREDICTION_KEY_PREFIXES)
+        written = flatten(stored if checkpoint.location.released else checkpoint.state["config"])
+        current = flatten(requested)
+        # A key that the file lacks has its default in ``stored``: where this differs, the key is reported as not stored.
+        known = {key: value for key, value in flatten(stored).items() if key in written or value == current[key]}
+        log_differences(known, current, checkpoint.path, prefixes=PREDICTION_KEY_PREFIXES)
     return requested
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.config.arguments import FLAGS
-from utils.config.keys import INFINITY, KEYS, Key
+from utils.config.keys import KEYS, Key
 
 PAGE = ROOT / "docs/configuration.md"
 SECTIONS = {
@@ -45,7 +45,7 @@ def describe_values(key: Key) -> str:
         return "`True`, `False`"
     if key.minimum is None:
         return ""
-    return f"at least {key.minimum:g}" if key.maximum == INFINITY else f"{key.minimum:g} to {key.maximum:.10g}"
+    return key.legal_numbers(several=isinstance(key.default, list))
 
 
 def format_default(value: object) -> str:

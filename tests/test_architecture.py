@@ -18,7 +18,7 @@ ALLOWED = {
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 # Third-party library -> the only files that may import it.
 IMPORTERS = {
-    "yaml": {"utils/config/loading.py"},
+    "yaml": {"utils/config/reading.py"},
     "tqdm": {"utils/progress.py", "models/checkpoints/download.py"},
     "termcolor": {"utils/log.py"},
     "safetensors": {"models/checkpoints/reader.py"},

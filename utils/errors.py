@@ -1,6 +1,10 @@
 """Errors and events that end a run."""
 
 
+class ConfigError(ValueError):
+    """An invalid setting. The message has the key, the value and the remedy."""
+
+
 class TrainingError(RuntimeError):
     """Training or evaluation cannot continue, for example after a loss that is not finite. The message gives the remedy."""
 

@@ -12,6 +12,8 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _PUNCTUATION = ".,;:)]}'`"  # at the end of a query string, it belongs to the surrounding text
+# URL without secrets -> the URL. A config has only the former, since copies of it are stored in many files: secrets that are
+# removed when the config is loaded cannot reach any of them. Only ``reveal`` returns them, for the request.
 _originals: dict[str, str] = {}
 
 

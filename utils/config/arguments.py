@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config.loading import ConfigError, option_keys
+from utils.config.loading import ConfigError, option_keys, similar_name
 from utils.urls import is_url
 
 
@@ -32,34 +32,12 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
 
 
 def _hint(unknown: str) -> str:
-    """End of the error message for an unknown flag: the config key for a flag of another program, else a similar flag."""
+    """End of the error message for an unknown flag: the config key with this name, else a similar flag."""
     flag = unknown.split("=")[0]
-    if flag in _KEYS_OF_OTHER_FLAGS:
-        return f": set it with --opts {_KEYS_OF_OTHER_FLAGS[flag]} VALUE"
+    if key := similar_name(flag.lstrip("-").replace("-", "_")):
+        return f": set it with --opts {key} VALUE"
     near = get_close_matches(flag, FLAGS, n=1)
     return f": did you mean {near[0]}?" if near else "; see --help"
-
-
-# Flag of timm, torchvision or the Swin Transformer code -> config key of this project.
-_KEYS_OF_OTHER_FLAGS = {
-    "--lr": "TRAIN.BASE_LR",
-    "--epochs": "TRAIN.EPOCHS",
-    "--weight-decay": "TRAIN.WEIGHT_DECAY",
-    "--workers": "DATA.NUM_WORKERS",
-    "--num-workers": "DATA.NUM_WORKERS",
-    "-j": "DATA.NUM_WORKERS",
-    "--num-classes": "MODEL.NUM_CLASSES",
-    "--img-size": "DATA.IMG_SIZE",
-    "--input-size": "DATA.IMG_SIZE",
-    "--drop-path": "MODEL.DROP_PATH_RATE",
-    "--seed": "SEED",
-    "--clip-grad": "TRAIN.CLIP_GRAD",
-    "--mixup": "AUG.MIXUP",
-    "--cutmix": "AUG.CUTMIX",
-    "--accumulation-steps": "TRAIN.ACCUMULATION_STEPS",
-    "--crop-pct": "TEST.CROP_PCT",
-    "--model": "MODEL.TYPE",
-}
 
 
 # Flag -> (config key that it sets, or None; arguments of ``add_argument``). Flags override --opts.

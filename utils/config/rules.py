@@ -1,0 +1,140 @@
+"""Legal values of the config: choices, ranges, and settings that conflict or have no effect together."""
+
+import os
+import re
+from difflib import get_close_matches
+
+from yacs.config import CfgNode
+
+from utils.config.keys import KEYS, MODEL_TYPES, Key
+from utils.config.reading import show
+from utils.errors import ConfigError
+
+MAX_NAME_BYTES = 255  # maximum length of a file name on common file systems
+# Key prefix -> model types that use the keys with this prefix. With other types, these keys must have their default values.
+_FAMILY_KEYS = {
+    "MODEL.SWIN.": ("flatten_swin",),
+    "MODEL.DEIT.": ("flatten_deit",),
+    "MODEL.LA.PVT_LA_SR_RATIOS": tuple(name for name in MODEL_TYPES if name.startswith("flatten_pvt")),
+    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": tuple(name for name in MODEL_TYPES if name.startswith("FLatten_CSWin")),
+}
+
+
+def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
+    """Check the values of a config.
+
+    Args:
+        leaves: the same config as one dictionary with dotted keys.
+
+    Raises:
+        ConfigError: an illegal value, or values that conflict.
+    """
+    for name, key in KEYS.items():
+        _check_key(name, key, leaves[name], cfg.MODEL.TYPE)
+    for name, text in (("MODEL.NAME", cfg.MODEL.NAME), ("TAG", cfg.TAG)):
+        if not text or text in (".", "..") or re.search(r"[/\\]", text):
+            raise ConfigError(
+                f"{name}={show(text)} is used as a directory name; give a name other than . and .., without / and \\"
+            )
+        if len(os.fsencode(text)) > MAX_NAME_BYTES:
+            raise ConfigError(f"{name}={show(text)} is used as a directory name; give it at most {MAX_NAME_BYTES} bytes")
+    _check_attention(cfg.MODEL.LA)
+    _check_widths(cfg.MODEL.SWIN, cfg.MODEL.DEIT)
+    _check_recipe(cfg)
+    _check_lists(cfg)
+
+
+def _check_key(name: str, key: Key, value: object, model_type: str) -> None:
+    if key.choices and value not in key.choices:
+        near = get_close_matches(str(value)[:100], key.choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name}={show(value)}: choose one of {', '.join(filter(None, key.choices))}{hint}")
+    numbers = value if isinstance(value, list) else [value]
+    if key.minimum is not None and value is not None and not all(key.minimum <= number <= key.maximum for number in numbers):
+        raise ConfigError(f"{name}={show(value)}: give {key.legal_numbers(several=isinstance(value, list))}")
+    types = next((types for prefix, types in _FAMILY_KEYS.items() if name.startswith(prefix)), None)
+    if types is not None and model_type not in types and value != key.default:
+        raise ConfigError(f"{name}={show(value)} has no effect with MODEL.TYPE={model_type}; remove it")
+
+
+def _check_attention(keys: CfgNode) -> None:
+    if keys.KERNEL_SIZE % 2 == 0:
+        raise ConfigError(
+            f"MODEL.LA.KERNEL_SIZE={keys.KERNEL_SIZE}: an even kernel changes the size of the token map; use an odd number"
+        )
+    formats = {
+        "ATTN_TYPE": (
+            r"[LS]+|(?=[LS]*M)[LSM]+[0-9]{1,4}",
+            "letter per stage: L (linear), S (softmax) or M (mixed); with M, the number of linear blocks in that stage follows "
+            "the last letter, as in LLMS3",
+        ),
+        "PVT_LA_SR_RATIOS": (r"[1-9]{4}", "digit per stage, as in 8421"),
+        "CSWIN_LA_SPLIT_SIZE": (r"[1-9][0-9]{0,3}(-[1-9][0-9]{0,3}){3}", "number per stage, as in 56-28-14-7"),
+    }
+    for name, (pattern, meaning) in formats.items():
+        if not re.fullmatch(pattern, keys[name]):
+            raise ConfigError(f"MODEL.LA.{name}={show(keys[name])}: give one {meaning}")
+
+
+def _check_widths(swin: CfgNode, deit: CfgNode) -> None:
+    if not swin.DEPTHS:
+        raise ConfigError("MODEL.SWIN.DEPTHS=[]: give the number of blocks of each stage")
+    if len(swin.DEPTHS) != len(swin.NUM_HEADS):
+        raise ConfigError(
+            f"MODEL.SWIN.DEPTHS={swin.DEPTHS} and MODEL.SWIN.NUM_HEADS={swin.NUM_HEADS}: both need one number per stage; give "
+            "lists of the same length"
+        )
+    for stage, heads in enumerate(swin.NUM_HEADS):
+        if (channels := swin.EMBED_DIM * 2**stage) % heads:
+            raise ConfigError(
+                f"MODEL.SWIN.NUM_HEADS={swin.NUM_HEADS}: {heads} heads do not divide the {channels} channels of stage "
+                f"{stage + 1}; change the heads or MODEL.SWIN.EMBED_DIM"
+            )
+    if deit.EMBED_DIM % deit.NUM_HEADS:
+        raise ConfigError(
+            f"MODEL.DEIT.NUM_HEADS={deit.NUM_HEADS} does not divide MODEL.DEIT.EMBED_DIM={deit.EMBED_DIM}; change one of them"
+        )
+
+
+def _check_recipe(cfg: CfgNode) -> None:
+    """Check settings that conflict or have no effect together."""
+    if not cfg.TEST.CROP and cfg.TEST.CROP_MODE == "short":
+        raise ConfigError(
+            "TEST.CROP=False: disables the crop, which conflicts with TEST.CROP_MODE=short; give only one of them"
+        )
+    if cfg.TRAIN.WARMUP_EPOCHS > cfg.TRAIN.EPOCHS:
+        raise ConfigError(
+            f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; shorten the warm-up"
+        )
+    if cfg.DATA.GLOBAL_BATCH_SIZE and cfg.TRAIN.ACCUMULATION_STEPS > 1:
+        raise ConfigError(
+            f"TRAIN.ACCUMULATION_STEPS={cfg.TRAIN.ACCUMULATION_STEPS}: conflicts with DATA.GLOBAL_BATCH_SIZE="
+            f"{cfg.DATA.GLOBAL_BATCH_SIZE}, which determines the number of forward passes; give only one of them"
+        )
+    if cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.LAYER_DECAY < 1:
+        raise ConfigError(
+            f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY} has no effect with TRAIN.FREEZE_BACKBONE, which trains only the head; "
+            "remove one of them"
+        )
+    if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:
+        raise ConfigError(
+            f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run already has weights; "
+            "give only one of --resume and --pretrained"
+        )
+
+
+def _check_lists(cfg: CfgNode) -> None:
+    """Check the lengths of lists and the order of their values."""
+    if not isinstance(cfg.DATA.IMG_SIZE, int) and len(cfg.DATA.IMG_SIZE) != 2:
+        raise ConfigError(f"DATA.IMG_SIZE={cfg.DATA.IMG_SIZE}: give one number of pixels, or [height, width]")
+    for key in ("MEAN", "STD"):
+        if len(cfg.DATA[key]) != 3 or (key == "STD" and min(cfg.DATA[key]) <= 0):
+            raise ConfigError(f"DATA.{key}={cfg.DATA[key]}: give three numbers; STD must be above 0")
+    for key in ("SCALE", "RATIO"):
+        if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
+            raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give [minimum, maximum] with 0 < minimum <= maximum")
+    minmax, betas = cfg.AUG.CUTMIX_MINMAX, cfg.TRAIN.OPTIMIZER.BETAS
+    if minmax is not None and not (len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1):
+        raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [minimum, maximum] with 0 < minimum < maximum <= 1, or None")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers, each at least 0 and below 1")
