@@ -80,17 +80,6 @@ def test_evaluation_needs_no_config_and_writes_results_next_to_the_checkpoint(tr
     assert not (tmp_path / "output").exists()
 
 
-def test_evaluation_with_a_different_config_logs_the_differences_and_writes_next_to_the_checkpoint(trained, toy_data, tmp_path):
-    path = copy_run(trained, tmp_path / "run")
-    other = tmp_path / "other.yaml"
-    tree = yaml.safe_load((path.parent / "config.yaml").read_text())
-    tree["MODEL"]["NAME"], tree["DATA"]["IMG_SIZE"] = "other", 32
-    other.write_text(yaml.safe_dump(tree))
-    outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
-    assert outcome.exit_codes == [0], outcome.output
-    assert "DATA.IMG_SIZE was 40 in the checkpoint, but is 32 now" in outcome.output
-
-
 def test_a_config_key_that_a_checkpoint_lacks_is_reported_as_not_stored(trained, toy_config, tmp_path, caplog):
     caplog.set_level("INFO")
     state = read_checkpoint(trained)
@@ -100,6 +89,17 @@ def test_a_config_key_that_a_checkpoint_lacks_is_reported_as_not_stored(trained,
     assert "DATA.IMG_SIZE is not stored in the checkpoint, and is 40 now" in caplog.text
     assert " was " not in caplog.text
     assert "TEST.CROP" not in caplog.text  # not stored, but the config has the default
+
+
+def test_evaluation_with_a_different_config_logs_the_differences_and_writes_next_to_the_checkpoint(trained, toy_data, tmp_path):
+    path = copy_run(trained, tmp_path / "run")
+    other = tmp_path / "other.yaml"
+    tree = yaml.safe_load((path.parent / "config.yaml").read_text())
+    tree["MODEL"]["NAME"], tree["DATA"]["IMG_SIZE"] = "other", 32
+    other.write_text(yaml.safe_dump(tree))
+    outcome = run("--eval", "--cfg", other, "--resume", path, "--data-path", toy_data, log_folder=tmp_path)
+    assert outcome.exit_codes == [0], outcome.output
+    assert "DATA.IMG_SIZE was 40 in the checkpoint, but is 32 now" in outcome.output
     assert json.loads((tmp_path / "run/eval.json").read_text())["preprocessing"]["img_size"] == 32
     assert not (tmp_path / "output").exists()
 

@@ -46,8 +46,8 @@ class Key:
 
     def legal_numbers(self, *, several: bool) -> str:
         """The range of a key with a minimum, in words, such as "a number from 0 to 1"."""
-        limits = f"of at least {self.minimum:g}" if self.maximum == INFINITY else f"from {self.minimum:g} to {self.maximum:.10g}"
-        return f"numbers, each {limits}" if several else f"a number {limits}"
+        limits = f"from {self.minimum:g} to {self.maximum:.10g}" if self.maximum < INFINITY else f"of at least {self.minimum:g}"
+        return f"{'numbers, each' if several else 'a number'} {limits}"
 
 
 KEYS = {
