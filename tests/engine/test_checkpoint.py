@@ -17,6 +17,7 @@ import torch
 from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
+from engine import checkpoint_writer
 from engine.checkpoint_writer import save_checkpoint
 from engine.trainer import NO_BEST
 from jobs.start import survey
