@@ -25,8 +25,11 @@ from data.folders import find_linked_class
 from data.index import Index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
-from data.transforms import MAX_SMALL_SIZE, Normalize, Preprocessing, Transform, as_pair, check_policy, create_train_transform
+from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
 from data.workers import StallCheck, WatchedDataset, create_loader
+from models.preprocessing import MAX_SMALL_SIZE
+from models.registry import build_preprocessing
+from utils.config.loading import image_size
 from utils.random import restore_generators
 
 logger = logging.getLogger(__name__)
@@ -210,11 +213,11 @@ def build_datasets(
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
-        options["decoder"] = decode_pixels if max(as_pair(cfg.DATA.IMG_SIZE)) > MAX_SMALL_SIZE else decode_image
+        options["decoder"] = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = run_once(lambda: build_index(cfg, "val"))
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
-    val = ImageDataset(index, build_preprocessing(cfg).create_transform(), in_memory=in_memory)
+    val = ImageDataset(index, create_eval_transform(build_preprocessing(cfg)), in_memory=in_memory)
     if train is not None:
         run_once(lambda: warn_if_shared(train, val))
     class_ids = real_labels = None
@@ -289,18 +292,6 @@ def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world
     return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
 
 
-def build_preprocessing(cfg: CfgNode) -> Preprocessing:
-    """Build the evaluation preprocessing."""
-    return Preprocessing(
-        img_size=as_pair(cfg.DATA.IMG_SIZE),
-        crop_mode=cfg.TEST.CROP_MODE if cfg.TEST.CROP else "none",
-        crop_pct=cfg.TEST.CROP_PCT,
-        interpolation=cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION,
-        mean=tuple(cfg.DATA.MEAN),
-        std=tuple(cfg.DATA.STD),
-    )
-
-
 def build_train_transform(cfg: CfgNode) -> Transform:
     """Build the training augmentation.
 
@@ -311,7 +302,7 @@ def build_train_transform(cfg: CfgNode) -> Transform:
     try:
         check_policy(policy)
         transform = create_train_transform(
-            as_pair(cfg.DATA.IMG_SIZE),
+            image_size(cfg),
             interpolation=cfg.DATA.INTERPOLATION,
             mean=cfg.DATA.MEAN,
             scale=cfg.AUG.SCALE,

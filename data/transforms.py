@@ -4,7 +4,6 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,20 +14,15 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_inter
 from torch import Tensor
 from torchvision import transforms
 
+from models.preprocessing import MAX_SMALL_SIZE, Preprocessing, deterministic
+
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
 MAX_RESIZED_PIXELS = 2**24  # maximum size of a resized image before the crop; beyond it, only the crop is computed
-MAX_SMALL_SIZE = 32  # pixels; up to this size, training crops from a padded image, and evaluation does not crop
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Convert a size of one or two numbers to (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def create_train_transform(
-    img_size: int | tuple[int, int],
+    img_size: tuple[int, int],
     *,
     interpolation: str,
     mean: Sequence[float],
@@ -43,11 +37,10 @@ def create_train_transform(
     Above ``MAX_SMALL_SIZE`` pixels, the transform also accepts tensors as returned by ``decode_pixels``.
 
     Args:
-        img_size: pixels, one number or (height, width).
+        img_size: (height, width) in pixels.
     """
-    size = as_pair(img_size)
     augment = create_transform(
-        size,
+        img_size,
         is_training=True,
         interpolation=interpolation,
         mean=tuple(mean),
@@ -58,12 +51,12 @@ def create_train_transform(
         auto_augment=None if auto_augment in ("", "none", "None") else auto_augment,
         use_prefetcher=True,
     )
-    if max(size) > MAX_SMALL_SIZE:
-        crop = RandomResizedCrop(size, scale=tuple(scale), ratio=tuple(ratio), interpolation=interpolation)
+    if max(img_size) > MAX_SMALL_SIZE:
+        crop = RandomResizedCrop(img_size, scale=tuple(scale), ratio=tuple(ratio), interpolation=interpolation)
         return transforms.Compose([crop, *augment.transforms[1:]])
     crop = [
-        transforms.Resize(size, str_to_interp_mode(_deterministic(interpolation))),
-        transforms.RandomCrop(size, padding=4),
+        transforms.Resize(img_size, str_to_interp_mode(deterministic(interpolation))),
+        transforms.RandomCrop(img_size, padding=4),
     ]
     return transforms.Compose([*crop, *augment.transforms[1:]])
 
@@ -102,85 +95,11 @@ def check_policy(policy: str) -> None:
         raise ValueError("unknown section")
 
 
-def _deterministic(interpolation: str) -> str:
-    """Replace ``random`` interpolation by bilinear, as the reference implementation does in evaluation."""
-    return "bilinear" if interpolation == "random" else interpolation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """Evaluation preprocessing of an image.
-
-    Args:
-        img_size: (height, width) of the model's input in pixels.
-        crop_mode: ``squash`` resizes both sides to ``img_size / crop_pct``, ignoring the aspect ratio, and crops the
-            centre; ``short`` resizes the shorter side to that size, keeps the aspect ratio, and crops the centre; ``none``
-            resizes to ``img_size``.
-        crop_pct: ratio of the centre crop's side to the resized image's side.
-        interpolation: bicubic, bilinear or random (random is replaced by bilinear).
-        mean, std: per channel, for pixel values in [0, 1].
-    """
-
-    img_size: tuple[int, int]
-    crop_mode: str
-    crop_pct: float
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def effective_crop_pct(self) -> float:
-        """``crop_pct``, or 1 if nothing is cropped: with ``none``, and for small images."""
-        return 1.0 if self.crop_mode == "none" or max(self.img_size) <= MAX_SMALL_SIZE else self.crop_pct
-
-    @property
-    def timm_crop_mode(self) -> str:
-        """timm's name of ``crop_mode``; ``none`` becomes ``squash``, which does not crop at an effective ``crop_pct`` of 1."""
-        return "center" if self.crop_mode == "short" else "squash"
-
-    @property
-    def resized_to(self) -> tuple[int, int]:
-        """(height, width) before the crop; with ``short``, the size that the resized image must cover."""
-        height, width = (math.floor(side / self.effective_crop_pct) for side in self.img_size)
-        return height, width
-
-    def create_transform(self) -> Transform:
-        """Create the transform from a PIL image to (3, H, W) uint8."""
-        transform = create_transform(
-            self.img_size,
-            is_training=False,
-            interpolation=_deterministic(self.interpolation),
-            crop_pct=self.effective_crop_pct,
-            crop_mode=self.timm_crop_mode,
-            normalize=False,
-        )
-        return CropOfElongatedImage(self, transform) if self.crop_mode == "short" else transform
-
-    def to_dict(self) -> dict:
-        """Convert to plain data for ``eval.json``, with a square size as one number."""
-        return {
-            "img_size": _compact_size(self.img_size),
-            "resized_to": _compact_size(self.resized_to),
-            "crop_mode": self.crop_mode,
-            "crop_pct": self.effective_crop_pct,
-            "interpolation": _deterministic(self.interpolation),
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-    def __str__(self) -> str:
-        size, resized = ("{} x {}".format(*pair) for pair in (self.img_size, self.resized_to))
-        mode = _deterministic(self.interpolation)
-        if self.crop_mode == "short":
-            return f"resized to at least {resized} pixels with the aspect ratio kept ({mode}), centre crop of {size}"
-        if size == resized:
-            return f"resized to {size} pixels ({mode}), no crop"
-        return f"resized to {resized} pixels, ignoring the aspect ratio ({mode}), centre crop of {size}"
-
-
-def _compact_size(size: tuple[int, int]) -> int | list[int]:
-    """One number for a square, else [height, width]."""
-    return size[0] if size[0] == size[1] else list(size)
+def create_eval_transform(preprocessing: Preprocessing) -> Transform:
+    """Create the evaluation transform, from a PIL image to (3, H, W) uint8."""
+    options = preprocessing.timm_options()
+    transform = create_transform(preprocessing.img_size, is_training=False, normalize=False, **options)
+    return CropOfElongatedImage(preprocessing, transform) if preprocessing.crop_mode == "short" else transform
 
 
 class CropOfElongatedImage:
@@ -193,7 +112,7 @@ class CropOfElongatedImage:
     def __init__(self, preprocessing: Preprocessing, transform: Transform):
         self.crop_size = preprocessing.img_size
         self.minimum_size = preprocessing.resized_to
-        bicubic = _deterministic(preprocessing.interpolation) == "bicubic"
+        bicubic = deterministic(preprocessing.interpolation) == "bicubic"
         self.resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
         self.transform = transform
 

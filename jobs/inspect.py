@@ -13,7 +13,7 @@ from analysis.pictures import Figure, draw_forms
 from data.build import build_preprocessing
 from data.datasets import FileDataset
 from data.files import DataError
-from data.transforms import Normalize
+from data.transforms import Normalize, create_eval_transform
 from utils.config.loading import ConfigError
 
 
@@ -27,7 +27,7 @@ class InspectedImages:
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
         preprocessing = build_preprocessing(cfg)
         self.paths = paths
-        self._files = FileDataset(paths, preprocessing.create_transform())
+        self._files = FileDataset(paths, create_eval_transform(preprocessing))
         self._normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
 
     def __len__(self) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from data.datasets import FileDataset
 from data.files import IMAGE_EXTENSIONS, DataError
 from data.folders import list_images
-from data.transforms import Normalize, Preprocessing
+from data.transforms import Normalize, create_eval_transform
 from data.workers import create_loader
 from jobs.locate_checkpoint import Checkpoint
+from models.preprocessing import Preprocessing
 from utils.errors import TrainingError
 from utils.progress import progress
 
@@ -96,7 +97,7 @@ def predict(
     Raises:
         TrainingError: the model's outputs for an image are not finite.
     """
-    dataset = FileDataset(images, preprocessing.create_transform())
+    dataset = FileDataset(images, create_eval_transform(preprocessing))
     loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
     normalize = Normalize(preprocessing.mean, preprocessing.std, device)
     predictions: list[Prediction] = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import cswin, deit, pvt, pvt_v2, swin
 from .backbone import Backbone, to_pair
+from .preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # users of the installed models need no yacs
     from yacs.config import CfgNode
@@ -85,24 +86,29 @@ def build_arguments(cfg: "CfgNode") -> tuple[str, dict]:
     return name, _shared_arguments(cfg) | FAMILY_ARGUMENTS[MODELS[name].func](cfg)
 
 
-MAX_UNCROPPED_SIZE = 32  # pixels per side; evaluation at input sizes up to this does not crop
+def build_preprocessing(cfg: "CfgNode") -> Preprocessing:
+    """Build the evaluation preprocessing."""
+    return Preprocessing(
+        img_size=to_pair(cfg.DATA.IMG_SIZE),
+        crop_mode=cfg.TEST.CROP_MODE if cfg.TEST.CROP else "none",
+        crop_pct=cfg.TEST.CROP_PCT,
+        interpolation=cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION,
+        mean=tuple(cfg.DATA.MEAN),
+        std=tuple(cfg.DATA.STD),
+    )
 
 
 def _build_data_config(model: Backbone, cfg: "CfgNode") -> dict:
     """timm's ``pretrained_cfg`` of a model, with the evaluation transform of ``cfg``."""
-    size = to_pair(cfg.DATA.IMG_SIZE)
-    uncropped = not cfg.TEST.CROP or cfg.TEST.CROP_MODE == "none" or max(size) <= MAX_UNCROPPED_SIZE
-    interpolation = cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION
+    preprocessing = build_preprocessing(cfg)
     return {
         "architecture": cfg.MODEL.NAME,
         "num_classes": cfg.MODEL.NUM_CLASSES,
-        "input_size": (model.in_chans, *size),
+        "input_size": (model.in_chans, *preprocessing.img_size),
         "fixed_input_size": False,
-        "mean": tuple(cfg.DATA.MEAN),
-        "std": tuple(cfg.DATA.STD),
-        "interpolation": "bilinear" if interpolation == "random" else interpolation,
-        "crop_mode": "center" if cfg.TEST.CROP_MODE == "short" else "squash",
-        "crop_pct": 1.0 if uncropped else cfg.TEST.CROP_PCT,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        **preprocessing.timm_options(),
         "first_conv": model.first_conv,
         "classifier": "head",
     }

@@ -13,7 +13,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from data.build import build_preprocessing
-from data.transforms import Normalize
+from data.transforms import Normalize, create_eval_transform
 from models import RELEASED, Released, create_model
 from models.checkpoints.download import cached_path
 from tests.conftest import CONFIGS
@@ -65,7 +65,7 @@ def noise_images(tmp_path_factory):
 def count_correct(model: torch.nn.Module, name: str, root) -> int:
     """Count correct predictions, one image at a time. Predictions are restricted to the three classes of ``CLASSES``."""
     cfg = load_config(CONFIGS / f"{name}.yaml", ["DATA.IMG_SIZE", SIZES[name]])
-    transform, normalize = build_preprocessing(cfg).create_transform(), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
+    transform, normalize = create_eval_transform(build_preprocessing(cfg)), Normalize(cfg.DATA.MEAN, cfg.DATA.STD, "cpu")
     class_ids, correct = list(CLASSES.values()), 0
     for label, folder in enumerate(CLASSES):
         for file in sorted((root / "val" / folder).iterdir()):

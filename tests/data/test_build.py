@@ -22,6 +22,7 @@ from data.build import (
 from data.datasets import ImageDataset
 from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
+from data.transforms import create_eval_transform
 from utils.config.loading import load_config
 from utils.random import seed_generators
 
@@ -72,7 +73,7 @@ def test_training_and_evaluation_images_are_normalised_with_the_configured_mean_
 def test_evaluation_interpolates_as_configured(opts, mode, toy_config, toy_data):
     """The pixels equal Pillow's: the image is resized to 45 x 45 (40 / 0.875, rounded down), then cropped to 40 x 40."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))
-    transform = build_preprocessing(config(toy_config, toy_data, *opts, "TEST.CROP", True)).create_transform()
+    transform = create_eval_transform(build_preprocessing(config(toy_config, toy_data, *opts, "TEST.CROP", True)))
     resized = image.resize((45, 45), mode).crop((2, 2, 42, 42))
     assert torch.equal(transform(image), torch.from_numpy(np.array(resized)).permute(2, 0, 1))
 

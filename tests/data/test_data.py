@@ -31,7 +31,8 @@ from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, decode_image, decode_pixels
 from data.index import DataError, Index, index_folder, index_tar, index_zip
 from data.samplers import EvalBatches, TrainBatches, epoch_order
-from data.transforms import Normalize, Preprocessing, RandomResizedCrop, as_pair, create_train_transform
+from data.transforms import Normalize, RandomResizedCrop, create_eval_transform, create_train_transform
+from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
 from utils.config.loading import load_config
@@ -113,7 +114,8 @@ def test_evaluation_reads_every_image_once(num_samples, world_size):
     "recorded", reference("eval_transform"), ids=lambda f: f"{f['file'][:9]}-{f['img_size']}-{f['test_crop']}"
 )
 def test_evaluation_transform_of_photographs_matches_the_reference(recorded):
-    transform = preprocessing(recorded["img_size"], crop_mode="squash" if recorded["test_crop"] else "none").create_transform()
+    crop_mode = "squash" if recorded["test_crop"] else "none"
+    transform = create_eval_transform(preprocessing(recorded["img_size"], crop_mode=crop_mode))
     with Image.open(Path(PHOTOGRAPHS) / recorded["file"]) as file:
         image = transform(file.convert("RGB"))
     image = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], CPU)(image.unsqueeze(0))[0]
@@ -128,14 +130,15 @@ def test_evaluation_transform_of_photographs_matches_the_reference(recorded):
 def preprocessing(size, **options):
     defaults = {"crop_mode": "squash", "crop_pct": 0.875, "interpolation": "bicubic"}
     mean_and_std = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    return Preprocessing(**{"img_size": as_pair(size)} | defaults | mean_and_std | options)
+    img_size = (size, size) if isinstance(size, int) else size
+    return Preprocessing(**{"img_size": img_size} | defaults | mean_and_std | options)
 
 
 def test_squash_mode_resizes_to_a_square_and_crops_the_centre():
     """The left half of the image is black. After the resize to a square, the edge of the black half is still in the middle."""
     pixels = np.full((100, 400, 3), 255, np.uint8)
     pixels[:, :200] = 0
-    image = preprocessing(224, interpolation="bilinear").create_transform()(Image.fromarray(pixels))
+    image = create_eval_transform(preprocessing(224, interpolation="bilinear"))(Image.fromarray(pixels))
     assert image.shape == (3, 224, 224)
     assert image.dtype == torch.uint8
     assert image[0, 100, 100] == 0
@@ -160,7 +163,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 150, 3), 
     ],
 )
 def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resized, box, mode):
-    transform = preprocessing(size, crop_mode=crop_mode, crop_pct=crop_pct, interpolation=mode).create_transform()
+    transform = create_eval_transform(preprocessing(size, crop_mode=crop_mode, crop_pct=crop_pct, interpolation=mode))
     filter_ = Image.Resampling.BICUBIC if mode == "bicubic" else Image.Resampling.BILINEAR
     expected = NOISE.resize(resized, filter_).crop(box)
     assert np.array_equal(transform(NOISE).permute(1, 2, 0).numpy(), np.asarray(expected))
@@ -168,7 +171,7 @@ def test_evaluation_pixels_equal_those_of_pillow(size, crop_mode, crop_pct, resi
 
 def test_short_mode_fills_another_aspect_ratio_without_distortion():
     """Sizes are height x width. To fill 30 x 90 pixels, the image of 90 x 150 is scaled by max(30 / 90, 90 / 150) = 0.6."""
-    image = preprocessing((30, 90), crop_mode="short", crop_pct=1.0).create_transform()(NOISE)
+    image = create_eval_transform(preprocessing((30, 90), crop_mode="short", crop_pct=1.0))(NOISE)
     expected = NOISE.resize((90, 54), Image.Resampling.BICUBIC).crop((0, 12, 90, 42))
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
 
@@ -195,7 +198,7 @@ def test_preprocessing_description_contains_all_settings():
 
 def test_ten_thousand_training_augmentations_succeed_and_most_of_them_differ():
     transform = create_train_transform(
-        32,
+        (32, 32),
         interpolation="bicubic",
         mean=[0.485, 0.456, 0.406],
         scale=(0.08, 1.0),
@@ -303,7 +306,7 @@ def test_invalid_directory_layouts_are_rejected(tmp_path):
 
 
 def create_folder_dataset(folder, **options):
-    return ImageDataset(index_folder(folder), preprocessing(32).create_transform(), **options)
+    return ImageDataset(index_folder(folder), create_eval_transform(preprocessing(32)), **options)
 
 
 def test_the_error_for_an_unreadable_image_contains_its_path(tmp_path):

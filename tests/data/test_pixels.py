@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 import data.datasets
+import jobs.predict
 from data.build import build_datasets, build_eval_loader, build_train_loader
 from data.datasets import FileDataset, ImageDataset, decode_image, decode_pixels
 from data.index import DataError, index_folder
-from data.transforms import Preprocessing
+from data.transforms import create_eval_transform
+from models.preprocessing import Preprocessing
 from scripts import predict
 from scripts.pack_dataset import pack
 from tests.conftest import write_images
@@ -224,7 +226,7 @@ def test_crop_of_an_elongated_image_equals_the_crop_of_the_resized_image(size, i
     """Computed without the resized image, the crop differs by at most two levels."""
     rng = np.random.default_rng(0)
     for crop_pct in (0.875, 1.0):
-        transform = preprocessing(size, crop_pct, interpolation).create_transform()
+        transform = create_eval_transform(preprocessing(size, crop_pct, interpolation))
         for shape in ((1, 40), (40, 1), (2, 333), (400, 3), (80, 120), (35, 500)):
             image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
             expected = transform.transform(image).permute(1, 2, 0).numpy().astype(int)
@@ -233,7 +235,7 @@ def test_crop_of_an_elongated_image_equals_the_crop_of_the_resized_image(size, i
 
 @pytest.mark.parametrize(("width", "height"), [(1, 30_000), (30_000, 1), (65_535, 2)])
 def test_extremely_elongated_images_need_little_memory(width, height):
-    transform, before = preprocessing(224).create_transform(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    transform, before = create_eval_transform(preprocessing(224)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     image = transform(Image.new("RGB", (width, height), (9, 8, 7)))
     assert image.shape == (3, 224, 224)
     assert (image == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
@@ -322,7 +324,7 @@ def test_errors_of_transforms_name_the_image_and_follow_the_policy(one_white_ima
 def test_prediction_lists_an_image_whose_error_has_no_message(trained, one_white_image, tmp_path, monkeypatch):
     files = FileDataset([one_white_image / "val/class1/001.png"], FailOnWhite())
     assert files[0] == (0, None, "MemoryError")
-    monkeypatch.setattr(Preprocessing, "create_transform", lambda _: fail_or_resize)
+    monkeypatch.setattr(jobs.predict, "create_eval_transform", lambda _: fail_or_resize)
     arguments = [one_white_image / "val/class1", "--resume", trained, "--output", tmp_path / "out", "--workers", 1]
     outcome = run_script(predict, arguments, tmp_path / "log")
     assert outcome.exit_codes == [1], outcome.output
