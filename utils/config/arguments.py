@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode
 
@@ -41,7 +42,7 @@ def _hint(unknown: str) -> str:
 
 
 # Flag -> (config key that it sets, or None; arguments of ``add_argument``). Flags override --opts.
-FLAGS = {
+FLAGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "--cfg": (
         None,
         {

@@ -3,6 +3,7 @@
 import os
 import re
 from difflib import get_close_matches
+from typing import Any
 
 from yacs.config import CfgNode
 
@@ -44,7 +45,7 @@ def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
     _check_lists(cfg)
 
 
-def _check_key(name: str, key: Key, value: object, model_type: str) -> None:
+def _check_key(name: str, key: Key, value: Any, model_type: str) -> None:
     if key.choices and value not in key.choices:
         near = get_close_matches(str(value)[:100], key.choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
