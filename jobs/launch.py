@@ -51,6 +51,8 @@ SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of 
 # Parts of the messages of torch for a full /dev/shm.
 SHARED_MEMORY_ERRORS = (
     "unable to allocate shared memory",
+    "unable to resize file </torch_",
+    "unable to stretch file </torch_",
     "unable to write to file </torch_",
     "Bus error",
     "out of shared memory",

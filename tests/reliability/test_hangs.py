@@ -113,7 +113,7 @@ def fail_to_collate(message: str, error_type: type[BaseException] = RuntimeError
     [
         (fail_to_collate("first line\nthe true reason"), "RuntimeError: first line\n  the true reason"),
         (
-            fail_to_collate("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"),
+            fail_to_collate("unable to resize file </torch_7> to the right size: No space left on device (28)"),
             "No space left on device (28). The shared memory (/dev/shm) through which the loader workers send batches is full",
         ),
         (fail_to_collate("left by a library", SystemExit), "RuntimeError: SystemExit: left by a library"),
