@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models import cswin, pvt, swin
-from models.backbone import partition_windows
 from models.compared_attention import (
     EPS,
     SoftmaxAttention,
@@ -26,6 +25,7 @@ from models.compared_attention import (
     softmax_attention,
 )
 from models.linear_attention import FocusedLinearAttention
+from models.windows import partition_windows
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
 # Forms of attention: attention functions that are compared on the same queries and keys.

@@ -1,82 +1,27 @@
-"""Components shared by the backbones: token-map helpers, resizable position tables, and the base class with timm's interface.
+"""The base class of the backbones, with timm's interface, and what their constructors share.
 
-A position table is a parameter with one row per token or relative position, such as the position embeddings.
-
-Shapes: B images, N tokens, C channels, H x W a token map, nW windows per image, each of h x w tokens.
+Shapes: B images, N tokens, C channels, H x W a token map.
 """
 
 import functools
 import itertools
 import logging
-import math
-import operator
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .tracing import is_transformed
+from .positions import GRIDS_KEY, PositionTable, grid_at, recorded_grid, resize_grid, square_grid, stored_grids
+from .windows import to_pair
 
 logger = logging.getLogger(__name__)
 
 NO_OPTIONS: Mapping = MappingProxyType({})
-PADDING = -1  # region id of padding, see ``window_regions``
-GRIDS_KEY = "position_grids"  # key of a state dict's metadata, see ``stored_grids``
-
-
-def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Convert an integer (of any integer type) or a pair of integers to (height, width)."""
-    if hasattr(size, "__index__"):
-        side = operator.index(size)
-        return side, side
-    height, width = size
-    return operator.index(height), operator.index(width)
-
-
-def ceil_divide(size: int, divisor: int) -> int:
-    return -(-size // divisor)
-
-
-@register_notrace_function  # FX cannot trace the comparison of sizes
-def resize_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Resize a table with one row per token to another map size by bicubic interpolation; prefix rows stay unchanged.
-
-    Args:
-        table: (1, num_prefix_tokens + old height * old width, C).
-        old, new: height and width of the token map before and after.
-
-    Returns:
-        (1, num_prefix_tokens + new height * new width, C); ``table`` itself if ``old`` equals ``new``.
-    """
-    if old == new:
-        return table
-    prefix, grid = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
-    grid = grid.unflatten(1, old).permute(0, 3, 1, 2)  # (1, C, H, W)
-    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
-    return torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def resized_parameter(
-    table: nn.Parameter, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int = 0
-) -> nn.Parameter:
-    """Copy of a parameter (..., rows, C), resized with ``resize_grid``; ``table`` itself if ``old`` equals ``new``."""
-    if old == new:
-        return table
-    rows = resize_grid(table.detach().flatten(0, -2).unsqueeze(0), old, new, num_prefix_tokens)
-    return nn.Parameter(rows.view(*table.shape[:-2], *rows.shape[1:]), requires_grad=table.requires_grad)
-
-
-def square_grid(num_tokens: int) -> tuple[int, int] | None:
-    """Height and width of a square map with ``num_tokens`` tokens; None if ``num_tokens`` is not a square number."""
-    side = math.isqrt(num_tokens)
-    return (side, side) if side * side == num_tokens else None
 
 
 def init_weights(module: nn.Module) -> None:
@@ -122,102 +67,6 @@ def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
         letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
         for letter, depth in zip(letters, depths, strict=True)
     ]
-
-
-def partition_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Split maps into windows. (B, H, W, C) -> (B * nW, h * w, C)."""
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def merge_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Inverse of ``partition_windows``: (B * nW, h * w, C) -> (B, H, W, C)."""
-    rows, columns = grid[0] // window[0], grid[1] // window[1]
-    x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2)
-
-
-def window_regions(
-    grid: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    padded: tuple[int, int],
-    *,
-    device: torch.device | None = None,
-) -> Tensor | None:
-    """Region id of each token of each window; softmax attention is restricted to tokens of the same region.
-
-    A cyclic shift puts tokens from opposite edges of the map in one window; they get different ids. Padding has its own id.
-
-    Returns:
-        (nW, h * w) ids, ``PADDING`` for padding; None if there is neither shift nor padding.
-    """
-    if padded == grid and not any(shift):
-        return None
-    region = torch.zeros(padded, dtype=torch.long, device=device)
-    for axis in (0, 1):
-        if shift[axis]:  # the rows or columns that ``roll`` moves to the opposite edge
-            region.narrow(axis, 0, shift[axis]).add_(1 + axis)
-    region[grid[0] :] = PADDING
-    region[:, grid[1] :] = PADDING
-    region = region.roll((-shift[0], -shift[1]), dims=(0, 1))
-    return partition_windows(region[None, :, :, None], window).squeeze(-1)
-
-
-def cached_constant(build: Callable[..., Tensor | None], *arguments: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``build(*arguments, device=like.device)``, cached, so that training steps do not compute it again.
-
-    Masks and indices are constants of the map size. They are not buffers, because everything that handles buffers would have to
-    except them: averages of models, construction on the ``meta`` device, ``to_empty``, and offloading.
-    """
-    # Tensors that are created in a trace or under a dispatch mode (such as fake tensors) must not be cached.
-    if is_transformed() or type(like) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack():
-        return build(*arguments, device=like.device)
-    return _build_constant(build, arguments, like.device)
-
-
-@functools.lru_cache(maxsize=128)
-def _build_constant(build: Callable[..., Tensor | None], arguments: tuple, device: torch.device) -> Tensor | None:
-    with torch.inference_mode(False):  # autograd cannot save inference tensors
-        return build(*arguments, device=device)
-
-
-def stored_grids(state_dict: Mapping[str, Tensor]) -> Mapping[str, object]:
-    """Height and width of each position table in a state dict, by name relative to the model; {} if unknown.
-
-    ``Backbone.state_dict`` records them in the metadata of the state dict, which ``torch.save`` keeps. safetensors files and
-    copies to a plain dictionary have no metadata.
-    """
-    metadata = getattr(state_dict, "_metadata", None)
-    entries = metadata.values() if isinstance(metadata, Mapping) else ()
-    found = (entry[GRIDS_KEY] for entry in entries if isinstance(entry, Mapping) and GRIDS_KEY in entry)
-    return next((grids for grids in found if isinstance(grids, Mapping)), {})
-
-
-class PositionTable(NamedTuple):
-    """Describes a parameter with one row per token or relative position, which is resized for other input sizes.
-
-    Attributes:
-        name: parameter name, relative to the module whose ``position_tables`` returns this object.
-        grid: height and width of the table at the model's native size.
-        source_grid: function that returns the height and width of the table in a checkpoint, or None if no size matches the
-            number of positions. Arguments: height and width of the stage's token map at the checkpoint's image size, and
-            number of positions in the table.
-        num_prefix_tokens: number of leading rows for tokens without a position, such as the class token.
-        assume_square: if the image size of a checkpoint is unknown and the number of positions is a square number, assume
-            that the table is square.
-    """
-
-    name: str
-    grid: tuple[int, int]
-    source_grid: Callable[[tuple[int, int], int], tuple[int, int] | None]
-    num_prefix_tokens: int = 0
-    assume_square: bool = True
-
-
-def whole_map(grid: tuple[int, int], num_positions: int) -> tuple[int, int]:
-    """``PositionTable.source_grid`` of a table with one row per token of its stage."""
-    return grid
 
 
 def run_block(block: nn.Module, *inputs, recompute: bool) -> Tensor:
@@ -573,15 +422,15 @@ class Backbone(nn.Module):
                 continue  # the caller reports missing tables and tables of another model
             rows = stored.flatten(0, -2)  # (prefix + positions, C)
             num_positions = rows.shape[0] - table.num_prefix_tokens
-            grid = _recorded_grid(recorded.get(table.name), num_positions)
+            grid = recorded_grid(recorded.get(table.name), num_positions)
             if grid is None and size is not None:
-                grid = _grid_at(table, num_positions, size, self.stage_grids(size)[stage])
+                grid = grid_at(table, num_positions, size, self.stage_grids(size)[stage])
             elif grid is None and stored.shape == own.shape:
                 grid = table.grid
                 if table.assume_square and grid[0] != grid[1]:
                     assumed.append(table.name)
             elif grid is None:
-                grid = _assumed_grid(table, num_positions)
+                grid = square_grid(table, num_positions)
             if grid != table.grid:
                 new = resize_grid(rows.unsqueeze(0), grid, table.grid, table.num_prefix_tokens)
                 resized[table.name] = new.reshape(own.shape)
@@ -656,44 +505,6 @@ def create_classifier(
     head = nn.Linear(num_features, num_classes, device=device, dtype=dtype)
     init_weights(head)
     return head
-
-
-def _recorded_grid(recorded: object, num_positions: int) -> tuple[int, int] | None:
-    """An entry of ``stored_grids``; None if it is missing, or if the table was replaced since."""
-    if not isinstance(recorded, (list, tuple)) or len(recorded) != 2 or not all(type(side) is int for side in recorded):
-        return None
-    height, width = recorded
-    return (height, width) if min(height, width) > 0 and height * width == num_positions else None
-
-
-def _grid_at(table: PositionTable, num_positions: int, size: tuple[int, int], stage_map: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a position table in a checkpoint for images of ``size`` pixels, whose token map is ``stage_map``.
-
-    Raises:
-        ValueError: the number of positions does not match the size.
-    """
-    grid = table.source_grid(stage_map, num_positions)
-    if grid is None or math.prod(grid) != num_positions:
-        raise ValueError(
-            f"{table.name}: {num_positions} positions in the checkpoint do not match images of "
-            f"{size[0]} x {size[1]} pixels; give the img_size at which the checkpoint was trained"
-        )
-    return grid
-
-
-def _assumed_grid(table: PositionTable, num_positions: int) -> tuple[int, int]:
-    """Height and width of a position table in a checkpoint whose image size is unknown.
-
-    Raises:
-        ValueError: the number of positions does not determine the height and width.
-    """
-    grid = square_grid(num_positions) if table.assume_square else None
-    if grid is None:
-        raise ValueError(
-            f"{table.name}: the checkpoint's {num_positions} positions do not determine the height and width of the table; "
-            "use a checkpoint that contains its config, or give the img_size at which the checkpoint was trained"
-        )
-    return grid
 
 
 def _record_grids(model: Backbone, state_dict: Mapping[str, Tensor], prefix: str, metadata: dict) -> None:

@@ -13,23 +13,18 @@ from torch import Tensor, nn
 
 from .backbone import (
     NO_OPTIONS,
-    PADDING,
     Backbone,
-    PositionTable,
     Stage,
-    cached_constant,
-    ceil_divide,
     check_attention_dropout,
     drop_path_rates,
     init_weights,
-    merge_windows,
     parse_attention_types,
-    partition_windows,
-    window_regions,
 )
 from .compared_attention import scaled_dot_product_attention
 from .fused_attention import split_channels
 from .linear_attention import DepthwiseFilters, FocusedLinearAttention
+from .positions import PositionTable
+from .windows import PADDING, cached_constant, ceil_divide, merge_windows, partition_windows, window_regions
 
 # Directions of stripes. The value is the axis of the map that is split: height for horizontal and width for vertical stripes.
 HORIZONTAL = 0

@@ -17,19 +17,17 @@ from torch import Tensor, nn
 from .backbone import (
     NO_OPTIONS,
     Backbone,
-    PositionTable,
     check_attention_dropout,
     check_output_fmt,
     drop_path_rates,
     init_weights,
     parse_attention_types,
-    resized_parameter,
     run_block,
-    whole_map,
 )
 from .compared_attention import SoftmaxAttention
 from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
+from .positions import PositionTable, resized_parameter, whole_map
 
 
 class LinearAttention(FocusedLinearAttention):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backbone import ceil_divide
 from .fused_attention import unfused_gradients
 from .tracing import is_batched
+from .windows import ceil_divide
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 MAX_BLOCKS = 8  # per chunk: more blocks write fewer partial sums, fewer blocks occupy more of the GPU

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernel_operator
-from .backbone import PositionTable, resize_grid, resized_parameter, to_pair
 from .compared_attention import COMPARED_ATTENTIONS, count_keys
 from .fused_attention import (
     depthwise_convolution,
@@ -21,7 +20,9 @@ from .fused_attention import (
     without_autocast,
 )
 from .kernel_selection import BACKENDS, supports
+from .positions import PositionTable, resize_grid, resized_parameter
 from .tracing import is_transformed
+from .windows import to_pair
 
 ATTENTION_KINDS = ("focused", *COMPARED_ATTENTIONS)
 

@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from .backbone import (
     NO_OPTIONS,
     Backbone,
-    PositionTable,
     Stage,
-    ceil_divide,
     check_attention_dropout,
     drop_path_rates,
     init_weights,
     parse_attention_types,
-    resized_parameter,
-    whole_map,
 )
 from .compared_attention import scaled_dot_product_attention
 from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
+from .positions import PositionTable, resized_parameter, whole_map
+from .windows import ceil_divide
 
 SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction ratio of softmax blocks, one per stage
 BlockNorm = partial(nn.LayerNorm, eps=1e-6)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from . import cswin, deit, pvt, pvt_v2, swin
-from .backbone import Backbone, to_pair
+from .backbone import Backbone
 from .preprocessing import Preprocessing
+from .windows import to_pair
 
 if TYPE_CHECKING:  # users of the installed models need no yacs
     from yacs.config import CfgNode

@@ -14,25 +14,18 @@ from torch import Tensor, nn
 
 from .backbone import (
     NO_OPTIONS,
-    PADDING,
     Backbone,
-    PositionTable,
     Stage,
-    cached_constant,
-    ceil_divide,
     check_attention_dropout,
     drop_path_rates,
     init_weights,
-    merge_windows,
     parse_attention_types,
-    partition_windows,
-    resize_grid,
-    resized_parameter,
-    window_regions,
 )
 from .compared_attention import SoftmaxAttention
 from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
+from .positions import PositionTable, resize_grid, resized_parameter
+from .windows import PADDING, cached_constant, ceil_divide, merge_windows, partition_windows, window_regions
 
 
 class LinearWindowAttention(FocusedLinearAttention):

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model, create_model
-from models.backbone import drop_path_rates, merge_windows, parse_attention_types, partition_windows, window_regions
+from models.backbone import drop_path_rates, parse_attention_types
 from models.swin import SwinTransformer
+from models.windows import merge_windows, partition_windows, window_regions
 from tests.conftest import CONFIGS
 from utils.config.loading import load_config
 
