@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.counting import TrafficCounter, num_bytes
 from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
-from models.backbone import merge_windows, partition_windows
 from models.fused_attention import split_channels
 from models.kernel_selection import choose_backend
 from models.linear_attention import FocusedLinearAttention
+from models.windows import merge_windows, partition_windows
 
 OURS = "focused"  # torch operations
 KERNELS = "focused, Triton kernels"
