@@ -1,9 +1,9 @@
 """Export a trained model as safetensors with timm's config.json, as a torch.export program (.pt2), or as ONNX.
 
 A model card (README.md) is also written to the directory. If safetensors is among the exported formats, timm can load the
-directory: ``import models, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files are loaded
-back and compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more packages:
-pip install onnx onnxscript onnxruntime.
+directory: ``import flatten_transformer, timm; timm.create_model("local-dir:FOLDER", pretrained=True)``. The .pt2 and ONNX files
+are loaded back and compared with the model; the exit status is 1 if their error exceeds the tolerance. ONNX needs three more
+packages: pip install onnx onnxscript onnxruntime.
 """
 
 import argparse
@@ -159,9 +159,10 @@ def model_card(
             f"{markdown_code(Path(evaluation['data']).name)} in {markdown_code(evaluation['precision'])} with torch "
             f"{markdown_code(evaluation['versions']['torch'])}."
         ]
-    lines += ["", "## Use", "", "In the repository of the FLatten training framework:", "", "```python"]
+    package = "After `pip install` of the FLatten repository (or, in its root, with `import models`):"
+    lines += ["", "## Use", "", package if in_timm else "In the root of the FLatten repository:", "", "```python"]
     if in_timm:
-        lines += ["import models  # registers the architecture with timm", "import timm", ""]
+        lines += ["import flatten_transformer  # registers the architecture with timm", "import timm", ""]
         lines += ['model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()']
         lines += ["transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"]
     else:
