@@ -3,7 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 import main
 from scripts import document_config
+from tests.conftest import FAST
 from tests.launch import run_script
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import flatten, load_config
@@ -45,7 +45,7 @@ def test_pages_contain_commands_of_known_programs_only():
     assert len(MAIN_COMMANDS) > 10
     assert len(SCRIPTS) > 12
     others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in MAIN_COMMANDS + SCRIPTS}
-    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source"}
+    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source", "torchrun"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,19 +92,31 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
         assert flag in outcome.output, (script, flag)
 
 
-MARKERS = sorted(
-    {marker for page in PAGES for marker in re.findall(r"(?:scripts/test\.sh|pytest) -m (\w+|\"[^\"]+\")", page.read_text())}
-)
+INLINE_PYTEST = [
+    shlex.split(arguments)
+    for page in PAGES
+    for arguments in re.findall(r"`(?:\w+=1 )?(?:python -m )?pytest ([^`]+)`", page.read_text())
+]
+SELECTIONS = {tuple(words[2:]) for _, words in COMMANDS if words[:2] == ["bash", "scripts/test.sh"] and words[2:]}
+SELECTIONS |= {tuple(arguments) for arguments in INLINE_PYTEST if not any(word.startswith("tests/") for word in arguments)}
 
 
-@pytest.mark.parametrize("marker", MARKERS)
-def test_documented_markers_select_tests(marker):
-    # Two files that together have tests with every marker: collecting all files would take twice as long.
-    files = ["tests/engine/test_schedule.py", "tests/reliability/test_data.py"]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker.strip('"'), *files]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert outcome.returncode == 0, outcome.stdout  # 5 if no test is selected
-    assert re.search(r"tests/.+: [1-9]", outcome.stdout)
+@pytest.mark.parametrize("arguments", sorted(SELECTIONS), ids=" ".join)
+def test_documented_selections_of_tests_are_not_empty(arguments, tmp_path):
+    # Two files that together have tests for every selection: collecting all files would take longer.
+    files = ["tests/models/test_swin.py", "tests/reliability/test_data.py"]
+    outcome = run_script(pytest, ["--collect-only", "-q", "-p", "no:cacheprovider", *arguments, *files], tmp_path / "log")
+    assert re.search(r"^tests/.+: [1-9]", outcome.output, re.MULTILINE), outcome.output
+
+
+def test_documented_test_files_exist():
+    paths = {word for arguments in INLINE_PYTEST for word in arguments if word.startswith("tests/")}
+    assert len(paths) > 3
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
+
+
+def test_every_file_of_the_fast_tests_exists():
+    assert {name for name in FAST if not (ROOT / "tests" / f"{name.replace('.', '/')}.py").is_file()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
