@@ -65,10 +65,8 @@ def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
 
 
 def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaler for fp16. In other precisions its scale is 1, and it only skips steps with non-finite gradients."""
-    if amp_dtype(cfg) == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    """Build the loss scaler of fp16; in other precisions it has no effect."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype(cfg) == torch.float16)
 
 
 def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEmaV3 | None:

@@ -23,7 +23,7 @@ from engine.metrics_writer import MetricsWriter
 from engine.remaining_work import remaining_work
 from engine.run_directory import record_save
 from engine.schedule import Schedule
-from engine.step import Report, Reports, train_step
+from engine.step import Report, Reports, Requests, train_step
 from models.checkpoints.reader import CheckpointError
 from utils.background import BackgroundWrite
 from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
@@ -288,10 +288,10 @@ class Trainer:
             logging_now = saving or done % recipe.print_freq == 0 or done == self.updates_per_epoch
             reports = self.collect_reports(max_pending=0 if logging_now or state.scales_loss else 1)
             meter.add(reports)
-            if any(report.stop > 0 for report in reports):
+            if any(report.num_stops > 0 for report in reports):
                 self.save_and_stop(meter)
             self.save_before_slow_update(seconds)
-            saving = saving or any(report.save > 0 for report in reports)
+            saving = saving or any(report.num_saves > 0 for report in reports)
             if logging_now or saving:
                 meter.add(self.collect_reports(max_pending=0))
                 meter.log()
@@ -324,11 +324,11 @@ class Trainer:
             max_grad_norm=recipe.max_grad_norm,
             requests=self.requests,
             begin_change=self.begin_change,
-            failed=self.failed,
+            failed=None if state.scales_loss else self.failed,
         )
         self.reports.send(state.num_updates, report)
         state.num_updates += 1
-        if state.scales_loss and not Report(*report.tolist()).is_finite:
+        if state.scales_loss and not self.reports.read_newest().is_finite:
             state.num_skipped += 1
             self.skipped_in_a_row += 1
         else:
@@ -345,7 +345,7 @@ class Trainer:
         """Learning rate of update ``num_updates`` (counted from 0), to be multiplied by each parameter group's ``lr_scale``."""
         return self.schedule(num_updates - self.state.num_skipped)
 
-    def requests(self) -> tuple[bool, bool]:
+    def requests(self) -> Requests:
         """Requests of this process to stop, and (only on rank 0) to save a checkpoint, sent with an update.
 
         If the last checkpoint write failed, a save is requested immediately, so that ``save`` raises the error of the
@@ -356,7 +356,7 @@ class Trainer:
         if saving:
             self.last_save = time.monotonic()  # request the save only once
         self.sent_stop = self.stop()
-        return self.sent_stop, saving
+        return Requests(stop=self.sent_stop, save=saving)
 
     def any_process_stops(self) -> bool:
         """Whether any process was asked to stop. The result is the same in all processes, which wait for each other."""
@@ -370,13 +370,14 @@ class Trainer:
         """
         if self.world.size == 1:
             return self.stop()
-        return self.sent_stop and round(self.reports.read_newest().stop * self.world.size) == self.world.size
+        return self.sent_stop and self.reports.read_newest().num_stops == self.world.size
 
     def save_before_slow_update(self, update_seconds: float) -> None:
         """If this process is rank 0, was asked to stop and must take part in another, slow update, save before that update.
 
-        ``torchrun`` kills its processes 30 seconds after it has passed on a signal. If the previous write has failed, nothing
-        is saved here: ``requests`` then requests a save, in which all processes raise the error.
+        ``torchrun`` kills its processes 30 seconds after it has passed on a signal. Nothing is saved here if the previous write
+        has failed (``requests`` then requests a save, in which all processes raise the error), or if the loss or gradient of
+        the newest update is not finite.
 
         Args:
             update_seconds: duration of the previous update.
@@ -384,7 +385,7 @@ class Trainer:
         if not (self.stop() and update_seconds > SLOW_UPDATE and self.world.is_main):
             return
         self.background_write.join()
-        if not self.background_write.failed:
+        if not self.background_write.failed and not bool(self.failed):
             self.start_saving(best=False)
 
     def collect_reports(self, *, max_pending: int) -> list[Report]:
@@ -562,7 +563,7 @@ class Trainer:
         if not self.world.is_main or expected or device_failed or self.changing_state or self.is_saved:
             return
         try:
-            if not bool(self.failed.isfinite()):  # the updates since the one that failed have changed nothing
+            if bool(self.failed):  # the updates since the one that failed have changed nothing
                 return
             logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
             self.background_write.close()  # waits for a limited time, unlike ``wait``

@@ -24,7 +24,6 @@ from engine.metrics_writer import MetricsWriter, lacks_evaluations, restore_eval
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
-from engine.step import NUM_REQUESTS
 from engine.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
 from jobs.attention_backend import choose_attention
 from jobs.initialization import (
@@ -263,12 +262,7 @@ def build_trainer(
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     return Trainer(
         state=state,
-        model=wrap(
-            torch.compile(model) if cfg.TRAIN.COMPILE else model,
-            world,
-            num_scalars=1 + NUM_REQUESTS,
-            find_unused_parameters=find_unused_parameters,
-        ),
+        model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
         schedule=schedule,
         train_loader=train_loader,

@@ -39,7 +39,7 @@ def test_a_training_update_does_not_synchronise_host_and_gpu(name):
     cfg = load_config(CONFIGS / f"{name}.yaml", ["AMP", True])
     model = create_model(name, drop_path_rate=0.1).to(GPU).train()
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
-    wrapped = wrap(model, World(0, 0, 1, GPU), num_scalars=3)
+    wrapped = wrap(model, World(0, 0, 1, GPU))
     images, targets = torch.randn(4, 3, 224, 224, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU)
     options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
     # The first update also creates the optimizer state, so only the second one is checked.
@@ -49,7 +49,7 @@ def test_a_training_update_does_not_synchronise_host_and_gpu(name):
         report = train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [(images, targets)], **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert report.isfinite().all()
+    assert report.is_finite
 
 
 def require_kernels(dtype: torch.dtype = torch.float32) -> Variant:
@@ -98,12 +98,12 @@ def test_a_nan_in_the_weights_reaches_the_report_and_the_weights_do_not_change()
     with torch.no_grad():
         model.layers[0].blocks[0].attn.qkv.weight[0, 0] = float("nan")
     before = [parameter.clone() for parameter in model.parameters()]
-    wrapped = wrap(model, World(0, 0, 1, GPU), num_scalars=3)
+    wrapped = wrap(model, World(0, 0, 1, GPU))
     batch = torch.randn(2, 3, 224, 224, device=GPU), torch.zeros(2, dtype=torch.long, device=GPU)
     options = {"seeds": [0], "amp_dtype": torch.bfloat16, "max_grad_norm": 5.0}
     optimizer, scaler = build_optimizer(cfg, model), build_scaler(cfg, GPU)
     report = train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, [batch], **options)
-    assert not report.isfinite().all()
+    assert not report.is_finite
     for parameter, value in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter, value, rtol=0, atol=0, equal_nan=True)
 

@@ -285,41 +285,8 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-class SideChannel(nn.Module):
-    """A model with an extra parameter, whose gradient is a vector of numbers that DDP averages over the processes.
-
-    Add ``channel @ numbers`` to the loss: its value is 0, and after the backward pass the gradient of the channel is the mean
-    of the numbers over all processes, which is not finite if any of them was not. No further collective is needed.
-
-    Args:
-        model: maps images (B, 3, H, W) to logits.
-        length: number of values in the channel.
-    """
-
-    def __init__(self, model: nn.Module, length: int, device: torch.device):
-        super().__init__()
-        self.model = model
-        self.channel = nn.Parameter(torch.zeros(length, device=device))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and the extra parameter, (length,)."""
-        return self.model(images), self.channel.view_as(self.channel)
-
-    def pop_means(self) -> Tensor:
-        """Return and clear the means over all processes, (length,), of the numbers sent since the last call."""
-        means = self.channel.grad.clone()
-        self.channel.grad = None
-        return means
-
-
-def side_channel(model: nn.Module) -> SideChannel:
-    """The ``SideChannel`` of a model that ``wrap`` returned, with or without DDP."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parameters: bool = False) -> nn.Module:
-    """Wrap a model for training: add a side channel of ``num_scalars`` numbers, and DDP if there are several processes."""
-    model = SideChannel(model, num_scalars, world.device)
+def wrap(model: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
+    """Wrap a model such that its backward pass averages the gradients over the processes; a single process needs no wrapper."""
     if world.size == 1:
         return model
     # DDP warns that it copies gradients whose strides differ from the parameter's, such as those of depthwise kernels. The
@@ -331,6 +298,18 @@ def wrap(model: nn.Module, world: World, *, num_scalars: int, find_unused_parame
         find_unused_parameters=find_unused_parameters,
         gradient_as_bucket_view=True,
     )
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_sum(values: Tensor) -> Callable[[], object]:
+    """Start to sum a tensor over all processes, in place, and return a function that waits for the sum.
+
+    On GPUs, that function lets the kernels launched after it wait, but not the host.
+    """
+    return dist.all_reduce(values, async_op=True).wait if dist.is_initialized() else lambda: None
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -396,9 +375,9 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an error comes from a failed collective operation rather than from the computation."""
-    return isinstance(error, (dist.DistError, StalledCollectiveError)) or (
-        isinstance(error, RuntimeError) and "/gloo/" in str(error)
-    )
+    # After a timeout, gloo fails the other operations in flight with a message that lacks its path.
+    from_gloo = "/gloo/" in str(error) or "caused pair closure" in str(error)
+    return isinstance(error, (dist.DistError, StalledCollectiveError)) or (isinstance(error, RuntimeError) and from_gloo)
 
 
 def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:

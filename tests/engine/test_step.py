@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.evaluation import evaluate
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from engine.step import Reports, train_step
+from engine.step import Report, Reports, train_step
 from engine.trainer import TrainState
 from models import create_model
 from tests.conftest import CONFIGS
@@ -27,8 +27,8 @@ def setup(*opts):
 
 
 def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=torch.float32):
-    loss, grad_norm, _, _ = train_step(
-        wrap(model, CPU_WORLD, num_scalars=3),
+    report = train_step(
+        wrap(model, CPU_WORLD),
         nn.CrossEntropyLoss(),
         optimizer,
         scaler,
@@ -37,7 +37,7 @@ def step(model, optimizer, scaler, batches, max_grad_norm=float("inf"), dtype=to
         amp_dtype=dtype,
         max_grad_norm=max_grad_norm,
     )
-    return loss, grad_norm
+    return report.loss, report.grad_norm
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -276,7 +276,7 @@ class UnfinishedEvent:
 def test_a_report_that_does_not_arrive_in_time_is_a_lost_connection():
     """The error comes before NCCL aborts the process, and names the time that the process has waited."""
     reports = Reports(timeout_seconds=0.05)
-    reports.send(0, torch.zeros(4))
+    reports.send(0, Report(*torch.zeros(4)))
     assert [update for update, _ in reports.collect_reports(max_pending=0)] == [0]
     reports._sent.append((1, torch.zeros(4), UnfinishedEvent()))
     for read in (reports.read_newest, lambda: list(reports.collect_reports(max_pending=0))):

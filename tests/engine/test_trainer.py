@@ -69,7 +69,7 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
     world = World(0, 0, 1, DEVICE)
     return Trainer(
         state=TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, DEVICE), build_ema(cfg, model)),
-        model=wrap(model, world, num_scalars=3),
+        model=wrap(model, world),
         criterion=nn.CrossEntropyLoss(),
         schedule=schedule,
         train_loader=Loader(),
@@ -422,7 +422,7 @@ def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_
     points = [(step, values) for step, kind, values in trainer.metrics.points if kind == "train"]
     assert [step for step, _ in points] == [3, 4]
     first, second = (values for _, values in points)
-    loss, norm = (torch.stack(reports)[:, column] for column in (0, 1))
+    loss, norm = (torch.stack([getattr(report, name) for report in reports]) for name in ("loss", "grad_norm"))
     assert first["loss"] == pytest.approx(float(loss[:3].mean()))
     assert second["loss"] == pytest.approx(float(loss[3]))
     assert first["grad_norm"] == pytest.approx(float(norm[2]))
@@ -469,7 +469,7 @@ def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
     meter = engine.trainer.Meter(0, trainer)
-    meter.add([Report(1.0, 1.0, 0.0, 0.0)] * 3)
+    meter.add([Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3)
     meter.started -= 2
     meter.log()
     ((_, _, values),) = trainer.metrics.points

@@ -53,14 +53,14 @@ def test_eight_training_steps_give_the_losses_gradient_norms_and_weight_norms_of
     model = fill_with_seeded_weights(build_model(cfg))
     optimizer, ema = build_optimizer(cfg, model), build_ema(cfg, model)
     criterion = nn.CrossEntropyLoss(label_smoothing=recorded["label_smoothing"])
-    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")), num_scalars=3)
+    wrapped = wrap(model, World(0, 0, 1, torch.device("cpu")))
     side = cfg.DATA.IMG_SIZE
     for step in range(recorded["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = recorded["lr_used"][step]
         images = seeded_image(100 + step, (recorded["batch"], 3, side, side))
         labels = torch.from_numpy(labels_of(step, recorded["batch"]))
-        loss, grad_norm, _, _ = train_step(
+        report = train_step(
             wrapped,
             criterion,
             optimizer,
@@ -71,8 +71,8 @@ def test_eight_training_steps_give_the_losses_gradient_norms_and_weight_norms_of
             max_grad_norm=recorded["clip_grad"],
         )
         ema.update(model)
-        assert loss.item() == pytest.approx(recorded["loss"][step], rel=1e-3)
-        assert grad_norm.item() == pytest.approx(recorded["grad_norm"][step], rel=1e-3)
+        assert report.loss.item() == pytest.approx(recorded["loss"][step], rel=1e-3)
+        assert report.grad_norm.item() == pytest.approx(recorded["grad_norm"][step], rel=1e-3)
     for state, norms in ((model.state_dict(), recorded["final"]), (ema.module.state_dict(), recorded["final_ema"])):
         for name, norm in norms.items():
             assert state[name].norm().item() == pytest.approx(norm, rel=1e-3)
