@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -120,18 +121,18 @@ def run_passes(
     Returns:
         (3,) mean loss, number of processes that request a stop, number of processes that request a checkpoint.
     """
-    total: Tensor | float = 0.0
+    losses = []
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
         is_last = index + 1 == len(seeds)
         with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 loss = criterion(model(images), targets) / len(seeds)
-            total = total + loss.detach()
+            losses.append(loss.detach())
             if is_last:
                 # Created on the device: a copy from the host would wait for the device.
                 flags = [torch.full((), float(flag), device=loss.device) for flag in requests()]
-                sums = torch.stack([total / num_processes(), *flags])
+                sums = torch.stack([reduce(torch.add, losses) / num_processes(), *flags])
                 wait_for_sums = start_sum(sums)
             scaler.scale(loss).backward()
     wait_for_sums()
