@@ -182,7 +182,12 @@ def create_loader(dataset: Dataset, *, num_workers: int, collate_fn: Callable, *
         check_sockets()
         _register_exit_hook(os.getpid())
     return DataLoader(
-        dataset, num_workers=num_workers, collate_fn=SendErrors(collate_fn), worker_init_fn=start_worker, **options
+        dataset,
+        num_workers=num_workers,
+        collate_fn=SendErrors(collate_fn),
+        worker_init_fn=start_worker,
+        multiprocessing_context="fork" if num_workers else None,  # Python 3.14 would start them from another process
+        **options,
     )
 
 

@@ -1,6 +1,7 @@
 """Effect of config keys on datasets, loaders and mixup, compared with Pillow and with hand-computed values."""
 
 import io
+import multiprocessing
 import os
 import random
 import tarfile
@@ -23,6 +24,7 @@ from data.datasets import ImageDataset
 from data.index import DataError, index_folder, index_tar, index_zip
 from data.samplers import TrainBatches, separate_copies
 from data.transforms import create_eval_transform
+from data.workers import create_loader
 from utils.config.loading import load_config
 from utils.random import seed_generators
 
@@ -238,3 +240,14 @@ def test_images_that_occur_at_most_twice_in_a_batch_are_never_mixed_with_their_c
             partners[batch_size // 2] = ordered[0]
         if max(map(indices.count, indices)) == 2:
             assert all(one != other for one, other in zip(ordered, partners, strict=True)), indices
+
+
+def test_loader_workers_run_also_where_python_would_not_fork_them():
+    """Python 3.14 starts processes from a server, which is then their parent; a worker ends when its parent changes."""
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        loader = create_loader([10, 20, 30], num_workers=1, batch_size=2, collate_fn=list)
+        assert list(loader) == [[10, 20], [30]]
+    finally:
+        multiprocessing.set_start_method(method, force=True)
