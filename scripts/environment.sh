@@ -13,12 +13,12 @@ if [ ! -x .venv/bin/python ]; then
 fi
 wanted="$(cat requirements.txt; echo "$@")"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "installing requirements.txt $*"
+  echo "installing requirements.txt $* (several GB on the first installation)"
   if .venv/bin/python -m pip install --quiet uv; then
-    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.txt "$@" ||
-      .venv/bin/python -m pip install --quiet -r requirements.txt "$@"
+    .venv/bin/uv pip install --compile-bytecode --python .venv/bin/python -r requirements.txt "$@" ||
+      .venv/bin/python -m pip install -r requirements.txt "$@"
   else
-    .venv/bin/python -m pip install --quiet -r requirements.txt "$@"
+    .venv/bin/python -m pip install -r requirements.txt "$@"
   fi
   echo "$wanted" > .venv/installed
 fi

@@ -129,12 +129,11 @@ def test_an_editable_installation_refers_to_the_models_of_the_repository(tmp_pat
 
 
 def examples() -> str:
-    """The Python examples of docs/models.md, "Use in your own code", with a small model in place of Swin-T."""
+    """The Python examples of README.md and of docs/models.md, "Use in your own code"; a small model replaces Swin-T."""
     section = (ROOT / "docs/models.md").read_text().partition("## Use in your own code")[2].partition("\n##")[0]
-    blocks = [
-        block for block in re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL) if "runpy" not in block
-    ]
-    assert len(blocks) == 5
+    pages = (ROOT / "README.md").read_text() + section
+    blocks = [block for block in re.findall(r"^```python\n(.*?)^```", pages, re.MULTILINE | re.DOTALL) if "runpy" not in block]
+    assert len(blocks) == 6
     return "\n".join(blocks).replace("flatten_swin_t", "flatten_pvt_v2_b0").replace("path/to/this/repository", str(ROOT))
 
 
@@ -146,6 +145,7 @@ fetch(os.environ["URL"], "flatten_pvt_v2_b0")  # into the cache, from which the 
 # Run after the examples, in the same process.
 CHECKS = """
 assert flatten_transformer.__file__.startswith(os.environ["ENVIRONMENT"])
+assert attention(*torch.randn(3, 2, 196, 192)).shape == (2, 196, 192)
 assert tokens.shape == (2, 197, 192) and logits.shape == (2, 1000)
 maps = backbone(torch.randn(1, 3, 64, 64))
 assert [tuple(each.shape[1:]) for each in maps] == [(64, 16, 16), (128, 8, 8), (320, 4, 4), (512, 2, 2)]
