@@ -1,18 +1,25 @@
-"""Pictures of attention maps, with matplotlib."""
+"""Pictures of attention maps, of measures and of singular values, with matplotlib."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from analysis.maps import capture
+from analysis.measures import singular_values
 from analysis.pages import CONVOLUTION, BlockMaps, Point
+from analysis.summary import OWN, WITH_CONVOLUTION, Row, evenly_spaced, matrices, mean_over_heads
 
 # The pictures show the queries at these points by default.
 POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))
 SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # colours of negative and positive weights; opacity shows their magnitude
+# Measures in ``draw_measures``. "top 5 %" is the share of the attention weight on the 5 % of keys with the largest weights.
+PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")
 
 
 def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
@@ -25,16 +32,11 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
         image: preprocessed image, before normalisation.
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
-    figure, rows = _grid(len(points), list(block.maps))
-    for cells, point in zip(rows, points, strict=True):
-        query = block.query_at(point)
-        _draw_query(cells[0], image, block, query)
-        for cell, maps in zip(cells[1:], block.maps.values(), strict=True):
-            weights = maps[:, query].mean(dim=0).cpu()
-            cell.imshow(weights, cmap="RdBu_r", vmin=-_largest(weights), vmax=_largest(weights))
-            cell.set_xlabel(f"largest |weight| {_largest(weights):.2g}", fontsize=7)
-    figure.suptitle(f"{block.name}: mean over heads; red: positive weights, blue: negative weights", fontsize=9)
-    return figure
+
+    def draw_map(axis: Axes, weights: Tensor, largest: float) -> None:
+        axis.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest)
+
+    return _draw_rows(image, block, points, list(block.maps), draw_map)
 
 
 def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
@@ -47,49 +49,95 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
         image: preprocessed image, before normalisation.
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
+
+    def draw_overlay(axis: Axes, weights: Tensor, largest: float) -> None:
+        extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+        alpha = (0.75 * weights.abs() / largest).numpy()
+        axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(weights, cmap=SIGNS, vmin=-largest, vmax=largest, alpha=alpha, extent=extent)
+
     own = next(iter(block.maps))  # the first map shows the attention that the module computes
-    forms = [form for form in (own, CONVOLUTION) if form in block.maps]
-    figure, rows = _grid(len(points), forms)
-    for cells, point in zip(rows, points, strict=True):
+    return _draw_rows(image, block, points, [form for form in (own, CONVOLUTION) if form in block.maps], draw_overlay)
+
+
+def _draw_rows(
+    image: Image.Image,
+    block: BlockMaps,
+    points: Sequence[Point],
+    forms: Sequence[str],
+    draw: Callable[[Axes, Tensor, float], None],
+) -> Figure:
+    """Create a figure with one row per query: the image with the query, and one map per form.
+
+    Args:
+        draw: draws the weights of a form, (kh, kw), given their largest absolute value.
+    """
+    num_columns = 1 + len(forms)
+    figure = Figure(figsize=(2 * num_columns, 2.25 * len(points) + 0.4), layout="constrained", dpi=110)
+    axes = figure.subplots(len(points), num_columns, squeeze=False)
+    for axis, title in zip(axes[0], ["query", *forms], strict=True):
+        axis.set_title(title, fontsize=8)
+    for cells, point in zip(axes, points, strict=True):
         query = block.query_at(point)
-        _draw_query(cells[0], image, block, query)
+        (y, x), (row, column) = block.centre(query), block.queries[query].tolist()
+        cells[0].imshow(image)
+        cells[0].plot(x * image.width - 0.5, y * image.height - 0.5, "o", color="lime", markeredgecolor="black")
+        cells[0].set_xlabel(f"row {row}, column {column} of {block.grid[0]} x {block.grid[1]}", fontsize=7)
         for cell, form in zip(cells[1:], forms, strict=True):
             weights = block.maps[form][:, query].mean(dim=0).cpu()
-            largest = _largest(weights)
-            cell.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
-            cell.imshow(
-                weights,
-                cmap=SIGNS,
-                vmin=-largest,
-                vmax=largest,
-                alpha=(0.75 * weights.abs() / largest).numpy(),
-                extent=(-0.5, image.width - 0.5, image.height - 0.5, -0.5),
-            )
+            largest = max(weights.abs().max().item(), 1e-30)  # positive even if all weights are zero
+            draw(cell, weights, largest)
             cell.set_xlabel(f"largest |weight| {largest:.2g}", fontsize=7)
-    figure.suptitle(f"{block.name}: mean over heads; red: positive, blue: negative", fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(f"{block.name}: mean over heads; red: positive weights, blue: negative weights", fontsize=9)
     return figure
 
 
-def _grid(num_rows: int, forms: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
-    """Create a figure with a column for the image and one per form. Returns the figure and its axes by row."""
-    num_columns = 1 + len(forms)
-    figure = Figure(figsize=(2 * num_columns, 2.25 * num_rows + 0.4), layout="constrained", dpi=110)
-    axes = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for axis, title in zip(axes[0], ["query", *forms], strict=True):
-        axis.set_title(title, fontsize=8)
-    return figure, [list(row) for row in axes]
+def draw_measures(rows: Sequence[Row]) -> Figure:
+    """Plot ``PLOTTED_MEASURES`` per block, with one line per form of attention."""
+    blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
+    figure = Figure(figsize=(12, 8), layout="constrained", dpi=110)
+    axes = figure.subplots(2, 2)
+    for axis, name in zip(axes.flat, PLOTTED_MEASURES, strict=True):
+        for form in forms:
+            values = [mean_over_heads(rows, block, form, name) for block in blocks]
+            values = [math.nan if value is None else value for value in values]
+            axis.plot(values, "o-", label=form, markersize=4, linewidth=2 if form.startswith(OWN) else 1)
+        axis.set(title=name, xlabel="block")
+        axis.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=6)
+    axes[0, 0].legend(fontsize=8)
+    return figure
 
 
-def _draw_query(axis: Axes, image: Image.Image, block: BlockMaps, query: int) -> None:
-    y, x = block.centre(query)
-    axis.imshow(image)
-    axis.plot(x * image.width - 0.5, y * image.height - 0.5, "o", color="lime", markeredgecolor="black")
-    row, column = block.queries[query].tolist()
-    axis.set_xlabel(f"row {row}, column {column} of {block.grid[0]} x {block.grid[1]}", fontsize=7)
+def draw_ranks(model: nn.Module, image: Tensor, names: Sequence[str]) -> Figure:
+    """Plot the singular values of one attention matrix per block, relative to the largest, with and without the convolution.
 
+    The matrix is from the first head and, in blocks with windows or stripes, from the first window or stripe.
 
-def _largest(weights: Tensor) -> float:
-    """Largest absolute weight; positive even if all weights are zero, because ``draw_overlays`` divides by it."""
-    return max(weights.abs().max().item(), 1e-30)
+    Args:
+        model: in evaluation mode.
+        image: (3, height, width), normalised.
+        names: names of attention modules.
+    """
+    with torch.no_grad(), capture(model, names) as attentions:
+        model(image.unsqueeze(0))
+    columns = min(4, len(attentions))
+    rows = math.ceil(len(attentions) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(attentions) :]:
+        axis.axis("off")
+    for axis, attention in zip(axes.flat, attentions, strict=False):
+        weights = matrices(attention)
+        for form in (OWN, WITH_CONVOLUTION):
+            if form in weights:
+                matrix = weights[form][0, 0]
+                values = singular_values(matrix[evenly_spaced(len(matrix))][:, evenly_spaced(matrix.shape[1])])
+                axis.semilogy(range(1, len(values) + 1), (values / values[0]).clamp(min=1e-9), label=form)
+        if attention.is_linear:
+            axis.axvline(attention.q.shape[-1], color="grey", linewidth=0.8, linestyle="--", label="head dimension")
+        axis.set_title(attention.name, fontsize=7)
+    axes[0, 0].legend(fontsize=6)
+    figure.supylabel("singular value over the largest", fontsize=8)
+    return figure

@@ -3,11 +3,8 @@
 The forms of attention are ways to compute attention weights from the same queries and keys, see ``matrices``.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from analysis.measures import (
     singular_values,
     top_mass,
 )
+from utils.text import markdown_table
 
 OWN, WITH_CONVOLUTION = "own", "own + convolution"
 MAX_TOKENS_FOR_RANK = 784  # maximum number of queries and keys for singular values; larger matrices are sampled evenly
@@ -41,6 +39,7 @@ MEASURES = (
     "negative share",
     "convolution share",
 )
+HEADER = ["block", "attention", "form", "head", "head_dim", "num_keys", *MEASURES]
 
 
 @dataclass
@@ -144,21 +143,12 @@ def mean_over_heads(rows: Sequence[Row], block: str, form: str, name: str) -> fl
     return sum(values) / len(values) if values else None
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write a CSV file with one line per block, form and head: the mean of each measure over the images."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["block", "attention", "form", "head", "head_dim", "num_keys", *MEASURES])
-        for row in rows:
-            kind = "linear" if row.is_linear else "softmax"
-            means = [f"{row.mean(name):.6g}" for name in MEASURES]
-            writer.writerow([row.block, kind, row.form, row.head, row.head_dim, row.num_keys, *means])
-
-
-def write_json(path: Path, rows: Sequence[Row], about: dict) -> None:
-    """Write a JSON file with the metadata ``about`` and the values of every image."""
-    content = about | {"rows": [vars(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def csv_rows(rows: Sequence[Row]) -> Iterator[list]:
+    """Rows of a table with the columns ``HEADER``, one per block, form and head: the mean of each measure over the images."""
+    for row in rows:
+        kind = "linear" if row.is_linear else "softmax"
+        means = [f"{row.mean(name):.6g}" for name in MEASURES]
+        yield [row.block, kind, row.form, row.head, row.head_dim, row.num_keys, *means]
 
 
 def report(rows: Sequence[Row], about: dict) -> str:
@@ -166,14 +156,13 @@ def report(rows: Sequence[Row], about: dict) -> str:
 
     Rows are blocks, and columns are forms.
     """
-    blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
-    lines = ["# Focus of attention", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
-    kinds = {row.block: "linear" if row.is_linear else "softmax" for row in rows}
+    blocks = {row.block: "linear" if row.is_linear else "softmax" for row in rows}
+    forms = list(dict.fromkeys(row.form for row in rows))
+    parts = ["# Focus of attention", "\n".join(f"- {name}: {value}" for name, value in about.items())]
     for name in MEASURES:
-        lines += [f"## {name}", "", "| block | attention | " + " | ".join(forms) + " |", "|---" * (2 + len(forms)) + "|"]
-        for block in blocks:
+        cells = []
+        for block, kind in blocks.items():
             values = [mean_over_heads(rows, block, form, name) for form in forms]
-            cells = ["" if value is None else f"{value:.3g}" for value in values]
-            lines.append(f"| `{block}` | {kinds[block]} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+            cells.append([f"`{block}`", kind, *("" if value is None else f"{value:.3g}" for value in values)])
+        parts += [f"## {name}", markdown_table(["block", "attention", *forms], cells)]
+    return "\n\n".join(parts) + "\n"

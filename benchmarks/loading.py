@@ -1,8 +1,10 @@
 """Benchmark decoding, augmentation and loading of images. The baseline is torchvision's reader with timm's transform."""
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,85 +13,73 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
-from benchmarks.timing import Timing, speedup
+from benchmarks.timing import speedup, time_in_turn
 from data.build import build_index, build_train_transform
 from data.datasets import ImageDataset, decode_pixels, read_file
 from data.files import DataError
 from data.workers import create_loader
 
 
-class TimmDataset(Dataset):
-    """Images from torchvision's reader and timm's training transform: normalised, float32."""
+class Images(Dataset):
+    """Image files, read and transformed."""
 
-    def __init__(self, paths: Sequence[Path], cfg: CfgNode):
-        self.paths = list(paths)
-        self.transform = create_transform(
-            cfg.DATA.IMG_SIZE,
-            is_training=True,
-            auto_augment=cfg.AUG.AUTO_AUGMENT,
-            color_jitter=cfg.AUG.COLOR_JITTER,
-            interpolation=cfg.DATA.INTERPOLATION,
-            scale=tuple(cfg.AUG.SCALE),
-            re_prob=cfg.AUG.REPROB,
-            mean=tuple(cfg.DATA.MEAN),
-            std=tuple(cfg.DATA.STD),
-        )
+    def __init__(self, paths: Sequence[Path], read: Callable, transform: Callable):
+        self.paths, self.read, self.transform = list(paths), read, transform
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        return self.transform(default_loader(str(self.paths[position])))
+        return self.transform(self.read(self.paths[position]))
 
 
-class OurDataset(Dataset):
-    """Images from the reader and training transform of this project: not normalised, uint8."""
-
-    def __init__(self, paths: Sequence[Path], cfg: CfgNode):
-        self.paths = list(paths)
-        self.transform = build_train_transform(cfg)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        return self.transform(decode_pixels(read_file(self.paths[position])))
+def read_pixels(path: Path) -> object:
+    return decode_pixels(read_file(path))
 
 
-def measure_per_cpu_second(tasks: dict[str, Callable[[int], object]], num_images: int, rounds: int) -> list[dict]:
-    """Images per CPU second of each task, and the speed-up over the first task. Each round runs every task on all images."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_number in range(rounds + 1):
-        for name, task in tasks.items():
-            started = time.process_time()
-            for position in range(num_images):
-                task(position)
-            if round_number:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
-    timings = {name: Timing(tuple(values)) for name, values in seconds.items()}
-    baseline = next(iter(timings.values()))
-    records = []
-    for name, timing in timings.items():
-        ratio, per_second = speedup(timing, baseline), num_images / timing.median
-        records.append({"task": name, "images_per_cpu_second": per_second, "ratio": [ratio.median, ratio.low, ratio.high]})
-    return records
+def create_datasets(paths: Sequence[Path], cfg: CfgNode) -> dict[str, Images]:
+    """Images from torchvision's reader and timm's training transform (normalised, float32), and from this project's (uint8)."""
+    timm_transform = create_transform(
+        cfg.DATA.IMG_SIZE,
+        is_training=True,
+        auto_augment=cfg.AUG.AUTO_AUGMENT,
+        color_jitter=cfg.AUG.COLOR_JITTER,
+        interpolation=cfg.DATA.INTERPOLATION,
+        scale=tuple(cfg.AUG.SCALE),
+        re_prob=cfg.AUG.REPROB,
+        mean=tuple(cfg.DATA.MEAN),
+        std=tuple(cfg.DATA.STD),
+    )
+    return {
+        "torchvision and timm": Images(paths, default_loader, timm_transform),
+        "this project": Images(paths, read_pixels, build_train_transform(cfg)),
+    }
 
 
 def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed: Path | None = None) -> list[dict]:
-    """Images per CPU second of decoding and augmentation. The first record is the baseline.
+    """Images per CPU second of decoding and augmentation, and the speed-up over the first record, which is the baseline.
 
     Args:
         packed: data set packed from the same images, with at least as many training images as ``paths``.
     """
     torch.set_num_threads(1)
-    baseline, ours = TimmDataset(paths, cfg), OurDataset(paths, cfg)
-    tasks = {
-        "torchvision and timm": baseline.__getitem__,
-        "this project": ours.__getitem__,
-        **({"this project, packed": create_packed_reader(packed, cfg, len(paths))} if packed else {}),
-        "decoding alone": lambda position: decode_pixels(read_file(paths[position])),
-    }
-    return measure_per_cpu_second(tasks, len(paths), rounds)
+    tasks: dict[str, Callable[[int], object]]
+    tasks = {name: dataset.__getitem__ for name, dataset in create_datasets(paths, cfg).items()}
+    if packed:
+        tasks["this project, packed"] = create_packed_reader(packed, cfg, len(paths))
+    tasks["decoding alone"] = lambda position: read_pixels(paths[position])
+    loops = {name: partial(_run_on_all, task, len(paths)) for name, task in tasks.items()}
+    seconds = time_in_turn(loops, rounds=rounds, device=torch.device("cpu"), clock=time.process_time)
+    per_second = {name: len(paths) / statistics.median(values) for name, values in seconds.items()}
+    return [
+        {"task": name, "images_per_cpu_second": per_second[name], "ratio": speedup(seconds[name], seconds[next(iter(tasks))])}
+        for name in tasks
+    ]
+
+
+def _run_on_all(task: Callable[[int], object], num_images: int) -> None:
+    for position in range(num_images):
+        task(position)
 
 
 def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callable[[int], object]:
@@ -110,9 +100,8 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max_workers: int) -> list[dict]:
     """Images per second of each ``Dataset`` in a data loader with 0 to ``max_workers`` workers."""
-    datasets = {"torchvision and timm": TimmDataset(paths, cfg), "this project": OurDataset(paths, cfg)}
     records = []
-    for (name, dataset), num_workers in itertools.product(datasets.items(), range(max_workers + 1)):
+    for (name, dataset), num_workers in itertools.product(create_datasets(paths, cfg).items(), range(max_workers + 1)):
         loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
         started = time.perf_counter()
         num_images = sum(len(batch) for batch in loader)

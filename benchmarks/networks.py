@@ -1,5 +1,6 @@
 """Benchmark models against the same network with softmax attention or naive linear attention, and against timm's model."""
 
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -94,7 +95,6 @@ def measure_model(
     timings = time_in_turn(steps, rounds=rounds, device=device)
     records = []
     for label, timing in timings.items():
-        ratio = speedup(timing, timings["naive implementation"])
         records.append(
             {
                 "model": name,
@@ -103,8 +103,8 @@ def measure_model(
                 "compiled": compiled,
                 "precision": str(dtype).removeprefix("torch."),
                 "batch_size": batch_size,
-                "images_per_second": batch_size / timing.median,
-                "speedup_over_naive": [ratio.median, ratio.low, ratio.high],
+                "images_per_second": batch_size / statistics.median(timing),
+                "speedup_over_naive": speedup(timing, timings["naive implementation"]),
                 "peak_memory_mib": measure_peak(eager_steps[label], device) / 2**20 if training and not compiled else None,
             }
         )

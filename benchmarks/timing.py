@@ -2,25 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of a task, one measurement per round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """Ratio of the times of two tasks: median, minimum and maximum over rounds."""
 
     median: float
@@ -31,30 +19,33 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def time_in_turn(tasks: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Run every task once to warm up, then time every task once in each of ``rounds`` rounds."""
+def time_in_turn(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Run every task once to warm up, then time every task once in each of ``rounds`` rounds.
 
-    def run(task: Callable[[], object]) -> float:
-        synchronise(device)
-        started = time.perf_counter()
-        task()
-        synchronise(device)
-        return time.perf_counter() - started
-
-    for task in tasks.values():
-        run(task)
+    Returns:
+        The seconds of each task, one measurement per round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(rounds):
+    for round_number in range(rounds + 1):
         for name, task in tasks.items():
-            seconds[name].append(run(task))
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            synchronise(device)
+            started = clock()
+            task()
+            synchronise(device)
+            if round_number:  # the first round warms up
+                seconds[name].append(clock() - started)
+    return seconds
 
 
-def speedup(task: Timing, baseline: Timing) -> Ratio:
-    """Speed-up of a task over the baseline, computed per round."""
-    ratios = [
-        baseline_seconds / task_seconds for task_seconds, baseline_seconds in zip(task.seconds, baseline.seconds, strict=True)
-    ]
+def speedup(task: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Speed-up of a task over the baseline, computed per round from their seconds."""
+    ratios = [slow / fast for fast, slow in zip(task, baseline, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 

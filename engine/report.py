@@ -1,7 +1,5 @@
 """Output files of an evaluation: ``eval.json``, accuracy per class, confusion matrix, and predictions for every image."""
 
-import csv
-import json
 import logging
 import math
 import textwrap
@@ -13,8 +11,8 @@ from PIL import Image
 
 from engine.evaluation import EvalResult
 from engine.metrics import wilson_interval
-from utils.files import replacing
-from utils.text import csv_cell, escape
+from utils.files import replacing, write_csv, write_json
+from utils.text import escape
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +50,14 @@ def write_evaluation(
     }
     for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # from an earlier evaluation
         stale.unlink(missing_ok=True)
-    with replacing(output / "eval.json") as path:
-        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_json(output / "eval.json", record)
     for weights, values in record["results"].items():
         if "real" in values:
             logger.info(
                 "%s weights, ReaL labels: Acc@1 %.3f, %d images", weights, values["real"]["acc1"], values["real"]["num_images"]
             )
     written = ["eval.json", "eval_classes.csv"]
-    _write_csv(
+    write_csv(
         output / "eval_classes.csv",
         ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in ("correct1", "acc1"))],
         _class_rows(classes, results),
@@ -71,7 +68,7 @@ def write_evaluation(
         written.append("confusion.png")
     if predictions:
         for weights, result in results.items():
-            _write_csv(output / f"predictions_{weights}.csv", PREDICTION_COLUMNS, _prediction_rows(result, classes, names))
+            write_csv(output / f"predictions_{weights}.csv", PREDICTION_COLUMNS, _prediction_rows(result, classes, names))
             written.append(f"predictions_{weights}.csv")
     logger.info("written to %s: %s", output, ", ".join(written))
 
@@ -177,11 +174,3 @@ def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence
         ranked = [classes[class_id] for class_id in predictions.ranked[position]]
         row = [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]
         yield row + [""] * (len(PREDICTION_COLUMNS) - len(row))  # fewer than five classes
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    # Some image names may not be valid UTF-8; their bytes are written unchanged.
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(map(csv_cell, row) for row in rows)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from data.datasets import FileDataset
+from data.datasets import FileDataset, decode_image, read_file
 from data.files import IMAGE_EXTENSIONS, DataError
 from data.folders import list_images
 from data.transforms import Normalize, create_eval_transform
@@ -116,6 +117,13 @@ def predict(
                 )
             predictions.append(Prediction(images[position], class_ids, confidences))
     return predictions
+
+
+def read_thumbnail(path: Path) -> Image.Image:
+    """Read an image, reduced to at most 512 pixels per side: many of them fit into memory."""
+    picture = decode_image(read_file(path))
+    picture.thumbnail((512, 512))
+    return picture
 
 
 @torch.inference_mode()

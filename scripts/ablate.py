@@ -15,8 +15,6 @@ finished runs and resumes the others. The script writes table.md and table.json:
 accuracy over seeds, and the difference of each arm from the baseline, paired by seed, with its 95 % confidence interval.
 """
 
-import argparse
-import json
 import os
 import signal
 import statistics
@@ -28,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import yaml
-
+from scripts.command_line import create_parser, reporting_errors
 from utils.config.loading import ConfigError, load_config
-from utils.files import replacing
+from utils.config.reading import read_yaml
+from utils.errors import TrainingError
+from utils.files import write_json, write_text
+from utils.text import markdown_table
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"cfg": list, "opts": dict, "seeds": list, "baseline": str, "arms": dict}
@@ -81,13 +81,7 @@ def read_ablation(path: Path) -> Ablation:
     Raises:
         ConfigError: the file cannot be read, or a key is missing, unknown or of the wrong type.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
-    content = {"opts": {}} | content
+    content = {"opts": {}} | read_yaml(path)
     if mismatched := content.keys() ^ KEYS.keys():
         raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(KEYS)}")
     for key, kind in KEYS.items():
@@ -139,7 +133,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
     """Train the given runs, ``num_slots`` at a time.
 
     Raises:
-        RuntimeError: a run failed. The other runs in progress receive SIGTERM, save their state and exit.
+        TrainingError: a run failed. The other runs in progress receive SIGTERM, save their state and exit.
     """
     waiting, running, started = deque(runs), {}, time.monotonic()
     try:
@@ -155,7 +149,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
                 del running[slot]
                 if process.returncode:
                     log = run.folder.parent / f"{run.tag}.txt"
-                    raise RuntimeError(f"{run.tag}: exit status {process.returncode}; see {log}")
+                    raise TrainingError(f"{run.tag}: exit status {process.returncode}; see {log}")
                 minutes = (time.monotonic() - started) / 60
                 print(f"[{minutes:5.1f} min] {run.tag} finished, {len(waiting) + len(running)} remaining", flush=True)
     finally:
@@ -194,23 +188,19 @@ def tabulate(accuracies: dict[str, list[float]], baseline: str) -> list[dict]:
 
 
 def to_markdown(rows: list[dict], baseline: str) -> str:
-    lines = [
-        f"| arm | top-1, mean ± deviation | difference from {baseline}, 95 % interval | significant |",
-        "|---|---|---|---|",
-    ]
+    cells = []
     for row in rows:
-        difference, verdict = "", ""
+        compared = ["", ""]
         if "difference" in row:
-            difference = f"{row['difference']:+.2f} ± {row['interval']:.2f}"
-            verdict = "yes" if row["significant"] else "no"
-        lines.append(f"| {row['arm']} | {row['mean']:.2f} ± {row['deviation']:.2f} | {difference} | {verdict} |")
-    return "\n".join(lines) + "\n"
+            compared = [f"{row['difference']:+.2f} ± {row['interval']:.2f}", "yes" if row["significant"] else "no"]
+        cells.append([row["arm"], f"{row['mean']:.2f} ± {row['deviation']:.2f}", *compared])
+    header = ["arm", "top-1, mean ± deviation", f"difference from {baseline}, 95 % interval", "significant"]
+    return markdown_table(header, cells) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__, "--data-path")
     parser.add_argument("file", type=Path, help="YAML file of the ablation")
-    parser.add_argument("--data-path", type=Path, required=True, help="directory with train/ and val/")
     parser.add_argument("--output", type=Path, required=True, help="output directory for the runs and tables")
     parser.add_argument(
         "--parallel",
@@ -223,7 +213,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
-    try:
+    with reporting_errors(parser):
+        if args.parallel < 0:
+            raise ConfigError(f"--parallel {args.parallel}: must be at least 0")
         ablation = read_ablation(args.file)
         runs = ablation.runs(args.output.absolute())
         cfg = load_config([ROOT / path for path in ablation.cfg], runs[0].opts)
@@ -234,16 +226,12 @@ def main() -> None:
         print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}, epochs per run: {num_epochs}", flush=True)
         num_slots = args.parallel or count_gpus() or max(1, (os.cpu_count() or 1) // 2)
         train(ablation, unfinished, args.data_path, num_slots=num_slots)
+        accuracies = {arm: [final_accuracy(run, num_epochs) for run in runs if run.arm == arm] for arm in ablation.arms}
         if lacking := [run for run in runs if final_accuracy(run, num_epochs) is None]:
-            raise RuntimeError(f"{lacking[0].folder}: finished, but its metrics lack the last evaluation; repeat the command")
-    except (ConfigError, RuntimeError) as error:
-        sys.exit(f"ablate.py: error: {error}")
-    accuracies = {arm: [final_accuracy(run, num_epochs) for run in runs if run.arm == arm] for arm in ablation.arms}
-    rows = tabulate(accuracies, ablation.baseline)
-    with replacing(args.output / "table.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    with replacing(args.output / "table.md") as temporary:
-        temporary.write_text(to_markdown(rows, ablation.baseline), encoding="utf-8")
+            raise TrainingError(f"{lacking[0].folder}: finished, but its metrics lack the last evaluation; repeat the command")
+        rows = tabulate(accuracies, ablation.baseline)
+        write_json(args.output / "table.json", rows)
+        write_text(args.output / "table.md", to_markdown(rows, ablation.baseline))
     print(to_markdown(rows, ablation.baseline))
 
 

@@ -15,34 +15,47 @@ tasks that are compared run alternately in one process, so that drifts in the ma
 """
 
 import argparse
-import json
+import itertools
 import platform
 import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.command_line import ARGUMENTS, check_outputs, check_positive, create_parser, reporting_errors, save_figure
 from utils.config.loading import ConfigError, load_config
-from utils.files import can_write, replacing
-from utils.text import printable
+from utils.files import write_json
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = create_parser(__doc__)
     modes = parser.add_subparsers(dest="mode", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--rounds", type=int, default=5, help="measurements per task, after one warm-up")
     shared.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements to this file, as JSON")
-    plotting = argparse.ArgumentParser(add_help=False)
+    plotting = argparse.ArgumentParser(add_help=False, parents=[shared])
     plotting.add_argument("--png", type=Path, metavar="FILE", help="plot the measurements to this file")
 
-    model = modes.add_parser("model", parents=[shared, plotting], help="complete models")
-    add_model_options(model)
+    model = modes.add_parser("model", parents=[plotting], help="complete models")
+    model.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
+    model.add_argument("--steps", choices=("inference", "training", "both"), default="both", help="steps to measure")
+    model.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    model.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
+    model.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    model.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
-    attention = modes.add_parser("attention", parents=[shared, plotting], help="the attention operator")
-    add_attention_options(attention)
+    attention = modes.add_parser("attention", parents=[plotting], help="the attention operator")
+    counts = [196, 784, 3136, 16384, 65536]
+    attention.add_argument("--tokens", type=int, nargs="+", default=counts, help="numbers of tokens; square numbers")
+    attention.add_argument("--dim", type=int, default=96, help="channels")
+    attention.add_argument("--heads", type=int, default=3)
+    batch_size = "images per batch at 3136 tokens; scaled inversely with the number of tokens"
+    attention.add_argument("--batch-size", type=int, default=8, help=batch_size)
+    limit = "skip softmax attention above this number of tokens"
+    attention.add_argument("--max-softmax-tokens", type=int, default=4096, help=limit)
+    attention.add_argument("--precision", choices=PRECISIONS, default="fp32")
 
     traffic = modes.add_parser("traffic", parents=[shared], help="bytes moved by a training step, counted without a GPU")
     traffic.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
@@ -50,61 +63,19 @@ def parse() -> argparse.Namespace:
     traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
-    add_data_options(data)
+    data.add_argument("--images", **ARGUMENTS["--images"])
+    packed = "data set packed from the same images by scripts/pack_dataset.py"
+    data.add_argument("--packed", type=Path, metavar="DIR", help=packed)
+    config = "config that sets the augmentation"
+    data.add_argument("--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help=config)
+    data.add_argument("--workers", type=int, help="maximum number of loader workers (default: number of cores)")
 
     epoch = modes.add_parser("epoch", parents=[shared], help="the training loop")
     epoch.add_argument("--cfg", nargs="+", action="extend", required=True, metavar="FILE")
-    epoch.add_argument("--data-path", required=True, help="directory with train/ and val/")
-    epoch.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
+    epoch.add_argument("--data-path", **ARGUMENTS["--data-path"])
+    epoch.add_argument("--opts", **ARGUMENTS["--opts"])
     epoch.add_argument("--updates", type=int, default=10, help="optimizer updates per measurement")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: must be at least 1")
-    for name in ("json", "png"):
-        if (path := getattr(args, name, None)) and not can_write(path):
-            parser.error(f"--{name} {path}: cannot be written; choose a file in an existing directory")
-    return args
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
-    parser.add_argument("--steps", choices=("inference", "training", "both"), default="both", help="steps to measure")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
-    parser.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--img-size", type=int, default=224, help="side length in pixels")
-
-
-def add_attention_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        default=[196, 784, 3136, 16384, 65536],
-        help="numbers of tokens; each must be a square number",
-    )
-    parser.add_argument("--dim", type=int, default=96, help="channels")
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="images per batch at 3136 tokens; scaled inversely with the number of tokens"
-    )
-    parser.add_argument(
-        "--max-softmax-tokens", type=int, default=4096, help="skip softmax attention above this number of tokens"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
-    )
-    parser.add_argument(
-        "--packed", type=Path, metavar="DIR", help="data set packed from the same images by scripts/pack_dataset.py"
-    )
-    parser.add_argument(
-        "--cfg", nargs="+", default=["configs/flatten_swin_t.yaml"], metavar="FILE", help="config that sets the augmentation"
-    )
-    parser.add_argument("--workers", type=int, default=-1, help="maximum number of loader workers (default: number of cores)")
+    return parser, parser.parse_args()
 
 
 def check_names(names: list[str]) -> None:
@@ -120,23 +91,13 @@ def measure_models(args: argparse.Namespace, device) -> list[dict]:
 
     check_names(args.models)
     training_flags = {"inference": (False,), "training": (True,), "both": (False, True)}[args.steps]
-    return [
-        record
-        for name in args.models
-        for precision in args.precision
-        for batch_size in args.batch_size
-        for training in training_flags
-        for record in measure_model(
-            name,
-            img_size=args.img_size,
-            batch_size=batch_size,
-            training=training,
-            compiled=args.compile,
-            dtype=DTYPES[precision],
-            rounds=args.rounds,
-            device=device,
-        )
-    ]
+    records = []
+    for name, precision, batch_size, training in itertools.product(
+        args.models, args.precision, args.batch_size, training_flags
+    ):
+        options = {"img_size": args.img_size, "batch_size": batch_size, "training": training, "compiled": args.compile}
+        records += measure_model(name, **options, dtype=DTYPES[precision], rounds=args.rounds, device=device)
+    return records
 
 
 def measure_attention(args: argparse.Namespace, device) -> list[dict]:
@@ -172,7 +133,7 @@ def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from jobs.predict import find_images
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
-    max_workers = count_cores() if args.workers < 0 else args.workers
+    max_workers = count_cores() if args.workers is None else args.workers
     records = measure_loading(paths, cfg, rounds=args.rounds, packed=args.packed)
     return records + measure_workers(paths, cfg, batch_size=16, max_workers=max_workers)
 
@@ -183,7 +144,7 @@ def measure_epoch(args: argparse.Namespace, device) -> list[dict]:
     from utils.log import setup_logging
 
     setup_logging(rank=0)
-    cfg = load_config(args.cfg, [*args.opts, "DATA.DATA_PATH", args.data_path])
+    cfg = load_config(args.cfg, [*args.opts, "DATA.DATA_PATH", str(args.data_path)])
     return measure_loop(cfg, World(0, 0, 1, device), updates=args.updates, rounds=args.rounds)
 
 
@@ -196,91 +157,31 @@ MEASURES = {
 }
 
 
-def to_markdown(records: list[dict]) -> str:
-    """Format the records as Markdown. Records with the same keys share a table, with one column per key."""
-    tables: dict[tuple, list[dict]] = {}
-    for record in records:
-        tables.setdefault(tuple(record), []).append(record)
-    lines = []
-    for names, rows in tables.items():
-        lines += ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
-        lines += ["| " + " | ".join(format_cell(value) for value in row.values()) + " |" for row in rows] + [""]
-    return "\n".join(lines)
-
-
-def format_cell(value: object) -> str:
-    if isinstance(value, list):  # [median, minimum, maximum] of a ratio
-        return "{:.2f} ({:.2f} to {:.2f})".format(*value)
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
-
-
-def draw_attention(records: list[dict], figure) -> None:
-    """Plot the time per token against the number of tokens."""
-    from matplotlib.ticker import LogLocator
-
-    axes = figure.subplots(1, 2, squeeze=True)
-    for axis, pass_name in zip(axes, ("forward", "forward and backward"), strict=True):
-        rows = [record for record in records if record["pass"] == pass_name and "tokens" in record]
-        for name in dict.fromkeys(row["attention"] for row in rows):
-            series = [row for row in rows if row["attention"] == name]
-            axis.loglog([row["tokens"] for row in series], [row["ns_per_token"] for row in series], "o-", label=name)
-        axis.set(title=pass_name, xlabel="tokens", ylabel="ns per token")
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_minor_locator(LogLocator(subs=(2, 5)))
-            ticks.set_major_formatter("{x:,.0f}")
-            ticks.set_minor_formatter("{x:,.0f}")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-
-
-def draw_models(records: list[dict], figure) -> None:
-    """Plot the speed-up over the naive implementation, one group of bars per model, mode, precision and batch size."""
-    axis = figure.subplots()
-    labels = [f"{row['model']}\n{row['mode']}, {row['precision']}\nbatch size {row['batch_size']}" for row in records]
-    groups = list(dict.fromkeys(labels))
-    names = list(dict.fromkeys(row["variant"].split()[0] for row in records))
-    for position, name in enumerate(names):
-        bars = {label: row for label, row in zip(labels, records, strict=True) if row["variant"].split()[0] == name}
-        edges = [groups.index(label) + position * 0.8 / len(names) for label in bars]
-        axis.bar(edges, [row["speedup_over_naive"][0] for row in bars.values()], 0.8 / len(names), align="edge", label=name)
-    axis.set_xticks([group + 0.4 for group in range(len(groups))], groups, fontsize=8)
-    axis.set_ylabel("speed-up over the naive implementation")
-    axis.legend()
-
-
 def main() -> None:
-    args = parse()
-    import torch
-
-    from data.files import DataError
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        records = MEASURES[args.mode](args, device)
-    except (ConfigError, DataError, ValueError) as error:
-        print(f"benchmark.py: error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    about = {
-        "command": shlex.join(sys.argv),
-        "torch": torch.__version__,
-        "device": device_name,
-        "threads": torch.get_num_threads(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
-    print(to_markdown(records))
-    if args.json:
-        with replacing(args.json) as temporary:
-            temporary.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
-    if getattr(args, "png", None):
+    parser, args = parse()
+    with reporting_errors(parser):
+        check_positive(args, "rounds")
+        check_outputs(args, "json", "png")
+        import torch
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 5), layout="constrained", dpi=110)
-        (draw_attention if args.mode == "attention" else draw_models)(records, figure)
-        with replacing(args.png) as temporary:
-            figure.savefig(temporary)
+        from benchmarks.tables import draw_attention, draw_models, to_markdown
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        records = MEASURES[args.mode](args, device)
+        about = {
+            "command": shlex.join(sys.argv),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        print(", ".join(f"{key} {value}" for key, value in about.items()) + f"\n\n{to_markdown(records)}\n")
+        if args.json:
+            write_json(args.json, about | {"records": records})
+        if getattr(args, "png", None):
+            figure = Figure(figsize=(12, 5), layout="constrained", dpi=110)
+            (draw_attention if args.mode == "attention" else draw_models)(records, figure)
+            save_figure(figure, args.png)
 
 
 if __name__ == "__main__":

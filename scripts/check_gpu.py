@@ -6,7 +6,6 @@ every precision. Without a GPU: compile the kernels for GPUs with compute capabi
 Exit status 1 if a check fails. scripts/check_gpu.sh runs this script and all other checks for a new GPU.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.command_line import create_parser
 
 # Token grid, heads, head dimension and side of the convolution, as in Swin-T (four stages), DeiT-T, PVT-T and CSwin-T.
 SIZES = {
@@ -25,12 +25,6 @@ SIZES = {
     "no convolution": ((28, 28), 2, 64, 0),
     "3 x 3": ((56, 28), 2, 16, 3),
 }
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="with a GPU: check one small size only, for compute-sanitizer")
-    return parser.parse_args()
 
 
 def check_on_gpu(quick: bool) -> bool:
@@ -64,7 +58,7 @@ def compile_kernels() -> None:
     import torch
 
     from benchmarks.resources import tabulate_resources
-    from scripts.benchmark import to_markdown
+    from benchmarks.tables import to_markdown
 
     print(to_markdown(tabulate_resources([80, 90], [32, 64], [torch.bfloat16, torch.float32])), flush=True)
 
@@ -82,7 +76,9 @@ def interpret_kernels() -> bool:
 
 
 def main() -> None:
-    args = parse()
+    parser = create_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="with a GPU: check one small size only, for compute-sanitizer")
+    args = parser.parse_args()
     import torch
 
     from models.kernel_selection import IS_INTERPRETED, find_triton_problem

@@ -5,7 +5,6 @@ paired, so the test is McNemar's exact test: among the images that exactly one o
 whether the fraction that the second model classifies correctly differs from one half.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine.metrics import mcnemar_test, paired_interval, wilson_interval
 from engine.report import PREDICTION_COLUMNS
-from utils.text import printable
+from scripts.command_line import create_parser, reporting_errors
 
 
 def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
@@ -77,17 +76,12 @@ def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]
             f"{mismatch} has target {first[mismatch][1]} in the first file and {second[mismatch][1]} in the second; evaluate "
             "both models with the same classes"
         )
-    first, second = ({name: prediction == target for name, (prediction, target) in pairs.items()} for pairs in (first, second))
-    total = len(first)
-    only_first = sum(first[name] and not second[name] for name in first)
-    only_second = sum(second[name] and not first[name] for name in first)
+    correct = [{name for name, (prediction, target) in pairs.items() if prediction == target} for pairs in (first, second)]
+    total, only_first, only_second = len(first), len(correct[0] - correct[1]), len(correct[1] - correct[0])
     lines = [f"{total} images"]
-    for label, is_correct in (("first", first), ("second", second)):
-        correct = sum(is_correct.values())
-        low, high = wilson_interval(correct, total)
-        lines.append(
-            f"{label:<7} {correct:>7} correct  {100 * correct / total:6.2f} %  (95 % interval: {low:.2f} to {high:.2f})"
-        )
+    for label, count in zip(("first", "second"), map(len, correct), strict=True):
+        low, high = wilson_interval(count, total)
+        lines.append(f"{label:<7} {count:>7} correct  {100 * count / total:6.2f} %  (95 % interval: {low:.2f} to {high:.2f})")
     low, high = paired_interval(only_first, only_second, total)
     lines.append(f"correct only in the first: {only_first}, only in the second: {only_second}")
     difference = 100 * (only_second - only_first) / total
@@ -115,7 +109,7 @@ def _by_key(pairs: dict[str, tuple[str, str]], other: dict) -> dict[str, tuple[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("first", type=Path, help="predictions file, or output directory of an evaluation")
     parser.add_argument("second", type=Path)
     parser.add_argument(
@@ -124,11 +118,9 @@ def main() -> None:
         help="read the predictions of these weights from a directory (default: the preferred weights of its eval.json)",
     )
     args = parser.parse_args()
-    try:
+    with reporting_errors(parser):
         (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))
         print(f"first: {first}\nsecond: {second}\n{compare(first_pairs, second_pairs)}")
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ for pointwise operations and reductions (activations, the focused function, resi
 images are on the meta device.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from models import create_model, list_models
+from scripts.command_line import create_parser, save_figure
+from utils.text import markdown_table
 
 # Millions of parameters and billions of multiply-adds, as published in the paper. For the sizes that the paper omits (PVT-M and
 # -B, PVTv2-B0, -B3 and -B4), the values come from the paper's code.
@@ -69,13 +70,15 @@ def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[
 
 
 def print_table() -> None:
-    print("| model | parameters | paper: parameters | multiply-adds, G | other operations, G | paper: multiply-adds |")
-    print("|---|---|---|---|---|---|")
+    rows = []
     for name in list_models():
         parameters, products, others = measure(name)
-        paper = PAPER.get(name, ("", ""))
-        millions, billions = (f"{value}{unit}" if value else "" for value, unit in zip(paper, ("M", "G"), strict=True))
-        print(f"| `{name}` | {parameters / 1e6:.2f}M | {millions} | {products / 1e9:.2f} | {others / 1e9:.2f} | {billions} |")
+        millions, billions = PAPER.get(name, (None, None))
+        published = f"{millions}M" if millions else "", f"{billions}G" if billions else ""
+        costs = f"{products / 1e9:.2f}", f"{others / 1e9:.2f}"
+        rows.append([f"`{name}`", f"{parameters / 1e6:.2f}M", published[0], *costs, published[1]])
+    header = ["model", "parameters", "paper: parameters", "multiply-adds, G", "other operations, G", "paper: multiply-adds"]
+    print(markdown_table(header, rows))
 
 
 def activation_bytes(name: str, side: int, **options) -> int:
@@ -100,7 +103,7 @@ def plot(path: Path) -> None:
     from matplotlib.figure import Figure
 
     sides = [224, 320, 448, 640, 896, 1280]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     flops_axes, memory_axes = figure.subplots(1, 2)
     for attn_type, label in (("L", "focused linear"), ("S", "softmax, matrix stored")):
         # Softmax attention replaces focused linear attention in the same blocks, and stores its attention matrix.
@@ -119,12 +122,12 @@ def plot(path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     print(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("--png", type=Path, help="plot cost against resolution to this file instead of printing the table")
     args = parser.parse_args()
     if args.png:

@@ -1,13 +1,14 @@
 """Write docs/configuration.md from the table of config keys in utils/config/keys.py."""
 
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from scripts.command_line import create_parser
 from utils.config.arguments import FLAGS
 from utils.config.keys import KEYS, Key
+from utils.text import markdown_table
 
 PAGE = ROOT / "docs/configuration.md"
 SECTIONS = {
@@ -55,26 +56,20 @@ def format_default(value: object) -> str:
 
 
 def create_page() -> str:
-    flags: dict[str, list[str]] = {}
+    flags: dict[str | None, list[str]] = {}
     for flag, (key, _) in FLAGS.items():
         flags.setdefault(key, []).append(f"`{flag}`")
-    lines = [INTRODUCTION]
+    parts = [INTRODUCTION]
     for section, title in SECTIONS.items():
-        lines += [f"## {title}\n", "| key | default | meaning | values | flag |", "|---|---|---|---|---|"]
-        for name, key in KEYS.items():
-            if name.rpartition(".")[0] == section:
-                cells = [
-                    f"`{name}`",
-                    format_default(key.default),
-                    key.meaning,
-                    describe_values(key),
-                    ", ".join(flags.get(name, [])),
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+        rows = [
+            [f"`{name}`", format_default(key.default), key.meaning, describe_values(key), ", ".join(flags.get(name, []))]
+            for name, key in KEYS.items()
+            if name.rpartition(".")[0] == section
+        ]
+        parts.append(f"## {title}\n\n{markdown_table(['key', 'default', 'meaning', 'values', 'flag'], rows)}\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    create_parser(__doc__).parse_args()
     PAGE.write_text(create_page())

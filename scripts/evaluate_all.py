@@ -5,13 +5,14 @@ every checkpoint, so an interrupted run loses no results. A checkpoint that cann
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from utils.files import can_write, replacing
-from utils.text import csv_cell, printable
+from scripts.command_line import check_outputs, create_parser, reporting_errors
+from utils.config.loading import ConfigError
+from utils.files import write_csv
+from utils.text import printable
 
 WARMUP_BATCHES, MEASURED_BATCHES = 3, 10  # forward passes in the measurement of throughput
 
@@ -28,7 +29,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     from jobs.throughput import images_per_second
     from utils.config.loading import image_size, load_config
 
-    opts = ["DATA.DATA_PATH", args.data_path, *args.opts]
+    opts = ["DATA.DATA_PATH", str(args.data_path), *args.opts]
     checkpoint = open_checkpoint(reference)
     check_same_file(world, checkpoint.path, lambda: checkpoint.digest)
     cfg = choose_config(checkpoint, load_config(args.cfg, opts) if args.cfg else None, opts)
@@ -56,15 +57,6 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     }
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    """Write the rows, highest accuracy first, replacing the file atomically."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
-            writer.writerow({column: csv_cell(value) for column, value in row.items()})
-
-
 def evaluate_all(args: argparse.Namespace, world) -> list[str]:
     """Evaluate all checkpoints and write the CSV. Returns the reason for each checkpoint that cannot be evaluated.
 
@@ -81,10 +73,11 @@ def evaluate_all(args: argparse.Namespace, world) -> list[str]:
                 raise
             failed.append(f"{reference}: {error}")  # printable removes the secrets of a URL
             continue
+        rows.sort(key=lambda row: -float(row["acc1"]))
         if world.is_main:
-            write(args.csv, rows)
+            write_csv(args.csv, list(rows[0]), [row.values() for row in rows])
     if world.is_main:
-        for row in sorted(rows, key=lambda row: -float(row["acc1"])):
+        for row in rows:
             print(printable(f"{row['acc1']:>8} % {row['model']:<24}{row['img_size']!s:>10} px {row['checkpoint']}"))
         for reason in failed:
             print(f"evaluate_all.py: error: {printable(reason)}", file=sys.stderr)
@@ -92,24 +85,14 @@ def evaluate_all(args: argparse.Namespace, world) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", help="files, run directories, URLs, or released models")
-    parser.add_argument("--data-path", required=True, help="directory with val/")
+    parser = create_parser(__doc__, "checkpoints", "--data-path", "--cfg", "--opts")
     parser.add_argument("--csv", type=Path, required=True, help="file to write")
-    parser.add_argument(
-        "--cfg",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="config for all checkpoints (default: the config of each checkpoint)",
-    )
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     parser.add_argument("--batch-size", type=int, default=16, help="batch size of the throughput measurement (default: 16)")
     args = parser.parse_args()
-    if not Path(args.data_path).is_dir():
-        parser.error(f"--data-path {args.data_path}: no such directory")
-    if not can_write(args.csv):
-        parser.error(f"--csv {args.csv}: cannot be written; choose a file in an existing directory")
+    with reporting_errors(parser):
+        if not args.data_path.is_dir():
+            raise ConfigError(f"--data-path {args.data_path}: no such directory")
+        check_outputs(args, "csv")
 
     # Imported after the arguments are checked, because importing torch is slow.
     from jobs.launch import leave

@@ -5,7 +5,6 @@ its weights is lower. The script prints the attention weights for the original v
 draws the entropy against the scale factor of the vectors and against the focusing factor.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from analysis.maps import compare
 from analysis.measures import entropy
-from utils.files import replacing
+from scripts.command_line import check_outputs, create_parser, reporting_errors, save_figure
 
 SCALES = (1.0, 0.2)
 FORMS = ("softmax", "softmax, scaled", "linear", "focused")
@@ -86,7 +85,7 @@ def draw(path: Path) -> None:
 
     scales, powers = torch.logspace(-2, 1, 61).tolist(), torch.linspace(1, 32, 63).tolist()
     cases = {"the experiment": make_vectors(), f"Gaussian q and k, {DIM} channels, {NUM_KEYS} keys": random_vectors()}
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained", dpi=110)
     axes = figure.subplots(2, 2, sharey="row")
     styles = dict(zip(FORMS, ("C0-", "C0--", "C2-", "C3-"), strict=True))
     for (title, (q, k)), (left, right) in zip(cases.items(), axes, strict=True):
@@ -103,23 +102,21 @@ def draw(path: Path) -> None:
         for axis in (left, right):
             axis.set_ylim(0, 1.02)
             axis.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="plot entropy against scale factor and focusing factor")
     args = parser.parse_args()
+    with reporting_errors(parser):
+        check_outputs(args, "plot")
     print(table())
     for title, (q, k) in {"the experiment": make_vectors(), "Gaussian q and k": random_vectors()}.items():
         for form in FORMS[:2]:
-            factor = crossing(q, k, form)
-            if factor is not None:
-                print(
-                    f"{title}: {form} is as sharp as focused attention if q and k are multiplied by {factor:.3f}, "
-                    "and sharper if the factor is larger"
-                )
+            if (factor := crossing(q, k, form)) is not None:
+                text = f"{form} is as sharp as focused attention if q and k are multiplied by {factor:.3f}"
+                print(f"{title}: {text}, and sharper if the factor is larger")
     if args.plot is not None:
         draw(args.plot)
         print(f"plot: {args.plot}")

@@ -3,16 +3,19 @@
 Every fifth image goes to ``val``, the rest to ``train``.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.command_line import create_parser
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = create_parser(__doc__)
     parser.add_argument("folder", type=Path, help="output directory; the images are written to train/<digit>/ and val/<digit>/")
     parser.add_argument("--size", type=int, default=64, help="side length in pixels (8 in the original images)")
     args = parser.parse_args()

@@ -3,10 +3,13 @@
 The exit status is 1 if training and --eval count different numbers of correct predictions for a checkpoint.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.command_line import create_parser, reporting_errors
+from utils.config.loading import ConfigError
 
 
 def best_evaluations(metrics: Path) -> dict[str, int]:
@@ -23,8 +26,22 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
     return {r["kind"].removeprefix("eval_"): r["correct1"] for r in evaluations if r["step"] == best}
 
 
+def print_run(run: Path) -> bool:
+    """Print one line per set of weights. Returns whether training and evaluation agree."""
+    evaluation, in_training = json.loads((run / "eval.json").read_text()), best_evaluations(run / "metrics.jsonl")
+    for weights, result in evaluation["results"].items():
+        correct, total = result["correct1"], result["num_images"]
+        trained = f"{in_training[weights]}/{total}" if weights in in_training else "-"
+        interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
+        name, pixels = f"{run.parent.name}/{run.name}", str(evaluation["preprocessing"]["img_size"])
+        print(f"{name:<24}{pixels:>10}{weights:>9}{trained:>14}{f'{correct}/{total}':>12}{result['acc1']:>8.2f}%{interval:>18}")
+    return all(
+        in_training.get(name, result["correct1"]) == result["correct1"] for name, result in evaluation["results"].items()
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = create_parser(__doc__)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -32,25 +49,15 @@ def main() -> None:
         help="run directories; each contains eval.json, and metrics.jsonl if the run included training",
     )
     args = parser.parse_args()
-    for run in args.runs:
-        if not (run / "eval.json").is_file():
-            parser.error(f"{run} contains no eval.json; give the output directory of a run evaluated with --eval")
-    print(f"{'run':<24}{'pixels':>8}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 % interval':>18}")
-    agree = True
-    for run in args.runs:
-        evaluation = json.loads((run / "eval.json").read_text())
-        correct_in_training = best_evaluations(run / "metrics.jsonl")
-        for weights, result in evaluation["results"].items():
-            correct, total = result["correct1"], result["num_images"]
-            agree &= correct_in_training.get(weights, correct) == correct
-            in_training = f"{correct_in_training[weights]}/{total}" if weights in correct_in_training else "-"
-            interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
-            name, pixels = f"{run.parent.name}/{run.name}", evaluation["preprocessing"]["img_size"]
-            counts = f"{in_training:>14}{f'{correct}/{total}':>12}"
-            print(f"{name:<24}{pixels:>8}{weights:>9}{counts}{result['acc1']:>8.2f}%{interval:>18}")
+    with reporting_errors(parser):
+        for run in args.runs:
+            if not (run / "eval.json").is_file():
+                raise ConfigError(f"{run} contains no eval.json; give the output directory of a run evaluated with --eval")
+        print(f"{'run':<24}{'pixels':>10}{'weights':>9}{'in training':>14}{'--eval':>12}{'top-1':>9}{'95 % interval':>18}")
+        agree = [print_run(run) for run in args.runs]
     for run in args.runs:
         print(f"{run}/: {', '.join(sorted(path.name for path in run.iterdir() if not path.name.startswith(('events.', '.'))))}")
-    if not agree:
+    if not all(agree):
         sys.exit("training and evaluation of the saved checkpoint disagree on the number of correct predictions")
 
 

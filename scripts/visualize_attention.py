@@ -12,20 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.command_line import create_parser, reporting_errors, save_figure
 from utils.config.loading import ConfigError
 from utils.text import printable
-
-
-def open_at_token_grid(args: argparse.Namespace):
-    """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
-    from jobs.evaluate import open_model
-
-    inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
-    if not args.token_grid:
-        return inspected
-    stride = inspected.model.feature_info[0]["reduction"]
-    height, width = (stride * args.token_grid[index] for index in (0, -1))  # a single number is used for both
-    return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
 
 
 def parse_point(text: str) -> tuple[int, int]:
@@ -49,6 +38,18 @@ def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list
     return [((row + 0.5) / height, (column + 0.5) / width) for row, column in pixels]
 
 
+def open_at_token_grid(args: argparse.Namespace):
+    """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
+    from jobs.evaluate import open_model
+
+    inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
+    if not args.token_grid:
+        return inspected
+    stride = inspected.model.feature_info[0]["reduction"]
+    height, width = (stride * args.token_grid[index] for index in (0, -1))  # a single number is used for both
+    return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
+
+
 def visualize(args: argparse.Namespace) -> None:
     from analysis.pages import module_names, trace, write_page
     from analysis.pictures import POINTS, draw_forms, draw_overlays
@@ -56,7 +57,6 @@ def visualize(args: argparse.Namespace) -> None:
     from jobs.inspect import InspectedImages
     from jobs.predict import find_images
     from utils.config.loading import image_size
-    from utils.files import replacing
 
     check_writable(args.output)
     model, checkpoint, cfg, weights = open_at_token_grid(args)
@@ -67,31 +67,17 @@ def visualize(args: argparse.Namespace) -> None:
     for position, path in enumerate(images.paths):
         picture, image = images.read(position)
         blocks = trace(model, image, names, points=points)
-        title = f"{cfg.MODEL.NAME}, {weights} weights of {checkpoint.path.name}, {path.name}"
         page = args.output / f"{path.stem}.html"
-        write_page(page, picture, blocks, title)
+        write_page(page, picture, blocks, f"{cfg.MODEL.NAME}, {weights} weights of {checkpoint.path.name}, {path.name}")
         for block in blocks:
-            for suffix, draw in (("", draw_forms), ("_overlay", draw_overlays)):
-                with replacing(args.output / f"{path.stem}_{block.name}{suffix}.png") as temporary:
-                    draw(picture, block, points or POINTS).savefig(temporary)
+            save_figure(draw_forms(picture, block, points or POINTS), args.output / f"{path.stem}_{block.name}.png")
+            save_figure(draw_overlays(picture, block, points or POINTS), args.output / f"{path.stem}_{block.name}_overlay.png")
         print(f"{printable(page)}: blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--resume", required=True, metavar="FILE", help="checkpoint: file, run directory, URL, or released model"
-    )
-    parser.add_argument(
-        "--cfg", nargs="+", action="extend", default=[], metavar="FILE", help="config (default: the checkpoint's own)"
-    )
-    parser.add_argument(
-        "--images", nargs="+", action="extend", type=Path, required=True, metavar="PATH", help="image files or directories"
-    )
+    parser = create_parser(__doc__, "--resume", "--cfg", "--images", "--blocks", "--weights", "--opts")
     parser.add_argument("--output", type=Path, default=Path("attention"), help="output directory")
-    parser.add_argument(
-        "--blocks", nargs="+", action="extend", metavar="NAME", help="names or prefixes of attention modules (default: all)"
-    )
     parser.add_argument(
         "--queries",
         nargs="+",
@@ -109,23 +95,11 @@ def main() -> None:
         help="height and width of the first block's token map, or one number for both; the input size is chosen accordingly "
         "(default: the input size is DATA.IMG_SIZE)",
     )
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema", "auto"),
-        default="auto",
-        help="auto: raw or ema, whichever was more accurate in training",
-    )
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to override")
     args = parser.parse_args()
-    if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
-        parser.error(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")
-    from data.files import DataError
-    from models.checkpoints.reader import CheckpointError
-
-    try:
+    with reporting_errors(parser):
+        if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
+            raise ConfigError(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")
         visualize(args)
-    except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ arms:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "must be a mapping with the keys cfg, opts, seeds, baseline, arms"),
+        ("[]", "is of type list, not a mapping"),
         ("cfg: [a]", "unknown or missing keys arms, baseline, seeds; expected cfg"),
         ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
         ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),

@@ -21,7 +21,7 @@ IMPORTERS = {
     "yaml": {"utils/config/reading.py"},
     "tqdm": {"utils/progress.py", "models/checkpoints/download.py"},
     "termcolor": {"utils/log.py"},
-    "safetensors": {"models/checkpoints/reader.py"},
+    "safetensors": {"jobs/export.py", "models/checkpoints/reader.py"},
     "matplotlib": {"engine/report.py", "analysis/pictures.py"},
     "torchvision": {"data/datasets.py", "data/index.py", "data/transforms.py", "engine/trainer.py"},
 }

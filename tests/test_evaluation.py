@@ -21,10 +21,10 @@ from engine.checkpoint_writer import save_checkpoint
 from engine.evaluation import EvalResult, Predictions, evaluate
 from engine.metrics import mcnemar_test, paired_interval, wilson_interval
 from engine.report import confusion_matrix, draw_confusion, write_evaluation
+from jobs.averaging import average
 from jobs.locate_checkpoint import Location
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts import average_checkpoints
-from scripts.average_checkpoints import average
 from scripts.compare_evals import compare, read
 from tests.conftest import write_images
 from tests.launch import run_in_processes, run_main

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from data.build import build_preprocessing
+from jobs import export
 from jobs.locate_checkpoint import open_checkpoint, stored_config
 from models import build_model, create_model
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import sha256
-from scripts import export
+from scripts import export as script
 from tests.conftest import CONFIGS
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import load_config, to_dict
@@ -31,7 +32,7 @@ pytestmark = [
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    export.main()
+    script.main()
 
 
 NAMES = ["cat", "small dog", "été"]
@@ -92,9 +93,9 @@ def test_every_format_contains_the_ema_weights_and_the_model_card_describes_the_
 def test_an_export_with_different_logits_is_rejected(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
     with pytest.raises(export.ExportError, match="of the logits exceeds"):
-        export._largest_error(model, lambda images: model(images) + 0.01, torch.randn(3, 3, 2, 2), tmp_path / "model.onnx")
+        export.largest_error(model, lambda images: model(images) + 0.01, torch.randn(3, 3, 2, 2), tmp_path / "model.onnx")
     with pytest.raises(export.ExportError, match="relative error nan"):
-        export._largest_error(model, lambda images: model(images) * float("nan"), torch.randn(3, 3, 2, 2), tmp_path)
+        export.largest_error(model, lambda images: model(images) * float("nan"), torch.randn(3, 3, 2, 2), tmp_path)
 
 
 def test_the_model_card_does_not_use_an_evaluation_of_another_checkpoint(checkpoint, toy_config, tmp_path, monkeypatch, capsys):

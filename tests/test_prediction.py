@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from data.index import DataError
+from jobs.averaging import average
 from jobs.locate_checkpoint import Checkpoint, Location, open_checkpoint
 from jobs.predict import class_names, find_images
 from models import build_model
@@ -212,7 +213,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_cannot_be_averaged(traine
     state["model"]["norm.weight"][0] = torch.inf
     torch.save(state, tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match=r"damaged\.pth: values of norm\.weight are not finite"):
-        average_checkpoints.average([Location(trained), Location(tmp_path / "damaged.pth")], "raw")
+        average([Location(trained), Location(tmp_path / "damaged.pth")], "raw")
 
 
 def model_options(config):

@@ -1,10 +1,14 @@
 """Atomic replacement of files, and identity of directories."""
 
+import csv
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from utils.text import csv_cell
 
 
 @contextmanager
@@ -16,6 +20,28 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file.
+
+    Raises:
+        ValueError: the content has NaN or infinity, which JSON does not have.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable]) -> None:
+    """Write a CSV file. Text cannot become a formula (see ``csv_cell``), and names that are not UTF-8 keep their bytes."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(map(csv_cell, row) for row in rows)
 
 
 def can_write(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Text from outside, such as file names, class names and messages of servers, made safe for a console, log, CSV or Markdown."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 from utils.urls import without_secrets
 
@@ -52,3 +53,9 @@ def markdown_code(text: object) -> str:
 def code_fence(text: str, *, minimum: int = 3) -> str:
     """Backticks that delimit ``text`` as code in Markdown: more of them than anywhere in the text."""
     return "`" * max(minimum, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table. Cells are Markdown: escape text from outside with ``markdown`` or ``markdown_code``."""
+    first, *others = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    return "\n".join([first, "|---" * len(header) + "|", *others])

@@ -1,0 +1,97 @@
+"""What the scripts share: the parser, common arguments, checks of output files, and errors as exit status 2.
+
+This module does not import torch: its import takes seconds, and usage errors should be reported immediately.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import ConfigError, TrainingError
+from utils.files import can_write, replacing
+from utils.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Arguments of several scripts.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "checkpoints": {"nargs": "+", "help": "files, run directories, URLs, or released models"},
+    "--resume": {"required": True, "metavar": "FILE", "help": "checkpoint: file, run directory, URL, or released model"},
+    "--cfg": {"nargs": "+", "action": "extend", "metavar": "FILE", "help": "config (default: the checkpoint's own)"},
+    "--opts": {
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "KEY VALUE",
+        "help": "config keys to override",
+    },
+    "--images": {
+        "nargs": "+",
+        "action": "extend",
+        "type": Path,
+        "required": True,
+        "metavar": "PATH",
+        "help": "image files or directories",
+    },
+    "--blocks": {
+        "nargs": "+",
+        "action": "extend",
+        "metavar": "NAME",
+        "help": "names or prefixes of attention modules (default: all)",
+    },
+    "--weights": {
+        "choices": ("raw", "ema", "auto"),
+        "default": "auto",
+        "help": "auto: raw or ema, whichever was more accurate in training",
+    },
+    "--data-path": {"type": Path, "required": True, "help": "directory with train/ and val/"},
+}
+
+
+def create_parser(description: str | None, *names: str) -> argparse.ArgumentParser:
+    """Create a parser with some of ``ARGUMENTS``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        parser.add_argument(name, **ARGUMENTS[name])
+    return parser
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Check that integer arguments are at least 1.
+
+    Raises:
+        ConfigError: an argument is smaller.
+    """
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be at least 1")
+
+
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Check, before anything is computed, that files can be written. Arguments that are not given are not checked.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    for name in names:
+        path = getattr(args, name, None)
+        if path is not None and not can_write(path):
+            raise ConfigError(f"--{name} {path}: cannot be written; choose a file in an existing directory")
+
+
+@contextmanager
+def reporting_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the script with one line and exit status 2, instead of a traceback, if its input is unusable."""
+    try:
+        yield
+    except (ValueError, OSError, TrainingError) as error:  # ConfigError, DataError and CheckpointError are ValueErrors
+        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
