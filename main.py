@@ -4,16 +4,13 @@ Several processes: ``torchrun --nproc_per_node=8 main.py --cfg configs/X.yaml ..
 """
 
 import sys
-from pathlib import Path
 
-from utils.config.arguments import check_usage, is_reporting_process, overrides, parse_arguments
-from utils.config.loading import ConfigError, load_config
-from utils.launcher import read_launch
+from utils.config.arguments import check_usage, overrides, parse_arguments
+from utils.config.loading import load_config
+from utils.errors import USAGE_ERROR, ConfigError
+from utils.launcher import is_reporting_process, read_launch
 from utils.stop import StopRequest
 from utils.text import printable
-
-CONFIGS = Path(__file__).parent / "configs"
-USAGE_ERROR = 2  # exit status
 
 
 def main(*, ema: bool = False) -> None:
@@ -29,7 +26,7 @@ def main(*, ema: bool = False) -> None:
         reporting = is_reporting_process()
         opts = overrides(args, ema=ema)
         cfg = load_config(args.cfg, opts) if args.cfg else None
-        check_usage(args, cfg, CONFIGS)
+        check_usage(args, cfg)
     except ConfigError as error:
         if reporting:
             print(f"main.py: error: {printable(error)}", file=sys.stderr)

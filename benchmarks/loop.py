@@ -13,10 +13,10 @@ from yacs.config import CfgNode
 from benchmarks.timing import speedup, time_in_turn
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype
+from engine.run_contents import Contents
 from engine.trainer import Meter, Trainer
 from jobs.initialization import Initialization
-from jobs.start import Contents
-from jobs.train import build_trainer
+from jobs.train import build_data, build_trainer
 from utils.distributed import World
 
 LOOP = "loop on one batch"
@@ -32,9 +32,9 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
     """
     folder = Path(tempfile.mkdtemp(prefix="benchmark"))
     try:
-        trainer = build_trainer(
-            cfg, world, Initialization("scratch", "", Contents(folder)), None, output=folder, find_unused_parameters=False
-        )
+        init = Initialization("scratch", "", Contents(folder))
+        data = build_data(cfg, world, init, None)
+        trainer = build_trainer(cfg, world, init, None, data, output=folder, find_unused_parameters=False)
         trainer.metrics = MetricsWriter(folder, 0)
         tasks = create_tasks(trainer, cfg, updates)
         timings = time_in_turn(tasks, rounds=rounds, device=world.device)

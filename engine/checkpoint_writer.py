@@ -5,11 +5,9 @@ A checkpoint is a dictionary of plain data. Its keys include ``model``, ``state_
 code) also stores weights under the keys ``model`` and ``state_dict_ema``.
 """
 
-import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +16,9 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256, verify, with_metadata
-from utils.errors import describe
+from utils.errors import ConfigError, one_line
+from utils.files import replacing, sync_directory
+from utils.run_files import BEST, DAMAGED, INCOMPLETE, checkpoint_path, is_numbered, list_checkpoints, num_updates_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,6 @@ logger = logging.getLogger(__name__)
 # new checkpoint. Checkpoints without this entry have format 0; they lack only ``run_id`` and the names of the parameters in the
 # state of the optimizer, and can be resumed.
 FORMAT = 1
-_NAME = re.compile(r"checkpoint_(\d{9,})\.pth")
-BEST = "best.pth"  # name of the checkpoint with the best accuracy of a run
-_TEMPORARY = ".incomplete"
-_DAMAGED = ".damaged"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of writes that exceed a disk, quota or limit
 
 
@@ -55,13 +51,14 @@ def check_format(state: Mapping, path: Path | str) -> None:
     """Reject a checkpoint that a later version of this project has written, whose entries may have another meaning.
 
     Raises:
-        CheckpointError: the format of the checkpoint is later than ``FORMAT``, or is not a number.
+        ConfigError: the format of the checkpoint is later than ``FORMAT``.
+        CheckpointError: the format is not a number.
     """
     stored = state.get("format", 0)
     if not isinstance(stored, int):
         raise CheckpointError(f"{path}: invalid checkpoint format {stored!r}; use an intact copy of the file")
     if stored > FORMAT:
-        raise CheckpointError(
+        raise ConfigError(
             f"{path} has checkpoint format {stored}, but this version of the project reads formats up to {FORMAT}. Update the "
             "project to the version that wrote the file"
         )
@@ -71,28 +68,20 @@ def _replace(path: Path, write: Callable[[Path], None], *, size: int) -> None:
     """Let ``write`` create a temporary file next to ``path``, then rename it to ``path``.
 
     Args:
-        write: function that writes the file, given the temporary path.
-        size: size of the file in bytes, shown in the error message.
+        size: size of the file in bytes, for the error message.
 
     Raises:
         CheckpointError: writing or renaming failed; an existing file at ``path`` is unchanged, and no temporary file is left.
     """
-    temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        temporary.unlink(missing_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
+        with replacing(path, path.with_name(path.name + INCOMPLETE)) as temporary:
+            write(temporary)
     except (OSError, RuntimeError, CheckpointError) as error:  # torch raises RuntimeError for some failed writes
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # before the free space is measured
         raise CheckpointError(
-            f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {describe(error)}. "
+            f"{path}: checkpoint not written; existing checkpoints are untouched. Reason: {one_line(error)}. "
             f"{_advise(path.parent, error, size)}, then repeat the same command to resume the run"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # an error here would hide the reason
-            temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _advise(folder: Path, error: Exception, size: int) -> str:
@@ -123,29 +112,6 @@ def _num_bytes(value: object) -> int:
     return sum(map(_num_bytes, value)) if isinstance(value, list) else 0
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Numbered checkpoints of a run, newest first."""
-    try:
-        numbered = [path for path in folder.glob("checkpoint_*.pth") if is_numbered(path)]
-    except OSError:  # no permission: the first write to the directory reports it
-        return []
-    return sorted(numbered, key=num_updates_of, reverse=True)
-
-
-def is_numbered(path: Path) -> bool:
-    """Whether a file has the name of a numbered checkpoint."""
-    return _NAME.fullmatch(path.name) is not None
-
-
-def num_updates_of(path: Path) -> int:
-    """Number of updates, from the name of a numbered checkpoint."""
-    return int(_NAME.fullmatch(path.name).group(1))
-
-
-def checkpoint_path(folder: Path, num_updates: int) -> Path:
-    return folder / f"checkpoint_{num_updates:09d}.pth"
-
-
 def remove_surplus(folder: Path, keep: int, *, newest: Path | None = None) -> None:
     """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files left behind by killed processes.
 
@@ -155,9 +121,9 @@ def remove_surplus(folder: Path, keep: int, *, newest: Path | None = None) -> No
         newest: the checkpoint that was just written; later numbers are neither counted nor deleted, since this run did not
             write them. None: the checkpoint with the highest number.
     """
-    incomplete = [path for path in folder.glob(f"*{_TEMPORARY}") if is_numbered(path.with_suffix(""))]
+    incomplete = [path for path in folder.glob(f"*{INCOMPLETE}") if is_numbered(path.with_suffix(""))]
     numbered = [path for path in list_checkpoints(folder) if newest is None or num_updates_of(path) <= num_updates_of(newest)]
-    for path in [*incomplete, folder / f"{BEST}{_TEMPORARY}", *numbered[keep:]]:
+    for path in [*incomplete, folder / f"{BEST}{INCOMPLETE}", *numbered[keep:]]:
         path.unlink(missing_ok=True)
 
 
@@ -182,55 +148,46 @@ def set_aside(path: Path, reason: str) -> None:
     Args:
         reason: why the file cannot be used, for the log.
     """
-    damaged = path.with_name(path.name + _DAMAGED)
+    damaged = path.with_name(path.name + DAMAGED)
     while os.path.lexists(damaged):
-        damaged = damaged.with_name(damaged.name + _DAMAGED)
+        damaged = damaged.with_name(damaged.name + DAMAGED)
     os.replace(path, damaged)
     logger.warning("%s: %s, renamed to %s", path, reason, damaged.name)
 
 
-def find_best(folder: Path, state: Mapping) -> Path | None:
-    """Find the checkpoint that ``state`` records as the best one: ``best.pth`` or a numbered checkpoint; None if it is lost.
+def find_best(folder: Path, state: Mapping, path: Path) -> Path | None:
+    """Find the file of the checkpoint that ``state`` records as the best one; None if it is lost.
 
-    Args:
-        state: contents of a checkpoint; it must record an evaluation.
-    """
-    for path in (folder / BEST, checkpoint_path(folder, state["best"]["num_updates"])):
-        try:
-            stored = read_checkpoint(path)
-        except CheckpointError:
-            continue
-        if stored.get("num_updates") == state["best"]["num_updates"] and stored.get("best") == state["best"]:
-            return path
-    return None
-
-
-def restore_best(folder: Path, state: Mapping, path: Path) -> bool:
-    """Make ``best.pth`` the checkpoint that ``state`` records as the best one, if it is missing or outdated.
-
-    The link is missing if the process was killed after it wrote the checkpoint and before it linked it.
+    This is ``best.pth``, also before the first evaluation. It is another file if the process was killed after it wrote the
+    checkpoint and before it linked ``best.pth``.
 
     Args:
         folder: the run's directory.
-        state: contents of the checkpoint at ``path``.
-        path: the checkpoint that the run resumes from.
-
-    Returns:
-        Whether ``best.pth`` is now the checkpoint that ``state`` records as the best; also True before the first evaluation.
+        state: contents of the checkpoint at ``path``, from which the run resumes.
     """
     num_updates, best = state["best"]["num_updates"], folder / BEST
-    if num_updates < 0:  # not evaluated yet
-        return True
-    resumes_from_best = num_updates == state["num_updates"]
-    if resumes_from_best and _are_equal(best, path):
-        return True
-    found = path if resumes_from_best else find_best(folder, state)
-    if found is None:
-        return False
-    if found != best:
-        link_best(found, best)
-        logger.warning("%s: restored from %s", best, found.name)
-    return True
+    if num_updates < 0:
+        return best
+    if num_updates == state["num_updates"]:
+        return best if _are_equal(best, path) else path
+    for candidate in (best, checkpoint_path(folder, num_updates)):
+        try:
+            stored = read_checkpoint(candidate)
+        except CheckpointError:
+            continue
+        if stored.get("num_updates") == num_updates and stored.get("best") == state["best"]:
+            return candidate
+    return None
+
+
+def restore_best(path: Path, folder: Path) -> None:
+    """Link ``best.pth`` to the checkpoint that ``find_best`` has found elsewhere.
+
+    Raises:
+        CheckpointError: the link cannot be written.
+    """
+    link_best(path, folder / BEST)
+    logger.warning("%s: restored from %s", folder / BEST, path.name)
 
 
 def _are_equal(path: Path, other: Path) -> bool:
@@ -239,11 +196,6 @@ def _are_equal(path: Path, other: Path) -> bool:
         return os.path.samefile(path, other) or sha256(path) == sha256(other)
     except OSError:
         return False
-
-
-def is_best_current(folder: Path, state: Mapping) -> bool:
-    """Whether ``best.pth`` is the checkpoint that ``state`` records as the best one; also True before the first evaluation."""
-    return state["best"]["num_updates"] < 0 or find_best(folder, state) == folder / BEST
 
 
 def keep_former_best(folder: Path) -> None:
@@ -278,15 +230,3 @@ def to_host(value: object, *, copy: bool = False) -> object:
         return [to_host(item, copy=copy) for item in value]
     assert value is None or type(value) in (str, int, float, bool), f"{type(value)}: read_checkpoint would reject it"
     return value
-
-
-def _sync_directory(folder: Path) -> None:
-    """Flush the entries of a directory to the disk, on file systems that support this."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        logger.debug("%s: the directory could not be synced (%s)", folder, error)

@@ -19,6 +19,10 @@ _SGD_TENSORS = ("momentum_buffer",)
 _SCALER_ENTRIES = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
+class ParameterGroupsError(CheckpointError):
+    """The parameter groups of the optimizer differ from those of the checkpoint."""
+
+
 def check_state(state: TrainState, saved: Mapping) -> None:
     """Check the structure, the shapes and the data types of a checkpoint; values such as NaN are not checked.
 
@@ -79,7 +83,7 @@ def compare_groups(optimizer: Optimizer, stored: Mapping) -> str:
 def check_optimizer(optimizer: Optimizer, stored: Mapping) -> None:
     """Check the stored state of every parameter."""
     if difference := compare_groups(optimizer, stored):
-        raise CheckpointError(difference)
+        raise ParameterGroupsError(difference)
     states = stored.get("state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())] or range(len(parameters))

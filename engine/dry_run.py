@@ -9,11 +9,11 @@ from itertools import islice, repeat
 
 import torch
 
-from engine.checkpoint_writer import checkpoint_path
 from engine.evaluation import evaluate
 from engine.trainer import Trainer, format_duration
 from models.checkpoints.reader import read_checkpoint
 from utils.distributed import on_main, sum_over_processes
+from utils.run_files import checkpoint_path
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from utils.background import SECONDS_AT_EXIT, Sink
 from utils.files import check_same, identify, replacing
+from utils.run_files import METRICS
 
 logger = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -61,6 +60,7 @@ class MetricsWriter:
 
     def _event(self, method: str, *arguments: object) -> None:
         if self._board is not None:
+            check_same(self._folder, self._identity)  # TensorBoard's thread would fail with a traceback
             getattr(self._board, method)(*arguments)
 
     def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:

@@ -12,23 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from yacs.config import CfgNode
-
 from models.checkpoints.reader import CheckpointError
 from utils.config.loading import ConfigError
-from utils.files import identify, replacing
+from utils.files import identify, replacing, try_lock
+from utils.run_files import CONFIG, LOCK, RECORD
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-RECORD = "run.json"  # see RunRecord
+RECORD_FORMAT = 1  # of run.json; raise it when code that reads the previous format would misread a new file
 MAX_ATTEMPTS = 10  # maximum number of attempts to lock a file that other processes delete
 SECONDS_UNTIL_STALE = 3600  # minimum age at which an incomplete file is deleted
-
-
-def build_output_path(cfg: CfgNode) -> Path:
-    """Output directory of a run, ``<OUTPUT>/<MODEL.NAME>/<TAG>``."""
-    return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
 def create_output_directory(output: Path) -> None:
@@ -75,7 +68,7 @@ class RunRecord:
     Args:
         run_id: the run's id, which its checkpoints contain too.
         has_saved: whether a checkpoint was ever written to the directory. If not, nothing is lost when the run starts again.
-        resumed_from: the value of --resume with which the run was started here, see ``jobs.start.normalise``; "" without it.
+        resumed_from: the value of --resume with which the run was started here, see ``jobs.initialization``; "" without it.
     """
 
     run_id: str
@@ -84,12 +77,23 @@ class RunRecord:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """Read ``run.json``; None if it is missing or invalid, as in the directories of earlier versions."""
+    """Read ``run.json``; None if it is missing or invalid, as in the directories of earlier versions.
+
+    Raises:
+        ConfigError: a later version of this project wrote the file.
+    """
     try:
-        record = RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        stored = content.pop("format", 1)  # the first version wrote no number
+        record = RunRecord(**content) if stored == RECORD_FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    valid = isinstance(record.run_id, str) and isinstance(record.has_saved, bool) and isinstance(record.resumed_from, str)
+    if isinstance(stored, int) and stored > RECORD_FORMAT:
+        raise ConfigError(
+            f"{folder / RECORD} has format {stored}, but this version of the project reads formats up to {RECORD_FORMAT}. "
+            "Update the project to the version that wrote the file, or choose another --tag"
+        )
+    valid = record and all(isinstance(getattr(record, name), kind) for name, kind in RunRecord.__annotations__.items())
     return record if valid and record.run_id else None
 
 
@@ -100,7 +104,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
         OSError: the file cannot be written; an existing file is unchanged.
     """
     with replacing(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"format": RECORD_FORMAT, **asdict(record)}) + "\n", encoding="utf-8")
 
 
 def record_save(folder: Path) -> None:
@@ -146,7 +150,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write ``config.yaml``. A failure causes only a warning, since checkpoints contain the config too."""
-        path = self.path / "config.yaml"
+        path = self.path / CONFIG
         try:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -169,7 +173,7 @@ class RunDirectory:
 
 
 class RunLock:
-    """Lock that prevents a second run in an output directory. The kernel releases it when the process ends or is killed.
+    """Lock that prevents a second run in an output directory. It is released when the process ends or is killed.
 
     On file systems without locks, the run that started last wins: the earlier run ends before its next write.
     """
@@ -193,7 +197,7 @@ class RunLock:
             except ConfigError:
                 self.release()
                 raise
-            if self._is_at_path():
+            if self._is_at_path(self._file):
                 break
             self.release()  # another process deleted the file after it was opened here
         else:
@@ -238,35 +242,32 @@ class RunLock:
         """
         assert self._file is not None, "call acquire() first"
         folder = self.path.parent
-        if not self._is_at_path():
-            if not os.path.lexists(self.path) and identify(folder) == self._folder:
-                logger.warning("%s was deleted while the run was active; it is created and locked again", self.path)
-                self.release()
-                try:
-                    self.acquire()
-                except ConfigError as error:
-                    raise CheckpointError(str(error)) from None
-                return
-            raise CheckpointError(
-                f"{folder} was moved or removed while the run was writing to it; nothing more is written to this path. To "
-                "resume from the last checkpoint, move the directory back and repeat the same command"
-            )
+        if not self._is_at_path(self._file):
+            if os.path.lexists(self.path) or identify(folder) != self._folder:
+                raise CheckpointError(
+                    f"{folder} was moved or removed while the run was writing to it; nothing more is written to this path. To "
+                    "resume from the last checkpoint, move the directory back and repeat the same command"
+                )
+            logger.warning("%s was deleted while the run was active; it is created and locked again", self.path)
+            self.release()
+            try:
+                self.acquire()
+            except ConfigError as error:
+                raise CheckpointError(str(error)) from None
         # Read through the open file: closing another descriptor of the file would release the lock.
-        if os.pread(self._file.fileno(), 1000, 0).decode(errors="replace") != self._holder:
+        elif os.pread(self._file.fileno(), 1000, 0).decode(errors="replace") != self._holder:
             raise CheckpointError(
                 f"{folder}: another run has started in this directory, on a file system without locks; this run ends. Choose "
                 "another --tag for one of them"
             )
 
-    def _is_at_path(self) -> bool:
-        held = os.fstat(self._file.fileno())
+    def _is_at_path(self, file: IO) -> bool:
         try:
-            found = os.stat(self.path)
+            return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # a temporary failure of the file system; if it persists, the write itself fails
             return True
-        return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
     def _open(self) -> IO:
         try:
@@ -277,20 +278,14 @@ class RunLock:
     def _lock(self, file: IO) -> bool:
         """Lock a file; False if the platform or the file system does not support locks."""
         try:
-            import fcntl
-
-            # Unlike flock locks, lockf locks belong to a single process, so loader workers do not inherit them.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            return try_lock(file)
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().split(", id")[0].strip() or "unknown process"
             raise ConfigError(
                 f"{self.path.parent}: another run is writing to this directory ({holder}); wait for it, stop it, "
                 "or choose another --tag"
             ) from None
-        except (ImportError, OSError):
-            return False
-        return True
 
     def delete(self) -> None:
         """Delete the lock file while its lock is held: a process that has opened it meanwhile notices, see ``acquire``."""

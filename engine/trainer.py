@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine.checkpoint_writer import BEST, checkpoint_path, link_best, remove_surplus, save_checkpoint, to_host
+from engine.checkpoint_writer import link_best, remove_surplus, save_checkpoint, to_host
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.metrics_writer import MetricsWriter
 from engine.remaining_work import remaining_work
@@ -26,10 +26,11 @@ from engine.schedule import Schedule
 from engine.step import Report, Reports, Requests, train_step
 from models.checkpoints.reader import CheckpointError
 from utils.background import BackgroundWrite
-from utils.distributed import OtherRankError, World, is_lost_connection, on_main, sum_over_processes
-from utils.errors import Stopped, TrainingError, describe
+from utils.distributed import World, is_lost_connection, on_main, sum_over_processes
+from utils.errors import OtherRankError, Stopped, TrainingError, one_line
 from utils.progress import progress
 from utils.random import seed_of_pass
+from utils.run_files import BEST, checkpoint_path
 
 logger = logging.getLogger(__name__)
 
@@ -442,7 +443,7 @@ class Trainer:
             self.check_output()
             save_checkpoint(self.describe_update(update), path)
         except Exception as error:  # it must not hide the error that ends the run
-            return describe(error.__cause__ or error)
+            return one_line(error.__cause__ or error)
         return ""
 
     def describe_update(self, update: int) -> dict:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import timm
 import torch
@@ -18,24 +17,18 @@ from engine.evaluation import EvalResult, evaluate, log_results
 from engine.metrics import wilson_interval
 from engine.optim import eval_dtype
 from engine.report import write_evaluation
-from engine.run_directory import build_output_path, create_output_directory
-from jobs.attention_backend import choose_attention
+from engine.run_directory import create_output_directory
 from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, open_checkpoint
-from jobs.train import check_model, format_process_count
-from models import build_model
-from models.checkpoints.loading import fill_model
-from models.checkpoints.reader import CheckpointError, choose_weights, preferred_weights, stored_weights
+from jobs.model import check_model, choose_attention, load_models
+from jobs.train import format_process_count
+from models.checkpoints.reader import preferred_weights, stored_weights
 from models.checkpoints.released import Released
-from utils.config.keys import STORED_KEY_PREFIXES
-from utils.config.loading import load_config, option_keys
+from utils.config.loading import option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import apply_numerical_settings
+from utils.run_files import build_output_path
 
 logger = logging.getLogger(__name__)
-
-# The maximum number of values in a model is MAX_GROWTH times the number of weights in its file, plus MAX_NEW_VALUES.
-MAX_GROWTH = 4
-MAX_NEW_VALUES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -144,100 +137,6 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
     log_results(results)
     return Evaluation(results, models, preferred_weights(checkpoint.state), datasets, attention)
-
-
-def load_models(
-    checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device
-) -> dict[str, torch.nn.Module]:
-    """Build one model per label, with the checkpoint's weights of that label.
-
-    Args:
-        labels: labels of the weights, each raw or ema.
-
-    Raises:
-        CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
-    """
-    check_size(checkpoint, cfg)
-    models = {}
-    for label in labels:
-        models[label] = build_model(cfg).to(device)
-        report = fill_model(models[label], checkpoint.state, weights=label, path=checkpoint.path)
-        if report.missing or report.reinitialised or report.unused:
-            remedy = "choose the config that this file was trained with, or leave out --cfg if the file contains its config"
-            if report.head is not None:
-                remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; data with other classes need TEST.CLASS_MAP"
-            raise CheckpointError(f"{report}. Every weight is required: {remedy}")
-    return models
-
-
-def check_size(checkpoint: Checkpoint, cfg: CfgNode) -> None:
-    """Check, before memory is allocated, that the config does not describe a much larger model than the one in the file.
-
-    Raises:
-        CheckpointError: the model is too large.
-    """
-    with torch.device("meta"):
-        size = sum(value.numel() for value in build_model(cfg).state_dict().values())
-    stored = [sum(value.numel() for value in weights.values()) for weights in stored_weights(checkpoint.state).values()]
-    if size > MAX_GROWTH * max(stored, default=0) + MAX_NEW_VALUES:  # position tables grow with the input size
-        raise CheckpointError(
-            f"{checkpoint.path} contains {max(stored, default=0)} weights, but its config describes a model of {size}; choose "
-            "the config that this file was trained with"
-        )
-
-
-class OpenedModel(NamedTuple):
-    """A model in evaluation mode, its checkpoint, its config, and the label of its weights (raw or ema)."""
-
-    model: torch.nn.Module
-    checkpoint: Checkpoint
-    cfg: CfgNode
-    weights: str
-
-
-def open_model(
-    reference: str,
-    config: Sequence[str] | None,
-    opts: Sequence,
-    *,
-    weights: str,
-    device: torch.device | str = "cpu",
-    prefixes: Sequence[str] = STORED_KEY_PREFIXES,
-) -> OpenedModel:
-    """Open a model with the weights of a checkpoint, in evaluation mode.
-
-    Args:
-        reference: checkpoint, in any form that --resume accepts.
-        config: paths of config files; None or empty for the checkpoint's own config.
-        opts: KEY, VALUE, ... that override the config.
-        weights: raw, ema or auto.
-        prefixes: prefixes of the keys to read from the checkpoint's own config, see ``stored_config``.
-
-    Raises:
-        ConfigError: config and checkpoint do not match.
-        CheckpointError: config and checkpoint do not match, or weights are not finite.
-    """
-    checkpoint = open_checkpoint(reference)
-    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
-    check_model(cfg)
-    label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
-    model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
-    check_finite_weights(model, checkpoint.path, label)
-    return OpenedModel(model.eval(), checkpoint, cfg, label)
-
-
-def check_finite_weights(model: torch.nn.Module, path: Path, label: str) -> None:
-    """Check that all weights of a model are finite.
-
-    Raises:
-        CheckpointError: a tensor has values that are not finite; the message names the file and the first such tensor.
-    """
-    for name, value in model.state_dict().items():
-        if num_invalid := int((~value.isfinite()).sum()):
-            raise CheckpointError(
-                f"{path}: {num_invalid} of {value.numel()} values of {name} in the {label} weights are not finite; use an "
-                "earlier checkpoint of the run, or other weights of this one (raw or ema)"
-            )
 
 
 def log_published(released: Released, result: EvalResult) -> None:

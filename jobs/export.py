@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from yacs.config import CfgNode
 
 from data.build import build_preprocessing
-from jobs.evaluate import OpenedModel, open_model
 from jobs.locate_checkpoint import Checkpoint
+from jobs.model import OpenedModel, open_model
 from models import build_arguments
 from models.checkpoints.reader import METADATA_KEY, CheckpointError, sha256
 from utils.config.keys import RECIPE_KEY_PREFIXES

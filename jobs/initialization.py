@@ -1,53 +1,19 @@
-"""Choose how a run is initialised, and check that a checkpoint to resume from matches the run's config and data."""
+"""Decide how a run starts, given its command and the contents of its output directory: resume > pretrained > scratch."""
 
-import logging
-from collections.abc import Mapping
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from yacs.config import CfgNode
 
-from data.build import Datasets
-from data.index import compare_descriptions, describe_index
-from engine.checkpoint_writer import BEST, check_format, keep_former_best, restore_best
-from engine.compatibility import check_state, compare_groups
-from engine.run_directory import build_output_path, check_available
-from engine.schedule import Schedule, build_schedule, global_batch_size
-from engine.trainer import TrainState
-from jobs.locate_checkpoint import check_same_file, locate
-from jobs.start import Candidate, Contents, check_training_state, choose_start, is_repeated, read_candidate, survey
-from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from utils.config.keys import KEYS, LINEAR_ATTENTION_KEYS
-from utils.config.loading import ConfigError, flatten, load_stored_config, show
+from engine.run_contents import Candidate, Contents, read_candidate, survey
+from engine.run_directory import check_available
+from jobs.locate_checkpoint import locate
 from utils.distributed import World, on_all, on_main
-
-logger = logging.getLogger(__name__)
-
-# Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
-ARCHITECTURE_KEY_PREFIXES = (
-    "MODEL.TYPE",
-    "MODEL.NUM_CLASSES",
-    "MODEL.SWIN.",
-    "MODEL.DEIT.",
-    *LINEAR_ATTENTION_KEYS,
-    "DATA.IMG_SIZE",
-)
-# Keys that determine the parameter groups of the optimizer; a resumed run must not change the groups.
-GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
-# Keys on which the accuracy of given weights depends.
-EVALUATION_KEYS = (
-    "DATA.INTERPOLATION",
-    "DATA.MEAN",
-    "DATA.STD",
-    "TEST.CLASS_MAP",
-    "TEST.CROP",
-    "TEST.CROP_MODE",
-    "TEST.CROP_PCT",
-    "TEST.INTERPOLATION",
-    "TEST.PRECISION",
-)
-MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume
+from utils.errors import ConfigError
+from utils.run_files import RECORD, build_output_path
+from utils.urls import is_url, without_secrets
 
 
 class Initialization(NamedTuple):
@@ -63,6 +29,14 @@ class Initialization(NamedTuple):
     checkpoint: str
     contents: Contents
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.checkpoint}".rstrip()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the checkpoint is in the output directory of the run."""
+        return is_inside(Path(self.checkpoint), self.contents.output)
+
 
 def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     """Choose the initial state of training, in this order of precedence.
@@ -73,8 +47,8 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     3. ``pretrained``: the weights of --pretrained.
     4. ``scratch``: random weights.
 
-    ``jobs.start.choose_start`` has the table of all cases. Nothing is written. --resume and --pretrained together are rejected,
-    see ``utils.config``. --eval does not use this function, see ``jobs.evaluate.choose_checkpoint``.
+    ``choose_checkpoint`` has the table of all cases. Nothing is written. --resume and --pretrained together are rejected, see
+    ``utils.config``. --eval does not use this function, see ``jobs.evaluate.choose_checkpoint``.
 
     Raises:
         ConfigError: the start is refused because of the contents of the output directory, or TRAIN.FREEZE_BACKBONE without
@@ -83,7 +57,12 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     """
     contents, repeated = on_main(world, partial(survey_output, cfg), long_timeout=True)
     requested = on_all(world, partial(locate, cfg.MODEL.RESUME)).path if cfg.MODEL.RESUME and not repeated else None
-    start = on_main(world, partial(choose_checkpoint, cfg, contents, requested))
+
+    def choose() -> Candidate | None:
+        candidate = read_candidate(requested) if requested is not None else None
+        return choose_checkpoint(contents, requested=candidate, auto_resume=cfg.TRAIN.AUTO_RESUME)
+
+    start = on_main(world, choose)
     if start is not None:
         return Initialization("resume", str(start.path), contents)
     if cfg.MODEL.PRETRAINED:
@@ -96,302 +75,109 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
 
 
 def survey_output(cfg: CfgNode) -> tuple[Contents, bool]:
-    """Contents of the output directory, and whether its run was started with the same --resume (see ``is_repeated``)."""
+    """Contents of the output directory, and whether the command repeats the one that started the run of the directory.
+
+    A command with --resume FILE is repeated once its run has saved a checkpoint: the run then resumes from the directory. FILE
+    is no longer needed, and the run that wrote it may have deleted it.
+    """
     output = build_output_path(cfg)
     check_available(output)
     contents = survey(output)
-    return contents, cfg.TRAIN.AUTO_RESUME and bool(cfg.MODEL.RESUME) and is_repeated(contents, cfg.MODEL.RESUME)
+    record = contents.record
+    repeated = (
+        bool(cfg.TRAIN.AUTO_RESUME and cfg.MODEL.RESUME and contents.usable)
+        and record is not None
+        and record.has_saved
+        and record.resumed_from == normalise(cfg.MODEL.RESUME)
+    )
+    return contents, repeated
 
 
-def choose_checkpoint(cfg: CfgNode, contents: Contents, requested: Path | None) -> Candidate | None:
-    """The checkpoint to resume from; None to start with other weights.
+def normalise(reference: str) -> str:
+    """Form of a value of --resume that does not depend on the working directory: an absolute path, or a URL without secrets."""
+    return without_secrets(reference) if is_url(reference) else os.path.abspath(os.path.expanduser(reference))
+
+
+def choose_checkpoint(contents: Contents, *, requested: Candidate | None, auto_resume: bool) -> Candidate | None:
+    """The checkpoint from which a run resumes; None if it starts with random or pretrained weights.
+
+    | the directory contains | same command | --resume FILE of the directory | --resume FILE elsewhere | AUTO_RESUME False |
+    |---|---|---|---|---|
+    | no file of a run | new run | | resume FILE here | new run |
+    | files of a run that was killed before its first checkpoint | new run | resume FILE | resume FILE here | new run |
+    | numbered checkpoints, best.pth | resume the newest | resume FILE if it is the newest | refuse | refuse |
+    | only best.pth | resume best.pth | resume FILE | refuse | refuse |
+    | no usable checkpoint, but damaged ones, metrics or others | refuse | resume FILE | refuse | refuse |
+    | checkpoints of several runs | refuse | refuse | refuse | refuse |
+
+    Each row also applies if there are unusable files with the names of checkpoints: they are renamed once the run starts.
+    --pretrained selects the weights of a new run, without effect if the run resumes. A finished run resumes, and ends at once.
+    A repeated command with --resume FILE is a "same command", see ``survey_output``.
 
     Args:
-        requested: the file of --resume; None if the command is repeated.
-    """
-    start = choose_start(
-        contents,
-        requested=None if requested is None else read_candidate(requested),
-        auto_resume=cfg.TRAIN.AUTO_RESUME,
-    )
-    if start is not None and start.path.name == BEST and requested is None:
-        logger.warning(
-            "%s: the run resumes from update %d, since no numbered checkpoint is as new; epochs after it are repeated",
-            start.path,
-            start.num_updates,
-        )
-    return start
-
-
-def read_resumed_checkpoint(cfg: CfgNode, world: World, init: Initialization) -> dict | None:
-    """Read the checkpoint to resume from, and check it against the config; None if the run does not resume."""
-    if init.kind != "resume":
-        return None
-    saved = on_all(world, partial(read_checkpoint, init.checkpoint))
-    check_same_file(world, init.checkpoint, partial(sha256, Path(init.checkpoint)))
-    on_all(world, partial(check_resumable, saved, cfg, world, init.checkpoint))
-    if not world.is_main:
-        return saved
-    log_config_changes(saved["config"], cfg, init.checkpoint)
-    if cfg.MODEL.PRETRAINED and flatten(saved["config"]).get("MODEL.PRETRAINED") != cfg.MODEL.PRETRAINED:
-        logger.warning(
-            "MODEL.PRETRAINED=%s: not read, since the run resumes from %s; choose another --tag to start from these weights",
-            cfg.MODEL.PRETRAINED,
-            init.checkpoint,
-        )
-    return saved
-
-
-def log_config_changes(stored: Mapping, cfg: CfgNode, path: str) -> None:
-    """Log how the config differs from that of the checkpoint to resume from.
-
-    The log line is a warning if the new value is the default: the command may not request this change, since the version that
-    wrote the checkpoint may have had another default.
-    """
-    old, new = flatten(stored), flatten(cfg)
-    for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key]:
-            default = new[key] == KEYS[key].default
-            logger.log(
-                logging.WARNING if default else logging.INFO,
-                "%s: %s was %s in the checkpoint, but is %s now%s",
-                path,
-                key,
-                show(old[key]),
-                show(new[key]),
-                ", the default" if default else "",
-            )
-    added = [f"{key} {new[key]!r}" for key in sorted(new.keys() - old.keys())]
-    if added:
-        logger.warning("%s: keys that are not stored in the checkpoint, and their values now: %s", path, ", ".join(added))
-
-
-def warn_about_environment(saved: dict, environment: Mapping, path: str) -> None:
-    """Warn if the checkpoint was written by another version of the project or of its packages, or on other hardware."""
-    stored = saved.get("environment")
-    if not isinstance(stored, Mapping):
-        return
-    changes = [
-        f"{name} was {show(stored[name])} and is {show(value)} now"
-        for name, value in environment.items()
-        if name != "command" and name in stored and stored[name] != value
-    ]
-    if changes:
-        logger.warning(
-            "%s was saved in another environment, so results may differ slightly from those of an uninterrupted run: %s",
-            path,
-            ", ".join(changes),
-        )
-
-
-def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
-    """Reject a file that is not a checkpoint of a run, and a config that is incompatible with the checkpoint.
+        requested: the checkpoint of --resume; None without --resume, or if the command is repeated.
+        auto_resume: TRAIN.AUTO_RESUME.
 
     Raises:
-        CheckpointError: the file does not contain the complete state of a run, or a later version of the project wrote it.
-        ConfigError: the architecture, the global batch size or the optimizer differs.
+        ConfigError: the start is refused, since files of the directory would be lost or mixed with those of another run.
     """
-    check_format(saved, path)
-    check_training_state(saved, path)
-    configured, stored = flatten(cfg), flatten(saved["config"])
-    for key, value in configured.items():
-        stored_value = stored.get(key, value)
-        if stored_value != value and key.startswith(ARCHITECTURE_KEY_PREFIXES):
+    output, usable = contents.output, contents.usable
+    inside = requested is not None and is_inside(requested.path, output)
+    check_single_run(contents, requested if inside else None)
+    has_run = bool(usable or contents.remains)
+    if requested is not None:
+        if not inside and has_run:
             raise ConfigError(
-                f"{path} was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
-                "resume. Start a new run with another --tag, and add --pretrained to start from these weights"
+                f"--resume {requested.path}: {output} already contains files of a run ({contents.name_files()}), so the "
+                "directory would then contain files of two runs. Choose another --tag to continue from this checkpoint in a "
+                f"new directory{', or leave out --resume to resume the run of this directory' if usable else ''}"
             )
-    stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
-    if stored_batch != batch:
-        raise ConfigError(
-            f"{path} was saved with a global batch size of {stored_batch}, but it is now {batch}. Keep the product of the "
-            "number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with --pretrained "
-            "and another --tag"
-        )
-    stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
-    if stored_optimizer != optimizer:
-        raise ConfigError(
-            f"{path} was saved with TRAIN.OPTIMIZER.NAME={stored_optimizer}; {optimizer} cannot load this optimizer state. "
-            "Restore the old optimizer, or start a new run with --pretrained and another --tag"
-        )
-
-
-def is_finished(saved: dict, cfg: CfgNode) -> bool:
-    """Whether a run has completed all its epochs and its last evaluation."""
-    num_epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
-    evaluated = saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"]
-    return saved["num_updates"] >= num_epochs * saved["updates_per_epoch"] and evaluated
-
-
-def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Load the state of a run from its checkpoint ``saved``.
-
-    Args:
-        path: path of the checkpoint to resume from, for messages.
-
-    Raises:
-        ConfigError: the number of updates per epoch or the parameter groups have changed.
-        CheckpointError: the checkpoint belongs to another model or optimizer.
-    """
-    if saved["updates_per_epoch"] != updates_per_epoch:
-        raise ConfigError(
-            f"{path} was saved with {saved['updates_per_epoch']} updates per epoch, but there are {updates_per_epoch} now, "
-            "so the data have changed. Restore them, or start a new run with --pretrained and another --tag"
-        )
-    check_groups(state, saved, cfg, path)
-    try:
-        check_state(state, saved)
-        state.load_dict(saved)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not match this model and optimizer ({error})") from None
-    logger.info("resumed after update %d", state.num_updates)
-
-
-def check_groups(state: TrainState, saved: dict, cfg: CfgNode, path: str) -> None:
-    """Reject a config whose parameter groups differ from those of the checkpoint.
-
-    Raises:
-        ConfigError: the message names the keys of the config that changed the groups.
-    """
-    difference = compare_groups(state.optimizer, saved["optimizer"])
-    stored, configured = flatten(saved["config"]), flatten(cfg)
-    before = {key: stored.get(key, KEYS[key].default) for key in GROUP_KEYS}
-    changed = [key for key in GROUP_KEYS if before[key] != configured[key]]
-    if difference and changed:
-        changes = ", ".join(f"{key} was {before[key]!r} and is {configured[key]!r} now" for key in changed)
-        raise ConfigError(
-            f"{path}: the parameter groups of the optimizer cannot change on resume: {changes}. Restore the value (--opts "
-            f"{' '.join(f'{key} {before[key]}' for key in changed)}), or start a new run with --pretrained and another --tag"
-        )
-    if difference:
-        raise CheckpointError(f"{path} does not match this model and optimizer ({difference})")
-
-
-def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, world_size: int, path: str) -> None:
-    """Warn if the learning rate grows suddenly on resume, as when TRAIN.EPOCHS of a finished run is raised.
-
-    Args:
-        schedule: schedule of the resumed run.
-    """
-    update = saved["num_updates"] - saved.get("num_skipped", 0)
-    try:
-        former = load_stored_config(
-            saved["config"], source=path, sections=("TRAIN.", "DATA.BATCH_SIZE", "DATA.GLOBAL_BATCH_SIZE")
-        )
-        before = build_schedule(former, updates_per_epoch=saved["updates_per_epoch"], world_size=world_size)
-    except ConfigError:  # the stored config is only compared; this version may reject its values
-        return
-    if before == schedule or update == 0 or schedule(update) <= MAX_LR_RATIO * before(update - 1):
-        return
-    logger.warning(
-        "the learning rate grows from %.3g at update %d to %.3g at update %d, since the schedule has changed (TRAIN.EPOCHS was "
-        "%d and is %d now), which may undo a part of the training. To train further at a low learning rate, fine-tune the best "
-        "weights: --pretrained %s --tag %s_longer --opts TRAIN.EPOCHS %d TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR %.3g",
-        before(update - 1),
-        update - 1,
-        schedule(update),
-        update,
-        former.TRAIN.EPOCHS,
-        cfg.TRAIN.EPOCHS,
-        Path(path).parent / BEST,
-        cfg.TAG,
-        max(cfg.TRAIN.EPOCHS - former.TRAIN.EPOCHS, 1),
-        cfg.TRAIN.BASE_LR / 10,
-    )
-
-
-def describe_data(datasets: Datasets, world: World) -> dict:
-    """Describe the training and validation images. Checkpoints store this description to detect changed data on resume."""
-    return on_main(
-        world,
-        lambda: {"train": describe_index(datasets.train.index), "val": describe_index(datasets.val.index)},
-        long_timeout=True,
-    )
-
-
-def check_data(
-    saved: dict | None, data: dict, path: str, *, accept_changes: bool = False, advise_acceptance: bool = True
-) -> dict[str, str]:
-    """Refuse to resume if the data have changed.
-
-    Otherwise, the run would continue with different images, or class ids would refer to different classes.
-
-    Args:
-        saved: the checkpoint to resume from; None if the run does not resume.
-        data: description of the current data, from ``describe_data``.
-        path: path of the checkpoint to resume from, for messages.
-        accept_changes: DATA.ACCEPT_CHANGES: allow changes that leave the names and the order of the classes as they are.
-        advise_acceptance: propose DATA.ACCEPT_CHANGES for such changes; False if the run could not resume with it either.
-
-    Returns:
-        The accepted changes: split -> description.
-
-    Raises:
-        ConfigError: the data have changed; the message describes the difference.
-    """
-    saved = saved or {}
-    stored, names = saved.get("data"), saved.get("class_names")
-    current = [name for name, *_ in data["train"]["classes"]]
-    if not stored and names and list(names) != current:  # checkpoints of earlier versions have no description of their data
-        raise ConfigError(f"{path} was saved with the classes {names}, but the classes are now {current}. Restore the data")
-    changes = {}
-    for split in ("train", "val") if stored else ():
-        change = compare_descriptions(stored[split], data[split])
-        if not change:
-            continue
-        same_classes = class_names(stored[split]) == class_names(data[split])
-        if not (accept_changes and same_classes):
-            advice = (
-                "if the change is intended, for example after an unreadable image was removed, add --opts DATA.ACCEPT_CHANGES "
-                "True; else restore the data"
-                if same_classes and advise_acceptance
-                else "restore them"
-            )
+        if inside and usable and usable[0].num_updates > requested.num_updates:
             raise ConfigError(
-                f"{path}: the data have changed since it was saved: in {split}/, {change}; {advice}, or start a new run with "
-                "--pretrained and another --tag"
+                f"{output} contains {usable[0].path.name}, but this run starts from the earlier update "
+                f"{requested.num_updates}, so the directory would then contain checkpoints of two runs. Leave out --resume to "
+                "resume from that checkpoint, or choose another --tag to continue from the earlier one in a new directory"
             )
-        changes[split] = change
-    return changes
+        return requested
+    if has_run and not auto_resume:
+        raise ConfigError(
+            f"TRAIN.AUTO_RESUME=False: {output} contains files of a run ({contents.name_files()}), so the directory would then "
+            "contain files of two runs. Choose another --tag, or move the directory away"
+            f"{', or resume that run with TRAIN.AUTO_RESUME True' if usable else ''}"
+        )
+    if has_run and not usable:
+        reasons = "".join(f"; {path.name}: {reason}" for path, reason in contents.unusable.items())
+        raise ConfigError(
+            f"{output} contains files of a run ({contents.name_files()}), but no checkpoint from which it could "
+            f"resume{reasons}. Choose another --tag to start a new run, or move the directory away; to resume, copy an intact "
+            "checkpoint of the run into the directory"
+        )
+    return usable[0] if usable else None
 
 
-def class_names(description: Mapping) -> list[str] | None:
-    """Names of the classes in a result of ``describe_index``, by class id; None if it is malformed."""
+def check_single_run(contents: Contents, requested: Candidate | None) -> None:
+    """Reject a directory with checkpoints of several runs: the rotation of one run would delete those of another one.
+
+    Args:
+        requested: the checkpoint of --resume, if it is in the directory.
+
+    Raises:
+        ConfigError: the message names a file of each run.
+    """
+    candidates = [*contents.usable, *([requested] if requested is not None else [])]
+    other = next((one for one in candidates if contents.run_id and one.run_id not in ("", contents.run_id)), None)
+    if other is None:
+        return
+    own = next((one.path.name for one in contents.usable if one.run_id == contents.run_id), RECORD)
+    raise ConfigError(
+        f"{contents.output} contains files of two runs: {other.path.name} is from another run than {own}. Move the files of "
+        "one of the runs to another directory, or choose another --tag"
+    )
+
+
+def is_inside(path: Path, output: Path) -> bool:
+    """Whether a file is directly in a directory."""
     try:
-        return [name for name, *_ in description["classes"]]
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def find_evaluation_change(saved: dict, cfg: CfgNode, accepted: Mapping[str, str]) -> str:
-    """Why accuracies of the resumed run cannot be compared with earlier ones; "" if they can.
-
-    Args:
-        accepted: accepted changes of the data, from ``check_data``.
-    """
-    stored, configured = flatten(saved["config"]), flatten(cfg)
-    changed = [key for key in EVALUATION_KEYS if stored.get(key, configured[key]) != configured[key]]
-    if "val" in accepted:
-        changed.append("the validation images")
-    return f"{' and '.join(changed)} changed after the best accuracy was measured" if changed else ""
-
-
-def restore_or_reset_best(saved: dict, output: Path, path: str, *, evaluation_change: str) -> bool:
-    """Repair the ``best.pth`` of the run that is resumed. On rank 0, after all checks.
-
-    Args:
-        output: directory with ``best.pth``.
-        path: path of the checkpoint to resume from.
-        evaluation_change: see ``find_evaluation_change``.
-
-    Returns:
-        Whether the best accuracy has to be reset, since its checkpoint is lost or it is not comparable. An existing
-        ``best.pth`` is then kept under another name.
-    """
-    if not evaluation_change and restore_best(output, saved, Path(path)):
+        return os.path.samefile(path.absolute().parent, output)
+    except OSError:  # the directory does not exist
         return False
-    if saved["best"]["num_updates"] >= 0:
-        reason = evaluation_change or "the best checkpoint of its run is not in the output directory"
-        logger.warning("%s: %s; the best accuracy is reset", path, reason)
-    keep_former_best(output)
-    return True

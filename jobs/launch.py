@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -17,36 +16,30 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yacs.config import CfgNode
 
-from data.files import DataError
 from data.workers import StalledWorkerError, kill_workers
 from engine.replay import replay_update
 from engine.schedule import accumulation_steps
 from jobs.evaluate import evaluate_checkpoint
+from jobs.model import check_model
 from jobs.throughput import measure_throughput
-from jobs.train import check_model, dry_run_training, train
-from models.checkpoints.reader import CheckpointError
-from utils.config.arguments import is_reporting_process
-from utils.config.loading import ConfigError
+from jobs.train import dry_run_training, train
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
-    OtherRankError,
     World,
     cleanup,
     is_lost_connection,
     lost_rank_error,
     setup,
 )
-from utils.errors import Stopped, TrainingError, describe
+from utils.errors import FAILED, USAGE_ERROR, OtherRankError, Stopped, TrainingError, exit_status, is_user_error, one_line
+from utils.launcher import is_reporting_process
 from utils.log import FILE_ONLY, setup_logging
 from utils.stop import StopRequest
 from utils.text import printable
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit status: the job cannot continue
-USAGE_ERROR = 2  # exit status: the command, config, data or checkpoint is unusable, or the disk is full
-STOPPED = 75  # exit status: a signal stopped training; the same command resumes it (EX_TEMPFAIL of sysexits.h)
 SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of the process
 # Parts of the messages of torch for a full /dev/shm.
 SHARED_MEMORY_ERRORS = (
@@ -57,7 +50,6 @@ SHARED_MEMORY_ERRORS = (
     "Bus error",
     "out of shared memory",
 )
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingError)
 
 
 def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
@@ -132,17 +124,6 @@ def leave(error: BaseException, world: World | None) -> NoReturn:
         end_process(status)
 
 
-def exit_status(error: BaseException) -> int:
-    """Exit status of a process after an error or a stop."""
-    if isinstance(error, Stopped):
-        return STOPPED
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, (*USER_ERRORS, OtherRankError)) and not isinstance(error, TrainingError):
-        return USAGE_ERROR
-    return FAILED
-
-
 def report(error: BaseException, world: World | None) -> None:
     """Log an error or a stop: one line if its reason is known, else the traceback, which torchrun prints again at its end."""
     is_main = world is None or world.is_main
@@ -202,7 +183,7 @@ def flush_output() -> None:
 
 def describe_known_error(error: BaseException, world: World | None) -> str | None:
     """The message, with its remedy, of a known error; None for any other error."""
-    if isinstance(error, (*USER_ERRORS, LostRankError, StalledWorkerError)):
+    if is_user_error(error) or isinstance(error, (TrainingError, LostRankError, StalledWorkerError)):
         return without_traceback(error)
     text = without_traceback(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -227,7 +208,7 @@ def describe_known_error(error: BaseException, world: World | None) -> str | Non
 
 def without_traceback(error: BaseException) -> str:
     """Message of an error on one line. Errors of loader workers contain a traceback; only its message is used."""
-    text = describe(error)
+    text = one_line(error)
     if "Original Traceback" not in text:
         return text
     name = re.escape(type(error).__name__)

@@ -9,18 +9,16 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from data.classes import imagenet_classes
-from engine.checkpoint_writer import BEST
 from models.checkpoints.download import fetch
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from models.checkpoints.released import RELEASED, Released
 from utils.config.keys import PREDICTION_KEY_PREFIXES, STORED_KEY_PREFIXES
-from utils.config.loading import ConfigError, flatten, load_config, load_stored_config, show
+from utils.config.loading import CONFIGS, ConfigError, flatten, load_config, load_stored_config, show
 from utils.distributed import World, on_all, on_main
+from utils.run_files import BEST
 from utils.urls import is_url, reveal, without_secrets
 
 logger = logging.getLogger(__name__)
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True)

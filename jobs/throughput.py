@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from engine.optim import amp_dtype
-from jobs.attention_backend import choose_attention
+from jobs.model import choose_attention
 from models import build_model
 from utils.config.loading import image_size
 from utils.distributed import World

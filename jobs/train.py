@@ -7,47 +7,46 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
-from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
-from data.classes import ClassMatch, compare_classes, find_order
-from engine.checkpoint_writer import FORMAT, is_best_current, restore_best, set_aside
+from data.build import DeviceLoader, TrainLoader, build_datasets, build_eval_loader, build_mixup, build_train_loader
+from data.index import describe_index
+from engine.checkpoint_writer import FORMAT, set_aside
 from engine.dry_run import dry_run
-from engine.metrics_writer import MetricsWriter, lacks_evaluations, restore_evaluations
+from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
-from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, build_output_path, write_record
+from engine.run_contents import check_unchanged
+from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
-from engine.trainer import NO_BEST, Recipe, Trainer, TrainState, check_trained
-from jobs.attention_backend import choose_attention
-from jobs.initialization import (
-    Initialization,
+from engine.trainer import NO_BEST, Recipe, Trainer, TrainState
+from jobs.initialization import Initialization, choose_initialization, normalise
+from jobs.locate_checkpoint import check_same_file
+from jobs.model import choose_attention, load_pretrained
+from jobs.resume import (
     check_data,
-    choose_initialization,
-    describe_data,
-    find_evaluation_change,
-    is_finished,
+    describe_finished_run,
+    end_finished_run,
+    prepare_best,
     read_resumed_checkpoint,
-    restore_or_reset_best,
     resume,
     warn_about_environment,
     warn_about_learning_rate,
+    work_after,
 )
-from jobs.locate_checkpoint import check_same_file, stored_class_names
-from jobs.start import check_unchanged, is_inside, normalise
 from models import build_model
-from models.checkpoints.loading import fill_model
-from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from utils.config.loading import ConfigError, to_dict
+from models.checkpoints.reader import CheckpointError, sha256
+from utils.config.loading import to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.environment import apply_numerical_settings, describe_environment
+from utils.errors import ConfigError
 from utils.log import FILE_ONLY, collect_records, setup_logging
+from utils.run_files import build_output_path
 from utils.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -69,19 +68,20 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     earlier = collect_records()
     apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
-    logger.info("%s on %s, output in %s; start: %s %s", format_process_count(world), world.device.type, output, *init[:2])
+    logger.info("%s on %s, output in %s; start: %s", format_process_count(world), world.device.type, output, init)
     saved = read_resumed_checkpoint(cfg, world, init)
-    if saved is not None and is_finished(saved, cfg):
-        end_finished_run(saved, world, init)
+    if saved is not None and work_after(saved, cfg).is_finished:
+        end_finished_run(saved, cfg, world, init)
         return
     environment = on_main(world, partial(describe_environment, world.device, world.size))
     logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
     logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
     if saved is not None and world.is_main:
         warn_about_environment(saved, environment, init.checkpoint)
-    trainer = build_trainer(cfg, world, init, saved, output=output, find_unused_parameters=find_unused_parameters)
+    data = build_data(cfg, world, init, saved)
+    trainer = build_trainer(cfg, world, init, saved, data, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
-    run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, trainer.metadata["data"]))
+    run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
     setup_logging(world.rank, output, earlier=earlier)
     if reset_best:
         trainer.state.best = dict(NO_BEST)
@@ -110,7 +110,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
 
 
 def open_directory(
-    directory: RunDirectory, cfg: CfgNode, init: Initialization, saved: dict | None, data: dict
+    directory: RunDirectory, cfg: CfgNode, init: Initialization, saved: dict | None, changed_data: Mapping[str, str]
 ) -> tuple[str, bool]:
     """Lock the output directory and prepare it for the run. On rank 0, after all checks.
 
@@ -118,7 +118,7 @@ def open_directory(
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.
-        data: description of the current data, from ``describe_data``.
+        changed_data: accepted changes of the data, from ``check_data``.
 
     Returns:
         The id of the run, and whether the best accuracy has to be reset.
@@ -144,9 +144,7 @@ def open_directory(
             write_record(output, RunRecord(run_id, has_saved=bool(contents.usable), resumed_from=resumed_from))
         if saved is None:
             return run_id, False
-        accepted = check_data(saved, data, init.checkpoint, accept_changes=True)
-        change = find_evaluation_change(saved, cfg, accepted)
-        return run_id, restore_or_reset_best(saved, output, init.checkpoint, evaluation_change=change)
+        return run_id, prepare_best(saved, cfg, output, init.checkpoint, changed_data=changed_data)
     except OSError as error:
         directory.close()
         raise ConfigError(
@@ -155,49 +153,6 @@ def open_directory(
     except CheckpointError:
         directory.close()
         raise
-
-
-def end_finished_run(saved: dict, world: World, init: Initialization) -> None:
-    """Log that a run is finished. If ``best.pth`` or the evaluations in ``metrics.jsonl`` are incomplete, repair them first."""
-    check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
-    output, path = init.contents.output, Path(init.checkpoint)
-    if is_inside(path, output):
-        on_main(world, partial(repair_finished_run, saved, output, path))
-    logger.info("%s", describe_finished_run(init))
-
-
-def describe_finished_run(init: Initialization) -> str:
-    """Message that the run is finished, with the remedy."""
-    if is_inside(Path(init.checkpoint), init.contents.output):
-        return f"{init.checkpoint}: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag"
-    return (
-        f"{init.checkpoint}: this run is finished, so nothing is written to {init.contents.output}; raise "
-        "TRAIN.EPOCHS to continue it there, or start a new run from its weights with --pretrained instead of --resume"
-    )
-
-
-def repair_finished_run(saved: dict, output: Path, path: Path) -> None:
-    """Repair ``best.pth`` and ``metrics.jsonl`` of a finished run, if necessary, under the lock of its directory."""
-    evaluations = saved.get("evaluations", [])
-    lacks_metrics = lacks_evaluations(output, evaluations)
-    if is_best_current(output, saved) and not lacks_metrics:
-        return
-    directory = RunDirectory(output)
-    directory.open()
-    try:
-        if lacks_metrics:
-            restore_evaluations(output, saved["num_updates"], evaluations)
-        repaired = restore_best(output, saved, path)
-    finally:
-        directory.close()
-    if not repaired:
-        logger.warning(
-            "%s: the best checkpoint of this run (after update %d, Acc@1 %.3f) is lost: neither best.pth nor a numbered "
-            "checkpoint contains it",
-            output,
-            saved["best"]["num_updates"],
-            saved["best"]["acc1"],
-        )
 
 
 def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
@@ -209,17 +164,18 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
     init = choose_initialization(cfg, world)
     directory = on_main(world, lambda: create_temporary_directory(init.contents.output))
     lock = RunLock(directory)
-    logger.info("%s on %s, start: %s %s", format_process_count(world), world.device.type, *init[:2])
+    logger.info("%s on %s, start: %s", format_process_count(world), world.device.type, init)
     try:
         on_main(world, lock.acquire)
         for path, reason in init.contents.unusable.items() if world.is_main else ():
             logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)
-        if saved is not None and is_finished(saved, cfg):
+        if saved is not None and work_after(saved, cfg).is_finished:
             logger.warning("%s", describe_finished_run(init))
         if saved is not None and world.is_main:
             warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
-        trainer = build_trainer(cfg, world, init, saved, output=directory, find_unused_parameters=find_unused_parameters)
+        data = build_data(cfg, world, init, saved)
+        trainer = build_trainer(cfg, world, init, saved, data, output=directory, find_unused_parameters=find_unused_parameters)
         dry_run(trainer)
         logger.info("no problem found: leave out --check to start")
     finally:
@@ -228,36 +184,73 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             shutil.rmtree(directory, ignore_errors=True)
 
 
+class RunData(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+        train, val: loaders of this process.
+        classes: class names by class id.
+        description: of the images, see ``describe_index``. Checkpoints store it to detect changed data on resume.
+        changes: accepted changes since the checkpoint was saved, see ``check_data``.
+    """
+
+    train: TrainLoader
+    val: DeviceLoader
+    classes: Sequence[str]
+    description: dict
+    changes: Mapping[str, str]
+
+
+def build_data(cfg: CfgNode, world: World, init: Initialization, saved: dict | None) -> RunData:
+    """Build the loaders of a run, and check that its data are those of the checkpoint.
+
+    Args:
+        saved: the checkpoint to resume from; None if the run does not resume.
+    """
+    scan = partial(on_main, world, long_timeout=True)  # rank 0 lists the images
+    datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, run_once=scan)
+    splits = {"train": datasets.train.index, "val": datasets.val.index}
+    description = scan(lambda: {split: describe_index(index) for split, index in splits.items()})
+    placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
+    val_loader = build_eval_loader(cfg, datasets.val, **placement)
+    changes = {}
+    if saved is not None:
+        can_accept = saved["updates_per_epoch"] == train_loader.updates_per_epoch
+        accept = cfg.DATA.ACCEPT_CHANGES
+        changes = check_data(saved, description, init.checkpoint, accept_changes=accept, advise_acceptance=can_accept)
+    for split, change in changes.items() if world.is_main else ():
+        logger.warning("DATA.ACCEPT_CHANGES=True: the run resumes with changed data: in %s/, %s", split, change)
+    return RunData(train_loader, val_loader, datasets.train.index.classes, description, changes)
+
+
 def build_trainer(
-    cfg: CfgNode, world: World, init: Initialization, saved: dict | None, *, output: Path, find_unused_parameters: bool
+    cfg: CfgNode,
+    world: World,
+    init: Initialization,
+    saved: dict | None,
+    data: RunData,
+    *,
+    output: Path,
+    find_unused_parameters: bool,
 ) -> Trainer:
-    """Build the trainer of a run in its initial or resumed state, and check that the data and the checkpoint match.
+    """Build the trainer of a run in its initial or resumed state.
 
     Args:
         saved: the checkpoint to resume from; None if the run does not resume.
         output: directory of checkpoints and replay files.
     """
-    datasets = build_datasets(
-        cfg, training=True, rank=world.rank, world_size=world.size, run_once=partial(on_main, world, long_timeout=True)
-    )
-    data = describe_data(datasets, world)
-    placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
-    train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
-    val_loader = build_eval_loader(cfg, datasets.val, **placement)
-    can_accept = saved is not None and saved["updates_per_epoch"] == train_loader.updates_per_epoch
-    changes = check_data(saved, data, init.checkpoint, accept_changes=cfg.DATA.ACCEPT_CHANGES, advise_acceptance=can_accept)
-    for split, change in changes.items() if world.is_main else ():
-        logger.warning("DATA.ACCEPT_CHANGES=True: the run resumes with changed data: in %s/, %s", split, change)
+    updates_per_epoch = data.train.updates_per_epoch
     mixup = build_mixup(cfg, rank=world.rank)
-    state = build_initial_state(cfg, world, init, datasets.train.index.classes)
+    state = build_initial_state(cfg, world, init, data.classes)
     model = state.model
     if saved is not None:
-        on_all(world, partial(resume, state, saved, cfg, train_loader.updates_per_epoch, init.checkpoint))
+        on_all(world, partial(resume, state, saved, cfg, updates_per_epoch, init.checkpoint))
 
-    schedule = build_schedule(cfg, updates_per_epoch=train_loader.updates_per_epoch, world_size=world.size)
+    schedule = build_schedule(cfg, updates_per_epoch=updates_per_epoch, world_size=world.size)
     if saved is not None and world.is_main:
         warn_about_learning_rate(saved, cfg, schedule, world.size, init.checkpoint)
-    log_recipe(cfg, world, model, schedule.base_lr, train_loader)
+    log_recipe(cfg, world, model, schedule.base_lr, data.train)
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     return Trainer(
@@ -265,8 +258,8 @@ def build_trainer(
         model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
         schedule=schedule,
-        train_loader=train_loader,
-        val_loader=val_loader,
+        train_loader=data.train,
+        val_loader=data.val,
         mixup=mixup,
         recipe=build_recipe(cfg, world),
         world=world,
@@ -275,9 +268,9 @@ def build_trainer(
             "format": FORMAT,
             "environment": {"attention": attention},
             "config": to_dict(cfg),
-            "class_names": list(datasets.train.index.classes),
-            "data": data,
-            "updates_per_epoch": train_loader.updates_per_epoch,
+            "class_names": list(data.classes),
+            "data": data.description,
+            "updates_per_epoch": updates_per_epoch,
             "global_batch_size": global_batch_size(cfg, world.size),
         },
         draw=build_attention_pictures(cfg, world),
@@ -307,45 +300,6 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
     )
 
 
-def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], world: World) -> None:
-    """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
-
-    If it was trained with the same classes in another order, its rows are reordered.
-
-    Args:
-        classes: class names of the training data.
-    """
-    state = read_checkpoint(path)
-    report = fill_model(model, state, weights="auto", path=path)
-    names = stored_class_names(state)
-    if report.head is not None:  # trained with another number of classes
-        return
-    match, difference = compare_classes(classes, names)
-    if match is ClassMatch.REORDERED and names:
-        reorder_head(model, find_order(classes, names))
-    if not difference or not world.is_main:
-        return
-    if match is ClassMatch.UNVERIFIED:
-        logger.info("%s: the rows of the loaded head are matched with the classes by class id: %s", path, difference)
-    elif match is ClassMatch.REORDERED:
-        consequence = "its rows have been reordered" if names else "its rows are kept in their order"
-        logger.warning("%s: the loaded head may have another order of classes: %s; %s", path, difference, consequence)
-    else:
-        logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
-
-
-@torch.no_grad()
-def reorder_head(model: nn.Module, order: Sequence[int]) -> None:
-    """Reorder the classes of a model's head.
-
-    Args:
-        order: the present class id of each new class id.
-    """
-    head = model.get_classifier()
-    for parameter in head.parameters():
-        parameter.copy_(parameter[list(order)])
-
-
 def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures | None":
     """Build the object that draws attention maps of ATTENTION_IMAGE for TensorBoard; None if ATTENTION_IMAGE is empty.
 
@@ -357,19 +311,6 @@ def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures |
     from jobs.inspect import AttentionPictures  # imports matplotlib, which takes a second
 
     return on_all(world, partial(AttentionPictures, cfg, world.device))
-
-
-def check_model(cfg: CfgNode) -> None:
-    """Check that the model can be built, without allocating memory.
-
-    Raises:
-        ConfigError: the model cannot be built.
-    """
-    try:
-        with torch.device("meta"):
-            build_model(cfg)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
 
 
 def format_process_count(world: World) -> str:

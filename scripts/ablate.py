@@ -99,7 +99,8 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
     Returns None if the run is not finished.
     """
-    from engine.metrics_writer import METRICS, read_records
+    from engine.metrics_writer import read_records
+    from utils.run_files import METRICS
 
     records = read_records(run.folder / METRICS)
     last = [record for record in records if record["kind"].startswith("eval_") and record.get("epoch") == num_epochs - 1]

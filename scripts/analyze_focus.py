@@ -22,8 +22,8 @@ def analyze(args: argparse.Namespace) -> None:
     from analysis.pictures import draw_measures, draw_ranks
     from analysis.summary import HEADER, csv_rows, report, summarise
     from engine.run_directory import check_writable
-    from jobs.evaluate import open_model
     from jobs.inspect import InspectedImages
+    from jobs.model import open_model
     from jobs.predict import find_images
     from utils.log import setup_logging
     from utils.progress import progress

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import ConfigError, TrainingError
+from utils.errors import USAGE_ERROR, ConfigError, TrainingError
 from utils.files import can_write, replacing
 from utils.text import printable
 
@@ -89,7 +89,7 @@ def reporting_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, TrainingError) as error:  # ConfigError, DataError and CheckpointError are ValueErrors
-        parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
+        parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

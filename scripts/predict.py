@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from data.build import build_preprocessing
     from engine.report import draw_predictions
     from engine.run_directory import check_writable
-    from jobs.evaluate import open_model
+    from jobs.model import open_model
     from jobs.predict import class_names, find_images, predict, read_thumbnail
     from utils.log import setup_logging
 

@@ -40,7 +40,7 @@ def as_fractions(pixels: list[tuple[int, int]], height: int, width: int) -> list
 
 def open_at_token_grid(args: argparse.Namespace):
     """Open the model. If --token-grid is set, choose the input size so that the token map of the first block has this size."""
-    from jobs.evaluate import open_model
+    from jobs.model import open_model
 
     inspected = open_model(args.resume, args.cfg, args.opts, weights=args.weights)
     if not args.token_grid:

@@ -33,12 +33,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
-from engine.checkpoint_writer import BEST, is_numbered, list_checkpoints, num_updates_of
+from engine.run_contents import survey
 from engine.run_directory import RunLock
-from jobs.start import survey
 from models.checkpoints.reader import read_checkpoint
 from utils.config.loading import ConfigError
 from utils.files import replacing
+from utils.run_files import BEST, is_numbered, list_checkpoints, num_updates_of
 from utils.stop import SIGNALS
 
 ROOT = Path(__file__).parent.parent

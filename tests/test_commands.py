@@ -14,11 +14,10 @@ import torch
 
 import main
 import main_ema
-from engine.checkpoint_writer import list_checkpoints
 from engine.schedule import global_batch_size
 from engine.trainer import NO_BEST
 from jobs.initialization import choose_initialization
-from jobs.train import check_model
+from jobs.model import check_model
 from models import build_model
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
@@ -26,6 +25,7 @@ from tests.launch import run_main
 from utils.config.arguments import FLAGS, check_usage, overrides, parse_arguments
 from utils.config.loading import flatten, load_config, to_dict
 from utils.distributed import World
+from utils.run_files import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 EIGHT_PROCESSES = World(0, 0, 8, torch.device("cpu"))  # rank 0 of 8 processes
@@ -128,7 +128,7 @@ def test_commands_of_the_reference_resolve_to_the_expected_job_model_and_config(
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     args = parse_arguments("")
     cfg = load_config(args.cfg, overrides(args, ema=script == "main_ema.py"))
-    check_usage(args, cfg, CONFIGS)
+    check_usage(args, cfg)
     check_model(cfg)
     assert ("evaluate" if args.eval else choose_initialization(cfg, EIGHT_PROCESSES).kind) == job
     assert tmp_path / "IMAGENET" == Path(cfg.DATA.DATA_PATH)

@@ -15,6 +15,8 @@ from tests.conftest import FAST
 from tests.launch import run_script
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import flatten, load_config
+from utils.errors import FAILED, STOPPED, USAGE_ERROR
+from utils.stop import SIGNALS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +78,7 @@ def test_main_py_commands_parse_and_their_configs_load(page, words, monkeypatch,
     cfg = load_config(args.cfg, overrides(args)) if args.cfg else None
     if args.eval and args.resume.startswith("output/"):
         args.resume = args.cfg = __file__  # any existing file: there is no checkpoint in output/
-    check_usage(args, cfg, main.CONFIGS)
+    check_usage(args, cfg)
 
 
 @pytest.mark.parametrize("script", sorted({words[1] for _, words in SCRIPTS}))
@@ -131,3 +133,9 @@ def test_documented_config_keys_exist_and_python_blocks_parse(page):
 
 def test_the_configuration_page_is_up_to_date():
     assert document_config.PAGE.read_text() == document_config.create_page(), "run python scripts/document_config.py"
+
+
+def test_the_documented_exit_statuses_are_those_of_the_code():
+    table = (ROOT / "docs/outputs.md").read_text().split("## Exit status")[1]
+    documented = {int(number) for cell in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for number in cell.split(",")}
+    assert documented == {0, FAILED, USAGE_ERROR, STOPPED, *(128 + number for number in SIGNALS)}

@@ -13,14 +13,15 @@ import torch
 import engine.metrics_writer
 import jobs.evaluate
 import jobs.train
-from engine.checkpoint_writer import list_checkpoints, save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from engine.metrics_writer import MetricsWriter
+from engine.run_contents import Contents, find_unusable_entries
 from engine.run_directory import RunLock, check_available
 from engine.trainer import check_trained
-from jobs.initialization import Initialization, check_data, is_finished, resume
+from jobs.initialization import Initialization
 from jobs.locate_checkpoint import open_checkpoint
-from jobs.start import Contents, find_unusable_entries
-from jobs.train import build_trainer
+from jobs.resume import check_data, resume, work_after
+from jobs.train import build_data, build_trainer
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
@@ -28,6 +29,7 @@ from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
 from utils.errors import TrainingError
+from utils.run_files import list_checkpoints
 
 # Test case -> invalid entry of a checkpoint.
 INVALID_ENTRIES = {
@@ -255,7 +257,7 @@ def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, l
     """The run has 4 epochs and 1 cooldown epoch, of 10 updates each."""
     cfg = load_config(toy_config, ["TRAIN.EPOCHS", 4, "TRAIN.COOLDOWN_EPOCHS", 1])
     saved = {"num_updates": num_updates, "updates_per_epoch": 10, "last_evaluation": last_evaluation}
-    assert is_finished(saved, cfg) is expected
+    assert work_after(saved, cfg).is_finished is expected
 
 
 def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
@@ -395,7 +397,8 @@ def test_use_checkpoint_enables_gradient_checkpointing_of_the_trained_model(toy_
         cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "TRAIN.USE_CHECKPOINT", enabled])
         world = World(0, 0, 1, torch.device("cpu"))
         init = Initialization("scratch", "", Contents(tmp_path))
-        trainer = build_trainer(cfg, world, init, None, output=tmp_path, find_unused_parameters=False)
+        data = build_data(cfg, world, init, None)
+        trainer = build_trainer(cfg, world, init, None, data, output=tmp_path, find_unused_parameters=False)
         assert trainer.state.model.grad_checkpointing is enabled
 
 
@@ -420,7 +423,8 @@ def test_a_pretrained_head_for_other_classes_is_loaded_with_a_warning(
     cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)])
     init = Initialization("pretrained", str(tmp_path / "pretrained.pth"), Contents(tmp_path))
     world = World(0, 0, 1, torch.device("cpu"))
-    trainer = build_trainer(cfg, world, init, None, output=tmp_path, find_unused_parameters=False)
+    data = build_data(cfg, world, init, None)
+    trainer = build_trainer(cfg, world, init, None, data, output=tmp_path, find_unused_parameters=False)
     label = preferred_weights(state)
     head = state["model" if label == "raw" else "state_dict_ema"]["head.weight"]
     assert torch.equal(trainer.state.model.head.weight, head)

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint_writer import list_checkpoints
-from engine.run_directory import LOCK, RunRecord, write_record
+from engine.run_directory import RunRecord, write_record
 from jobs.evaluate import choose_checkpoint
 from jobs.initialization import choose_initialization
 from models.checkpoints.reader import read_checkpoint
-from tests.conftest import CONFIGS, write_images
+from tests.conftest import write_images
 from tests.launch import run_main
 from tests.runs import assert_equal, run_state, toy_arguments
 from tests.soak import read_state
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
+from utils.run_files import LOCK, list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -379,7 +379,7 @@ def test_resume_precedes_auto_resume_which_precedes_pretrained(
     def decide():
         args = parse_arguments("")
         cfg = load_config(args.cfg, overrides(args))
-        check_usage(args, cfg, CONFIGS)
+        check_usage(args, cfg)
         return ("evaluate", choose_checkpoint(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
 
     if expected[0] == "refused":

@@ -8,23 +8,21 @@ import pytest
 import torch
 
 from data.index import describe_index, index_folder
-from engine.checkpoint_writer import list_checkpoints
 from engine.compatibility import compare_groups
 from engine.optim import build_optimizer
 from engine.replay import check_images
-from engine.run_directory import RECORD
+from engine.run_contents import Contents
 from engine.schedule import build_schedule
-from jobs.initialization import (
+from jobs.initialization import Initialization
+from jobs.locate_checkpoint import log_differences
+from jobs.resume import (
     ARCHITECTURE_KEY_PREFIXES,
     GROUP_KEYS,
-    Initialization,
     log_config_changes,
     resume,
     warn_about_environment,
     warn_about_learning_rate,
 )
-from jobs.locate_checkpoint import log_differences
-from jobs.start import Contents
 from jobs.train import build_initial_state
 from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
@@ -35,6 +33,7 @@ from tests.soak import read_state
 from utils.config.keys import KEYS
 from utils.config.loading import ConfigError, flatten, load_config
 from utils.distributed import World
+from utils.run_files import RECORD, list_checkpoints
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

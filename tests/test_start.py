@@ -1,6 +1,7 @@
 """Starts of runs, given a command and the contents of the output directory, and the files that change (docs/training.md)."""
 
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -13,10 +14,10 @@ import torch
 
 import engine.trainer
 import jobs.train
-from engine.checkpoint_writer import BEST, FORMAT, checkpoint_path, list_checkpoints
-from engine.run_directory import RECORD, RunDirectory, RunLock, RunRecord, read_record, write_record
+from engine.checkpoint_writer import FORMAT
+from engine.run_contents import survey
+from engine.run_directory import RunDirectory, RunLock, RunRecord, read_record, write_record
 from jobs.initialization import Initialization, choose_initialization
-from jobs.start import survey
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
@@ -25,6 +26,7 @@ from tests.runs import assert_equal, run_state, toy_arguments
 from tests.soak import read_state
 from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
+from utils.run_files import BEST, RECORD, checkpoint_path, list_checkpoints
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -304,6 +306,20 @@ def test_an_invalid_run_record_counts_as_missing(content, tmp_path):
     assert read_record(tmp_path) is None
 
 
+def test_a_record_without_a_format_is_read_and_one_of_a_later_format_is_refused(toy_config, tmp_path):
+    folder = tmp_path / "toy/default"
+    folder.mkdir(parents=True)
+    build_numbered(folder)
+    write_record(folder, RunRecord("a", has_saved=True))
+    written = json.loads((folder / RECORD).read_text())
+    assert written.pop("format") == 1
+    (folder / RECORD).write_text(json.dumps(written))  # as earlier versions wrote it
+    assert read_record(folder) == RunRecord("a", has_saved=True)
+    (folder / RECORD).write_text(json.dumps(written | {"format": 2, "new": 0}))
+    with pytest.raises(ConfigError, match=r"run.json has format 2, but .* reads formats up to 1. Update .* another --tag"):
+        choose_initialization(load_config(toy_config, ["OUTPUT", str(tmp_path)]), WORLD)
+
+
 def test_the_record_of_a_run_that_has_saved_is_not_replaced_at_a_later_start(toy_config, tmp_path):
     """Even if its checkpoints are deleted, and it resumes from a copy of one of them."""
     build_deleted_checkpoints(tmp_path)
@@ -514,6 +530,7 @@ def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_i
         outcome = first.result()
     assert outcome.exit_codes == [2], outcome.output
     assert f"{folder} was moved or removed while the run was writing" in outcome.output
+    assert "Traceback" not in outcome.output
     if action.endswith("started"):
         assert snapshot(folder) == before
     else:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from utils.errors import describe
+from utils.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -118,4 +118,4 @@ class BackgroundWrite:
         try:
             self.wait()
         except BaseException as error:
-            logger.error("%s", describe(error))
+            logger.error("%s", one_line(error))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import describe
+from utils.errors import FAILED, USAGE_ERROR, OtherRankError, exit_status, one_line
 from utils.launcher import read_launch
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ COLLECTIVE_TIMEOUT = 600.0  # seconds
 LONG_TIMEOUT = timedelta(hours=1)  # used while rank 0 lists a data set, which may have a million files on a slow disk
 SECONDS_TO_REGISTER = 5.0  # maximum wait for ranks to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
-
-
-class OtherRankError(RuntimeError):
-    """Another process failed in a task that all processes wait for; that process reports the reason."""
 
 
 class MissingDeviceError(ValueError):
@@ -337,19 +333,19 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
     Raises:
         OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
     """
-    outcome: list = [None, None]
+    outcome: list = [None, None, None]  # result, message of an error and its exit status
     error = None
     if world.is_main:
         try:
             outcome[0] = task()
         except (Exception, SystemExit) as caught:  # the other processes wait for the result
-            error, outcome[1] = caught, f"{type(caught).__name__}: {caught}"
+            error, outcome[1:] = caught, [f"{type(caught).__name__}: {caught}", exit_status(caught)]
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group if long_timeout else None)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise OtherRankError(f"rank 0 failed: {outcome[1]}")
+        raise OtherRankError(f"rank 0 failed: {outcome[1]}", outcome[2])
     return outcome[0]
 
 
@@ -365,11 +361,12 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
         result = task()
     except (Exception, SystemExit) as caught:  # the other processes wait for the result
         error = caught
-    failures = int(sum_over_processes(torch.tensor(float(error is not None), device=world.device)))
+    counts = [error is not None, error is not None and exit_status(error) != USAGE_ERROR]
+    failures, failures_of_the_job = map(int, sum_over_processes(torch.tensor(counts, dtype=torch.float, device=world.device)))
     if error is not None:
         raise error
     if failures:
-        raise OtherRankError(f"{failures} of {world.size} processes failed")
+        raise OtherRankError(f"{failures} of {world.size} processes failed", FAILED if failures_of_the_job else USAGE_ERROR)
     return result
 
 
@@ -390,7 +387,7 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
     """
     missing = _find_missing_ranks(world)
     what = f"rank(s) {', '.join(map(str, missing))} lost" if missing else "the connection between the processes is lost"
-    reason = describe(error).split("] ")[-1].split(". ")[0]
+    reason = one_line(error).split("] ")[-1].split(". ")[0]
     return LostRankError(
         f"{what}: a process ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended, see "
         "its output above for the reason. The same command resumes from the newest checkpoint"

@@ -1,25 +1,70 @@
-"""Atomic replacement of files, and identity of directories."""
+"""Atomic replacement of files, file locks, and identity of directories."""
 
 import csv
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from utils.text import csv_cell
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, then rename that file to ``path`` atomically; on an error, delete it."""
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.incomplete{path.suffix}")  # unique per writer
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to, then rename that file to ``path`` atomically; on an error, delete it.
+
+    Args:
+        temporary: the temporary path, for a file with a single writer; by default, a unique path next to ``path``.
+    """
+    if temporary is None:
+        temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.incomplete{path.suffix}")
+    else:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # an error here would hide the reason of an earlier one
+            temporary.unlink(missing_ok=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Flush the entries of a directory to the disk, on file systems that support this."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        logger.debug("%s: the directory could not be synced (%s)", folder, error)
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file for this process. The lock is released when the process closes the file, ends or is killed.
+
+    Returns:
+        False if the platform or the file system does not support locks.
+
+    Raises:
+        BlockingIOError: another process has locked the file.
+    """
+    try:
+        import fcntl
+
+        # Unlike flock locks, lockf locks belong to a single process, so loader workers do not inherit them.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(*error.args) from None
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 import os
 from typing import NamedTuple
 
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 # Numbers of tasks in the variables of srun, Open MPI, MPICH and Intel MPI, MVAPICH, and jsrun. These launchers do not set RANK.
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
@@ -51,6 +51,11 @@ def read_launch() -> Launch:
         raise ConfigError(f"MASTER_ADDR is not set, but RANK={rank} is; {OR_SINGLE}")
     _read("MASTER_PORT", minimum=1)
     return Launch(True, rank, local_rank, size)
+
+
+def is_reporting_process() -> bool:
+    """Whether this process prints usage errors; one process per machine does."""
+    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _read(name: str, *, minimum: int = 0) -> int:

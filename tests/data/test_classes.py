@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo
 from data.build import build_datasets
 from data.classes import ClassMatch, check_classes, compare_classes
 from jobs.locate_checkpoint import Location, open_checkpoint
-from jobs.train import load_pretrained
+from jobs.model import load_pretrained
 from models import build_model
 from models.checkpoints.released import RELEASED
 from scripts import average_checkpoints, export, predict

@@ -19,8 +19,8 @@ from yacs.config import CfgNode
 
 from engine import checkpoint_writer
 from engine.checkpoint_writer import save_checkpoint
+from engine.run_contents import survey
 from engine.trainer import NO_BEST
-from jobs.start import survey
 from models import create_model
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import CheckpointError, read_checkpoint, stored_weights, verify
@@ -197,16 +197,16 @@ def test_a_damaged_file_is_renamed_without_overwriting_earlier_ones(saved):
     assert len(list(saved.parent.glob("checkpoint_000000002.pth.damaged*"))) == 2
 
 
-def test_restore_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
+def test_find_best_accepts_only_the_checkpoint_of_the_best_evaluation(saved):
     """A damaged file, or a checkpoint with another update or accuracy, is not accepted."""
     best, state = saved.with_name("best.pth"), {"num_updates": 9, "best": {"acc1": 50.0, "num_updates": 5}}
     save_checkpoint({"num_updates": 5, "best": state["best"]}, best)
-    assert checkpoint_writer.restore_best(best.parent, state, saved)
+    assert checkpoint_writer.find_best(best.parent, state, saved) == best
     for other in ({"num_updates": 5, "best": {"acc1": 40.0, "num_updates": 5}}, {"num_updates": 4, "best": state["best"]}):
         save_checkpoint(other, best)
-        assert not checkpoint_writer.restore_best(best.parent, state, saved)
+        assert checkpoint_writer.find_best(best.parent, state, saved) is None
     damage(best, "empty")
-    assert not checkpoint_writer.restore_best(best.parent, state, saved)
+    assert checkpoint_writer.find_best(best.parent, state, saved) is None
 
 
 def test_a_best_checkpoint_that_is_no_longer_compared_is_kept_under_another_name_unless_it_is_damaged(saved):
@@ -223,7 +223,8 @@ def test_a_best_checkpoint_that_is_no_longer_compared_is_kept_under_another_name
 
 
 def test_a_run_without_an_evaluation_needs_no_best_checkpoint(saved):
-    assert checkpoint_writer.restore_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved)
+    best = saved.with_name("best.pth")
+    assert checkpoint_writer.find_best(saved.parent, {"num_updates": 9, "best": dict(NO_BEST)}, saved) == best
     assert not saved.with_name("best.pth").exists()
 
 

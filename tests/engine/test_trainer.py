@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import engine.trainer
-from engine.checkpoint_writer import BEST, list_checkpoints
 from engine.evaluation import EvalResult
 from engine.optim import build_ema, build_optimizer, build_scaler
 from engine.step import Report
@@ -20,6 +19,7 @@ from tests.runs import LinearClassifier, assert_equal
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
 from utils.errors import Stopped, TrainingError
+from utils.run_files import BEST, list_checkpoints
 
 DEVICE = torch.device("cpu")
 UPDATES_PER_EPOCH = 4

@@ -14,11 +14,11 @@ import engine.trainer
 import utils.background
 from data.datasets import ImageDataset
 from data.workers import StallCheck, StalledWorkerError, WatchedDataset
-from engine.checkpoint_writer import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
+from utils.run_files import list_checkpoints
 
 pytestmark = pytest.mark.reliability
 

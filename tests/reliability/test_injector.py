@@ -16,13 +16,14 @@ import pytest
 import engine.dry_run
 import main
 import scripts.evaluate_all
-from engine.checkpoint_writer import BEST, list_checkpoints, save_checkpoint
+from engine.checkpoint_writer import save_checkpoint
 from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
 from tests.injection import ERRORS, Call, Fault, draw_fault, inject, read_calls, record_calls
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from tests.soak import find_difference, read_state
+from utils.run_files import BEST, list_checkpoints
 
 pytestmark = pytest.mark.reliability
 SECONDS_TO_END = 30
@@ -30,7 +31,7 @@ OPTIONS = ("TRAIN.EPOCHS", 2, "SAVE_STEPS", 2, "DATA.NUM_WORKERS", 2, "COLLECTIV
 # Functions that only run after an error; a second error in them must not keep the process alive either.
 HANDLERS = [
     "jobs/launch.py:leave",
-    "jobs/launch.py:exit_status",
+    "utils/errors.py:exit_status",
     "jobs/launch.py:report",
     "jobs/launch.py:describe_known_error",
     "jobs/launch.py:without_traceback",
@@ -40,9 +41,9 @@ HANDLERS = [
     "data/workers.py:kill_workers",
     "utils/background.py:BackgroundWrite.close",
     "utils/background.py:Sink.flush",
-    "utils/log.py:MetricsWriter.close",
+    "engine/metrics_writer.py:MetricsWriter.close",
     "engine/run_directory.py:RunDirectory.close",
-    "utils/errors.py:describe",
+    "utils/errors.py:one_line",
 ]
 
 

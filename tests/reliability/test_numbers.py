@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import jobs.train
-from engine.checkpoint_writer import list_checkpoints
 from engine.optim import build_optimizer, build_scaler
 from engine.replay import find_non_finite
 from engine.step import train_step
@@ -22,6 +21,7 @@ from tests.launch import run_main
 from tests.runs import LinearClassifier, toy_arguments
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
+from utils.run_files import list_checkpoints
 
 pytestmark = pytest.mark.reliability
 UPDATE = 3  # the update at which a fault is injected, counted from 0

@@ -19,9 +19,9 @@ import torch
 
 from engine.optim import build_ema, build_optimizer, build_scaler
 from engine.trainer import TrainState
-from jobs.evaluate import check_model, load_models
-from jobs.initialization import check_resumable, resume
 from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_config
+from jobs.model import check_model, load_models
+from jobs.resume import check_resumable, resume
 from models import build_model
 from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint
 from tests.launch import run_main

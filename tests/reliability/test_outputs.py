@@ -14,11 +14,11 @@ import engine.metrics_writer
 import engine.trainer
 import utils.log
 import utils.progress
-from engine.checkpoint_writer import BEST, list_checkpoints
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, toy_arguments
 from tests.soak import read_state
+from utils.run_files import BEST, list_checkpoints
 
 pytestmark = pytest.mark.reliability
 

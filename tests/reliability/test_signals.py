@@ -11,11 +11,11 @@ import pytest
 import engine.evaluation
 import engine.trainer
 import jobs.train
-from engine.checkpoint_writer import list_checkpoints
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, torchrun, wait_for
 from tests.runs import assert_equal, toy_arguments
 from tests.soak import newest_update, read_state
+from utils.run_files import list_checkpoints
 from utils.stop import SECONDS_OF_ONE_REQUEST, SIGNALS
 
 pytestmark = pytest.mark.reliability

@@ -17,14 +17,13 @@ import torch
 import torch.distributed as dist
 
 import utils.distributed
+from data.files import DataError
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.config.arguments import is_reporting_process
 from utils.config.loading import ConfigError
 from utils.distributed import (
     LostRankError,
     MissingDeviceError,
-    OtherRankError,
     agree_on_launch_id,
     check_device_is_not_shared,
     check_driver,
@@ -37,7 +36,8 @@ from utils.distributed import (
     sum_over_processes,
     warn_about_unused_devices,
 )
-from utils.launcher import TASK_COUNTS, read_launch
+from utils.errors import OtherRankError, exit_status
+from utils.launcher import TASK_COUNTS, is_reporting_process, read_launch
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -88,17 +88,18 @@ def test_world_size_and_local_rank_variables_are_ignored_without_rank(monkeypatc
 
 
 def fail_in_one_rank(world) -> None:
-    for error in (ValueError("injected"), SystemExit("injected")):
+    """The process that fails raises its own error; the other one ends with the same exit status."""
+    for error, status in ((ValueError("injected"), 1), (SystemExit("injected"), 1), (DataError("injected"), 2)):
 
         def task(failing_rank: int, error: BaseException = error) -> int:
             if world.rank == failing_rank:
                 raise error
             return world.rank
 
-        with pytest.raises(type(error) if world.rank == 1 else OtherRankError):
-            on_all(world, partial(task, 1))
-        with pytest.raises(type(error) if world.rank == 0 else OtherRankError):
-            on_main(world, partial(task, 0))
+        for run, failing_rank in ((on_all, 1), (on_main, 0)):
+            with pytest.raises(type(error) if world.rank == failing_rank else OtherRankError) as raised:
+                run(world, partial(task, failing_rank))
+            assert exit_status(raised.value) == status
     assert on_all(world, lambda: world.rank) == world.rank
 
 

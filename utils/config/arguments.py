@@ -12,7 +12,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.loading import ConfigError, option_keys, similar_name
+from utils.config.loading import CONFIGS, ConfigError, option_keys, similar_name
+from utils.run_files import BEST, build_output_path, has_checkpoints
 from utils.urls import is_url
 
 
@@ -124,12 +125,11 @@ def overrides(args: argparse.Namespace, *, ema: bool = False) -> list:
     return pairs
 
 
-def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) -> None:
+def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     """Reject conflicting flags and missing files.
 
     Args:
         cfg: None if --cfg is not given: with --replay, or with --eval to use the config stored in the checkpoint.
-        configs: directory of the shipped configs; their file names are the model names.
 
     Raises:
         ConfigError: a conflict or a missing file; the message includes the flag or key, and the remedy.
@@ -150,7 +150,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         if args.resume and args.pretrained:
             raise ConfigError("--resume and --pretrained: give only one of them")
         name = "--pretrained" if args.pretrained else "--resume"
-        _check_weights(name, args.resume or args.pretrained, configs)
+        _check_weights(name, args.resume or args.pretrained)
         _check_data_path(args)
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
@@ -162,10 +162,10 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     # A run that resumes from its output directory reads neither the file of MODEL.PRETRAINED nor, if the command is repeated,
     # that of MODEL.RESUME. These files may be missing; ``jobs.initialization`` finds out whether they are needed.
-    resumes = cfg.TRAIN.AUTO_RESUME and _has_checkpoints(Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG)
+    resumes = cfg.TRAIN.AUTO_RESUME and has_checkpoints(build_output_path(cfg))
     for key in ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key] and not (resumes and not args.eval):
-            _check_weights(f"MODEL.{key}", cfg.MODEL[key], configs)
+            _check_weights(f"MODEL.{key}", cfg.MODEL[key])
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path == "imagenet") and not Path(path).is_file():
@@ -174,19 +174,6 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None, configs: Path) ->
         if not cfg.DATA.DATA_PATH:
             raise ConfigError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
-
-
-def _has_checkpoints(folder: Path) -> bool:
-    """Whether a run directory has checkpoints. Does not use ``engine.checkpoint_writer``, whose import takes seconds."""
-    try:
-        return (folder / "best.pth").is_file() or any(folder.glob(f"checkpoint_{'[0-9]' * 9}*.pth"))
-    except OSError:
-        return False
-
-
-def is_reporting_process() -> bool:
-    """Whether this process prints usage errors; one process per machine does."""
-    return "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _check_data_path(args: argparse.Namespace) -> None:
@@ -202,7 +189,7 @@ def _check_folder(name: str, path: str) -> None:
         raise ConfigError(f"{name}={path}: no such directory; give the directory with train/ and val/")
 
 
-def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
+def _check_weights(name: str, checkpoint: str) -> None:
     """Reject a checkpoint that is not a URL, a file, a directory with ``best.pth``, or a model name."""
     if not checkpoint:
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
@@ -210,10 +197,10 @@ def _check_weights(name: str, checkpoint: str, configs: Path) -> None:
     if is_url(checkpoint) or os.path.isfile(path):
         return
     if os.path.isdir(path):
-        if not (path / "best.pth").is_file():
-            raise ConfigError(f"{name}={checkpoint} is a directory without best.pth; give a checkpoint file")
+        if not (path / BEST).is_file():
+            raise ConfigError(f"{name}={checkpoint} is a directory without {BEST}; give a checkpoint file")
         return
-    models = [file.stem for file in configs.glob("*.yaml")]
+    models = [file.stem for file in CONFIGS.glob("*.yaml")]
     if checkpoint not in models:
         near = get_close_matches(checkpoint, models, n=1) if not path.suffix else []
         hint = f"; did you mean the model {near[0]}?" if near else ""

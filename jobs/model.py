@@ -1,0 +1,197 @@
+"""The model of a job: build it, load the weights of a checkpoint, and choose how it computes focused linear attention."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from data.classes import ClassMatch, compare_classes, find_order
+from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_class_names
+from models import build_model
+from models.checkpoints.loading import fill_model
+from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint, stored_weights
+from models.kernel_selection import choose_backend, set_backend
+from utils.config.keys import STORED_KEY_PREFIXES
+from utils.config.loading import load_config
+from utils.distributed import World, gather_on_main, on_main
+from utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# The maximum number of values in a model is MAX_GROWTH times the number of weights in its file, plus MAX_NEW_VALUES.
+MAX_GROWTH = 4
+MAX_NEW_VALUES = 100_000_000
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Check that the model can be built, without allocating memory.
+
+    Raises:
+        ConfigError: the model cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
+
+
+def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype], cfg: CfgNode, world: World) -> str:
+    """Choose the backend of the models, which have the same architecture, according to MODEL.LA.BACKEND, and log it.
+
+    The kernels are used only if they pass the self-check in every process, so that all processes compute the same.
+
+    Args:
+        dtypes: precisions of the forward passes of this job.
+
+    Returns:
+        ``triton kernels``, or ``torch, because ...``.
+
+    Raises:
+        ConfigError: MODEL.LA.BACKEND is ``triton``, but a process cannot use the kernels.
+    """
+    models, requested = list(models), cfg.MODEL.LA.BACKEND
+    reasons = gather_on_main(world, choose_backend(models[0], world.device, sorted(set(dtypes), key=str), requested))
+    reason = on_main(world, lambda: next(filter(None, reasons), ""))
+    if reason and requested == "triton":
+        raise ConfigError(f"MODEL.LA.BACKEND=triton: {reason}; to use torch operations, set --opts MODEL.LA.BACKEND auto")
+    for model in models:
+        set_backend(model, "torch" if reason else "triton")
+    description = f"torch, because {reason}" if reason else "triton kernels"
+    logger.info("attention: %s", description)
+    return description
+
+
+def load_models(checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
+    """Build one model per label, with the checkpoint's weights of that label.
+
+    Args:
+        labels: labels of the weights, each raw or ema.
+
+    Raises:
+        CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
+    """
+    check_size(checkpoint, cfg)
+    models = {}
+    for label in labels:
+        models[label] = build_model(cfg).to(device)
+        report = fill_model(models[label], checkpoint.state, weights=label, path=checkpoint.path)
+        if report.missing or report.reinitialised or report.unused:
+            remedy = "choose the config that this file was trained with, or leave out --cfg if the file contains its config"
+            if report.head is not None:
+                remedy = f"set MODEL.NUM_CLASSES {report.head[0]}; data with other classes need TEST.CLASS_MAP"
+            raise CheckpointError(f"{report}. Every weight is required: {remedy}")
+    return models
+
+
+def check_size(checkpoint: Checkpoint, cfg: CfgNode) -> None:
+    """Check, before memory is allocated, that the config does not describe a much larger model than the one in the file.
+
+    Raises:
+        CheckpointError: the model is too large.
+    """
+    with torch.device("meta"):
+        size = sum(value.numel() for value in build_model(cfg).state_dict().values())
+    stored = [sum(value.numel() for value in weights.values()) for weights in stored_weights(checkpoint.state).values()]
+    if size > MAX_GROWTH * max(stored, default=0) + MAX_NEW_VALUES:  # position tables grow with the input size
+        raise CheckpointError(
+            f"{checkpoint.path} contains {max(stored, default=0)} weights, but its config describes a model of {size}; choose "
+            "the config that this file was trained with"
+        )
+
+
+class OpenedModel(NamedTuple):
+    """A model in evaluation mode, its checkpoint, its config, and the label of its weights (raw or ema)."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    cfg: CfgNode
+    weights: str
+
+
+def open_model(
+    reference: str,
+    config: Sequence[str] | None,
+    opts: Sequence,
+    *,
+    weights: str,
+    device: torch.device | str = "cpu",
+    prefixes: Sequence[str] = STORED_KEY_PREFIXES,
+) -> OpenedModel:
+    """Open a model with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        reference: checkpoint, in any form that --resume accepts.
+        config: paths of config files; None or empty for the checkpoint's own config.
+        opts: KEY, VALUE, ... that override the config.
+        weights: raw, ema or auto.
+        prefixes: prefixes of the keys to read from the checkpoint's own config, see ``stored_config``.
+
+    Raises:
+        ConfigError: config and checkpoint do not match.
+        CheckpointError: config and checkpoint do not match, or weights are not finite.
+    """
+    checkpoint = open_checkpoint(reference)
+    cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
+    check_model(cfg)
+    label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
+    model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
+    check_finite_weights(model, checkpoint.path, label)
+    return OpenedModel(model.eval(), checkpoint, cfg, label)
+
+
+def check_finite_weights(model: nn.Module, path: Path, label: str) -> None:
+    """Check that all weights of a model are finite.
+
+    Raises:
+        CheckpointError: a tensor has values that are not finite; the message names the file and the first such tensor.
+    """
+    for name, value in model.state_dict().items():
+        if num_invalid := int((~value.isfinite()).sum()):
+            raise CheckpointError(
+                f"{path}: {num_invalid} of {value.numel()} values of {name} in the {label} weights are not finite; use an "
+                "earlier checkpoint of the run, or other weights of this one (raw or ema)"
+            )
+
+
+def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], world: World) -> None:
+    """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
+
+    If it was trained with the same classes in another order, its rows are reordered.
+
+    Args:
+        classes: class names of the training data.
+    """
+    state = read_checkpoint(path)
+    report = fill_model(model, state, weights="auto", path=path)
+    names = stored_class_names(state)
+    if report.head is not None:  # trained with another number of classes
+        return
+    match, difference = compare_classes(classes, names)
+    if match is ClassMatch.REORDERED and names:
+        reorder_head(model, find_order(classes, names))
+    if not difference or not world.is_main:
+        return
+    if match is ClassMatch.UNVERIFIED:
+        logger.info("%s: the rows of the loaded head are matched with the classes by class id: %s", path, difference)
+    elif match is ClassMatch.REORDERED:
+        consequence = "its rows have been reordered" if names else "its rows are kept in their order"
+        logger.warning("%s: the loaded head may have another order of classes: %s; %s", path, difference, consequence)
+    else:
+        logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
+
+
+@torch.no_grad()
+def reorder_head(model: nn.Module, order: Sequence[int]) -> None:
+    """Reorder the classes of a model's head.
+
+    Args:
+        order: the present class id of each new class id.
+    """
+    head = model.get_classifier()
+    for parameter in head.parameters():
+        parameter.copy_(parameter[list(order)])
