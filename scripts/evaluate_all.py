@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import check_outputs, create_parser, reporting_errors
-from utils.config.loading import ConfigError
+from utils.errors import USAGE_ERROR, ConfigError
 from utils.files import write_csv
 from utils.text import printable
 
@@ -107,7 +107,7 @@ def main() -> None:
         cleanup()
     except BaseException as error:  # loader workers and other processes must end too
         leave(error, world)
-    sys.exit(2 if failed else 0)
+    sys.exit(USAGE_ERROR if failed else 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from jobs.export import FORMATS, ExportError, export
 from scripts.command_line import create_parser, reporting_errors
+from utils.errors import FAILED
 from utils.text import printable
 
 
@@ -31,7 +32,7 @@ def main() -> None:
         try:
             files = export(**vars(args))
         except ExportError as error:
-            parser.exit(1, f"{parser.prog}: error: {printable(error)}\n")
+            parser.exit(FAILED, f"{parser.prog}: error: {printable(error)}\n")
     for name, text in files.items():
         print(f"{printable(args.folder / name)}: {text}")
     print(f"{printable(args.folder / 'README.md')}: model card")

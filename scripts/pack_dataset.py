@@ -29,6 +29,7 @@ from data.datasets import ImageDataset, open_image
 from data.files import DataError
 from data.index import Index, index_folder, index_tar, index_zip
 from data.workers import end_with_parent
+from utils.errors import USAGE_ERROR
 from utils.log import setup_logging
 from utils.progress import progress
 from utils.text import printable
@@ -265,7 +266,7 @@ def main() -> None:
         try:
             packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
         except (DataError, OSError) as error:
-            parser.exit(2, f"{parser.prog}: error: {printable(error)}\n")
+            parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
         size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
         print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
     print(f"options for main.py: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")

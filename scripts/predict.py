@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import check_positive, create_parser, reporting_errors
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
+from utils.errors import FAILED, ConfigError
 from utils.files import write_csv, write_json
 from utils.text import escape
 
@@ -92,7 +93,7 @@ def main() -> None:
         if args.cfg:
             load_config(args.cfg, args.opts)  # reports config errors before torch is imported
         unreadable = run(args)
-    sys.exit(1 if unreadable else 0)
+    sys.exit(FAILED if unreadable else 0)
 
 
 if __name__ == "__main__":
