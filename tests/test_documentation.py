@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import main
+from models import list_models
 from scripts import document_config
 from tests.conftest import FAST
 from tests.launch import run_script
@@ -47,7 +48,7 @@ def test_pages_contain_commands_of_known_programs_only():
     assert len(MAIN_COMMANDS) > 10
     assert len(SCRIPTS) > 12
     others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in MAIN_COMMANDS + SCRIPTS}
-    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source", "torchrun"}
+    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source", "torchrun", "mutmut"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,9 +88,7 @@ def test_scripts_have_the_flags_that_the_pages_use(script, tmp_path):
     used = {(tuple(words[2:3]), word) for _, words in SCRIPTS if words[1] == script for word in words if word.startswith("--")}
     module = import_module(script.removesuffix(".py").replace("/", "."))
     for next_words, flag in used:
-        subcommand = [
-            word for word in next_words if re.fullmatch(r"[a-z]+", word) and script.endswith(("benchmark.py", "mutate.py"))
-        ]
+        subcommand = [word for word in next_words if re.fullmatch(r"[a-z]+", word) and script.endswith("benchmark.py")]
         outcome = run_script(module, [*subcommand, "--help"], tmp_path / "log")
         assert flag in outcome.output, (script, flag)
 
@@ -113,7 +112,9 @@ def test_documented_selections_of_tests_are_not_empty(arguments, tmp_path):
 
 def test_documented_test_files_exist():
     paths = {word for arguments in INLINE_PYTEST for word in arguments if word.startswith("tests/")}
-    assert len(paths) > 3
+    mutated = re.search(r"^\[tool\.mutmut\]\n(.*?)(?=^\[|\Z)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    paths |= set(re.findall(r'"([\w/]+\.py)"', mutated.group(1)))
+    assert len(paths) > 5
     assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
@@ -129,6 +130,25 @@ def test_documented_config_keys_exist_and_python_blocks_parse(page):
         assert key in known | sections | {"TRAIN.EPOCH"}, key  # TRAIN.EPOCH is an example of a misspelled key
     for block in code_blocks(page, "python"):
         ast.parse(block)
+
+
+def models_in_readme() -> set[str]:
+    """Names in the column "sizes"; in a row, names after the first are suffixes, such as ``_s`` after ``flatten_swin_t``."""
+    names = set()
+    for cell in re.findall(r"^\| FLatten-\S+ \|([^|]+)\|", (ROOT / "README.md").read_text(), re.MULTILINE):
+        first, *suffixes = re.findall(r"`(\w+)`", cell)
+        names |= {first} | {first.rpartition("_")[0] + suffix for suffix in suffixes}
+    return names
+
+
+def test_every_model_is_in_the_tables_of_the_readme_and_of_the_page_about_models():
+    rows = re.findall(r"^\| `(flatten_\w+)` \|", (ROOT / "docs/models.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == list_models()
+    assert sorted(models_in_readme()) == list_models()
+
+
+def test_every_model_has_a_config():
+    assert {load_config(ROOT / f"configs/{name}.yaml").MODEL.NAME for name in list_models()} == set(list_models())
 
 
 def test_the_configuration_page_is_up_to_date():

@@ -35,6 +35,11 @@ USER_MODULES = ("models/__init__.py", "data/__init__.py", "utils.py", "weights.p
 ABSENT = ("yacs", "tensorboard", "termcolor", "sklearn", "scipy", "matplotlib")
 
 
+def lines(name: str) -> list[str]:
+    """The lines of a file of requirements, without comments."""
+    return [text for line in (ROOT / name).read_text().splitlines() if (text := line.split("#")[0].strip())]
+
+
 def build(tmp_path: Path, hook: str) -> Path:
     """Copy what the package is built from, and build a wheel with the hook (PEP 517, 660) that pip calls."""
     source = tmp_path / "source"
@@ -98,7 +103,13 @@ def test_the_version_is_the_date_of_the_newest_changes(metadata):
 def test_the_models_require_torch_timm_and_safetensors_in_the_versions_of_the_repository(metadata):
     requirements = metadata.get_all("Requires-Dist")
     assert {Requirement(text).name for text in requirements} == {"torch", "timm", "safetensors"}
-    assert set(requirements) <= {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert set(requirements) <= set(lines("requirements.txt"))
+
+
+def test_the_lock_has_an_allowed_version_of_every_requirement_and_no_address():
+    locked = dict(line.split("==") for line in lines("requirements.lock"))
+    for requirement in map(Requirement, lines("requirements.txt")):
+        assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
 def names_of_installed(requirements: list[str]) -> set[str]:
