@@ -16,15 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from models import cswin, pvt, swin
 from models.compared_attention import (
-    EPS,
+    COMPARED_ATTENTIONS,
     SoftmaxAttention,
     efficient_attention,
-    focus,
-    linear_attention,
     relu_attention,
     softmax_attention,
 )
-from models.linear_attention import FocusedLinearAttention
+from models.linear_attention import FocusedLinearAttention, mean_weights
+from models.plain_attention import EPS, features, focus, linear_attention, split_heads, unpack
+from models.positions import resize_grid
 from models.windows import partition_windows
 
 SOFTMAX_MODULES = (SoftmaxAttention, cswin.SoftmaxStripes, pvt.SoftmaxAttention)
@@ -69,11 +69,10 @@ class Attention:
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """Attention weights without the convolution: (G, H, N, M); (G, C, N, M) for ``hydra``, where each channel is a head."""
-        if not self.is_linear:
-            similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
-            return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
-        q, k = (x.transpose(1, 2).flatten(2) for x in (self.q, self.k))
-        return self.module.attention_matrix(q, k, key_grid=self.key_grid, key_mask=self.key_mask)
+        if self.is_linear:
+            return linear_weights(self.module, self.q, self.k, self.key_grid, self.key_mask)
+        similarity = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
+        return (similarity if self.bias is None else similarity + self.bias).softmax(dim=-1)
 
     @torch.no_grad()
     def convolution(self, queries: Sequence[int] | None = None, *, mean: bool = False) -> Tensor | None:
@@ -105,6 +104,52 @@ class Attention:
         return compare(form, self.q, self.k)
 
 
+def linear_weights(
+    module: FocusedLinearAttention, q: Tensor, k: Tensor, key_grid: tuple[int, int], key_mask: Tensor | None = None
+) -> Tensor:
+    """Attention weights of a module of any kind, without its convolution; zero for masked keys.
+
+    Args:
+        q, k: (G, H, N, D) and (G, H, M, D).
+        key_grid: height and width of the token map of the keys.
+        key_mask: (G, M), False for masked keys.
+
+    Returns:
+        (G, H, N, M); (G, C, N, M) for ``hydra``, where each channel is a head.
+    """
+    mask = None
+    if key_mask is not None:  # if all keys are masked, the module attends to all of them, with values of zero
+        mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, :, None]
+    if module.kind == "focused":
+        weights = focused_weights(module, q, k, key_grid, mask)
+    elif (compared := COMPARED_ATTENTIONS[module.kind]).single_head:
+        q, k = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (q, k))
+        one_hot = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)[:, None, None, :, None]
+        weights = compared.function(q, k, one_hot, mask)[:, :, 0].permute(1, 3, 2, 0)  # from (M, G, 1, N, C)
+    else:
+        weights = compared.function(q, k, one_hot_values(k), mask)
+    return weights if key_mask is None else weights * key_mask[:, None, None]
+
+
+def focused_weights(
+    module: FocusedLinearAttention, q: Tensor, k: Tensor, key_grid: tuple[int, int], mask: Tensor | None
+) -> Tensor:
+    """Similarities of the features of queries and keys (eq. 6), divided by their mean over the unmasked keys plus EPS."""
+    scale = F.softplus(module.scale)
+    position = resize_grid(module.positional_encoding, module.key_grid, key_grid, module.num_prefix_tokens)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = (x.transpose(1, 2).flatten(2).to(dtype) for x in (q, k))  # the norms of the features are over all heads
+    q, k = (split_heads(features(x, scale, module.power), module.num_heads) for x in (q, k + position))
+    weights = q @ k.transpose(-2, -1)
+    weights = weights / k.shape[-2] if mask is None else weights * mean_weights(mask, k.dtype).transpose(-2, -1)
+    return weights / (weights.sum(dim=-1, keepdim=True) + EPS)
+
+
+def one_hot_values(k: Tensor) -> Tensor:
+    """Values (..., M, M) for which the output of an attention function equals its weights."""
+    return torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
+
+
 def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
     """Attention weights (..., N, M) of one of ``FORMS`` for q (..., N, D) and k (..., M, D).
 
@@ -119,8 +164,7 @@ def compare(form: str, q: Tensor, k: Tensor, *, power: float = 3) -> Tensor:
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r}: choose one of {', '.join(FORMS)}")
-    # With one-hot values, the output of an attention function equals its weights.
-    one_hot = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:-1], -1)
+    one_hot = one_hot_values(k)
     if form == "softmax":
         return softmax_attention(q, k, one_hot)
     if form == "efficient":
@@ -279,15 +323,16 @@ def _record_linear(
     module: FocusedLinearAttention,
     attend: Callable[..., Tensor],
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
+    grid: tuple[int, int] | None = None,
+    key_grid: tuple[int, int] | None = None,
     key_mask: Tensor | None = None,
-    **grids: tuple[int, int],
 ) -> Tensor:
-    out = attend(q, k, v, key_mask=key_mask, **grids)
-    grid = grids.get("grid") or module.grid
-    key_grid = grids.get("key_grid") or (grid if module.key_grid == module.grid else module.key_grid)
+    out = attend(q, k, v, grid=grid, key_grid=key_grid, key_mask=key_mask)
+    q, k, v = unpack(q, k, v)
+    grid, key_grid = module.grids_of_call(grid, key_grid)
     if key_mask is not None:
         v = v * key_mask.unsqueeze(-1)
     heads = [x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]

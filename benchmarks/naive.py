@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from models.cswin import LinearStripes
 from models.linear_attention import DepthwiseFilters, FocusedLinearAttention
+from models.plain_attention import unpack
 
 EPS = 1e-6
 
@@ -56,12 +57,12 @@ def use_naive_attention(model: nn.Module) -> nn.Module:
     """Replace the linear attention of a model by ``naive_attention``, in place. Returns the model."""
 
     def replace(module: FocusedLinearAttention) -> None:
-        def attend(q, k, v, *, grid=None, key_grid=None, key_mask=None):
+        def attend(q, k=None, v=None, *, grid=None, key_grid=None, key_mask=None):
             if key_mask is not None:
                 raise ValueError(
                     "the naive implementation does not support masks; choose an --img-size for which no window is padded"
                 )
-            return naive_attention(q, k, v, module, grid or module.grid)
+            return naive_attention(*unpack(q, k, v), module, grid or module.grid)
 
         module.attend = attend
 

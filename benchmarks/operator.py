@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.counting import TrafficCounter, num_bytes
 from benchmarks.naive import naive_attention
 from benchmarks.timing import speedup, time_in_turn
-from models.fused_attention import split_channels
 from models.kernel_selection import choose_backend
 from models.linear_attention import FocusedLinearAttention
 from models.windows import merge_windows, partition_windows
@@ -34,7 +33,7 @@ def create_attentions(
 
     def focused(qkv: Tensor, backend: str) -> Tensor:
         operator.backend = backend
-        return operator(*split_channels(qkv, 3))
+        return operator(qkv)
 
     grid, num_heads = (side, side), operator.num_heads
 

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from models import kernel_operator, kernels
 from models.kernel_operator import COMPILER_OPTIONS, choose_precision, fill
 from models.kernel_selection import Variant, random_inputs, run_form
+from models.plain_attention import Options
 
 
 class AbsentGPU:
@@ -57,7 +58,7 @@ def compile_kernels(
 
     variant = Variant(torch.device("cpu"), dtype, head_dim, side, power, masked, choose_precision(dtype))
     inputs = random_inputs(variant, num_images=2, num_heads=num_heads, grid=grid)
-    options = {"num_heads": num_heads, "power": power, "grid": grid, "num_prefix_tokens": 1}
+    options = Options(num_heads, power, *grid, num_prefix_tokens=1)
     with (
         mock.patch.object(driver, "_active", AbsentGPU(capability)),
         mock.patch.object(kernel_operator, "launch", compile_only),

@@ -1,6 +1,4 @@
-"""Linear attention, and the attention functions that the paper compares with focused linear attention.
-
-The paper is FLatten Transformer (https://arxiv.org/abs/2308.00442); equation numbers refer to it.
+"""The attention functions that the paper compares with focused linear attention, and the softmax attention of the backbones.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D.
 
@@ -16,35 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain_attention import EPS, linear_attention
 from .tracing import is_function_transformed
-
-EPS = 1e-6  # added to features and normalisers to prevent division by zero
-
-
-def focus(x: Tensor, power: float) -> Tensor:
-    """Focused function f_p (eq. 6): raise elements to ``power`` and restore the norm of each vector. x: (..., C), positive."""
-    largest = x.amax(dim=-1, keepdim=True)
-    unit = x / largest  # prevents overflow and underflow of the powers; ``largest`` is multiplied back below
-    sharp = unit**power
-    return sharp * (largest * unit.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor | int | None = None, *, eps: float = 0.0) -> Tensor:
-    """Linear attention: similarities are dot products q . k, and the N x M matrix is not computed (eq. 3).
-
-    Args:
-        q, k: features with non-negative dot products q . k; k must be zero for masked keys.
-        num_keys: number of unmasked keys, an integer or a tensor (B, 1, 1, 1); M by default.
-        eps: added to the normaliser (the mean of q . k over the keys), which is zero if all similarities are zero.
-
-    Returns:
-        (B, H, N, D'): means of ``v`` weighted by q . k.
-    """
-    num_keys = k.shape[-2] if num_keys is None else num_keys
-    key_mean = k.sum(dim=-2, keepdim=True) / num_keys  # (B, H, 1, D)
-    summary = (k / num_keys).transpose(-2, -1) @ v  # (B, H, D, D')
-    normaliser = q @ key_mean.transpose(-2, -1) + eps  # (B, H, N, 1)
-    return (q @ summary) / normaliser
 
 
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:

@@ -21,7 +21,6 @@ from .backbone import (
     parse_attention_types,
 )
 from .compared_attention import scaled_dot_product_attention
-from .fused_attention import split_channels
 from .linear_attention import DepthwiseFilters, FocusedLinearAttention
 from .positions import PositionTable
 from .windows import PADDING, cached_constant, ceil_divide, merge_windows, partition_windows, window_regions
@@ -221,7 +220,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
 
     def attend(self, x: Tensor) -> Tensor:
-        q, k, v = split_channels(self.qkv(x), 3)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
         inputs = zip(*(t.chunk(len(self.attns), dim=-1) for t in (q, k, v)), strict=True)
         out = [attn(*qkv) for attn, qkv in zip(self.attns, inputs, strict=True)]
         return self.proj_drop(self.proj(torch.cat(out, dim=-1)))

@@ -25,7 +25,6 @@ from .backbone import (
     run_block,
 )
 from .compared_attention import SoftmaxAttention
-from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
 from .positions import PositionTable, resized_parameter, whole_map
 
@@ -52,8 +51,7 @@ class LinearAttention(FocusedLinearAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        q, k, v = split_channels(self.qkv(x), 3)
-        return self.proj_drop(self.proj(self.attend(q, k, v, grid=grid)))
+        return self.proj_drop(self.proj(self.attend(self.qkv(x), grid=grid)))
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native token map in place."""

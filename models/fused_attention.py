@@ -1,37 +1,79 @@
-"""Focused linear attention in two forms: standard operations, and a custom backward pass that needs less time and memory.
+"""Focused linear attention with a custom backward pass that needs less time and memory than standard operations.
 
-Both forms have the same outputs and derivatives. For the standard operations (``unfused_attention``), autograd stores about
-twelve tensors of the size of q. The other form (``focused_attention``) stores only q, k, v, the (D, D + 1) key-value summary of
-each head (see below) and three statistics per token, and its backward pass recomputes the rest. On a CPU, it processes tokens
-in blocks that fit into the caches. If its gradients are to be differentiated again, it computes them with the standard
-operations instead.
+Values and derivatives are those of ``plain_attention``, for which autograd stores about twelve tensors of the size of q. This
+form stores only q, k, v, the summary of each head and three statistics per token, and recomputes the rest in the backward pass.
+On a CPU, it processes tokens in blocks that fit into the caches. If its gradients are to be differentiated again, it computes
+them with standard operations instead.
 
 Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C = H * D; b images and n tokens per block.
 
-For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) (eq. 6 of the paper) is c * u, where
-u = t^p and c = max(x) |t| / |u|. Subscripts q and k denote queries and keys. The products c * u are not computed: c_k
-multiplies the values, and c_q cancels except in EPS / c_q. Let e = [c_k * v, c_k] / M for each key. The key-value
-summary of an image, per head, is u_k^T e = [S, s], and the output for a query, before the convolution is added, is
+Forward
+    For each token, let x = (relu(input) + EPS) / scale and t = x / max(x). The feature f_p(x) (eq. 6 of the paper) is c u,
+    where u = t^p and c = max(x) |t| / |u|. Subscripts q and k denote queries and keys. The products c u are not computed: c_k
+    multiplies the values, and c_q cancels except in EPS / c_q. Per head:
 
-    u_q S / (u_q s + EPS / c_q).
+        e = [c_k v, c_k] / M             weighted values, D + 1 channels, the last of which is the weight alone
+        [S, s] = u_k^T e                 summary of all keys of an image, (D, D + 1)
+        [a, d] = u_q [S, s]              numerator, and denominator d + EPS / c_q, of each query
+        out = a / (d + EPS / c_q)        to which the convolution of v is added
 
-In the backward pass, ``grad_<name>`` is the gradient of the loss with respect to <name>.
+Backward
+    ``grad y`` is the gradient of the loss with respect to y, and g = ``grad out``. Let d' = d + EPS / c_q.
+
+        grad a = g / d'                  grad d = -sum(grad a * a) / d'
+        grad [S, s] = u_q^T grad [a, d]  grad u_q = grad [a, d] [S, s]^T
+        grad e = u_k grad [S, s]         grad u_k = e grad [S, s]^T
+        grad v = c_k / M times the first D channels of grad e, plus the transposed convolution of g
+        grad log c_q = -EPS / c_q times the sum of grad d over the heads
+        grad log c_k = the sum of grad e * e over heads and channels
+
+    max(x) cancels in the output, so it is treated as a constant. Then u and c depend on log x by
+
+        d u / d log x = p u              d log c / d log x = t^2 / |t|^2 - p u^2 / |u|^2
+
+        grad log x = p u grad u + grad log c (t^2 / |t|^2 - p u^2 / |u|^2)
+        grad log (1 / scale) = the sum of grad log x over the tokens
+        grad input = grad log x / (relu(input) + EPS) where the input is positive, else 0
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compared_attention import EPS, focus, linear_attention
-from .tracing import is_batched, is_transformed
+from .plain_attention import EPS, Inputs, Options, plain_gradients, split_heads, unpack, without_autocast
+from .tracing import is_batched
 
 # Elements of q or k per block: larger blocks exceed the caches, smaller ones add call overhead.
 MAX_BLOCK_ELEMENTS_ON_CPU = 2**19
+
+
+def focused_attention(inputs: Inputs, options: Options) -> Tensor:
+    """``plain_attention`` with a custom backward pass; derivatives of higher order are those of ``plain_attention``."""
+    return _FocusedAttention.apply(options, *inputs)
+
+
+class _FocusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options: Options, *tensors: Tensor | None) -> Tensor:
+        inputs = Inputs(*tensors)
+        with without_autocast(inputs.q.device):
+            out, *saved = _Run(inputs, options).forward()
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        *inputs, summaries, query_statistics, key_statistics = ctx.saved_tensors  # must be read once only
+        inputs = Inputs(*inputs)
+        if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
+            return None, *plain_gradients(inputs, ctx.options, ctx.needs_input_grad[1:], gradient)
+        with without_autocast(gradient.device):
+            return None, *_Run(inputs, ctx.options).backward(gradient, summaries, query_statistics, key_statistics)
 
 
 class Features(NamedTuple):
@@ -41,14 +83,6 @@ class Features(NamedTuple):
     unit: Tensor  # (b, H, n, D), t
     powers: Tensor  # (b, H, n, D), u
     statistics: Tensor  # (3, b, 1, n, 1), per token: max(x), |t| and |u|
-
-    @property
-    def unit_norm(self) -> Tensor:
-        return self.statistics[1]
-
-    @property
-    def powers_norm(self) -> Tensor:
-        return self.statistics[2]
 
     @property
     def factor(self) -> Tensor:
@@ -92,148 +126,81 @@ class Blocks:
             yield slice(first, min(first + self.tokens_per_block, num_tokens))
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Disable autocast: sums over thousands of keys would overflow or lose digits in half precision."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """View of the channels as heads. (b, n, C) -> (b, H, n, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
 def norm_over_channels(x: Tensor) -> Tensor:
     """L2 norm of each token over all heads. (b, H, n, D) -> (b, 1, n, 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().sum(dim=1, keepdim=True).sqrt_()
 
 
-class _FocusedAttention(torch.autograd.Function):
-    """See ``focused_attention``."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, grid, num_prefix):
-        run = _Run(q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix)
-        with without_autocast(q.device):
-            out, *saved = run.forward(bias)
-        ctx.save_for_backward(q, k, v, position, scale, kernel, bias, key_weight, *saved)
-        ctx.options = num_heads, power, grid, num_prefix
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        *inputs, bias, key_weight, summaries, query_statistics, key_statistics = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
-            gradients = unfused_gradients([*inputs, bias, key_weight], ctx.needs_input_grad, ctx.options, gradient)
-        else:
-            run = _Run(*inputs, key_weight, *ctx.options)
-            with without_autocast(gradient.device):
-                gradients = *run.backward(gradient, summaries, query_statistics, key_statistics), None
-        return *gradients, None, None, None, None
-
-
-def unfused_gradients(
-    inputs: list[Tensor | None], needed: tuple[bool, ...], options: tuple, gradient: Tensor
-) -> list[Tensor | None]:
-    """Gradients of ``unfused_attention``, which autograd can differentiate again and ``vmap`` can batch.
-
-    Args:
-        inputs: the tensors among the arguments of ``unfused_attention``.
-        needed: for each input, whether to compute its gradient.
-        options: the other arguments of ``unfused_attention``.
-        gradient: (B, N, C), gradient of the output.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # If one input depends on another, the gradient of the latter must not include the path through the former. Hence the
-        # gradients are those of aliases, which do not depend on each other.
-        aliases = [None if value is None else value.view_as(value) for value in inputs]
-        out = unfused_attention(*aliases, *options)
-        wanted = [alias for alias, is_needed in zip(aliases, needed, strict=False) if is_needed]
-        gradients = iter(torch.autograd.grad(out, wanted, gradient, create_graph=create_graph))
-    return [next(gradients) if is_needed else None for _, is_needed in zip(aliases, needed, strict=False)]
-
-
 class _Run:
-    """One call of ``focused_attention``: its tensors and options, and the forward and backward computations per block."""
+    """One call of ``focused_attention``: the forward or backward pass, block by block.
 
-    def __init__(self, q, k, v, position, scale, kernel, key_weight, num_heads, power, grid, num_prefix):
-        self.q = q
-        self.k = k
-        self.v = v
-        self.position = position
-        self.kernel = kernel
-        self.key_weight = key_weight
-        self.num_heads = num_heads
-        self.power = power
-        self.grid = grid
-        self.num_prefix = num_prefix
-        self.num_images, self.num_queries, self.channels = q.shape
-        self.num_keys = k.shape[1]
-        self.head_dim = q.shape[2] // num_heads
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.inverse_scale = split_heads(1 / scale.to(self.dtype), num_heads)  # (1, H, 1, D)
+    Its scratch buffers: ``positive``, ``unit`` and ``powers`` (see ``Features``); ``product``, which contains e of keys or
+    [a, d] of queries; ``grad_product``, the gradient of ``product``; and ``grad_log_x``.
+    """
+
+    def __init__(self, inputs: Inputs, options: Options):
+        self.packed = inputs[:3]
+        self.q, self.k, self.v = unpack(*self.packed)
+        self.inputs = inputs
+        self.options = options
+        self.num_images, self.num_queries, self.channels = self.q.shape
+        self.num_keys = self.k.shape[1]
+        self.head_dim = self.channels // options.num_heads
+        self.dtype = torch.promote_types(self.q.dtype, torch.float32)
+        self.inverse_scale = self.split(1 / inputs.scale.to(self.dtype))  # (1, H, 1, D)
         self.offset = EPS * self.inverse_scale
         self.zero = torch.zeros_like(self.inverse_scale[..., :1, :1])
-        self.blocks = Blocks(self.num_images, max(self.num_queries, self.num_keys), self.channels, q.device)
-        self.scratch = Scratch(self.blocks.size // self.head_dim * (self.head_dim + 1), q, self.dtype)
+        self.blocks = Blocks(self.num_images, max(self.num_queries, self.num_keys), self.channels, self.q.device)
+        self.scratch = Scratch(self.blocks.size // self.head_dim * (self.head_dim + 1), self.q, self.dtype)
 
     # Used in both passes
 
-    def features(
-        self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, reuse_statistics: bool
-    ) -> Features:
+    def split(self, tokens: Tensor) -> Tensor:
+        return split_heads(tokens, self.options.num_heads)
+
+    def features(self, tokens: Tensor, statistics: Tensor, position: Tensor | None = None, *, is_backward: bool) -> Features:
         """Features of a block of tokens.
 
         Args:
             tokens: (b, n, C).
-            statistics: (3, b, 1, n, 1), see ``Features``.
+            statistics: (3, b, 1, n, 1), see ``Features``; computed and written in the forward pass, read in the backward pass.
             position: (1, n, C), added to the tokens.
-            reuse_statistics: read ``statistics`` (backward pass); if False, compute and write them (forward pass).
         """
-        tokens = split_heads(tokens, self.num_heads)
+        tokens = self.split(tokens)
         positive, unit, powers = (self.scratch(name, *tokens.shape) for name in ("positive", "unit", "powers"))
         if position is None:
             torch.maximum(tokens, self.zero, out=positive)  # unlike clamp, accepts an output of another dtype
         else:
-            torch.add(tokens, split_heads(position, self.num_heads), out=positive).clamp_(min=0)
+            torch.add(tokens, self.split(position), out=positive).clamp_(min=0)
         torch.addcmul(self.offset, positive, self.inverse_scale, out=unit)
-        if not reuse_statistics:
+        if not is_backward:
             torch.amax(unit.amax(dim=-1, keepdim=True), dim=1, keepdim=True, out=statistics[0])
         unit.div_(statistics[0])  # prevents overflow and underflow of the powers
-        torch.pow(unit, self.power, out=powers)
-        if not reuse_statistics:
+        torch.pow(unit, self.options.power, out=powers)
+        if not is_backward:
             statistics[1] = norm_over_channels(unit)
             statistics[2] = norm_over_channels(powers)
         return Features(positive, unit, powers, statistics)
 
-    def query_features(self, images: slice, tokens: slice, statistics: Tensor, *, reuse_statistics: bool) -> Features:
-        return self.features(self.q[images, tokens], statistics[:, images, :, tokens], reuse_statistics=reuse_statistics)
+    def query_features(self, images: slice, tokens: slice, statistics: Tensor, *, is_backward: bool) -> Features:
+        return self.features(self.q[images, tokens], statistics[:, images, :, tokens], is_backward=is_backward)
 
-    def key_features(self, images: slice, tokens: slice, statistics: Tensor, *, reuse_statistics: bool) -> Features:
-        return self.features(
-            self.k[images, tokens],
-            statistics[:, images, :, tokens],
-            self.position[:, tokens],
-            reuse_statistics=reuse_statistics,
-        )
+    def key_features(self, images: slice, tokens: slice, statistics: Tensor, *, is_backward: bool) -> Features:
+        position = self.inputs.position[:, tokens]
+        return self.features(self.k[images, tokens], statistics[:, images, :, tokens], position, is_backward=is_backward)
 
-    def key_factor(self, keys: Features, images: slice, tokens: slice) -> Tensor:
-        """Factor c of each key times the key's weight (1 / M by default, 0 for masked keys). (b, 1, n, 1)."""
-        if self.key_weight is None:
-            return keys.factor / self.num_keys
-        return keys.factor * self.key_weight[images, :, tokens]
-
-    def weighted_values(self, factor: Tensor, images: slice, tokens: slice) -> Tensor:
-        """Weighted values e = [c * v, c] / M. (b, H, n, D + 1)."""
-        values = split_heads(self.v[images, tokens], self.num_heads)
-        weighted = self.scratch("values", *values.shape[:-1], self.head_dim + 1)
-        torch.mul(values, factor, out=weighted[..., :-1])
-        weighted[..., -1:] = factor
-        return weighted
+    def weighted_values(self, keys: Features, images: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+        """The weighted values e, (b, H, n, D + 1), and the weight c / M of each key, (b, 1, n, 1)."""
+        weight = self.inputs.key_weight
+        weight = keys.factor / self.num_keys if weight is None else keys.factor * weight[images, :, tokens]
+        values = self.split(self.v[images, tokens])
+        weighted = self.scratch("product", *values.shape[:-1], self.head_dim + 1)
+        torch.mul(values, weight, out=weighted[..., :-1])
+        weighted[..., -1:] = weight
+        return weighted, weight
 
     def attend(self, queries: Features, summary: Tensor) -> tuple[Tensor, Tensor]:
-        """Numerator (b, H, n, D) and denominator (b, H, n, 1) of the queries' outputs."""
+        """Numerator a, (b, H, n, D), and denominator d + EPS / c, (b, H, n, 1), of the queries' outputs."""
         product = self.scratch("product", *queries.powers.shape[:-1], self.head_dim + 1)
         torch.matmul(queries.powers, summary, out=product)
         product[..., -1:] += EPS / queries.factor
@@ -241,46 +208,46 @@ class _Run:
 
     def as_maps(self, tokens: Tensor) -> Tensor:
         """Convert tokens to maps in channels-last memory format, without prefix tokens. (b, n, C) -> (b, C, height, width)."""
-        tokens = tokens[:, self.num_prefix :].contiguous()
-        return tokens.view(len(tokens), *self.grid, self.channels).permute(0, 3, 1, 2)
+        tokens = tokens[:, self.options.num_prefix_tokens :].contiguous()
+        return tokens.view(len(tokens), self.options.height, self.options.width, self.channels).permute(0, 3, 1, 2)
 
     def as_tokens(self, maps: Tensor) -> Tensor:
         """Inverse of ``as_maps``, split into heads, with zeros for prefix tokens: (b, H, n, D)."""
-        tokens = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.dtype)
-        return split_heads(F.pad(tokens, (0, 0, self.num_prefix, 0)) if self.num_prefix else tokens, self.num_heads)
+        tokens, num_prefix = maps.permute(0, 2, 3, 1).flatten(1, 2).to(self.dtype), self.options.num_prefix_tokens
+        return self.split(F.pad(tokens, (0, 0, num_prefix, 0)) if num_prefix else tokens)
 
     # Forward
 
-    def forward(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output (B, N, C), summaries (B, H, D, D + 1), and statistics of queries and keys."""
         out = self.v.new_empty(self.num_images, self.num_queries, self.channels)
-        summaries = self.q.new_zeros(self.num_images, self.num_heads, self.head_dim, self.head_dim + 1, dtype=self.dtype)
+        summary_shape = self.num_images, self.options.num_heads, self.head_dim, self.head_dim + 1
+        summaries = self.q.new_zeros(summary_shape, dtype=self.dtype)
         query_statistics, key_statistics = (
             self.q.new_empty(3, self.num_images, 1, count, 1, dtype=self.dtype) for count in (self.num_queries, self.num_keys)
         )
         for images in self.blocks.images():
             summary = summaries[images]
             for tokens in self.blocks.tokens(self.num_keys):
-                keys = self.key_features(images, tokens, key_statistics, reuse_statistics=False)
-                values = self.weighted_values(self.key_factor(keys, images, tokens), images, tokens)
-                summary += keys.powers.transpose(-2, -1) @ values
-            convolved = self.convolve(images, bias)
+                keys = self.key_features(images, tokens, key_statistics, is_backward=False)
+                summary += keys.powers.transpose(-2, -1) @ self.weighted_values(keys, images, tokens)[0]
+            convolved = self.convolve(images)
             for tokens in self.blocks.tokens(self.num_queries):
-                numerator, denominator = self.attend(
-                    self.query_features(images, tokens, query_statistics, reuse_statistics=False), summary
-                )
-                block = split_heads(out[images, tokens], self.num_heads)
+                queries = self.query_features(images, tokens, query_statistics, is_backward=False)
+                numerator, denominator = self.attend(queries, summary)
+                block = self.split(out[images, tokens])
                 if convolved is None:
                     torch.div(numerator, denominator, out=block)
                 else:
                     torch.addcdiv(convolved[:, :, tokens], numerator, denominator, out=block)
         return out, summaries, query_statistics, key_statistics
 
-    def convolve(self, images: slice, bias: Tensor | None) -> Tensor | None:
+    def convolve(self, images: slice) -> Tensor | None:
         """The depthwise convolution of the values, (b, H, N, D); None without a kernel."""
-        if self.kernel is None:
+        if self.inputs.kernel is None:
             return None
-        maps, kernel, bias = self.as_maps(self.v[images]), self.kernel.to(self.v.dtype), bias.to(self.v.dtype)
+        maps = self.as_maps(self.v[images])
+        kernel, bias = self.inputs.kernel.to(maps.dtype), self.inputs.bias.to(maps.dtype)
         return self.as_tokens(torch.conv2d(maps, kernel, bias, padding=kernel.shape[-1] // 2, groups=self.channels))
 
     # Backward
@@ -288,51 +255,45 @@ class _Run:
     def backward(
         self, gradient: Tensor, summaries: Tensor, query_statistics: Tensor, key_statistics: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, position, scale, kernel and bias.
+        """Gradients of all ``Inputs``, in their order; None for missing inputs and the weights of the keys.
 
         Args:
             gradient: (B, N, C), gradient of the output.
             summaries, query_statistics, key_statistics: from ``forward``.
         """
         gradient = gradient.contiguous()
-        # grad_q, grad_k and grad_v share a buffer: if q, k and v are parts of one tensor, ``split_channels`` returns the
-        # buffer as the gradient of that tensor, without a copy. If N and M differ, only grad_k and grad_v share a buffer.
-        if self.num_queries == self.num_keys:
-            grad_q, grad_k, grad_v = self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels).chunk(3, dim=-1)
-        else:
-            grad_q = torch.empty_like(self.q, memory_format=torch.contiguous_format)
-            grad_k, grad_v = self.k.new_empty(self.num_images, self.num_keys, 2 * self.channels).chunk(2, dim=-1)
+        packed_gradients = [None if packed is None else packed.new_empty(packed.shape) for packed in self.packed]
+        grad_q, grad_k, grad_v = unpack(*packed_gradients)
         self.grad_log_inverse_scale = torch.zeros_like(self.inverse_scale)
-        grad_kernel = None if self.kernel is None else torch.zeros_like(self.kernel)
+        kernel = self.inputs.kernel
+        grad_kernel = None if kernel is None else torch.zeros_like(kernel)
         for images in self.blocks.images():
             grad_summary = self.query_gradients(images, gradient[images], summaries[images], query_statistics, grad_q[images])
             conv_grad_v = None
-            if self.kernel is not None:
+            if kernel is not None:
                 conv_grad_v, block_grad_kernel = self.convolution_gradients(images, gradient[images])
                 grad_kernel += block_grad_kernel
             self.key_gradients(images, grad_summary, key_statistics, conv_grad_v, grad_k[images], grad_v[images])
         grad_scale = -(self.grad_log_inverse_scale * self.inverse_scale).transpose(1, 2).flatten(2)
-        grad_bias = None if self.kernel is None else gradient[:, self.num_prefix :].sum(dim=(0, 1))
-        grad_position = grad_k.sum(dim=0, keepdim=True, dtype=self.position.dtype)
-        return grad_q, grad_k, grad_v, grad_position, grad_scale, grad_kernel, grad_bias
+        grad_bias = None if kernel is None else gradient[:, self.options.num_prefix_tokens :].sum(dim=(0, 1))
+        grad_position = grad_k.sum(dim=0, keepdim=True, dtype=self.inputs.position.dtype)
+        return *packed_gradients, grad_position, grad_scale, grad_kernel, grad_bias, None
 
     def query_gradients(self, images: slice, gradient: Tensor, summary: Tensor, statistics: Tensor, grad_q: Tensor) -> Tensor:
         """Write the gradient of q to ``grad_q``, and return the gradient of the summaries."""
         grad_summary = torch.zeros_like(summary)
         for tokens in self.blocks.tokens(self.num_queries):
-            queries = self.query_features(images, tokens, statistics, reuse_statistics=True)
+            queries = self.query_features(images, tokens, statistics, is_backward=True)
             numerator, denominator = self.attend(queries, summary)
-            grad_product = self.scratch("values", *numerator.shape[:-1], self.head_dim + 1)
+            grad_product = self.scratch("grad_product", *numerator.shape[:-1], self.head_dim + 1)
             grad_numerator, grad_denominator = grad_product[..., :-1], grad_product[..., -1:]
-            torch.div(split_heads(gradient[:, tokens], self.num_heads), denominator, out=grad_numerator)
+            torch.div(self.split(gradient[:, tokens]), denominator, out=grad_numerator)
             numerator.mul_(grad_numerator)
             torch.sum(numerator, dim=-1, keepdim=True, out=grad_denominator)
             grad_denominator.div_(denominator).neg_()
             grad_log_factor = -EPS / queries.factor * grad_denominator.sum(dim=1, keepdim=True)
             grad_summary += queries.powers.transpose(-2, -1) @ grad_product
-            scaled_grad_powers = self.scratch("gradient", *queries.powers.shape)
-            torch.matmul(grad_product, self.power * summary.transpose(-2, -1), out=scaled_grad_powers)
-            self.feature_gradients(queries, scaled_grad_powers, grad_log_factor, grad_q[:, tokens])
+            self.feature_gradients(queries, grad_product, summary, grad_log_factor, grad_q[:, tokens])
         return grad_summary
 
     def key_gradients(
@@ -346,53 +307,52 @@ class _Run:
     ) -> None:
         """Write the gradients of k and v; ``conv_grad_v``, (b, H, N, D), is the part of grad_v from the convolution."""
         for tokens in self.blocks.tokens(self.num_keys):
-            keys = self.key_features(images, tokens, statistics, reuse_statistics=True)
-            factor = self.key_factor(keys, images, tokens)
-            values = self.weighted_values(factor, images, tokens)
-            grad_values = self.scratch("product", *values.shape)
+            keys = self.key_features(images, tokens, statistics, is_backward=True)
+            values, weight = self.weighted_values(keys, images, tokens)
+            grad_values = self.scratch("grad_product", *values.shape)
             torch.matmul(keys.powers, grad_summary, out=grad_values)
-            grad_block = split_heads(grad_v[:, tokens], self.num_heads)
+            grad_block = self.split(grad_v[:, tokens])
             if conv_grad_v is None:
-                torch.mul(grad_values[..., :-1], factor, out=grad_block)
+                torch.mul(grad_values[..., :-1], weight, out=grad_block)
             else:
-                torch.addcmul(conv_grad_v[:, :, tokens], grad_values[..., :-1], factor, out=grad_block)
+                torch.addcmul(conv_grad_v[:, :, tokens], grad_values[..., :-1], weight, out=grad_block)
             grad_log_factor = grad_values.mul_(values).sum(dim=(1, 3), keepdim=True)
-            scaled_grad_powers = self.scratch("gradient", *keys.powers.shape)
-            torch.matmul(values, self.power * grad_summary.transpose(-2, -1), out=scaled_grad_powers)
-            self.feature_gradients(keys, scaled_grad_powers, grad_log_factor, grad_k[:, tokens])
+            self.feature_gradients(keys, values, grad_summary, grad_log_factor, grad_k[:, tokens])
 
     def feature_gradients(
-        self, features: Features, scaled_grad_powers: Tensor, grad_log_factor: Tensor, grad_tokens: Tensor
+        self, features: Features, left: Tensor, right: Tensor, grad_log_factor: Tensor, grad_tokens: Tensor
     ) -> None:
-        """Write the gradient of a block of q or k.
+        """Write the gradient of a block of q or k. Overwrites the buffers of ``features``.
 
         Args:
-            scaled_grad_powers: (b, H, n, D), p times the gradient of u; overwritten.
-            grad_log_factor: (b, 1, n, 1), gradient of the loss with respect to log(c).
+            left, right: (b, H, n, D + 1) and (b, H, D, D + 1); grad u = left right^T.
+            grad_log_factor: (b, 1, n, 1), grad log c.
             grad_tokens: (b, n, C), the gradient to write.
         """
-        # Gradient of the loss with respect to log(x):
-        #     scaled_grad_powers * u + grad_log_factor * (t^2 / |t|^2 - p u^2 / |u|^2).
-        # max(x) is treated as a constant, because it cancels in the output.
-        positive, unit, powers = features.positive, features.unit, features.powers
-        scaled_grad_powers.addcmul_(powers, -self.power * grad_log_factor / features.powers_norm.square()).mul_(powers)
-        torch.mul(unit, grad_log_factor / features.unit_norm.square(), out=powers)
-        grad_log_x = scaled_grad_powers.addcmul_(powers, unit)
+        positive, unit, powers, (_, unit_norm, powers_norm) = features
+        power = self.options.power
+        # p (grad u - grad log c / |u|^2 u) u, computed in place
+        grad_log_x = self.scratch("grad_log_x", *powers.shape)
+        torch.matmul(left, power * right.transpose(-2, -1), out=grad_log_x)
+        grad_log_x.addcmul_(powers, -power * grad_log_factor / powers_norm.square()).mul_(powers)
+        # + (grad log c / |t|^2 t) t, computed in the buffer of u, which is not needed any more
+        grad_log_x.addcmul_(torch.mul(unit, grad_log_factor / unit_norm.square(), out=powers), unit)
         self.grad_log_inverse_scale += grad_log_x.sum(dim=(0, 2), keepdim=True)
         torch.ops.aten.threshold_backward.grad_input(grad_log_x, positive, 0, grad_input=grad_log_x)
-        torch.div(grad_log_x, positive.add_(EPS), out=split_heads(grad_tokens, self.num_heads))
+        torch.div(grad_log_x, positive.add_(EPS), out=self.split(grad_tokens))
 
     def convolution_gradients(self, images: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the values, (b, H, N, D), and of the kernel."""
-        maps, gradient_maps, padding = self.as_maps(self.v[images]), self.as_maps(gradient), self.kernel.shape[-1] // 2
-        uses_correlation = maps.device.type == "cpu" and min(self.grid) > self.kernel.shape[-1] > 3
+        maps, gradient_maps, kernel = self.as_maps(self.v[images]), self.as_maps(gradient), self.inputs.kernel
+        side = kernel.shape[-1]
+        uses_correlation = maps.device.type == "cpu" and min(self.options.height, self.options.width) > side > 3
         grad_maps, grad_kernel, _ = torch.ops.aten.convolution_backward(
             gradient_maps,
             maps,
-            self.kernel.to(maps.dtype),
+            kernel.to(maps.dtype),
             bias_sizes=None,
             stride=[1, 1],
-            padding=[padding, padding],
+            padding=[side // 2, side // 2],
             dilation=[1, 1],
             transposed=False,
             output_padding=[0, 0],
@@ -400,8 +360,8 @@ class _Run:
             output_mask=[True, not uses_correlation, False],
         )
         if uses_correlation:
-            grad_kernel = correlate(maps, gradient_maps, padding)
-        return self.as_tokens(grad_maps), grad_kernel.to(self.kernel.dtype)
+            grad_kernel = correlate(maps, gradient_maps, side // 2)
+        return self.as_tokens(grad_maps), grad_kernel.to(kernel.dtype)
 
 
 def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:
@@ -421,110 +381,3 @@ def correlate(maps: Tensor, gradient: Tensor, padding: int) -> Tensor:
         groups=num_images * channels,
     )
     return product.view(num_images, channels, 1, *product.shape[-2:]).sum(dim=0)
-
-
-def focused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    bias: Tensor | None,
-    key_weight: Tensor | None,
-    num_heads: int,
-    power: float,
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-) -> Tensor:
-    """Focused linear attention plus a depthwise convolution of the values, (B, N, C) in the dtype of ``v``.
-
-    First derivatives have a custom backward pass; derivatives of higher order are those of ``unfused_attention``. Except for
-    the convolution, computations are in float32 or higher precision.
-
-    Args:
-        q: (B, N, C).
-        k, v: (B, M, C).
-        position: (1, M, C), added to k.
-        scale: (1, 1, C), positive; divides q and k.
-        kernel, bias: (C, 1, side, side) and (C,) of the convolution, which requires M = N; None omits it.
-        key_weight: (B, 1, M, 1), weight of each key in sums over the keys; 1 / M by default.
-        power: exponent p of the focused function, eq. 6 of the paper; 1 for plain linear attention.
-        grid: height and width of the token map.
-        num_prefix_tokens: tokens before the map, excluded from the convolution.
-    """
-    return _FocusedAttention.apply(
-        q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, grid, num_prefix_tokens
-    )
-
-
-def unfused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    bias: Tensor | None,
-    key_weight: Tensor | None,
-    num_heads: int,
-    power: float,
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-) -> Tensor:
-    """``focused_attention``, computed with standard torch operations, so that it has derivatives of any order and kind."""
-    with without_autocast(q.device):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        queries, keys = ((F.relu(x) + EPS) / scale for x in (q.to(dtype), k.to(dtype) + position))
-        if power != 1:  # norms are over all channels of a token, before the split into heads
-            queries, keys = focus(queries, power), focus(keys, power)
-        queries, keys, values = (split_heads(x, num_heads) for x in (queries, keys, v.to(dtype)))
-        if key_weight is None:
-            out = linear_attention(queries, keys, values, eps=EPS)
-        else:
-            out = linear_attention(queries, keys * key_weight, values, num_keys=1, eps=EPS)
-        out = out.transpose(1, 2).flatten(2).to(v.dtype)  # (B, N, C)
-        return out if kernel is None else out + depthwise_convolution(v, kernel, bias, grid, num_prefix_tokens)
-
-
-def depthwise_convolution(v: Tensor, kernel: Tensor, bias: Tensor, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Depthwise convolution of the map tokens of ``v``, (B, N, C), in its dtype; the result is zero for prefix tokens."""
-    maps = v[:, num_prefix_tokens:].transpose(1, 2).unflatten(-1, grid)  # (B, C, height, width)
-    kernel, bias = kernel.to(v.dtype), bias.to(v.dtype)
-    maps = F.conv2d(maps, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
-    tokens = maps.flatten(2).transpose(1, 2)
-    return F.pad(tokens, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else tokens
-
-
-class _SplitChannels(torch.autograd.Function):
-    """See ``split_channels``."""
-
-    @staticmethod
-    def forward(ctx, packed: Tensor, num_parts: int):
-        ctx.shape = packed.shape
-        return packed.chunk(num_parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        if torch.is_grad_enabled() or is_batched(gradients[0]):  # create_graph=True: they may be differentiated again
-            return torch.cat(gradients, dim=-1), None
-        first, width = gradients[0], gradients[0].shape[-1]
-        storage, offset = first.untyped_storage()._cdata, first.storage_offset()
-        adjacent = first.stride(-1) == 1 and all(
-            part.untyped_storage()._cdata == storage
-            and part.storage_offset() == offset + index * width
-            and part.stride() == first.stride()
-            for index, part in enumerate(gradients)
-        )
-        return first.as_strided(ctx.shape, first.stride()) if adjacent else torch.cat(gradients, dim=-1), None
-
-
-def split_channels(packed: Tensor, num_parts: int) -> tuple[Tensor, ...]:
-    """Split the last dimension into views of equal size.
-
-    The backward pass does not copy gradients that are adjacent in memory, such as those from ``focused_attention``.
-    """
-    if is_transformed():
-        return packed.chunk(num_parts, dim=-1)
-    return _SplitChannels.apply(packed, num_parts)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_attention import unfused_gradients
+from .plain_attention import Inputs, Options, plain_gradients, unpack
 from .tracing import is_batched
 from .windows import ceil_divide
 
@@ -69,44 +69,26 @@ def fill(inputs: list[Tensor | None], outputs: list[Tensor | None]) -> list[Tens
 
 
 class KernelRun:
-    """One forward or backward pass: its tensors in the layout of the kernels, and the launches.
+    """One forward or backward pass: its tensors in the layout of the kernels, and the launches."""
 
-    Args:
-        kernel: (C, 1, side, side); None without the convolution.
-        key_weight: (B, 1, M, 1); None for 1 / M.
-        power: exponent p.
-    """
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Tensor,
-        scale: Tensor,
-        kernel: Tensor | None,
-        key_weight: Tensor | None,
-        num_heads: int,
-        power: float,
-        height: int,
-        width: int,
-        prefix: int,
-    ):
+    def __init__(self, inputs: Inputs, options: Options):
+        self.inputs = inputs
+        self.num_heads, power, *self.grid = options  # the grid is height, width and num_prefix_tokens
+        q, k, v = unpack(*inputs[:3])
         # The kernels read views of a joint projection with their strides; only channels must be adjacent.
         self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         self.num_images, self.num_queries, self.channels = q.shape
         self.num_keys = k.shape[1]
-        self.num_heads = num_heads
-        self.head_dim = self.channels // num_heads
-        self.position = position.float().contiguous()
-        self.inverse_scale = (1 / scale.float()).flatten()
+        self.head_dim = self.channels // self.num_heads
+        self.position = inputs.position.float().contiguous()
+        self.inverse_scale = (1 / inputs.scale.float()).flatten()
+        kernel, weight = inputs.kernel, inputs.key_weight
         self.side = 0 if kernel is None else kernel.shape[-1]
         self.filter = None if kernel is None else kernel.float().view(self.channels, -1).t().contiguous()  # (side^2, C)
-        self.key_weight = None if key_weight is None else key_weight.float().reshape(self.num_images, -1).contiguous()
-        self.grid = [height, width, prefix]
+        self.key_weight = None if weight is None else weight.float().reshape(self.num_images, -1).contiguous()
         precision = choose_precision(q.dtype)
-        options = launch_options(self.head_dim, precision)
-        block_size = options.pop("block_size")
+        tile = launch_options(self.head_dim, precision)
+        block_size = tile.pop("block_size")
         self.query_plan = plan(self.num_queries, block_size)
         self.key_plan = plan(self.num_keys, block_size)
         is_integer = power == int(power) and power < 64
@@ -115,7 +97,7 @@ class KernelRun:
             "D": self.head_dim,
             "BN": block_size,
             "PRECISION": precision,
-            **options,
+            **tile,
         }
 
     def empty(self, *shape: int) -> Tensor:
@@ -124,7 +106,7 @@ class KernelRun:
     def empty_summary(self, num_chunks: int) -> Tensor:
         return self.empty(self.num_images, num_chunks, self.num_heads, self.head_dim + 1, self.head_dim)
 
-    def forward(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output (B, N, C), summaries (B, H, D + 1, D), and statistics (B, 3, n) of queries and keys."""
         images, heads = self.num_images, self.num_heads
         _, num_blocks, num_chunks = self.key_plan
@@ -141,7 +123,7 @@ class KernelRun:
         query_statistics = self.empty(images, 3, self.num_queries)
         out = torch.empty((images, self.num_queries, self.channels), dtype=self.v.dtype, device=self.v.device)
         num_chunks = ceil_divide(self.num_queries, self.query_plan.block_size)
-        bias = None if bias is None else bias.float()
+        bias = None if self.inputs.bias is None else self.inputs.bias.float()
         launch(
             "output_kernel",
             images * num_chunks,
@@ -152,27 +134,19 @@ class KernelRun:
         )
         return out, summary, query_statistics, key_statistics
 
-    def empty_gradients(self) -> tuple[Tensor, Tensor]:
-        """Buffers for the gradients of q, k and v: (B, N, 3C) and an empty one if N = M, else (B, N, C) and (B, M, 2C)."""
-        if self.num_queries == self.num_keys:
-            return self.q.new_empty(self.num_images, self.num_queries, 3 * self.channels), self.q.new_empty(0)
-        return self.q.new_empty(self.q.shape), self.q.new_empty(self.num_images, self.num_keys, 2 * self.channels)
-
-    def backward(
-        self, gradient: Tensor, summary: Tensor, query_statistics: Tensor, key_statistics: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v (see ``empty_gradients``), position, scale, kernel and bias; the last two may be empty."""
+    def backward(self, gradient: Tensor, summary: Tensor, query_statistics: Tensor, key_statistics: Tensor) -> list[Tensor]:
+        """Gradients of the ``Inputs`` that are not None, without the weights of the keys."""
         gradient = gradient.contiguous()
-        buffers = self.empty_gradients()
-        grad_q, grad_k, grad_v = split_gradients(*buffers, self.channels)
+        packed_gradients = [None if packed is None else packed.new_empty(packed.shape) for packed in self.inputs[:3]]
+        grad_q, grad_k, grad_v = unpack(*packed_gradients)
         grad_summary, grad_log_scale, grad_bias = self.query_gradients(gradient, summary, query_statistics, grad_q)
         key_grad_log_scale, grad_filter = self.key_gradients(gradient, grad_summary, key_statistics, grad_k, grad_v)
         grad_scale = -((grad_log_scale + key_grad_log_scale) * self.inverse_scale).view(1, 1, -1)
         grad_position = grad_k.sum(dim=0, keepdim=True, dtype=torch.float32)
-        if self.filter is None:
-            return *buffers, grad_position, grad_scale, self.empty(0), self.empty(0)
-        grad_kernel = grad_filter.t().reshape(self.channels, 1, self.side, self.side).contiguous()
-        return *buffers, grad_position, grad_scale, grad_kernel, grad_bias
+        gradients = [*(x for x in packed_gradients if x is not None), grad_position, grad_scale]
+        if grad_filter is not None:
+            gradients += [grad_filter.t().reshape(self.channels, 1, self.side, self.side).contiguous(), grad_bias]
+        return gradients
 
     def query_gradients(
         self, gradient: Tensor, summary: Tensor, statistics: Tensor, grad_q: Tensor
@@ -237,15 +211,13 @@ def add_chunks(partial: Tensor) -> Tensor:
     return partial.squeeze(1) if partial.shape[1] == 1 else partial.sum(dim=1)
 
 
-def split_gradients(first: Tensor, second: Tensor, channels: int) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v as views of the buffers of ``KernelRun.empty_gradients``."""
-    return first.split(channels, dim=-1) if second.numel() == 0 else (first, *second.split(channels, dim=-1))
+# The kernels are registered as operators of torch, whose arguments are those of ``Inputs`` and ``Options``, one by one.
 
 
 def run_forward(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     position: Tensor,
     scale: Tensor,
     kernel: Tensor | None,
@@ -255,20 +227,48 @@ def run_forward(
     power: float,
     height: int,
     width: int,
-    prefix: int,
+    num_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, and the summaries and statistics that the backward pass needs; see ``focused_attention``."""
-    run = KernelRun(q, k, v, position, scale, kernel, key_weight, num_heads, power, height, width, prefix)
-    return run.forward(bias)
+    """Output, and the summaries and statistics that the backward pass needs; see ``KernelRun.forward``."""
+    inputs = Inputs(q, k, v, position, scale, kernel, bias, key_weight)
+    return KernelRun(inputs, Options(num_heads, power, height, width, num_prefix_tokens)).forward()
+
+
+def run_backward(
+    gradient: Tensor,
+    summary: Tensor,
+    query_statistics: Tensor,
+    key_statistics: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    position: Tensor,
+    scale: Tensor,
+    kernel: Tensor | None,
+    bias: Tensor | None,
+    key_weight: Tensor | None,
+    num_heads: int,
+    power: float,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+) -> list[Tensor]:
+    """Gradients; see ``KernelRun.backward``."""
+    inputs = Inputs(q, k, v, position, scale, kernel, bias, key_weight)
+    run = KernelRun(inputs, Options(num_heads, power, height, width, num_prefix_tokens))
+    return run.backward(gradient, summary, query_statistics, key_statistics)
 
 
 # One namespace for each name under which the package is imported: torch would replace operators of the same name.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 attention_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention", run_forward, mutates_args=())
+attention_backward_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention_backward", run_backward, mutates_args=())
 
 
 @attention_operator.register_fake
-def _(q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, height, width, prefix):
+def _(*arguments):
+    q, k, v = unpack(*arguments[:3])
+    num_heads = arguments[len(Inputs._fields)]
     (num_images, num_queries, channels), num_keys, head_dim = q.shape, k.shape[1], q.shape[2] // num_heads
     return (
         v.new_empty(num_images, num_queries, channels),
@@ -278,99 +278,38 @@ def _(q, k, v, position, scale, kernel, bias, key_weight, num_heads, power, heig
     )
 
 
-def run_backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    key_weight: Tensor | None,
-    summary: Tensor,
-    query_statistics: Tensor,
-    key_statistics: Tensor,
-    num_heads: int,
-    power: float,
-    height: int,
-    width: int,
-    prefix: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients; see ``KernelRun.backward``. Outputs of an operator must not share memory, so views are taken outside."""
-    run = KernelRun(q, k, v, position, scale, kernel, key_weight, num_heads, power, height, width, prefix)
-    return run.backward(gradient, summary, query_statistics, key_statistics)
-
-
-attention_backward_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention_backward", run_backward, mutates_args=())
-
-
 @attention_backward_operator.register_fake
-def _(gradient, q, k, v, position, scale, kernel, key_weight, summary, *_):
-    packed = q.shape[1] == k.shape[1]
-    empty_parameter = q.new_empty(0, dtype=torch.float32)
-    return (
-        q.new_empty(q.shape[0], q.shape[1], 3 * q.shape[2] if packed else q.shape[2]),
-        q.new_empty(0) if packed else q.new_empty(q.shape[0], k.shape[1], 2 * q.shape[2]),
-        q.new_empty(position.shape, dtype=torch.float32),
-        q.new_empty(scale.shape, dtype=torch.float32),
-        empty_parameter if kernel is None else q.new_empty(kernel.shape, dtype=torch.float32),
-        q.new_empty(0 if kernel is None else q.shape[2], dtype=torch.float32),
-    )
+def _(gradient, summary, query_statistics, key_statistics, q, k, v, *arguments):
+    packed_gradients = [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
+    return packed_gradients + [x.new_empty(x.shape, dtype=torch.float32) for x in arguments[:4] if x is not None]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, position, scale, kernel, bias, key_weight, *options = inputs
-    ctx.save_for_backward(q, k, v, position, scale, kernel, bias, key_weight, *output[1:])
-    ctx.options = options
+    num_inputs = len(Inputs._fields)
+    ctx.save_for_backward(*inputs[:num_inputs], *output[1:])
+    ctx.options = Options(*inputs[num_inputs:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, gradient, *_):
-    q, k, v, position, scale, kernel, bias, key_weight, *saved = ctx.saved_tensors
+    *inputs, summary, query_statistics, key_statistics = ctx.saved_tensors  # must be read once only
+    inputs = Inputs(*inputs)
     if torch.is_grad_enabled() or is_batched(gradient):  # gradients are enabled by create_graph=True
-        num_heads, power, *grid, num_prefix = ctx.options
-        inputs, options = [q, k, v, position, scale, kernel, bias, key_weight], (num_heads, power, tuple(grid), num_prefix)
-        gradients = unfused_gradients(inputs, ctx.needs_input_grad, options, gradient)
-        return *gradients, *(None,) * len(ctx.options)
-    first, second, grad_position, grad_scale, grad_kernel, grad_bias = attention_backward_operator(
-        gradient, q, k, v, position, scale, kernel, key_weight, *saved, *ctx.options
-    )
-    grad_q, grad_k, grad_v = split_gradients(first, second, q.shape[-1])
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        grad_position.to(position.dtype),
-        grad_scale.to(scale.dtype),
-        None if kernel is None else grad_kernel.to(kernel.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
-        *(None,) * (1 + len(ctx.options)),
-    )
+        gradients = plain_gradients(inputs, ctx.options, ctx.needs_input_grad[: len(inputs)], gradient)
+    else:
+        statistics = query_statistics, key_statistics
+        computed = iter(attention_backward_operator(gradient, summary, *statistics, *inputs, *ctx.options))
+        gradients = [None if x is None else next(computed).to(x.dtype) for x in inputs._replace(key_weight=None)]
+    return *gradients, *(None for _ in ctx.options)
 
 
 attention_operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def focused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    bias: Tensor | None,
-    key_weight: Tensor | None,
-    num_heads: int,
-    power: float,
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-) -> Tensor:
-    """Same as ``models.fused_attention.focused_attention``, computed by the Triton kernels.
+def focused_attention(inputs: Inputs, options: Options) -> Tensor:
+    """``plain_attention``, computed by the Triton kernels.
 
     The kernels compute in float32. The products of matrices use TF32 if the inputs are in half precision or
     ``torch.backends.cuda.matmul.allow_tf32`` is set.
     """
-    return attention_operator(
-        q, k, v, position, scale, kernel, bias, key_weight, num_heads, float(power), *grid, num_prefix_tokens
-    )[0]
+    return attention_operator(*inputs, *options._replace(power=float(options.power)))[0]

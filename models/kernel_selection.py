@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import fused_attention, kernel_operator
 from .kernel_operator import choose_precision
+from .plain_attention import Inputs, Options
 from .tracing import is_batched, is_function_transformed
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def compare(variant: Variant, *, num_images: int = 2, num_heads: int = 2, grid: 
         The first difference; "" if there is none.
     """
     inputs = random_inputs(variant, num_images=num_images, num_heads=num_heads, grid=grid)
-    options = {"num_heads": num_heads, "power": variant.power, "grid": grid, "num_prefix_tokens": 1}
+    options = Options(num_heads, variant.power, *grid, num_prefix_tokens=1)
     exact = run_form(fused_attention.focused_attention, inputs, torch.float64, options)
     results = run_form(kernel_operator.focused_attention, inputs, None, options)
     precise = variant.dtype == torch.float32 and variant.precision != "tf32"
@@ -171,7 +172,7 @@ def compare(variant: Variant, *, num_images: int = 2, num_heads: int = 2, grid: 
 
 
 def random_inputs(variant: Variant, *, num_images: int, num_heads: int, grid: tuple[int, int]) -> dict[str, Tensor | None]:
-    """Random arguments of ``focused_attention``, and the gradient of its output, for maps with one prefix token."""
+    """Random ``Inputs`` by name, and the gradient of the output, for maps with one prefix token."""
     generator = torch.Generator().manual_seed(0)  # not the global generator, whose state belongs to the run
     num_tokens, channels = grid[0] * grid[1] + 1, num_heads * variant.head_dim
 
@@ -193,13 +194,13 @@ def random_inputs(variant: Variant, *, num_images: int, num_heads: int, grid: tu
     }
 
 
-def run_form(function, inputs: dict[str, Tensor | None], dtype: torch.dtype | None, options: dict) -> dict[str, Tensor]:
+def run_form(form, inputs: dict[str, Tensor | None], dtype: torch.dtype | None, options: Options) -> dict[str, Tensor]:
     """Output and gradients of a form of the operator, with all inputs converted to ``dtype`` if it is given."""
     inputs = {name: None if x is None else x.detach().to(dtype or x.dtype) for name, x in inputs.items()}
     gradient = inputs.pop("gradient")
     differentiable = {name: x.requires_grad_() for name, x in inputs.items() if x is not None and name != "key_weight"}
     with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
-        out = function(**inputs, **options)
+        out = form(Inputs(**inputs), options)
         gradients = torch.autograd.grad(out, list(differentiable.values()), gradient)
     return {"output": out.detach(), **{f"the gradient of {name}": x for name, x in zip(differentiable, gradients, strict=True)}}
 

@@ -12,14 +12,9 @@ from torch import Tensor, nn
 
 from . import kernel_operator
 from .compared_attention import COMPARED_ATTENTIONS, count_keys
-from .fused_attention import (
-    depthwise_convolution,
-    focused_attention,
-    split_heads,
-    unfused_attention,
-    without_autocast,
-)
+from .fused_attention import focused_attention
 from .kernel_selection import BACKENDS, supports
+from .plain_attention import Inputs, Options, depthwise_convolution, plain_attention, split_heads, unpack, without_autocast
 from .positions import PositionTable, resize_grid, resized_parameter
 from .tracing import is_transformed
 from .windows import to_pair
@@ -40,6 +35,11 @@ def stretch_tokens(x: Tensor, num_tokens: int) -> Tensor:
     lower = position.long()
     upper = (lower + 1).clamp(max=num_input_tokens - 1)
     return torch.lerp(x[:, lower], x[:, upper], (position - lower).to(x.dtype).unsqueeze(-1))
+
+
+def mean_weights(key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weight of each key in a mean over the unmasked keys: 1 over their number, or 0. key_mask: (B, 1, M, 1) bool."""
+    return key_mask / count_keys(key_mask).to(dtype)
 
 
 class DepthwiseFilters(nn.Module):
@@ -160,8 +160,8 @@ class FocusedLinearAttention(nn.Module):
     def attend(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
         *,
         grid: tuple[int, int] | None = None,
         key_grid: tuple[int, int] | None = None,
@@ -170,43 +170,55 @@ class FocusedLinearAttention(nn.Module):
         """Attention of q over k and v, before any output projection.
 
         Args:
-            q: (B, N, C).
-            k, v: (B, M, C); M < N with spatial reduction.
-            grid, key_grid: heights and widths of the token maps of this call if they differ from those given to the
-                constructor; the positional encoding is then resized by bicubic interpolation.
+            q: (B, N, C); or the joint projection to q, k and v, (B, N, 3C), if k and v are omitted.
+            k: (B, M, C), M < N with spatial reduction; or the joint projection to k and v, (B, M, 2C), if v is omitted. A joint
+                projection saves a copy of its gradient.
+            v: (B, M, C).
+            grid, key_grid: heights and widths of the token maps of this call, see ``grids_of_call``; the positional encoding is
+                resized to ``key_grid`` by bicubic interpolation.
             key_mask: (B, M) bool, False for masked keys (padding). The output is zero if all keys of an image are masked.
 
         Returns:
             (B, N, C), in the dtype of ``v``.
 
         Raises:
-            ValueError: the number of tokens of q, k or v does not match ``grid`` or ``key_grid``.
+            ValueError: the number of tokens or channels of q, k or v does not match ``grid``, ``key_grid`` or ``dim``.
         """
-        grid = grid or self.grid
-        key_grid = key_grid or (grid if self.key_grid == self.grid else self.key_grid)
+        grid, key_grid = self.grids_of_call(grid, key_grid)
+        packed, (q, k, v) = (q, k, v), unpack(q, k, v)
         self._check_tokens("q", q, "grid", grid)
         self._check_tokens("k", k, "key_grid", key_grid)
         self._check_tokens("v", v, "key_grid", key_grid)
         has_keys = None
         if key_mask is not None:
             v = v * key_mask.unsqueeze(-1)
+            packed = q, k, v
             has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
             # If all keys are masked, the output would be 0 / 0. Attend to all keys instead; their values are zero.
             key_mask = (key_mask | ~has_keys)[:, None, :, None]
         kernel, bias = self.local_filter()
-        convolved = False
-        if self.kind == "focused":
-            form = self._choose_form(q, k, v, kernel, masked=key_mask is not None)
-            convolved = q.shape[1] == k.shape[1]  # all forms include the convolution, but not of reduced values
-            filters = {"kernel": kernel, "bias": bias} if convolved else {}
-            out = self._attend_focused(q, k, v, key_grid, key_mask, form=form, grid=grid, **filters)
-        else:
+        if self.kind != "focused":
             out = self._attend_compared(q, k, v, key_mask)
-        if kernel is not None and not convolved:
+        elif q.shape[1] == k.shape[1]:  # every form of focused attention includes the convolution, but not of reduced values
+            out, kernel = self._attend_focused(packed, kernel, bias, grid, key_grid, key_mask), None
+        else:
+            out = self._attend_focused(packed, None, None, grid, key_grid, key_mask)
+        if kernel is not None:
             out = self._restore_rank(out, v, grid, kernel, bias)
         return out if has_keys is None else out * has_keys.unsqueeze(-1)
 
     forward = attend
+
+    def grids_of_call(
+        self, grid: tuple[int, int] | None, key_grid: tuple[int, int] | None
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heights and widths of the token maps of queries and keys of a call, where None stands for the default.
+
+        ``grid`` is that of the constructor by default. ``key_grid`` equals ``grid`` by default, unless the constructor was
+        given another ``key_grid``, which is then the default.
+        """
+        grid = grid or self.grid
+        return grid, key_grid or (grid if self.key_grid == self.grid else self.key_grid)
 
     def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""
@@ -222,47 +234,18 @@ class FocusedLinearAttention(nn.Module):
         """Exponent p of the focused function; 1 without it."""
         return self.focusing_factor if self.focusing else 1
 
-    def _choose_form(self, q: Tensor, k: Tensor, v: Tensor, kernel: Tensor | None, *, masked: bool) -> Callable[..., Tensor]:
-        """The form of focused attention for this call: the Triton kernels, the custom backward pass, or standard operations."""
+    def _choose_form(self, q: Tensor, k: Tensor, v: Tensor, *, side: int, masked: bool) -> Callable[[Inputs, Options], Tensor]:
+        """The form of focused attention for this call: the Triton kernels, the custom backward pass, or standard operations.
+
+        Args:
+            side: side of the convolution's kernel; 0 without it.
+        """
         if not self.fused:
-            return unfused_attention
-        side = kernel.shape[-1] if kernel is not None and q.shape[1] == k.shape[1] else 0
+            return plain_attention
         options = {"num_heads": self.num_heads, "side": side, "power": self.power, "masked": masked}
         if supports(q, k, v, **options, requested=self.backend):
             return kernel_operator.focused_attention
-        return unfused_attention if is_transformed() else focused_attention
-
-    def attention_matrix(
-        self, q: Tensor, k: Tensor, *, key_grid: tuple[int, int] | None = None, key_mask: Tensor | None = None
-    ) -> Tensor:
-        """Attention weights of ``attend``, without its convolution.
-
-        For analysis only: time and memory are quadratic in the number of tokens. See ``attend`` for the arguments.
-
-        Returns:
-            (B, H, N, M), to be multiplied by the values of each head; (B, C, N, M) for ``hydra``, where every channel is a
-            head.
-        """
-        num_keys = k.shape[1]
-        one_hot = torch.eye(num_keys, dtype=k.dtype, device=k.device)
-        mask = None
-        if key_mask is not None:
-            one_hot = one_hot * key_mask.unsqueeze(-1)
-            mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, :, None]
-        one_hot = one_hot.expand(k.shape[0], -1, -1)  # (B, M, M)
-        key_grid = key_grid or self.key_grid
-        if self.kind != "focused" and COMPARED_ATTENTIONS[self.kind].single_head:
-            columns = []
-            for column in one_hot.unbind(-1):
-                values = column.unsqueeze(-1).expand(-1, -1, self.dim)
-                columns.append(self._attend_compared(q, k, values, mask))
-            return torch.stack(columns, dim=-1).transpose(1, 2)
-        values = one_hot.repeat(1, 1, self.num_heads)
-        if self.kind == "focused":
-            weights = self._attend_focused(q, k, values, key_grid, mask, form=unfused_attention)  # (B, N, H * M)
-        else:
-            weights = self._attend_compared(q, k, values, mask)
-        return weights.unflatten(-1, (self.num_heads, num_keys)).transpose(1, 2)
+        return plain_attention if is_transformed() else focused_attention
 
     def set_grid(self, grid: tuple[int, int], key_grid: tuple[int, int] | None = None) -> None:
         """Change ``grid`` and ``key_grid``. A positional encoding of another size is replaced by a new, resized parameter."""
@@ -291,41 +274,31 @@ class FocusedLinearAttention(nn.Module):
                 f"num_prefix_tokens={self.num_prefix_tokens} require {expected}; "
                 f"pass the {grid_name} (height and width) of these tokens"
             )
+        if tokens.shape[-1] != self.dim:
+            raise ValueError(f"{name} has {tokens.shape[-1]} channels, but dim={self.dim}")
 
     def _attend_focused(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        packed: tuple[Tensor, Tensor | None, Tensor | None],
+        kernel: Tensor | None,
+        bias: Tensor | None,
+        grid: tuple[int, int],
         key_grid: tuple[int, int],
         key_mask: Tensor | None,
-        *,
-        form: Callable[..., Tensor],
-        grid: tuple[int, int] = (0, 0),
-        kernel: Tensor | None = None,
-        bias: Tensor | None = None,
     ) -> Tensor:
-        """Focused attention, and the convolution of the values if ``kernel`` is given. Returns (B, N, C).
-
-        Args:
-            form: ``unfused_attention`` or an equivalent function.
-            grid: height and width of the token map of v, for the convolution.
-        """
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        return form(
-            q,
-            k,
-            v,
+        """Focused attention of ``packed`` q, k and v, and the convolution of the values if ``kernel`` is given: (B, N, C)."""
+        q, k, v = unpack(*packed)
+        side = 0 if kernel is None else kernel.shape[-1]
+        form = self._choose_form(q, k, v, side=side, masked=key_mask is not None)
+        inputs = Inputs(
+            *((q, k, v) if form is plain_attention else packed),
             position=resize_grid(self.positional_encoding, self.key_grid, key_grid, self.num_prefix_tokens),
             scale=F.softplus(self.scale),
             kernel=kernel,
             bias=bias,
-            key_weight=None if key_mask is None else key_mask / count_keys(key_mask).to(dtype),
-            num_heads=self.num_heads,
-            power=self.power,
-            grid=grid,
-            num_prefix_tokens=self.num_prefix_tokens,
+            key_weight=None if key_mask is None else mean_weights(key_mask, torch.promote_types(q.dtype, torch.float32)),
         )
+        return form(inputs, Options(self.num_heads, self.power, *grid, self.num_prefix_tokens))
 
     def _attend_compared(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Attention of a kind other than ``focused``, without the convolution. Returns (B, N, C)."""

@@ -22,8 +22,8 @@ from .backbone import (
     parse_attention_types,
 )
 from .compared_attention import scaled_dot_product_attention
-from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
+from .plain_attention import split_heads, unpack
 from .positions import PositionTable, resized_parameter, whole_map
 from .windows import ceil_divide
 
@@ -54,13 +54,12 @@ class SpatialReduction(nn.Module):
             self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction, **factory)
             self.norm = nn.LayerNorm(dim, **factory)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-        """Project a map (B, H, W, C) to q (B, N, C), k and v (B, M, C); also return the height and width of the keys' map."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Project a map (B, H, W, C) to q (B, N, C) and to k and v (B, M, 2C); also return the size of the keys' map."""
         q, keys = self.q(x.flatten(1, 2)), x
         if self.reduction > 1:
             keys = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        k, v = split_channels(self.kv(keys.flatten(1, 2)), 2)
-        return q, k, v, tuple(keys.shape[1:3])
+        return q, self.kv(keys.flatten(1, 2)), tuple(keys.shape[1:3])
 
 
 def reduce_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
@@ -88,8 +87,8 @@ class LinearAttention(FocusedLinearAttention, SpatialReduction):
         self.build_projections(dim, reduction, **factory, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v, key_grid = self.project(x)
-        out = self.attend(q, k, v, grid=tuple(x.shape[1:3]), key_grid=key_grid)
+        q, kv, key_grid = self.project(x)
+        out = self.attend(q, kv, grid=tuple(x.shape[1:3]), key_grid=key_grid)
         return self.proj_drop(self.proj(out)).view_as(x)
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
@@ -110,8 +109,8 @@ class SoftmaxAttention(SpatialReduction):
         self.build_projections(dim, reduction, **projections)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v, _ = self.project(x)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, N or M, D)
+        q, kv, _ = self.project(x)
+        q, k, v = (split_heads(t, self.num_heads) for t in unpack(q, kv, None))  # (B, heads, N or M, D)
         out = scaled_dot_product_attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         out = out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out)).view_as(x)

@@ -22,7 +22,6 @@ from .backbone import (
     parse_attention_types,
 )
 from .compared_attention import SoftmaxAttention
-from .fused_attention import split_channels
 from .linear_attention import FocusedLinearAttention
 from .positions import PositionTable, resize_grid, resized_parameter
 from .windows import PADDING, cached_constant, ceil_divide, merge_windows, partition_windows, window_regions
@@ -50,9 +49,8 @@ class LinearWindowAttention(FocusedLinearAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
-        q, k, v = split_channels(self.qkv(x), 3)
         key_mask = None if region is None else (region != PADDING).repeat(x.shape[0] // region.shape[0], 1)
-        x = self.attend(q, k, v, grid=window, key_mask=key_mask)
+        x = self.attend(self.qkv(x), grid=window, key_mask=key_mask)
         return self.proj_drop(self.proj(x))
 
     def set_window(self, window: tuple[int, int]) -> None:

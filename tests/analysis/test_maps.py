@@ -8,7 +8,7 @@ Shapes: G groups of tokens that attend to each other, N queries, M keys, H heads
 import pytest
 import torch
 
-from analysis.maps import attention_modules, capture, compare, convolution_matrix, token_positions
+from analysis.maps import attention_modules, capture, compare, convolution_matrix, linear_weights, token_positions
 from analysis.measures import attention_distance
 from models import create_model
 from models.cswin import CSwinTransformer
@@ -123,7 +123,7 @@ def test_attention_weights_of_masked_keys_are_zero():
     module = FocusedLinearAttention(8, 2, (2, 3)).double()
     q, k, v = (torch.randn(2, 6, 8).double() for _ in range(3))
     mask = torch.tensor([[True, True, True, True, False, False], [False] * 6])
-    matrix = module.attention_matrix(q, k, key_mask=mask)
+    matrix = linear_weights(module, *(x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (q, k)), (2, 3), mask).detach()
     assert (matrix[0, :, :, 4:] == 0).all()
     assert (matrix[1] == 0).all()
     heads = (matrix @ v.unflatten(-1, (2, 4)).transpose(1, 2)).transpose(1, 2).flatten(2)

@@ -8,7 +8,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models import create_model, kernel_operator, kernel_selection
-from models.fused_attention import split_channels
 from models.kernel_operator import attention_operator
 from models.linear_attention import FocusedLinearAttention
 
@@ -63,7 +62,7 @@ def test_compiled_checkpointed_and_eager_modules_give_the_same_bits(launches):
     packed = torch.randn(1, 6, 3 * C).requires_grad_()
 
     def attend(x):
-        return operator(*split_channels(x, 3))
+        return operator(x)
 
     eager = output_and_gradients(attend, packed, operator)
     assert len(launches) == 4
@@ -89,7 +88,7 @@ def test_functorch_and_export_use_standard_operations(launches):
     packed = torch.randn(1, 6, 3 * C)
 
     def loss(x):
-        return operator(*split_channels(x, 3)).square().sum()
+        return operator(x).square().sum()
 
     gradient = torch.func.grad(loss)(packed)
     exported = torch.export.export(operator, packed.chunk(3, dim=-1))
@@ -105,7 +104,7 @@ def test_second_derivatives_equal_those_of_standard_operations(launches):
     packed = torch.randn(1, 6, 3 * C).requires_grad_()
     for backend_name in ("triton", "torch"):
         operator.backend = backend_name
-        (gradient,) = torch.autograd.grad(operator(*split_channels(packed, 3)).square().sum(), packed, create_graph=True)
+        (gradient,) = torch.autograd.grad(operator(packed).square().sum(), packed, create_graph=True)
         results.append(torch.autograd.grad(gradient.square().sum(), [packed, *operator.parameters()]))
     assert len(launches) == 4  # also the second derivative needs the gradient of the output once, without a graph
     for result, expected in zip(*results, strict=True):
@@ -130,8 +129,8 @@ def test_the_self_check_finds_wrong_results_and_errors(monkeypatch, caplog):
     correct, compare = kernel_operator.KernelRun.forward, kernel_selection.compare
     monkeypatch.setattr(kernel_selection, "compare", lambda variant: compare(variant, **small))
 
-    def wrong(run, bias):
-        out, *rest = correct(run, bias)
+    def wrong(run):
+        out, *rest = correct(run)
         return out * 1.001, *rest
 
     monkeypatch.setattr(kernel_operator.KernelRun, "forward", wrong)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from models import kernel_operator, kernel_selection
-from models.fused_attention import split_channels
 from models.kernel_tiles import round_to_tf32
 from models.linear_attention import FocusedLinearAttention
 
@@ -234,7 +233,7 @@ def test_the_gradients_of_a_joint_projection_are_not_copied(monkeypatch):
     operator = create_operator((4, 5))
     packed = torch.randn(1, 20, 3 * operator.dim).requires_grad_()
     monkeypatch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
-    out = operator(*split_channels(packed, 3))
+    out = operator(packed)
     assert torch.autograd.grad(out.sum(), packed)[0].shape == packed.shape
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models.fused_attention
-from models.fused_attention import Blocks, split_channels
+from models.fused_attention import Blocks
 from models.linear_attention import FocusedLinearAttention
 
 H, D = 3, 4
@@ -164,19 +164,9 @@ def test_torch_func_uses_the_unfused_form():
     packed = torch.randn(2, 6, 3 * C).double().requires_grad_()
 
     def loss(x):
-        return operator(*split_channels(x, 3)).square().sum()
+        return operator(x).square().sum()
 
     torch.testing.assert_close(torch.func.grad(loss)(packed.detach()), torch.autograd.grad(loss(packed), packed)[0])
-
-
-def test_split_channels_concatenates_non_contiguous_gradients_correctly():
-    packed = torch.randn(2, 4, 12).requires_grad_()
-    weights = torch.randn(2, 4, 12)
-    gradients = [
-        torch.autograd.grad((torch.cat([part.transpose(1, 2) for part in parts], dim=-1) * weights).sum(), packed)[0]
-        for parts in (split_channels(packed, 3), packed.chunk(3, dim=-1))
-    ]
-    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -194,25 +184,26 @@ def test_half_precision_gradients_equal_float32_gradients_up_to_rounding(dtype):
         assert error < 16 * torch.finfo(dtype).eps
 
 
-def test_gradients_of_a_joint_qkv_projection_are_not_copied(monkeypatch):
-    operator = random_operator((4, 5)).float()
-    packed = torch.randn(2, 20, 3 * C).requires_grad_()
+@pytest.mark.parametrize("key_grid", [(4, 5), (2, 3)])
+def test_a_joint_projection_has_the_gradient_of_its_parts_without_a_copy(monkeypatch, key_grid):
+    """With keys of another number than queries, the joint projection is that to k and v."""
+    operator = random_operator((4, 5), key_grid=key_grid)
+    q, k, v = random_tokens(2, 20, key_grid[0] * key_grid[1])
+    packed = [torch.cat([q, k, v], dim=-1)] if key_grid == (4, 5) else [q, torch.cat([k, v], dim=-1)]
+    packed = [x.detach().requires_grad_() for x in packed]
+    expected_out, expected = outputs_and_gradients(operator, [q, k, v])
+    monkeypatch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
+    out, gradients = outputs_and_gradients(operator, packed)
+    assert torch.equal(out, expected_out)
+    parts = [part for x in gradients[: len(packed)] for part in x.split(C, dim=-1)]
+    for part, gradient in zip([*parts, *gradients[len(packed) :]], expected, strict=True):
+        assert torch.equal(part, gradient)
 
-    def gradient_of(split) -> torch.Tensor:
-        out = operator(*split(packed))
-        return torch.autograd.grad((out * torch.arange(C)).sum(), packed)[0]
 
-    expected = gradient_of(lambda x: x.chunk(3, dim=-1))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "cat", lambda *_, **__: pytest.fail("the gradients were copied by torch.cat"))
-        torch.testing.assert_close(gradient_of(lambda x: split_channels(x, 3)), expected)
-    # If the parts are inputs of standard operations rather than of the attention module, the gradients of the parts are
-    # separate tensors and have to be copied.
-    out = torch.cat([2 * part for part in split_channels(packed, 3)], dim=-1)
-    assert torch.equal(torch.autograd.grad(out.sum(), packed)[0], torch.full_like(packed, 2))
-    q, _, v = split_channels(packed, 3)
-    (gradient,) = torch.autograd.grad((q + 3 * v).sum(), packed)
-    assert torch.equal(gradient, torch.tensor([1.0, 0.0, 3.0]).repeat_interleave(C).expand_as(packed))
+@pytest.mark.parametrize("shapes", [[36, 12], [12, 12], [24], [12, 12, 6]])
+def test_projections_with_another_number_of_channels_are_rejected(shapes):
+    with pytest.raises(ValueError, match="channels, but dim=12"):
+        random_operator((4, 5))(*(torch.zeros(1, 20, channels).double() for channels in shapes))
 
 
 def test_the_forward_pass_saves_only_small_tensors_besides_inputs_and_parameters():

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.compared_attention import focus, linear_attention
 from models.linear_attention import ATTENTION_KINDS, FocusedLinearAttention, stretch_tokens
+from models.plain_attention import focus, linear_attention
 
 B, H, D, GRID = 2, 3, 4, (5, 6)
 N, C = GRID[0] * GRID[1], H * D
