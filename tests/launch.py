@@ -134,13 +134,13 @@ def free_port() -> int:
 
 def _join_and_call(task: Callable, arguments: tuple, rank: int, processes: int, port: int) -> None:
     torch.set_num_threads(1)
-    os.environ.update(_environment(rank, processes, port))
+    os.environ.update(launch_variables(rank, processes, port))
     world = setup()
     task(world, *arguments)
     cleanup()
 
 
-def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+def launch_variables(rank: int, processes: int, port: int) -> dict[str, str]:
     """Environment variables that torchrun sets for a process."""
     return {
         "RANK": str(rank),
@@ -186,7 +186,7 @@ def _call_main(
     torch.set_num_threads(1)
     warnings.resetwarnings()
     if processes > 1:
-        os.environ.update(_environment(rank, processes, port))
+        os.environ.update(launch_variables(rank, processes, port))
     sys.argv = ["main.py", *map(str, arguments)]
     if prepare is not None:
         prepare(rank)

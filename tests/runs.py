@@ -1,8 +1,12 @@
-"""Helpers for toy runs: a classifier, command-line arguments, and a bit-exact comparison of checkpoints."""
+"""Helpers for toy runs: a classifier, command-line arguments, and the state of a run with its bit-exact comparison."""
 
+from pathlib import Path
+
+import torch
 from torch import nn
 
-from tests.soak import find_difference
+from models.checkpoints.reader import read_checkpoint
+from utils.run_files import list_checkpoints, num_updates_of
 
 
 class LinearClassifier(nn.Linear):
@@ -13,6 +17,36 @@ class LinearClassifier(nn.Linear):
 
     def get_classifier(self) -> nn.Module:
         return self
+
+
+def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
+    """First difference in type or value between two nested states; None if they are equal."""
+    if type(one) is not type(other):
+        return f"{where}: {type(one).__name__} and {type(other).__name__}"
+    if isinstance(one, torch.Tensor):
+        return None if torch.equal(one, other) else where
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return f"{where}: keys {sorted(map(str, one.keys() ^ other.keys()))}"
+        entries = [(str(key), one[key], other[key]) for key in one]
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{where}: lengths {len(one)} and {len(other)}"
+        entries = [(str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return None if one == other else f"{where}: {one!r} and {other!r}"
+    return next((difference for key, *pair in entries if (difference := find_difference(*pair, f"{where}.{key}"))), None)
+
+
+def read_state(folder: Path) -> dict:
+    """Read the newest checkpoint of a run, without the entries that depend on the command, the machine and the run's id."""
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    return {key: value for key, value in state.items() if key not in ("config", "environment", "run_id")}
+
+
+def newest_update(folder: Path) -> int:
+    """Number of updates of the newest checkpoint, from its file name; 0 if there is none."""
+    return max(map(num_updates_of, list_checkpoints(folder)), default=0)
 
 
 def assert_equal(one, other, where="checkpoint"):

@@ -15,14 +15,12 @@ Linux only.
 """
 
 import argparse
-import json
 import logging
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,14 +29,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import torch
 
 from engine.run_contents import survey
 from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
+from tests.launch import free_port, launch_variables
+from tests.runs import find_difference, newest_update, read_state
 from utils.config.loading import ConfigError
-from utils.files import replacing
-from utils.run_files import BEST, is_numbered, list_checkpoints, num_updates_of
+from utils.files import write_json
+from utils.run_files import BEST, is_numbered, list_checkpoints
 from utils.stop import SIGNALS
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +45,10 @@ CONFIG = ROOT / "configs/quickstart.yaml"
 GLOBAL_BATCH_SIZE = 64
 UNREADABLE_IMAGES = 3  # number of truncated training images
 COLLECTIVE_TIMEOUT = 20  # seconds
+OPTIONS = (
+    *("DATA.GLOBAL_BATCH_SIZE", GLOBAL_BATCH_SIZE, "DATA.UNREADABLE", "skip", "TRAIN.EPOCHS", 12, "SAVE_STEPS", 5),
+    *("COLLECTIVE_TIMEOUT", COLLECTIVE_TIMEOUT),
+)
 SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # maximum time from a fault to the end of all processes
 SHARE_OF_OTHER_RUNS = 0.2  # share of the faults after which a checkpoint of another run is tried
 BYTES_OF_FULL_DISK = 20_000  # file-size limit that simulates a full disk; smaller than a checkpoint
@@ -54,36 +57,6 @@ DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py: finished, user er
 
 class SoakError(Exception):
     """A guarantee was violated: state was lost or differs, or a process did not end."""
-
-
-def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:
-    """First difference in type or value between two nested states; None if they are equal."""
-    if type(one) is not type(other):
-        return f"{where}: {type(one).__name__} and {type(other).__name__}"
-    if isinstance(one, torch.Tensor):
-        return None if torch.equal(one, other) else where
-    if isinstance(one, dict):
-        if one.keys() != other.keys():
-            return f"{where}: keys {sorted(map(str, one.keys() ^ other.keys()))}"
-        entries = [(str(key), one[key], other[key]) for key in one]
-    elif isinstance(one, (list, tuple)):
-        if len(one) != len(other):
-            return f"{where}: lengths {len(one)} and {len(other)}"
-        entries = [(str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True))]
-    else:
-        return None if one == other else f"{where}: {one!r} and {other!r}"
-    return next((difference for key, *pair in entries if (difference := find_difference(*pair, f"{where}.{key}"))), None)
-
-
-def read_state(folder: Path) -> dict:
-    """Read the newest checkpoint of a run, without the entries that depend on the command, the machine and the run's id."""
-    state = read_checkpoint(list_checkpoints(folder)[0])
-    return {key: value for key, value in state.items() if key not in ("config", "environment", "run_id")}
-
-
-def newest_update(folder: Path) -> int:
-    """Number of updates of the newest checkpoint, from its file name; 0 if there is none."""
-    return max(map(num_updates_of, list_checkpoints(folder)), default=0)
 
 
 def newest_intact_update(folder: Path) -> int:
@@ -113,32 +86,20 @@ class Job:
         arguments: Sequence[object] = (),
     ):
         self.folder = output / "quickstart/default"
+        self.name = output.name
         self.log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        options = {
-            "DATA.GLOBAL_BATCH_SIZE": GLOBAL_BATCH_SIZE,
-            "DATA.NUM_WORKERS": num_workers,
-            "DATA.UNREADABLE": "skip",
-            "TRAIN.EPOCHS": 12,
-            "SAVE_STEPS": 5,
-            "COLLECTIVE_TIMEOUT": COLLECTIVE_TIMEOUT,
-        }
+        port = free_port()
         command = [sys.executable, "main.py", "--cfg", CONFIG, "--data-path", data.absolute(), "--output", output.absolute()]
-        command += ["--batch-size", batch_size, *arguments, "--opts", *(word for pair in options.items() for word in pair)]
-        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        if num_processes > 1:
-            environment |= {"WORLD_SIZE": str(num_processes)}
+        command += ["--batch-size", batch_size, *arguments, "--opts", *OPTIONS, "DATA.NUM_WORKERS", num_workers]
         self.processes = []
         with open(log, "a", encoding="utf-8") as file:
             for rank in range(num_processes):
-                rank_variables = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_processes > 1 else {}
+                variables = launch_variables(rank, num_processes, port) if num_processes > 1 else {}
                 self.processes.append(
                     subprocess.Popen(
                         list(map(str, command)),
                         cwd=ROOT,
-                        env=environment | rank_variables,
+                        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
                         stdin=subprocess.DEVNULL,
                         stdout=file,
                         stderr=file,
@@ -210,16 +171,14 @@ def damage(job: Job, rng: random.Random) -> str:
     if newest is None:
         return "SIGKILL to all processes, no checkpoint to damage"
     kind, content = rng.choice(["truncated", "overwritten", "empty", "a directory"]), newest.read_bytes()
+    middle = len(content) // 2
     newest.unlink()  # do not overwrite the file: best.pth may be a hard link to it, and must stay intact
-    if kind == "truncated":
-        newest.write_bytes(content[: rng.randrange(len(content))])
-    elif kind == "overwritten":
-        middle = len(content) // 2
-        newest.write_bytes(content[:middle] + rng.randbytes(1000) + content[middle + 1000 :])
-    elif kind == "empty":
-        newest.touch()
-    else:
+    if kind == "a directory":
         newest.mkdir()
+    else:
+        overwritten = content[:middle] + rng.randbytes(1000) + content[middle + 1000 :]
+        contents = {"truncated": content[: rng.randrange(len(content))], "overwritten": overwritten, "empty": b""}
+        newest.write_bytes(contents[kind])
     return f"SIGKILL to all processes, {newest.name} is now {kind}"
 
 
@@ -293,24 +252,16 @@ class Soak:
         """Minutes since the start of the script."""
         return (time.monotonic() - self.begin) / 60
 
-    def kill_jobs(self) -> None:
-        for job in self.jobs:
-            job.kill()
+    def job(self, name: str, *, log: str = "", **options) -> Job:
+        """Start the training command with output directory ``name``, and log file ``log``.txt (default: ``name``.txt).
 
-    def job(
-        self, name: str, *, num_processes: int, num_workers: int = 0, log: str = "", arguments: Sequence[object] = ()
-    ) -> Job:
-        """Start the training command with output directory ``name``, and log file ``log``.txt (default: ``name``.txt)."""
+        Args:
+            options: arguments of ``Job``.
+        """
         output = self.args.output
-        job = Job(
-            output / "digits",
-            output / name,
-            num_processes=num_processes,
-            batch_size=GLOBAL_BATCH_SIZE // self.args.processes,
-            num_workers=num_workers,
-            log=output / f"{log or name}.txt",
-            arguments=arguments,
-        )
+        options = {"num_processes": self.args.processes, "num_workers": 0} | options
+        batch_size = GLOBAL_BATCH_SIZE // self.args.processes
+        job = Job(output / "digits", output / name, batch_size=batch_size, log=output / f"{log or name}.txt", **options)
         self.jobs = [*(other for other in self.jobs if other.running()), job]
         return job
 
@@ -325,7 +276,7 @@ class Soak:
     def train_undisturbed(self) -> dict:
         """Train without faults. Returns the final state."""
         begin = time.monotonic()
-        job = self.job("undisturbed", num_processes=self.args.processes)
+        job = self.job("undisturbed")
         statuses = job.end(seconds=3600)
         if set(statuses) != {DONE}:
             raise SoakError(f"the undisturbed run ended with exit statuses {statuses}; see {job.log}")
@@ -342,7 +293,7 @@ class Soak:
         self.num_runs += 1
         name = f"run{self.num_runs}"
         while True:
-            job = self.job(name, num_processes=self.args.processes, num_workers=self.rng.choice([0, 0, 2]))
+            job = self.job(name, num_workers=self.rng.choice([0, 0, 2]))
             statuses = self.disturb(job) if self.minutes() < self.args.minutes else job.end(20 * self.seconds_undisturbed)
             if set(statuses) == {DONE}:
                 break
@@ -386,9 +337,7 @@ class Soak:
         if kind not in LOSSES and update_after < update_before:
             raise SoakError(f"{fault}: the newest intact checkpoint went back from update {update_before} to {update_after}")
         self.survived[kind] += 1
-        self.say(
-            f"{job.folder.parent.parent.name}: {fault} after {delay:.1f} s; exit statuses {statuses}, update {update_after}"
-        )
+        self.say(f"{job.name}: {fault} after {delay:.1f} s; exit statuses {statuses}, update {update_after}")
         if update_after > 0 and self.rng.random() < SHARE_OF_OTHER_RUNS:
             self.resume_other_run(job)
         return statuses
@@ -401,14 +350,12 @@ class Soak:
         """
         other = list_checkpoints(self.args.output / "undisturbed/quickstart/default")[0]
         before = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
-        started = self.job(
-            job.folder.parent.parent.name, num_processes=1, log="other", arguments=["--resume", other.absolute()]
-        )
+        started = self.job(job.name, num_processes=1, log="other", arguments=["--resume", other.absolute()])
         statuses = started.end(SECONDS_TO_END)
         if statuses != [MISTAKE] or before != {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}:
             raise SoakError(f"{OTHER_RUN}: exit statuses {statuses}, or files of {job.folder} changed; see {started.log}")
         self.survived[OTHER_RUN] += 1
-        self.say(f"{job.folder.parent.parent.name}: {OTHER_RUN} refused")
+        self.say(f"{job.name}: {OTHER_RUN} refused")
 
     def start_second_run(self, job: Job) -> list[int]:
         """Start a second run in the directory of a running job. It must exit with status 2 and must not disturb the job.
@@ -420,13 +367,13 @@ class Soak:
         job.wait(SECONDS_TO_END, until=lambda: newest_update(job.folder) > update_at_start)
         if not job.running():
             return job.end(0)
-        second = self.job(job.folder.parent.parent.name, num_processes=1, log="second")
+        second = self.job(job.name, num_processes=1, log="second")
         statuses, first_is_running = second.end(SECONDS_TO_END), job.running()
         if first_is_running and statuses != [MISTAKE]:
             raise SoakError(f"a second run in the same directory ended with exit statuses {statuses}; see {second.log}")
         if statuses == [MISTAKE]:
             self.survived[SECOND_RUN] += 1
-            self.say(f"{job.folder.parent.parent.name}: second run refused at update {newest_update(job.folder)}")
+            self.say(f"{job.name}: second run refused at update {newest_update(job.folder)}")
         return self.disturb(job) if job.running() else job.end(0)
 
     def report(self) -> dict:
@@ -469,10 +416,10 @@ def main() -> None:
     except SoakError as error:
         failure = str(error)
     finally:
-        soak.kill_jobs()
+        for job in soak.jobs:
+            job.kill()
     report = soak.report() | {"failure": failure}
-    with replacing(args.output / "soak.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.output / "soak.json", report)
     soak.say(f"{report['total_faults']} faults in {report['runs']} runs: {report['faults']}")
     if failure:
         sys.exit(f"soak.py: {failure}")

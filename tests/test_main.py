@@ -17,8 +17,7 @@ from jobs.initialization import choose_initialization
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
-from tests.runs import assert_equal, run_state, toy_arguments
-from tests.soak import read_state
+from tests.runs import assert_equal, read_state, run_state, toy_arguments
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import ConfigError, load_config
 from utils.distributed import World

@@ -28,8 +28,7 @@ from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
-from tests.runs import assert_equal, toy_arguments
-from tests.soak import read_state
+from tests.runs import assert_equal, read_state, toy_arguments
 from utils.config.keys import KEYS
 from utils.config.loading import ConfigError, flatten, load_config
 from utils.distributed import World

@@ -22,8 +22,7 @@ from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, run_state, toy_arguments
-from tests.soak import read_state
+from tests.runs import assert_equal, read_state, run_state, toy_arguments
 from utils.config.loading import ConfigError, load_config
 from utils.distributed import World
 from utils.run_files import BEST, RECORD, checkpoint_path, list_checkpoints

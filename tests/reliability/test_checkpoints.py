@@ -25,8 +25,7 @@ from tests.conftest import write_images
 from tests.engine.test_checkpoint import toy
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, run_state, toy_arguments
-from tests.soak import read_state
+from tests.runs import assert_equal, read_state, run_state, toy_arguments
 from utils.run_files import BEST, checkpoint_path, list_checkpoints
 
 pytestmark = pytest.mark.reliability

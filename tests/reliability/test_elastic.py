@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT, free_port, torchrun, wait_for
-from tests.runs import assert_equal, toy_arguments
-from tests.soak import newest_update, read_state
+from tests.runs import assert_equal, newest_update, read_state, toy_arguments
 
 pytestmark = pytest.mark.reliability
 

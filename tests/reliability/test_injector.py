@@ -21,8 +21,7 @@ from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
 from tests.injection import ERRORS, Call, Fault, draw_fault, inject, read_calls, record_calls
 from tests.launch import run_main
-from tests.runs import toy_arguments
-from tests.soak import find_difference, read_state
+from tests.runs import find_difference, read_state, toy_arguments
 from utils.run_files import BEST, list_checkpoints
 
 pytestmark = pytest.mark.reliability

@@ -16,8 +16,7 @@ import utils.log
 import utils.progress
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
-from tests.runs import assert_equal, toy_arguments
-from tests.soak import read_state
+from tests.runs import assert_equal, read_state, toy_arguments
 from utils.run_files import BEST, list_checkpoints
 
 pytestmark = pytest.mark.reliability

@@ -13,8 +13,7 @@ import engine.trainer
 import jobs.train
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, torchrun, wait_for
-from tests.runs import assert_equal, toy_arguments
-from tests.soak import newest_update, read_state
+from tests.runs import assert_equal, newest_update, read_state, toy_arguments
 from utils.run_files import list_checkpoints
 from utils.stop import SECONDS_OF_ONE_REQUEST, SIGNALS
 
