@@ -35,7 +35,7 @@ from engine.run_directory import RunLock
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import free_port, launch_variables
 from tests.runs import find_difference, newest_update, read_state
-from utils.config.loading import ConfigError
+from utils.errors import STOPPED, USAGE_ERROR, ConfigError
 from utils.files import write_json
 from utils.run_files import BEST, is_numbered, list_checkpoints
 from utils.stop import SIGNALS
@@ -52,7 +52,7 @@ OPTIONS = (
 SECONDS_TO_END = COLLECTIVE_TIMEOUT + 40  # maximum time from a fault to the end of all processes
 SHARE_OF_OTHER_RUNS = 0.2  # share of the faults after which a checkpoint of another run is tried
 BYTES_OF_FULL_DISK = 20_000  # file-size limit that simulates a full disk; smaller than a checkpoint
-DONE, MISTAKE, STOPPED = 0, 2, 75  # exit statuses of main.py: finished, user error or full disk, stopped by a signal
+DONE = 0  # exit status of a finished run; utils.errors has the others
 
 
 class SoakError(Exception):
@@ -352,7 +352,7 @@ class Soak:
         before = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
         started = self.job(job.name, num_processes=1, log="other", arguments=["--resume", other.absolute()])
         statuses = started.end(SECONDS_TO_END)
-        if statuses != [MISTAKE] or before != {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}:
+        if statuses != [USAGE_ERROR] or before != {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}:
             raise SoakError(f"{OTHER_RUN}: exit statuses {statuses}, or files of {job.folder} changed; see {started.log}")
         self.survived[OTHER_RUN] += 1
         self.say(f"{job.name}: {OTHER_RUN} refused")
@@ -369,9 +369,9 @@ class Soak:
             return job.end(0)
         second = self.job(job.name, num_processes=1, log="second")
         statuses, first_is_running = second.end(SECONDS_TO_END), job.running()
-        if first_is_running and statuses != [MISTAKE]:
+        if first_is_running and statuses != [USAGE_ERROR]:
             raise SoakError(f"a second run in the same directory ended with exit statuses {statuses}; see {second.log}")
-        if statuses == [MISTAKE]:
+        if statuses == [USAGE_ERROR]:
             self.survived[SECOND_RUN] += 1
             self.say(f"{job.name}: second run refused at update {newest_update(job.folder)}")
         return self.disturb(job) if job.running() else job.end(0)
