@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
-from data.archives import list_shards
 from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
 from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels
 from data.erasing import Erase
 from data.files import DataError
-from data.folders import find_linked_class
 from data.index import Index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches, separate_copies
+from data.sources.folder import find_linked_class
+from data.sources.zip import list_shards
 from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
 from data.workers import StallCheck, WatchedDataset, create_loader
 from models.preprocessing import MAX_SMALL_SIZE

@@ -16,9 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from data.archives import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
 from data.files import DataError
 from data.index import Index
+from data.sources.zip import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
 from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
 try:

@@ -18,7 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data.archives import (
+from data.files import (
+    DataError,
+    LeftOut,
+    Note,
+    check_distinct_names,
+    read_head,
+    suggest_split,
+)
+from data.sources.folder import UNKNOWN_SIZE, Listing, class_notes, list_class, list_classes
+from data.sources.zip import (
     CLASS_NAMES_FILE,
     check_extents,
     check_shards,
@@ -31,15 +40,6 @@ from data.archives import (
     unlisted_entries,
     unread_shards,
 )
-from data.files import (
-    DataError,
-    LeftOut,
-    Note,
-    check_distinct_names,
-    read_head,
-    suggest_split,
-)
-from data.folders import UNKNOWN_SIZE, Listing, class_notes, list_class, list_classes
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.datasets import FileDataset, decode_image, read_file
 from data.files import IMAGE_EXTENSIONS, DataError
-from data.folders import list_images
+from data.sources.folder import list_images
 from data.transforms import Normalize, create_eval_transform
 from data.workers import create_loader
 from jobs.locate_checkpoint import Checkpoint

@@ -24,10 +24,10 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.archives import CLASS_NAMES_FILE, list_shards, read_class_names
 from data.datasets import ImageDataset, open_image
 from data.files import DataError
 from data.index import Index, index_folder, index_tar, index_zip
+from data.sources.zip import CLASS_NAMES_FILE, list_shards, read_class_names
 from data.workers import end_with_parent
 from utils.errors import USAGE_ERROR
 from utils.log import setup_logging

@@ -25,12 +25,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from data.archives import class_names
 from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader, collate
 from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset, decode_image, decode_pixels
 from data.index import DataError, Index, index_folder, index_tar, index_zip
 from data.samplers import EvalBatches, TrainBatches, epoch_order
+from data.sources.zip import class_names
 from data.transforms import Normalize, RandomResizedCrop, create_eval_transform, create_train_transform
 from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack

@@ -25,14 +25,14 @@ from PIL import Image
 import data.index
 import jobs.train
 import scripts.pack_dataset
-from data.archives import class_names
 from data.build import build_datasets, build_index, build_mixup, build_train_transform, collate
 from data.classes import read_class_map
 from data.datasets import FORMATS, FileDataset, ImageDataset, Sample, decode_image
-from data.folders import UNKNOWN_SIZE
 from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
 from data.mixup import StepMixup
 from data.samplers import TrainBatches
+from data.sources.folder import UNKNOWN_SIZE
+from data.sources.zip import class_names
 from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main, run_script
