@@ -15,7 +15,8 @@ from yacs.config import CfgNode
 
 from benchmarks.timing import speedup, time_in_turn
 from data.build import build_index, build_train_transform
-from data.datasets import ImageDataset, decode_pixels, read_file
+from data.datasets import ImageDataset, read_file
+from data.decoding import decode_pixels
 from data.files import DataError
 from data.workers import create_loader
 

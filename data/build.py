@@ -2,31 +2,30 @@
 
 import logging
 import os
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
-from data.datasets import ImageDataset, Key, Sample, decode_image, decode_pixels
+from data.datasets import READ_ERRORS, ImageDataset
+from data.decoding import decode_image, decode_pixels
 from data.erasing import Erase
 from data.files import DataError
-from data.index import Index, index_folder, index_tar, index_zip
+from data.index import Index
+from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
-from data.samplers import EvalBatches, TrainBatches, separate_copies
+from data.samplers import EvalBatches, TrainBatches
+from data.sources import find_layout, index_split
 from data.sources.folder import find_linked_class
-from data.sources.zip import list_shards
 from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
-from data.workers import StallCheck, WatchedDataset, create_loader
+from data.workers import WatchedDataset, create_loader
 from models.preprocessing import MAX_SMALL_SIZE
 from models.registry import build_preprocessing
 from utils.config.loading import image_size
@@ -35,140 +34,6 @@ from utils.random import restore_generators
 logger = logging.getLogger(__name__)
 
 NUM_COMPARED_IMAGES = 16  # images that are compared if two splits have the same labels
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch on the device.
-
-    images: (B, 3, H, W), normalised; targets: (B,) class ids; keys: (epoch, index) of each image.
-    """
-
-    images: Tensor
-    targets: Tensor
-    keys: list[Key]
-
-    @property
-    def indices(self) -> list[int]:
-        return [index for _, index in self.keys]
-
-
-class DeviceLoader:
-    """Data loader that copies batches to the device, normalises them there and, in training, applies random erasing.
-
-    Args:
-        max_unreadable: maximum number of unreadable images of this process; one more ends the run with an error.
-
-    Attributes:
-        seconds_waited: time spent waiting for the loader workers, excluding copies to the device.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        normalize: Normalize,
-        device: torch.device,
-        *,
-        erase: Erase | None = None,
-        max_unreadable: int = 0,
-    ):
-        self.loader = loader
-        self.normalize = normalize
-        self.device = device
-        self.erase = erase
-        self.max_unreadable = max_unreadable
-        self.unreadable = set()
-        self.seconds_waited = 0.0
-        self._batches: Any = None  # torch's iterator
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for images, targets, keys, decode_errors in self._host_batches():
-            self.count_unreadable(decode_errors)
-            images = self.normalize(images.to(self.device, non_blocking=True))
-            if self.erase is not None:
-                images = self.erase(images, keys)
-            yield Batch(images, targets.to(self.device, non_blocking=True), keys)
-
-    def _host_batches(self) -> Iterator:
-        """Yield the batches of ``loader``, before the copy to the device.
-
-        Raises:
-            StalledWorkerError: the workers finished no image for DATA.WORKER_TIMEOUT seconds.
-            RuntimeError: a worker ended.
-            Exception: the error of a worker, with its traceback in the message.
-        """
-        check = StallCheck(cast(WatchedDataset, self.loader.dataset), self.loader.timeout)
-        batches = self._start_epoch(check)
-        while True:
-            started = time.monotonic()
-            check.restart()
-            while True:
-                try:
-                    batch = next(batches)
-                    break
-                except StopIteration as end:
-                    if end.args:  # raised in a worker; the epoch is not complete
-                        raise RuntimeError(str(end)) from None
-                    return
-                except RuntimeError as error:
-                    if not _timed_out(error):
-                        raise
-                except (OSError, EOFError) as error:
-                    if "in DataLoader worker process" in str(error):  # an error of the worker, whose traceback the message has
-                        raise
-                    raise RuntimeError(f"DataLoader worker (pid unknown) ended while it sent a batch ({error!r})") from error
-                check.check()
-            self.seconds_waited += time.monotonic() - started
-            yield batch
-
-    def _start_epoch(self, check: StallCheck) -> Iterator:
-        """Start the workers, or let them start another epoch.
-
-        Raises:
-            StalledWorkerError: a worker did not finish a batch of the previous epoch within DATA.WORKER_TIMEOUT seconds.
-        """
-        if self._batches is not None:  # the workers persist, and so does their iterator
-            self._batches._timeout = self.loader.timeout
-        try:
-            self._batches = iter(self.loader)
-        except RuntimeError as error:
-            if not _timed_out(error):
-                raise
-            raise check.stalled(self.loader.timeout) from None
-        if self.loader.timeout:
-            self._batches._timeout = check.interval  # after each interval, ``next`` raises an error and can be called again
-        return self._batches
-
-    def count_unreadable(self, decode_errors: list[tuple[int, str]]) -> None:
-        """Count and log unreadable images, except those that were counted before.
-
-        Raises:
-            DataError: more than ``max_unreadable`` images are unreadable.
-        """
-        for index, reason in decode_errors:
-            if index in self.unreadable:
-                continue
-            self.unreadable.add(index)
-            logger.warning("%s. Unreadable images so far: %d", reason, len(self.unreadable))
-        if len(self.unreadable) > self.max_unreadable:
-            raise DataError(
-                f"unreadable images: {len(self.unreadable)}, more than DATA.MAX_UNREADABLE={self.max_unreadable}; repair or "
-                "remove the images listed in the log, or raise the limit"
-            )
-
-
-class TrainLoader(DeviceLoader):
-    """Loader of the training batches of one epoch, which can start at any update of the epoch."""
-
-    @property
-    def updates_per_epoch(self) -> int:
-        return self.loader.batch_sampler.updates_per_epoch
-
-    def set_position(self, epoch: int, first_update: int = 0) -> None:
-        self.loader.batch_sampler.set_position(epoch, first_update)
 
 
 @dataclass(frozen=True)
@@ -243,26 +108,18 @@ def build_datasets(
 
 
 def build_index(cfg: CfgNode, split: str) -> Index:
-    """Index a split: its zip archive with --zip, else its directory, or its tar shards if there is no such directory."""
-    root = Path(cfg.DATA.DATA_PATH)
+    """List the images of a split: of its zip archive with --zip, else in the layout that is found."""
     # The path still starts with ~ if the home directory is unknown; the cache is then disabled.
     cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
-    if cfg.DATA.ZIP_MODE:
-        return index_zip(root, split, cache=cache)
-    shards = list_shards(root, split)
-    if shards and not os.path.isdir(root / split):
-        return index_tar(root, split, cache=cache)
-    index = index_folder(root / split, cache=cache)
-    if shards:
-        logger.warning("%s is read, but not the tar shards beside it, such as %s", root / split, shards[0])
-    return index
+    layout = "zip" if cfg.DATA.ZIP_MODE else find_layout(Path(cfg.DATA.DATA_PATH), split)
+    return index_split(layout, cfg.DATA.DATA_PATH, split, cache=cache)
 
 
 def warn_if_shared(train: ImageDataset, val: ImageDataset) -> None:
     """Warn if validation images are also training images: the same directories, or splits with the same labels and contents."""
     shared = ""
     if not train.index.archives and not val.index.archives:
-        shared = find_linked_class(train.index.source, val.index.source, val.index.classes)
+        shared = find_linked_class(val.index, train.index)
     if not shared and np.array_equal(train.index.labels, val.index.labels):
         positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))
         pairs = ((_read_if_possible(train, position), _read_if_possible(val, position)) for position in positions)
@@ -281,7 +138,7 @@ def _read_if_possible(dataset: ImageDataset, position: int) -> bytes:
     """Bytes of an image file; empty if it cannot be read."""
     try:
         return dataset.read(position)
-    except (OSError, ValueError, zlib.error):
+    except READ_ERRORS:
         return b""
 
 
@@ -405,28 +262,3 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
         timeout=cfg.DATA.WORKER_TIMEOUT if num_workers else 0,
         persistent_workers=num_workers > 0,
     )
-
-
-def _timed_out(error: RuntimeError) -> bool:
-    return str(error).startswith("DataLoader timed out")
-
-
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
-    """Collate the readable images of a batch, ordered by ``separate_copies`` for mixup.
-
-    Returns:
-        Images, targets, keys and decode errors.
-
-    Raises:
-        DataError: no image of the batch is readable.
-    """
-    decode_errors = [error for sample in samples for error in sample.decode_errors]
-    readable = [sample for sample in samples if sample.image is not None]
-    if not readable:
-        raise DataError(
-            f"{decode_errors[0][1]}. All images of this batch are unreadable, so skipping them leaves an empty batch; raise "
-            "--batch-size, or set DATA.UNREADABLE to replace"
-        )
-    readable = [readable[position] for position in separate_copies([sample.key[1] for sample in readable])]
-    images, targets = default_collate([(sample.image, sample.label) for sample in readable])
-    return images, targets, [sample.key for sample in readable], decode_errors

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from data.files import DataError, first_duplicate
-from data.sources.zip import is_class_id, numbered
+from data.files import DataError
+from data.sources.class_list import first_duplicate, is_class_id, numbered
 
 logger = logging.getLogger(__name__)
 

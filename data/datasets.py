@@ -1,7 +1,5 @@
 """Image datasets, indexed by position. Each sample depends only on (seed, epoch, index)."""
 
-import io
-import logging
 import os
 import stat
 import zlib
@@ -11,31 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from data.files import DataError
+from data.decoding import decode_image, describe_error
+from data.files import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError
 from data.index import Index
-from data.sources.zip import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE
 from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
-except ImportError:  # deprecated: a later torchvision removes them. Pillow then decodes JPEG files, more slowly
-    decode_jpeg = decode_png = None
-
-logger = logging.getLogger(__name__)
-
-# Formats that Pillow may decode, detected from the content of a file. GIF is included, since some GIF files are named .jpg.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-MAX_PIXELS = 2**27  # maximum number of pixels of an image; decoding one of this size needs 400 MiB
-MAX_EXIF_SEGMENTS = 32  # in a JPEG file; cameras write one
-MAX_FILL_BYTES = 1024  # between the segments of a JPEG file
-MAX_COMMENTS = 1024  # in a PNM file of decimal numbers
 MAX_OPEN_ARCHIVES = 128
 MAX_REPLACEMENTS = 100  # maximum number of other images to try in place of an unreadable one
+READ_ERRORS = (MemoryError, OSError, ValueError, zlib.error)  # errors of ``read`` that are due to the file
+# Errors of transforms that are due to an image of unusual shape, such as a lack of memory. Others are programming errors.
+TRANSFORM_ERRORS = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
 
 Key = tuple[int, int]  # (epoch, index); with repeated augmentation, (epoch * repeats + copy number, index)
 
@@ -70,14 +57,14 @@ class ImageDataset(Dataset):
         index: Index,
         transform: Callable[[Image.Image | Tensor], Tensor],
         *,
-        decoder: Callable[[bytes, str], Image.Image | Tensor] | None = None,
+        decoder: Callable[[bytes, str], Image.Image | Tensor] = decode_image,
         seed: int | None = None,
         unreadable: str = "error",
         in_memory: range = range(0),
     ):
         self.index = index
         self.transform = transform
-        self.decoder = decoder or decode_image
+        self.decoder = decoder
         self.seed = seed
         self.unreadable = unreadable
         self._archives: dict[int, int] = {}
@@ -161,21 +148,14 @@ class ImageDataset(Dataset):
         Raises:
             DataError: the image cannot be read or decoded.
         """
-        try:
-            return self.decoder(self.read(position), self.index.path(position))
-        except Exception as error:  # Pillow's decoders raise many exception types on damaged files
-            raise self.unreadable_error(position, error) from error
-
-    def unreadable_error(self, position: int, error: Exception) -> DataError:
-        """Error for an image that cannot be read, decoded or transformed."""
-        return DataError(f"{self.index.path(position)}: not a readable image ({describe_error(error)}); repair or remove it")
+        return load(lambda: self.read(position), self.decoder, self.index.path(position))
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, position = key
         decode_errors = []
         while True:
             try:
-                image = self._load(position, key)
+                image = self._augment(self.decode(position), self.index.path(position), key)
                 break
             except DataError as error:
                 decode_errors.append((position, str(error)))
@@ -186,25 +166,73 @@ class ImageDataset(Dataset):
                 position = draw_seed(self.seed or 0, *key, Stream.REPLACEMENT, len(decode_errors)) % len(self)
         return Sample(image, int(self.index.labels[position]), (epoch, position), decode_errors)
 
-    def _load(self, position: int, key: Key) -> Tensor:
-        """Read, decode and transform an image. Transforms may fail on images of unusual shape, for lack of memory for example.
+    def _augment(self, image: Image.Image | Tensor, path: str, key: Key) -> Tensor:
+        """Transform an image.
 
         Raises:
-            DataError: the image cannot be read, decoded or transformed.
+            DataError: the transform cannot process the image.
         """
-        image = self.decode(position)
-        try:
-            return self._augment(image, key)
-        except Exception as error:  # transforms raise many exception types
-            raise self.unreadable_error(position, error) from error
-
-    def _augment(self, image: Image.Image | Tensor, key: Key) -> Tensor:
         if self.seed is None:
-            return self.transform(image)
+            return apply(self.transform, image, path)
         # Loader workers draw no other random numbers, so their generators need not be restored.
         with restore_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
-            return self.transform(image)
+            return apply(self.transform, image, path)
+
+
+class FileDataset(Dataset):
+    """Image files without labels. Items: (position, (3, H, W) uint8, None), or (position, None, reason) if unreadable.
+
+    Args:
+        transform: converts a PIL image to (3, H, W) uint8.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
+        self.paths = list(paths)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str | None]:
+        path = self.paths[position]
+        try:
+            return position, apply(self.transform, load(lambda: read_file(path), decode_image, str(path)), str(path)), None
+        except DataError as error:
+            return position, None, describe_error(error.__cause__ or error)
+
+
+def load(read: Callable[[], bytes], decode: Callable[[bytes, str], Image.Image | Tensor], path: str) -> Image.Image | Tensor:
+    """Read and decode an image.
+
+    Raises:
+        DataError: the image cannot be read or decoded; its ``__cause__`` is the error.
+    """
+    try:
+        data = read()
+    except READ_ERRORS as error:
+        raise unreadable_error(path, error) from error
+    try:
+        return decode(data, path)
+    except Exception as error:  # Pillow's decoders raise many exception types on damaged files
+        raise unreadable_error(path, error) from error
+
+
+def apply(transform: Callable[[Image.Image | Tensor], Tensor], image: Image.Image | Tensor, path: str) -> Tensor:
+    """Transform an image.
+
+    Raises:
+        DataError: the transform cannot process the image, see ``TRANSFORM_ERRORS``; its ``__cause__`` is the error.
+    """
+    try:
+        return transform(image)
+    except TRANSFORM_ERRORS as error:
+        raise unreadable_error(path, error) from error
+
+
+def unreadable_error(path: str, error: BaseException) -> DataError:
+    """Error for an image that cannot be read, decoded or transformed."""
+    return DataError(f"{path}: not a readable image ({describe_error(error)}); repair or remove it")
 
 
 def _archive_stamp(status: os.stat_result) -> tuple[int, int]:
@@ -226,221 +254,3 @@ def read_file(path: Path) -> bytes:
         if status.st_size > MAX_FILE_SIZE:
             raise ValueError(f"{status.st_size} bytes, too large for an image")
         return file.read()
-
-
-def decode_image(data: bytes, name: str = "") -> Image.Image:
-    """Decode a file's bytes to an RGB image.
-
-    Samples of more than 8 bits are scaled by the depth that the file declares: their most significant 8 bits are used.
-
-    Args:
-        name: path of the image, for the warning about dark images, see ``_warn_if_dark``.
-
-    Raises:
-        ValueError: too many pixels, or pixels that are floating-point, signed or 32-bit numbers.
-        Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
-    """
-    with open_image(data) as file:
-        _check_samples(file)
-        depth = _sample_depth(file, data)
-        if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
-            return _warn_if_dark(Image.fromarray(_most_significant_byte(file, data)).convert("RGB"), name)
-        if file.format == "PNG" and data[24] == 16 and depth < 16:  # Pillow reads only the upper 8 of 16 bits
-            if decode_png is None:
-                raise ValueError(f"its samples of {depth} bits are stored in 16 bits; convert it to 8 bits")
-            pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
-            colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]]
-            return _warn_if_dark(Image.fromarray((colours >> _shift(colours, depth)).astype(np.uint8)), name)
-        if "transparency" in file.info:  # Pillow warns if a palette with transparency is converted directly to RGB
-            image = file.convert("RGBA").convert("RGB")
-        elif file.mode != "RGB":
-            image = file.convert("RGB")
-        else:
-            file.load()
-            image = file  # ``convert`` would copy it
-        return _warn_if_dark(image, name) if depth > 8 else image
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Open an image of a supported format without decoding its pixels.
-
-    Raises:
-        ValueError: decoding it would need too much memory or time.
-        Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
-    """
-    _check_segments(data)
-    file = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = file.size
-    if width * height > MAX_PIXELS:
-        file.close()
-        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}; downscale it")
-    return file
-
-
-def _check_segments(data: bytes) -> None:
-    """Reject files whose structure takes Pillow long to read.
-
-    It joins EXIF segments in a time that is quadratic in their number, likewise comments in PNM files of decimal numbers, and
-    reads fill bytes of JPEG files one by one.
-
-    Raises:
-        ValueError: more than ``MAX_EXIF_SEGMENTS``, ``MAX_COMMENTS`` or ``MAX_FILL_BYTES``.
-    """
-    if data.startswith((b"P1", b"P2", b"P3")) and data.count(b"#") > MAX_COMMENTS:
-        raise ValueError(f"more than {MAX_COMMENTS} comments; remove them")
-    position, count, fill = 2, 0, 0
-    while data.startswith(b"\xff\xd8") and data[position : position + 1] == b"\xff" and count <= MAX_EXIF_SEGMENTS:
-        marker, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker in (b"\xda", b""):  # the pixels follow
-            return
-        count += marker == b"\xe1" and data.startswith(b"Exif", position + 4)
-        position += 1 if marker == b"\xff" else 2 + length
-        fill += marker == b"\xff"
-        if fill > MAX_FILL_BYTES:
-            raise ValueError(f"more than {MAX_FILL_BYTES} fill bytes between its segments; remove them")
-    if count > MAX_EXIF_SEGMENTS:
-        raise ValueError(f"more than {MAX_EXIF_SEGMENTS} EXIF segments; remove them")
-
-
-def _check_samples(file: Image.Image) -> None:
-    """Reject pixels that have no defined brightness as 8-bit values.
-
-    Raises:
-        ValueError: floating-point, signed or 32-bit numbers, or TIFF files whose pixels Pillow reads incorrectly.
-    """
-    if file.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
-    if file.format != "TIFF":
-        return
-    if set(_tiff_values(file, _SAMPLE_FORMAT)) & {2, 5, 6}:
-        raise ValueError("its pixels are signed or complex numbers; convert it to 8 bits")
-    if file.mode == "I":
-        raise ValueError("its pixels have 32 bits; convert it to 8 bits")
-    is_deep = max(_tiff_values(file, _BITS_PER_SAMPLE), default=1) > 8
-    if (
-        is_deep
-        and _tiff_values(file, _PLANAR) == (2,)
-        and _tiff_values(file, _COMPRESSION) in ((), (1,))
-        and file.mode != "I;16"
-    ):
-        raise ValueError("its channels of 16 bits are stored separately (PlanarConfiguration 2); convert it to 8 bits")
-    if file.mode == "P" and max(_tiff_values(file, _COLOUR_MAP), default=0) in range(1, 256):  # Pillow uses the upper 8 bits
-        raise ValueError("its palette has values of 8 instead of 16 bits; convert it to RGB")
-
-
-# Tags of TIFF files.
-_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _COLOUR_MAP, _SAMPLE_FORMAT = 258, 259, 262, 284, 320, 339
-
-
-def _tiff_values(file: Image.Image, tag: int) -> tuple[int, ...]:
-    """Values of a tag of a TIFF file; () if it is missing."""
-    values = getattr(file, "tag_v2", {}).get(tag, ())
-    return values if isinstance(values, tuple) else (values,)
-
-
-def _sample_depth(file: Image.Image, data: bytes) -> int:
-    """Bits per sample that a TIFF or PNG file declares; 16 for other formats that Pillow reads as 16 bits."""
-    if file.format == "TIFF":
-        return max(_tiff_values(file, _BITS_PER_SAMPLE), default=1)
-    if file.format == "PNG":
-        return _png_depth(data)
-    return 16 if file.mode.startswith("I") else 8
-
-
-def _png_depth(data: bytes) -> int:
-    """Bit depth of a PNG file: its significant bits (sBIT chunk) if the depth is 16 and they are declared."""
-    depth, position = data[24], 8
-    while depth == 16 and data[position + 4 : position + 8] not in (b"IDAT", b""):
-        length = int.from_bytes(data[position : position + 4], "big")
-        if data[position + 4 : position + 8] == b"sBIT" and length:
-            return max(8, min(16, data[position + 8]))
-        position += length + 12
-    return depth
-
-
-def _shift(pixels: np.ndarray, depth: int) -> int:
-    """Number of low bits to drop from 16-bit samples with ``depth`` significant bits.
-
-    PNG encoders must scale samples to 16 bits, but some store them unscaled. Scaled samples are nearly multiples of
-    2 ** (16 - depth), and exceed the largest unscaled sample unless the image is very dark.
-    """
-    unscaled = pixels.max(initial=0) < 1 << depth and (pixels & ((1 << 16 - depth) - 1)).max(initial=0) > 1
-    return depth - 8 if unscaled else 8
-
-
-def _most_significant_byte(file: Image.Image, data: bytes) -> np.ndarray:
-    """Most significant 8 bits of a grey image of 9 to 16 bits per sample. (H, W) uint8."""
-    pixels, depth = np.asarray(file), _sample_depth(file, data)
-    shift = _shift(pixels, depth) if file.format == "PNG" else depth - 8
-    grey = (pixels >> shift).astype(np.uint8)
-    is_inverted = file.format == "TIFF" and _tiff_values(file, _PHOTOMETRIC) == (0,)  # white is 0
-    return 255 - grey if is_inverted else grey
-
-
-_dark_images: list[str] = []  # the first dark image of this process
-
-
-def _warn_if_dark(image: Image.Image, name: str) -> Image.Image:
-    """Warn, once per process, if an image of 16 bits per sample uses only values below 4096. Returns the image."""
-    if not _dark_images and max(maximum for _, maximum in image.getextrema()) < 16:
-        _dark_images.append(name)
-        logger.warning(
-            "%s: a 16-bit image with values below 4096 only, which is nearly black; if its samples have fewer bits, scale them "
-            "to 16 bits, or declare their depth (TIFF: BitsPerSample, PNG: sBIT). Other such images are not reported",
-            name,
-        )
-    return image
-
-
-def decode_pixels(data: bytes, name: str = "") -> Tensor:
-    """Decode a file's bytes to a (3, H, W) uint8 tensor with channels last in memory.
-
-    torchvision decodes RGB JPEG files directly to tensors; ``decode_image`` decodes all other files.
-
-    Args:
-        name: path of the image, for warnings.
-
-    Raises:
-        Exception: any exception that ``decode_image`` raises.
-    """
-    with open_image(data) as file:
-        is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
-    if is_rgb_jpeg and decode_jpeg is not None:
-        try:
-            # The result of decode_jpeg already has channels last in memory.
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:  # damaged: decode it with Pillow below, whose error message states the reason
-            pass
-    return torch.from_numpy(np.array(decode_image(data, name))).permute(2, 0, 1)
-
-
-def describe_error(error: Exception) -> str:
-    """Reason why an image cannot be read, never empty.
-
-    Replaces Pillow's message for unknown formats, which has only a memory address.
-    """
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    return str(error).strip() or type(error).__name__
-
-
-class FileDataset(Dataset):
-    """Image files without labels. Items: (position, (3, H, W) uint8, None), or (position, None, reason) if unreadable.
-
-    Args:
-        transform: converts a PIL image to (3, H, W) uint8.
-    """
-
-    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
-        self.paths = list(paths)
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str | None]:
-        path = self.paths[position]
-        try:
-            return position, self.transform(decode_image(read_file(path), str(path))), None
-        except Exception as error:  # decoders and transforms raise many exception types on damaged or unusual files
-            return position, None, describe_error(error)

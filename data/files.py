@@ -3,11 +3,9 @@
 import logging
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 OTHER_IMAGE_EXTENSIONS = {
@@ -20,6 +18,8 @@ SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", ".ds_store", ".appledouble", ".apdisk", ".spotlight-v100", "__macosx"),
     *(".trashes", ".fseventsd", ".thumbnails", ".snapshot", ".git", ".directory", ".ipynb_checkpoints"),
 }
+MAX_FILE_SIZE = 2**28  # bytes; larger image files are rejected
+MAX_COMPRESSION_RATIO = 1000  # maximum ratio of decompressed to compressed size of an archive entry
 MAX_PROBES = 20  # files per unknown extension whose content is tested
 HEAD = 32  # bytes that ``is_image_content`` needs
 _SIGNATURES = re.compile(
@@ -27,13 +27,9 @@ _SIGNATURES = re.compile(
     rb"|.{4}ftyp(avif|avis|hei[cxfs]|mif1|msf1)|\0\0\0\x0cJXL |\xff\x0a|\0\0\0\x0cjP  ",
     re.DOTALL,
 )
-# Words in the names of directories and archives that identify the split.
-_SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "val": {"val", "valid", "validation", "test", "testing", "dev", "eval"},
-}
 
-T = TypeVar("T")
+SYSTEM = "system"  # reason of ``LeftOut`` for files of the operating system
+
 Note = tuple[int, str]  # level of the log line, and its text
 
 
@@ -55,6 +51,16 @@ def has_image_extension(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
+def check_member_name(archive: Path, name: str) -> None:
+    """Check that the name of an archive's entry is a path inside the archive.
+
+    Raises:
+        DataError: it points outside.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise DataError(f"{archive}: {name!r} points outside the archive; pack it again without such names")
+
+
 def is_image_content(head: bytes) -> bool:
     """Whether the first ``HEAD`` bytes of a file are those of an image format, supported or not."""
     return _SIGNATURES.match(head) is not None
@@ -73,18 +79,17 @@ def read_head(path: str | Path, num_bytes: int = HEAD, *, offset: int = 0) -> by
 
 
 class LeftOut:
-    """Files and directories that a scan does not read, counted by kind, with an example of each.
+    """Files and directories that a scan does not read, counted by extension or by reason, with an example of each.
 
     Files that could be images lead to warnings: they have the extension of an image format that is not read, or an unknown
     extension and the content of an image. Everything else leads to an informational line.
     """
 
     def __init__(self) -> None:
-        self.images: Counter[str] = Counter()  # files that could be images, by extension ("" for none)
-        self.other: Counter[str] = Counter()  # other files, by extension
-        self._probes: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
+        self._extensions: Counter[str] = Counter()  # files that are not read because of their extension ("" for none)
+        self._image_extensions: set[str] = set()  # extensions of files that could be images
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # by extension or reason
 
     def add(self, name: str, read: Callable[[], bytes]) -> None:
         """Count a file that is not read because of its extension.
@@ -93,127 +98,46 @@ class LeftOut:
             read: returns the first ``HEAD`` bytes of the file.
         """
         extension = PurePosixPath(name).suffix.lower()
+        self._extensions[extension] += 1
         self._examples.setdefault(extension, name)
-        if extension in OTHER_IMAGE_EXTENSIONS or extension in self.images:
-            self.images[extension] += 1
-            return
-        self.other[extension] += 1
-        if self._probes[extension] < MAX_PROBES:
-            self._probes[extension] += 1
-            if is_image_content(read()):
-                self.images[extension] = self.other.pop(extension)
+        if extension in OTHER_IMAGE_EXTENSIONS or (
+            extension not in self._image_extensions and self._extensions[extension] <= MAX_PROBES and is_image_content(read())
+        ):
+            self._image_extensions.add(extension)
 
-    def add_kind(self, kind: str, name: str) -> None:
+    def add_reason(self, reason: str, name: str) -> None:
         """Count an entry that is not read for another reason.
 
         Args:
-            kind: ``system`` (see ``SYSTEM_NAMES``), or the predicate of a warning, as in "are hidden".
+            reason: ``SYSTEM``, or the predicate of a warning, as in "are hidden".
         """
-        self._counts[kind] += 1
-        self._examples.setdefault(f"kind {kind}", name)
+        self._reasons[reason] += 1
+        self._examples.setdefault(reason, name)
 
     def extensions(self) -> str:
         """Number of files that could be images, by extension, as in "12 .gif, 3 without extension"; "" if there are none."""
-        return ", ".join(f"{count} {extension or 'without extension'}" for extension, count in self.images.most_common())
+        images = [(name, count) for name, count in self._extensions.most_common() if name in self._image_extensions]
+        return ", ".join(f"{count} {extension or 'without extension'}" for extension, count in images)
 
     def notes(self, source: str | Path) -> list[Note]:
         """Log lines that account for everything that was left out."""
         notes: list[Note] = []
-        if self.images:
-            example = self._examples[self.images.most_common(1)[0][0]]
+        by_count = [extension for extension, _ in self._extensions.most_common()]
+        if images := [extension for extension in by_count if extension in self._image_extensions]:
             text = (
-                f"{source}: left out, but images by extension or content: {self.extensions()}, such as {example}; convert "
-                f"them, or rename them if their format is supported (extensions: {', '.join(IMAGE_EXTENSIONS)})"
+                f"{source}: left out, but images by extension or content: {self.extensions()}, such as "
+                f"{self._examples[images[0]]}; convert them, or rename them if their format is supported (extensions: "
+                f"{', '.join(IMAGE_EXTENSIONS)})"
             )
             notes.append((logging.WARNING, text))
-        for kind, count in self._counts.items():
-            example = self._examples[f"kind {kind}"]
-            if kind == "system":
+        for reason, count in self._reasons.items():
+            example = self._examples[reason]
+            if reason == SYSTEM:
                 notes.append((logging.INFO, f"{source}: ignored {count} files of the operating system, such as {example}"))
             else:
-                notes.append((logging.WARNING, f"{source}: left out, since they {kind}: {count}, such as {example}"))
-        if self.other:
-            example = self._examples[self.other.most_common(1)[0][0]]
-            notes.append((logging.INFO, f"{source}: ignored {self.other.total()} files that are not images, such as {example}"))
+                notes.append((logging.WARNING, f"{source}: left out, since they {reason}: {count}, such as {example}"))
+        if other := [extension for extension in by_count if extension not in self._image_extensions]:
+            count = sum(self._extensions[extension] for extension in other)
+            example = self._examples[other[0]]
+            notes.append((logging.INFO, f"{source}: ignored {count} files that are not images, such as {example}"))
         return notes
-
-
-def check_distinct_names(classes: Sequence[str], source: str | Path) -> list[Note]:
-    """Check that no two classes have names that look the same.
-
-    Returns:
-        A warning if two names differ only in upper and lower case.
-
-    Raises:
-        DataError: two names differ only in Unicode normalisation, as when a directory was copied from macOS.
-    """
-    if twins := _first_twins(classes, lambda name: unicodedata.normalize("NFC", name)):
-        raise DataError(
-            f"{source}: the classes {twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation; merge them, or "
-            "rename one"
-        )
-    if twins := _first_twins(classes, str.casefold):
-        return [(logging.WARNING, f"{source}: the classes {twins[0]} and {twins[1]} differ only in upper and lower case")]
-    return []
-
-
-def first_duplicate(values: Iterable[T]) -> T | None:
-    """The first value that occurred before; None if all differ. Linear in the number of values, which may be 10^6."""
-    seen = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
-
-
-def _first_twins(names: Iterable[str], normalise: Callable[[str], str]) -> tuple[str, str] | None:
-    """The first two names with the same normal form; None if all differ."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(normalise(name), name)) != name:
-            return other, name
-    return None
-
-
-def suggest_split(split: Path) -> str:
-    """Suggest, as the end of an error message, what to do if ``root/<split>`` or its archive is missing.
-
-    Only files and directories whose name contains a word for this split are suggested: validation must never use training
-    images. If there are none, the names in ``root`` are listed.
-    """
-    root, name = split.parent, split.name
-    try:
-        entries = sorted(path for path in root.iterdir() if path != split and not path.name.startswith("."))
-    except FileNotFoundError:
-        return f". {root} does not exist"
-    except OSError as error:
-        return f". {root} cannot be listed ({error.strerror}); check its permissions"
-    shards = sorted(split.glob("*.tar*")) if os.path.isdir(split) else []
-    related = shards + [path for path in entries if _split_of(path.name) == name]
-    if not related:
-        shown = ", ".join(f"{path.name}{'/' if os.path.isdir(path) else ''}" for path in entries[:5])
-        return f". {root} contains {shown or 'nothing else'}{f' and {len(entries) - 5} more' if len(entries) > 5 else ''}"
-    found = related[0]
-    if os.path.isdir(found):
-        only_if = "" if "test" not in found.name.lower() else "if it contains the validation images, "
-        remedy = f"{only_if}rename it to {name}/"
-    elif found.suffix == ".zip":
-        remedy = f"rename the archive to {name}.zip and its list to {name}_map.txt, and add --zip"
-        if found.name == f"{name}.zip":
-            remedy = f"add --zip, which needs {name}_map.txt too"
-    elif found.match(f"{name}-*.tar"):  # shards are read without --zip
-        remedy = "leave out --zip to read tar shards"
-    elif ".tar" in found.suffixes or found.suffix == ".tgz":
-        remedy = f"rename tar shards to {name}-*.tar (uncompressed) in {root}"
-    else:
-        remedy = "this format is not read"
-    more = f" (and {len(related) - 1} more)" if len(related) > 1 else ""
-    return f". Found {found.name}{'/' if os.path.isdir(found) else ''}{more}: {remedy}"
-
-
-def _split_of(name: str) -> str | None:
-    """Split that a word in a file name identifies; None if there is none, or words of several splits."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    splits = [split for split, known in _SPLIT_WORDS.items() if words & known]
-    return splits[0] if len(splits) == 1 else None

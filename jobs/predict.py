@@ -11,8 +11,10 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from data.datasets import FileDataset, decode_image, read_file
+from data.datasets import FileDataset, read_file
+from data.decoding import decode_image
 from data.files import IMAGE_EXTENSIONS, DataError
+from data.index import log_notes
 from data.sources.folder import list_images
 from data.transforms import Normalize, create_eval_transform
 from data.workers import create_loader
@@ -46,8 +48,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             listing = list_images(path)
-            for level, text in listing.notes:
-                logger.log(level, "%s", text)
+            log_notes(listing.notes())
             if not listing.names:
                 raise DataError(f"{path} has no images; the known extensions are {', '.join(IMAGE_EXTENSIONS)}")
             images += [path / name for name in listing.names]

@@ -8,26 +8,26 @@ import argparse
 import hashlib
 import io
 import os
-import re
 import signal
 import sys
-import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import active_children, get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.datasets import ImageDataset, open_image
+from data.datasets import ImageDataset, unreadable_error
+from data.decoding import open_image
 from data.files import DataError
-from data.index import Index, index_folder, index_tar, index_zip
-from data.sources.zip import CLASS_NAMES_FILE, list_shards, read_class_names
+from data.index import Index
+from data.sources import LAYOUTS, index_split
+from data.sources.class_list import CLASS_NAMES_FILE, read_class_names, write_class_names
+from data.sources.layout import Layout
 from data.workers import end_with_parent
 from utils.errors import USAGE_ERROR
 from utils.log import setup_logging
@@ -64,8 +64,7 @@ def pack(
         DataError: there are no images; the target already contains this split, or its class list differs from that of the
             source; a name or an image is invalid; an archive cannot be written, or its contents differ when read back.
     """
-    index = index_folder(source / split)
-    check_names(index, archive)
+    index = index_split("folder", source, split)
     target.mkdir(parents=True, exist_ok=True)
     check_target(target, split, index)
     dataset = ImageDataset(index, None)
@@ -81,21 +80,21 @@ def pack(
             files = _in_rounds(pool, len(index))
         else:
             files = (_read(dataset, short_side, quality, position) for position in range(len(index)))
+        digests: list[bytes] = []
+        images = _with_digests(progress(files, len(index), f"pack {split}"), digests)
         try:
-            digests = _write(archive, folder, split, index, files, shard_size)
-            (folder / CLASS_NAMES_FILE).write_text(
-                "".join(f"{name}\n" for name in index.classes), encoding="utf-8", errors="surrogateescape"
-            )
+            write_class_names(folder / CLASS_NAMES_FILE, index.classes)
+            LAYOUTS[archive](folder, split).write(index, images, shard_size)
         except BrokenProcessPool:
             raise DataError(
                 f"{source / split}: a downscaling process was killed; lower --workers if the machine runs out of memory"
             ) from None
         except OSError as error:
             raise DataError(f"{target} cannot be written ({error.strerror}); the archives need {_size(index)}") from None
-        _compare((index_zip if archive == "zip" else index_tar)(folder, split), index, digests, f"check {split}")
+        _compare(index_split(archive, folder, split), index, digests, f"check {split}")
         for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
-    return (index_zip if archive == "zip" else index_tar)(target, split)
+    return index_split(archive, target, split)
 
 
 def check_target(target: Path, split: str, index: Index) -> None:
@@ -104,39 +103,13 @@ def check_target(target: Path, split: str, index: Index) -> None:
     Raises:
         DataError: the directory already contains this split, or its class list differs from that of the source.
     """
-    if present := [*target.glob(f"{split}.zip"), *target.glob(f"{split}_map.txt"), *list_shards(target, split)]:
-        raise DataError(f"{present[0]} already exists; remove it, or choose another directory")
-    if (target / split).is_dir():
-        raise DataError(f"{target / split} already contains this split; choose another directory for the archives")
+    if present := [path.name for layout in LAYOUTS.values() for path in layout(target, split).files()]:
+        raise DataError(
+            f"{target} already has this split ({', '.join(present[:3])}); choose another directory for the archives"
+        )
     class_list = target / CLASS_NAMES_FILE
     if class_list.is_file() and read_class_names(class_list) != index.classes:
         raise DataError(f"{class_list} lists different classes than {index.source}; choose another directory")
-
-
-def check_names(index: Index, archive: str) -> None:
-    """Reject names that an archive, the map file of a zip archive or the list of classes cannot contain.
-
-    Raises:
-        DataError: a name is not allowed.
-    """
-    if invalid := next((name for name in index.classes if re.search(r"[\n\r]", name)), None):
-        raise DataError(f"{index.source}/{invalid!r}: {CLASS_NAMES_FILE} cannot contain a class with a line break; rename it")
-    for position in range(len(index)):
-        name = index.name(position)
-        if archive == "zip" and re.search(r"[\n\r\t]", name):
-            raise DataError(f"{index.source}/{name!r}: a map file cannot contain a name with a tab or a line break; rename it")
-        if archive == "zip" and not _is_unicode(name):
-            raise DataError(
-                f"{index.source}/{name!r}: a zip archive cannot contain a name that is not UTF-8; rename it, or pack as tar"
-            )
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _size(index: Index) -> str:
@@ -174,7 +147,7 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     try:
         data = dataset.read(position)
     except Exception as error:  # a MemoryError too must name the file
-        raise dataset.unreadable_error(position, error) from error
+        raise unreadable_error(dataset.index.path(position), error) from error
     if not short_side:
         return data
     image = dataset.decode(position)
@@ -188,44 +161,15 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
             image_format = original.format
         image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
     except Exception as error:  # Pillow raises many exception types, for example if memory is insufficient
-        raise dataset.unreadable_error(position, error) from error
+        raise unreadable_error(dataset.index.path(position), error) from error
     return buffer.getvalue()
 
 
-def _write(archive: str, folder: Path, split: str, index: Index, files: Iterable[bytes], shard_size: int) -> list[bytes]:
-    """Write the archives of a split. Returns the sha256 of every image."""
-    digests = []
-
-    def hashed() -> Iterator[bytes]:
-        for data in progress(files, len(index), f"pack {split}"):
-            digests.append(hashlib.sha256(data).digest())
-            yield data
-
-    if archive == "zip":
-        with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as zip_file:
-            for position, data in enumerate(hashed()):
-                zip_file.writestr(zipfile.ZipInfo(index.name(position)), data)  # fixed date (1980) for reproducible archives
-        lines = (f"{index.name(position)}\t{index.labels[position]}\n" for position in range(len(index)))
-        (folder / f"{split}_map.txt").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-        return digests
-    keys, images = set(), hashed()
-    for shard_number, start in enumerate(range(0, len(index), shard_size)):
-        with tarfile.open(folder / f"{split}-{shard_number:06d}.tar", "w") as shard_file:
-            for position in range(start, min(start + shard_size, len(index))):
-                path = PurePosixPath(index.name(position))
-                key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset keys must not contain dots
-                while key in keys:
-                    key = f"{key}-{position}"
-                keys.add(key)
-                _add(shard_file, f"{key}{path.suffix}", next(images))
-                _add(shard_file, f"{key}.cls", str(index.labels[position]).encode())
-    return digests
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    archive.addfile(entry, io.BytesIO(data))
+def _with_digests(files: Iterable[bytes], digests: list[bytes]) -> Iterator[bytes]:
+    """Yield the files, and append the sha256 of each to ``digests``."""
+    for data in files:
+        digests.append(hashlib.sha256(data).digest())
+        yield data
 
 
 def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> None:
@@ -242,7 +186,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="directory with <split>/<class>/<image>")
     parser.add_argument("target", type=Path, help="output directory")
-    parser.add_argument("--format", choices=("zip", "tar"), default="tar")
+    formats = [name for name, layout in LAYOUTS.items() if layout.write is not Layout.write]
+    parser.add_argument("--format", choices=formats, default="tar")
     parser.add_argument("--splits", nargs="+", default=["train", "val"])
     parser.add_argument(
         "--short-side",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.index import DataError
+from data.files import DataError
 from jobs.averaging import average
 from jobs.locate_checkpoint import Checkpoint, Location, open_checkpoint
 from jobs.predict import class_names, find_images

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from data.index import describe_index, index_folder
+from data.index import describe_index
 from engine.compatibility import compare_groups
 from engine.optim import build_optimizer
 from engine.replay import check_images
@@ -27,6 +27,7 @@ from jobs.train import build_initial_state
 from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import write_images
+from tests.indices import index_folder
 from tests.launch import run_main
 from tests.runs import assert_equal, read_state, toy_arguments
 from utils.config.keys import KEYS

@@ -1,51 +1,122 @@
-"""Listing of the images in directories, for training, evaluation, packing and prediction."""
+"""Images in directories: the layout ``<split>/<class>/<image>``, and the images below any directory, for prediction."""
 
-import contextlib
 import errno
 import logging
 import os
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data.files import (
-    IMAGE_EXTENSIONS,
-    DataError,
-    LeftOut,
-    Note,
-    check_distinct_names,
-    has_image_extension,
-    is_system_name,
-    read_head,
-    suggest_split,
-)
+from data.files import IMAGE_EXTENSIONS, SYSTEM, DataError, LeftOut, Note, has_image_extension, is_system_name, read_head
+from data.index import UNKNOWN_SIZE, Index, Scan, create_index
+from data.sources.class_list import check_distinct_names
+from data.sources.layout import Layout, MissingSplitError
+from utils.progress import progress
 
 MAX_DEPTH = 100  # maximum number of nested directories
-UNKNOWN_SIZE = -1  # stands for a size that cannot be determined, such as that of a link to a missing file
 
 
-@dataclass
+class Folder(Layout):
+    """Directories ``<split>/<class>/<image>``, with classes sorted by name."""
+
+    title = "directories"
+
+    def __init__(self, root: Path, split: str):
+        self.source = self.path = root / split
+        self.archives = []
+
+    def files(self) -> list[Path]:
+        return [self.path] if os.path.isdir(self.path) else []
+
+    @staticmethod
+    def hint(found: Path, split: str) -> str:
+        if not os.path.isdir(found):
+            return ""
+        only_if = "if it contains the validation images, " if "test" in found.name.lower() else ""
+        return f"{only_if}rename it to {split}/"
+
+    def scan(self) -> Scan:
+        """List the images.
+
+        Raises:
+            DataError: no such directory, no class directories, a class without images, a directory that cannot be listed, an
+                image or a directory that would be counted twice, or two classes whose names look the same.
+        """
+        if not self.files():
+            raise MissingSplitError(f"{self.path}: no such directory; set --data-path to the parent of train/ and val/")
+        listing = Listing(self.path)
+        classes, labels = listing.find_classes(), array("i")
+        names = frozenset(classes)
+        for label, name in enumerate(progress(classes, len(classes), f"{self.path}: classes listed")):
+            labels.extend([label] * listing.add_class(name, names))
+        listing.check_links()
+        index = create_index(self.path, classes, listing.names, labels, sizes=listing.sizes)
+        notes = [*check_distinct_names(classes, self.path), *listing.notes()]
+        return Scan(index, [self.path, *listing.directories.values()], notes)
+
+
 class Listing:
     """Images found below a directory, in the order in which they are counted.
 
-    Args:
+    Attributes:
         root: directory to which names are relative.
         names: paths of the images, relative to ``root``.
         sizes: size of each image file in bytes; ``UNKNOWN_SIZE`` if it cannot be determined.
         directories: path of every directory that was read, by device and inode.
-        left_out: what was not read.
-        notes: log lines about what was found.
     """
 
-    root: Path
-    names: list[str] = field(default_factory=list)
-    sizes: array = field(default_factory=lambda: array("q"))
-    directories: dict[tuple[int, int], Path] = field(default_factory=dict)
-    left_out: LeftOut = field(default_factory=LeftOut)
-    notes: list[Note] = field(default_factory=list)
-    _inodes: array = field(default_factory=lambda: array("Q"))  # hash of device and inode; 0 if unknown
+    def __init__(self, root: Path):
+        self.root = root
+        self.names: list[str] = []
+        self.sizes = array("q")
+        self.directories: dict[tuple[int, int], Path] = {}
+        self._inodes = array("Q")  # hash of device and inode; 0 if unknown
+        self._left_out = LeftOut()
+        self._nested_classes: list[Note] = []
+
+    def notes(self) -> list[Note]:
+        """Log lines about what was found, and about everything that was left out."""
+        return [*self._nested_classes, *self._left_out.notes(self.root)]
+
+    def find_classes(self) -> list[str]:
+        """Names of the class directories in ``root``, sorted.
+
+        Raises:
+            DataError: there are none.
+        """
+        classes = []
+        for _, name, is_folder in self._entries(self.root, ""):
+            if is_folder:
+                classes.append(name)
+            else:
+                self._left_out.add_reason("lie beside the class directories", name)
+        if not classes:
+            raise MissingSplitError(
+                f"{self.root}: no class directories; put every image into a directory named after its class, "
+                f"{self.root.name}/<class>/"
+            )
+        return sorted(classes)
+
+    def add_class(self, name: str, classes: frozenset[str]) -> int:
+        """Add the images of one class. Returns their number.
+
+        Raises:
+            DataError: the class has no images; see also ``add_directory``.
+        """
+        num_images, left_out = len(self.names), self._left_out.extensions()
+        nested = self.add_directory(name)
+        if len(self.names) == num_images:
+            others = self._left_out.extensions()
+            raise DataError(
+                f"{self.root / name} has no images ({', '.join(IMAGE_EXTENSIONS)}); add some, or remove the directory"
+                f"{f'. Left out so far: {others}' if others != left_out else ''}"
+            )
+        if twins := [path for path in nested if path.rpartition("/")[2] in classes]:
+            text = f"{twins[0]} has the name of a class, but its images count as {name}"
+            self._nested_classes.append((logging.WARNING, f"{self.root}: {text}"))
+        return len(self.names) - num_images
 
     def add_directory(self, folder: str) -> list[str]:
         """Add all images below ``root/<folder>``, sorted by name. Links to directories are followed.
@@ -54,7 +125,7 @@ class Listing:
         directory too, since following them would never end.
 
         Returns:
-            The directories below ``folder`` that were read, relative to it.
+            The directories below ``folder`` that were read, relative to ``root``.
 
         Raises:
             DataError: a directory cannot be listed, is nested too deeply, or was already read under another name.
@@ -65,7 +136,7 @@ class Listing:
         def walk(parent: Path, name: str, ancestors: frozenset) -> None:
             identity = _identity(parent)
             if identity in ancestors:
-                self.left_out.add_kind("are links to a directory that contains them", str(parent))
+                self._left_out.add_reason("are links to a directory that contains them", str(parent))
                 return
             if len(ancestors) > MAX_DEPTH:
                 raise DataError(f"{parent}: directories are nested more than {MAX_DEPTH} levels deep; move the images up")
@@ -74,30 +145,41 @@ class Listing:
                     f"{parent} and {other} are the same directory, which would be counted twice; remove one of the links"
                 )
             if name != folder:
-                nested.append(name[len(folder) :].lstrip("/"))
-            for entry in list_directory(parent):
-                path = f"{name}/{entry.name}" if name else entry.name
-                if is_system_name(entry.name):
-                    self.left_out.add_kind("system", path)
-                elif is_directory(entry):
-                    if entry.name.startswith("."):
-                        self.left_out.add_kind("are hidden", path)
-                    else:
-                        walk(parent / entry.name, path, ancestors | {identity})
-                elif not has_image_extension(entry.name):
-                    self.left_out.add(path, lambda entry=entry: read_head(entry.path))
-                elif entry.name.startswith("."):
-                    self.left_out.add_kind("are hidden", path)
+                nested.append(name)
+            for entry, path, is_folder in self._entries(parent, name):
+                if is_folder:
+                    walk(parent / entry.name, path, ancestors | {identity})
                 else:
                     found.append((path, *_size_and_inode(entry)))
 
-        root_identity = {_identity(self.root)} if folder else set()
-        walk(self.root / folder, folder, frozenset(root_identity))
+        walk(self.root / folder, folder, frozenset({_identity(self.root)} if folder else ()))
         for name, size, inode in sorted(found):
             self.names.append(name)
             self.sizes.append(size)
             self._inodes.append(inode)
         return nested
+
+    def _entries(self, folder: Path, name: str) -> Iterator[tuple[os.DirEntry, str, bool]]:
+        """Yield the directories and images in a directory; everything else is left out.
+
+        Args:
+            name: path of ``folder`` relative to ``root``.
+
+        Yields:
+            An entry, its path relative to ``root``, and whether it is a directory.
+        """
+        for entry in _list_directory(folder):
+            path = f"{name}/{entry.name}" if name else entry.name
+            if is_system_name(entry.name):
+                self._left_out.add_reason(SYSTEM, path)
+                continue
+            is_folder = _is_directory(entry)
+            if not is_folder and not has_image_extension(entry.name):
+                self._left_out.add(path, lambda entry=entry: read_head(entry.path))
+            elif entry.name.startswith("."):
+                self._left_out.add_reason("are hidden", path)
+            else:
+                yield entry, path, is_folder
 
     def check_links(self) -> None:
         """Check that no two images are links to the same file.
@@ -125,63 +207,22 @@ def list_images(root: Path) -> Listing:
     listing = Listing(root)
     listing.add_directory("")
     listing.check_links()
-    listing.notes = listing.left_out.notes(root)
     return listing
 
 
-def list_classes(root: Path, left_out: LeftOut) -> list[str]:
-    """Names of the class directories in ``root``, sorted.
-
-    Args:
-        left_out: receives the files beside the class directories, and hidden directories.
-
-    Raises:
-        DataError: there is no such directory, or it has no class directories.
-    """
-    if not os.path.isdir(root):
-        raise DataError(f"{root}: no such directory; set --data-path to the parent of train/ and val/{suggest_split(root)}")
-    classes = []
-    for entry in list_directory(root):
-        if is_system_name(entry.name):
-            left_out.add_kind("system", entry.name)
-        elif is_directory(entry):
-            if entry.name.startswith("."):
-                left_out.add_kind("are hidden", entry.name)
-            else:
-                classes.append(entry.name)
-        elif has_image_extension(entry.name):
-            left_out.add_kind("lie beside the class directories", entry.name)
-        else:
-            left_out.add(entry.name, lambda entry=entry: read_head(entry.path))
-    if not classes:
-        raise DataError(
-            f"{root}: no class directories; put every image into a directory named after its class, {root.name}/<class>/"
-            f"{suggest_split(root)}"
-        )
-    return sorted(classes)
+def find_linked_class(one: Index, other: Index) -> str:
+    """First class whose directory is the same in two splits; "" if there is none."""
+    return next((name for name in other.classes if _is_same(one.source / name, other.source / name)), "")
 
 
-def list_class(listing: Listing, name: str, classes: frozenset[str]) -> int:
-    """Add the images of one class to a listing. Returns their number.
-
-    Raises:
-        DataError: the class has no images.
-    """
-    count, others = len(listing.names), listing.left_out.images.total()
-    nested = listing.add_directory(name)
-    if twins := [folder for folder in nested if folder.rpartition("/")[2] in classes]:
-        text = f"{name}/{twins[0]} has the name of a class, but its images count as {name}"
-        listing.notes.append((logging.WARNING, f"{listing.root}: {text}"))
-    if len(listing.names) == count:
-        left_out = listing.left_out.extensions() if listing.left_out.images.total() > others else ""
-        raise DataError(
-            f"{listing.root / name} has no images ({', '.join(IMAGE_EXTENSIONS)}); add some, or remove the directory"
-            f"{f'. Left out so far: {left_out}' if left_out else ''}"
-        )
-    return len(listing.names) - count
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
-def list_directory(folder: Path) -> list[os.DirEntry]:
+def _list_directory(folder: Path) -> list[os.DirEntry]:
     """List a directory.
 
     Raises:
@@ -194,7 +235,7 @@ def list_directory(folder: Path) -> list[os.DirEntry]:
         raise _listing_error(folder, error) from None
 
 
-def is_directory(entry: os.DirEntry) -> bool:
+def _is_directory(entry: os.DirEntry) -> bool:
     """Whether an entry is a directory, or a link to one.
 
     Raises:
@@ -206,15 +247,6 @@ def is_directory(entry: os.DirEntry) -> bool:
         if error.errno == errno.ELOOP:  # a symbolic link that refers to itself
             return False
         raise _listing_error(entry.path, error) from None
-
-
-def find_linked_class(one: Path, other: Path, classes: list[str]) -> str:
-    """First class whose directory is the same in two splits; "" if there is none."""
-    for name in classes:
-        with contextlib.suppress(OSError):
-            if os.path.samefile(one / name, other / name):
-                return name
-    return ""
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -247,15 +279,8 @@ def _size_and_inode(entry: os.DirEntry) -> tuple[int, int]:
 
 def _same_file(one: Path, other: Path) -> bool:
     """Whether two paths are links to one file. Inode numbers alone may be equal by chance on network file systems."""
-    if os.path.realpath(one) == os.path.realpath(other):
-        return True
-    return os.path.samefile(one, other) and os.stat(one).st_nlink > 1
+    return os.path.realpath(one) == os.path.realpath(other) or (os.path.samefile(one, other) and os.stat(one).st_nlink > 1)
 
 
 def _listing_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{path} cannot be listed ({error.strerror}); check its permissions and the disk")
-
-
-def class_notes(listing: Listing, classes: list[str]) -> list[Note]:
-    """Log lines about the classes of a listing and about what was left out."""
-    return [*check_distinct_names(classes, listing.root), *listing.notes, *listing.left_out.notes(listing.root)]

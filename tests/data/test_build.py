@@ -21,10 +21,11 @@ from data.build import (
     build_train_transform,
 )
 from data.datasets import ImageDataset
-from data.index import DataError, index_folder, index_tar, index_zip
+from data.files import DataError
 from data.samplers import TrainBatches, separate_copies
 from data.transforms import create_eval_transform
 from data.workers import create_loader
+from tests.indices import index_folder, index_tar, index_zip
 from utils.config.loading import load_config
 from utils.random import seed_generators
 

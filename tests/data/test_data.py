@@ -25,16 +25,20 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader, collate
+from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import check_classes, read_class_map, read_real_labels
-from data.datasets import ImageDataset, decode_image, decode_pixels
-from data.index import DataError, Index, index_folder, index_tar, index_zip
+from data.datasets import ImageDataset
+from data.decoding import decode_image, decode_pixels
+from data.files import DataError
+from data.index import Index
+from data.loader import collate
 from data.samplers import EvalBatches, TrainBatches, epoch_order
-from data.sources.zip import class_names
+from data.sources.class_list import class_names
 from data.transforms import Normalize, RandomResizedCrop, create_eval_transform, create_train_transform
 from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
+from tests.indices import index_folder, index_tar, index_zip
 from utils.config.loading import load_config
 
 CPU = torch.device("cpu")
@@ -935,7 +939,7 @@ def test_images_are_decoded_by_a_torchvision_without_decoders(monkeypatch):
     """torchvision has deprecated its decoders. The module is loaded again without them."""
     for name in ("decode_jpeg", "decode_png"):
         monkeypatch.delattr(torchvision.io, name)
-    spec = importlib.util.spec_from_file_location("datasets_without_decoders", inspect.getfile(ImageDataset))
+    spec = importlib.util.spec_from_file_location("without_decoders", inspect.getfile(decode_pixels))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))

@@ -12,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-import data.datasets
+import data.decoding
 import jobs.predict
 from data.build import build_datasets, build_eval_loader, build_train_loader
-from data.datasets import FileDataset, ImageDataset, decode_image, decode_pixels
-from data.index import DataError, index_folder
+from data.datasets import FileDataset, ImageDataset
+from data.decoding import decode_image, decode_pixels
+from data.files import DataError
 from data.transforms import create_eval_transform
 from models.preprocessing import Preprocessing
 from scripts import predict
 from scripts.pack_dataset import pack
 from tests.conftest import write_images
+from tests.indices import index_folder
 from tests.launch import run_script
 from utils.config.loading import load_config
 
@@ -188,7 +190,7 @@ def test_tiff_files_that_pillow_reads_with_other_values_are_rejected(content, me
 
 @pytest.mark.parametrize("content", [words([100] * 64), words([4095] * 64)])
 def test_a_dark_16_bit_image_without_declared_depth_is_named_in_one_warning(content, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(data.datasets, "_dark_images", [])
+    monkeypatch.setattr(data.decoding, "_dark_images", [])
     (tmp_path / "train/a").mkdir(parents=True)
     for name in ("1.png", "2.png"):
         image = png([content[position : position + 16] for position in range(0, 128, 16)], width=8, bits=16, colour_type=0)

@@ -23,18 +23,23 @@ import torch
 from PIL import Image
 
 import data.index
+import data.sources.tar
+import data.sources.zip
 import jobs.train
 import scripts.pack_dataset
-from data.build import build_datasets, build_index, build_mixup, build_train_transform, collate
+from data.build import build_datasets, build_index, build_mixup, build_train_transform
 from data.classes import read_class_map
-from data.datasets import FORMATS, FileDataset, ImageDataset, Sample, decode_image
-from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
+from data.datasets import FileDataset, ImageDataset, Sample
+from data.decoding import FORMATS, decode_image
+from data.files import DataError
+from data.index import UNKNOWN_SIZE, Index, compare_descriptions, describe_index
+from data.loader import collate
 from data.mixup import StepMixup
 from data.samplers import TrainBatches
-from data.sources.folder import UNKNOWN_SIZE
-from data.sources.zip import class_names
+from data.sources.class_list import class_names
 from scripts.pack_dataset import pack
 from tests.conftest import CONFIGS, write_images
+from tests.indices import index_folder, index_tar, index_zip
 from tests.launch import run_main, run_script
 from tests.runs import toy_arguments
 from utils.config.loading import load_config
@@ -239,8 +244,8 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
     # Use a time in the future: the index of data that changed in the last 2 s is not cached.
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
-    scans, original = [], data.index.read_map
-    monkeypatch.setattr(data.index, "read_map", lambda path: scans.append(path) or original(path))
+    scans, original = [], data.sources.zip._read_map
+    monkeypatch.setattr(data.sources.zip, "_read_map", lambda path: scans.append(path) or original(path))
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     assert not scans
     if change == "cache format":
@@ -571,7 +576,7 @@ def test_killed_worker_ends_packing_with_an_error_and_leaves_no_files(tmp_path, 
 def test_packing_does_not_overwrite_an_existing_map_file(tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=3)
     (tmp_path / "val_map.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"val_map\.txt already exists"):
+    with pytest.raises(DataError, match=r"already has this split .*val_map\.txt"):
         pack(tmp_path, tmp_path, "val", archive="zip")
     assert (tmp_path / "val_map.txt").read_text() == "mine"
 
@@ -590,12 +595,12 @@ def test_full_disk_ends_packing_and_the_error_gives_the_required_size(tmp_path, 
 
 def test_packed_archive_is_verified_before_it_is_renamed(tmp_path, monkeypatch):
     write_images(tmp_path, "val", classes=2, per_class=3)
-    original = scripts.pack_dataset._add
+    original = data.sources.tar._add
 
     def corrupt(archive, name: str, content: bytes) -> None:
         original(archive, name, content if name.endswith(".cls") else content[:-1] + b"x")
 
-    monkeypatch.setattr(scripts.pack_dataset, "_add", corrupt)
+    monkeypatch.setattr(data.sources.tar, "_add", corrupt)
     with pytest.raises(DataError, match="differs when read back; the disk may be faulty"):
         pack(tmp_path, tmp_path / "tar", "val", archive="tar")
     assert list((tmp_path / "tar").iterdir()) == []
@@ -748,7 +753,7 @@ def test_d5_workers_share_the_memory_of_a_large_index_and_its_cache_loads_quickl
     source = tmp_path / "data"
     data.index._write_cache(tmp_path / "index.npz", create_large_index(source, num_images), data.index._stamps([source]))
     started = time.process_time()
-    index, _ = data.index._read_cache(tmp_path / "index.npz", source, [])
+    index, _ = data.index._read_cache(tmp_path / "index.npz", data.sources.LAYOUTS["folder"](tmp_path, "data"))
     assert time.process_time() - started < max_cpu_seconds
     assert len(index) == num_images
     context = multiprocessing.get_context("fork")

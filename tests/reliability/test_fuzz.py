@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.classes import read_class_map, read_real_labels
-from data.index import DataError, index_zip
+from data.files import DataError
 from engine.checkpoint_writer import save_checkpoint
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.engine.test_checkpoint import toy
+from tests.indices import index_zip
 from utils.config.loading import ConfigError, load_config
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]

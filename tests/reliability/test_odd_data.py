@@ -27,10 +27,13 @@ from PIL import Image
 
 import data.index
 from data.build import build_datasets
-from data.datasets import ImageDataset, decode_pixels
-from data.index import DataError, Index, compare_descriptions, describe_index, index_folder, index_tar, index_zip
+from data.datasets import ImageDataset
+from data.decoding import decode_pixels
+from data.files import DataError
+from data.index import Index, compare_descriptions, describe_index
 from data.samplers import TrainBatches
 from jobs.predict import find_images
+from tests.indices import index_folder, index_tar, index_zip
 from tests.launch import run_main
 from tests.runs import toy_arguments
 from utils.config.loading import load_config

@@ -1,0 +1,302 @@
+"""Uncompressed tar shards in webdataset's format: ``<split>-*.tar`` with ``<key>.jpg`` and its class id in ``<key>.cls``."""
+
+import io
+import itertools
+import logging
+import math
+import os
+import posixpath
+import re
+import tarfile
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data.files import (
+    HEAD,
+    IMAGE_EXTENSIONS,
+    MAX_FILE_SIZE,
+    SYSTEM,
+    DataError,
+    LeftOut,
+    Note,
+    check_member_name,
+    has_image_extension,
+    is_system_path,
+)
+from data.index import Index, Scan, create_index, read_beginning
+from data.sources.class_list import CLASS_NAMES_FILE, check_distinct_names, class_names
+from data.sources.layout import Layout
+from utils.progress import progress
+
+MAX_LABEL_SIZE = 32  # bytes of a file with a class id
+MAX_COMPARED_MEMBERS = 256  # members of equal name and size in different shards whose content is compared
+_SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records that only sparse members have
+
+
+class TarShards(Layout):
+    """Tar shards. Class names are the lines of ``root/classes.txt`` if it exists, else numbers."""
+
+    title = "tar shards"
+
+    def __init__(self, root: Path, split: str):
+        self.source = root
+        self.split = split
+        self.path = root / f"{split}-*.tar"
+        self.archives = sorted(root.glob(f"{split}-*.tar")) if os.path.isdir(root) else []
+
+    def files(self) -> list[Path]:
+        return self.archives
+
+    @staticmethod
+    def hint(found: Path, split: str) -> str:
+        if found.match(f"{split}-*.tar") and found.parent.name != split:
+            return "leave out --zip to read tar shards"
+        is_tar = ".tar" in found.suffixes or found.suffix == ".tgz"
+        return f"rename tar shards to {split}-*.tar (uncompressed) in the directory of --data-path" if is_tar else ""
+
+    def scan(self) -> Scan:
+        """List the images.
+
+        Raises:
+            DataError: a shard that cannot be read or is missing from a numbered sequence, an image without a class id, an image
+                that occurs twice, class ids with gaps, or an entry that is not a plain file.
+        """
+        self._check_shards()
+        names: list[str] = []
+        labels: list[int] = []
+        archive, offsets, sizes = array("i"), array("q"), array("q")
+        left_out = LeftOut()
+        for number, shard in enumerate(progress(self.archives, len(self.archives), f"{self.path}: shards listed")):
+            for name, label, offset, size in _Members(shard, left_out).read():
+                names.append(f"{shard.name}/{name}")
+                labels.append(label)
+                archive.append(number)
+                offsets.append(offset)
+                sizes.append(size)
+        classes = class_names(self.source, labels, self.path)
+        storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
+        index = create_index(self.source, classes, names, labels, archives=self.archives, **storage)
+        _check_repeated_members(index)
+        notes = [*check_distinct_names(classes, self.path), *left_out.notes(self.path), *self._unread_files()]
+        return Scan(index, [*self.archives, self.source / CLASS_NAMES_FILE], notes)
+
+    def _check_shards(self) -> None:
+        """Check that numbered shards, ``<split>-<number>.tar``, form a sequence that starts at 0 or 1, and that no shard is a
+        link to another one. If the names state the total, ``<split>-<number>-of-<total>.tar``, all shards must exist.
+
+        Raises:
+            DataError: a shard is missing, or occurs twice.
+        """
+        files: dict[tuple[int, int], Path] = {}
+        numbered: dict[int, Path] = {}
+        total = 0
+        for shard in self.archives:
+            status = os.stat(shard) if os.path.exists(shard) else None
+            if status and (other := files.setdefault((status.st_dev, status.st_ino), shard)) != shard:
+                raise DataError(
+                    f"{shard} and {other} are links to the same file, which would be counted twice; remove one of them"
+                )
+            if match := re.fullmatch(re.escape(self.split) + r"-([0-9]+)(?:-of-([0-9]+))?\.tar", shard.name):
+                if (other := numbered.setdefault(int(match[1]), shard)) != shard:
+                    raise DataError(f"{shard} and {other.name} have the same number; remove or rename one of them")
+                total = max(total, int(match[2] or 0))
+        if not numbered:
+            return
+        first = min(numbered) if min(numbered) <= 1 else 0
+        end = max(max(numbered) + 1, first + total)
+        missing = next(number for number in itertools.count(first) if number not in numbered)
+        if missing < end:
+            example = self.source / f"{self.split}-{missing}.tar"
+            raise DataError(
+                f"{example}: shard {missing} of {self.split} is missing, but there are shards {min(numbered)} to "
+                f"{max(numbered)}{f' of {total}' if total else ''}; download or pack it again. To use only the others, "
+                "renumber them without gaps, from 0"
+            )
+
+    def _unread_files(self) -> list[Note]:
+        """A warning about files that could be further shards, such as ``val-001.tar.gz`` or ``val_001.tar``."""
+        pattern = re.compile(re.escape(self.split) + r"([^a-z].*)?\.(tar\b.*|tgz)", re.IGNORECASE | re.DOTALL)
+        unread = sorted(path for path in self.source.iterdir() if path not in self.archives and pattern.fullmatch(path.name))
+        if not unread:
+            return []
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        text = f"{unread[0]} is not read{more}; shards must be uncompressed and named {self.split}-*.tar"
+        return [(logging.WARNING, text)]
+
+    def write(self, index: Index, images: Iterable[bytes], shard_size: int) -> None:
+        keys, files = set(), iter(images)
+        for number, start in enumerate(range(0, len(index), shard_size)):
+            with tarfile.open(self.source / f"{self.split}-{number:06d}.tar", "w") as shard:
+                for position in range(start, min(start + shard_size, len(index))):
+                    path = PurePosixPath(index.name(position))
+                    key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset keys must not contain dots
+                    while key in keys:
+                        key = f"{key}-{position}"
+                    keys.add(key)
+                    _add(shard, f"{key}{path.suffix}", next(files))
+                    _add(shard, f"{key}.cls", str(index.labels[position]).encode())
+        self.archives = sorted(self.source.glob(self.path.name))
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    shard.addfile(entry, io.BytesIO(data))
+
+
+class _Members:
+    """Images and class ids of a shard, by key: the path up to the first dot of the file name.
+
+    Args:
+        left_out: receives the entries that are neither images nor class ids.
+    """
+
+    def __init__(self, shard: Path, left_out: LeftOut):
+        self.shard = shard
+        self.left_out = left_out
+        self.images: dict[str, tuple[str, int, int]] = {}
+        self.labels: dict[str, int] = {}
+
+    def read(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield name, class id, offset and size of every image.
+
+        Raises:
+            DataError: the file is damaged, truncated or compressed, an entry is not a plain file, or images and class ids do
+                not match.
+        """
+        end = 0
+        try:
+            with tarfile.open(self.shard, "r:") as archive:
+                while (entry := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every entry in memory
+                    self._check_records(entry, archive.pax_headers)
+                    num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
+                    end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
+                    if not entry.isdir():
+                        self._add(archive, entry)
+            _check_end(self.shard, end)
+        except DataError:
+            raise
+        except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{self.shard} cannot be read ({error}) after byte {end}; shards must be plain tar files, not compressed"
+            ) from None
+        yield from self._match()
+
+    def _check_records(self, entry: tarfile.TarInfo, global_records: dict[str, str]) -> None:
+        """Reject entries whose data are not stored as one block of ``size`` bytes.
+
+        Raises:
+            DataError: a sparse file (``tar --sparse``), an invalid size, or records that change the names or sizes of all
+                entries.
+        """
+        if entry.issparse() or any(key.startswith(_SPARSE_RECORDS) for key in entry.pax_headers):
+            raise DataError(f"{self.shard}: {entry.name} is stored as a sparse file; pack it again without --sparse (-S)")
+        if entry.size < 0:
+            raise DataError(f"{self.shard}: {entry.name} has the invalid size {entry.size}; pack it again")
+        if changed := {"size", "path", "linkpath", *_SPARSE_RECORDS} & global_records.keys():
+            raise DataError(
+                f"{self.shard}: a global header sets the {min(changed)} of all entries; pack it again without this header"
+            )
+
+    def _add(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+        """Add an entry.
+
+        Raises:
+            DataError: it is not a plain file, its name points outside the archive, or its key is not unique.
+        """
+        if is_system_path(entry.name):
+            self.left_out.add_reason(SYSTEM, f"{self.shard.name}/{entry.name}")
+            return
+        check_member_name(self.shard, entry.name)
+        if not entry.isreg():
+            raise DataError(f"{self.shard}: {entry.name} is a link or not a plain file; pack the image itself")
+        folder, _, base = posixpath.normpath(entry.name).rpartition("/")  # "./a.jpg" and "a.jpg" are the same name
+        stem, _, extension = base.partition(".")
+        key = f"{folder}/{stem}"
+        if has_image_extension(f".{extension}"):
+            if entry.size > MAX_FILE_SIZE:
+                raise DataError(f"{self.shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
+            if key in self.images:
+                raise DataError(
+                    f"{self.shard}: {entry.name} has the same key as {self.images[key][0]}; the name up to the first dot must "
+                    "be unique per image"
+                )
+            self.images[key] = entry.name, entry.offset_data, entry.size
+        elif extension == "cls":
+            text = archive.extractfile(entry).read(MAX_LABEL_SIZE).strip()
+            if entry.size > MAX_LABEL_SIZE or not text.isdigit():  # bytes.isdigit accepts only 0 to 9
+                raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
+            if self.labels.setdefault(key, int(text)) != int(text):
+                raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")
+        else:
+            self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: archive.extractfile(entry).read(HEAD))
+
+    def _match(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield name, class id, offset and size of every image.
+
+        Raises:
+            DataError: there are no images, an image has no class id, or a class id no image.
+        """
+        shard, extensions = self.shard, ", ".join(IMAGE_EXTENSIONS)
+        if unmatched_key := next((key for key in self.labels if key not in self.images), None):
+            raise DataError(
+                f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({extensions}); pack the shard again with this image"
+            )
+        if not self.images:
+            raise DataError(f"{shard} has no images ({extensions}); remove it, or check --data-path")
+        for key, (name, offset, size) in self.images.items():
+            if key not in self.labels:
+                raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls")
+            yield name, self.labels[key], offset, size
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """Check that at least two blocks, all zero, follow the last entry of a tar file; ``tarfile`` does not check this.
+
+    Raises:
+        DataError: the file is truncated, or has data after its end.
+    """
+    size = shard.stat().st_size
+    if size < end + 2 * tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{shard} is truncated at byte {size} (the two blocks of zeros that end a tar file are missing); pack or download "
+            "it again"
+        )
+    with open(shard, "rb") as file:
+        file.seek(end)
+        while block := file.read(1 << 20):
+            if block.count(0) < len(block):
+                first = end + next(position for position, value in enumerate(block) if value)
+                raise DataError(
+                    f"{shard} has data at byte {first}, after the end of the archive; the file is damaged, or consists of "
+                    "several concatenated archives. Pack or download it again"
+                )
+            end += len(block)
+
+
+def _check_repeated_members(index: Index) -> None:
+    """Check that no image is in two shards under the same name, as after copying a shard.
+
+    Keys may start again in every shard. Members of equal name and size are therefore compared, but no more than
+    ``MAX_COMPARED_MEMBERS`` pairs.
+
+    Raises:
+        DataError: an image occurs twice.
+    """
+    starts = index.ends - np.diff(index.ends, prepend=0)
+    lengths = [len(Path(archive).name.encode(errors="surrogateescape")) + 1 for archive in index.archives]
+    starts += np.array(lengths, dtype=np.int64)[index.archive]  # names start with the name of the shard and a slash
+    text = index.text.tobytes()
+    hashes = np.fromiter(
+        (hash((text[start:end], size)) for start, end, size in zip(starts, index.ends, index.sizes, strict=True)), np.int64
+    )
+    order = np.argsort(hashes, kind="stable")
+    equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    for position in equal[:MAX_COMPARED_MEMBERS]:
+        one, other = (int(order[position + step]) for step in (0, 1))
+        if index.archive[one] != index.archive[other] and read_beginning(index, one) == read_beginning(index, other):
+            raise DataError(f"{index.path(other)} and {index.name(one)} are the same image; remove one of the shards")
