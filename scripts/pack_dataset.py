@@ -104,9 +104,7 @@ def check_target(target: Path, split: str, index: Index) -> None:
         DataError: the directory already contains this split, or its class list differs from that of the source.
     """
     if present := [path.name for layout in LAYOUTS.values() for path in layout(target, split).files()]:
-        raise DataError(
-            f"{target} already has this split ({', '.join(present[:3])}); choose another directory for the archives"
-        )
+        raise DataError(f"{target}: {', '.join(present[:3])} already exists; choose another directory")
     class_list = target / CLASS_NAMES_FILE
     if class_list.is_file() and read_class_names(class_list) != index.classes:
         raise DataError(f"{class_list} lists different classes than {index.source}; choose another directory")

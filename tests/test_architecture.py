@@ -23,7 +23,7 @@ IMPORTERS = {
     "termcolor": {"utils/log.py"},
     "safetensors": {"jobs/export.py", "models/checkpoints/reader.py"},
     "matplotlib": {"engine/report.py", "analysis/pictures.py"},
-    "torchvision": {"data/datasets.py", "data/index.py", "data/transforms.py", "engine/trainer.py"},
+    "torchvision": {"data/decoding.py", "data/transforms.py", "engine/trainer.py"},
 }
 
 
