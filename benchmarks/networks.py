@@ -2,7 +2,8 @@
 
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import timm
 import torch
@@ -43,12 +44,9 @@ def create_variants(name: str, img_size: int) -> dict[str, nn.Module]:
 
 def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
     """Create a function for one inference step (forward), or one training step (forward, loss, backward)."""
-    device = images.device
-
-    def autocast() -> AbstractContextManager:
-        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-    targets = torch.arange(len(images), device=device) % NUM_CLASSES
+    targets = torch.arange(len(images), device=images.device) % NUM_CLASSES
+    # The meta device has no autocast.
+    autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, images.device.type, dtype)
 
     def infer() -> None:
         with torch.inference_mode(), autocast():
@@ -58,8 +56,7 @@ def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype
         with autocast():
             loss = nn.functional.cross_entropy(model(images), targets)
         loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad(set_to_none=True)
 
     return train if training else infer
 
@@ -85,13 +82,10 @@ def measure_model(
         set_backend(variants["focused"], "torch")
         variants["focused, Triton kernels"] = create_model(name, img_size=img_size)
     images = torch.randn(batch_size, 3, img_size, img_size, device=device)
-    steps, eager_steps = {}, {}
+    steps = {}
     for label, model in variants.items():
         model.to(device).train(training)
-        eager_steps[label] = create_step(model, images, training=training, dtype=dtype)
-        steps[label] = eager_steps[label]
-        if compiled:
-            steps[label] = create_step(torch.compile(model), images, training=training, dtype=dtype)
+        steps[label] = create_step(torch.compile(model) if compiled else model, images, training=training, dtype=dtype)
     timings = time_in_turn(steps, rounds=rounds, device=device)
     records = []
     for label, timing in timings.items():
@@ -105,7 +99,7 @@ def measure_model(
                 "batch_size": batch_size,
                 "images_per_second": batch_size / statistics.median(timing),
                 "speedup_over_naive": speedup(timing, timings["naive implementation"]),
-                "peak_memory_mib": measure_peak(eager_steps[label], device) / 2**20 if training and not compiled else None,
+                "peak_memory_mib": measure_peak(steps[label], device) / 2**20 if training and not compiled else None,
             }
         )
     return records

@@ -22,8 +22,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_origin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
@@ -34,7 +35,6 @@ from utils.files import write_json, write_text
 from utils.text import markdown_table
 
 ROOT = Path(__file__).parent.parent
-KEYS = {"cfg": list, "opts": dict, "seeds": list, "baseline": str, "arms": dict}
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class Run:
     opts: list[str]
     folder: Path
 
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / f"{self.tag}.txt"
+
 
 @dataclass(frozen=True)
 class Ablation:
-    """Contents of an ablation file. ``arms`` maps the name of each arm to its options."""
+    """Contents of an ablation file. ``arms`` maps the name of each arm to its options; the names are those of the keys."""
 
     cfg: list[str]
     opts: dict
@@ -82,23 +86,21 @@ def read_ablation(path: Path) -> Ablation:
         ConfigError: the file cannot be read, or a key is missing, unknown or of the wrong type.
     """
     content = {"opts": {}} | read_yaml(path)
-    if mismatched := content.keys() ^ KEYS.keys():
-        raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(KEYS)}")
-    for key, kind in KEYS.items():
+    kinds = {field.name: get_origin(field.type) or field.type for field in fields(Ablation)}
+    if mismatched := content.keys() ^ kinds.keys():
+        raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(kinds)}")
+    for key, kind in kinds.items():
         if not isinstance(content[key], kind):
             raise ConfigError(f"{path}: {key}={content[key]!r}: must be a {kind.__name__}")
     if content["baseline"] not in content["arms"]:
         raise ConfigError(f"{path}: baseline={content['baseline']!r}: not an arm; choose one of {', '.join(content['arms'])}")
     if len(content["seeds"]) < 2 or not all(isinstance(seed, int) for seed in content["seeds"]):
         raise ConfigError(f"{path}: seeds={content['seeds']}: give at least two integers, to compute the standard deviation")
-    return Ablation(**content | {"arms": {str(arm): options or {} for arm, options in content["arms"].items()}})
+    return Ablation(**content | {"arms": {arm: options or {} for arm, options in content["arms"].items()}})
 
 
 def final_accuracy(run: Run, num_epochs: int) -> float | None:
-    """Final top-1 accuracy in percent, of the EMA weights if they were evaluated, else of the raw weights.
-
-    Returns None if the run is not finished.
-    """
+    """Final top-1 accuracy in percent, of the EMA weights if they were evaluated; None if the run is not finished."""
     from engine.metrics_writer import read_records
     from utils.run_files import METRICS
 
@@ -109,18 +111,14 @@ def final_accuracy(run: Run, num_epochs: int) -> float | None:
 
 
 def start(ablation: Ablation, run: Run, data: Path, *, slot: int, num_slots: int) -> subprocess.Popen:
-    """Start ``main.py`` for a run, appending its output to ``<tag>.txt`` next to the run's directory.
-
-    Args:
-        slot: index of the run among the ``num_slots`` concurrent runs, which share the GPUs or CPU cores.
-    """
+    """Start ``main.py`` for a run, in one of ``num_slots`` that share the GPUs or CPU cores. The output goes to ``run.log``."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots)))
     if num_gpus := count_gpus():
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % num_gpus)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    run.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", "--cfg", *ablation.cfg, "--data-path", str(data.absolute()), "--opts", *run.opts]
-    with open(run.folder.parent / f"{run.tag}.txt", "a", encoding="utf-8") as log:
+    with open(run.log, "a", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
@@ -149,8 +147,7 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
                     continue
                 del running[slot]
                 if process.returncode:
-                    log = run.folder.parent / f"{run.tag}.txt"
-                    raise TrainingError(f"{run.tag}: exit status {process.returncode}; see {log}")
+                    raise TrainingError(f"{run.tag}: exit status {process.returncode}; see {run.log}")
                 minutes = (time.monotonic() - started) / 60
                 print(f"[{minutes:5.1f} min] {run.tag} finished, {len(waiting) + len(running)} remaining", flush=True)
     finally:
@@ -158,9 +155,6 @@ def train(ablation: Ablation, runs: list[Run], data: Path, *, num_slots: int) ->
             process.terminate()
         for _, process in running.values():
             process.wait()
-
-
-# --- Table of results
 
 
 def paired_difference(first: list[float], second: list[float]) -> tuple[float, float]:

@@ -18,15 +18,11 @@ from scripts.command_line import create_parser, reporting_errors
 
 
 def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, str]]]:
-    """Read the predictions of an evaluation.
+    """Read a predictions file. Returns its path, and a dictionary from image name to (prediction, target).
 
     Args:
         path: predictions file, or output directory of an evaluation.
-        weights: raw or ema, to choose the predictions file of a directory. None chooses the weights that the directory's
-            ``eval.json`` lists as ``preferred``.
-
-    Returns:
-        The path of the predictions file, and a dictionary from image name to (prediction, target).
+        weights: raw or ema, to choose the file of a directory; None for the preferred weights of its ``eval.json``.
 
     Raises:
         ValueError: the file does not exist, is not a predictions file, has no predictions, or is damaged.

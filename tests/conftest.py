@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items):
         if item.module.__name__.removeprefix("tests.") in FAST and item.get_closest_marker("slow") is None:
             item.add_marker("fast")
     yield
-    # Tests that run main.py come first, also if a plugin shuffles the tests: the runs are forked from this process, and take
-    # twice as long once large models have filled its memory.
-    items.sort(key=lambda item: not hasattr(item.module, "run_main"))
+    # Tests that run main.py or scripts come first, also if a plugin shuffles the tests: the runs are forked from this process,
+    # and take twice as long once large models have filled its memory.
+    items.sort(key=lambda item: not (hasattr(item.module, "run_main") or hasattr(item.module, "run_script")))
 
 
 @pytest.fixture(autouse=True)

@@ -92,10 +92,9 @@ class Fault(NamedTuple):
 
 def name_of(code: CodeType) -> str | None:
     """Name of a function of the project; None for other functions."""
-    path = code.co_filename
-    if not path.startswith(f"{ROOT}/"):
+    if not code.co_filename.startswith(f"{ROOT}/"):
         return None
-    path = path[len(f"{ROOT}/") :]
+    path = code.co_filename.removeprefix(f"{ROOT}/")
     name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no qualified name
     return f"{path}:{name}" if path.split("/")[0] in PACKAGES else None
 
@@ -140,16 +139,13 @@ class Tracer:
 def record_calls(path: Path) -> Callable[[int], None]:
     """Return a function that makes a process append its calls to ``path``: each function's 1st, 2nd, 4th, 8th, ... call."""
 
-    def prepare(rank: int) -> None:
-        def visit(call: Call, number: int) -> None:
-            if number & (number - 1) == 0:
-                file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-                os.write(file, "\t".join([*map(str, call), f"{number}\n"]).encode())
-                os.close(file)
+    def visit(call: Call, number: int) -> None:
+        if number & (number - 1) == 0:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.write(file, "\t".join([*map(str, call), f"{number}\n"]).encode())
+            os.close(file)
 
-        Tracer(rank, visit).start()
-
-    return prepare
+    return lambda rank: Tracer(rank, visit).start()
 
 
 def read_calls(path: Path) -> dict[Call, int]:
@@ -171,17 +167,13 @@ def draw_fault(calls: dict[Call, int], rng: random.Random) -> Fault:
 
 
 def inject(faults: list[Fault], path: Path) -> Callable[[int], None]:
-    """Return a function that makes a process raise the errors, and append the time and the number of each error to
-    ``path``."""
+    """Return a function that makes a process raise the errors, and append the time and number of each error to ``path``."""
 
-    def prepare(rank: int) -> None:
-        def visit(call: Call, number: int) -> None:
-            for fault in faults:
-                if (call, number) == (fault.call, fault.number):
-                    with open(path, "a") as file:
-                        file.write(f"{time.time()} {fault.error}\n")
-                    raise ERRORS[fault.error]()
+    def visit(call: Call, number: int) -> None:
+        for fault in faults:
+            if (call, number) == (fault.call, fault.number):
+                with open(path, "a") as file:
+                    file.write(f"{time.time()} {fault.error}\n")
+                raise ERRORS[fault.error]()
 
-        Tracer(rank, visit).start()
-
-    return prepare
+    return lambda rank: Tracer(rank, visit).start()

@@ -56,7 +56,7 @@ DONE = 0  # exit status of a finished run; utils.errors has the others
 
 
 class SoakError(Exception):
-    """A guarantee was violated: state was lost or differs, or a process did not end."""
+    """A guarantee was violated: state was lost or differs, or a process did not end. Every function below may raise it."""
 
 
 def newest_intact_update(folder: Path) -> int:
@@ -111,17 +111,13 @@ class Job:
         return any(process.poll() is None for process in self.processes)
 
     def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-        """Wait for ``seconds``, or until all processes have ended or ``until`` is true."""
+        """Wait for ``seconds``, or until all processes have ended or ``until()`` is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.running() and not until():
             time.sleep(0.01)
 
     def end(self, seconds: float) -> list[int]:
-        """Wait for the exit statuses of all processes.
-
-        Raises:
-            SoakError: a process still runs after ``seconds``.
-        """
+        """Wait for the exit statuses of all processes."""
         self.wait(seconds)
         if self.running():
             self.kill()
@@ -204,11 +200,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def move_directory(job: Job, _rng: random.Random) -> str:
-    """Move the output directory, wait for the end of the job, and move the directory back.
-
-    Raises:
-        SoakError: the job created something at the old path.
-    """
+    """Move the output directory, wait for the end of the job, and move the directory back."""
     if not is_locked(job.folder):  # a run that has not locked its directory yet would create it again, which is correct
         job.kill()
         return "SIGKILL to all processes, no directory in use to move"
@@ -285,11 +277,7 @@ class Soak:
         return read_state(job.folder)
 
     def train_disturbed(self, expected: dict) -> None:
-        """Train one run to its end, with faults until --minutes have passed, and compare its final state with the expected one.
-
-        Raises:
-            SoakError: the run does not finish, its final state or ``best.pth`` differs, or ``disturb`` raises it.
-        """
+        """Train one run to its end, with faults until --minutes have passed, and compare its final state with ``expected``."""
         self.num_runs += 1
         name = f"run{self.num_runs}"
         while True:
@@ -312,9 +300,6 @@ class Soak:
 
         Returns:
             The exit statuses of its processes.
-
-        Raises:
-            SoakError: a process does not end, a stop signal is not handled, or a checkpoint is lost.
         """
         update_at_start = newest_update(job.folder)
         delay = self.rng.uniform(0, self.args.longest_delay)
@@ -343,11 +328,7 @@ class Soak:
         return statuses
 
     def resume_other_run(self, job: Job) -> None:
-        """Try to resume a checkpoint of the undisturbed run in the directory of a job that has ended.
-
-        Raises:
-            SoakError: the start is not refused, or changes a file.
-        """
+        """Try to resume a checkpoint of the undisturbed run in the directory of a job that has ended."""
         other = list_checkpoints(self.args.output / "undisturbed/quickstart/default")[0]
         before = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
         started = self.job(job.name, num_processes=1, log="other", arguments=["--resume", other.absolute()])
@@ -375,16 +356,6 @@ class Soak:
             self.survived[SECOND_RUN] += 1
             self.say(f"{job.name}: second run refused at update {newest_update(job.folder)}")
         return self.disturb(job) if job.running() else job.end(0)
-
-    def report(self) -> dict:
-        return {
-            "seed": self.args.seed,
-            "minutes": round(self.minutes(), 1),
-            "processes": self.args.processes,
-            "runs": self.num_runs,
-            "faults": dict(sorted(self.survived.items())),
-            "total_faults": self.survived.total(),
-        }
 
 
 def main() -> None:
@@ -418,9 +389,11 @@ def main() -> None:
     finally:
         for job in soak.jobs:
             job.kill()
-    report = soak.report() | {"failure": failure}
+    faults = dict(sorted(soak.survived.items()))
+    report = {"seed": args.seed, "minutes": round(soak.minutes(), 1), "processes": args.processes, "runs": soak.num_runs}
+    report |= {"faults": faults, "total_faults": soak.survived.total(), "failure": failure}
     write_json(args.output / "soak.json", report)
-    soak.say(f"{report['total_faults']} faults in {report['runs']} runs: {report['faults']}")
+    soak.say(f"{report['total_faults']} faults in {report['runs']} runs: {faults}")
     if failure:
         sys.exit(f"soak.py: {failure}")
 
