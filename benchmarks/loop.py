@@ -1,5 +1,6 @@
 """Benchmark the training loop: cost of data loader, EMA and the loop itself relative to the bare training step."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from benchmarks.timing import speedup, time_in_turn
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype
 from engine.run_contents import Contents
-from engine.trainer import Meter, Trainer
+from engine.trainer import Trainer
 from jobs.initialization import Initialization
 from jobs.train import build_data, build_trainer
 from utils.distributed import World
@@ -35,10 +36,11 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
         init = Initialization("scratch", "", Contents(folder))
         data = build_data(cfg, world, init, None)
         trainer = build_trainer(cfg, world, init, None, data, output=folder, find_unused_parameters=False)
-        trainer.metrics = MetricsWriter(folder, 0)
+        metrics = MetricsWriter(folder, 0)
+        trainer = replace(trainer, metrics=metrics)
         tasks = create_tasks(trainer, cfg, updates)
         timings = time_in_turn(tasks, rounds=rounds, device=world.device)
-        trainer.metrics.close()
+        metrics.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     # The time of a task divided by that of the bare step is the speed-up of the bare step over the task.
@@ -47,7 +49,7 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
 
 def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Callable[[], None]]:
     """Create the tasks to compare, by name. Each runs ``updates`` optimizer updates."""
-    loader, state, accumulation = trainer.train_loader, trainer.state, trainer.recipe.accumulation
+    loader, state, accumulation = trainer.train_loader, trainer.state, trainer.accumulation
 
     def batches_of_all_epochs() -> Iterator:
         for epoch in range(10**6):
@@ -59,16 +61,15 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
     original_ema = state.ema
 
     def run_loop(batches: Iterator, ema: object) -> None:
-        """Train as ``Trainer.train_epoch`` does, with a log line at the end."""
+        """Train as ``Trainer.run_epoch`` does, with a log line at the end."""
         trainer.model.train()
         state.ema = ema
-        meter = Meter(0, trainer)
-        mixed = trainer.mixed_batches(batches)
+        trainer.start_interval()
+        mixed = trainer.mix(batches)
         for _ in range(updates):
             trainer.update(mixed)
-            meter.add(trainer.collect_reports(max_pending=1))
-        meter.add(trainer.collect_reports(max_pending=0))
-        meter.log()
+            trainer.collect_reports(max_pending=1)
+        trainer.log(0)
 
     criterion, dtype = nn.CrossEntropyLoss(label_smoothing=cfg.MODEL.LABEL_SMOOTHING), amp_dtype(cfg)
     scaler = torch.amp.GradScaler(trainer.world.device.type, enabled=dtype == torch.float16)
@@ -81,7 +82,7 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
                     loss = criterion(state.model(batch.images), batch.targets) / accumulation
                 scaler.scale(loss).backward()
             scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), trainer.recipe.max_grad_norm)
+            nn.utils.clip_grad_norm_(state.model.parameters(), cfg.TRAIN.CLIP_GRAD or math.inf)
             scaler.step(state.optimizer)
             scaler.update()
             state.optimizer.zero_grad()

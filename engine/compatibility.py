@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from engine.trainer import TrainState
+from engine.state import TrainState
 from models.checkpoints.reader import CheckpointError
 
 # State of a parameter in each optimizer: names of tensors with the parameter's shape, and of counters with a single value.
@@ -37,7 +37,7 @@ def check_state(state: TrainState, saved: Mapping) -> None:
     if state.ema is not None and saved.get("state_dict_ema"):
         check_weights("state_dict_ema", saved["state_dict_ema"], state.ema.module)
     check_optimizer(state.optimizer, saved["optimizer"])
-    if state.scales_loss and saved["scaler"]:
+    if state.scaler.is_enabled() and saved["scaler"]:
         check_scaler(saved["scaler"])
 
 

@@ -10,10 +10,12 @@ from itertools import islice, repeat
 import torch
 
 from engine.evaluation import evaluate
-from engine.trainer import Trainer, format_duration
+from engine.optim import eval_dtype
+from engine.trainer import Trainer
 from models.checkpoints.reader import read_checkpoint
 from utils.distributed import on_main, sum_over_processes
 from utils.run_files import checkpoint_path
+from utils.text import format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,9 @@ def dry_run(trainer: Trainer) -> None:
     Raises:
         TrainingError, DataError, CheckpointError: an error that the run would have raised.
     """
-    world, recipe, state = trainer.world, trainer.recipe, trainer.state
+    world, cfg, state = trainer.world, trainer.cfg, trainer.state
     epoch = state.num_updates // trainer.updates_per_epoch
-    remaining_updates = recipe.num_epochs * trainer.updates_per_epoch - state.num_updates
+    remaining_updates = trainer.num_epochs * trainer.updates_per_epoch - state.num_updates
 
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
@@ -49,9 +51,9 @@ def dry_run(trainer: Trainer) -> None:
     logger.info(
         "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
     )
-    loading_seconds = _time_loading(trainer, epoch) * recipe.accumulation
+    loading_seconds = _time_loading(trainer, epoch) * trainer.accumulation
 
-    evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=recipe.eval_dtype, world=world)
+    evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=eval_dtype(cfg), world=world)
     logger.info("evaluation: one batch computed")
 
     started = time.monotonic()
@@ -61,7 +63,7 @@ def dry_run(trainer: Trainer) -> None:
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
     logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
-    needed = size * (recipe.keep_checkpoints + 2)  # 2: best.pth and the file being written
+    needed = size * (cfg.KEEP_CHECKPOINTS + 2)  # 2: best.pth and the file being written
     if needed > free + size:
         logger.warning(
             "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "
@@ -77,7 +79,7 @@ def dry_run(trainer: Trainer) -> None:
 def _run_updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
     """Run one update per iteration; the iterator does not end."""
     trainer.model.train()
-    mixed = trainer.mixed_batches(batches)
+    mixed = trainer.mix(batches)
     while True:
         trainer.update(mixed)
         yield

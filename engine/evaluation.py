@@ -64,6 +64,11 @@ class EvalResult:
         """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.num_images
 
+    def to_dict(self) -> dict[str, float | int]:
+        """Accuracies, counts and loss, for logs and files."""
+        names = ("acc1", "acc5", "correct1", "correct5", "num_images", "loss")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         top5 = f" Acc@5 {self.acc5:.3f}" if self.num_classes > 5 else ""
         return f" * Acc@1 {self.acc1:.3f}{top5}"

@@ -1,5 +1,6 @@
 """Repeat a training update with a non-finite loss or gradient, and find the first module with a non-finite output."""
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -8,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.build import build_datasets, build_mixup, build_train_loader
+from data.build import TrainLoader, build_datasets, build_mixup, build_train_loader
 from data.index import Index, compare_descriptions, describe_index
 from engine.checkpoint_writer import check_format
 from engine.optim import amp_dtype, build_criterion
 from engine.schedule import accumulation_steps
-from engine.trainer import mix_batches
+from engine.step import mix_batches
 from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
 from utils.config.keys import RECIPE_KEY_PREFIXES
@@ -65,6 +66,19 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
                 logger.info("images of this batch: %s", ", ".join(image_names))
                 return
     logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
+
+
+def describe_update(loader: TrainLoader, update: int, *, accumulation: int, num_processes: int) -> dict:
+    """Position and images of an update, for its replay file."""
+    index: Index = loader.loader.dataset.index  # type: ignore[attr-defined]  # a dataset of data.build.build_datasets
+    epoch, first_update = divmod(update, loader.updates_per_epoch)
+    images = []  # [rank][forward pass] -> image names
+    for rank in range(num_processes):
+        sampler = copy.copy(loader.loader.batch_sampler)
+        sampler.rank = rank
+        sampler.set_position(epoch, first_update)
+        images.append([[index.name(position) for _, position in keys] for keys in islice(sampler, accumulation)])
+    return {"update": update, "epoch": epoch, "images": images}
 
 
 def check_replay_file(state: dict, path: str) -> None:

@@ -138,13 +138,8 @@ def _plain(text: str) -> str:
 
 
 def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:
-    record = {
-        "correct1": result.correct1,
-        "correct5": result.correct5,
-        "num_images": result.num_images,
-        "acc1": result.acc1,
+    record = result.to_dict() | {
         "acc1_interval_95": wilson_interval(result.correct1, result.num_images),
-        "acc5": result.acc5,
         "acc5_interval_95": wilson_interval(result.correct5, result.num_images),
         "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no infinity
     }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from engine.checkpoint_writer import check_format
 from engine.metrics_writer import read_records
 from engine.run_directory import RunRecord, read_record
-from engine.trainer import NO_BEST
+from engine.state import NO_BEST
 from models.checkpoints.reader import CheckpointError, read_checkpoint, verify
 from utils.errors import ConfigError
 from utils.run_files import (

@@ -49,6 +49,11 @@ class Schedule:
         return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
+def count_epochs(cfg: CfgNode) -> int:
+    """Epochs of a run, including the cooldown epochs."""
+    return cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+
+
 def accumulation_steps(cfg: CfgNode, world_size: int) -> int:
     """Forward passes per update: TRAIN.ACCUMULATION_STEPS, or the number that DATA.GLOBAL_BATCH_SIZE requires.
 

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from utils.distributed import StalledCollectiveError, num_processes, start_sum
 
 Number = TypeVar("Number", Tensor, float)
+# Function: images, targets, number of the forward pass -> mixed images and targets.
+Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 SECONDS_BETWEEN_POLLS = 0.0005
 
 
@@ -151,6 +153,16 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         del optimizer.found_inf  # type: ignore[attr-defined]
     elif not skip:
         optimizer.step()
+
+
+def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets of successive forward passes, mixed by ``mixup``.
+
+    Args:
+        forward_pass: number of the first forward pass, counted from the start of the run.
+    """
+    for number, batch in enumerate(batches, forward_pass):
+        yield (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
 
 
 class Reports:

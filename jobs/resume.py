@@ -14,8 +14,8 @@ from engine.metrics_writer import lacks_evaluations, restore_evaluations
 from engine.remaining_work import BestFile, Remaining, remaining_work
 from engine.run_contents import check_training_state
 from engine.run_directory import RunDirectory
-from engine.schedule import Schedule, build_schedule, global_batch_size
-from engine.trainer import TrainState, check_trained
+from engine.schedule import Schedule, build_schedule, count_epochs, global_batch_size
+from engine.state import TrainState, check_trained
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import check_same_file
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
@@ -156,7 +156,7 @@ def work_after(saved: Mapping, cfg: CfgNode, *, best: BestFile = BestFile.IN_PLA
     return remaining_work(
         saved["num_updates"],
         updates_per_epoch=saved["updates_per_epoch"],
-        num_epochs=cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS,
+        num_epochs=count_epochs(cfg),
         eval_freq=cfg.EVAL_FREQ,
         save_freq=cfg.SAVE_FREQ,
         is_evaluated=saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"],

@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +24,9 @@ from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from engine.run_contents import check_unchanged
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
-from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, global_batch_size
-from engine.trainer import NO_BEST, Recipe, Trainer, TrainState
+from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
+from engine.state import NO_BEST, TrainState
+from engine.trainer import Trainer
 from jobs.initialization import Initialization, choose_initialization, normalise
 from jobs.locate_checkpoint import check_same_file
 from jobs.model import choose_attention, load_pretrained
@@ -85,16 +87,21 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     setup_logging(world.rank, output, earlier=earlier)
     if reset_best:
         trainer.state.best = dict(NO_BEST)
-    trainer.metadata |= {"environment": environment | trainer.metadata["environment"], "run_id": run_id}
-    trainer.stop = stop.requested
     del saved  # the state was loaded into the trainer; free the host memory of this copy
+    metrics = None
     if world.is_main:
-        trainer.check_output = directory.check
         directory.write_config(cfg.dump())
         state = trainer.state
         evaluated = state.last_evaluation == state.num_updates
-        trainer.metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
-        trainer.metrics.text("config", f"```\n{cfg.dump()}\n```", trainer.state.num_updates)
+        metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
+        metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+    trainer = replace(
+        trainer,
+        metadata=trainer.metadata | {"environment": environment | trainer.metadata["environment"], "run_id": run_id},
+        metrics=metrics,
+        stop=stop.requested,
+        check_output=directory.check,
+    )
     try:
         trainer.fit()
     except RuntimeError as error:
@@ -103,9 +110,9 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         where = f"{trainer.phase} after update {trainer.state.num_updates}"
         raise lost_rank_error(world, error, where) from None
     finally:
-        trainer.background_write.close()
-        if trainer.metrics is not None:
-            trainer.metrics.close()
+        trainer.saver.background_write.close()
+        if metrics is not None:
+            metrics.close()
         directory.close()
 
 
@@ -254,6 +261,8 @@ def build_trainer(
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     return Trainer(
+        cfg=cfg,
+        world=world,
         state=state,
         model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
@@ -261,8 +270,6 @@ def build_trainer(
         train_loader=data.train,
         val_loader=data.val,
         mixup=mixup,
-        recipe=build_recipe(cfg, world),
-        world=world,
         output=output,
         metadata={
             "format": FORMAT,
@@ -296,7 +303,6 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
         build_optimizer(cfg, model),
         build_scaler(cfg, world.device),
         build_ema(cfg, model),
-        scales_loss=amp_dtype(cfg) == torch.float16,
     )
 
 
@@ -329,7 +335,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
         sum(size for size, _ in sizes) / 1e6,
         f", {sum(size for size, trained in sizes if trained)} of them trained" if cfg.TRAIN.FREEZE_BACKBONE else "",
     )
-    epochs = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+    epochs = count_epochs(cfg)
     logger.info(
         "epochs: %d%s, updates per epoch: %d, images used per epoch: %d of %d",
         epochs,
@@ -398,24 +404,6 @@ def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
             num_updates,
             max(1 - 10 / max(num_updates, 20), 0.5),
         )
-
-
-def build_recipe(cfg: CfgNode, world: World) -> Recipe:
-    """Build the settings of the training loop."""
-    return Recipe(
-        num_epochs=cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS,
-        accumulation=accumulation_steps(cfg, world.size),
-        amp_dtype=amp_dtype(cfg),
-        eval_dtype=eval_dtype(cfg),
-        max_grad_norm=cfg.TRAIN.CLIP_GRAD or float("inf"),
-        seed=cfg.SEED,
-        print_freq=cfg.PRINT_FREQ,
-        save_freq=cfg.SAVE_FREQ,
-        save_steps=cfg.SAVE_STEPS,
-        save_minutes=cfg.SAVE_MINUTES,
-        eval_freq=cfg.EVAL_FREQ,
-        keep_checkpoints=cfg.KEEP_CHECKPOINTS,
-    )
 
 
 def create_temporary_directory(output: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 import main
 import main_ema
 from engine.schedule import global_batch_size
-from engine.trainer import NO_BEST
+from engine.state import NO_BEST
 from jobs.initialization import choose_initialization
 from jobs.model import check_model
 from models import build_model

@@ -17,7 +17,7 @@ from engine.checkpoint_writer import save_checkpoint
 from engine.metrics_writer import MetricsWriter
 from engine.run_contents import Contents, find_unusable_entries
 from engine.run_directory import RunLock, check_available
-from engine.trainer import check_trained
+from engine.state import check_trained
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import open_checkpoint
 from jobs.resume import check_data, resume, work_after

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.trainer
+import engine.saver
 import jobs.train
 from engine.checkpoint_writer import FORMAT
 from engine.run_contents import survey
@@ -390,7 +390,7 @@ def test_resume_of_another_run_is_refused_in_a_used_directory_and_continues_in_a
     origin = tmp_path / "origin.pth"
     shutil.copy(trained, origin)
     command = [*arguments, "--resume", origin, "--tag", "other"]
-    call = {"prepare": lambda rank: call_before(engine.trainer, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
+    call = {"prepare": lambda rank: call_before(engine.saver, "save_checkpoint", 2, lambda: os.kill(os.getpid(), 9))}
     assert run_main(command, tmp_path / "log", **call).exit_codes == [-9]
     origin.unlink()
     outcome = run_main(command, tmp_path / "log")  # the same command resumes what it has started
@@ -517,7 +517,7 @@ def test_a_run_ends_if_its_directory_is_moved_or_removed_and_does_not_recreate_i
         while action.endswith("started") and not proceed.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    call = {"prepare": lambda rank: call_before(engine.trainer, "write_checkpoint", 2, interfere)}
+    call = {"prepare": lambda rank: call_before(engine.saver, "write_checkpoint", 2, interfere)}
     with ThreadPoolExecutor(1) as executor:
         first = executor.submit(run_main, arguments, tmp_path / "log", **call)
         if action.endswith("started"):

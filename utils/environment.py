@@ -63,3 +63,12 @@ def apply_numerical_settings(cfg: CfgNode) -> None:
     uses_bf16 = cfg.AMP and cfg.AMP_DTYPE == "bf16"
     if uses_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning("AMP_DTYPE=bf16: this GPU emulates bf16, which is slow; use fp16 (--opts AMP_DTYPE fp16)")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: what torch allocated on a GPU, or the resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

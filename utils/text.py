@@ -59,3 +59,10 @@ def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -
     """A Markdown table. Cells are Markdown: escape text from outside with ``markdown`` or ``markdown_code``."""
     first, *others = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
     return "\n".join([first, "|---" * len(header) + "|", *others])
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from engine import checkpoint_writer
 from engine.checkpoint_writer import save_checkpoint
 from engine.run_contents import survey
-from engine.trainer import NO_BEST
+from engine.state import NO_BEST
 from models import create_model
 from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import CheckpointError, read_checkpoint, stored_weights, verify

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from engine.evaluation import evaluate
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.state import TrainState
 from engine.step import Report, Reports, train_step
-from engine.trainer import TrainState
 from models import create_model
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier
@@ -243,10 +243,10 @@ def test_sgd_uses_nesterov_momentum():
 
 
 def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_decay_of_the_config():
-    saved = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.3), scales_loss=True)
+    saved = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.3))
     saved.scaler.scale(torch.ones(()))  # initialises the loss scale
     saved.scaler.update(128.0)
-    state = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.1), scales_loss=True)
+    state = TrainState(*setup("AMP", True, "AMP_DTYPE", "fp16", "TRAIN.WEIGHT_DECAY", 0.1))
     state.load_dict(copy.deepcopy(saved.to_dict()))
     assert state.scaler.get_scale() == 128
     assert {group["weight_decay"] for group in state.optimizer.param_groups} == {0.1, 0.0}

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import engine.saver
 import engine.trainer
 from engine.evaluation import EvalResult
 from engine.optim import build_ema, build_optimizer, build_scaler
+from engine.schedule import accumulation_steps
+from engine.state import TrainState
 from engine.step import Report
-from engine.trainer import SLOW_UPDATE, Recipe, Trainer, TrainState
+from engine.trainer import SLOW_UPDATE, Trainer
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.runs import LinearClassifier, assert_equal
@@ -47,27 +50,31 @@ class Loader:
             yield Batch(torch.randn(7, 6, generator=generator), torch.randint(0, 3, (7,), generator=generator))
 
 
-def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_updates), **recipe) -> Trainer:
-    settings = ["EMA.ENABLED", True, "EMA.DECAY", 0.9, "TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.0]
+SETTINGS = {
+    "AMP": False,
+    "EMA.ENABLED": True,
+    "EMA.DECAY": 0.9,
+    "TRAIN.OPTIMIZER.NAME": "sgd",
+    "TRAIN.OPTIMIZER.MOMENTUM": 0.0,
+    "TRAIN.EPOCHS": 2,
+    "TRAIN.WARMUP_EPOCHS": 0,
+    "TRAIN.CLIP_GRAD": 0.0,
+    "PRINT_FREQ": 2,
+    "SAVE_MINUTES": 0.0,
+    "KEEP_CHECKPOINTS": 99,
+}
+
+
+def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_updates)) -> Trainer:
+    """A trainer with ``SETTINGS``. opts: KEY, VALUE, ... that override them."""
+    settings = [entry for item in SETTINGS.items() for entry in item]
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", [*settings, *opts])
     torch.manual_seed(0)
     model = LinearClassifier(6, 3)
-    defaults = {
-        "num_epochs": 2,
-        "accumulation": 1,
-        "amp_dtype": torch.float32,
-        "eval_dtype": torch.float32,
-        "max_grad_norm": float("inf"),
-        "seed": 0,
-        "print_freq": 2,
-        "save_freq": 1,
-        "save_steps": 0,
-        "save_minutes": 0.0,
-        "eval_freq": 1,
-        "keep_checkpoints": 99,
-    }
     world = World(0, 0, 1, DEVICE)
     return Trainer(
+        cfg=cfg,
+        world=world,
         state=TrainState(model, build_optimizer(cfg, model), build_scaler(cfg, DEVICE), build_ema(cfg, model)),
         model=wrap(model, world),
         criterion=nn.CrossEntropyLoss(),
@@ -75,10 +82,8 @@ def create_trainer(output, *opts, schedule=lambda num_updates: 1e-2 * (1 + num_u
         train_loader=Loader(),
         val_loader=None,
         mixup=None,
-        recipe=Recipe(**defaults | recipe),
-        world=world,
         output=output,
-        metadata={"config": {}, "global_batch_size": 7 * recipe.get("accumulation", 1)},
+        metadata={"config": {}, "global_batch_size": 7 * accumulation_steps(cfg, 1)},
     )
 
 
@@ -100,12 +105,12 @@ def correct_counts(monkeypatch) -> list[int]:
 
 def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(tmp_path, correct_counts, monkeypatch):
     """The state after two updates is written only after the third update has changed the weights."""
-    expected = create_trainer(tmp_path / "expected", save_steps=2)
+    expected = create_trainer(tmp_path / "expected", "SAVE_STEPS", 2)
     (tmp_path / "expected").mkdir()
     expected.fit()
 
-    trainer = create_trainer(tmp_path, save_steps=2)
-    save, third_update_done, writes = engine.trainer.save_checkpoint, threading.Event(), []
+    trainer = create_trainer(tmp_path, "SAVE_STEPS", 2)
+    save, third_update_done, writes = engine.saver.save_checkpoint, threading.Event(), []
 
     def save_delayed(state, path):
         assert third_update_done.wait(30)
@@ -120,7 +125,7 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(
 
     step = engine.trainer.train_step
     monkeypatch.setattr(engine.trainer, "train_step", step_and_notify)
-    monkeypatch.setattr(engine.trainer, "save_checkpoint", save_delayed)
+    monkeypatch.setattr(engine.saver, "save_checkpoint", save_delayed)
     trainer.fit()
     assert len(writes) == 6  # after 2 and 6 updates, and before and after the evaluations of both epochs
     for path in list_checkpoints(tmp_path):
@@ -128,19 +133,19 @@ def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(
 
 
 def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_counts, monkeypatch):
-    trainer = create_trainer(tmp_path, save_steps=1)
+    trainer = create_trainer(tmp_path, "SAVE_STEPS", 1)
 
     def fail(state, path):
         raise CheckpointError("no space")
 
     def step_after_failure(*arguments, **options):
-        while trainer.state.num_updates == 1 and not trainer.background_write.failed:
+        while trainer.state.num_updates == 1 and not trainer.saver.background_write.failed:
             time.sleep(0.01)
         return step(*arguments, **options)
 
     step = engine.trainer.train_step
     monkeypatch.setattr(engine.trainer, "train_step", step_after_failure)
-    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(engine.saver, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
         trainer.fit()
     assert trainer.state.num_updates == 2
@@ -153,9 +158,9 @@ def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(t
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(engine.saver, "save_checkpoint", fail)
     trainer.save()
-    while not trainer.background_write.failed:
+    while not trainer.saver.background_write.failed:
         time.sleep(0.01)
     assert trainer.requests() == (False, True)  # every process then saves, which raises the error of the failed write
 
@@ -168,10 +173,10 @@ def test_a_save_before_a_slow_update_does_not_raise_the_error_of_a_previous_writ
         started.wait(10)
         raise CheckpointError("disk full")
 
-    trainer.background_write.start(fail)
+    trainer.saver.background_write.start(fail)
     threading.Timer(0.2, started.set).start()
     trainer.save_before_slow_update(SLOW_UPDATE + 1)
-    assert trainer.background_write.failed
+    assert trainer.saver.background_write.failed
     assert trainer.requests() == (True, True)
     with pytest.raises(CheckpointError, match="disk full"):
         trainer.save()
@@ -181,9 +186,9 @@ def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, mon
     def fail(state, path):
         raise CheckpointError("no space")
 
-    monkeypatch.setattr(engine.trainer, "save_checkpoint", fail)
+    monkeypatch.setattr(engine.saver, "save_checkpoint", fail)
     with pytest.raises(CheckpointError, match="no space"):
-        create_trainer(tmp_path, num_epochs=1).fit()
+        create_trainer(tmp_path, "TRAIN.EPOCHS", 1).fit()
 
 
 # Evaluations and checkpoints at the ends of epochs.
@@ -191,7 +196,7 @@ def test_a_failure_of_the_last_write_fails_the_run(tmp_path, correct_counts, mon
 
 def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, correct_counts):
     correct_counts[:] = [4, 6, 6, 5]
-    trainer = create_trainer(tmp_path, num_epochs=4)
+    trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 4)
     trainer.fit()
     assert trainer.state.best == {"acc1": 60.0, "weights": "ema", "epoch": 2, "num_updates": 3 * UPDATES_PER_EPOCH}
     best = read_checkpoint(tmp_path / BEST)
@@ -205,7 +210,7 @@ def saved_epochs(folder) -> list[int]:
 
 def test_checkpoints_are_saved_after_every_second_epoch_and_the_last(tmp_path, correct_counts):
     """SAVE_FREQ is 2 in a run of 5 epochs that is evaluated only at its end."""
-    create_trainer(tmp_path, num_epochs=5, save_freq=2, eval_freq=5).fit()
+    create_trainer(tmp_path, "TRAIN.EPOCHS", 5, "SAVE_FREQ", 2, "EVAL_FREQ", 5).fit()
     assert saved_epochs(tmp_path) == [2, 4, 5]
 
 
@@ -214,7 +219,7 @@ def test_the_state_is_saved_before_an_evaluation_and_replaced_only_if_a_save_is_
 ):
     """SAVE_FREQ is 2, and the accuracy improves in the first evaluation only. Checkpoint 3 precedes its evaluation."""
     correct_counts[:] = [9, 1]
-    create_trainer(tmp_path, num_epochs=5, save_freq=2).fit()
+    create_trainer(tmp_path, "TRAIN.EPOCHS", 5, "SAVE_FREQ", 2).fit()
     assert saved_epochs(tmp_path) == [1, 2, 3, 4, 5]
     evaluated = [state["last_evaluation"] == state["num_updates"] for state in map(read_checkpoint, list_checkpoints(tmp_path))]
     assert evaluated == [True, True, False, True, True]  # newest first
@@ -223,7 +228,7 @@ def test_the_state_is_saved_before_an_evaluation_and_replaced_only_if_a_save_is_
 
 def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, monkeypatch, correct_counts):
     evaluated = []
-    trainer = create_trainer(tmp_path, num_epochs=5, eval_freq=2)
+    trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 5, "EVAL_FREQ", 2)
     evaluate = engine.trainer.evaluate
 
     def record(models, *arguments, **options):
@@ -253,12 +258,12 @@ def train_and_fail(trainer: Trainer, error: type[BaseException], monkeypatch, *,
         monkeypatch.setattr(trainer.state.ema, "update", fail)
     with pytest.raises(error, match="injected"):
         trainer.fit()
-    trainer.background_write.close()
+    trainer.saver.background_write.close()
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_unexpected_error_between_two_updates_saves_the_last_complete_one(error, tmp_path, monkeypatch):
-    expected = create_trainer(tmp_path / "expected", save_steps=2)
+    expected = create_trainer(tmp_path / "expected", "SAVE_STEPS", 2)
     (tmp_path / "expected").mkdir()
     monkeypatch.setattr(expected, "evaluate", lambda epoch: False)
     expected.fit()
@@ -282,14 +287,14 @@ def test_an_error_is_raised_even_if_the_state_cannot_be_saved_after_it(tmp_path,
     def fail(*_, **__):
         raise OSError("no space")
 
-    monkeypatch.setattr(engine.trainer, "to_host", fail)
+    monkeypatch.setattr(engine.saver, "to_host", fail)
     train_and_fail(create_trainer(tmp_path), ValueError, monkeypatch, during="loading")
     assert "the state could not be saved (OSError: no space)" in caplog.text
 
 
 def test_an_error_after_an_update_that_was_not_finite_saves_nothing(tmp_path, monkeypatch):
     """The loss of the second update is NaN, so it changed no weights. Its report is read only after the third update."""
-    trainer = create_trainer(tmp_path, print_freq=99)
+    trainer = create_trainer(tmp_path, "PRINT_FREQ", 99)
     criterion, calls = trainer.criterion, []
     trainer.criterion = lambda *arguments: (
         criterion(*arguments) * (float("nan") if calls.append(None) or len(calls) == 2 else 1)
@@ -300,9 +305,9 @@ def test_an_error_after_an_update_that_was_not_finite_saves_nothing(tmp_path, mo
 
 
 def test_an_error_right_after_a_save_does_not_save_again(tmp_path, monkeypatch):
-    trainer, writes = create_trainer(tmp_path, save_steps=2), []
-    save = engine.trainer.save_checkpoint
-    monkeypatch.setattr(engine.trainer, "save_checkpoint", lambda *arguments: writes.append(None) or save(*arguments))
+    trainer, writes = create_trainer(tmp_path, "SAVE_STEPS", 2), []
+    save = engine.saver.save_checkpoint
+    monkeypatch.setattr(engine.saver, "save_checkpoint", lambda *arguments: writes.append(None) or save(*arguments))
     train_and_fail(trainer, ValueError, monkeypatch, during="loading")
     assert len(writes) == 1
 
@@ -363,11 +368,11 @@ def test_random_numbers_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_p
     """With 2 forward passes per update, update 3 starts with forward pass 6, wherever the run was resumed."""
 
     def draws(num_updates: int, num_passes: int, **changes) -> list[float]:
-        trainer, numbers = create_trainer(tmp_path, accumulation=2, seed=changes.get("seed", 0)), []
+        trainer, numbers = create_trainer(tmp_path, "TRAIN.ACCUMULATION_STEPS", 2, "SEED", changes.get("seed", 0)), []
         trainer.state.model.register_forward_pre_hook(lambda *_: numbers.append(torch.rand(1).item()))
         trainer.world = World(changes.get("rank", 0), 0, 2, DEVICE)
         trainer.state.num_updates = num_updates
-        mixed = trainer.mixed_batches(iter_batches(trainer))
+        mixed = trainer.mix(iter_batches(trainer))
         for _ in range(num_passes // 2):
             trainer.update(mixed)
         return numbers
@@ -381,10 +386,10 @@ def test_random_numbers_of_a_forward_pass_depend_on_seed_position_and_rank(tmp_p
 
 def test_mixup_receives_the_number_of_the_forward_pass(tmp_path):
     numbers = []
-    trainer = create_trainer(tmp_path, accumulation=2)
+    trainer = create_trainer(tmp_path, "TRAIN.ACCUMULATION_STEPS", 2)
     trainer.mixup = lambda images, targets, number: numbers.append(number) or (images, targets)
     trainer.state.num_updates = 3
-    mixed = trainer.mixed_batches(iter_batches(trainer))
+    mixed = trainer.mix(iter_batches(trainer))
     next(mixed), next(mixed)
     assert numbers == [6, 7]
 
@@ -409,7 +414,7 @@ def test_a_logged_point_has_the_mean_loss_since_the_previous_point_and_the_last_
     tmp_path, correct_counts, monkeypatch
 ):
     """PRINT_FREQ is 3 in an epoch of 4 updates: points are logged after 3 and after 4 updates."""
-    trainer, reports = create_trainer(tmp_path, num_epochs=1, print_freq=3), []
+    trainer, reports = create_trainer(tmp_path, "TRAIN.EPOCHS", 1, "PRINT_FREQ", 3), []
     trainer.metrics = Metrics()
     step = engine.trainer.train_step
 
@@ -448,10 +453,11 @@ def test_the_first_batch_is_logged_as_a_grid_with_each_image_scaled_to_its_own_r
 
 def test_only_the_first_batch_of_a_run_is_logged_as_images(tmp_path, correct_counts):
     for num_updates in (0, 3):
-        trainer, shown = create_trainer(tmp_path / str(num_updates)), []
+        trainer, shown = create_trainer(tmp_path), []
         trainer.show_batch = shown.append
         trainer.state.num_updates = num_updates
-        trainer.train_epoch(0)
+        trainer.run_epoch(0)
+        trainer.finish_saving()
         first = next(iter_batches(trainer)).images
         assert [torch.equal(images, first) for images in shown] == ([True] if num_updates == 0 else [])
 
@@ -465,13 +471,12 @@ def test_a_model_already_on_the_evaluation_device_is_not_copied():
 
 
 def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
-    """The meter gets three updates of 7 images, and a start time of two seconds ago."""
+    """The interval has three updates of 7 images, and started two seconds ago."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
-    meter = engine.trainer.Meter(0, trainer)
-    meter.add([Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3)
-    meter.started -= 2
-    meter.log()
+    trainer.unlogged += [Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3
+    trainer.interval_started -= 2
+    trainer.log(0)
     ((_, _, values),) = trainer.metrics.points
     assert values["images_per_second"] == pytest.approx(3 * 7 / 2, rel=0.05)
 

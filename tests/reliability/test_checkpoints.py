@@ -16,6 +16,7 @@ from PIL import Image
 
 import engine.checkpoint_writer
 import engine.evaluation
+import engine.saver
 import engine.trainer
 from data.datasets import ImageDataset
 from engine.checkpoint_writer import link_best, remove_surplus, save_checkpoint
@@ -168,7 +169,7 @@ def test_r14_resume_restores_best_pth_after_a_kill_between_save_and_link(uninter
     """The run is killed after the checkpoint is complete, but before ``best.pth`` is linked to it."""
 
     def prepare(rank: int) -> None:
-        call_before(engine.trainer, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        call_before(engine.saver, "link_best", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8)
     folder = tmp_path / "toy/default"
@@ -293,7 +294,7 @@ def test_r3_full_disk_ends_all_processes_and_the_error_gives_the_reason(toy_conf
 
         if rank == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            call_before(engine.trainer, "save_checkpoint", 3, limit_file_size)
+            call_before(engine.saver, "save_checkpoint", 3, limit_file_size)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 4)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=60)
@@ -479,7 +480,7 @@ def test_r6_run_resumed_with_other_numbers_of_processes_has_the_same_losses(toy_
 
             def stop_at_first_save(rank: int, last: bool = last) -> None:
                 if not last and rank == 0:
-                    call_before(engine.trainer, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                    call_before(engine.saver, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
             outcome = run_main(arguments, tmp_path / "log", processes=processes, prepare=stop_at_first_save)
             assert set(outcome.exit_codes) == ({0} if last else {75}), outcome.output

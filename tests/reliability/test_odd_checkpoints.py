@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from engine.optim import build_ema, build_optimizer, build_scaler
-from engine.trainer import TrainState
+from engine.state import TrainState
 from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_config
 from jobs.model import check_model, load_models
 from jobs.resume import check_resumable, resume

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import engine.evaluation
+import engine.saver
 import engine.trainer
 import jobs.train
 from models.checkpoints.reader import read_checkpoint
@@ -48,7 +49,7 @@ def signal_in(phase: str, signal_number: int):
 
     def prepare(rank: int) -> None:
         if phase == "save" and rank == 0:
-            call_before(engine.trainer, "save_checkpoint", 2, send)
+            call_before(engine.saver, "save_checkpoint", 2, send)
         if phase != "save" and rank == 1:
             if phase == "start-up":
                 call_before(jobs.train, "build_trainer", 1, send)
@@ -107,7 +108,7 @@ def test_s2_second_signal_ends_the_process_immediately_and_leaves_intact_checkpo
             os.kill(os.getpid(), second)
             time.sleep(60)
 
-        call_before(engine.trainer, "save_checkpoint", 3, send_two_signals_and_hang)
+        call_before(engine.saver, "save_checkpoint", 3, send_two_signals_and_hang)
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare, timeout=30)

@@ -1,0 +1,88 @@
+"""The state of a run at the end of an update, which checkpoints contain."""
+
+from dataclasses import dataclass, field
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from utils.errors import TrainingError
+
+
+def check_trained(*, num_updates: int, num_skipped: int) -> None:
+    """Check that training changed the weights.
+
+    Raises:
+        TrainingError: fp16 skipped every update.
+    """
+    if 0 < num_updates == num_skipped:
+        raise TrainingError("fp16 skipped every update of this run; use AMP_DTYPE bf16, or lower TRAIN.BASE_LR")
+
+
+# Value of ``TrainState.best`` before the first evaluation. Entries: top-1 accuracy in percent, label of the weights (raw or
+# ema), epoch, and number of updates.
+NO_BEST = {"acc1": -1.0, "weights": "", "epoch": -1, "num_updates": -1}
+
+
+@dataclass
+class TrainState:
+    """Complete state of a run at the end of an update.
+
+    Args:
+        scaler: loss scaler, disabled except in fp16; checkpoints contain its state only if it is enabled.
+        num_updates: number of updates so far, including skipped ones; it determines the position in the data.
+        num_skipped: number of updates skipped in fp16 (non-finite gradients); the learning-rate schedule does not count them.
+        last_evaluation: ``num_updates`` at the last evaluation.
+        best: the best evaluation so far, see ``NO_BEST``.
+        evaluations: all evaluations so far, as in ``metrics.jsonl``. That file is restored from them on resume.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    num_updates: int = 0
+    num_skipped: int = 0
+    last_evaluation: int = 0
+    best: dict = field(default_factory=lambda: dict(NO_BEST))
+    evaluations: list[dict] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """State dicts and counters for a checkpoint; parameter names have no prefixes of DDP or ``torch.compile``."""
+        return {
+            "model": self.model.state_dict(),
+            "state_dict_ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "num_updates": self.num_updates,
+            "num_skipped": self.num_skipped,
+            "last_evaluation": self.last_evaluation,
+            "best": self.best,
+            "evaluations": self.evaluations,
+        }
+
+    def load_dict(self, state: dict) -> None:
+        """Restore a checkpoint, except for the optimizer's options such as weight decay, which keep the config's values.
+
+        If the checkpoint has no EMA weights, they are initialised from the model weights.
+
+        Raises:
+            KeyError, RuntimeError: the checkpoint belongs to another model or optimizer.
+        """
+        self.model.load_state_dict(state["model"])
+        # The learning rate is the checkpoint's until the next update sets it: a run that resumes to evaluate may save it again.
+        kept = ("params", "lr")
+        options = [{name: value for name, value in group.items() if name not in kept} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(configured)
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["state_dict_ema"] or state["model"])
+        self.num_updates = state["num_updates"]
+        self.num_skipped = state.get("num_skipped", 0)
+        self.last_evaluation = state.get("last_evaluation", self.num_updates)
+        self.best = dict(state["best"])
+        self.evaluations = list(state.get("evaluations", []))
