@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.build import Batch, DeviceLoader, TrainLoader
+from data.loader import Batch, DeviceLoader, TrainLoader
 from engine.checkpoint_writer import save_checkpoint
 from engine.evaluation import evaluate, log_results
 from engine.metrics_writer import MetricsWriter
