@@ -115,18 +115,13 @@ def count_correct(outcome, folder):
     return {label: (result["correct1"], result["num_images"]) for label, result in results.items()}
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "bare state dict"])
 def test_numbered_directories_in_another_order_are_refused_and_the_printed_remedy_gives_the_right_counts(
-    kind, trained_on_shards, numbered_data, toy_config, tmp_path
+    trained_on_shards, numbered_data, toy_config, tmp_path
 ):
-    state, checkpoint = torch.load(trained_on_shards, weights_only=True), trained_on_shards
-    if kind == "bare state dict":
-        checkpoint = tmp_path / "bare.pth"
-        torch.save(state["model"], checkpoint)
     folder = tmp_path / "toy/default"
 
     def evaluate(data, *opts):
-        arguments = ["--cfg", toy_config, "--eval", "--resume", checkpoint, "--data-path", data, "--output", tmp_path]
+        arguments = ["--cfg", toy_config, "--eval", "--resume", trained_on_shards, "--data-path", data, "--output", tmp_path]
         options = ["--opts", "MODEL.NUM_CLASSES", NUM_CLASSES, *opts]
         return run_main([*arguments, *options], tmp_path / "log")
 
@@ -137,6 +132,12 @@ def test_numbered_directories_in_another_order_are_refused_and_the_printed_remed
     assert "TEST.CLASS_MAP" in outcome.output
     (tmp_path / "map.txt").write_text("".join(f"{number} {number}\n" for number in range(NUM_CLASSES)))
     assert count_correct(evaluate(numbered_data / "folders", "TEST.CLASS_MAP", tmp_path / "map.txt"), folder) == expected
+
+
+def test_numbered_directories_are_refused_for_weights_without_class_names(numbered_data, toy_config):
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(numbered_data / "folders"), "MODEL.NUM_CLASSES", NUM_CLASSES])
+    with pytest.raises(ValueError, match=r"class 2 is '10' if they are sorted as text.*TEST\.CLASS_MAP"):
+        build_datasets(cfg, training=False, model_classes=[])
 
 
 def test_a_class_map_that_contradicts_the_class_names_of_the_checkpoint_is_refused_or_named(

@@ -64,7 +64,7 @@ def read_epoch(cfg, epoch, *, rank=0, world_size=1, first_update=0):
 def test_augmented_images_depend_only_on_seed_epoch_and_index(toy_config, toy_data):
     cfg = config(toy_config, toy_data, "AUG.REPROB", 1.0)
     expected, order = read_epoch(cfg, epoch=1)
-    for workers in (1, 2, 4):
+    for workers in (1, 4):
         images, order_with_workers = read_epoch(
             config(toy_config, toy_data, "AUG.REPROB", 1.0, "DATA.NUM_WORKERS", workers), epoch=1
         )
@@ -200,7 +200,7 @@ def test_preprocessing_description_contains_all_settings():
     assert str(preprocessing(64, crop_mode="none")) == "resized to 64 x 64 pixels (bicubic), no crop"
 
 
-def test_ten_thousand_training_augmentations_succeed_and_most_of_them_differ():
+def test_two_thousand_training_augmentations_succeed_and_most_of_them_differ():
     transform = create_train_transform(
         (32, 32),
         interpolation="bicubic",
@@ -213,11 +213,11 @@ def test_ten_thousand_training_augmentations_succeed_and_most_of_them_differ():
     )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     seen = set()
-    for _ in range(10_000):
+    for _ in range(2_000):
         pixels = torch.as_tensor(transform(image))
         assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
         seen.add(pixels.numpy().tobytes())
-    assert len(seen) > 5_000
+    assert len(seen) > 1_000
 
 
 def test_erasing_replaces_a_rectangle_by_normal_noise(toy_config, toy_data):
@@ -363,14 +363,18 @@ def packed(toy_data, tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def epoch_of_directories(toy_config, toy_data):
+    return read_epoch(config(toy_config, toy_data), epoch=1)
+
+
 @pytest.mark.parametrize("layout", ["tar", "zip", "zip, part in memory", "zip, in memory", "deflated zip"])
-def test_archives_give_the_same_tensors_as_directories(toy_config, toy_data, packed, layout):
+def test_archives_give_the_same_tensors_as_directories(toy_config, epoch_of_directories, packed, layout):
     root, opts = packed[layout]
-    for epoch in (0, 1):
-        expected, order = read_epoch(config(toy_config, toy_data), epoch=epoch)
-        images, archive_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=epoch)
-        assert archive_order == order
-        assert all(torch.equal(images[index], expected[index]) for index in expected)
+    expected, order = epoch_of_directories
+    images, archive_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=1)
+    assert archive_order == order
+    assert all(torch.equal(images[index], expected[index]) for index in expected)
 
 
 class DigestDataset(torch.utils.data.Dataset):
@@ -887,11 +891,11 @@ def test_seconds_waited_includes_only_the_loader(toy_config, toy_data, monkeypat
     read, normalize = type(loader.loader.dataset).__getitem__, loader.normalize
 
     def slow_read(dataset, key):
-        time.sleep(0.02)
+        time.sleep(0.01)
         return read(dataset, key)
 
     def slow_normalize(images):
-        time.sleep(0.2)
+        time.sleep(0.1)
         return normalize(images)
 
     monkeypatch.setattr(type(loader.loader.dataset), "__getitem__", slow_read)
@@ -899,7 +903,7 @@ def test_seconds_waited_includes_only_the_loader(toy_config, toy_data, monkeypat
     started = time.monotonic()
     num_batches = sum(1 for _ in loader)
     elapsed = time.monotonic() - started
-    assert 33 * 0.02 <= loader.seconds_waited < elapsed - 0.2 * num_batches + 0.05
+    assert 33 * 0.01 <= loader.seconds_waited < elapsed - 0.1 * num_batches + 0.05
 
 
 def smooth_image(size=(90, 70), mode="RGB") -> Image.Image:
@@ -967,8 +971,8 @@ def test_random_crops_match_timm_within_two_intensity_levels(size, interpolation
     options = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3), "interpolation": interpolation}
     ours, theirs = RandomResizedCrop(size, **options), RandomResizedCropAndInterpolation(size, **options)
     differences = []
-    for seed in range(40):
-        image = smooth_image((120 + 7 * seed, 100 + 5 * seed))
+    for seed in range(15):
+        image = smooth_image((120 + 18 * seed, 100 + 13 * seed))
         random.seed(seed)
         expected = np.asarray(theirs(image)).astype(int)
         random.seed(seed)

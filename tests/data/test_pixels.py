@@ -323,6 +323,12 @@ def test_errors_of_transforms_name_the_image_and_follow_the_policy(one_white_ima
         assert (len(keys), 9 in {index for _, index in keys}) == (15 if policy == "skip" else 16, False)
 
 
+def test_a_programming_error_of_a_transform_is_not_counted_as_an_unreadable_image(one_white_image):
+    index = index_folder(one_white_image / "train")
+    with pytest.raises(AttributeError, match="no attribute 'misspelt'"):
+        ImageDataset(index, lambda image: image.misspelt, seed=0, unreadable="skip")[0, 0]
+
+
 def test_prediction_lists_an_image_whose_error_has_no_message(trained, one_white_image, tmp_path, monkeypatch):
     files = FileDataset([one_white_image / "val/class1/001.png"], FailOnWhite())
     assert files[0] == (0, None, "MemoryError")

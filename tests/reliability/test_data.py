@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import hashlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -260,6 +262,35 @@ def test_cached_index_is_not_used_after_a_change_with_the_same_modification_time
         assert np.array_equal(getattr(index, name), getattr(expected, name)), name
 
 
+def test_an_index_cached_by_an_earlier_version_is_used(tmp_path, monkeypatch):
+    """The file is written here as earlier versions wrote it. Its image has another name than the one in the directory."""
+    write_images(tmp_path, "train", classes=1, per_class=1, size=8)
+    source = tmp_path / "train"
+
+    def stamp(path: Path) -> list[int]:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+    header = {"format": 3, "classes": ["class0"], "archives": [], "notes": [[30, "a warning"]]}
+    header["stamps"] = {str(path): stamp(path) for path in (source, source / "class0")}
+    (image,) = (source / "class0").iterdir()
+    name = f"./class0/{image.name}".encode()
+    np.savez(
+        tmp_path / "cache",
+        header=np.array(json.dumps(header)),
+        labels=np.zeros(1, np.int32),
+        text=np.frombuffer(name, np.uint8),
+        ends=np.array([len(name)], np.int64),
+        sizes=np.array([image.stat().st_size], np.int64),
+        **{key: np.empty(0, dtype) for key, dtype in (("archive", np.int32), ("offsets", np.int64), ("deflated", bool))},
+        checksums=np.empty(0, np.uint32),
+    )
+    key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]
+    (tmp_path / "cache.npz").rename(tmp_path / f"{key}.npz")
+    assert index_folder(source, cache=tmp_path).name(0) == name.decode()
+    assert index_folder(source).name(0) == name.decode()[2:]
+
+
 def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(data.index, "MIN_CACHED_IMAGES", 1)
     write_zip(tmp_path, [png(n) for n in range(4)])
@@ -268,7 +299,7 @@ def test_damaged_index_cache_never_gives_a_wrong_number_of_images(tmp_path, monk
     index_zip(tmp_path, "train", cache=tmp_path / "cache")
     (cache_file,) = (tmp_path / "cache").iterdir()
     content, rng = cache_file.read_bytes(), random.Random(0)
-    for _ in range(300):
+    for _ in range(100):
         cache_file.write_bytes(damage(content, rng))
         assert len(index_zip(tmp_path, "train", cache=tmp_path / "cache")) == 4
 
@@ -398,8 +429,9 @@ def count_unreadable(trials: int, tmp_path) -> int:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged files
-def test_d10_twenty_thousand_damaged_images_raise_no_error_other_than_data_error(tmp_path):
-    assert count_unreadable(20_000, tmp_path) > 3_000
+@pytest.mark.parametrize("trials", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_d10_damaged_images_raise_no_error_other_than_data_error(trials, tmp_path):
+    assert count_unreadable(trials, tmp_path) > 0.15 * trials
 
 
 def test_d1_unsupported_image_formats_are_rejected():

@@ -634,9 +634,8 @@ def test_d12_of_random_odd_data(name, seed, toy_config, tmp_path, caplog):
 # --- Whole runs
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_d12_a_run_on_odd_data_trains_on_and_evaluates_every_image_once(workers, toy_config, tmp_path):
-    rng = random.Random(workers)
+def test_d12_a_run_on_odd_data_trains_on_and_evaluates_every_image_once(toy_config, tmp_path):
+    rng = random.Random(2)
     for split, count in (("train", 30), ("val", 9)):
         draw = Draw(tmp_path / split, rng, "folder", ["a", "b", f"caf{COMPOSED}"])
         for number in range(count):
@@ -647,7 +646,7 @@ def test_d12_a_run_on_odd_data_trains_on_and_evaluates_every_image_once(workers,
     for split in ("train", "val"):
         (tmp_path / f"{split} images").rename(tmp_path / "data" / split)
     (tmp_path / "data/val/a/left out.gif").write_bytes(b"GIF89a")
-    options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 5, "DATA.NUM_WORKERS", workers, "TEST.CROP_MODE", "short"]
+    options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 5, "DATA.NUM_WORKERS", 2, "TEST.CROP_MODE", "short"]
     outcome = run_main(toy_arguments(toy_config, tmp_path / "data", tmp_path, *options), tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert "images used per epoch: 30 of 30" in outcome.output
@@ -866,7 +865,7 @@ def test_an_odd_index_cache_leads_to_a_new_scan(cached_split, caplog):
         assert "scanning again" in caplog.text, number
         assert (index.classes, index.labels.tolist()) == (expected.classes, expected.labels.tolist())
     content = path.read_bytes()
-    for end in range(0, len(content), 97):  # truncated
+    for end in range(0, len(content), 397):  # truncated
         path.write_bytes(content[:end])
         assert len(read()) == len(expected)
     np.savez_compressed(path, **arrays)
