@@ -62,8 +62,8 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin/python"
 
 
-def run_as_user(python: Path | str, program: str, folder: Path, **environment: str) -> None:
-    """Run a program in a directory with modules that have the names of ours."""
+def run_as_user(python: Path | str, program: str, folder: Path, *launcher: str, **environment: str) -> None:
+    """Run a program in a directory with modules that have the names of ours, optionally with another script as launcher."""
     for name in USER_MODULES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("OWNER = 'user'\n")
@@ -72,7 +72,9 @@ def run_as_user(python: Path | str, program: str, folder: Path, **environment: s
     after = f"import {names}\nassert all(module.OWNER == 'user' for module in ({names}))\n"
     (folder / "program.py").write_text(before + program + after)
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    completed = subprocess.run([python, "program.py"], cwd=folder, env=inherited | environment, capture_output=True, text=True)
+    completed = subprocess.run(
+        [python, *launcher, "program.py"], cwd=folder, env=inherited | environment, capture_output=True, text=True
+    )
     assert completed.returncode == 0, completed.stderr[-4000:]
 
 
@@ -139,13 +141,17 @@ def test_an_editable_installation_refers_to_the_models_of_the_repository(tmp_pat
     assert completed.stdout.strip() == str(tmp_path / "source/models/__init__.py"), completed.stderr
 
 
-def examples() -> str:
-    """The Python examples of README.md and of docs/models.md, "Use in your own code"; a small model replaces Swin-T."""
+def examples() -> tuple[str, str]:
+    """The Python examples of README.md and of docs/models.md, "Use in your own code", and the launcher of timm's scripts.
+
+    In the examples, a small model replaces Swin-T.
+    """
     section = (ROOT / "docs/models.md").read_text().partition("## Use in your own code")[2].partition("\n##")[0]
     pages = (ROOT / "README.md").read_text() + section
-    blocks = [block for block in re.findall(r"^```python\n(.*?)^```", pages, re.MULTILINE | re.DOTALL) if "runpy" not in block]
+    *blocks, launcher = re.findall(r"^```python\n(.*?)^```", pages, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 6
-    return "\n".join(blocks).replace("flatten_swin_t", "flatten_pvt_v2_b0").replace("path/to/this/repository", str(ROOT))
+    program = "\n".join(blocks).replace("flatten_swin_t", "flatten_pvt_v2_b0").replace("path/to/this/repository", str(ROOT))
+    return program, launcher
 
 
 DOWNLOAD = """
@@ -157,13 +163,27 @@ fetch(os.environ["URL"], "flatten_pvt_v2_b0")  # into the cache, from which the 
 CHECKS = """
 assert flatten_transformer.__file__.startswith(os.environ["ENVIRONMENT"])
 assert attention(*torch.randn(3, 2, 196, 192)).shape == (2, 196, 192)
-assert tokens.shape == (2, 197, 192) and logits.shape == (2, 1000)
+assert tokens.shape == (2, 197, 192) and logits.shape == (2, 3)
 maps = backbone(torch.randn(1, 3, 64, 64))
 assert [tuple(each.shape[1:]) for each in maps] == [(64, 16, 16), (128, 8, 8), (320, 4, 4), (512, 2, 2)]
 
 trained = flatten_transformer.create_model("flatten_deit_t", img_size=32, depth=2)
 trained(torch.randn(2, 3, 32, 32)).square().mean().backward()
 assert all(parameter.grad.isfinite().all() for parameter in trained.parameters())
+
+# What timm's train.py does with a model: its arguments, data config, optimizer with layer decay, average, one update.
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+options = dict.fromkeys(("drop_path_rate", "drop_block_rate", "global_pool", "bn_momentum", "bn_eps"))
+options |= {"in_chans": 3, "num_classes": 4, "drop_rate": 0.1, "scriptable": False, "checkpoint_path": ""}
+model = timm.create_model("flatten_pvt_v2_b0", **options)
+assert timm.data.resolve_data_config({"img_size": 64}, model=model)["input_size"] == (3, 64, 64)
+optimizer, average = create_optimizer_v2(model, "adamw", lr=1e-3, layer_decay=0.7), ModelEmaV3(model, decay=0.5)
+LabelSmoothingCrossEntropy()(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 1])).backward()
+optimizer.step()
+average.update(model)
+assert not torch.equal(average.module.head.weight, model.head.weight)
 
 images = torch.load("images.pt")
 sources = {
@@ -197,7 +217,9 @@ def test_the_examples_run_with_the_installed_models_beside_other_modules_of_the_
     with serve({"released.pth": (tmp_path / "released.pth").read_bytes()}) as server:
         environment = {"URL": f"{server.url}/released.pth", "ENVIRONMENT": str(tmp_path / "environment")}
         environment |= {"TORCH_HOME": str(caches), "HF_HOME": str(caches), "HF_HUB_OFFLINE": "1"}
-        run_as_user(python, DOWNLOAD + examples() + CHECKS, user, **environment)
+        program, launcher = examples()
+        (user / "with_flatten.py").write_text(launcher)
+        run_as_user(python, DOWNLOAD + program + CHECKS, user, "with_flatten.py", **environment)
     results = torch.load(user / "results.pt")
     with torch.no_grad():
         expected = {name: (released if name == "released" else exported)(image) for name, image in images.items()}
