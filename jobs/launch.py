@@ -41,14 +41,32 @@ from utils.text import printable
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of the process
-# Parts of the messages of torch for a full /dev/shm.
-SHARED_MEMORY_ERRORS = (
-    "unable to allocate shared memory",
-    "unable to resize file </torch_",
-    "unable to stretch file </torch_",
-    "unable to write to file </torch_",
-    "Bus error",
-    "out of shared memory",
+# Type of an error, parts of its message of which it has one, and the remedy.
+REMEDIES = (
+    (
+        torch.OutOfMemoryError,
+        ("",),
+        "Lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size), or add --use-checkpoint or --amp",
+    ),
+    (
+        Exception,
+        (
+            "unable to allocate shared memory",
+            "unable to resize file </torch_",
+            "unable to stretch file </torch_",
+            "unable to write to file </torch_",
+            "Bus error",
+            "out of shared memory",
+        ),
+        "The shared memory (/dev/shm) through which the loader workers send batches is full: enlarge it (docker run --shm-size "
+        "16g), or lower DATA.NUM_WORKERS or --batch-size; the same command resumes the run",
+    ),
+    (
+        RuntimeError,
+        ("DataLoader worker (pid",),  # the worker itself ended
+        "See its output above for a reason; lower DATA.NUM_WORKERS if the host runs out of memory; the same command resumes "
+        "the run",
+    ),
 )
 
 
@@ -158,7 +176,6 @@ def end_process(status: int) -> NoReturn:
     Python's cleanup is skipped: it joins threads of the process group, of executors and of torch, which may wait for ranks or
     workers that have ended.
     """
-
     try:
         for task in (partial(end_later, status), kill_workers, logging.shutdown, flush_output):
             with contextlib.suppress(BaseException):
@@ -183,26 +200,14 @@ def flush_output() -> None:
 
 def describe_known_error(error: BaseException, world: World | None) -> str | None:
     """The message, with its remedy, of a known error; None for any other error."""
-    if is_user_error(error) or isinstance(error, (TrainingError, LostRankError, StalledWorkerError)):
-        return without_traceback(error)
     text = without_traceback(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = (
-            "lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size), or add --use-checkpoint or --amp"
-        )
-        return f"{text}; {remedy}"
+    if is_user_error(error) or isinstance(error, (TrainingError, LostRankError, StalledWorkerError)):
+        return text
     if world is not None and isinstance(error, RuntimeError) and is_lost_connection(error):
         return str(lost_rank_error(world, error, "start-up or evaluation"))
-    if any(words in text for words in SHARED_MEMORY_ERRORS):
-        return (
-            f"{text.rstrip('.')}. The shared memory (/dev/shm) through which the loader workers send batches is full: enlarge "
-            "it (docker run --shm-size 16g), or lower DATA.NUM_WORKERS or --batch-size; the same command resumes the run"
-        )
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):  # the worker itself ended
-        return (
-            f"{text.rstrip('.')}. See its output above for a reason; lower DATA.NUM_WORKERS if the host runs out of memory; "
-            "the same command resumes the run"
-        )
+    for kind, parts, remedy in REMEDIES:
+        if isinstance(error, kind) and any(part in text for part in parts):
+            return f"{text.rstrip('.')}. {remedy}"
     return None
 
 

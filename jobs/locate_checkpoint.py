@@ -214,20 +214,16 @@ def choose_config(
     return requested
 
 
-def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, prefixes: Sequence[str] = ()) -> None:
-    """Log every key whose value differs from that in a checkpoint.
+def log_differences(stored: Mapping, current: Mapping, path: Path | str, *, prefixes: Sequence[str] = ("",)) -> None:
+    """Log every key of the config ``current`` that the config of a checkpoint lacks, or whose value differs there.
 
     Args:
-        stored: config in the checkpoint.
-        current: config of this run.
         path: path of the checkpoint, for the message.
-        prefixes: prefixes of the keys to compare; empty: compare all keys.
+        prefixes: prefixes of the keys to compare.
     """
     stored, current = flatten(stored), flatten(current)
-    for key in sorted(stored.keys() | current.keys()):
-        if not key.startswith(tuple(prefixes) or ""):
-            continue
+    for key in sorted(key for key in current if key.startswith(tuple(prefixes))):
         if key not in stored:
             logger.info("%s: %s is not stored in the checkpoint, and is %s now", path, key, show(current[key]))
-        elif key in current and stored[key] != current[key]:
+        elif stored[key] != current[key]:
             logger.info("%s: %s was %s in the checkpoint, but is %s now", path, key, show(stored[key]), show(current[key]))

@@ -1,4 +1,7 @@
-"""Resume a run: check its checkpoint against config and data, load its state, and complete what is left of its end."""
+"""Resume a run: check its checkpoint against config and data, load its state, and complete what is left of its end.
+
+Arguments: ``saved`` has the contents of the checkpoint to resume from, ``path`` is its path, ``output`` the run's directory.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -29,26 +32,15 @@ logger = logging.getLogger(__name__)
 
 # Prefixes of the keys that determine the architecture of the model; a resumed run must not change them.
 ARCHITECTURE_KEY_PREFIXES = (
-    "MODEL.TYPE",
-    "MODEL.NUM_CLASSES",
-    "MODEL.SWIN.",
-    "MODEL.DEIT.",
+    *("MODEL.TYPE", "MODEL.NUM_CLASSES", "MODEL.SWIN.", "MODEL.DEIT.", "DATA.IMG_SIZE"),
     *LINEAR_ATTENTION_KEYS,
-    "DATA.IMG_SIZE",
 )
 # Keys that determine the parameter groups of the optimizer; a resumed run must not change the groups.
 GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
 # Keys on which the accuracy of given weights depends.
 EVALUATION_KEYS = (
-    "DATA.INTERPOLATION",
-    "DATA.MEAN",
-    "DATA.STD",
-    "TEST.CLASS_MAP",
-    "TEST.CROP",
-    "TEST.CROP_MODE",
-    "TEST.CROP_PCT",
-    "TEST.INTERPOLATION",
-    "TEST.PRECISION",
+    *("DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD"),
+    *("TEST.CLASS_MAP", "TEST.CROP", "TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.INTERPOLATION", "TEST.PRECISION"),
 )
 MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume
 
@@ -85,20 +77,13 @@ def log_config_changes(stored: Mapping, cfg: CfgNode, path: str) -> None:
     wrote the checkpoint may have had another default.
     """
     old, new = flatten(stored), flatten(cfg)
-    for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key]:
-            default = new[key] == KEYS[key].default
-            logger.log(
-                logging.WARNING if default else logging.INFO,
-                "%s: %s was %s in the checkpoint, but is %s now%s",
-                path,
-                key,
-                show(old[key]),
-                show(new[key]),
-                ", the default" if default else "",
-            )
-    added = [f"{key} {new[key]!r}" for key in sorted(new.keys() - old.keys())]
-    if added:
+    for key in sorted(key for key in old.keys() & new.keys() if old[key] != new[key]):
+        change = f"{key} was {show(old[key])} in the checkpoint, but is {show(new[key])} now"
+        if new[key] == KEYS[key].default:
+            logger.warning("%s: %s, the default", path, change)
+        else:
+            logger.info("%s: %s", path, change)
+    if added := [f"{key} {new[key]!r}" for key in sorted(new.keys() - old.keys())]:
         logger.warning("%s: keys that are not stored in the checkpoint, and their values now: %s", path, ", ".join(added))
 
 
@@ -136,12 +121,12 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
                 f"{path} was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
                 "resume. Start a new run with another --tag, and add --pretrained to start from these weights"
             )
-    stored_batch, batch = saved["global_batch_size"], global_batch_size(cfg, world.size)
-    if stored_batch != batch:
+    batch = global_batch_size(cfg, world.size)
+    if saved["global_batch_size"] != batch:
         raise ConfigError(
-            f"{path} was saved with a global batch size of {stored_batch}, but it is now {batch}. Keep the product of the "
-            "number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with --pretrained "
-            "and another --tag"
+            f"{path} was saved with a global batch size of {saved['global_batch_size']}, but it is now {batch}. Keep the "
+            "product of the number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with "
+            "--pretrained and another --tag"
         )
     stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
     if stored_optimizer != optimizer:
@@ -166,10 +151,7 @@ def work_after(saved: Mapping, cfg: CfgNode, *, best: BestFile = BestFile.IN_PLA
 
 
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
-    """Load the state of a run from its checkpoint ``saved``.
-
-    Args:
-        path: path of the checkpoint to resume from, for messages.
+    """Load the state of a run from its checkpoint.
 
     Raises:
         ConfigError: the number of updates per epoch or the parameter groups have changed.
@@ -248,9 +230,7 @@ def check_data(
     Otherwise, the run would continue with different images, or class ids would refer to different classes.
 
     Args:
-        saved: the checkpoint to resume from.
         data: description of the current data: split -> result of ``describe_index``.
-        path: path of the checkpoint to resume from, for messages.
         accept_changes: DATA.ACCEPT_CHANGES: allow changes that leave the names and the order of the classes as they are.
         advise_acceptance: propose DATA.ACCEPT_CHANGES for such changes; False if the run could not resume with it either.
 
@@ -313,8 +293,6 @@ def prepare_best(saved: dict, cfg: CfgNode, output: Path, path: str, *, changed_
     """Repair the ``best.pth`` of the run that is resumed. On rank 0, after all checks.
 
     Args:
-        output: directory with ``best.pth``.
-        path: path of the checkpoint to resume from.
         changed_data: accepted changes of the data, from ``check_data``.
 
     Returns:

@@ -1,4 +1,7 @@
-"""Train a model, or run each part of training once (``--check``)."""
+"""Train a model, or run each part of training once (``--check``).
+
+Argument: ``saved`` has the contents of the checkpoint to resume from; it is None if the run does not resume.
+"""
 
 import contextlib
 import logging
@@ -42,7 +45,7 @@ from jobs.resume import (
     work_after,
 )
 from models import build_model
-from models.checkpoints.reader import CheckpointError, sha256
+from models.checkpoints.reader import sha256
 from utils.config.loading import to_dict
 from utils.distributed import World, is_lost_connection, lost_rank_error, on_all, on_main, wrap
 from utils.environment import apply_numerical_settings, describe_environment
@@ -83,26 +86,26 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     data = build_data(cfg, world, init, saved)
     trainer = build_trainer(cfg, world, init, saved, data, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
-    run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
-    setup_logging(world.rank, output, earlier=earlier)
-    if reset_best:
-        trainer.state.best = dict(NO_BEST)
-    del saved  # the state was loaded into the trainer; free the host memory of this copy
     metrics = None
-    if world.is_main:
-        directory.write_config(cfg.dump())
-        state = trainer.state
-        evaluated = state.last_evaluation == state.num_updates
-        metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
-        metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
-    trainer = replace(
-        trainer,
-        metadata=trainer.metadata | {"environment": environment | trainer.metadata["environment"], "run_id": run_id},
-        metrics=metrics,
-        stop=stop.requested,
-        check_output=directory.check,
-    )
     try:
+        run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
+        setup_logging(world.rank, output, earlier=earlier)
+        state = trainer.state
+        if reset_best:
+            state.best = dict(NO_BEST)
+        del saved  # the state was loaded into the trainer; free the host memory of this copy
+        if world.is_main:
+            directory.write_config(cfg.dump())
+            evaluated = state.last_evaluation == state.num_updates
+            metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
+            metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+        trainer = replace(
+            trainer,
+            metadata=trainer.metadata | {"environment": environment | trainer.metadata["environment"], "run_id": run_id},
+            metrics=metrics,
+            stop=stop.requested,
+            check_output=directory.check,
+        )
         trainer.fit()
     except RuntimeError as error:
         if not is_lost_connection(error):
@@ -124,7 +127,6 @@ def open_directory(
     Files that cannot be resumed from are renamed, ``best.pth`` is repaired, and ``run.json`` is written.
 
     Args:
-        saved: the checkpoint to resume from; None if the run does not resume.
         changed_data: accepted changes of the data, from ``check_data``.
 
     Returns:
@@ -153,13 +155,9 @@ def open_directory(
             return run_id, False
         return run_id, prepare_best(saved, cfg, output, init.checkpoint, changed_data=changed_data)
     except OSError as error:
-        directory.close()
         raise ConfigError(
             f"{output} cannot be written to ({error.strerror}); free disk space or choose another --output"
         ) from None
-    except CheckpointError:
-        directory.close()
-        raise
 
 
 def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
@@ -209,11 +207,7 @@ class RunData(NamedTuple):
 
 
 def build_data(cfg: CfgNode, world: World, init: Initialization, saved: dict | None) -> RunData:
-    """Build the loaders of a run, and check that its data are those of the checkpoint.
-
-    Args:
-        saved: the checkpoint to resume from; None if the run does not resume.
-    """
+    """Build the loaders of a run, and check that its data are those of the checkpoint."""
     scan = partial(on_main, world, long_timeout=True)  # rank 0 lists the images
     datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, run_once=scan)
     splits = {"train": datasets.train.index, "val": datasets.val.index}
@@ -241,12 +235,7 @@ def build_trainer(
     output: Path,
     find_unused_parameters: bool,
 ) -> Trainer:
-    """Build the trainer of a run in its initial or resumed state.
-
-    Args:
-        saved: the checkpoint to resume from; None if the run does not resume.
-        output: directory of checkpoints and replay files.
-    """
+    """Build the trainer of a run in its initial or resumed state. It writes checkpoints and replay files to ``output``."""
     updates_per_epoch = data.train.updates_per_epoch
     mixup = build_mixup(cfg, rank=world.rank)
     state = build_initial_state(cfg, world, init, data.classes)
@@ -285,11 +274,7 @@ def build_trainer(
 
 
 def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classes: Sequence[str]) -> TrainState:
-    """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA.
-
-    Args:
-        classes: class names of the training data.
-    """
+    """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA."""
     torch.manual_seed(cfg.SEED)
     model = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
@@ -366,21 +351,16 @@ def _batch_advice(recipe_batch: int, images_per_pass: int, num_images: int) -> s
     """Advice on how to train with the recipe's global batch size.
 
     Args:
-        recipe_batch: global batch size of the recipe.
         images_per_pass: images per forward pass, over all processes.
         num_images: size of the training set.
     """
+    advice = f"for the recipe's batch size, add --opts DATA.GLOBAL_BATCH_SIZE {recipe_batch}"
     if recipe_batch > num_images:
-        return f". The learning rate is scaled with the batch size; {num_images} images are too few for the recipe's batch size"
-    if recipe_batch % images_per_pass:
-        return (
-            f". The learning rate is scaled with the batch size; for the recipe's batch size, choose --batch-size such that "
-            f"--batch-size times the number of processes divides {recipe_batch}"
-        )
-    return (
-        f". The learning rate is scaled with the batch size; for the recipe's batch size, add --opts DATA.GLOBAL_BATCH_SIZE "
-        f"{recipe_batch}"
-    )
+        advice = f"{num_images} images are too few for the recipe's batch size"
+    elif recipe_batch % images_per_pass:
+        factors = "--batch-size times the number of processes"
+        advice = f"for the recipe's batch size, choose --batch-size such that {factors} divides {recipe_batch}"
+    return f". The learning rate is scaled with the batch size; {advice}"
 
 
 def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
