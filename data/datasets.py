@@ -187,7 +187,7 @@ class FileDataset(Dataset):
         transform: converts a PIL image to (3, H, W) uint8.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image | Tensor], Tensor]):
         self.paths = list(paths)
         self.transform = transform
 

@@ -179,7 +179,7 @@ _dark_images: list[str] = []  # the first dark image of this process
 
 def _warn_if_dark(image: Image.Image, name: str) -> Image.Image:
     """Warn, once per process, if an image of 16 bits per sample uses only values below 4096. Returns the image."""
-    if not _dark_images and max(maximum for _, maximum in image.getextrema()) < 16:
+    if not _dark_images and max(maximum for _, maximum in image.getextrema()) < 16:  # type: ignore[misc]  # RGB has a pair per channel
         _dark_images.append(name)
         logger.warning(
             "%s: a 16-bit image with values below 4096 only, which is nearly black; if its samples have fewer bits, scale them "

@@ -89,8 +89,8 @@ class Erase:
     def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
         """Erase rectangles in place. images: (B, C, H, W); keys: (epoch, index) of each image."""
         state = hash_keys(self.seed, keys)
-        options = {"probability": self.probability, "max_count": self.max_count}
-        positions, boxes = draw_rectangles(state, *images.shape[-2:], **options)
+        height, width = images.shape[-2:]
+        positions, boxes = draw_rectangles(state, height, width, probability=self.probability, max_count=self.max_count)
         for number, (position, (top, left, height, width)) in enumerate(zip(positions.tolist(), boxes.tolist(), strict=True)):
             region = images[position, :, top : top + height, left : left + width]
             if self.mode == "const":

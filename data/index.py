@@ -136,7 +136,7 @@ def _hash_contents(index: Index) -> list:
         order = np.argsort(index.labels, kind="stable")
         ends = np.cumsum(np.bincount(index.labels, minlength=len(index.classes)))
         for digest, sizes in zip(digests, np.split(index.sizes[order], ends[:-1]), strict=True):
-            digest.update(np.ascontiguousarray(sizes))
+            digest.update(sizes.tobytes())
     positions = [] if len(index.checksums) else _sampled(index)
     with ThreadPoolExecutor(8) as pool:  # network disks have a high latency
         for position, data in zip(
@@ -196,7 +196,7 @@ def compare_descriptions(stored: dict, current: dict) -> str:
 class Scan(NamedTuple):
     """What a scan of the data returns: the index, the paths whose change invalidates it, and log lines about the data."""
 
-    index: Index
+    index: Index  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     watched: list[Path]
     notes: list[Note]
 

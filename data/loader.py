@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from data.datasets import Key, Sample
 from data.erasing import Erase
 from data.files import DataError
-from data.samplers import separate_copies
+from data.samplers import TrainBatches, separate_copies
 from data.transforms import Normalize
 from data.workers import StallCheck, WatchedDataset
 
@@ -60,7 +60,7 @@ class DeviceLoader:
         self.device = device
         self.erase = erase
         self.max_unreadable = max_unreadable
-        self.unreadable = set()
+        self.unreadable: set[int] = set()
         self.seconds_waited = 0.0
         self._batches: Any = None  # torch's iterator
 
@@ -152,10 +152,14 @@ class TrainLoader(DeviceLoader):
 
     @property
     def updates_per_epoch(self) -> int:
-        return self.loader.batch_sampler.updates_per_epoch
+        return self.sampler.updates_per_epoch
 
     def set_position(self, epoch: int, first_update: int = 0) -> None:
-        self.loader.batch_sampler.set_position(epoch, first_update)
+        self.sampler.set_position(epoch, first_update)
+
+    @property
+    def sampler(self) -> TrainBatches:
+        return self.loader.batch_sampler  # type: ignore[return-value]  # given by ``build_train_loader``
 
 
 def _timed_out(error: RuntimeError) -> bool:

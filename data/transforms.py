@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,26 +40,26 @@ def create_train_transform(
     Args:
         img_size: (height, width) in pixels.
     """
-    augment = create_transform(
+    augment: Any = create_transform(
         img_size,
         is_training=True,
         interpolation=interpolation,
         mean=tuple(mean),
-        scale=tuple(scale),
-        ratio=tuple(ratio),
+        scale=(scale[0], scale[1]),
+        ratio=(ratio[0], ratio[1]),
         hflip=hflip,
-        color_jitter=color_jitter or None,
+        color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm accepts None
         auto_augment=None if auto_augment in ("", "none", "None") else auto_augment,
         use_prefetcher=True,
     )
     if max(img_size) > MAX_SMALL_SIZE:
         crop = RandomResizedCrop(img_size, scale=tuple(scale), ratio=tuple(ratio), interpolation=interpolation)
         return transforms.Compose([crop, *augment.transforms[1:]])
-    crop = [
+    resize_and_crop = [
         transforms.Resize(img_size, str_to_interp_mode(deterministic(interpolation))),
         transforms.RandomCrop(img_size, padding=4),
     ]
-    return transforms.Compose([*crop, *augment.transforms[1:]])
+    return transforms.Compose([*resize_and_crop, *augment.transforms[1:]])
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
@@ -98,8 +99,10 @@ def check_policy(policy: str) -> None:
 def create_eval_transform(preprocessing: Preprocessing) -> Transform:
     """Create the evaluation transform, from a PIL image to (3, H, W) uint8."""
     options = preprocessing.timm_options()
-    transform = create_transform(preprocessing.img_size, is_training=False, normalize=False, **options)
-    return CropOfElongatedImage(preprocessing, transform) if preprocessing.crop_mode == "short" else transform
+    transform: Any = create_transform(preprocessing.img_size, is_training=False, normalize=False, **options)
+    if preprocessing.crop_mode != "short":
+        return transform
+    return CropOfElongatedImage(preprocessing, transform)  # type: ignore[return-value]  # for evaluation: takes no tensors
 
 
 class CropOfElongatedImage:
@@ -140,8 +143,8 @@ class CropOfElongatedImage:
             for length, resized, crop in zip(image.size, self.resized_size(image)[::-1], self.crop_size[::-1], strict=True)
         ]
         (left, right), (top, bottom) = (pixels for pixels, _ in spans)
-        box = (*(start for _, (start, _) in spans), *(end for _, (_, end) in spans))
-        return image.crop((left, top, right, bottom)).resize(self.crop_size[::-1], self.resampling, box=box)
+        (x0, x1), (y0, y1) = (span for _, span in spans)
+        return image.crop((left, top, right, bottom)).resize(self.crop_size[::-1], self.resampling, box=(x0, y0, x1, y1))
 
 
 def _crop_span(length: int, resized: int, crop: int) -> tuple[tuple[int, int], tuple[float, float]]:

@@ -223,7 +223,9 @@ def end_with_parent() -> None:
 
     The loop of torch notices the end of the parent only between two batches, and executors do not notice it.
     """
-    parent = multiprocessing.parent_process().pid  # unlike os.getppid(), right even if the parent has ended already
+    process = multiprocessing.parent_process()
+    assert process is not None  # only the main process has none
+    parent = process.pid  # unlike os.getppid(), right even if the parent has ended already
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,7 @@ def keep_former_best(folder: Path) -> None:
     logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", best, kept.name)
 
 
-def to_host(value: object, *, copy: bool = False) -> object:
+def to_host(value: Any, *, copy: bool = False) -> Any:
     """Convert a state to plain data with its tensors in host memory; tuples become lists.
 
     Args:

@@ -177,7 +177,7 @@ class _Counter:
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
         """The predictions of all processes, in the dataset's order; None except on rank 0."""
         local = np.empty((0, 0)), np.empty(0), np.empty(0)  # ranked classes and confidence, targets, positions
-        if indices:
+        if indices and self.predictions is not None:
             local = torch.cat(self.predictions).cpu().numpy(), torch.cat(self.targets).cpu().numpy(), np.array(indices)
         gathered = gather_on_main(world, local)
         if gathered is None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class MetricsWriter:
         self._identity = identify(output)
         self._write_line = Sink(str(self._path))
         self._write_event = Sink(f"{output}: TensorBoard events")
-        self._board = None
+        self._board: Any = None  # TensorBoard's writer, once the background thread has opened it
         self._flushed: list[threading.Event] = []  # set when all entries before the last call of ``flush`` are written
         self._write_line(_restore_records, self._path, step, evaluated, evaluations)
         self._write_event(self._open_board, step, evaluated)

@@ -26,7 +26,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     Every parameter group has an ``lr_scale``, its learning-rate multiplier, and the names of its parameters, so that the state
     of the optimizer contains them.
     """
-    no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)
+    no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)  # type: ignore[operator]  # a method of our models
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [
         {"params": named, "weight_decay": 0.0 if is_exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
@@ -55,9 +55,9 @@ def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """
     scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
     if cfg.TRAIN.LAYER_DECAY < 1:
-        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]  # as above
         scales = {name: cfg.TRAIN.LAYER_DECAY ** (max(layers.values()) - layers[name]) for name in scales}
-    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]  # as above
     for name, parameter in model.named_parameters():
         if id(parameter) in head:
             scales[name] *= cfg.TRAIN.HEAD_LR_SCALE

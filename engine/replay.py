@@ -48,6 +48,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
     apply_numerical_settings(cfg)
     check_format(state, path)
     dataset = build_datasets(cfg, training=True).train
+    assert dataset is not None  # because of ``training``
     check_images(state, dataset.index, path, accept_changes=cfg.DATA.ACCEPT_CHANGES)
     model = build_model(cfg).to(world.device).train()
     try:
@@ -74,7 +75,7 @@ def describe_update(loader: TrainLoader, update: int, *, accumulation: int, num_
     epoch, first_update = divmod(update, loader.updates_per_epoch)
     images = []  # [rank][forward pass] -> image names
     for rank in range(num_processes):
-        sampler = copy.copy(loader.loader.batch_sampler)
+        sampler = copy.copy(loader.sampler)
         sampler.rank = rank
         sampler.set_position(epoch, first_update)
         images.append([[index.name(position) for _, position in keys] for keys in islice(sampler, accumulation)])

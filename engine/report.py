@@ -5,11 +5,12 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from engine.evaluation import EvalResult
+from engine.evaluation import EvalResult, Predictions
 from engine.metrics import wilson_interval
 from utils.files import replacing, write_csv, write_json
 from utils.text import escape
@@ -76,16 +77,21 @@ def write_evaluation(
 PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "third", "fourth", "fifth"]
 
 
+def _predictions(result: EvalResult) -> Predictions:
+    assert result.predictions is not None, "reports are written on rank 0, after an evaluation with keep_predictions"
+    return result.predictions
+
+
 def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
     """(num_classes, num_classes) counts: rows are true classes, columns are predictions. Only for few classes."""
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
-    np.add.at(matrix, (result.predictions.targets, result.predictions.ranked[:, 0]), 1)
+    np.add.at(matrix, (_predictions(result).targets, _predictions(result).ranked[:, 0]), 1)
     return matrix
 
 
 def class_counts(result: EvalResult, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of images and of correct predictions per class, (num_classes,) each."""
-    targets, predicted = result.predictions.targets, result.predictions.ranked[:, 0]
+    targets, predicted = _predictions(result).targets, _predictions(result).ranked[:, 0]
     correct = targets[targets == predicted]
     return np.bincount(targets, minlength=num_classes), np.bincount(correct, minlength=num_classes)
 
@@ -138,7 +144,7 @@ def _plain(text: str) -> str:
 
 
 def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:
-    record = result.to_dict() | {
+    record: dict[str, Any] = result.to_dict() | {
         "acc1_interval_95": wilson_interval(result.correct1, result.num_images),
         "acc5_interval_95": wilson_interval(result.correct5, result.num_images),
         "loss": result.loss if math.isfinite(result.loss) else None,  # JSON has no infinity
@@ -146,7 +152,7 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
     if real_labels is not None:
         labelled = [
             (prediction, labels)
-            for prediction, labels in zip(result.predictions.model_classes, real_labels, strict=True)
+            for prediction, labels in zip(_predictions(result).model_classes, real_labels, strict=True)
             if labels
         ]
         correct = sum(int(prediction) in labels for prediction, labels in labelled)
@@ -164,7 +170,7 @@ def _class_rows(classes: Sequence[str], results: dict[str, EvalResult]) -> Itera
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:
-    predictions = result.predictions
+    predictions = _predictions(result)
     for position in sorted(range(len(names)), key=names.__getitem__):
         ranked = [classes[class_id] for class_id in predictions.ranked[position]]
         row = [names[position], classes[predictions.targets[position]], f"{predictions.confidence[position]:.4f}", *ranked]

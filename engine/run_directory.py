@@ -93,8 +93,9 @@ def read_record(folder: Path) -> RunRecord | None:
             f"{folder / RECORD} has format {stored}, but this version of the project reads formats up to {RECORD_FORMAT}. "
             "Update the project to the version that wrote the file, or choose another --tag"
         )
-    valid = record and all(isinstance(getattr(record, name), kind) for name, kind in RunRecord.__annotations__.items())
-    return record if valid and record.run_id else None
+    if record is None or not record.run_id:
+        return None
+    return record if all(isinstance(getattr(record, name), kind) for name, kind in RunRecord.__annotations__.items()) else None
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

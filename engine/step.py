@@ -127,7 +127,7 @@ def run_passes(
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
         torch.manual_seed(seed)
         is_last = index + 1 == len(seeds)
-        with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
+        with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():  # type: ignore[operator]  # of DDP
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 loss = criterion(model(images), targets) / len(seeds)
             losses.append(loss.detach())

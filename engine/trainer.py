@@ -375,6 +375,8 @@ class Trainer:
 
     def show_figures(self) -> None:
         """Write the figures of ``draw`` to TensorBoard. Draw no further figures after an error, such as out of memory."""
+        if self.draw is None or self.metrics is None:
+            return
         try:
             for name, figure in self.draw(self.state.model):
                 self.metrics.figure(name, figure, self.state.num_updates)

@@ -92,7 +92,8 @@ def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
 
     TRAIN.AUTO_RESUME has no effect on an evaluation.
     """
-    return args.resume or args.pretrained or cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+    reference = args.resume or args.pretrained
+    return reference or (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED if cfg is not None else "")
 
 
 def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence, *, own_config: bool) -> Path:
@@ -133,8 +134,9 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
     models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
     attention = choose_attention(models.values(), [eval_dtype(cfg)], cfg, world)
-    options = {"class_ids": datasets.class_ids, "keep_predictions": True}
-    results = evaluate(models, loader, amp_dtype=eval_dtype(cfg), world=world, **options)
+    results = evaluate(
+        models, loader, amp_dtype=eval_dtype(cfg), world=world, class_ids=datasets.class_ids, keep_predictions=True
+    )
     log_results(results)
     return Evaluation(results, models, preferred_weights(checkpoint.state), datasets, attention)
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -150,7 +151,7 @@ def write_safetensors(model: nn.Module, path: Path, cfg: CfgNode, label: str, cl
     path.write_bytes(save(state, metadata=metadata))
 
 
-def timm_config(model: nn.Module, cfg: CfgNode, class_names: Sequence[str]) -> dict:
+def timm_config(model: Any, cfg: CfgNode, class_names: Sequence[str]) -> dict:
     """Contents of timm's ``config.json``: architecture, its arguments, and preprocessing.
 
     Args:
@@ -186,7 +187,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: Path, metadata: dict[str
     # torch.onnx decomposes attention as the math backend does. Trace with that backend too: the outputs of other backends have
     # a different memory layout, which would not match the exported operations.
     with sdpa_kernel(SDPBackend.MATH):
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model,
             (images,),
             input_names=["images"],

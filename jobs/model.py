@@ -56,7 +56,7 @@ def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype],
     """
     models, requested = list(models), cfg.MODEL.LA.BACKEND
     reasons = gather_on_main(world, choose_backend(models[0], world.device, sorted(set(dtypes), key=str), requested))
-    reason = on_main(world, lambda: next(filter(None, reasons), ""))
+    reason = on_main(world, lambda: next(filter(None, reasons or ()), ""))
     if reason and requested == "triton":
         raise ConfigError(f"MODEL.LA.BACKEND=triton: {reason}; to use torch operations, set --opts MODEL.LA.BACKEND auto")
     for model in models:
@@ -192,6 +192,6 @@ def reorder_head(model: nn.Module, order: Sequence[int]) -> None:
     Args:
         order: the present class id of each new class id.
     """
-    head = model.get_classifier()
+    head = model.get_classifier()  # type: ignore[operator]  # a method of our models
     for parameter in head.parameters():
         parameter.copy_(parameter[list(order)])

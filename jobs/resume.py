@@ -302,7 +302,7 @@ def prepare_best(saved: dict, cfg: CfgNode, output: Path, path: str, *, changed_
     reason = find_evaluation_change(saved, cfg, changed_data)
     found = None if reason else find_best(output, saved, Path(path))
     work = work_after(saved, cfg, best=locate_best(found, output))
-    if work.link:
+    if work.link and found is not None:
         restore_best(found, output)
     if work.reset:
         if saved["best"]["num_updates"] >= 0:
@@ -348,7 +348,7 @@ def repair_finished_run(saved: dict, cfg: CfgNode, output: Path, path: Path) -> 
         try:
             if lacks_metrics:
                 restore_evaluations(output, saved["num_updates"], evaluations)
-            if work.link:
+            if work.link and found is not None:
                 restore_best(found, output)
         finally:
             directory.close()

@@ -3,6 +3,7 @@
 import logging
 import platform
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def images_per_second(
 def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log the images per second of the forward pass on random images, with the model, device and precision."""
     apply_numerical_settings(cfg)
-    model = build_model(cfg).to(world.device).eval()
+    model: Any = build_model(cfg).to(world.device).eval()
     choose_attention([model], [amp_dtype(cfg)], cfg, world)
     if cfg.TRAIN.COMPILE:
         model = torch.compile(model)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from yacs.config import CfgNode
@@ -210,9 +210,10 @@ def build_data(cfg: CfgNode, world: World, init: Initialization, saved: dict | N
     """Build the loaders of a run, and check that its data are those of the checkpoint."""
     scan = partial(on_main, world, long_timeout=True)  # rank 0 lists the images
     datasets = build_datasets(cfg, training=True, rank=world.rank, world_size=world.size, run_once=scan)
+    assert datasets.train is not None  # because of ``training``
     splits = {"train": datasets.train.index, "val": datasets.val.index}
     description = scan(lambda: {split: describe_index(index) for split, index in splits.items()})
-    placement = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    placement: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
     changes = {}
@@ -239,7 +240,7 @@ def build_trainer(
     updates_per_epoch = data.train.updates_per_epoch
     mixup = build_mixup(cfg, rank=world.rank)
     state = build_initial_state(cfg, world, init, data.classes)
-    model = state.model
+    model: Any = state.model
     if saved is not None:
         on_all(world, partial(resume, state, saved, cfg, updates_per_epoch, init.checkpoint))
 
@@ -249,11 +250,12 @@ def build_trainer(
     log_recipe(cfg, world, model, schedule.base_lr, data.train)
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
+    trained: Any = torch.compile(model) if cfg.TRAIN.COMPILE else model
     return Trainer(
         cfg=cfg,
         world=world,
         state=state,
-        model=wrap(torch.compile(model) if cfg.TRAIN.COMPILE else model, world, find_unused_parameters=find_unused_parameters),
+        model=wrap(trained, world, find_unused_parameters=find_unused_parameters),
         criterion=build_criterion(cfg, mixed=mixup is not None),
         schedule=schedule,
         train_loader=data.train,
@@ -276,7 +278,7 @@ def build_trainer(
 def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classes: Sequence[str]) -> TrainState:
     """Build the model with random or pretrained weights, and its optimizer, loss scaler and EMA."""
     torch.manual_seed(cfg.SEED)
-    model = build_model(cfg).to(world.device)
+    model: Any = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
         on_all(world, partial(load_pretrained, model, init.checkpoint, classes, world))
         check_same_file(world, init.checkpoint, partial(sha256, Path(init.checkpoint)))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -106,7 +106,8 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             "GLOO_SOCKET_IFNAME on every node to the network interface of the cluster, which `ip address` lists, and on GPUs "
             "also NCCL_SOCKET_IFNAME"
         ) from None
-    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group)
+    # torch types the group as an int too, which only processes outside a group get.
+    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group)  # type: ignore[arg-type]
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -319,7 +320,7 @@ def gather_on_main(world: World, value: Result) -> list[Result] | None:
     """Gather the pickled values of all processes on rank 0, in rank order; None on other ranks."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * world.size if world.is_main else None
+    values: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(value, values, dst=0)
     return values
 
@@ -356,7 +357,8 @@ def on_all(world: World, task: Callable[[], Result]) -> Result:
         OtherRankError: in the processes where ``task`` succeeded, if it failed in another one. A process where it failed
             raises its own error.
     """
-    error = result = None
+    error: BaseException | None = None
+    result: Any = None
     try:
         result = task()
     except (Exception, SystemExit) as caught:  # the other processes wait for the result
@@ -396,12 +398,13 @@ def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError
 
 def _find_missing_ranks(world: World) -> list[int]:
     """Ranks that do not register within ``SECONDS_TO_REGISTER``."""
-    missing = set(range(world.size))
+    missing, store = set(range(world.size)), world.store
+    assert store is not None  # only several processes, which have one, lose a connection
     deadline = time.monotonic() + SECONDS_TO_REGISTER
     try:
-        world.store.set(f"alive/{world.rank}", "")
+        store.set(f"alive/{world.rank}", "")
         while missing and time.monotonic() < deadline:
-            missing = {rank for rank in missing if not world.store.check([f"alive/{rank}"])}
+            missing = {rank for rank in missing if not store.check([f"alive/{rank}"])}
             time.sleep(0.05)
     except (dist.DistError, RuntimeError):  # the process that hosts the store ended: rank 0, unless torchrun hosts it
         return [0]

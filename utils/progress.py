@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ class Console:
 
     def __init__(self) -> None:
         self.sink = Sink("console")
-        self._bar: tqdm | None = None
+        self._bar: Any = None  # tqdm's bar, while one is shown
 
     def write_line(self, text: str) -> None:
         if self._bar is not None:

@@ -5,6 +5,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ class Listing:
                 continue
             is_folder = _is_directory(entry)
             if not is_folder and not has_image_extension(entry.name):
-                self._left_out.add(path, lambda entry=entry: read_head(entry.path))
+                self._left_out.add(path, partial(read_head, entry.path))
             elif entry.name.startswith("."):
                 self._left_out.add_reason("are hidden", path)
             else:

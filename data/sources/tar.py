@@ -11,6 +11,7 @@ import tarfile
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class TarShards(Layout):
                 offsets.append(offset)
                 sizes.append(size)
         classes = class_names(self.source, labels, self.path)
-        storage = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
+        storage: dict[str, Any] = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         index = create_index(self.source, classes, names, labels, archives=self.archives, **storage)
         _check_repeated_members(index)
         notes = [*check_distinct_names(classes, self.path), *left_out.notes(self.path), *self._unread_files()]
@@ -172,7 +173,7 @@ class _Members:
             with tarfile.open(self.shard, "r:") as archive:
                 while (entry := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every entry in memory
-                    self._check_records(entry, archive.pax_headers)
+                    self._check_records(entry, dict(archive.pax_headers))
                     num_blocks = math.ceil(entry.size / tarfile.BLOCKSIZE) if entry.isreg() else 0
                     end = entry.offset_data + num_blocks * tarfile.BLOCKSIZE
                     if not entry.isdir():
@@ -227,13 +228,13 @@ class _Members:
                 )
             self.images[key] = entry.name, entry.offset_data, entry.size
         elif extension == "cls":
-            text = archive.extractfile(entry).read(MAX_LABEL_SIZE).strip()
+            text = _read_start(archive, entry, MAX_LABEL_SIZE).strip()
             if entry.size > MAX_LABEL_SIZE or not text.isdigit():  # bytes.isdigit accepts only 0 to 9
                 raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
             if self.labels.setdefault(key, int(text)) != int(text):
                 raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")
         else:
-            self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: archive.extractfile(entry).read(HEAD))
+            self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: _read_start(archive, entry, HEAD))
 
     def _match(self) -> Iterator[tuple[str, int, int, int]]:
         """Yield name, class id, offset and size of every image.
@@ -300,3 +301,10 @@ def _check_repeated_members(index: Index) -> None:
         one, other = (int(order[position + step]) for step in (0, 1))
         if index.archive[one] != index.archive[other] and read_beginning(index, one) == read_beginning(index, other):
             raise DataError(f"{index.path(other)} and {index.name(one)} are the same image; remove one of the shards")
+
+
+def _read_start(archive: tarfile.TarFile, entry: tarfile.TarInfo, size: int) -> bytes:
+    """The first bytes of a file in an archive."""
+    file = archive.extractfile(entry)
+    assert file is not None  # a plain file
+    return file.read(size)

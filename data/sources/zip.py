@@ -5,6 +5,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,7 @@ class ZipArchive(Layout):
             elif has_image_extension(entry.filename):
                 left_out.add_reason(f"are not listed in {self.map.name}", entry.filename)
             else:
-                left_out.add(entry.filename, lambda entry=entry: _read_head(zip_file, entry))
+                left_out.add(entry.filename, partial(_read_head, zip_file, entry))
         return left_out
 
     def write(self, index: Index, images: Iterable[bytes], shard_size: int) -> None:
