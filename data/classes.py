@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import unicodedata
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from data.files import DataError
-from data.sources.class_list import first_duplicate, is_class_id, numbered
+from data.sources.class_list import first_duplicate, first_twins, is_class_id, normalise, numbered, read_listing
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +32,10 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
             parts.append(f"val/ also has {_shorten(extra)}")
         if not parts:
             parts.append("val/ has the classes of train/ in another order")
-        if twins := _normalisation_twins(missing, extra):
+        if twins := first_twins([*missing, *extra]):
             parts.append(f"{twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation (NFC and NFD): rename one")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
-    if len(val) == 1:
-        raise DataError(
-            f"{root} contains only one class, {val[0]!r}, so every prediction would be correct; check --data-path: each split "
-            "needs one directory per class, and at least two classes"
-        )
+    _check_two_classes(val, root)
     if len(val) != num_classes:
         remedy = (
             f"add --opts MODEL.NUM_CLASSES {len(val)}"
@@ -90,7 +85,7 @@ def compare_classes(names: Sequence[str], model_classes: Sequence[str]) -> tuple
         return ClassMatch.UNVERIFIED, "the data number their classes"
     if model_classes == numbered(len(names)) and not _is_ambiguous(names):
         return ClassMatch.UNVERIFIED, "the checkpoint numbers its classes"
-    if twins := _normalisation_twins(names, model_classes):
+    if twins := first_twins([*names, *model_classes]):
         difference += f" ({twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation)"
     return ClassMatch.DIFFERENT, difference
 
@@ -149,16 +144,6 @@ def imagenet_classes(count: int) -> list[str]:
     return ImageNetInfo(subset).label_names() if subset else []
 
 
-def _normalisation_twins(names: Sequence[str], others: Sequence[str]) -> tuple[str, str] | None:
-    """The first pair of different names, one of each list, that are the same after Unicode normalisation."""
-    normalised = {unicodedata.normalize("NFC", other): other for other in others}
-    for name in names:
-        other = normalised.get(unicodedata.normalize("NFC", name), name)
-        if other != name:
-            return name, other
-    return None
-
-
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, model_classes: Sequence[str] = ()) -> list[int]:
     """Read the model's class id for each class of a dataset; predictions are then restricted to these class ids.
 
@@ -187,17 +172,10 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
         remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
     else:
         ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
-    # Names in a file have no white space around them, and may have another Unicode normalisation than directories.
-    normalised = {_normalise(name): number for name, number in ids.items()}
-    ids |= {name: normalised[_normalise(name)] for name in classes if name not in ids and _normalise(name) in normalised}
-    if missing := [name for name in classes if name not in ids]:
+    if missing := [name for name in classes if _form(name) not in ids]:
         raise DataError(f"{source}: directories without a class id: {_shorten(missing)}; {remedy}, or remove them")
-    if len(classes) < 2:
-        raise DataError(
-            f"{source}: val/ has only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: val/ "
-            "needs one directory per class"
-        )
-    class_ids = [ids[name] for name in classes]
+    _check_two_classes(classes, source)
+    class_ids = [ids[_form(name)] for name in classes]
     if max(class_ids) >= num_classes:
         raise DataError(f"{source} has class id {max(class_ids)}, but MODEL.NUM_CLASSES={num_classes}; class ids start at 0")
     if (repeated := first_duplicate(class_ids)) is not None:
@@ -219,16 +197,16 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
     return class_ids
 
 
+def _check_two_classes(classes: Sequence[str], source: str) -> None:
+    if len(classes) < 2:
+        raise DataError(
+            f"{source}: there is only one class, {classes[0]!r}, so every prediction would be correct; check --data-path: each "
+            "split needs one directory per class, and at least two classes"
+        )
+
+
 def _check_imagenet_order(model_classes: Sequence[str], names: Sequence[str]) -> None:
-    """Check that the class ids of weights may be those of ImageNet, which TEST.CLASS_MAP=imagenet assumes.
-
-    Args:
-        model_classes: class names with which the weights were trained, by class id; () if unknown.
-        names: WordNet ids of ImageNet's classes, by class id; () if no ImageNet variant has this number of classes.
-
-    Raises:
-        DataError: the weights have ImageNet's classes, or numbered classes, in another order.
-    """
+    """Check that the weights do not have ImageNet's classes (``names``), or numbered classes, in another order."""
     for expected in (list(names), numbered(len(model_classes))):
         if sorted(model_classes) == sorted(expected) and list(model_classes) != expected:
             position = next(i for i, name in enumerate(expected) if model_classes[i] != name)
@@ -289,28 +267,23 @@ def check_real_labels(real_labels: Sequence[Sequence[int]], class_ids: Sequence[
 
 
 def _read_ids(path: Path) -> dict[str, int]:
-    """Read the class id of each directory from the file that TEST.CLASS_MAP specifies."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise DataError(f"TEST.CLASS_MAP={path} cannot be read ({error.strerror}); set it to a file, or to imagenet") from None
+    """Read the class id of each directory, by the ``_form`` of its name, from the file that TEST.CLASS_MAP specifies."""
     ids: dict[str, int] = {}
-    forms: dict[str, int] = {}  # by normalised name
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_listing(path, "set TEST.CLASS_MAP to a file, or to imagenet").split("\n"), start=1):
         if not line.strip():
             continue
         *names, label = line.rsplit(maxsplit=1)
         name = names[0].strip() if names else ""
         if not name or not is_class_id(label):
             raise DataError(f"{path}:{number}: expected a directory name, white space and a class id, found {line!r}")
-        if ids.setdefault(name, int(label)) != int(label) or forms.setdefault(_normalise(name), int(label)) != int(label):
+        if ids.setdefault(_form(name), int(label)) != int(label):
             raise DataError(f"{path}:{number}: {name} has another class id in an earlier line; remove one of the lines")
     return ids
 
 
-def _normalise(name: str) -> str:
-    """Remove white space around a name, and unify its Unicode normalisation."""
-    return unicodedata.normalize("NFC", name.strip())
+def _form(name: str) -> str:
+    """Names in a file have no white space around them, and may have another Unicode normalisation than directories."""
+    return normalise(name.strip())
 
 
 def _shorten(names: list[str]) -> str:

@@ -87,9 +87,6 @@ class ImageDataset(Dataset):
                 data = b""  # the image's bytes remain 0; ``read`` rejects them, since their checksum is wrong
             self._memory[self._starts[slot] : self._starts[slot] + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_archives": {}}  # spawned workers do not inherit open files
-
     def __len__(self) -> int:
         return len(self.index)
 

@@ -277,11 +277,7 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]], notes: 
 
 
 def _read_cache(path: Path, split: Source) -> tuple[Index, list[Note]]:
-    """Read a cached index and its log lines.
-
-    Raises:
-        Exception: the file is not a cached index of the data as they are now.
-    """
+    """Read a cached index and its log lines; any exception means that it is not one of the data as they are now."""
     with zipfile.ZipFile(path) as members:  # numpy would allocate as much memory as an array's header requests
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in members.infolist()):
             raise ValueError("it is compressed")
@@ -316,11 +312,7 @@ def _read_cache(path: Path, split: Source) -> tuple[Index, list[Note]]:
 
 
 def _check_arrays(index: Index) -> None:
-    """Check that the parts of an index fit together.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Check that the parts of an index fit together; raise ValueError otherwise."""
     count = len(index.labels)
     lengths = {"labels": count, "text": len(index.text), "ends": count, "sizes": count}
     lengths |= dict.fromkeys(("archive", "offsets", "deflated"), count if index.archives else 0)
@@ -356,10 +348,7 @@ def _file_size(path: Path) -> int:
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
-    """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist or cannot be accessed.
-
-    The times of a directory change when entries are added or removed.
-    """
+    """Size, mtime and ctime in nanoseconds, and inode of each path; zeros if it does not exist or cannot be accessed."""
 
     def stamp(path: Path) -> list[int]:
         try:

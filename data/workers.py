@@ -13,11 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data.datasets import ImageDataset, Key
 from data.files import DataError
 from data.index import Index
 from utils.stop import SIGNALS
@@ -34,16 +35,6 @@ class StalledWorkerError(RuntimeError):
     """The loader workers make no progress. The message includes the workers, the images that they read and the remedy."""
 
 
-class IndexedDataset(Protocol):
-    """A map-style dataset of the images in ``index``; keys are (epoch, position)."""
-
-    index: Index
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: tuple[int, int]) -> object: ...
-
-
 class WatchedDataset(Dataset):
     """A dataset whose loader workers record their progress in memory that they share with the main process.
 
@@ -52,7 +43,7 @@ class WatchedDataset(Dataset):
             that it is reading, or ``NO_IMAGE``.
     """
 
-    def __init__(self, dataset: IndexedDataset, num_workers: int):
+    def __init__(self, dataset: ImageDataset, num_workers: int):
         self.dataset = dataset
         self.progress = torch.tensor([[0, NO_IMAGE]] * max(num_workers, 1))
         if num_workers:
@@ -65,7 +56,7 @@ class WatchedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> object:
+    def __getitem__(self, key: Key) -> object:
         worker = get_worker_info()
         progress = self.progress[0 if worker is None else worker.id]
         progress[READING] = key[1]
@@ -146,17 +137,12 @@ class StallCheck:
         return ", ".join(names) or "no worker is reading an image"
 
 
-class SendErrors:
-    """A collate function whose errors all reach the main process, see ``raise_sendable``."""
-
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, samples: list) -> object:
-        try:
-            return self.collate(samples)
-        except BaseException as error:
-            raise_sendable(error)
+def collate_sendable(collate: Callable, samples: list) -> object:
+    """Collate a batch; all errors reach the main process, see ``raise_sendable``."""
+    try:
+        return collate(samples)
+    except BaseException as error:
+        raise_sendable(error)
 
 
 def raise_sendable(error: BaseException) -> NoReturn:
@@ -184,7 +170,7 @@ def create_loader(dataset: Dataset, *, num_workers: int, collate_fn: Callable, *
     return DataLoader(
         dataset,
         num_workers=num_workers,
-        collate_fn=SendErrors(collate_fn),
+        collate_fn=functools.partial(collate_sendable, collate_fn),
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if num_workers else None,  # Python 3.14 would start them from another process
         **options,

@@ -1,5 +1,6 @@
 """Images in directories: the layout ``<split>/<class>/<image>``, and the images below any directory, for prediction."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -47,23 +48,22 @@ class Folder(Layout):
         """
         if not self.files():
             raise MissingSplitError(f"{self.path}: no such directory; set --data-path to the parent of train/ and val/")
-        listing = Listing(self.path)
-        classes, labels = listing.find_classes(), array("i")
-        names = frozenset(classes)
-        for label, name in enumerate(progress(classes, len(classes), f"{self.path}: classes listed")):
-            labels.extend([label] * listing.add_class(name, names))
-        listing.check_links()
+        listing, labels = Listing(self.path), array("i")
+        with _listing_errors(self.path):
+            classes = listing.find_classes()
+            names = frozenset(classes)
+            for label, name in enumerate(progress(classes, len(classes), f"{self.path}: classes listed")):
+                labels.extend([label] * listing.add_class(name, names))
+            listing.check_links()
         index = create_index(self.path, classes, listing.names, labels, sizes=listing.sizes)
         notes = [*check_distinct_names(classes, self.path), *listing.notes()]
         return Scan(index, [self.path, *listing.directories.values()], notes)
 
 
 class Listing:
-    """Images found below a directory, in the order in which they are counted.
+    """Images found below a directory, in the order in which they are counted. Names are relative to ``root``.
 
     Attributes:
-        root: directory to which names are relative.
-        names: paths of the images, relative to ``root``.
         sizes: size of each image file in bytes; ``UNKNOWN_SIZE`` if it cannot be determined.
         directories: path of every directory that was read, by device and inode.
     """
@@ -129,7 +129,8 @@ class Listing:
             The directories below ``folder`` that were read, relative to ``root``.
 
         Raises:
-            DataError: a directory cannot be listed, is nested too deeply, or was already read under another name.
+            DataError: a directory is nested too deeply, or was already read under another name.
+            OSError: a directory cannot be listed.
         """
         found: list[tuple[str, int, int]] = []
         nested: list[str] = []
@@ -161,15 +162,14 @@ class Listing:
         return nested
 
     def _entries(self, folder: Path, name: str) -> Iterator[tuple[os.DirEntry, str, bool]]:
-        """Yield the directories and images in a directory; everything else is left out.
-
-        Args:
-            name: path of ``folder`` relative to ``root``.
+        """Yield the directories and images in ``folder``, which is ``root/<name>``; everything else is left out.
 
         Yields:
             An entry, its path relative to ``root``, and whether it is a directory.
         """
-        for entry in _list_directory(folder):
+        with os.scandir(folder) as iterator:
+            entries = list(iterator)
+        for entry in entries:
             path = f"{name}/{entry.name}" if name else entry.name
             if is_system_name(entry.name):
                 self._left_out.add_reason(SYSTEM, path)
@@ -206,82 +206,58 @@ def list_images(root: Path) -> Listing:
         DataError: the directory cannot be listed, or an image would be listed twice.
     """
     listing = Listing(root)
-    listing.add_directory("")
-    listing.check_links()
+    with _listing_errors(root):
+        listing.add_directory("")
+        listing.check_links()
     return listing
 
 
 def find_linked_class(one: Index, other: Index) -> str:
     """First class whose directory is the same in two splits; "" if there is none."""
-    return next((name for name in other.classes if _is_same(one.source / name, other.source / name)), "")
+    for name in one.classes:
+        with contextlib.suppress(OSError):
+            if os.path.samefile(one.source / name, other.source / name):
+                return name
+    return ""
 
 
-def _is_same(one: Path, other: Path) -> bool:
+@contextlib.contextmanager
+def _listing_errors(root: Path) -> Iterator[None]:
+    """Raise DataError for any error of the file system: a directory is listed completely, or not at all."""
     try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
-
-
-def _list_directory(folder: Path) -> list[os.DirEntry]:
-    """List a directory.
-
-    Raises:
-        DataError: the directory cannot be listed completely.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
+        yield
     except OSError as error:
-        raise _listing_error(folder, error) from None
+        path = error.filename or root
+        raise DataError(f"{path} cannot be listed ({error.strerror}); check its permissions and the disk") from None
 
 
 def _is_directory(entry: os.DirEntry) -> bool:
-    """Whether an entry is a directory, or a link to one.
-
-    Raises:
-        DataError: the entry cannot be accessed.
-    """
+    """Whether an entry is a directory, or a link to one."""
     try:
         return entry.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP:  # a symbolic link that refers to itself
             return False
-        raise _listing_error(entry.path, error) from None
+        raise
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Device and inode number of a directory, which are the same for every link to it.
-
-    Raises:
-        DataError: the directory cannot be accessed.
-    """
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise _listing_error(folder, error) from None
+    """Device and inode number of a directory, which are the same for every link to it."""
+    status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
 def _size_and_inode(entry: os.DirEntry) -> tuple[int, int]:
-    """Size of a file in bytes, and a hash of its device and inode, which is the same for every link to it.
-
-    Raises:
-        DataError: the file cannot be accessed, unless it is a link to a missing file.
-    """
+    """Size of a file in bytes, and a hash of its device and inode, which is the same for every link to it."""
     try:
         status = entry.stat()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to a missing file
             return UNKNOWN_SIZE, 0
-        raise _listing_error(entry.path, error) from None
+        raise
     return status.st_size, (status.st_ino ^ status.st_dev << 40) & (2**64 - 1)
 
 
 def _same_file(one: Path, other: Path) -> bool:
     """Whether two paths are links to one file. Inode numbers alone may be equal by chance on network file systems."""
     return os.path.realpath(one) == os.path.realpath(other) or (os.path.samefile(one, other) and os.stat(one).st_nlink > 1)
-
-
-def _listing_error(path: str | Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be listed ({error.strerror}); check its permissions and the disk")

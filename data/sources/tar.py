@@ -149,11 +149,7 @@ def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 class _Members:
-    """Images and class ids of a shard, by key: the path up to the first dot of the file name.
-
-    Args:
-        left_out: receives the entries that are neither images nor class ids.
-    """
+    """Images and class ids of a shard, by key: the path up to the first dot of the file name."""
 
     def __init__(self, shard: Path, left_out: LeftOut):
         self.shard = shard
@@ -162,12 +158,7 @@ class _Members:
         self.labels: dict[str, int] = {}
 
     def read(self) -> Iterator[tuple[str, int, int, int]]:
-        """Yield name, class id, offset and size of every image.
-
-        Raises:
-            DataError: the file is damaged, truncated or compressed, an entry is not a plain file, or images and class ids do
-                not match.
-        """
+        """Yield name, class id, offset and size of every image of a shard that is neither damaged nor compressed."""
         end = 0
         try:
             with tarfile.open(self.shard, "r:") as archive:
@@ -188,12 +179,7 @@ class _Members:
         yield from self._match()
 
     def _check_records(self, entry: tarfile.TarInfo, global_records: dict[str, str]) -> None:
-        """Reject entries whose data are not stored as one block of ``size`` bytes.
-
-        Raises:
-            DataError: a sparse file (``tar --sparse``), an invalid size, or records that change the names or sizes of all
-                entries.
-        """
+        """Reject entries whose data are not stored as one block of ``size`` bytes."""
         if entry.issparse() or any(key.startswith(_SPARSE_RECORDS) for key in entry.pax_headers):
             raise DataError(f"{self.shard}: {entry.name} is stored as a sparse file; pack it again without --sparse (-S)")
         if entry.size < 0:
@@ -204,11 +190,7 @@ class _Members:
             )
 
     def _add(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
-        """Add an entry.
-
-        Raises:
-            DataError: it is not a plain file, its name points outside the archive, or its key is not unique.
-        """
+        """Add an entry, which must be a plain file whose key is unique."""
         if is_system_path(entry.name):
             self.left_out.add_reason(SYSTEM, f"{self.shard.name}/{entry.name}")
             return
@@ -237,11 +219,7 @@ class _Members:
             self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: _read_start(archive, entry, HEAD))
 
     def _match(self) -> Iterator[tuple[str, int, int, int]]:
-        """Yield name, class id, offset and size of every image.
-
-        Raises:
-            DataError: there are no images, an image has no class id, or a class id no image.
-        """
+        """Yield name, class id, offset and size of every image, all of which must have a class id, and vice versa."""
         shard, extensions = self.shard, ", ".join(IMAGE_EXTENSIONS)
         if unmatched_key := next((key for key in self.labels if key not in self.images), None):
             raise DataError(
@@ -256,11 +234,7 @@ class _Members:
 
 
 def _check_end(shard: Path, end: int) -> None:
-    """Check that at least two blocks, all zero, follow the last entry of a tar file; ``tarfile`` does not check this.
-
-    Raises:
-        DataError: the file is truncated, or has data after its end.
-    """
+    """Check that at least two blocks, all zero, follow the last entry of a tar file; ``tarfile`` does not check this."""
     size = shard.stat().st_size
     if size < end + 2 * tarfile.BLOCKSIZE:
         raise DataError(

@@ -88,11 +88,7 @@ class ZipArchive(Layout):
         return Scan(index, [self.path, self.map, self.root / CLASS_NAMES_FILE], notes)
 
     def _find_entries(self, zip_file: zipfile.ZipFile, names: Sequence[str]) -> list[zipfile.ZipInfo]:
-        """Find the archive's entry of each name in the map file, and check it.
-
-        Raises:
-            DataError: an entry is missing, ambiguous, listed twice, or not a plain image file.
-        """
+        """Find the archive's entry of each name in the map file, which must be a plain image file that is listed once."""
         entries: dict[str, zipfile.ZipInfo] = {}
         ambiguous = set()
         for entry in zip_file.infolist():
@@ -160,11 +156,7 @@ class ZipArchive(Layout):
 
 
 def _read_map(path: Path) -> tuple[list[str], list[int]]:
-    """Read names and class ids of the images of a zip archive.
-
-    Raises:
-        DataError: the file cannot be read, or a line is malformed.
-    """
+    """Read names and class ids of the images of a zip archive."""
     names, labels = [], []
     for number, line in enumerate(read_listing(path, "it must list the archive's images").rstrip("\n").split("\n"), start=1):
         name, *columns = line.rstrip().split("\t")  # further columns are ignored, as in the reference implementation

@@ -7,7 +7,6 @@ import inspect
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import tarfile
@@ -400,12 +399,6 @@ def test_four_workers_read_an_archive_concurrently(toy_data, packed, layout):
     loader = torch.utils.data.DataLoader(DigestDataset(dataset, 4000), batch_size=50, num_workers=4)
     digests = [digest for batch in loader for digest in batch]
     assert digests == [expected[index % len(directory_dataset)] for index in range(4000)]
-
-
-def test_archive_dataset_can_be_pickled_for_spawned_workers(packed):
-    dataset = ImageDataset(index_zip(packed["zip"][0], "train"), None)
-    content = dataset.read(3)
-    assert pickle.loads(pickle.dumps(dataset)).read(3) == content
 
 
 @pytest.mark.parametrize(
