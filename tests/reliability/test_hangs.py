@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import data.build
+import data.loader
 import engine.trainer
 import utils.background
 from data.datasets import ImageDataset
@@ -196,7 +197,7 @@ def test_workers_that_do_not_respond_end_with_the_training_process(end, toy_conf
             os.kill(os.getpid(), signal.SIGKILL)
 
         # ``_timed_out`` is called while the process waits for its first batch.
-        call_before(data.build, "_timed_out", 1, end_process)
+        call_before(data.loader, "_timed_out", 1, end_process)
 
     options = ["DATA.NUM_WORKERS", 2, "DATA.WORKER_TIMEOUT", 20]
     outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log", prepare=prepare, timeout=60)
