@@ -64,6 +64,13 @@ def test_links_point_to_existing_files_and_headings(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_project_that_a_page_names_exist(page):
+    folders = "analysis|benchmarks|configs|data|engine|examples|experiments|jobs|models|scripts|tests|utils"
+    paths = re.findall(rf"`((?:{folders})/[\w/]+\.\w+)", page.read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize(("page", "words"), MAIN_COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_main_py_commands_parse_and_their_configs_load(page, words, monkeypatch, tmp_path):
     start = next(index for index, word in enumerate(words) if word in ("main.py", "main_ema.py"))
