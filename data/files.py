@@ -133,11 +133,11 @@ class LeftOut:
         for reason, count in self._reasons.items():
             example = self._examples[reason]
             if reason == SYSTEM:
-                notes.append((logging.INFO, f"{source}: ignored {count} files of the operating system, such as {example}"))
+                notes.append((logging.INFO, f"{source}: ignored files of the operating system: {count}, such as {example}"))
             else:
                 notes.append((logging.WARNING, f"{source}: left out, since they {reason}: {count}, such as {example}"))
         if other := [extension for extension in by_count if extension not in self._image_extensions]:
             count = sum(self._extensions[extension] for extension in other)
             example = self._examples[other[0]]
-            notes.append((logging.INFO, f"{source}: ignored {count} files that are not images, such as {example}"))
+            notes.append((logging.INFO, f"{source}: ignored files that are not images: {count}, such as {example}"))
         return notes
