@@ -206,5 +206,6 @@ def test_the_convolution_over_spatially_reduced_values_is_not_local(side, distan
     actual = attention_distance(matrix, (side, side), (7, 7)).mean().item()
     assert actual == pytest.approx(distance, abs=0.06)
     assert attention_distance(torch.ones_like(matrix), (side, side), (7, 7)).mean().item() == pytest.approx(uniform, abs=0.06)
-    local = convolution_matrix(kernel, (side, side), side * side)
-    assert attention_distance(local, (side, side), (side, side)).mean().item() < 1.9
+    if side < 56:  # for 56, this matrix has 10 million entries
+        local = convolution_matrix(kernel, (side, side), side * side)
+        assert attention_distance(local, (side, side), (side, side)).mean().item() < 1.9
