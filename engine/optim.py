@@ -1,10 +1,13 @@
 """Optimizer, gradient scaler, EMA of the weights, and loss."""
 
+from inspect import signature
+
 import torch
 from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 from yacs.config import CfgNode
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,47 +24,52 @@ def eval_dtype(cfg: CfgNode) -> torch.dtype:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Build AdamW or SGD (Nesterov), without weight decay for the parameters in ``model.no_weight_decay()``.
-
-    Every parameter group has an ``lr_scale``, its learning-rate multiplier, and the names of its parameters, so that the state
-    of the optimizer contains them.
-    """
-    no_decay, scales = model.no_weight_decay(), build_lr_scales(cfg, model)  # type: ignore[operator]  # a method of our models
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = [
-        {"params": named, "weight_decay": 0.0 if is_exempt else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": scale}
-        for is_exempt in (False, True)
-        for scale in sorted({scales[name] for name in trainable})
-        if (named := [(name, p) for name, p in trainable.items() if (name in no_decay) == is_exempt and scales[name] == scale])
-    ]
-    options = cfg.TRAIN.OPTIMIZER
+    """Build the optimizer that timm knows as TRAIN.OPTIMIZER.NAME; SGD has Nesterov momentum."""
+    options, groups = cfg.TRAIN.OPTIMIZER, build_parameter_groups(cfg, model)
+    name = "momentum" if options.NAME == "sgd" and options.MOMENTUM == 0 else options.NAME  # timm's SGD without Nesterov
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
     # Fused optimizers update many parameters in one kernel. This code uses them on CUDA devices and CPUs only.
-    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trainable.values())
-    if options.NAME == "sgd":
-        sgd = SGD(groups, lr=cfg.TRAIN.BASE_LR, momentum=options.MOMENTUM, nesterov=options.MOMENTUM > 0, fused=fused)
-        if options.MOMENTUM > 0:
-            # Without these zeros, fused SGD would leave the momentum uninitialised if the scaler skips the first step.
-            for parameter in trainable.values():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    return AdamW(groups, lr=cfg.TRAIN.BASE_LR, betas=tuple(options.BETAS), eps=options.EPS, fused=fused)
+    has_fused = "fused" in signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    on_supported_device = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    optimizer = create_optimizer_v2(
+        groups,
+        opt=name,
+        lr=cfg.TRAIN.BASE_LR,
+        momentum=options.MOMENTUM,  # timm drops the options that an optimizer does not have
+        betas=tuple(options.BETAS),
+        eps=options.EPS,
+        **({"fused": on_supported_device} if has_fused else {}),
+    )
+    if isinstance(optimizer, SGD) and options.MOMENTUM > 0:
+        # Without these zeros, fused SGD would leave the momentum uninitialised if the first step is skipped.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
-def build_lr_scales(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Learning-rate multiplier of each parameter: layer-wise decay times the multiplier of the classification head.
+def build_parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
+    """Group the trainable parameters by weight decay (none for ``model.no_weight_decay()``) and learning rate.
 
-    Layer-wise decay (https://arxiv.org/abs/2106.08254) uses the layers of the model's ``group_matcher``, from the stem
-    to the head.
+    Every group has an ``lr_scale``, its learning-rate multiplier, and the names of its parameters, so that the state of the
+    optimizer contains them. The multiplier is the product of layer-wise decay (https://arxiv.org/abs/2106.08254), over the
+    layers of the model's ``group_matcher`` from the stem to the head, and of TRAIN.HEAD_LR_SCALE for the classifier.
+
+    timm's functions give the same decays and multipliers, but not the groups of stored checkpoints: they merge groups if
+    TRAIN.WEIGHT_DECAY is 0, and have another order.
     """
-    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
-    if cfg.TRAIN.LAYER_DECAY < 1:
-        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]  # as above
-        scales = {name: cfg.TRAIN.LAYER_DECAY ** (max(layers.values()) - layers[name]) for name in scales}
-    head = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]  # as above
+    exempt, head = model.no_weight_decay(), {id(parameter) for parameter in model.get_classifier().parameters()}
+    decays_by_layer = cfg.TRAIN.LAYER_DECAY < 1
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True) if decays_by_layer else {}
+    groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in head:
-            scales[name] *= cfg.TRAIN.HEAD_LR_SCALE
-    return scales
+        if parameter.requires_grad:
+            scale = cfg.TRAIN.LAYER_DECAY ** (max(layers.values()) - layers[name]) if decays_by_layer else 1.0
+            scale *= cfg.TRAIN.HEAD_LR_SCALE if id(parameter) in head else 1.0
+            groups.setdefault((name in exempt, scale), []).append((name, parameter))
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": key[1]}
+        for key in sorted(groups)
+    ]
 
 
 def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:

@@ -18,7 +18,7 @@ from engine.step import train_step
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main
-from tests.runs import LinearClassifier, toy_arguments
+from tests.runs import LinearClassifier, assert_equal, toy_arguments
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
 from utils.run_files import list_checkpoints
@@ -107,9 +107,12 @@ def test_n1_the_replay_names_the_first_module_that_overflows(toy_config, toy_dat
     assert f"images of this batch: {first_image}" in replayed.output
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "muon"])
 def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
-    cfg = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.OPTIMIZER.NAME", name])
+    """Optimizers that are not fused, which the configs do not offer yet, do not change them either."""
+    cfg = load_config(CONFIGS / "flatten_swin_t.yaml")
+    cfg.defrost()
+    cfg.TRAIN.OPTIMIZER.NAME = name
     world = World(0, 0, 1, torch.device("cpu"))
     torch.manual_seed(0)
     model = LinearClassifier(6, 3)
@@ -120,11 +123,11 @@ def test_n1_weights_do_not_change_at_or_after_a_non_finite_update(name):
         batch = [(images, torch.randint(0, 3, (8,)))]
         options = {"seeds": [0], "amp_dtype": torch.float32, "max_grad_norm": 1.0, "failed": failed}
         reports.append(train_step(wrapped, nn.CrossEntropyLoss(), optimizer, scaler, batch, **options))
-        states.append(copy.deepcopy(model.state_dict()))
+        states.append(copy.deepcopy({**model.state_dict(), **optimizer.state_dict()["state"]}))
     assert [report.is_finite for report in reports] == [True, True, False, True]
     assert not torch.equal(states[0]["weight"], states[1]["weight"])
     for later_state in states[2:]:
-        assert all(torch.equal(value, states[1][key]) for key, value in later_state.items())
+        assert_equal(later_state, states[1])
 
 
 class Splitter(nn.Module):
