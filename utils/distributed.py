@@ -246,35 +246,45 @@ def agree_on_launch_id(store: dist.Store, rank: int, size: int, *, timeout_secon
     When torchrun restarts the processes, it keeps its store; the restart counts as a new launch. Without the prefix, the new
     processes would read the addresses of processes that have ended.
 
-    Rank 0 publishes the id. Every other rank registers a token under the id that it reads. Since that id may be from an
-    earlier launch, the rank reads it again until rank 0 confirms the token.
-
     Raises:
         LostRankError: a rank did not start in time; the message of rank 0 lists all such ranks.
     """
-    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
-    if rank == 0:
-        store.set("start", token)
-        missing = set(range(1, size))
-        while missing:
-            missing = {other for other in missing if not store.check([f"{token}/{other}"])}
-            if missing and time.monotonic() > deadline:
-                ranks = ", ".join(map(str, sorted(missing)))
-                raise LostRankError(f"rank(s) {ranks} did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
-            time.sleep(SECONDS_BETWEEN_CHECKS)
-        store.set(f"{token}/confirmed", ",".join(store.get(f"{token}/{other}").decode() for other in range(1, size)))
-        return token
-    registered = None
-    while time.monotonic() < deadline:
-        if store.check(["start"]):
-            launch_id = store.get("start").decode()
-            if launch_id != registered:
-                store.set(f"{launch_id}/{rank}", token)
-                registered = launch_id
-            if store.check([f"{launch_id}/confirmed"]) and token in store.get(f"{launch_id}/confirmed").decode().split(","):
-                return launch_id
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        return open_launch(store, size, deadline) if rank == 0 else join_launch(store, rank, deadline)
+    except TimeoutError as error:
+        raise LostRankError(f"{error} did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s") from None
+
+
+def open_launch(store: dist.Store, size: int, deadline: float) -> str:
+    """Rank 0: publish a new launch id, wait until every other rank has registered under it, and confirm their tokens."""
+    launch_id = uuid.uuid4().hex
+    store.set("start", launch_id)
+    while missing := [rank for rank in range(1, size) if not store.check([f"{launch_id}/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank(s) {', '.join(map(str, missing))}")
         time.sleep(SECONDS_BETWEEN_CHECKS)
-    raise LostRankError(f"rank 0, or another rank, did not start within COLLECTIVE_TIMEOUT={timeout_seconds:g} s")
+    tokens = [store.get(f"{launch_id}/{rank}").decode() for rank in range(1, size)]
+    store.set(f"{launch_id}/confirmed", ",".join(tokens))
+    return launch_id
+
+
+def join_launch(store: dist.Store, rank: int, deadline: float) -> str:
+    """Every other rank: register a token under the published launch id until rank 0 confirms it.
+
+    The id may be that of an earlier launch, whose confirmation does not contain this token; the rank then reads it again.
+    """
+    token, registered = uuid.uuid4().hex, set()
+    while time.monotonic() < deadline:
+        launch_id = store.get("start").decode() if store.check(["start"]) else ""
+        if launch_id and launch_id not in registered:
+            store.set(f"{launch_id}/{rank}", token)
+            registered.add(launch_id)
+        confirmed = f"{launch_id}/confirmed"
+        if launch_id and store.check([confirmed]) and token in store.get(confirmed).decode().split(","):
+            return launch_id
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    raise TimeoutError("rank 0, or another rank,")
 
 
 def cleanup() -> None:
