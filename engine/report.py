@@ -97,7 +97,11 @@ def class_counts(result: EvalResult, num_classes: int) -> tuple[np.ndarray, np.n
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix. Colours show counts in percent of the true class; with few classes, cells show counts."""
+    """Draw a confusion matrix. Colours show counts in percent of the true class; with few classes, cells show counts.
+
+    scikit-learn's ``ConfusionMatrixDisplay`` takes colours and numbers from one matrix, so that every cell would have to be
+    changed afterwards; it saves three lines and takes another second to import.
+    """
     from matplotlib.figure import Figure
 
     num_classes = len(classes)

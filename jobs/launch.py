@@ -23,9 +23,9 @@ from jobs.evaluate import evaluate_checkpoint
 from jobs.model import check_model
 from jobs.throughput import measure_throughput
 from jobs.train import dry_run_training, train
+from utils.devices import MissingDeviceError
 from utils.distributed import (
     LostRankError,
-    MissingDeviceError,
     World,
     cleanup,
     is_lost_connection,

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.devices import check_device_is_not_shared, choose_device, warn_about_unused_devices
 from utils.errors import FAILED, USAGE_ERROR, OtherRankError, exit_status, one_line
 from utils.launcher import read_launch
 
@@ -28,10 +28,6 @@ COLLECTIVE_TIMEOUT = 600.0  # seconds
 LONG_TIMEOUT = timedelta(hours=1)  # used while rank 0 lists a data set, which may have a million files on a slow disk
 SECONDS_TO_REGISTER = 5.0  # maximum wait for ranks to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
-
-
-class MissingDeviceError(ValueError):
-    """This process has no usable GPU, although other processes of its machine may have one."""
 
 
 class LostRankError(RuntimeError):
@@ -108,91 +104,6 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
         ) from None
     # torch types the group as an int too, which only processes outside a group get.
     return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group)  # type: ignore[arg-type]
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """Choose and activate the device of a process: the GPU with the number ``local_rank``, or the only one that is visible.
-
-    Schedulers that assign GPUs to tasks, such as ``srun --gpus-per-task=1``, show each process only its own GPU, as number 0.
-
-    Raises:
-        MissingDeviceError: fewer GPUs than processes, or GPUs that torch cannot use.
-    """
-    if not torch.cuda.is_available():
-        check_driver()
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count > 1 and local_rank >= count:
-        raise MissingDeviceError(
-            f"process {local_rank} (counted from 0) has no GPU: only {count} found; lower --nproc_per_node (under SLURM, "
-            "--ntasks-per-node)"
-        )
-    device = torch.device("cuda", local_rank if count > 1 else 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-def check_device_is_not_shared(store: dist.Store, device: torch.device) -> None:
-    """Reject a GPU that another process of this launch uses, as with ``--nproc_per_node=2`` on a machine with one GPU.
-
-    Args:
-        store: store of this launch.
-
-    Raises:
-        MissingDeviceError: another process has registered the GPU before this one.
-    """
-    if store.add(f"gpu/{torch.cuda.get_device_properties(device).uuid}", 1) > 1:
-        raise MissingDeviceError(
-            f"another process already uses the only GPU that this process sees, {torch.cuda.get_device_name(device)}; lower "
-            "--nproc_per_node, or under SLURM assign one GPU to each task (--gpus-per-task=1)"
-        )
-
-
-def warn_about_unused_devices(device: torch.device) -> None:
-    """Warn if this process is the only one and leaves GPUs unused.
-
-    Args:
-        device: device of this process.
-    """
-    if device.type == "cuda":
-        if torch.cuda.device_count() > 1:
-            logger.warning(
-                "this machine has %d GPUs, and a single process uses one of them; to use all, start with torchrun "
-                "--nproc_per_node=gpu main.py ...",
-                torch.cuda.device_count(),
-            )
-        return
-    for name, is_available in (
-        ("Apple GPU (MPS)", torch.backends.mps.is_available),
-        ("Intel GPU (XPU)", torch.xpu.is_available),
-    ):
-        if is_available():
-            logger.warning("this machine's %s is not used: main.py runs on CUDA devices and on CPUs", name)
-
-
-def check_driver(devices: Path = Path("/dev")) -> None:
-    """Reject a machine with a GPU that torch cannot use: training would silently run on the CPU.
-
-    Args:
-        devices: directory of the device files.
-
-    Raises:
-        MissingDeviceError: the machine has an NVIDIA GPU that torch cannot use.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = sorted(devices.glob("nvidia[0-9]*"))
-    if not gpus or visible in ("", "-1"):
-        return
-    setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
-    remedy = (
-        "Check nvidia-smi, then update the driver, or install a torch build for the CUDA version that the driver supports"
-        if torch.version.cuda
-        else "This torch build has no CUDA support; install torch and torchvision for CUDA, see https://pytorch.org/get-started"
-    )
-    raise MissingDeviceError(
-        f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}. {remedy}. To "
-        "use the CPU, set CUDA_VISIBLE_DEVICES=-1"
-    )
 
 
 def choose_interface(size: int) -> None:

@@ -21,20 +21,22 @@ from data.files import DataError
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
 from utils.config.loading import ConfigError
-from utils.distributed import (
-    LostRankError,
+from utils.devices import (
     MissingDeviceError,
-    agree_on_launch_id,
     check_device_is_not_shared,
     check_driver,
     choose_device,
+    warn_about_unused_devices,
+)
+from utils.distributed import (
+    LostRankError,
+    agree_on_launch_id,
     choose_interface,
     find_interface,
     on_all,
     on_main,
     setup,
     sum_over_processes,
-    warn_about_unused_devices,
 )
 from utils.errors import OtherRankError, exit_status
 from utils.launcher import TASK_COUNTS, is_reporting_process, read_launch
