@@ -1,5 +1,6 @@
 """Evaluation: counts of correct predictions over a dataset whose images are divided among the processes."""
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,3 +198,8 @@ def log_results(results: Mapping[str, EvalResult]) -> None:
         logger.info(
             "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result
         )
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself, or a copy on ``device`` if the model is on another type of device."""
+    return model if next(model.parameters()).device.type == device.type else copy.deepcopy(model).to(device)

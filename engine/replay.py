@@ -2,8 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from yacs.config import CfgNode
 
 from data.build import TrainLoader, build_datasets, build_mixup, build_train_loader
 from data.index import Index, compare_descriptions, describe_index
-from engine.checkpoint_writer import check_format
+from engine.checkpoint_writer import check_format, save_checkpoint
 from engine.optim import amp_dtype, build_criterion
 from engine.schedule import accumulation_steps
 from engine.step import mix_batches
@@ -21,6 +22,7 @@ from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import ConfigError, load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
+from utils.errors import one_line
 from utils.random import seed_of_pass
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
     logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
 
 
-def describe_update(loader: TrainLoader, update: int, *, accumulation: int, num_processes: int) -> dict:
+def describe_update(loader: TrainLoader, update: int, accumulation: int, num_processes: int) -> dict:
     """Position and images of an update, for its replay file."""
     index: Index = loader.loader.dataset.index  # type: ignore[attr-defined]  # a dataset of data.build.build_datasets
     epoch, first_update = divmod(update, loader.updates_per_epoch)
@@ -80,6 +82,16 @@ def describe_update(loader: TrainLoader, update: int, *, accumulation: int, num_
         sampler.set_position(epoch, first_update)
         images.append([[index.name(position) for _, position in keys] for keys in islice(sampler, accumulation)])
     return {"update": update, "epoch": epoch, "images": images}
+
+
+def try_to_save(describe: Callable[[], dict], path: Path, check_output: Callable[[], None]) -> str:
+    """Save a replay file. Returns the reason if it was not written, else "": it must not hide the error that ends the run."""
+    try:
+        check_output()
+        save_checkpoint(describe(), path)
+    except Exception as error:
+        return one_line(error.__cause__ or error)
+    return ""
 
 
 def check_replay_file(state: dict, path: str) -> None:

@@ -99,14 +99,11 @@ class Saver:
             self.start()
 
     def start_after_error(self) -> None:
-        """Start to save the state on rank 0 before an error ends the run. Never raises an error, nor waits without limit."""
-        try:
-            logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
-            self.background_write.close()
-            if not self.background_write.is_writing:
-                self.start()
-        except BaseException as error:
-            logger.warning("the state could not be saved (%s: %s)", type(error).__name__, error)
+        """Start to save the state on rank 0 before an error ends the run, unless the previous write takes too long."""
+        logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
+        self.background_write.close()  # waits for a limited time, unlike ``wait``
+        if not self.background_write.is_writing:
+            self.start()
 
     def finish(self) -> None:
         """Wait until the newest checkpoint is written. All processes call this function together.

@@ -1,6 +1,5 @@
 """The training loop: from the current state of a run to its end, with evaluation, checkpoints and logs."""
 
-import copy
 import logging
 import math
 import shlex
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.loader import Batch, DeviceLoader, TrainLoader
-from engine.checkpoint_writer import save_checkpoint
-from engine.evaluation import evaluate, log_results
+from engine.evaluation import evaluate, log_results, on_device
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, eval_dtype
 from engine.remaining_work import remaining_work
-from engine.replay import describe_update
+from engine.replay import describe_update, try_to_save
 from engine.saver import Saver
 from engine.schedule import Schedule, accumulation_steps, count_epochs
 from engine.state import TrainState, check_trained
@@ -30,7 +28,7 @@ from engine.step import Mixing, Report, Reports, Requests, mix_batches, train_st
 from models.checkpoints.reader import CheckpointError
 from utils.distributed import World, is_lost_connection, on_main, sum_over_processes
 from utils.environment import peak_memory
-from utils.errors import OtherRankError, Stopped, TrainingError, one_line
+from utils.errors import OtherRankError, Stopped, TrainingError
 from utils.progress import progress
 from utils.random import seed_of_pass
 from utils.text import format_duration
@@ -129,9 +127,7 @@ class Trainer:
         logger.info(
             "done; training in this process took %s; best Acc@1 %.3f (%s weights, epoch %d)",
             format_duration(time.monotonic() - started),
-            state.best["acc1"],
-            state.best["weights"],
-            state.best["epoch"],
+            *(state.best[name] for name in ("acc1", "weights", "epoch")),
         )
 
     def run_epoch(self, epoch: int) -> None:
@@ -314,23 +310,21 @@ class Trainer:
         ``torchrun`` kills its processes 30 seconds after it has passed on a signal. Nothing is saved here if the previous write
         has failed (``requests`` then requests a save, in which all processes raise the error), or if the loss or gradient of
         the newest update is not finite.
-
-        Args:
-            update_seconds: duration of the previous update.
         """
         if self.stop() and update_seconds > SLOW_UPDATE and self.world.is_main and not self.failed:
             self.saver.start_unless_failed()
 
     def fail(self, update: int, report: Report[float]) -> NoReturn:
-        """Write the replay file of an update with a non-finite loss or gradient, and end the run.
-
-        Raises:
-            TrainingError: always.
-        """
+        """Write the replay file of an update with a non-finite loss or gradient, and raise the error that ends the run."""
         path = self.output / f"replay_{update:09d}.pth"
-        failure = on_main(self.world, partial(self.save_replay_file, update, path))
+
+        def describe() -> dict:
+            replay = describe_update(self.train_loader, update, self.accumulation, self.world.size)
+            return {"model": self.state.model.state_dict(), "replay": replay, **self.metadata}
+
+        failure = on_main(self.world, partial(try_to_save, describe, path, self.check_output))
         data_path = self.metadata.get("config", {}).get("DATA", {}).get("DATA_PATH", "DIR")
-        replay = (
+        remedy = (
             f"The file for --replay could not be written ({failure})"
             if failure
             else f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(data_path)} repeats the update and names "
@@ -342,7 +336,7 @@ class Trainer:
         if self.state.scaler.is_enabled():
             what = f"{MAX_SKIPPED} updates in a row had gradients that are not finite in fp16, the last at {position}"
             advice = f"Use AMP_DTYPE bf16, or lower TRAIN.BASE_LR. {self.advise_after_divergence()}"
-        raise TrainingError(f"{what}. The update changed no weights, and the checkpoints are untouched. {replay}. {advice}")
+        raise TrainingError(f"{what}. The update changed no weights, and the checkpoints are untouched. {remedy}. {advice}")
 
     def advise_after_divergence(self) -> str:
         """How to continue if the newest checkpoints contain weights that have diverged."""
@@ -353,16 +347,6 @@ class Trainer:
             f"If the weights have diverged since the best evaluation, delete the checkpoints in {self.output} that are later "
             f"than update {best}: the same command with a lower TRAIN.BASE_LR then resumes from the best checkpoint"
         )
-
-    def save_replay_file(self, update: int, path: Path) -> str:
-        """The part of ``fail`` that runs on rank 0. Returns the reason if the file could not be written, else ""."""
-        try:
-            self.check_output()
-            replay = describe_update(self.train_loader, update, accumulation=self.accumulation, num_processes=self.world.size)
-            save_checkpoint({"model": self.state.model.state_dict(), "replay": replay, **self.metadata}, path)
-        except Exception as error:  # it must not hide the error that ends the run
-            return one_line(error.__cause__ or error)
-        return ""
 
     def show_batch(self, images: Tensor) -> None:
         """Write a grid of the first augmented images to TensorBoard, each scaled to [0, 1] by its own minimum and maximum."""
@@ -397,7 +381,7 @@ class Trainer:
         self.phase = "evaluation"
         models = {"raw": state.model}
         if state.ema is not None:
-            models["ema"] = _on_device(state.ema.module, self.world.device)
+            models["ema"] = on_device(state.ema.module, self.world.device)
         try:
             results = evaluate(models, self.val_loader, amp_dtype=eval_dtype(self.cfg), world=self.world, stop=self.stop)
         except Stopped:
@@ -445,15 +429,14 @@ class Trainer:
         )
         if not self.world.is_main or expected or device_failed or self.changing_state or self.saver.is_saved:
             return
-        if not self.failed:  # otherwise, the updates since the one that failed have changed nothing
-            self.saver.start_after_error()
+        try:
+            if not self.failed:  # otherwise, the updates since the one that failed have changed nothing
+                self.saver.start_after_error()
+        except BaseException as second:
+            logger.warning("the state could not be saved (%s: %s)", type(second).__name__, second)
 
     def save_and_stop(self) -> NoReturn:
-        """Save the state in the middle of an epoch, or before an evaluation, and end the run.
-
-        Raises:
-            Stopped: always.
-        """
+        """Save the state in the middle of an epoch, or before an evaluation, and raise the exception that ends the run."""
         phase, num_updates = self.phase, self.state.num_updates
         self.log((num_updates - 1) // self.updates_per_epoch)
         if not self.saver.is_saved:
@@ -462,8 +445,3 @@ class Trainer:
         raise Stopped(
             f"stopped in {phase}; the checkpoint after update {num_updates} is saved, and the same command resumes the run"
         )
-
-
-def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model itself, or a copy on ``device`` if the model is on another type of device."""
-    return model if next(model.parameters()).device.type == device.type else copy.deepcopy(model).to(device)

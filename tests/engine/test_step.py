@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from torch.utils._pytree import tree_leaves
 from engine.evaluation import evaluate
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from engine.state import TrainState
-from engine.step import Report, Reports, train_step
+from engine.step import Report, Reports, Requests, train_step
 from models import create_model
 from tests.conftest import CONFIGS
-from tests.runs import LinearClassifier
+from tests.launch import run_in_processes
+from tests.runs import LinearClassifier, assert_equal
 from utils.config.loading import load_config
-from utils.distributed import StalledCollectiveError, World, is_lost_connection, wrap
+from utils.distributed import StalledCollectiveError, World, is_lost_connection, start_sum, wrap
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -204,6 +206,53 @@ def test_sgd_gives_finite_weights_after_a_skipped_first_update():
             assert not torch.equal(parameter, before)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class AveragedGradients(nn.Module):
+    """A wrapper other than DDP, without ``no_sync``: hooks average each gradient over the processes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: start_sum(gradient.div_(2))() and gradient)
+
+    def forward(self, images):
+        return self.model(images)
+
+
+def train_with_two_wrappers(world) -> None:
+    weights = []
+    for wrapper in (AveragedGradients, lambda model: wrap(model, world)):
+        model, optimizer, scaler, _ = setup()
+        wrapped, failed = wrapper(model), torch.zeros(())
+        for number in range(4):  # the fourth loss is NaN in one process
+            torch.manual_seed(10 * number + world.rank)
+            images, targets = torch.randn(8, 6), torch.randint(0, 3, (8,))
+            report = train_step(
+                wrapped,
+                lambda logits, labels, scale=math.nan if (number, world.rank) == (3, 1) else 1: (
+                    scale * nn.functional.cross_entropy(logits, labels)
+                ),
+                optimizer,
+                scaler,
+                [(images, targets)],
+                seeds=[0],
+                amp_dtype=torch.float32,
+                max_grad_norm=1.0,
+                requests=lambda: Requests(stop=True, save=world.is_main),
+                failed=failed,
+            )
+            before, after = (weights[-1] if weights else None), copy.deepcopy(model.state_dict())
+            weights.append(after)
+            assert report.is_finite == (number < 3)
+            assert (int(report.num_stops), int(report.num_saves)) == (2, 1)
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert_equal(weights[:4], weights[4:])
+
+
+def test_any_wrapper_that_averages_gradients_trains_as_ddp_does():
+    run_in_processes(train_with_two_wrappers, processes=2)
 
 
 def test_fp16_clips_the_unscaled_gradient_and_reports_its_norm():

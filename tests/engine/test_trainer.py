@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import engine.evaluation
 import engine.saver
 import engine.trainer
 from engine.evaluation import EvalResult
@@ -464,8 +465,8 @@ def test_only_the_first_batch_of_a_run_is_logged_as_images(tmp_path, correct_cou
 
 def test_a_model_already_on_the_evaluation_device_is_not_copied():
     model = nn.Linear(2, 3)
-    assert engine.trainer._on_device(model, DEVICE) is model
-    copied = engine.trainer._on_device(model, torch.device("meta"))
+    assert engine.evaluation.on_device(model, DEVICE) is model
+    copied = engine.evaluation.on_device(model, torch.device("meta"))
     assert copied.weight.device.type == "meta"
     assert model.weight.device.type == "cpu"
 
