@@ -1,6 +1,7 @@
 """Optimizer, gradient scaler, EMA of the weights, and loss."""
 
 from inspect import signature
+from typing import Any
 
 import torch
 from timm.models import group_parameters
@@ -30,7 +31,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     parameters = [parameter for group in groups for _, parameter in group["params"]]
     # Fused optimizers update many parameters in one kernel. This code uses them on CUDA devices and CPUs only.
     has_fused = "fused" in signature(get_optimizer_class(name, bind_defaults=False)).parameters
-    on_supported_device = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    is_fused = all(parameter.device.type in ("cuda", "cpu") for parameter in parameters)
+    fused: dict[str, Any] = {"fused": is_fused} if has_fused else {}
     optimizer = create_optimizer_v2(
         groups,
         opt=name,
@@ -38,7 +40,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         momentum=options.MOMENTUM,  # timm drops the options that an optimizer does not have
         betas=tuple(options.BETAS),
         eps=options.EPS,
-        **({"fused": on_supported_device} if has_fused else {}),
+        **fused,
     )
     if isinstance(optimizer, SGD) and options.MOMENTUM > 0:
         # Without these zeros, fused SGD would leave the momentum uninitialised if the first step is skipped.
@@ -57,9 +59,10 @@ def build_parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     timm's functions give the same decays and multipliers, but not the groups of stored checkpoints: they merge groups if
     TRAIN.WEIGHT_DECAY is 0, and have another order.
     """
-    exempt, head = model.no_weight_decay(), {id(parameter) for parameter in model.get_classifier().parameters()}
+    methods: Any = model  # torch types the methods of our models as tensors or modules
+    exempt, head = methods.no_weight_decay(), {id(parameter) for parameter in methods.get_classifier().parameters()}
     decays_by_layer = cfg.TRAIN.LAYER_DECAY < 1
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True) if decays_by_layer else {}
+    layers = group_parameters(model, methods.group_matcher(coarse=False), reverse=True) if decays_by_layer else {}
     groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
