@@ -9,82 +9,15 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
-import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .blocks import Stage, create_classifier
 from .positions import GRIDS_KEY, PositionTable, grid_at, recorded_grid, resize_grid, square_grid, stored_grids
 from .windows import to_pair
 
 logger = logging.getLogger(__name__)
-
-NO_OPTIONS: Mapping = MappingProxyType({})
-
-
-def init_weights(module: nn.Module) -> None:
-    """Initialise linear weights (normal, std 0.02, truncated at +-2), biases (0) and weights of layer norms (1)."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
-    """Stochastic-depth rates by stage and block, increasing linearly from 0 in the first block to ``rate`` in the last."""
-    depths = list(depths)
-    steps = max(sum(depths) - 1, 1)
-    rates = (rate * block / steps for block in range(sum(depths)))
-    return [[next(rates) for _ in range(depth)] for depth in depths]
-
-
-def parse_attention_types(attn_type: str, depths: Iterable[int]) -> list[str]:
-    """Expand an attention type to one letter per block: ``L`` for linear, ``S`` for softmax attention.
-
-    Args:
-        attn_type: one letter per stage, followed by a number n if a letter is ``M``: the first n blocks of an ``M`` stage are
-            ``L`` and the rest ``S``. For example, ``LLMS3`` with depths (2, 2, 6, 2) gives LL, LL, LLLSSS, SS.
-
-    Raises:
-        ValueError: an unknown letter, a wrong number of letters, ``M`` without a number or a number without ``M``.
-    """
-    depths = list(depths)
-    letters = attn_type.rstrip("0123456789")
-    digits = attn_type[len(letters) :]
-    if len(letters) != len(depths) or set(letters) - set("LSM"):
-        raise ValueError(f"attention type {attn_type!r}: give one of L, S, M for each of the {len(depths)} stages")
-    if ("M" in letters) != bool(digits):
-        raise ValueError(
-            f"attention type {attn_type!r}: M needs a number at the end, as in LLMS3; without M, no number is allowed"
-        )
-    num_linear = int(digits or 0)
-    return [
-        letter * depth if letter != "M" else "L" * min(num_linear, depth) + "S" * max(depth - num_linear, 0)
-        for letter, depth in zip(letters, depths, strict=True)
-    ]
-
-
-def run_block(block: nn.Module, *inputs, recompute: bool) -> Tensor:
-    """Call a block; with ``recompute``, its activations are recomputed in the backward pass instead of stored."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
-class Stage(nn.Sequential):
-    """The blocks of one stage, with optional activation checkpointing of every block."""
-
-    grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = run_block(block, x, recompute=self.grad_checkpointing)
-        return x
 
 
 class Backbone(nn.Module):
@@ -98,6 +31,21 @@ class Backbone(nn.Module):
     A subclass sets ``num_features`` (channels of the last map), ``norm`` and ``feature_info`` (``num_chs``, ``reduction``,
     ``module`` of every map), implements ``forward_stages``, ``stage_grids``, ``stage_blocks``, ``drop_stages`` and
     ``group_matcher``, and calls ``build_head`` at the end of its constructor.
+
+    Args of every subclass, besides its own:
+        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model resizes its
+            position tables by bicubic interpolation.
+        global_pool: "avg" for the mean of the token map, or "" for no pooling.
+        attn_type: see ``parse_attention_types``.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout of attention projections and MLPs.
+        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
+        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
+        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration, backend.
+        device, dtype: device and data type of the parameters; torch's defaults if None.
+
+    Raises:
+        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
 
     Attributes:
         output_fmt: layout of the features inside the model, as seen by forward hooks.
@@ -127,12 +75,10 @@ class Backbone(nn.Module):
         self.register_state_dict_post_hook(_record_grids)
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
-    def build_head(
-        self, drop_rate: float, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Create the dropout and the classifier; ``num_features`` must be set."""
+    def build_head(self, drop_rate: float, **factory) -> None:
+        """Create the dropout and the classifier; ``num_features`` must be set. ``factory``: its device and dtype."""
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = create_classifier(self.num_features, self.num_classes, device=device, dtype=dtype)
+        self.head = create_classifier(self.num_features, self.num_classes, **factory)
 
     @property
     def head_hidden_size(self) -> int:
@@ -481,30 +427,6 @@ def check_image_size(height: int, width: int, minimum: int) -> None:
 def check_output_fmt(output_fmt: str, choices: tuple[str, str]) -> None:
     if output_fmt not in choices:
         raise ValueError(f"output_fmt={output_fmt!r}: choose {choices[0]} or {choices[1]}")
-
-
-def check_attention_dropout(rate: float, attention_types: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a rate above 0 without softmax blocks: linear attention has no attention matrix."""
-    if rate and "S" not in "".join(attention_types):
-        raise ValueError(
-            f"attn_drop_rate={rate} has no effect, because all blocks use linear attention, which has no attention matrix; "
-            "use 0.0"
-        )
-
-
-def create_classifier(
-    num_features: int,
-    num_classes: int,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Create the linear head, or the identity for 0 classes."""
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(num_features, num_classes, device=device, dtype=dtype)
-    init_weights(head)
-    return head
 
 
 def _record_grids(model: Backbone, state_dict: Mapping[str, Tensor], prefix: str, metadata: dict) -> None:

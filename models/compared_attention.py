@@ -112,19 +112,8 @@ COMPARED_ATTENTIONS = {
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention with qkv and output projections. (B, N, C) -> (B, N, C)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool,
-        attn_drop: float,
-        proj_drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, attn_drop: float, proj_drop: float, **factory):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)

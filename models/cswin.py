@@ -11,15 +11,8 @@ from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .backbone import (
-    NO_OPTIONS,
-    Backbone,
-    Stage,
-    check_attention_dropout,
-    drop_path_rates,
-    init_weights,
-    parse_attention_types,
-)
+from .backbone import Backbone
+from .blocks import NO_OPTIONS, Stage, init_weights, plan_blocks
 from .compared_attention import scaled_dot_product_attention
 from .linear_attention import DepthwiseFilters, FocusedLinearAttention
 from .positions import PositionTable
@@ -103,10 +96,8 @@ class LinearStripes(FocusedLinearAttention, StripedAttention):
         axis: int | None,
         width: int | None,
         linear: Mapping,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
-        factory = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, stripe_size(grid, axis, width), **factory, **linear)
         self.set_stripes(grid, axis, width)
         self.get_v = DepthwiseFilters(dim, 3, **factory)
@@ -158,14 +149,13 @@ class SoftmaxStripes(StripedAttention):
         axis: int | None,
         width: int | None,
         attn_drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.attn_drop = attn_drop
         self.set_stripes(grid, axis, width)
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], mask: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B * nW, heads, N, D)
@@ -198,13 +188,11 @@ class Block(nn.Module):
         attn_drop: float,
         drop_path: float,
         linear: Mapping,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
         axes = (None,) if split_size is None or split_size >= max(grid) else (VERTICAL, HORIZONTAL)
         axis_dim, axis_heads = dim // len(axes), num_heads // len(axes)
-        factory = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **factory)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.attns = nn.ModuleList(
@@ -240,9 +228,8 @@ class ChannelsLast(nn.Module):
 class Merge(nn.Module):
     """Strided convolution that halves the map and doubles the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, dim: int, **factory):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, **factory)
         self.norm = nn.LayerNorm(2 * dim, **factory)
 
@@ -251,30 +238,16 @@ class Merge(nn.Module):
 
 
 class CSwinTransformer(Backbone):
-    """FLatten-CSwin.
+    """FLatten-CSwin; see ``Backbone`` for the arguments that all families share.
 
     ``proj_drop_rate`` also applies to the output projection of attention. The paper's code creates that dropout but never calls
     it, so this model differs from the paper's code at rates above 0; every config of the paper uses 0.
 
     Args:
-        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes its positional encodings by bicubic interpolation.
-        global_pool: "avg" for the mean of the token map, or "" for no pooling.
-        attn_type: see ``parse_attention_types``.
         linear_splits: stripe width of linear blocks in tokens, one per stage; None for attention over the whole map, which is
             the default in every stage.
         softmax_splits: stripe width of softmax blocks in tokens, one per stage. In the last stage, ``linear_splits`` and
             ``softmax_splits`` are ignored and all blocks attend over the whole map.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
-        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
-        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration,
-            backend.
-        device, dtype: device and data type of the parameters; torch's defaults if None.
-
-    Raises:
-        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "stage1_conv_embed.0"
@@ -311,8 +284,7 @@ class CSwinTransformer(Backbone):
         ]
         grids = self.native_grids(img_size)
         splits = {"L": linear_splits or (None,) * len(depths), "S": softmax_splits}
-        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
-        check_attention_dropout(attn_drop_rate, attention_types)
+        plan = plan_blocks(attn_type, depths, drop_path_rate=drop_path_rate, attn_drop_rate=attn_drop_rate)
         options = {
             "mlp_ratio": mlp_ratio,
             "qkv_bias": qkv_bias,
@@ -329,7 +301,7 @@ class CSwinTransformer(Backbone):
         for index, grid in enumerate(grids):
             dim, last = embed_dim * 2**index, index == len(grids) - 1
             blocks = []
-            for letter, rate in zip(attention_types[index], rates[index], strict=True):
+            for letter, rate in plan[index]:
                 split_size = None if last else splits[letter][index]
                 block_options = {"attention_type": letter, "split_size": split_size, "drop_path": rate}
                 blocks.append(Block(dim, num_heads[index], grid, **block_options, **options))

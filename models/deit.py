@@ -10,20 +10,11 @@ Shapes: B images, N = 1 + H * W tokens, C channels.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
-from timm.models import register_notrace_module
+from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
-from .backbone import (
-    NO_OPTIONS,
-    Backbone,
-    check_attention_dropout,
-    check_output_fmt,
-    drop_path_rates,
-    init_weights,
-    parse_attention_types,
-    run_block,
-)
+from .backbone import Backbone, check_output_fmt
+from .blocks import NO_OPTIONS, Block, init_weights, plan_blocks, run_block
 from .compared_attention import SoftmaxAttention
 from .linear_attention import FocusedLinearAttention
 from .positions import PositionTable, resized_parameter, whole_map
@@ -41,10 +32,8 @@ class LinearAttention(FocusedLinearAttention):
         qkv_bias: bool,
         proj_drop: float,
         linear: Mapping,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
-        factory = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, grid, num_prefix_tokens=1, **factory, **linear)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -74,55 +63,15 @@ def create_attention(
     return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **options)
 
 
-@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
-class Block(nn.Module):
-    """Attention and MLP, each pre-norm with a residual connection. (B, N, C) -> (B, N, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        mlp_ratio: float,
-        proj_drop: float,
-        drop_path: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.attn = attention
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class DeiT(Backbone):
     """FLatten-DeiT, with the interface of timm's VisionTransformer and one feature map per block.
 
-    Args:
-        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes the position embeddings and the positional encodings of linear blocks by bicubic interpolation.
+    Args, besides those of ``Backbone``:
         global_pool: "token" for the class token, "avg" for the mean of the patch tokens, "" for all tokens.
         attn_type: "L" for linear or "S" for softmax attention in every block; or "M" and a number of blocks, as in "M4", for
             linear attention in the first 4 blocks and softmax attention in the rest.
         fc_norm: apply the final norm after pooling instead of before it; by default, only if ``global_pool`` is "avg".
-        drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embeddings are added.
-        proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
-        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
-        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration,
-            backend.
-        device, dtype: device and data type of the parameters; torch's defaults if None.
-
-    Raises:
-        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     output_fmt = "NLC"
@@ -161,9 +110,7 @@ class DeiT(Backbone):
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{index}"} for index in range(depth)
         ]
         self.grid = self.native_grids(img_size)[0]
-        (attention_types,) = parse_attention_types(attn_type, (depth,))
-        (rates,) = drop_path_rates(drop_path_rate, (depth,))
-        check_attention_dropout(attn_drop_rate, attention_types)
+        (plan,) = plan_blocks(attn_type, (depth,), drop_path_rate=drop_path_rate, attn_drop_rate=attn_drop_rate)
         factory = {"device": device, "dtype": dtype}
         options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **factory}
         embed = {"in_chans": in_chans, "embed_dim": embed_dim, "strict_img_size": False, **factory}
@@ -172,9 +119,10 @@ class DeiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim, **factory))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.ModuleList()
-        for letter, rate in zip(attention_types, rates, strict=True):
+        for letter, rate in plan:
             attention = create_attention(letter, embed_dim, num_heads, self.grid, **options)
-            self.blocks.append(Block(embed_dim, attention, mlp_ratio, proj_drop_rate, rate, **factory))
+            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=proj_drop_rate, **factory)
+            self.blocks.append(Block(embed_dim, attention, mlp, rate, eps=1e-6, **factory))
         norm_after_pooling = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = nn.Identity() if norm_after_pooling else nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory) if norm_after_pooling else nn.Identity()

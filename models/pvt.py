@@ -5,22 +5,13 @@ Shapes: B images, H x W a token map, N = H * W tokens, M keys after spatial redu
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import register_notrace_module
+from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from .backbone import (
-    NO_OPTIONS,
-    Backbone,
-    Stage,
-    check_attention_dropout,
-    drop_path_rates,
-    init_weights,
-    parse_attention_types,
-)
+from .backbone import Backbone
+from .blocks import NO_OPTIONS, Block, Stage, init_weights, plan_blocks
 from .compared_attention import scaled_dot_product_attention
 from .linear_attention import FocusedLinearAttention
 from .plain_attention import split_heads, unpack
@@ -28,23 +19,12 @@ from .positions import PositionTable, resized_parameter, whole_map
 from .windows import ceil_divide
 
 SOFTMAX_REDUCTIONS = (8, 4, 2, 1)  # spatial reduction ratio of softmax blocks, one per stage
-BlockNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class SpatialReduction(nn.Module):
     """Mixin with projections: q is projected from the map, k and v from the map after a strided convolution."""
 
-    def build_projections(
-        self,
-        dim: int,
-        reduction: int,
-        *,
-        qkv_bias: bool,
-        proj_drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        factory = {"device": device, "dtype": dtype}
+    def build_projections(self, dim: int, reduction: int, *, qkv_bias: bool, proj_drop: float, **factory) -> None:
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -78,13 +58,12 @@ class LinearAttention(FocusedLinearAttention, SpatialReduction):
         reduction: int,
         linear: Mapping,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **projections,
+        qkv_bias: bool,
+        proj_drop: float,
+        **factory,
     ):
-        factory = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, grid, key_grid=reduce_grid(grid, reduction), **factory, **linear)
-        self.build_projections(dim, reduction, **factory, **projections)
+        self.build_projections(dim, reduction, qkv_bias=qkv_bias, proj_drop=proj_drop, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         q, kv, key_grid = self.project(x)
@@ -133,47 +112,11 @@ def create_attention(
     return SoftmaxAttention(dim, num_heads, reduction, attn_drop=attn_drop, **projections)
 
 
-@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
-class Block(nn.Module):
-    """Attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        mlp: nn.Module,
-        drop_path: float,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.norm1 = BlockNorm(dim, device=device, dtype=dtype)
-        self.attn = attention
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = BlockNorm(dim, device=device, dtype=dtype)
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class PatchEmbed(nn.Module):
     """Strided convolution and layer norm. (B, C, H, W) -> (B, h, w, C')."""
 
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        kernel_size: int,
-        stride: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, **factory):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
         # A kernel wider than its stride overlaps neighbouring patches; the padding centres it on its patch.
         padding = kernel_size // 2 if kernel_size > stride else 0
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding=padding, **factory)
@@ -186,22 +129,8 @@ class PatchEmbed(nn.Module):
 class PyramidBackbone(Backbone):
     """Base of PVT and PVTv2: stage i consists of ``patch_embed{i}``, ``block{i}`` and one version-specific part.
 
-    Args:
-        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes the position embeddings (PVT only) and the positional encodings of linear blocks by bicubic interpolation.
-        global_pool: "avg" for the mean of the token map, or "" for no pooling.
-        attn_type: see ``parse_attention_types``.
+    Args, besides those of ``Backbone``:
         linear_reductions: spatial reduction ratio of linear blocks, one per stage; softmax blocks use 8, 4, 2, 1.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
-        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
-        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration,
-            backend.
-        device, dtype: device and data type of the parameters; torch's defaults if None.
-
-    Raises:
-        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "patch_embed1.proj"
@@ -237,12 +166,9 @@ class PyramidBackbone(Backbone):
             {"num_chs": dims[index], "reduction": 4 * 2**index, "module": f"{self.map_part_name}{index + 1}"}
             for index in range(len(depths))
         ]
-        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
-        check_attention_dropout(attn_drop_rate, attention_types)
+        plan = plan_blocks(attn_type, depths, drop_path_rate=drop_path_rate, attn_drop_rate=attn_drop_rate)
         reductions = {"L": linear_reductions, "S": SOFTMAX_REDUCTIONS}
-        self.reductions = [
-            max(reductions[letter][index] for letter in set(attention_types[index])) for index in range(len(depths))
-        ]
+        self.reductions = [max(reductions[letter][index] for letter, _ in stage) for index, stage in enumerate(plan)]
         self.grids = self.native_grids(img_size)
         factory = {"device": device, "dtype": dtype}
         options = {"linear": linear, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **factory}
@@ -250,10 +176,10 @@ class PyramidBackbone(Backbone):
             dim, stride = dims[index], 2 if index else 4
             embed = PatchEmbed(dims[index - 1] if index else in_chans, dim, self.kernel_sizes[index], stride, **factory)
             blocks = []
-            for letter, rate in zip(attention_types[index], rates[index], strict=True):
+            for letter, rate in plan[index]:
                 attention = create_attention(letter, dim, num_heads[index], grid, reductions[letter][index], **options)
                 mlp = self.create_mlp(dim, int(dim * mlp_ratios[index]), proj_drop_rate, **factory)
-                blocks.append(Block(dim, attention, mlp, rate, **factory))
+                blocks.append(Block(dim, attention, mlp, rate, eps=1e-6, **factory))
             parts = {
                 "patch_embed": embed,
                 self.version_part_name: self.create_version_part(dim, grid, **factory),

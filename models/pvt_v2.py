@@ -10,7 +10,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from .linear_attention import DepthwiseFilters
-from .pvt import BlockNorm, PyramidBackbone
+from .pvt import PyramidBackbone
 
 
 class DepthwiseConvolution(nn.Module):
@@ -54,7 +54,7 @@ class PyramidVisionTransformerV2(PyramidBackbone):
         return ConvolutionalMlp(dim, hidden_dim, drop, **factory)
 
     def create_version_part(self, dim: int, grid: tuple[int, int], **factory) -> nn.Module:
-        return BlockNorm(dim, **factory)
+        return nn.LayerNorm(dim, eps=1e-6, **factory)
 
     def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.feature_info)):

@@ -8,19 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .backbone import (
-    NO_OPTIONS,
-    Backbone,
-    Stage,
-    check_attention_dropout,
-    drop_path_rates,
-    init_weights,
-    parse_attention_types,
-)
+from .backbone import Backbone
+from .blocks import NO_OPTIONS, Block, Stage, init_weights, plan_blocks
 from .compared_attention import SoftmaxAttention
 from .linear_attention import FocusedLinearAttention
 from .positions import PositionTable, resize_grid, resized_parameter
@@ -38,11 +31,9 @@ class LinearWindowAttention(FocusedLinearAttention):
         *,
         qkv_bias: bool,
         proj_drop: float,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **linear,
+        linear: Mapping,
+        **factory,
     ):
-        factory = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, window, **factory, **linear)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -69,12 +60,12 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         num_heads: int,
         window: tuple[int, int],
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options,
+        qkv_bias: bool,
+        proj_drop: float,
+        attn_drop: float,
+        **factory,
     ):
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(dim, num_heads, **factory, **options)
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop, **factory)
         self.window = window
         height, width = offset_grid(window)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(height * width, num_heads, **factory))
@@ -107,9 +98,8 @@ class SoftmaxWindowAttention(SoftmaxAttention):
         return self.attend(x, self.position_bias(window, like=x), region)
 
 
-@register_notrace_module  # FX cannot trace control flow that depends on the size of the map
-class SwinBlock(nn.Module):
-    """Window attention and MLP, each pre-norm with a residual connection. (B, H, W, C) -> (B, H, W, C).
+class SwinBlock(Block):
+    """Window attention and MLP. (B, H, W, C) -> (B, H, W, C).
 
     The native map is the token map at the model's native input size. If a window covers a side of the native map, it also
     covers that side of maps of other sizes. Otherwise the window size is fixed: maps are padded to a multiple of the window
@@ -131,23 +121,18 @@ class SwinBlock(nn.Module):
         attn_drop: float,
         drop_path: float,
         linear: Mapping,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
-        super().__init__()
-        self.covers = tuple(window_size >= side for side in grid)
-        self.window = tuple(min(window_size, side) for side in grid)
-        self.shifted = shifted
-        factory = {"device": device, "dtype": dtype}
+        window = tuple(min(window_size, side) for side in grid)
         options = {"qkv_bias": qkv_bias, "proj_drop": proj_drop, **factory}
-        self.norm1 = nn.LayerNorm(dim, **factory)
         if attention_type == "L":
-            self.attn = LinearWindowAttention(dim, num_heads, self.window, **options, **linear)
+            attention = LinearWindowAttention(dim, num_heads, window, linear=linear, **options)
         else:
-            self.attn = SoftmaxWindowAttention(dim, num_heads, self.window, attn_drop=attn_drop, **options)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+            attention = SoftmaxWindowAttention(dim, num_heads, window, attn_drop=attn_drop, **options)
+        super().__init__(dim, attention, Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory), drop_path, **factory)
+        self.covers = tuple(window_size >= side for side in grid)
+        self.window = window
+        self.shifted = shifted
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native map in place."""
@@ -178,18 +163,13 @@ class SwinBlock(nn.Module):
             x = x.roll(shift, dims=(1, 2))
         return x[:, : grid[0], : grid[1]] if padded != grid else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attend(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
 
 @register_notrace_module  # FX cannot trace control flow that depends on the size of the map
 class PatchMerging(nn.Module):
     """Halve the map and double the channels. (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(self, dim: int, **factory):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * dim, **factory)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **factory)
 
@@ -215,13 +195,7 @@ class SwinStage(nn.Module):
 
 
 def create_patch_embed(
-    patch_size: int,
-    in_chans: int,
-    embed_dim: int,
-    norm_layer: type[nn.Module] | None,
-    *,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
+    patch_size: int, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None, **factory
 ) -> PatchEmbed:
     """Create a patch embedding for images of any size; it pads incomplete patches. (B, C, H, W) -> (B, h, w, embed_dim)."""
     return PatchEmbed(
@@ -233,8 +207,7 @@ def create_patch_embed(
         output_fmt="NHWC",
         strict_img_size=False,
         dynamic_img_pad=True,
-        device=device,
-        dtype=dtype,
+        **factory,
     )
 
 
@@ -242,17 +215,15 @@ def create_blocks(
     dim: int,
     num_heads: int,
     grid: tuple[int, int],
-    attention_types: str,
-    rates: Sequence[float],
+    plan: Sequence[tuple[str, float]],
     windows: Mapping[str, int],
     **options,
 ) -> list[SwinBlock]:
     """Create the blocks of a stage; every second one has shifted windows.
 
     Args:
-        attention_types: one letter per block, ``L`` or ``S``.
-        rates: stochastic-depth rate of each block.
-        windows: maps each letter to its window size.
+        plan: see ``plan_blocks``.
+        windows: window size of each attention type.
         options: see ``SwinBlock``.
     """
     return [
@@ -266,33 +237,18 @@ def create_blocks(
             drop_path=rate,
             **options,
         )
-        for index, (attention_type, rate) in enumerate(zip(attention_types, rates, strict=True))
+        for index, (attention_type, rate) in enumerate(plan)
     ]
 
 
 class SwinTransformer(Backbone):
-    """FLatten-Swin.
+    """FLatten-Swin; see ``Backbone`` for the arguments that all families share.
 
     Args:
-        img_size: native input size in pixels, an integer or (height, width). For images of other sizes, the model
-            resizes the positional encodings of linear blocks and the relative-position bias tables of softmax blocks by
-            bicubic interpolation.
-        global_pool: "avg" for the mean of the token map, or "" for no pooling.
-        attn_type: see ``parse_attention_types``.
         window_size: window side of linear blocks in tokens, capped at the side of the map. The default is the longer side of
             the first stage's map, which makes linear attention global in every stage.
         softmax_window: window side of softmax blocks in tokens, capped at the side of the map.
-        drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the patch embedding.
-        proj_drop_rate: dropout of attention projections and MLPs.
-        attn_drop_rate: dropout of the attention matrix of softmax blocks; linear blocks have no attention matrix.
-        drop_path_rate: stochastic-depth rate of the last block; it increases linearly from 0 in the first block.
-        linear: options of ``FocusedLinearAttention``: focusing_factor, kernel_size, kind, focusing, rank_restoration,
-            backend.
-        device, dtype: device and data type of the parameters; torch's defaults if None.
-
-    Raises:
-        ValueError: ``img_size`` is too small, an option is invalid, or ``attn_drop_rate`` is above 0 without softmax blocks.
     """
 
     first_conv = "patch_embed.proj"
@@ -333,8 +289,7 @@ class SwinTransformer(Backbone):
             for stage in range(len(depths))
         ]
         grids = self.native_grids(img_size)
-        rates, attention_types = drop_path_rates(drop_path_rate, depths), parse_attention_types(attn_type, depths)
-        check_attention_dropout(attn_drop_rate, attention_types)
+        plan = plan_blocks(attn_type, depths, drop_path_rate=drop_path_rate, attn_drop_rate=attn_drop_rate)
         windows = {"L": max(grids[0]) if window_size is None else window_size, "S": softmax_window}
         options = {
             "mlp_ratio": mlp_ratio,
@@ -350,7 +305,7 @@ class SwinTransformer(Backbone):
         self.layers = nn.ModuleList()
         for stage, grid in enumerate(grids):
             dim = embed_dim * 2**stage
-            blocks = create_blocks(dim, num_heads[stage], grid, attention_types[stage], rates[stage], windows, **options)
+            blocks = create_blocks(dim, num_heads[stage], grid, plan[stage], windows, **options)
             last = stage == len(grids) - 1
             self.layers.append(SwinStage(blocks, None if last else PatchMerging(dim, **factory)))
         self.norm = nn.LayerNorm(self.num_features, **factory)

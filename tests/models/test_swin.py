@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model, create_model
-from models.backbone import drop_path_rates, parse_attention_types
+from models.blocks import drop_path_rates, parse_attention_types
 from models.swin import SwinTransformer
 from models.windows import merge_windows, partition_windows, window_regions
 from tests.conftest import CONFIGS
