@@ -349,3 +349,4 @@ SIZES = {
     "flatten_cswin_s": {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16)},
     "flatten_cswin_b": {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)},
 }
+SIZES["flatten_cswin_b_384"] = {**SIZES["flatten_cswin_b"], "img_size": 384, "softmax_splits": (1, 2, 12, 12)}

@@ -15,20 +15,20 @@ from .deit import DeiT
 from .registry import MODELS
 
 
-def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
+def _cfg(name: str) -> dict:
     """timm's ``pretrained_cfg`` of a model: URL of released weights, input size and evaluation transform.
 
     ``crop_mode`` is "squash" because the released accuracies were measured on images resized to a square, with the aspect ratio
     changed.
     """
-    family = cast(type[Backbone], MODELS[name].func)
+    family, img_size = cast(type[Backbone], MODELS[name].func), MODELS[name].keywords.get("img_size", 224)
     return {
         "url": RELEASED[name].url if name in RELEASED else "",
         "num_classes": 1000,
         "input_size": (3, img_size, img_size),
         "fixed_input_size": False,
         "pool_size": None if family is DeiT else (img_size // 32, img_size // 32),
-        "crop_pct": crop_pct,
+        "crop_pct": 1.0 if name == "flatten_swin_b_384" else 0.875,  # as in the paper's configs
         "crop_mode": "squash",
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
@@ -42,13 +42,7 @@ def _cfg(name: str, img_size: int = 224, crop_pct: float = 0.875) -> dict:
     }
 
 
-# Models whose input size or crop in the paper's configs differs from the defaults of ``_cfg``.
-EVALUATION_OVERRIDES = {
-    "flatten_swin_b_384": {"img_size": 384, "crop_pct": 1.0},
-    "flatten_cswin_b_384": {"img_size": 384},
-}
-
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name, **EVALUATION_OVERRIDES.get(name, {})) for name in MODELS})
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg(name) for name in MODELS})
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:

@@ -27,8 +27,6 @@ MODELS: dict[str, partial[Backbone]] = {
     )
     for name, size in sizes.items()
 }
-MODELS["flatten_swin_b_384"] = partial(MODELS["flatten_swin_b"], img_size=384, softmax_window=12)
-MODELS["flatten_cswin_b_384"] = partial(MODELS["flatten_cswin_b"], img_size=384, softmax_splits=(1, 2, 12, 12))
 
 
 def list_models() -> list[str]:

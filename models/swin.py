@@ -366,3 +366,4 @@ SIZES = {
     "flatten_swin_s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "flatten_swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
+SIZES["flatten_swin_b_384"] = {**SIZES["flatten_swin_b"], "img_size": 384, "softmax_window": 12}

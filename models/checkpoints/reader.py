@@ -9,7 +9,6 @@ import collections
 import hashlib
 import io
 import json
-import math
 import mmap
 import os
 import pickle
@@ -99,14 +98,10 @@ def verify(path: Path, *, with_data: bool = True) -> None:
 
 def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: io.BufferedReader) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -133,8 +128,11 @@ def read_checkpoint(path: str | Path, *, with_data: bool = True) -> dict:
     state = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path, with_data=with_data)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} contains {type(state).__name__}, not a dictionary of weights")
-    if problem := _find_illegal_structure(state) or _find_illegal_entry(state):
-        raise CheckpointError(f"{path} is not a valid checkpoint: {problem}; download it again, or use another file")
+    try:
+        _measure(state, "", 0, {})
+        _check_entries(state)
+    except _IllegalEntryError as error:
+        raise CheckpointError(f"{path} is not a valid checkpoint: {error}; download it again, or use another file") from None
     return state
 
 
@@ -185,17 +183,8 @@ def _is_binary_codec(name: str) -> bool:
         return False
 
 
-def _find_illegal_structure(state: dict) -> str:
-    """Describe the first entry of a file that is nested too deeply, too large, or not plain data; "" if there is none."""
-    try:
-        _measure(state, "", 0, {})
-    except _IllegalEntryError as error:
-        return str(error)
-    return ""
-
-
 class _IllegalEntryError(Exception):
-    """A value in a file is not plain data or exceeds a limit. The message starts with the name of its entry."""
+    """A value in a file is not plain data, exceeds a limit or has an illegal value. The message starts with its name."""
 
 
 def _measure(value: object, path: str, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -274,36 +263,36 @@ def _describe_illegal_tensor(value: Tensor) -> str:
     return ""
 
 
-def _find_illegal_entry(state: dict) -> str:
-    """Describe the first entry of a checkpoint of this project with an illegal value; "" if there is none.
+def _check_entries(state: dict) -> None:
+    """Check the values of the entries of a checkpoint of this project; entries may be missing.
 
-    Whether entries are missing is not checked here.
+    Raises:
+        _IllegalEntryError: an entry has an illegal value.
     """
+
+    def require(is_legal: bool, problem: str) -> None:
+        if not is_legal:
+            raise _IllegalEntryError(problem)
+
     names = state.get("class_names")
     if isinstance(names, (list, tuple)):
-        if len(names) > MAX_CLASSES:
-            return f"class_names has {len(names)} names; at most {MAX_CLASSES} are allowed"
-        if odd := [name for name in names if type(name) not in (str, int)]:
-            return f"class_names has an entry of type {type(odd[0]).__name__}, which is not a name"
+        require(len(names) <= MAX_CLASSES, f"class_names has {len(names)} names; at most {MAX_CLASSES} are allowed")
+        odd = sorted({type(name).__name__ for name in names} - {"str", "int"})
+        require(not odd, f"class_names has an entry of type {', '.join(odd)}, which is not a name")
     if "num_updates" not in state:  # a file of another project, whose entries may have other meanings
-        return ""
-    for name in _COUNTERS:
-        if name in state and not (type(state[name]) is int and 0 <= state[name] <= MAX_COUNT):
-            return f"{name} is {_show(state[name])}, not a number from 0 to {MAX_COUNT}"
-    if name := _find_tensor(state.get("config")):
-        return f"config.{name} is a tensor, not a setting"
-    best = state.get("best")
-    if not isinstance(best, dict):
-        return ""
-    accuracy = best.get("acc1", 0.0)
-    if type(accuracy) not in (int, float) or not math.isfinite(accuracy) or not -1 <= accuracy <= 100:
-        return f"best.acc1 is {_show(accuracy)}, not an accuracy in percent"
-    for name in ("epoch", "num_updates"):
-        if name in best and not (type(best[name]) is int and -1 <= best[name] <= MAX_COUNT):
-            return f"best.{name} is {_show(best[name])}, not a number from -1 to {MAX_COUNT}"
-    if best.get("weights", "") not in ("", "raw", "ema"):
-        return f"best.weights is {_show(best['weights'])}, not raw or ema"
-    return ""
+        return
+    tensor = _find_tensor(state.get("config"))
+    require(not tensor, f"config.{tensor} is a tensor, not a setting")
+    best = state["best"] if isinstance(state.get("best"), dict) else {}
+    counts = [(name, state.get(name, 0), 0) for name in _COUNTERS]
+    counts += [(f"best.{name}", best.get(name, 0), -1) for name in ("epoch", "num_updates")]
+    for name, value, smallest in counts:
+        is_legal = type(value) is int and smallest <= value <= MAX_COUNT
+        require(is_legal, f"{name} is {_show(value)}, not a number from {smallest} to {MAX_COUNT}")
+    accuracy, weights = best.get("acc1", 0.0), best.get("weights", "")
+    is_percent = type(accuracy) in (int, float) and -1 <= accuracy <= 100  # NaN is not
+    require(is_percent, f"best.acc1 is {_show(accuracy)}, not an accuracy in percent")
+    require(weights in ("", "raw", "ema"), f"best.weights is {_show(weights)}, not raw or ema")
 
 
 def _find_tensor(tree: object) -> str:
