@@ -123,7 +123,7 @@ def test_models_have_arguments_for_input_channels_dtype_and_device(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_intermediates_of_models_match_the_forward_pass(name):
     """Corresponds to timm's test_model_forward_intermediates, but compares values."""
-    model, images = timm.create_model(name, img_size=64, num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    model, images = mixed(name), torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         features = model.forward_features(images)
         final, maps = model.forward_intermediates(images, norm=True)
@@ -133,6 +133,8 @@ def test_intermediates_of_models_match_the_forward_pass(name):
         (first,) = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
         two = model.forward_intermediates(images, indices=[0, 1], stop_early=True, intermediates_only=True)
         assert len(two) == 2
+        (last,) = model.forward_intermediates(images, indices=[-1], norm=True, intermediates_only=True)
+        assert torch.equal(last, maps[-1])
     if "deit" not in name:  # ``norm=True`` normalises all maps of DeiT, but only the last map of other models
         torch.testing.assert_close(first, maps[0])
         torch.testing.assert_close(two[1], maps[1])
