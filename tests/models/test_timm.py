@@ -20,7 +20,6 @@ from utils.config.loading import load_config
 
 FAMILIES = ["flatten_swin_t", "flatten_pvt_t", "flatten_pvt_v2_b0", "flatten_cswin_t", "flatten_deit_t"]
 HIERARCHICAL = [name for name in FAMILIES if "deit" not in name]
-ALL_HIERARCHICAL = [name for name in list_models() if "deit" not in name]
 # Options of one small model per family. Together, the models contain linear and softmax attention and every kind of mask and
 # position table.
 MIXED = {
@@ -43,6 +42,11 @@ def mixed(name: str, **options) -> torch.nn.Module:
     return model
 
 
+def one_block_per_stage(name: str) -> dict:
+    """Options of a model of any size with as few blocks as possible."""
+    return {"depth": 1} if "deit" in name else {"depths": (1, 1, 1, 1)}
+
+
 def to_channels_first(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Convert (B, h, w, C) maps, or the patch tokens of (B, 1 + h * w, C) tokens, to (B, C, h, w) maps."""
     if features.ndim == 3:
@@ -62,7 +66,7 @@ def test_every_name_has_one_entry_point_and_one_default_cfg():
 @pytest.mark.parametrize("name", list_models())
 def test_the_default_cfg_matches_the_model(name):
     """Corresponds to timm's test_model_default_cfgs."""
-    model = timm.create_model(name, device="meta").eval()
+    model = timm.create_model(name, device="meta", **one_block_per_stage(name)).eval()
     cfg, state_dict = model.default_cfg, model.state_dict()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert f"{cfg['classifier']}.weight" in state_dict
@@ -82,13 +86,13 @@ def test_the_default_cfg_matches_the_model(name):
     assert model.forward_head(features).shape == features.shape
     model.reset_classifier(7, model.global_pools[0])
     assert model.forward_head(features).shape == (2, 7)
-    unpooled = timm.create_model(name, num_classes=0, global_pool="", device="meta")
+    unpooled = timm.create_model(name, num_classes=0, global_pool="", device="meta", **one_block_per_stage(name))
     assert unpooled.forward_head(features).shape == features.shape
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_input_size_and_crop_follow_the_evaluation_recipe_of_the_reference(name):
-    data = timm.data.resolve_model_data_config(timm.create_model(name, device="meta"))
+    data = timm.data.resolve_model_data_config(timm.create_model(name, device="meta", **one_block_per_stage(name)))
     side = 384 if name.endswith("_384") else 224
     assert data["input_size"] == (3, side, side)
     recipe = reference("recipes")["recipes"].get(name)
@@ -379,7 +383,7 @@ def with_unused_entries(name: str, state_dict: dict) -> dict:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("size", [64, 96])
 def test_timm_loads_checkpoints_of_the_reference_at_any_image_size(name, size, tmp_path):
-    options = {"num_classes": 5} | ({"attn_type": "LLLL"} if "deit" not in name else {})
+    options = {"num_classes": 5, **one_block_per_stage(name)} | ({"attn_type": "LLLL"} if "deit" not in name else {})
     torch.manual_seed(0)
     source = create_model(name, img_size=64, **options).eval()
     for entry, parameter in source.named_parameters():
