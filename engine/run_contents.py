@@ -214,10 +214,7 @@ def has_finished_epoch(metrics: Path) -> bool:
         records = read_records(metrics)
     except OSError:
         return False
-    epochs = [record.get("epoch") for record in records]
-    return any(record["kind"].startswith("eval") for record in records) or any(
-        isinstance(epoch, int) and epoch > 0 for epoch in epochs
-    )
+    return any(record["kind"].startswith("eval") or record.get("epoch") not in (None, 0) for record in records)
 
 
 def list_stamps(output: Path) -> tuple:

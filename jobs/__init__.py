@@ -1,1 +1,1 @@
-"""The jobs that ``main.py`` and the scripts start. This package imports models, data and utils, which do not import it."""
+"""The jobs that ``main.py`` and the scripts start. It imports the other packages; they do not import it."""

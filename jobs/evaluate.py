@@ -20,7 +20,6 @@ from engine.report import write_evaluation
 from engine.run_directory import create_output_directory
 from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, open_checkpoint
 from jobs.model import check_model, choose_attention, load_models
-from jobs.train import format_process_count
 from models.checkpoints.reader import preferred_weights, stored_weights
 from models.checkpoints.released import Released
 from utils.config.loading import option_keys
@@ -64,9 +63,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     cfg = choose_config(checkpoint, cfg, opts)
     output = choose_output(cfg, checkpoint, opts, own_config=own_config)
     on_main(world, lambda: create_output_directory(output))
-    logger.info(
-        "%s on %s, output in %s; evaluating %s", format_process_count(world), world.device.type, output, checkpoint.path
-    )
+    logger.info("%s, output in %s; evaluating %s", world, output, checkpoint.path)
     evaluation = evaluate_weights(checkpoint, cfg, world)
     index = evaluation.datasets.val.index
     on_main(

@@ -27,15 +27,15 @@ MAX_GROWTH = 4
 MAX_NEW_VALUES = 100_000_000
 
 
-def check_model(cfg: CfgNode) -> None:
-    """Check that the model can be built, without allocating memory.
+def check_model(cfg: CfgNode) -> nn.Module:
+    """Build the model on the meta device, without allocating memory.
 
     Raises:
         ConfigError: the model cannot be built.
     """
     try:
         with torch.device("meta"):
-            build_model(cfg)
+            return build_model(cfg)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
 
@@ -75,7 +75,7 @@ def load_models(checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], 
     Raises:
         CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
     """
-    check_size(checkpoint, cfg)
+    check_size(checkpoint, check_model(cfg))
     models = {}
     for label in labels:
         models[label] = build_model(cfg).to(device)
@@ -88,19 +88,19 @@ def load_models(checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], 
     return models
 
 
-def check_size(checkpoint: Checkpoint, cfg: CfgNode) -> None:
-    """Check, before memory is allocated, that the config does not describe a much larger model than the one in the file.
+def check_size(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Check, before memory is allocated, that a model on the meta device is not much larger than the one in the file.
 
     Raises:
         CheckpointError: the model is too large.
     """
-    with torch.device("meta"):
-        size = sum(value.numel() for value in build_model(cfg).state_dict().values())
-    stored = [sum(value.numel() for value in weights.values()) for weights in stored_weights(checkpoint.state).values()]
-    if size > MAX_GROWTH * max(stored, default=0) + MAX_NEW_VALUES:  # position tables grow with the input size
+    size = sum(value.numel() for value in model.state_dict().values())
+    sizes = [sum(value.numel() for value in weights.values()) for weights in stored_weights(checkpoint.state).values()]
+    stored = max(sizes, default=0)
+    if size > MAX_GROWTH * stored + MAX_NEW_VALUES:  # position tables grow with the input size
         raise CheckpointError(
-            f"{checkpoint.path} contains {max(stored, default=0)} weights, but its config describes a model of {size}; choose "
-            "the config that this file was trained with"
+            f"{checkpoint.path} contains {stored} weights, but its config describes a model of {size}; choose the config that "
+            "this file was trained with"
         )
 
 
@@ -137,7 +137,6 @@ def open_model(
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
-    check_model(cfg)
     label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
     model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
     check_finite_weights(model, checkpoint.path, label)

@@ -73,7 +73,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     earlier = collect_records()
     apply_numerical_settings(cfg)
     init, output = choose_initialization(cfg, world), build_output_path(cfg)
-    logger.info("%s on %s, output in %s; start: %s", format_process_count(world), world.device.type, output, init)
+    logger.info("%s, output in %s; start: %s", world, output, init)
     saved = read_resumed_checkpoint(cfg, world, init)
     if saved is not None and work_after(saved, cfg).is_finished:
         end_finished_run(saved, cfg, world, init)
@@ -169,7 +169,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
     init = choose_initialization(cfg, world)
     directory = on_main(world, lambda: create_temporary_directory(init.contents.output))
     lock = RunLock(directory)
-    logger.info("%s on %s, start: %s", format_process_count(world), world.device.type, init)
+    logger.info("%s, start: %s", world, init)
     try:
         on_main(world, lock.acquire)
         for path, reason in init.contents.unusable.items() if world.is_main else ():
@@ -306,11 +306,6 @@ def build_attention_pictures(cfg: CfgNode, world: World) -> "AttentionPictures |
     return on_all(world, partial(AttentionPictures, cfg, world.device))
 
 
-def format_process_count(world: World) -> str:
-    """Format the number of processes, as in "1 process" or "8 processes"."""
-    return "1 process" if world.size == 1 else f"{world.size} processes"
-
-
 def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate: float, loader) -> None:
     """Log model size, epochs, batch size and learning rate; warn if the batch size is not TRAIN.RECIPE_BATCH_SIZE."""
     updates_per_epoch, num_images = loader.updates_per_epoch, len(loader.loader.dataset)
@@ -339,7 +334,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
             "recipe: global batch size %d, learning rate %.3e%s",
             global_batch,
             cfg.DATA.BATCH_SIZE,
-            format_process_count(world),
+            world.processes,
             steps,
             learning_rate,
             recipe_batch,

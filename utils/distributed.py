@@ -60,6 +60,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def processes(self) -> str:
+        """The number of processes in words, as in "1 process" or "8 processes"."""
+        return "1 process" if self.size == 1 else f"{self.size} processes"
+
+    def __str__(self) -> str:
+        return f"{self.processes} on {self.device.type}"
+
 
 def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group of torchrun (NCCL on GPUs, else gloo); without torchrun, run as a single process.
