@@ -24,7 +24,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
+import data.sources
+from data.build import build_datasets, build_eval_loader, build_index, build_mixup, build_train_loader
 from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset
 from data.decoding import decode_image, decode_pixels
@@ -33,6 +34,7 @@ from data.index import Index
 from data.loader import collate
 from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.sources.class_list import class_names
+from data.sources.folder import Folder
 from data.transforms import Normalize, RandomResizedCrop, create_eval_transform, create_train_transform
 from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack
@@ -374,6 +376,24 @@ def test_archives_give_the_same_tensors_as_directories(toy_config, epoch_of_dire
     images, archive_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=1)
     assert archive_order == order
     assert all(torch.equal(images[index], expected[index]) for index in expected)
+
+
+class NestedFolder(Folder):
+    """A layout for the test below: the classes are in ``<split>/images``."""
+
+    title = "nested directories"
+
+    def __init__(self, root, split):
+        super().__init__(root / split, "images")
+
+
+def test_a_layout_that_is_added_to_the_table_is_found_by_training(toy_config, toy_data, tmp_path, monkeypatch, caplog):
+    for split in ("train", "val"):
+        shutil.copytree(toy_data / split, tmp_path / split / "images")
+    monkeypatch.setattr(data.sources, "LAYOUTS", {"nested": NestedFolder, **data.sources.LAYOUTS})
+    index = build_index(config(toy_config, tmp_path), "train")
+    assert (index.source, len(index), len(index.classes)) == (tmp_path / "train/images", 102, 3)
+    assert f"is read, but not the directories beside it, such as {tmp_path / 'train'}" in caplog.text
 
 
 class DigestDataset(torch.utils.data.Dataset):
