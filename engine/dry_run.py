@@ -3,11 +3,12 @@
 import logging
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice, repeat
 
 import torch
+from torch import Tensor
 
 from engine.evaluation import evaluate
 from engine.optim import eval_dtype
@@ -40,13 +41,13 @@ def dry_run(trainer: Trainer) -> None:
     first = next(iter(trainer.train_loader))
     logger.info("data: loading the first images took %.1f s", time.monotonic() - started)
 
-    updates = _run_updates(trainer, repeat(first))
-    seconds = _time(lambda: next(updates), trainer)
-    logger.info("training: the first update took %.1f s", seconds)
-    seconds = _time(lambda: next(updates), trainer)  # the first update includes warm-up and compilation, so time the second
+    trainer.model.train()
+    batches = trainer.mix(repeat(first))
+    logger.info("training: the first update took %.1f s", _time_updates(trainer, batches, 1))
+    seconds = _time_updates(trainer, batches, 1)  # the first update includes warm-up and compilation, so time the second
     # Rank 0 chooses the number of updates for all processes, since each update needs all of them.
     count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
-    update_seconds = _time(lambda: _drain(islice(updates, count)), trainer) / count
+    update_seconds = _time_updates(trainer, batches, count) / count
     report = trainer.collect_reports(max_pending=0)[-1]
     logger.info(
         "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
@@ -73,16 +74,18 @@ def dry_run(trainer: Trainer) -> None:
         )
     # This sum also makes every process wait until all have read the checkpoint, since the caller then deletes the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
-    _log_bottleneck(trainer, trainer.metadata["global_batch_size"], remaining_updates, *averages.tolist())
+    _log_bottleneck(trainer, remaining_updates, *averages.tolist())
 
 
-def _run_updates(trainer: Trainer, batches: Iterator) -> Iterator[None]:
-    """Run one update per iteration; the iterator does not end."""
-    trainer.model.train()
-    mixed = trainer.mix(batches)
-    while True:
-        trainer.update(mixed)
-        yield
+def _time_updates(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> float:
+    """Seconds that ``count`` updates take, including their kernels on the GPU."""
+    wait = partial(torch.cuda.synchronize, trainer.world.device) if trainer.world.device.type == "cuda" else lambda: None
+    wait()
+    started = time.monotonic()
+    for _ in range(count):
+        trainer.update(batches)
+    wait()
+    return time.monotonic() - started
 
 
 def _time_loading(trainer: Trainer, epoch: int) -> float:
@@ -90,7 +93,8 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     loader = trainer.train_loader
     loader.set_position(epoch)
     batches = iter(loader)
-    _drain(islice(batches, min(max(loader.loader.num_workers, 1), len(loader) - 1)))
+    for _ in islice(batches, min(max(loader.loader.num_workers, 1), len(loader) - 1)):
+        pass
     started, count = time.monotonic(), 0
     for _ in batches:
         count += 1
@@ -99,9 +103,7 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     return (time.monotonic() - started) / count
 
 
-def _log_bottleneck(
-    trainer: Trainer, images_per_update: int, remaining_updates: int, update_seconds: float, loading_seconds: float
-) -> None:
+def _log_bottleneck(trainer: Trainer, remaining_updates: int, update_seconds: float, loading_seconds: float) -> None:
     """Log speeds, expected durations and the bottleneck.
 
     Args:
@@ -109,6 +111,7 @@ def _log_bottleneck(
         update_seconds: seconds per update on batches that are already loaded.
         loading_seconds: seconds to load the batches of an update.
     """
+    images_per_update = trainer.metadata["global_batch_size"]
     seconds_per_update = max(update_seconds, loading_seconds)
     logger.info(
         "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, "
@@ -126,22 +129,3 @@ def _log_bottleneck(
         )
     else:
         logger.info("the model is the bottleneck: loading is %.1f times as fast", update_seconds / loading_seconds)
-
-
-def _drain(items: Iterator) -> None:
-    """Iterate to the end without storing the items, since batches are large."""
-    deque(items, maxlen=0)
-
-
-def _time(task: Callable[[], object], trainer: Trainer) -> float:
-    """Seconds that ``task`` takes, including its kernels on the GPU."""
-
-    def wait() -> None:
-        if trainer.world.device.type == "cuda":
-            torch.cuda.synchronize(trainer.world.device)
-
-    wait()
-    started = time.monotonic()
-    task()
-    wait()
-    return time.monotonic() - started
