@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -73,13 +72,10 @@ def trace(
     """
     with torch.no_grad(), capture(model, names) as attentions:
         model(image.unsqueeze(0))
-    return [trace_module(model, attention, points=points, forms=forms) for attention in attentions]
+    return [_trace_module(model, attention, points, forms) for attention in attentions]
 
 
-def trace_module(
-    model: nn.Module, attention: Attention, *, points: Sequence[Point] = (), forms: Sequence[str] = FORMS
-) -> BlockMaps:
-    """Attention maps of one module for one image, see ``trace``."""
+def _trace_module(model: nn.Module, attention: Attention, points: Sequence[Point], forms: Sequence[str]) -> BlockMaps:
     grid = attention.map_grid
     positions = token_positions(model, attention)  # (windows, N)
     queries = sample_queries(grid, points)
@@ -127,14 +123,12 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
     """
     weights = weights[..., attention.num_prefix_tokens :]
     if attention.key_grid != attention.grid:  # spatially reduced keys have their own map
-        canvas = weights.unflatten(-1, attention.key_grid)
-    else:
-        canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
-        # Padding is written to an extra last cell, which is dropped below.
-        index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)
-        canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
-        canvas = canvas[..., :-1].unflatten(-1, grid)
-    return canvas
+        return weights.unflatten(-1, attention.key_grid)
+    canvas = weights.new_zeros(*weights.shape[:2], grid[0] * grid[1] + 1)
+    # Padding is written to an extra last cell, which is dropped.
+    index = torch.where(positions < 0, grid[0] * grid[1], positions).to(weights.device)
+    canvas.scatter_(-1, index.expand(weights.shape[0], -1, -1), weights)
+    return canvas[..., :-1].unflatten(-1, grid)
 
 
 # --- The page
@@ -153,20 +147,13 @@ def encode_maps(maps: Tensor) -> dict:
     return {
         "heads": len(maps),
         "size": list(maps.shape[-2:]),
-        "steps": _base64(steps.cpu().numpy()),
-        "largest": _base64(largest.float().cpu().numpy()),
+        "steps": _base64(steps.cpu().numpy().tobytes()),
+        "largest": _base64(largest.float().cpu().numpy().tobytes()),
     }
 
 
-def _base64(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
-def image_url(image: Image.Image) -> str:
-    """Encode an image as a data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: str) -> None:
@@ -176,9 +163,11 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
         image: preprocessed image, before normalisation.
         title: heading of the page.
     """
+    png = io.BytesIO()
+    image.save(png, "PNG")
     content = {
         "title": title,
-        "image": image_url(image),
+        "image": f"data:image/png;base64,{_base64(png.getvalue())}",
         "blocks": [
             {
                 "name": block.name,

@@ -1,7 +1,6 @@
 """Benchmark the training loop: cost of data loader, EMA and the loop itself relative to the bare training step."""
 
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,18 +30,14 @@ def measure_loop(cfg: CfgNode, world: World, *, updates: int, rounds: int) -> li
 
     A bare step consists of forward pass, backward pass, gradient clipping and optimizer update, always on the same batch.
     """
-    folder = Path(tempfile.mkdtemp(prefix="benchmark"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="benchmark", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         init = Initialization("scratch", "", Contents(folder))
-        data = build_data(cfg, world, init, None)
+        data, metrics = build_data(cfg, world, init, None), MetricsWriter(folder, 0)
         trainer = build_trainer(cfg, world, init, None, data, output=folder, find_unused_parameters=False)
-        metrics = MetricsWriter(folder, 0)
-        trainer = replace(trainer, metrics=metrics)
-        tasks = create_tasks(trainer, cfg, updates)
+        tasks = create_tasks(replace(trainer, metrics=metrics), cfg, updates)
         timings = time_in_turn(tasks, rounds=rounds, device=world.device)
         metrics.close()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     # The time of a task divided by that of the bare step is the speed-up of the bare step over the task.
     return [{"task": name, "time_over_bare_step": speedup(timings[BARE], timing)} for name, timing in timings.items()]
 

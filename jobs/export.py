@@ -130,16 +130,15 @@ def write_files(folder: Path, opened: OpenedModel, formats: Sequence[str]) -> di
         write_safetensors(model, path, cfg, label, names)
         (folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2, allow_nan=False) + "\n")
         files |= {path.name: f"weights, sha256 `{sha256(path)}`", "config.json": "architecture and preprocessing, for timm"}
+    errors = {}
     if "torch" in formats:
-        path = folder / "model.pt2"
-        error = export_torch(model, images, path)
-        files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
+        errors["model.pt2"] = export_torch(model, images, folder / "model.pt2")
     if "onnx" in formats:
-        path = folder / "model.onnx"
         metadata = {"model": cfg.MODEL.NAME, "weights": label, "class_names": json.dumps(names)}
         metadata["preprocessing"] = json.dumps(build_preprocessing(cfg).to_dict())
-        error = export_onnx(model, images, path, metadata)
-        files[path.name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(path)}`"
+        errors["model.onnx"] = export_onnx(model, images, folder / "model.onnx", metadata)
+    for name, error in errors.items():
+        files[name] = f"largest relative error of the logits {error:.1e}, sha256 `{sha256(folder / name)}`"
     return files
 
 
