@@ -31,13 +31,19 @@ def boxes_of_timm(count: int, max_count: int) -> list[tuple[int, int, int, int]]
     return boxes
 
 
+def with_area_and_aspect(boxes: np.ndarray) -> list[np.ndarray]:
+    """Columns of (N, 4) rectangles, their areas and their aspect ratios, which depend on both sides together."""
+    _, _, heights, widths = boxes.T
+    return [*boxes.T, heights * widths, heights / widths]
+
+
 @pytest.mark.parametrize("max_count", [1, 3])
 def test_rectangles_have_the_same_distribution_as_in_timm(max_count):
     state = hash_keys(0, [(0, index) for index in range(20_000)])
     _, ours = draw_rectangles(state, SIDE, SIDE, probability=1.0, max_count=max_count)
     theirs = np.array(boxes_of_timm(5_000, max_count))
     assert len(ours) / 20_000 == pytest.approx(len(theirs) / 5_000, rel=0.02)
-    for measured, expected in zip(ours.T, theirs.T, strict=True):
+    for measured, expected in zip(with_area_and_aspect(ours), with_area_and_aspect(theirs), strict=True):
         assert ks_2samp(measured, expected).pvalue > 1e-3
 
 
@@ -95,6 +101,16 @@ def test_erasing_of_an_image_does_not_depend_on_its_batch(mode):
     else:
         assert abs(values.mean()) < 0.05
         assert values.std() == pytest.approx(1, abs=0.05)
+
+
+def test_exactly_the_drawn_rectangles_are_erased():
+    keys = [(0, index) for index in range(40)]
+    erased = Erase(0.5, mode="const", max_count=2, seed=0, device=CPU)(torch.ones(40, 3, SIDE, SIDE), keys)
+    expected = torch.ones(40, 3, SIDE, SIDE)
+    positions, boxes = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=0.5, max_count=2)
+    for position, (top, left, height, width) in zip(positions, boxes, strict=True):
+        expected[position, :, top : top + height, left : left + width] = 0
+    assert torch.equal(erased, expected)
 
 
 def test_two_rectangles_in_one_image_have_different_colours():
