@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
-from data.datasets import READ_ERRORS, ImageDataset
+from data.datasets import ImageDataset
 from data.decoding import decode_image, decode_pixels
 from data.erasing import Erase
 from data.files import DataError
-from data.index import Index
+from data.index import Index, read_beginning
 from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
@@ -84,7 +84,7 @@ def build_datasets(
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, create_eval_transform(build_preprocessing(cfg)), in_memory=in_memory)
     if train is not None:
-        run_once(lambda: warn_if_shared(train, val))
+        run_once(lambda: warn_if_shared(train.index, val.index))
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
         class_ids = run_once(
@@ -115,31 +115,21 @@ def build_index(cfg: CfgNode, split: str) -> Index:
     return index_split(layout, cfg.DATA.DATA_PATH, split, cache=cache)
 
 
-def warn_if_shared(train: ImageDataset, val: ImageDataset) -> None:
+def warn_if_shared(train: Index, val: Index) -> None:
     """Warn if validation images are also training images: the same directories, or splits with the same labels and contents."""
-    shared = ""
-    if not train.index.archives and not val.index.archives:
-        shared = find_linked_class(val.index, train.index)
-    if not shared and np.array_equal(train.index.labels, val.index.labels):
+    shared = find_linked_class(val, train) if not train.archives and not val.archives else ""
+    if not shared and np.array_equal(train.labels, val.labels):
         positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))
-        pairs = ((_read_if_possible(train, position), _read_if_possible(val, position)) for position in positions)
+        pairs = ((read_beginning(train, position), read_beginning(val, position)) for position in positions)
         if all(first == second != b"" for first, second in pairs):
-            shared = val.index.classes[0]
+            shared = val.classes[0]
     if shared:
         logger.warning(
             "%s and %s have the same images, in class %s for example: the validation accuracy does not measure generalisation",
-            train.index.source,
-            val.index.source,
+            train.source,
+            val.source,
             shared,
         )
-
-
-def _read_if_possible(dataset: ImageDataset, position: int) -> bytes:
-    """Bytes of an image file; empty if it cannot be read."""
-    try:
-        return dataset.read(position)
-    except READ_ERRORS:
-        return b""
 
 
 def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world_size: int) -> range:
