@@ -176,6 +176,7 @@ MODEL:
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give only one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
+        ("DATA: {IMG_SIZE: [[224], 224]}", [], "DATA.IMG_SIZE=[224] is of type list; expected int, such as 224"),
         ("DATA: {IMG_SIZE: [224, 0]}", [], "DATA.IMG_SIZE=[224, 0]: give numbers, each from 1 to 8192"),
         ("DATA: {IMG_SIZE: 1000000000}", [], "DATA.IMG_SIZE=1000000000: give a number from 1 to 8192"),
         ("MODEL: {NUM_CLASSES: 1}", [], "MODEL.NUM_CLASSES=1: give a number from 2 to 1000000"),

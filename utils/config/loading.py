@@ -48,7 +48,10 @@ _ALIASES = {
     "CLIP": "TRAIN.CLIP_GRAD",
 }
 _MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
-_MAY_BE_LIST = {"AUG.CUTMIX_MINMAX": [0.0], "DATA.IMG_SIZE": [0]}  # key whose default is no list -> example of a list
+_MAY_BE_LIST = {
+    "AUG.CUTMIX_MINMAX": [0.2, 0.8],
+    "DATA.IMG_SIZE": [224, 224],
+}  # key whose default is no list -> example of a list
 
 CONFIGS = Path(__file__).parents[2] / "configs"  # the shipped configs; their file names are the model names
 MAX_TEXT = 4096  # maximum length of a value
