@@ -223,8 +223,7 @@ def read_index(split: Source, *, cache: Path | None = None) -> Index:
     Raises:
         DataError: the data are invalid.
     """
-    name = hashlib.sha256(str(split.path.resolve()).encode()).hexdigest()[:32]
-    cache_file = None if cache is None else cache / f"{name}.npz"
+    cache_file = None if cache is None else cache / f"{hashlib.sha256(str(split.path.resolve()).encode()).hexdigest()[:32]}.npz"
     try:
         if cache_file is not None and cache_file.is_file():
             index, notes = _read_cache(cache_file, split)
@@ -299,8 +298,8 @@ def _read_cache(path: Path, split: Source) -> tuple[Index, list[Note]]:
         )
     _check_arrays(index)
     if not split.archives:
-        sizes = [_file_size(split.source / index.name(position)) for position in _sampled(index)]
-        if sizes != index.sizes[_sampled(index)].tolist():
+        positions = _sampled(index)
+        if [_file_size(split.source / index.name(position)) for position in positions] != index.sizes[positions].tolist():
             raise ValueError("image files have changed")
     notes = [(level, text) for level, text in header["notes"]]
     if not isinstance(header["notes"], list) or not all(
