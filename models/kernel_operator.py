@@ -86,6 +86,7 @@ class KernelRun:
         self.side = 0 if kernel is None else kernel.shape[-1]
         self.filter = None if kernel is None else kernel.float().view(self.channels, -1).t().contiguous()  # (side^2, C)
         self.key_weight = None if weight is None else weight.float().reshape(self.num_images, -1).contiguous()
+        self.key_inputs = [self.k, self.v, self.position, self.inverse_scale, self.key_weight]
         precision = choose_precision(q.dtype)
         tile = launch_options(self.head_dim, precision)
         block_size = tile.pop("block_size")
@@ -114,7 +115,7 @@ class KernelRun:
         launch(
             "key_summary_kernel",
             images * num_chunks,
-            [self.k, self.v, self.position, self.inverse_scale, self.key_weight],
+            self.key_inputs,
             [key_statistics, partial],
             [*self.k.stride()[:2], *self.v.stride()[:2], self.num_keys, heads, num_blocks, num_chunks],
             self.constants | {"HAS_WEIGHT": self.key_weight is not None},
@@ -176,31 +177,13 @@ class KernelRun:
         scratch = self.empty(images, heads + 1, self.num_keys)
         grad_log_scale = self.empty(images, num_chunks, self.channels)
         grad_filter = None if self.filter is None else self.empty(images, num_chunks, *self.filter.shape)
+        strides = [stride for x in (self.k, self.v, grad_k) for stride in x.stride()[:2]]
         launch(
             "key_gradient_kernel",
             images * num_chunks,
-            [
-                self.k,
-                self.v,
-                gradient,
-                self.position,
-                self.inverse_scale,
-                self.key_weight,
-                grad_summary,
-                self.filter,
-                statistics,
-            ],
+            [*self.key_inputs[:2], gradient, *self.key_inputs[2:], grad_summary, self.filter, statistics],
             [scratch, grad_log_scale, grad_filter, grad_k, grad_v],
-            [
-                *self.k.stride()[:2],
-                *self.v.stride()[:2],
-                *grad_k.stride()[:2],
-                self.num_keys,
-                heads,
-                *self.grid,
-                num_blocks,
-                num_chunks,
-            ],
+            [*strides, self.num_keys, heads, *self.grid, num_blocks, num_chunks],
             self.constants | {"SIDE": self.side, "HAS_WEIGHT": self.key_weight is not None},
         )
         return grad_log_scale.sum(dim=(0, 1)), None if grad_filter is None else grad_filter.sum(dim=(0, 1))
@@ -212,57 +195,40 @@ def add_chunks(partial: Tensor) -> Tensor:
 
 
 # The kernels are registered as operators of torch, whose arguments are those of ``Inputs`` and ``Options``, one by one.
+ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor position, Tensor scale, Tensor? kernel, Tensor? bias, Tensor? key_weight, "
+    "int num_heads, float power, int height, int width, int num_prefix_tokens"
+)
 
 
-def run_forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    bias: Tensor | None,
-    key_weight: Tensor | None,
-    num_heads: int,
-    power: float,
-    height: int,
-    width: int,
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def create_run(arguments: tuple) -> KernelRun:
+    num_inputs = len(Inputs._fields)
+    return KernelRun(Inputs(*arguments[:num_inputs]), Options(*arguments[num_inputs:]))
+
+
+def run_forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and the summaries and statistics that the backward pass needs; see ``KernelRun.forward``."""
-    inputs = Inputs(q, k, v, position, scale, kernel, bias, key_weight)
-    return KernelRun(inputs, Options(num_heads, power, height, width, num_prefix_tokens)).forward()
+    return create_run(arguments).forward()
 
 
 def run_backward(
-    gradient: Tensor,
-    summary: Tensor,
-    query_statistics: Tensor,
-    key_statistics: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    position: Tensor,
-    scale: Tensor,
-    kernel: Tensor | None,
-    bias: Tensor | None,
-    key_weight: Tensor | None,
-    num_heads: int,
-    power: float,
-    height: int,
-    width: int,
-    num_prefix_tokens: int,
+    gradient: Tensor, summary: Tensor, query_statistics: Tensor, key_statistics: Tensor, *arguments
 ) -> list[Tensor]:
     """Gradients; see ``KernelRun.backward``."""
-    inputs = Inputs(q, k, v, position, scale, kernel, bias, key_weight)
-    run = KernelRun(inputs, Options(num_heads, power, height, width, num_prefix_tokens))
-    return run.backward(gradient, summary, query_statistics, key_statistics)
+    return create_run(arguments).backward(gradient, summary, query_statistics, key_statistics)
 
 
 # One namespace for each name under which the package is imported: torch would replace operators of the same name.
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
-attention_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention", run_forward, mutates_args=())
-attention_backward_operator = torch.library.custom_op(f"{NAMESPACE}::focused_attention_backward", run_backward, mutates_args=())
+attention_operator = torch.library.custom_op(
+    f"{NAMESPACE}::focused_attention", run_forward, mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+attention_backward_operator = torch.library.custom_op(
+    f"{NAMESPACE}::focused_attention_backward",
+    run_backward,
+    mutates_args=(),
+    schema=f"(Tensor gradient, Tensor summary, Tensor query_statistics, Tensor key_statistics, {ARGUMENTS}) -> Tensor[]",
+)
 
 
 @attention_operator.register_fake
