@@ -32,8 +32,7 @@ class LinearAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, **_unused) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(self.operator(q, k, v))
+        return self.proj(self.operator(self.qkv(x)))
 
 
 def replace_attention(model: nn.Module) -> nn.Module:

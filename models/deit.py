@@ -16,31 +16,12 @@ from torch import Tensor, nn
 from .backbone import Backbone, check_output_fmt
 from .blocks import NO_OPTIONS, Block, init_weights, plan_blocks, run_block
 from .compared_attention import SoftmaxAttention
-from .linear_attention import FocusedLinearAttention
+from .linear_attention import ProjectedLinearAttention
 from .positions import PositionTable, resized_parameter, whole_map
 
 
-class LinearAttention(FocusedLinearAttention):
+class LinearAttention(ProjectedLinearAttention):
     """Focused linear attention over class and patch tokens. (B, N, C) -> (B, N, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        *,
-        qkv_bias: bool,
-        proj_drop: float,
-        linear: Mapping,
-        **factory,
-    ):
-        super().__init__(dim, num_heads, grid, num_prefix_tokens=1, **factory, **linear)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.proj_drop(self.proj(self.attend(self.qkv(x), grid=grid)))
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native token map in place."""
@@ -59,7 +40,7 @@ def create_attention(
 ) -> nn.Module:
     """Create the attention module of a linear (``L``) or softmax (``S``) block."""
     if attention_type == "L":
-        return LinearAttention(dim, num_heads, grid, linear=linear, **options)
+        return LinearAttention(dim, num_heads, grid, linear=linear, num_prefix_tokens=1, **options)
     return SoftmaxTokenAttention(dim, num_heads, attn_drop=attn_drop, **options)
 
 

@@ -4,7 +4,7 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -316,3 +316,27 @@ class FocusedLinearAttention(nn.Module):
             v, num_prefix = stretch_tokens(v[:, num_prefix:], num_tokens), 0
         convolved = depthwise_convolution(v, kernel, bias, grid, num_prefix)
         return out + F.pad(convolved, (0, 0, out.shape[1] - convolved.shape[1], 0))
+
+
+class ProjectedLinearAttention(FocusedLinearAttention):
+    """Focused linear attention with a joint projection to q, k and v, and an output projection. (B, N, C) -> (B, N, C)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        *,
+        qkv_bias: bool,
+        proj_drop: float,
+        linear: Mapping,
+        num_prefix_tokens: int = 0,
+        **factory,
+    ):
+        super().__init__(dim, num_heads, grid, num_prefix_tokens=num_prefix_tokens, **factory, **linear)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], key_mask: Tensor | None = None) -> Tensor:
+        return self.proj_drop(self.proj(self.attend(self.qkv(x), grid=grid, key_mask=key_mask)))

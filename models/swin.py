@@ -15,34 +15,17 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .blocks import NO_OPTIONS, Block, Stage, init_weights, plan_blocks
 from .compared_attention import SoftmaxAttention
-from .linear_attention import FocusedLinearAttention
+from .linear_attention import ProjectedLinearAttention
 from .positions import PositionTable, resize_grid, resized_parameter
 from .windows import PADDING, cached_constant, ceil_divide, merge_windows, partition_windows, window_regions
 
 
-class LinearWindowAttention(FocusedLinearAttention):
+class LinearWindowAttention(ProjectedLinearAttention):
     """Focused linear attention within windows. (B * nW, N, C) -> (B * nW, N, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window: tuple[int, int],
-        *,
-        qkv_bias: bool,
-        proj_drop: float,
-        linear: Mapping,
-        **factory,
-    ):
-        super().__init__(dim, num_heads, window, **factory, **linear)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, window: tuple[int, int], region: Tensor | None) -> Tensor:
         key_mask = None if region is None else (region != PADDING).repeat(x.shape[0] // region.shape[0], 1)
-        x = self.attend(self.qkv(x), grid=window, key_mask=key_mask)
-        return self.proj_drop(self.proj(x))
+        return super().forward(x, window, key_mask)
 
     def set_window(self, window: tuple[int, int]) -> None:
         self.set_grid(window)

@@ -81,10 +81,10 @@ def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path)
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)
     prefix = _name_prefix(stored, model, path)
-    inside, outside = _split_by_prefix(stored, prefix)
-    origin, report = _stored_value(state, "MODEL", "NAME"), LoadReport(str(path), label, prefix=prefix)
-    fitting, report = _match(model, inside, report, origin=origin, img_size=stored_img_size(state))
-    report.unused += outside
+    inside = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+    report, origin = LoadReport(str(path), label, prefix=prefix), _stored_value(state, "MODEL", "NAME")
+    fitting = _match(model, with_metadata(inside, stored), report, origin=origin, img_size=stored_img_size(state))
+    report.unused += [name for name in stored if not name.startswith(prefix)]
     model.load_state_dict(model.with_grids(fitting), strict=False)
     logger.info("%s", report)
     return report
@@ -122,14 +122,6 @@ def _name_prefix(stored: Mapping[str, Tensor], model: nn.Module, path: str | Pat
     return prefixes[0]
 
 
-def _split_by_prefix(stored: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The entries whose names start with ``prefix``, which is removed, and the names of all other entries."""
-    inside = with_metadata(
-        {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}, stored
-    )
-    return inside, [name for name in stored if not name.startswith(prefix)]
-
-
 def _stored_value(state: Mapping, section: str, key: str) -> object:
     """Value of a config key in a checkpoint; None if it is missing."""
     config = state.get("config")
@@ -139,8 +131,8 @@ def _stored_value(state: Mapping, section: str, key: str) -> object:
 
 def _match(
     model: nn.Module, stored: dict[str, Tensor], report: LoadReport, *, origin: str | None, img_size: int | list[int] | None
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """Select the entries of a file that match the model's names and shapes, and complete the report.
+) -> dict[str, Tensor]:
+    """Return the entries of a file that match the model's names and shapes, and complete the report.
 
     Args:
         origin: model name in the file's config, for messages.
@@ -188,7 +180,7 @@ def _match(
         raise mismatch(
             f"{reason} (missing tensors: {len(report.missing)}, unused tensors: {len(report.unused)}; for example {examples})"
         )
-    return fitting, report
+    return fitting
 
 
 def _smallest_coverage(sizes: dict[str, int], head: set[str], filled: set[str], num_unused: int) -> tuple[float, str]:

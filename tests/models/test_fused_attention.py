@@ -1,4 +1,4 @@
-"""Focused linear attention with its custom backward pass equals standard operations with autograd (the unfused form).
+"""Focused linear attention with its custom backward pass equals standard operations with autograd (the plain form).
 
 In these tests, ``operator`` is a ``FocusedLinearAttention`` module.
 """
@@ -31,8 +31,8 @@ def random_tokens(num_images, num_queries, num_keys, *, std=1.0) -> list[torch.T
 
 
 @contextlib.contextmanager
-def unfused_form():
-    """Make operators use the unfused form, by simulating that torch.compile is active."""
+def plain_form():
+    """Make operators use the plain form, by simulating that torch.compile is active."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         yield
@@ -44,9 +44,9 @@ def outputs_and_gradients(operator, tokens, **options):
     return out, torch.autograd.grad((out * weights).sum(), [*tokens, *operator.parameters()])
 
 
-def assert_equals_unfused_form(operator, tokens, **options):
+def assert_equals_plain_form(operator, tokens, **options):
     out, gradients = outputs_and_gradients(operator, tokens, **options)
-    with unfused_form():
+    with plain_form():
         expected_out, expected = outputs_and_gradients(operator, tokens, **options)
     torch.testing.assert_close(out, expected_out)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
@@ -69,37 +69,37 @@ def assert_equals_unfused_form(operator, tokens, **options):
     ],
     ids=str,
 )
-def test_values_and_gradients_equal_those_of_the_unfused_form(options, prefix):
+def test_values_and_gradients_equal_those_of_the_plain_form(options, prefix):
     operator = random_operator((4, 5), num_prefix_tokens=prefix, **options)
-    assert_equals_unfused_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
+    assert_equals_plain_form(operator, random_tokens(3, 20 + prefix, 20 + prefix))
 
 
 @pytest.mark.parametrize("key_grid", [(2, 3), (1, 1)])
-def test_gradients_with_spatially_reduced_keys_equal_those_of_the_unfused_form(key_grid):
+def test_gradients_with_spatially_reduced_keys_equal_those_of_the_plain_form(key_grid):
     operator = random_operator((4, 5), key_grid=key_grid)
-    assert_equals_unfused_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
+    assert_equals_plain_form(operator, random_tokens(3, 20, key_grid[0] * key_grid[1]))
 
 
-def test_gradients_with_masked_keys_equal_those_of_the_unfused_form():
+def test_gradients_with_masked_keys_equal_those_of_the_plain_form():
     operator = random_operator((4, 5))
     mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[1] = False  # all keys of this image are masked
-    assert_equals_unfused_form(operator, random_tokens(3, 20, 20), key_mask=mask)
+    assert_equals_plain_form(operator, random_tokens(3, 20, 20), key_mask=mask)
 
 
-def test_gradients_with_resized_positional_encodings_equal_those_of_the_unfused_form():
-    assert_equals_unfused_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
+def test_gradients_with_resized_positional_encodings_equal_those_of_the_plain_form():
+    assert_equals_plain_form(random_operator((4, 5)), random_tokens(2, 24, 24), grid=(6, 4))
 
 
 @pytest.mark.parametrize("std", [1e-12, 1e-3, 1e3])
-def test_gradients_of_inputs_dominated_by_epsilon_equal_those_of_the_unfused_form(std):
+def test_gradients_of_inputs_dominated_by_epsilon_equal_those_of_the_plain_form(std):
     """``EPS``, added after the ReLU, exceeds tiny inputs and is the value of all channels if none of them is positive."""
     operator = random_operator((4, 5))
     q, k, v = random_tokens(2, 20, 20, std=std)
     with torch.no_grad():
         q[:, 3] = -q[:, 3].abs()
         k[:, 5] = -10 - k[:, 5].abs()  # remains negative after the positional encoding is added
-    assert_equals_unfused_form(operator, [q, k, v])
+    assert_equals_plain_form(operator, [q, k, v])
 
 
 @pytest.mark.parametrize("scale", [0.0, 5.0, 20.0, 50.0])
@@ -128,7 +128,7 @@ def test_the_block_size_changes_neither_values_nor_gradients(monkeypatch, limit,
     """The four limits give blocks of one token, several tokens, one image, and two images."""
     monkeypatch.setattr(models.fused_attention, "MAX_BLOCK_ELEMENTS_ON_CPU", limit)
     operator = random_operator((4, 5), key_grid=(4, 5) if num_keys == 20 else (2, 3))
-    assert_equals_unfused_form(operator, random_tokens(5, 20, num_keys))
+    assert_equals_plain_form(operator, random_tokens(5, 20, num_keys))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(run, [*tokens, *parameters.values()], fast_mode=False)
 
 
-def test_torch_func_uses_the_unfused_form():
+def test_torch_func_uses_the_plain_form():
     operator = random_operator((2, 3))
     packed = torch.randn(2, 6, 3 * C).double().requires_grad_()
 
@@ -229,7 +229,7 @@ def test_gradients_of_the_convolution_equal_those_of_autograd(kernel_size, grid)
     """The map of 8 x 9 tokens is larger than every kernel; the map of 4 x 12 has fewer rows than kernels of size 5 and 7."""
     operator = random_operator(grid, kernel_size=kernel_size)
     num_tokens = grid[0] * grid[1]
-    assert_equals_unfused_form(operator, random_tokens(3, num_tokens, num_tokens))
+    assert_equals_plain_form(operator, random_tokens(3, num_tokens, num_tokens))
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
