@@ -369,6 +369,23 @@ def test_a_blocked_disk_delays_the_first_flush_of_metrics_for_a_limited_time_and
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
 
 
+def test_metrics_of_a_run_whose_directory_is_moved_cause_a_warning_and_no_traceback_of_tensorboard(
+    tmp_path, monkeypatch, caplog
+):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)  # errors of TensorBoard's own thread
+    (tmp_path / "run").mkdir()
+    writer = MetricsWriter(tmp_path / "run", 0)
+    writer.scalars(1, "train", {"loss": 1.0})
+    writer.flush()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    writer.scalars(2, "train", {"loss": 1.0})
+    writer.close()
+    assert errors == []
+    assert f"{tmp_path / 'run'} was moved or removed" in caplog.text
+    assert not (tmp_path / "run").exists()
+
+
 # --- Loading of weights, and gradient checkpointing
 
 
