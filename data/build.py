@@ -1,7 +1,6 @@
 """Build datasets, loaders and mixup from a config."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from data.workers import WatchedDataset, create_loader
 from models.preprocessing import MAX_SMALL_SIZE
 from models.registry import build_preprocessing
 from utils.config.loading import image_size
+from utils.devices import count_cores
 from utils.random import restore_generators
 
 logger = logging.getLogger(__name__)
@@ -168,9 +168,19 @@ def build_train_transform(cfg: CfgNode) -> Transform:
 
 
 def build_train_loader(
-    cfg: CfgNode, dataset: ImageDataset, *, accumulation: int = 1, rank: int, world_size: int, device: torch.device
+    cfg: CfgNode,
+    dataset: ImageDataset,
+    *,
+    accumulation: int = 1,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    num_cores: int | None = None,
 ) -> TrainLoader:
     """Build the training loader.
+
+    Args:
+        num_cores: CPU cores for this process; all that it may use by default.
 
     Raises:
         DataError: fewer images than one update needs.
@@ -194,15 +204,17 @@ def build_train_loader(
     if cfg.AUG.REPROB > 0:
         erase = Erase(cfg.AUG.REPROB, mode=cfg.AUG.REMODE, max_count=cfg.AUG.RECOUNT, seed=cfg.SEED, device=device)
     normalize = Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device)
-    loader = _create_loader(cfg, dataset, batches, device)
+    loader = _create_loader(cfg, dataset, batches, device, num_cores)
     return TrainLoader(loader, normalize, device, erase=erase, max_unreadable=cfg.DATA.MAX_UNREADABLE)
 
 
-def build_eval_loader(cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device) -> DeviceLoader:
-    """Build the loader of the validation images."""
+def build_eval_loader(
+    cfg: CfgNode, dataset: ImageDataset, *, rank: int, world_size: int, device: torch.device, num_cores: int | None = None
+) -> DeviceLoader:
+    """Build the loader of the validation images. Args: see ``build_train_loader``."""
     batch_size = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
     batches = EvalBatches(len(dataset), batch_size, rank=rank, world_size=world_size)
-    loader = _create_loader(cfg, dataset, batches, device)
+    loader = _create_loader(cfg, dataset, batches, device, num_cores)
     return DeviceLoader(loader, Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device), device)
 
 
@@ -224,22 +236,16 @@ def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
     )
 
 
-def build_num_workers(cfg: CfgNode) -> int:
-    """Number of loader workers: DATA.NUM_WORKERS, or the number of CPU cores per process if that is lower."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    return min(cfg.DATA.NUM_WORKERS, max(count_cores() // processes, 1))
+def build_num_workers(cfg: CfgNode, num_cores: int) -> int:
+    """Number of loader workers: DATA.NUM_WORKERS, or the number of CPU cores for this process if that is lower."""
+    return min(cfg.DATA.NUM_WORKERS, num_cores)
 
 
-def count_cores() -> int:
-    """Number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device) -> DataLoader:
-    num_workers = build_num_workers(cfg)
+def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.device, num_cores: int | None) -> DataLoader:
+    num_workers = build_num_workers(cfg, num_cores or count_cores())
     if num_workers < cfg.DATA.NUM_WORKERS:
         logger.info(
-            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the number of CPU cores",
+            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the CPU cores for each process",
             num_workers,
             cfg.DATA.NUM_WORKERS,
         )

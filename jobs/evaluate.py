@@ -128,7 +128,9 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         run_once=partial(on_main, world, long_timeout=True),
         model_classes=checkpoint.class_names,
     )
-    loader = build_eval_loader(cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device)
+    loader = build_eval_loader(
+        cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device, num_cores=world.num_cores
+    )
     models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
     attention = choose_attention(models.values(), [eval_dtype(cfg)], cfg, world)
     results = evaluate(

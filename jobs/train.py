@@ -213,7 +213,12 @@ def build_data(cfg: CfgNode, world: World, init: Initialization, saved: dict | N
     assert datasets.train is not None  # because of ``training``
     splits = {"train": datasets.train.index, "val": datasets.val.index}
     description = scan(lambda: {split: describe_index(index) for split, index in splits.items()})
-    placement: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    placement: dict[str, Any] = {
+        "rank": world.rank,
+        "world_size": world.size,
+        "device": world.device,
+        "num_cores": world.num_cores,
+    }
     train_loader = build_train_loader(cfg, datasets.train, accumulation=accumulation_steps(cfg, world.size), **placement)
     val_loader = build_eval_loader(cfg, datasets.val, **placement)
     changes = {}

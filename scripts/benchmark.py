@@ -129,8 +129,8 @@ def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
 
 def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from benchmarks.loading import measure_loading, measure_workers
-    from data.build import count_cores
     from jobs.predict import find_images
+    from utils.devices import count_cores
 
     cfg, paths = load_config(args.cfg), find_images(args.images)
     max_workers = count_cores() if args.workers is None else args.workers

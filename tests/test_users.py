@@ -25,6 +25,7 @@ from models.checkpoints.reader import CheckpointError, preferred_weights, read_c
 from tests.conftest import CONFIGS
 from tests.launch import run_main, run_script
 from utils.config.loading import ConfigError, load_config
+from utils.devices import Cores, count_cores
 from utils.distributed import World
 
 ROOT = Path(__file__).parent.parent
@@ -353,15 +354,28 @@ def test_a_warning_is_logged_if_the_ema_averages_over_more_updates_than_the_run_
     assert bool(caplog.records) == warned
 
 
-def test_num_workers_is_limited_to_the_cores_per_process(toy_config, monkeypatch):
+def test_the_number_of_loader_workers_is_limited_to_the_cores_of_the_process(toy_config):
     cfg = load_config(toy_config, ["DATA.NUM_WORKERS", 8])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert build_num_workers(cfg) == 6
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert build_num_workers(cfg) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert build_num_workers(cfg) == 1
-    assert build_num_workers(load_config(toy_config)) == 0
+    assert [build_num_workers(cfg, num_cores) for num_cores in (1, 6, 8, 64)] == [1, 6, 8, 8]
+    assert build_num_workers(load_config(toy_config), 6) == 0  # NUM_WORKERS 0
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        ([range(6)], [6]),
+        ([range(64)] * 8, [8] * 8),  # torchrun: every process may use all cores
+        ([range(8 * rank, 8 * rank + 8) for rank in range(8)], [8] * 8),  # srun --cpus-per-task=8
+        ([range(32)] * 4 + [range(32, 64)] * 4, [8] * 8),  # bound to one of two sockets
+        ([range(2)] * 8, [1] * 8),  # fewer cores than processes
+        ([range(7)] * 3, [2] * 3),
+        ([range(4), range(2, 6)], [3, 3]),  # two cores in common
+    ],
+)
+def test_processes_share_the_cores_that_they_have_in_common(processes, expected):
+    cores = [Cores("one", frozenset(numbers)) for numbers in processes]
+    other_machine = [Cores("other", frozenset(range(64)))] * 5
+    assert [count_cores(own, cores + other_machine) for own in cores] == expected
 
 
 # --- The command line

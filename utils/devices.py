@@ -1,8 +1,11 @@
-"""The device of a process: one of the GPUs that torch can use, or the CPU."""
+"""The device of a process, one of the GPUs that torch can use or the CPU, and its share of the CPU cores."""
 
 import logging
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,3 +100,40 @@ def check_driver(devices: Path = Path("/dev")) -> None:
         f"this machine has an NVIDIA GPU ({gpus[0]}), but torch {torch.__version__} cannot use it{setting}. {remedy}. To "
         "use the CPU, set CUDA_VISIBLE_DEVICES=-1"
     )
+
+
+class Cores(NamedTuple):
+    """The CPU cores that a process may use.
+
+    Attributes:
+        machine: identifies the running kernel, and thus the machine; containers on one machine share it.
+        numbers: numbers of the cores.
+    """
+
+    machine: str
+    numbers: frozenset[int]
+
+
+def usable_cores() -> Cores:
+    """The CPU cores that this process may use, according to its affinity mask."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot_id.read_text() if boot_id.is_file() else socket.gethostname()
+    if hasattr(os, "sched_getaffinity"):
+        return Cores(machine, frozenset(os.sched_getaffinity(0)))
+    return Cores(machine, frozenset(range(os.cpu_count() or 1)))
+
+
+def count_cores(cores: Cores | None = None, of_all_processes: Sequence[Cores] = ()) -> int:
+    """Number of cores for a process, at least 1. Processes that may use the same core share it equally.
+
+    Launchers either let all processes of a machine use all cores (torchrun), or give each process cores of its own
+    (``srun --cpus-per-task``).
+
+    Args:
+        cores: cores of the process; this process's by default.
+        of_all_processes: cores of every process, including this one; empty if there is only this one.
+    """
+    cores = cores or usable_cores()
+    neighbours = [other.numbers for other in of_all_processes if other.machine == cores.machine] or [cores.numbers]
+    share = sum(1 / sum(number in numbers for numbers in neighbours) for number in cores.numbers)
+    return max(int(share + 1e-6), 1)  # the shares of one core may sum to slightly less than 1

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.devices import check_device_is_not_shared, choose_device, warn_about_unused_devices
+from utils.devices import check_device_is_not_shared, choose_device, count_cores, usable_cores, warn_about_unused_devices
 from utils.errors import FAILED, USAGE_ERROR, OtherRankError, exit_status, one_line
 from utils.launcher import read_launch
 
@@ -46,6 +46,7 @@ class World:
         timeout_seconds: maximum wait for a process to join a collective.
         store: key-value store shared by the processes of this launch; None without torchrun.
         long_timeout_group: process group with the timeout ``LONG_TIMEOUT``, see ``on_main``; None without torchrun.
+        num_cores: CPU cores for this process, see ``utils.devices.count_cores``.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class World:
     timeout_seconds: float = COLLECTIVE_TIMEOUT
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     long_timeout_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    num_cores: int = field(default_factory=count_cores, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -101,6 +103,8 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             timeout=timeout,
         )
         long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        cores: list[Any] = [None] * size
+        dist.all_gather_object(cores, usable_cores(), group=long_timeout_group)  # type: ignore[arg-type]  # see below
     except RuntimeError as error:  # includes dist.DistError
         if not is_lost_connection(error):
             raise
@@ -111,7 +115,8 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             "also NCCL_SOCKET_IFNAME"
         ) from None
     # torch types the group as an int too, which only processes outside a group get.
-    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group)  # type: ignore[arg-type]
+    num_cores = count_cores(cores[rank], cores)
+    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group, num_cores)  # type: ignore[arg-type]
 
 
 def choose_interface(size: int) -> None:
