@@ -245,7 +245,7 @@ def _create_loader(cfg: CfgNode, dataset: ImageDataset, batches, device: torch.d
     num_workers = build_num_workers(cfg, num_cores or count_cores())
     if num_workers < cfg.DATA.NUM_WORKERS:
         logger.info(
-            "%d loader workers instead of DATA.NUM_WORKERS=%d: limited by the CPU cores for each process",
+            "loader workers: %d instead of DATA.NUM_WORKERS=%d, limited by the CPU cores for each process",
             num_workers,
             cfg.DATA.NUM_WORKERS,
         )

@@ -112,8 +112,8 @@ KEYS = {
     "DATA.STD": Key(IMAGENET_STD, "standard deviation of each channel, for normalisation of pixel values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
         8,
-        "loader workers per training process; at most the CPU cores of the process. Processes share the cores that they have in "
-        "common",
+        "loader workers per training process; at most the CPU cores of the process. Processes share the cores that they "
+        "have in common",
         minimum=0,
     ),
     "DATA.WORKER_TIMEOUT": Key(
