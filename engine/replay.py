@@ -23,7 +23,7 @@ from utils.config.loading import ConfigError, load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
 from utils.errors import one_line
-from utils.random import seed_of_pass
+from utils.random import seed_device, seed_of_pass
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
         for (images, targets, seed), image_names in zip(passes, names, strict=True):
             logger.info("rank %d: %d images, %s", rank, len(image_names), ", ".join(image_names[:3]) + ", ...")
-            torch.manual_seed(seed)
+            seed_device(seed, images.device)
             finding = find_non_finite(model, criterion, images, targets, amp_dtype(cfg))
             if finding:
                 logger.info("update %d, rank %d: %s", update, rank, finding)

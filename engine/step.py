@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.distributed import StalledCollectiveError, num_processes, start_sum
+from utils.random import seed_device
 
 Number = TypeVar("Number", Tensor, float)
 # Function: images, targets, number of the forward pass -> mixed images and targets.
@@ -125,7 +126,7 @@ def run_passes(
     """
     losses = []
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
-        torch.manual_seed(seed)
+        seed_device(seed, images.device)
         is_last = index + 1 == len(seeds)
         with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():  # type: ignore[operator]  # of DDP
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
