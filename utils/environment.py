@@ -57,7 +57,8 @@ def apply_numerical_settings(cfg: CfgNode) -> None:
     if cfg.DETERMINISTIC != "off":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic cuBLAS; read at its first call
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor, and finds bugs only
+        # The default, True, would fill every new tensor, which only helps to find reads of uninitialised memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by its module
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.TF32
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"
     torch.backends.cudnn.deterministic = cfg.DETERMINISTIC != "off"
