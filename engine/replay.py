@@ -19,10 +19,10 @@ from engine.step import mix_batches
 from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
 from utils.config.keys import RECIPE_KEY_PREFIXES
-from utils.config.loading import ConfigError, load_stored_config
+from utils.config.loading import load_stored_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
-from utils.errors import one_line
+from utils.errors import ConfigError, one_line
 from utils.random import seed_device, seed_of_pass
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from models.checkpoints.reader import CheckpointError
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 from utils.files import identify, replacing, try_lock
 from utils.run_files import CONFIG, LOCK, RECORD
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 LINEAR_END = 0.01  # final learning rate of the linear schedule, as a fraction of the base rate
 REFERENCE_BATCH = 512  # global batch size to which TRAIN.BASE_LR, WARMUP_LR and MIN_LR refer

@@ -21,7 +21,8 @@ from jobs.model import OpenedModel, open_model
 from models import build_arguments
 from models.checkpoints.reader import METADATA_KEY, CheckpointError, sha256
 from utils.config.keys import RECIPE_KEY_PREFIXES
-from utils.config.loading import ConfigError, image_size, to_dict
+from utils.config.loading import image_size, to_dict
+from utils.errors import ConfigError
 from utils.text import code_fence, markdown, markdown_code
 
 FORMATS = ("safetensors", "torch", "onnx")

@@ -14,7 +14,7 @@ from data.build import build_preprocessing
 from data.datasets import FileDataset
 from data.files import DataError
 from data.transforms import Normalize, create_eval_transform
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 
 class InspectedImages:

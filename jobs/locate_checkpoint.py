@@ -13,8 +13,9 @@ from models.checkpoints.download import fetch
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from models.checkpoints.released import RELEASED, Released
 from utils.config.keys import PREDICTION_KEY_PREFIXES, STORED_KEY_PREFIXES
-from utils.config.loading import CONFIGS, ConfigError, flatten, load_config, load_stored_config, show
+from utils.config.loading import CONFIGS, flatten, load_config, load_stored_config, show
 from utils.distributed import World, on_all, on_main
+from utils.errors import ConfigError
 from utils.run_files import BEST
 from utils.urls import is_url, reveal, without_secrets
 

@@ -28,9 +28,9 @@ from typing import get_origin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
 from utils.config.reading import read_yaml
-from utils.errors import TrainingError
+from utils.errors import ConfigError, TrainingError
 from utils.files import write_json, write_text
 from utils.text import markdown_table
 

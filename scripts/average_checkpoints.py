@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import ARGUMENTS, check_outputs, check_positive, create_parser, reporting_errors, save_figure
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
+from utils.errors import ConfigError
 from utils.files import write_json
 
 PRECISIONS = ("fp32", "bf16", "fp16")

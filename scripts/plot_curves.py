@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import check_outputs, create_parser, reporting_errors, save_figure
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 
 def draw(runs: list[Path]):

@@ -10,7 +10,7 @@ import pytest
 import scripts.ablate
 from scripts.ablate import Run, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
 from tests.launch import run_script
-from utils.config.loading import ConfigError
+from utils.errors import ConfigError
 
 SPECIFICATION = """
 cfg: [{config}]

@@ -25,10 +25,10 @@ from jobs.train import build_data, build_trainer
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main
 from tests.runs import toy_arguments
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
-from utils.errors import TrainingError
+from utils.errors import ConfigError, TrainingError
 from utils.run_files import list_checkpoints
 
 # Test case -> invalid entry of a checkpoint.

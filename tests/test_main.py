@@ -19,8 +19,9 @@ from tests.conftest import write_images
 from tests.launch import run_main
 from tests.runs import assert_equal, read_state, run_state, toy_arguments
 from utils.config.arguments import check_usage, overrides, parse_arguments
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
 from utils.distributed import World
+from utils.errors import ConfigError
 from utils.run_files import LOCK, list_checkpoints
 
 ROOT = Path(__file__).parent.parent

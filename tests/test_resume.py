@@ -31,8 +31,9 @@ from tests.indices import index_folder
 from tests.launch import run_main
 from tests.runs import assert_equal, read_state, toy_arguments
 from utils.config.keys import KEYS
-from utils.config.loading import ConfigError, flatten, load_config
+from utils.config.loading import flatten, load_config
 from utils.distributed import World
+from utils.errors import ConfigError
 from utils.run_files import RECORD, list_checkpoints
 
 WORLD = World(0, 0, 1, torch.device("cpu"))

@@ -23,8 +23,9 @@ from tests.conftest import write_images
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import assert_equal, read_state, run_state, toy_arguments
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
 from utils.distributed import World
+from utils.errors import ConfigError
 from utils.run_files import BEST, RECORD, checkpoint_path, list_checkpoints
 
 WORLD = World(0, 0, 1, torch.device("cpu"))

@@ -24,9 +24,10 @@ from jobs.train import _batch_advice, warn_about_ema
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main, run_script
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
 from utils.devices import Cores, count_cores
 from utils.distributed import World
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,7 +2,8 @@ import pytest
 
 from engine.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
 from tests.conftest import CONFIGS, reference
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
+from utils.errors import ConfigError
 
 REFERENCE_SCHEDULES = [recorded for recorded in reference("lr_schedule") if (CONFIGS / f"{recorded['config']}.yaml").exists()]
 

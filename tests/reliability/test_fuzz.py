@@ -16,7 +16,8 @@ from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.engine.test_checkpoint import toy
 from tests.indices import index_zip
-from utils.config.loading import ConfigError, load_config
+from utils.config.loading import load_config
+from utils.errors import ConfigError
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]
 FUZZ_SETTINGS = settings(

@@ -28,8 +28,9 @@ from tests.launch import run_main
 from tests.runs import toy_arguments
 from tests.server import serve
 from utils.config.keys import KEYS, RECIPE_KEY_PREFIXES
-from utils.config.loading import ConfigError, flatten, load_config
+from utils.config.loading import flatten, load_config
 from utils.distributed import World
+from utils.errors import ConfigError
 from utils.log import setup_logging
 
 pytestmark = [pytest.mark.reliability, pytest.mark.filterwarnings("ignore")]

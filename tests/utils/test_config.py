@@ -10,7 +10,8 @@ from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS, reference
 from utils.config.keys import INFINITY, KEYS
-from utils.config.loading import ConfigError, flatten, image_size, load_config, load_stored_config, to_dict
+from utils.config.loading import flatten, image_size, load_config, load_stored_config, to_dict
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("data", "engine", "jobs", "models", "utils")

@@ -20,7 +20,6 @@ import utils.distributed
 from data.files import DataError
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
-from utils.config.loading import ConfigError
 from utils.devices import (
     MissingDeviceError,
     check_device_is_not_shared,
@@ -38,7 +37,7 @@ from utils.distributed import (
     setup,
     sum_over_processes,
 )
-from utils.errors import OtherRankError, exit_status
+from utils.errors import ConfigError, OtherRankError, exit_status
 from utils.launcher import TASK_COUNTS, is_reporting_process, read_launch
 
 ROOT = Path(__file__).parent.parent.parent

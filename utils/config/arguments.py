@@ -12,7 +12,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.loading import CONFIGS, ConfigError, option_keys, similar_name
+from utils.config.loading import CONFIGS, option_keys, similar_name
+from utils.errors import ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
 from utils.urls import is_url
 
