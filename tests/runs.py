@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.checkpoints.loading import LoadReport, fill_model
 from models.checkpoints.reader import read_checkpoint
 from utils.run_files import list_checkpoints, num_updates_of
 
@@ -17,6 +18,11 @@ class LinearClassifier(nn.Linear):
 
     def get_classifier(self) -> nn.Module:
         return self
+
+
+def load_weights(model: nn.Module, path: Path, *, weights: str = "auto") -> LoadReport:
+    """Load the weights of a file into a model."""
+    return fill_model(model, read_checkpoint(path), weights=weights, path=path)
 
 
 def find_difference(one: object, other: object, where: str = "checkpoint") -> str | None:

@@ -14,10 +14,10 @@ from data.build import build_preprocessing
 from jobs import export
 from jobs.locate_checkpoint import open_checkpoint, stored_config
 from models import build_model, create_model
-from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import sha256
 from scripts import export as script
 from tests.conftest import CONFIGS
+from tests.runs import load_weights
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import load_config, to_dict
 

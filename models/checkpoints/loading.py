@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ..registry import nearest_model
-from .reader import WEIGHTS, CheckpointError, choose_weights, read_checkpoint, with_metadata
+from .reader import WEIGHTS, CheckpointError, choose_weights, with_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -> LoadReport:
-    """Load weights of the same model, trained at any input size and with any number of classes.
+def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
+    """Load weights of the same model, trained at any input size and with any number of classes, from a checkpoint in memory.
 
     Entries are matched by name; a prefix that all names of the model have in the file, such as ``model.``, is ignored. Position
     tables (such as position embeddings) are resized (bicubic, as in the paper's code). If the file has the head of
@@ -66,17 +66,14 @@ def load_weights(model: nn.Module, path: str | Path, *, weights: str = "auto") -
     of the ImageNet-1k classes. In all other cases, a head whose number of classes differs from the model's is not loaded.
 
     Args:
+        state: contents of the file, see ``read_checkpoint``.
         weights: ``raw``, ``ema``, or ``auto``, which selects one of them (see ``models.checkpoints.reader.preferred_weights``).
+        path: path of the file, for messages.
 
     Raises:
         ValueError: an unknown value of ``weights``.
-        CheckpointError: the file cannot be read, or belongs to another model, which the message identifies if possible.
+        CheckpointError: the file belongs to another model, which the message identifies if possible.
     """
-    return fill_model(model, read_checkpoint(path), weights=weights, path=path)
-
-
-def fill_model(model: nn.Module, state: dict, *, weights: str, path: str | Path) -> LoadReport:
-    """Load weights from a checkpoint in memory, see ``load_weights``; ``path`` is used only in messages."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
     label, stored = choose_weights(state, weights, path)

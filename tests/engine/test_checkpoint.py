@@ -22,10 +22,9 @@ from engine.checkpoint_writer import save_checkpoint
 from engine.run_contents import survey
 from engine.state import NO_BEST
 from models import create_model
-from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import CheckpointError, read_checkpoint, stored_weights, verify
 from models.swin import SwinTransformer
-from tests.runs import run_state
+from tests.runs import load_weights, run_state
 
 
 def toy(**options):

@@ -7,8 +7,8 @@ from torch import nn
 from engine.optim import build_ema, build_optimizer, build_scaler
 from engine.step import train_step
 from models import build_model
-from models.checkpoints.loading import load_weights
 from tests.conftest import CONFIGS, REFERENCE, fill_with_seeded_weights, reference, seeded_image
+from tests.runs import load_weights
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.checkpoint_writer import to_host
-from models.checkpoints.loading import load_weights
 from models.checkpoints.reader import read_checkpoint
 from models.cswin import CSwinTransformer
 from models.deit import DeiT
 from models.pvt import PyramidVisionTransformer
 from models.pvt_v2 import PyramidVisionTransformerV2
 from models.swin import SwinTransformer
+from tests.runs import load_weights
 
 TOY_PVT = {"dims": (16, 32), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "num_classes": 5}
 TOY_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}  # also used for CSwin

@@ -15,13 +15,13 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from engine.optim import build_optimizer
 from models import build_model, create_model, list_models, nearest_model
-from models.checkpoints.loading import load_weights
 from models.cswin import CSwinTransformer, StripedAttention, stripe_size
 from models.linear_attention import ATTENTION_KINDS
 from models.plain_attention import focus
 from scripts.complexity import PAPER, measure
 from tests.conftest import CONFIGS, seeded_image
 from tests.models.tiny import tiny, tiny_images
+from tests.runs import load_weights
 from utils.config.loading import load_config
 
 ROOT = Path(__file__).parent.parent.parent
