@@ -66,8 +66,10 @@ def plan_blocks(
     """Attention type, ``L`` or ``S``, and stochastic-depth rate of every block, by stage.
 
     Raises:
-        ValueError: an invalid ``attn_type``, or an ``attn_drop_rate`` above 0 without softmax blocks.
+        ValueError: an invalid ``attn_type`` or ``drop_path_rate``, or an ``attn_drop_rate`` above 0 without softmax blocks.
     """
+    if not 0 <= drop_path_rate <= 1:
+        raise ValueError(f"drop_path_rate={drop_path_rate}: give a number from 0 to 1")
     letters, rates = parse_attention_types(attn_type, depths), drop_path_rates(drop_path_rate, depths)
     if attn_drop_rate and "S" not in "".join(letters):
         raise ValueError(

@@ -130,10 +130,10 @@ class FocusedLinearAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; choose num_heads from the divisors of dim")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: an even kernel changes the size of the map; use an odd one")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: give an odd number of at least 1, which keeps the size of the map")
         if kind not in ATTENTION_KINDS:
             raise ValueError(f"kind={kind!r}: choose one of {', '.join(ATTENTION_KINDS)}")
         if backend not in BACKENDS:
@@ -182,7 +182,8 @@ class FocusedLinearAttention(nn.Module):
             (B, N, C), in the dtype of ``v``.
 
         Raises:
-            ValueError: the number of tokens or channels of q, k or v does not match ``grid``, ``key_grid`` or ``dim``.
+            ValueError: q, k or v does not have three dimensions, or its number of tokens or channels does not match ``grid``,
+                ``key_grid`` or ``dim``.
         """
         grid, key_grid = self.grids_of_call(grid, key_grid)
         packed, (q, k, v) = (q, k, v), unpack(q, k, v)
@@ -267,6 +268,8 @@ class FocusedLinearAttention(nn.Module):
         return [PositionTable("positional_encoding", self.key_grid, self.source_grid, self.num_prefix_tokens)]
 
     def _check_tokens(self, name: str, tokens: Tensor, grid_name: str, grid: tuple[int, int]) -> None:
+        if tokens.ndim != 3:
+            raise ValueError(f"{name} has shape {tuple(tokens.shape)}; reshape it to (batch, tokens, channels)")
         expected = self.num_prefix_tokens + grid[0] * grid[1]
         if tokens.shape[1] != expected:
             raise ValueError(

@@ -52,6 +52,8 @@ def create_model(name: str, *, num_classes: int = 1000, img_size: int | tuple[in
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}{_suggest_nearest(name, MODELS)} (list_models() returns all names)")
+    if "pretrained" in kwargs:
+        raise TypeError(f"create_model has no argument 'pretrained'; use timm.create_model({name!r}, pretrained=...) instead")
     if img_size is not None:
         kwargs["img_size"] = img_size
     return MODELS[name](num_classes=num_classes, **kwargs)

@@ -13,8 +13,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import torch
@@ -71,8 +72,8 @@ def fetch(url: str, name: str = "") -> Path:
 
     Raises:
         CheckpointError: a malformed URL, no network, a server error, an incomplete file, a file that is not a checkpoint, a
-            sha256 that differs from the recorded one, or a cache that cannot be written. If the download fails, the message
-            includes the URL and the path under which to save a manual download.
+            sha256 that differs from the recorded one, or a file to download to a cache that cannot be written. If the download
+            fails, the message includes the URL and the path under which to save a manual download.
     """
     shown = without_secrets(url)
     try:
@@ -94,8 +95,17 @@ def fetch(url: str, name: str = "") -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock a path against other processes of this machine. No effect if the platform or file system does not support locks."""
-    with open(path.with_name(path.name + ".lock"), "w") as file:
+    """Lock a path against other processes of this machine. No effect if the platform or file system does not support locks.
+
+    If the cache is read-only, lock an existing file itself: it is complete, since downloads are renamed to their final name.
+    """
+    with ExitStack() as stack:
+        try:
+            file: IO = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
+        except OSError:
+            if not path.is_file():
+                raise
+            file = stack.enter_context(open(path, "rb"))
         with suppress(ImportError, OSError):
             import fcntl
 

@@ -157,6 +157,18 @@ def test_concurrent_processes_download_a_file_once(server):
     assert len(server.requests) == 1
 
 
+def test_a_file_in_a_cache_that_cannot_be_written_is_used_and_checked(server):
+    path = fetch(f"{server.url}/good", "toy")
+    lock = path.with_name(path.name + ".lock")
+    lock.unlink()
+    lock.mkdir()  # opening it for writing fails, also for root
+    assert fetch(f"{server.url}/good", "toy") == path
+    path.write_bytes(GOOD + b" ")
+    with pytest.raises(CheckpointError, match="was recorded at its first download"):
+        fetch(f"{server.url}/good", "toy")
+    assert len(server.requests) == 1
+
+
 def test_the_error_for_an_unwritable_cache_suggests_setting_torch_home(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))

@@ -217,10 +217,12 @@ def copy_in_double(operator):
     ("options", "message"),
     [
         ({"kernel_size": 4}, "kernel_size=4"),
+        ({"kernel_size": -1}, "kernel_size=-1"),
         ({"kind": "fokused"}, "choose one of focused"),
         ({"num_heads": 5}, "not divisible"),
+        ({"num_heads": 0}, "not divisible"),
     ],
-    ids=["even kernel", "unknown kind", "number of heads"],
+    ids=["even kernel", "negative kernel", "unknown kind", "number of heads", "no heads"],
 )
 def test_invalid_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
@@ -256,6 +258,13 @@ def test_the_error_for_a_wrong_number_of_tokens_contains_the_given_and_required_
 ):
     with pytest.raises(ValueError, match=message):
         random_operator(**options)(*random_inputs(num_queries, num_keys))
+
+
+def test_tokens_without_a_batch_or_split_into_heads_are_rejected():
+    q, k, v = random_inputs()
+    for tokens in (q[0], q.reshape(B, H, N, C // H)):
+        with pytest.raises(ValueError, match=r"q has shape .*; reshape it to \(batch, tokens, channels\)"):
+            random_operator()(tokens, k, v)
 
 
 def test_different_numbers_of_keys_and_values_are_rejected():

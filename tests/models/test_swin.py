@@ -164,6 +164,11 @@ def test_the_error_for_an_unknown_model_name_suggests_the_most_similar_name():
         create_model("flaten_swin_t")
 
 
+def test_the_error_for_pretrained_weights_names_the_function_of_timm():
+    with pytest.raises(TypeError, match=r"use timm\.create_model\('flatten_swin_t', pretrained=\.\.\.\)"):
+        create_model("flatten_swin_t", pretrained=True)
+
+
 def test_reset_classifier_replaces_the_head():
     model = toy()
     model.reset_classifier(7)

@@ -311,6 +311,13 @@ def test_every_dropout_rate_has_an_effect_only_in_training(name, rate):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rate", [-0.5, 1.5])
+def test_a_drop_path_rate_that_is_not_a_probability_is_rejected(name, rate):
+    with pytest.raises(ValueError, match=f"drop_path_rate={rate}: give a number from 0 to 1"):
+        create_model(name, drop_path_rate=rate, device="meta")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_attention_dropout_is_rejected_if_all_blocks_are_linear(name):
     linear = {"attn_type": "L" if "deit" in name else "LLLL"}
     with pytest.raises(ValueError, match=r"attn_drop_rate=0\.1 has no effect"):
