@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from engine.evaluation import EvalResult, Predictions
-from engine.metrics import wilson_interval
+from engine.significance import wilson_interval
 from utils.files import replacing, write_csv, write_json
 from utils.text import escape
 

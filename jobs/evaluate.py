@@ -14,10 +14,10 @@ from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
 from engine.evaluation import EvalResult, evaluate, log_results
-from engine.metrics import wilson_interval
 from engine.optim import eval_dtype
 from engine.report import write_evaluation
 from engine.run_directory import create_output_directory
+from engine.significance import wilson_interval
 from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, open_checkpoint
 from jobs.model import check_model, choose_attention, load_models
 from models.checkpoints.reader import preferred_weights, stored_weights

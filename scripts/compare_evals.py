@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine.metrics import mcnemar_test, paired_interval, wilson_interval
 from engine.report import PREDICTION_COLUMNS
+from engine.significance import mcnemar_test, paired_interval, wilson_interval
 from scripts.command_line import create_parser, reporting_errors
 
 

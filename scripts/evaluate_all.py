@@ -22,8 +22,8 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
     import torch
 
     from data.build import build_preprocessing
-    from engine.metrics import wilson_interval
     from engine.optim import eval_dtype
+    from engine.significance import wilson_interval
     from jobs.evaluate import evaluate_weights
     from jobs.locate_checkpoint import check_same_file, choose_config, open_checkpoint
     from jobs.throughput import images_per_second

@@ -19,8 +19,8 @@ import jobs.evaluate
 from data.samplers import EvalBatches
 from engine.checkpoint_writer import save_checkpoint
 from engine.evaluation import EvalResult, Predictions, evaluate
-from engine.metrics import mcnemar_test, paired_interval, wilson_interval
 from engine.report import confusion_matrix, draw_confusion, write_evaluation
+from engine.significance import mcnemar_test, paired_interval, wilson_interval
 from jobs.averaging import average
 from jobs.locate_checkpoint import Location
 from models.checkpoints.reader import CheckpointError, read_checkpoint
