@@ -143,6 +143,7 @@ class Trainer:
         self.phase = "training"
         self.model.train()
         self.start_interval()
+        saving = False  # whether SAVE_STEPS or SAVE_MINUTES asked for a checkpoint of the newest update
         for update in progress(updates, len(updates), f"epoch {epoch}/{self.num_epochs}", seconds_between_lines=math.inf):
             started = time.monotonic()
             self.update(batches)
@@ -174,7 +175,7 @@ class Trainer:
         if work.evaluate and not self.saver.is_saved:
             self.save()
         is_best = work.evaluate and self.evaluate(epoch)
-        if work.save or is_best:
+        if work.save or is_best or (saving and not self.saver.is_saved):
             self.save(best=is_best)
 
     def load_batches(self, epoch: int) -> Iterator[Batch]:

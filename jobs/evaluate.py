@@ -57,7 +57,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
         cfg: the config of --cfg; None for the checkpoint's own config.
         opts: KEY, VALUE, ... of the command line.
     """
-    checkpoint = on_all(world, lambda: open_checkpoint(choose_checkpoint(args, cfg)))
+    checkpoint = on_all(world, lambda: open_checkpoint(choose_reference(args, cfg)))
     check_same_file(world, checkpoint.path, lambda: checkpoint.digest)
     own_config = cfg is None
     cfg = choose_config(checkpoint, cfg, opts)
@@ -84,7 +84,7 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     logger.info("%s", evaluation.result)
 
 
-def choose_checkpoint(args: argparse.Namespace, cfg: CfgNode | None) -> str:
+def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
     """The checkpoint to evaluate: --resume, else --pretrained, else MODEL.RESUME, else MODEL.PRETRAINED.
 
     TRAIN.AUTO_RESUME has no effect on an evaluation.

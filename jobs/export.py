@@ -37,7 +37,7 @@ import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
 USE_CONFIG = """from models import build_model
-from utils.config.loading import load_config
+from utils.config import load_config
 
 model = build_model(load_config("config.yaml"))"""
 

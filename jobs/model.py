@@ -17,7 +17,7 @@ from models.checkpoints.reader import CheckpointError, choose_weights, read_chec
 from models.kernel_selection import choose_backend, set_backend
 from utils.config.keys import STORED_KEY_PREFIXES
 from utils.config.loading import load_config
-from utils.distributed import World, gather_on_main, on_main
+from utils.distributed import World, gather_on_main, on_all, on_main
 from utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype],
         ConfigError: MODEL.LA.BACKEND is ``triton``, but a process cannot use the kernels.
     """
     models, requested = list(models), cfg.MODEL.LA.BACKEND
-    reasons = gather_on_main(world, choose_backend(models[0], world.device, sorted(set(dtypes), key=str), requested))
+    obstacle = on_all(world, lambda: choose_backend(models[0], world.device, sorted(set(dtypes), key=str), requested))
+    reasons = gather_on_main(world, obstacle)
     reason = on_main(world, lambda: next(filter(None, reasons or ()), ""))
     if reason and requested == "triton":
         raise ConfigError(f"MODEL.LA.BACKEND=triton: {reason}; to use torch operations, set --opts MODEL.LA.BACKEND auto")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.run_directory import RunRecord, write_record
-from jobs.evaluate import choose_checkpoint
+from jobs.evaluate import choose_reference
 from jobs.initialization import choose_initialization
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import write_images
@@ -380,7 +380,7 @@ def test_resume_precedes_auto_resume_which_precedes_pretrained(
         args = parse_arguments("")
         cfg = load_config(args.cfg, overrides(args))
         check_usage(args, cfg)
-        return ("evaluate", choose_checkpoint(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
+        return ("evaluate", choose_reference(args, cfg)) if args.eval else choose_initialization(cfg, WORLD)
 
     if expected[0] == "refused":
         with pytest.raises(ConfigError, match=expected[1]):

@@ -23,7 +23,7 @@ from tests.runs import LinearClassifier, assert_equal
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
 from utils.errors import Stopped, TrainingError
-from utils.run_files import BEST, list_checkpoints
+from utils.run_files import BEST, list_checkpoints, num_updates_of
 
 DEVICE = torch.device("cpu")
 UPDATES_PER_EPOCH = 4
@@ -102,6 +102,16 @@ def correct_counts(monkeypatch) -> list[int]:
 
 
 # Background saving.
+
+
+@pytest.mark.parametrize("request_every", [("SAVE_STEPS", 4), ("SAVE_MINUTES", 1e-9)])
+def test_a_checkpoint_requested_at_the_end_of_an_epoch_is_saved_if_neither_evaluation_nor_save_is_due(
+    request_every, tmp_path, correct_counts
+):
+    trainer = create_trainer(tmp_path, *request_every, "TRAIN.EPOCHS", 3, "EVAL_FREQ", 3, "SAVE_FREQ", 3)
+    trainer.fit()
+    saved = {num_updates_of(path) for path in list_checkpoints(tmp_path)}
+    assert saved >= {4, 8, 12}  # the ends of the epochs
 
 
 def test_a_checkpoint_written_in_the_background_is_not_changed_by_later_updates(tmp_path, correct_counts, monkeypatch):
