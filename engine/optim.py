@@ -37,7 +37,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         groups,
         opt=name,
         lr=cfg.TRAIN.BASE_LR,
-        momentum=options.MOMENTUM,  # timm drops the options that an optimizer does not have
+        # timm drops momentum, betas and eps if an optimizer does not have them, but no other option: see ``fused``.
+        momentum=options.MOMENTUM,
         betas=tuple(options.BETAS),
         eps=options.EPS,
         **fused,
