@@ -33,7 +33,7 @@ from utils.distributed import (
     setup,
 )
 from utils.errors import FAILED, USAGE_ERROR, OtherRankError, Stopped, TrainingError, exit_status, is_user_error, one_line
-from utils.launcher import is_reporting_process
+from utils.launcher import is_reporting_process, read_launch
 from utils.log import FILE_ONLY, setup_logging
 from utils.stop import StopRequest
 from utils.text import printable
@@ -81,8 +81,8 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: 
     get_error_handler().initialize()  # prints the Python stack after a crash
     world = None
     try:
+        setup_logging(read_launch().rank)
         world = start_processes(cfg)
-        setup_logging(world.rank)
         run_job(args, cfg, opts, world, stop)
         cleanup()
     except BaseException as error:  # even SystemExit: Python's own exit waits for threads and child processes without limit
@@ -90,7 +90,7 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: 
 
 
 def start_processes(cfg: CfgNode | None) -> World:
-    """Check the model and join the other processes; on failure, print the reason and exit, since logging is not set up yet."""
+    """Check the model and join the other processes. An error of the command is reported like those of the command line."""
     try:
         if cfg is None:
             return setup()

@@ -58,7 +58,7 @@ def test_the_error_for_a_checkpoint_with_an_invalid_entry_mentions_the_entry(cas
             [*toy_arguments(toy_config, toy_data, tmp_path), "--resume", tmp_path / "file.pth"], tmp_path / "log"
         )
         assert outcome.exit_codes == [2]
-        assert "file.pth is not a valid checkpoint: best.acc1 is of type str" in outcome.output
+        assert "file.pth is not a valid checkpoint: best.num_updates is of type str" in outcome.output
 
 
 @pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"model": {}, "num_updates": 3}])
