@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import engine.metrics_writer
 import jobs.inspect
 from analysis.pages import CONVOLUTION, SUM, BlockMaps
 from analysis.pictures import draw_forms, draw_overlays
@@ -68,7 +69,11 @@ def test_overlays_cover_the_image_and_their_opacity_is_proportional_to_the_weigh
 def test_logging_attention_pictures_does_not_change_the_result_of_training(trained, toy_config, toy_data, tmp_path):
     image = toy_data / "val/class1/003.png"
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.EPOCHS", 2, "ATTENTION_IMAGE", image)
-    outcome = run_main(arguments, tmp_path / "log")
+
+    def wait_longer_at_exit(_rank: int) -> None:
+        engine.metrics_writer.SECONDS_AT_EXIT = 60.0  # a loaded machine renders the figures slowly
+
+    outcome = run_main(arguments, tmp_path / "log", prepare=wait_longer_at_exit)
     assert outcome.exit_codes == [0], outcome.output
     folder = tmp_path / "toy/default"
     with_pictures, without_pictures = read_checkpoint(folder / "best.pth"), read_checkpoint(trained)
