@@ -513,9 +513,8 @@ def test_r8_run_stopped_during_accumulation_equals_an_uninterrupted_run_after_re
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 2, "TRAIN.ACCUMULATION_STEPS", 4, "SAVE_STEPS", 5]
 
     def prepare(rank: int) -> None:
-        # manual_seed is called once before the weights are initialised, and then before every forward pass. Send the signal
-        # before the third forward pass of the eighth update.
-        call_before(engine.step.torch, "manual_seed", 1 + 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # seed_device is called before every forward pass. Send the signal before the third pass of the eighth update.
+        call_before(engine.step, "seed_device", 7 * 4 + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     stopped = toy_arguments(toy_config, toy_data, tmp_path / "stopped", *options)
     assert run_main(stopped, tmp_path / "log", prepare=prepare).exit_codes == [75]
