@@ -113,17 +113,17 @@ def _num_bytes(value: object) -> int:
     return sum(map(_num_bytes, value)) if isinstance(value, list) else 0
 
 
-def remove_surplus(folder: Path, keep: int, *, newest: Path | None = None) -> None:
+def remove_surplus(folder: Path, keep: int, *, newest: Path) -> None:
     """Delete all but the ``keep`` newest numbered checkpoints. Also delete incomplete files left behind by killed processes.
 
     The newest checkpoint must be verified before the call. ``best.pth`` is not numbered, so it is never deleted.
 
     Args:
         newest: the checkpoint that was just written; later numbers are neither counted nor deleted, since this run did not
-            write them. None: the checkpoint with the highest number.
+            write them.
     """
     incomplete = [path for path in folder.glob(f"*{INCOMPLETE}") if is_numbered(path.with_suffix(""))]
-    numbered = [path for path in list_checkpoints(folder) if newest is None or num_updates_of(path) <= num_updates_of(newest)]
+    numbered = [path for path in list_checkpoints(folder) if num_updates_of(path) <= num_updates_of(newest)]
     for path in [*incomplete, folder / f"{BEST}{INCOMPLETE}", *numbered[keep:]]:
         path.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from utils.background import SECONDS_AT_EXIT, Sink
-from utils.files import check_same, identify, replacing
+from utils.files import check_same, identify, write_text
 from utils.run_files import METRICS
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,7 @@ def _restore_records(path: Path, step: int, evaluated: bool, evaluations: Sequen
     records += [_as_json(record) for record in evaluations if (record["step"], record["kind"]) not in known]
     records.sort(key=lambda record: record["step"])  # stable: within a step, training comes before the evaluation
     if records or path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+        write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def _rename_later_event_files(folder: Path) -> None:

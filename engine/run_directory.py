@@ -14,7 +14,7 @@ from typing import IO
 
 from models.checkpoints.reader import CheckpointError
 from utils.errors import ConfigError
-from utils.files import identify, replacing, try_lock
+from utils.files import identify, try_lock, write_text
 from utils.run_files import CONFIG, LOCK, RECORD
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     Raises:
         OSError: the file cannot be written; an existing file is unchanged.
     """
-    with replacing(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps({"format": RECORD_FORMAT, **asdict(record)}) + "\n", encoding="utf-8")
+    write_text(folder / RECORD, json.dumps({"format": RECORD_FORMAT, **asdict(record)}) + "\n")
 
 
 def record_save(folder: Path) -> None:
@@ -153,8 +152,7 @@ class RunDirectory:
         """Write ``config.yaml``. A failure causes only a warning, since checkpoints contain the config too."""
         path = self.path / CONFIG
         try:
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(path, text)
         except OSError as error:
             logger.warning("%s: not written (%s)", path, error)
 

@@ -23,6 +23,7 @@ from models.checkpoints.reader import METADATA_KEY, CheckpointError, sha256
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import image_size, to_dict
 from utils.errors import ConfigError
+from utils.files import write_json
 from utils.text import code_fence, markdown, markdown_code
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -129,7 +130,7 @@ def write_files(folder: Path, opened: OpenedModel, formats: Sequence[str]) -> di
     if "safetensors" in formats:
         path = folder / "model.safetensors"
         write_safetensors(model, path, cfg, label, names)
-        (folder / "config.json").write_text(json.dumps(timm_config(model, cfg, names), indent=2, allow_nan=False) + "\n")
+        write_json(folder / "config.json", timm_config(model, cfg, names))
         files |= {path.name: f"weights, sha256 `{sha256(path)}`", "config.json": "architecture and preprocessing, for timm"}
     errors = {}
     if "torch" in formats:

@@ -48,7 +48,7 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     4. ``scratch``: random weights.
 
     ``choose_checkpoint`` has the table of all cases. Nothing is written. --resume and --pretrained together are rejected, see
-    ``utils.config``. --eval does not use this function, see ``jobs.evaluate.choose_reference``.
+    ``utils.config.rules``. --eval does not use this function, see ``jobs.evaluate.choose_reference``.
 
     Raises:
         ConfigError: the start is refused because of the contents of the output directory, or TRAIN.FREEZE_BACKBONE without

@@ -68,6 +68,11 @@ def try_lock(file: IO) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, atomically.
+
+    Raises:
+        OSError: the file cannot be written; an existing file is unchanged.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

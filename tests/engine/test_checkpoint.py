@@ -184,7 +184,7 @@ def test_files_whose_names_do_not_match_the_checkpoint_pattern_are_neither_liste
     for name in [*others, "checkpoint_000000002.pth.incomplete"]:
         (saved.parent / name).write_bytes(b"")
     assert checkpoint_writer.list_checkpoints(saved.parent) == [saved]
-    checkpoint_writer.remove_surplus(saved.parent, keep=1)
+    checkpoint_writer.remove_surplus(saved.parent, keep=1, newest=saved)
     assert sorted(path.name for path in saved.parent.iterdir()) == sorted([saved.name, *others])
 
 
@@ -234,7 +234,7 @@ def test_checkpoint_rotation_keeps_the_newest_and_the_best(saved):
         shutil.copy(saved, path)
         os.utime(path, (1e9 - number, 1e9 - number))
     checkpoint_writer.link_best(saved, saved.parent / "best.pth")
-    checkpoint_writer.remove_surplus(saved.parent, keep=2)
+    checkpoint_writer.remove_surplus(saved.parent, keep=2, newest=path)
     assert sorted(path.name for path in saved.parent.iterdir()) == [
         "best.pth",
         "checkpoint_000000004.pth",

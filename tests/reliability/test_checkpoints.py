@@ -102,7 +102,7 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
         save_checkpoint(state, path)
         if best:
             link_best(path, folder / BEST)
-        remove_surplus(folder, keep=1)
+        remove_surplus(folder, keep=1, newest=path)
         os._exit(0)
     _, status = os.waitpid(process, 0)
     return os.WIFEXITED(status)
@@ -138,7 +138,7 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
             break
         # The next save of the same run succeeds and removes incomplete files.
         save_checkpoint(create_state(3), checkpoint_path(folder, 3))
-        remove_surplus(folder, keep=1)
+        remove_surplus(folder, keep=1, newest=checkpoint_path(folder, 3))
         assert [path.name for path in folder.iterdir()] == ["checkpoint_000000003.pth"]
     assert finished
     assert number > 6  # a kill was tested at 6 or more file operations

@@ -102,10 +102,10 @@ def test_r16_a_metrics_file_that_cannot_be_rewritten_on_resume_does_not_end_the_
     run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
 
     def prepare(rank: int) -> None:
-        def raise_no_space(path):
+        def raise_no_space(path, text):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        engine.metrics_writer.replacing = raise_no_space
+        engine.metrics_writer.write_text = raise_no_space
 
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [0], outcome.output
