@@ -4,7 +4,6 @@ The host does not wait for the device during an update, unless the optimizer is 
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.distributed import StalledCollectiveError, num_processes, start_sum
+from utils.distributed import num_processes, start_sum
 from utils.random import seed_device
 
 Number = TypeVar("Number", Tensor, float)
 # Function: images, targets, number of the forward pass -> mixed images and targets.
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-SECONDS_BETWEEN_POLLS = 0.0005
 
 
 class Requests(NamedTuple):
@@ -170,13 +168,9 @@ class Reports:
     """Queue of reports that are being copied from the device to the host.
 
     The host reads the report of an update after it has launched the next one, so that the device is never idle.
-
-    Args:
-        timeout_seconds: maximum wait for a report. An update takes longer only if another process does not take part in it.
     """
 
-    def __init__(self, timeout_seconds: float = math.inf) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self) -> None:
         self._sent: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, update: int, report: Report[Tensor]) -> None:
@@ -184,33 +178,23 @@ class Reports:
         values, copied = torch.stack([*vars(report).values()]), None
         if values.device.type == "cuda":
             values = values.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # while the host waits, its core is free for a loader worker
             copied.record()
         self._sent.append((update, values, copied))
 
     def collect_reports(self, *, max_pending: int) -> Iterator[tuple[int, Report[float]]]:
-        """Remove and yield the number and report of each queued update in order, except for the newest ``max_pending``.
-
-        Raises:
-            StalledCollectiveError: a report did not arrive in time.
-        """
+        """Remove and yield the number and report of each queued update in order, except for the newest ``max_pending``."""
         while len(self._sent) > max_pending:
             update, values, copied = self._sent.popleft()
             yield update, self._read(values, copied)
 
     def read_newest(self) -> Report[float]:
-        """Wait for the newest report and return it, without removing it from the queue.
-
-        Raises:
-            StalledCollectiveError: the report did not arrive in time.
-        """
+        """Wait for the newest report and return it, without removing it from the queue."""
         _, values, copied = self._sent[-1]
         return self._read(values, copied)
 
-    def _read(self, values: Tensor, copied: torch.cuda.Event | None) -> Report[float]:
-        deadline = time.monotonic() + self._timeout_seconds
-        while copied is not None and not copied.query():
-            if time.monotonic() > deadline:
-                raise StalledCollectiveError(f"an update has not finished for {self._timeout_seconds:g} s")
-            time.sleep(SECONDS_BETWEEN_POLLS)
+    @staticmethod
+    def _read(values: Tensor, copied: torch.cuda.Event | None) -> Report[float]:
+        if copied is not None:
+            copied.synchronize()
         return Report(*values.tolist())  # in the order of the fields, as ``send`` stacks them

@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED = 20  # the run ends after this many consecutive updates with non-finite gradients in fp16
 SLOW_UPDATE = 5.0  # seconds; see ``Trainer.save_before_slow_update``
-SHARE_OF_TIMEOUT = 0.9  # of the timeout of collectives; NCCL aborts the process once all of it has passed
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,7 +76,7 @@ class Trainer:
         self.num_epochs = count_epochs(self.cfg)
         self.accumulation = accumulation_steps(self.cfg, self.world.size)
         self.phase = "start-up"
-        self.reports = Reports(SHARE_OF_TIMEOUT * self.world.timeout_seconds if self.world.size > 1 else math.inf)
+        self.reports = Reports()
         self.saver = Saver(
             world=self.world,
             state=self.state,

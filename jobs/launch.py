@@ -93,9 +93,9 @@ def start_processes(cfg: CfgNode | None) -> World:
     """Check the model and join the other processes. An error of the command is reported like those of the command line."""
     try:
         if cfg is None:
-            return setup()
+            return setup(on_stall=leave)
         check_model(cfg)
-        world = setup(cfg.COLLECTIVE_TIMEOUT)
+        world = setup(cfg.COLLECTIVE_TIMEOUT, on_stall=leave)
         accumulation_steps(cfg, world.size)  # rejects a global batch size that is not a multiple of the images per forward pass
         return world
     except ValueError as error:
@@ -125,7 +125,8 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world
 def leave(error: BaseException, world: World | None) -> NoReturn:
     """Report an error or a stop, and end this process. Every error of a job ends here, whatever its type.
 
-    Call it in the ``except`` clause. Whatever else fails, the process ends within ``SECONDS_TO_END``.
+    Call it in the ``except`` clause, or in the thread that watches the collectives. Whatever else fails, the process ends
+    within ``SECONDS_TO_END``.
 
     Args:
         world: None if the processes are not set up yet.
@@ -204,7 +205,7 @@ def describe_known_error(error: BaseException, world: World | None) -> str | Non
     if is_user_error(error) or isinstance(error, (TrainingError, LostRankError, StalledWorkerError)):
         return text
     if world is not None and isinstance(error, RuntimeError) and is_lost_connection(error):
-        return str(lost_rank_error(world, error, "start-up or evaluation"))
+        return str(lost_rank_error(world, error))
     for kind, parts, remedy in REMEDIES:
         if isinstance(error, kind) and any(part in text for part in parts):
             return f"{text.rstrip('.')}. {remedy}"

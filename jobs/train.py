@@ -87,6 +87,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     trainer = build_trainer(cfg, world, init, saved, data, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
     metrics = None
+    world.position.describe = lambda: f"{trainer.phase} after update {trainer.state.num_updates}"
     try:
         run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
         setup_logging(world.rank, output, earlier=earlier)
@@ -110,8 +111,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        where = f"{trainer.phase} after update {trainer.state.num_updates}"
-        raise lost_rank_error(world, error, where) from None
+        raise lost_rank_error(world, error) from None
     finally:
         trainer.saver.background_write.close()
         if metrics is not None:

@@ -1,13 +1,15 @@
 """Distributed processes: rank and device, DDP, and collective operations."""
 
+import itertools
 import logging
 import os
+import pickle
 import socket
 import struct
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.collective_watch import CollectiveWatch, StalledCollectiveError, watched
 from utils.devices import check_device_is_not_shared, choose_device, count_cores, usable_cores, warn_about_unused_devices
 from utils.errors import FAILED, USAGE_ERROR, OtherRankError, exit_status, one_line
 from utils.launcher import read_launch
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 COLLECTIVE_TIMEOUT = 600.0  # seconds
-LONG_TIMEOUT = timedelta(hours=1)  # used while rank 0 lists a data set, which may have a million files on a slow disk
+LONG_TIMEOUT = 3600.0  # seconds, while rank 0 lists a data set, which may have a million files on a slow disk
 SECONDS_TO_REGISTER = 5.0  # maximum wait for ranks to register in the store after a failed collective
 SECONDS_BETWEEN_CHECKS = 0.02  # polling interval of the store while processes start
 
@@ -34,8 +37,14 @@ class LostRankError(RuntimeError):
     """A process did not start, or no longer takes part in collectives. The message gives its rank, if known."""
 
 
-class StalledCollectiveError(RuntimeError):
-    """A collective operation on a GPU has not finished in time, so another process probably does not take part in it."""
+_watch: CollectiveWatch | None = None  # of this process's GPU, from ``setup`` to ``cleanup``, like torch's process group
+
+
+@dataclass
+class Position:
+    """What a process is doing; ``describe`` returns, for example, "training after update 4"."""
+
+    describe: Callable[[], str] = lambda: "start-up or evaluation"
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,11 @@ class World:
     Args:
         timeout_seconds: maximum wait for a process to join a collective.
         store: key-value store shared by the processes of this launch; None without torchrun.
-        long_timeout_group: process group with the timeout ``LONG_TIMEOUT``, see ``on_main``; None without torchrun.
         num_cores: CPU cores for this process, see ``utils.devices.count_cores``.
+        position: what this process is doing, for the error after a failed collective operation.
+
+    Attributes:
+        broadcasts: numbers of the calls of ``on_main``, in which all processes take part in the same order.
     """
 
     rank: int
@@ -55,8 +67,9 @@ class World:
     device: torch.device
     timeout_seconds: float = COLLECTIVE_TIMEOUT
     store: dist.Store | None = field(default=None, repr=False, compare=False)
-    long_timeout_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     num_cores: int = field(default_factory=count_cores, compare=False)
+    position: Position = field(default_factory=Position, repr=False, compare=False)
+    broadcasts: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -71,11 +84,15 @@ class World:
         return f"{self.processes} on {self.device.type}"
 
 
-def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
+def setup(
+    timeout_seconds: float = COLLECTIVE_TIMEOUT, on_stall: Callable[[BaseException, World], object] | None = None
+) -> World:
     """Join the process group of torchrun (NCCL on GPUs, else gloo); without torchrun, run as a single process.
 
     Args:
         timeout_seconds: maximum wait for a process to start or to join a collective.
+        on_stall: called on GPUs, in a thread, if a collective does not finish in time, shortly before NCCL aborts the process;
+            it should end the process. None: leave it to NCCL.
 
     Raises:
         ConfigError: the launcher's variables are missing or inconsistent.
@@ -87,8 +104,9 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
     if not launched:
         warn_about_unused_devices(device)
         return World(rank, local_rank, size, device, timeout_seconds)
-    choose_interface(size)
     timeout, on_gpu = timedelta(seconds=timeout_seconds), device.type == "cuda"
+    if not on_gpu:
+        choose_interface(size)
     try:
         store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store = dist.PrefixStore(agree_on_launch_id(store, rank, size, timeout_seconds=timeout_seconds), store)
@@ -102,21 +120,22 @@ def setup(timeout_seconds: float = COLLECTIVE_TIMEOUT) -> World:
             device_id=device if on_gpu else None,
             timeout=timeout,
         )
-        long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         cores: list[Any] = [None] * size
-        dist.all_gather_object(cores, usable_cores(), group=long_timeout_group)  # type: ignore[arg-type]  # see below
+        dist.all_gather_object(cores, usable_cores())
     except RuntimeError as error:  # includes dist.DistError
         if not is_lost_connection(error):
             raise
         raise LostRankError(
             f"rank {rank} did not connect to the other ranks within COLLECTIVE_TIMEOUT={timeout_seconds:g} s: {error}. If the "
             "nodes cannot reach each other at the addresses above (Debian maps a host name to 127.0.1.1), set "
-            "GLOO_SOCKET_IFNAME on every node to the network interface of the cluster, which `ip address` lists, and on GPUs "
-            "also NCCL_SOCKET_IFNAME"
+            f"{'NCCL' if on_gpu else 'GLOO'}_SOCKET_IFNAME on every node to the network interface of the cluster, which "
+            "`ip address` lists"
         ) from None
-    # torch types the group as an int too, which only processes outside a group get.
-    num_cores = count_cores(cores[rank], cores)
-    return World(rank, local_rank, size, device, timeout_seconds, store, long_timeout_group, num_cores)  # type: ignore[arg-type]
+    world = World(rank, local_rank, size, device, timeout_seconds, store, count_cores(cores[rank], cores))
+    if on_gpu and size > 1 and on_stall is not None:
+        global _watch
+        _watch = CollectiveWatch(timeout_seconds, lambda error: on_stall(error, world))
+    return world
 
 
 def choose_interface(size: int) -> None:
@@ -212,6 +231,11 @@ def join_launch(store: dist.Store, rank: int, deadline: float) -> str:
 
 
 def cleanup() -> None:
+    """Leave the process group."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -223,12 +247,13 @@ def wrap(model: nn.Module, world: World, *, find_unused_parameters: bool = False
     # DDP warns that it copies gradients whose strides differ from the parameter's, such as those of depthwise kernels. The
     # copies are small, so the warning is ignored.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        find_unused_parameters=find_unused_parameters,
-        gradient_as_bucket_view=True,
-    )
+    with watched(_watch):
+        return DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=True,
+        )
 
 
 def num_processes() -> int:
@@ -238,15 +263,26 @@ def num_processes() -> int:
 def start_sum(values: Tensor) -> Callable[[], object]:
     """Start to sum a tensor over all processes, in place, and return a function that waits for the sum.
 
-    On GPUs, that function lets the kernels launched after it wait, but not the host.
+    On GPUs, that function lets the kernels launched after it wait, but not the host. Collectives that are launched between the
+    two calls, such as those of a backward pass, are watched with this one, see ``utils.collective_watch``.
     """
-    return dist.all_reduce(values, async_op=True).wait if dist.is_initialized() else lambda: None
+    if not dist.is_initialized():
+        return lambda: None
+    watch = _watch
+    span = watch.begin() if watch is not None else None
+    work = dist.all_reduce(values, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        if watch is not None and span is not None:
+            watch.end(span)
+
+    return wait
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    start_sum(values)()
     return values
 
 
@@ -255,7 +291,8 @@ def gather_on_main(world: World, value: Result) -> list[Result] | None:
     if not dist.is_initialized():
         return [value]
     values: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(value, values, dst=0)
+    with watched(_watch):
+        dist.gather_object(value, values, dst=0)
     return values
 
 
@@ -267,6 +304,7 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
 
     Raises:
         OtherRankError: in the other processes, with rank 0's message; rank 0 raises its own error.
+        dist.DistError: in the other processes, if rank 0 did not finish in time.
     """
     outcome: list = [None, None, None]  # result, message of an error and its exit status
     error = None
@@ -276,12 +314,31 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
         except (Exception, SystemExit) as caught:  # the other processes wait for the result
             error, outcome[1:] = caught, [f"{type(caught).__name__}: {caught}", exit_status(caught)]
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0, group=world.long_timeout_group if long_timeout else None)
+        outcome = _broadcast(world, outcome, timeout_seconds=LONG_TIMEOUT if long_timeout else world.timeout_seconds)
     if error is not None:
         raise error
     if outcome[1] is not None:
         raise OtherRankError(f"rank 0 failed: {outcome[1]}", outcome[2])
     return outcome[0]
+
+
+def _broadcast(world: World, value: Any, *, timeout_seconds: float) -> Any:
+    """Send a picklable value from rank 0 to all processes, and return it.
+
+    The other processes wait in the store until rank 0 has the value: on GPUs, a collective operation would occupy the GPU, and
+    its timeout could not be longer than that of the other collectives.
+    """
+    assert world.store is not None
+    key = f"broadcast/{next(world.broadcasts)}"
+    if world.is_main:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(world.device)
+        world.store.set(key, str(len(data)))
+    else:
+        world.store.wait([key], timedelta(seconds=timeout_seconds))
+        data = torch.empty(int(world.store.get(key)), dtype=torch.uint8, device=world.device)
+    with watched(_watch):
+        dist.broadcast(data, src=0)
+    return value if world.is_main else pickle.loads(data.cpu().numpy().tobytes())
 
 
 def on_all(world: World, task: Callable[[], Result]) -> Result:
@@ -313,20 +370,17 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, (dist.DistError, StalledCollectiveError)) or (isinstance(error, RuntimeError) and from_gloo)
 
 
-def lost_rank_error(world: World, error: Exception, where: str) -> LostRankError:
+def lost_rank_error(world: World, error: Exception) -> LostRankError:
     """Return the error to report after a failed collective operation.
 
     Every surviving process calls this function, which registers its rank in the store; ranks that do not register are lost.
-
-    Args:
-        where: phase and last update of this process, for the message.
     """
     missing = _find_missing_ranks(world)
     what = f"rank(s) {', '.join(map(str, missing))} lost" if missing else "the connection between the processes is lost"
     reason = one_line(error).split("] ")[-1].split(". ")[0]
     return LostRankError(
-        f"{what}: a process ended, or did not take part in {where} within COLLECTIVE_TIMEOUT ({reason}). If it ended, see "
-        "its output above for the reason. The same command resumes from the newest checkpoint"
+        f"{what}: a process ended, or did not take part in {world.position.describe()} within COLLECTIVE_TIMEOUT ({reason}). "
+        "If it ended, see its output above for the reason. The same command resumes from the newest checkpoint"
     )
 
 

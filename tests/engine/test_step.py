@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 from engine.evaluation import evaluate
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
 from engine.state import TrainState
-from engine.step import Report, Reports, Requests, train_step
+from engine.step import Requests, train_step
 from models import create_model
 from tests.conftest import CONFIGS
 from tests.launch import run_in_processes
 from tests.runs import LinearClassifier, assert_equal
 from utils.config.loading import load_config
-from utils.distributed import StalledCollectiveError, World, is_lost_connection, start_sum, wrap
+from utils.distributed import World, start_sum, wrap
 
 CPU_WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -313,22 +313,3 @@ def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_de
 def test_evaluation_uses_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
     assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)
-
-
-class UnfinishedEvent:
-    """A CUDA event of an update that never finishes."""
-
-    def query(self) -> bool:
-        return False
-
-
-def test_a_report_that_does_not_arrive_in_time_is_a_lost_connection():
-    """The error comes before NCCL aborts the process, and names the time that the process has waited."""
-    reports = Reports(timeout_seconds=0.05)
-    reports.send(0, Report(*torch.zeros(4)))
-    assert [update for update, _ in reports.collect_reports(max_pending=0)] == [0]
-    reports._sent.append((1, torch.zeros(4), UnfinishedEvent()))
-    for read in (reports.read_newest, lambda: list(reports.collect_reports(max_pending=0))):
-        with pytest.raises(StalledCollectiveError, match=r"has not finished for 0\.05 s") as caught:
-            read()
-        assert is_lost_connection(caught.value)

@@ -8,17 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import data.build
 import data.loader
 import engine.trainer
+import jobs.launch
 import utils.background
+import utils.distributed
 from data.datasets import ImageDataset
 from data.workers import StallCheck, StalledWorkerError, WatchedDataset
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
+from utils.collective_watch import CollectiveWatch
 from utils.run_files import list_checkpoints
 
 pytestmark = pytest.mark.reliability
@@ -58,6 +62,47 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     last_progress = [line for line in outcome.output.splitlines() if " epoch 0/" in line][-1]
     seconds = report_time(report) - report_time(last_progress)
     assert seconds <= 3 + 10  # COLLECTIVE_TIMEOUT plus 10 s
+
+
+class FakeEvent:
+    """A CUDA event that the GPU has reached; ``torch.cuda.Event`` needs a GPU."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+def test_s4_a_collective_that_does_not_finish_on_a_gpu_ends_the_process_and_the_error_names_the_rank(
+    toy_config, toy_data, tmp_path
+):
+    """The GPU is faked: the host waits in the collective until the thread that watches it ends the process."""
+
+    def hang_until_reported() -> None:
+        while "lost" not in (tmp_path / "log").read_text():
+            time.sleep(0.1)
+        os._exit(1)
+
+    def prepare(rank: int) -> None:
+        setup = jobs.launch.setup
+
+        def setup_with_watch(timeout_seconds, on_stall):
+            world = setup(timeout_seconds, on_stall)
+            utils.distributed._watch = CollectiveWatch(2, lambda error: on_stall(error, world))
+            return world
+
+        jobs.launch.setup, torch.cuda.Event = setup_with_watch, FakeEvent
+        utils.distributed.SECONDS_TO_REGISTER = 1
+        if rank == 1:
+            call_before(engine.trainer, "train_step", 5, hang_until_reported)
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=100)
+    assert outcome.exit_codes[0] == 1, outcome.output
+    assert "rank(s) 1 lost: a process ended, or did not take part in training after update 4 within" in outcome.output
+    assert "(a collective operation has not finished for 2 s)" in outcome.output
+    assert "Traceback" not in outcome.output
 
 
 def report_time(line: str) -> float:

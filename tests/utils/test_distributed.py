@@ -1,5 +1,7 @@
 """Start-up of processes, propagation of errors between processes, and the check of the GPU driver."""
 
+import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,7 @@ import utils.distributed
 from data.files import DataError
 from tests.launch import run_in_processes
 from tests.runs import toy_arguments
+from utils.collective_watch import CollectiveWatch
 from utils.devices import (
     MissingDeviceError,
     check_device_is_not_shared,
@@ -32,6 +35,7 @@ from utils.distributed import (
     agree_on_launch_id,
     choose_interface,
     find_interface,
+    is_lost_connection,
     on_all,
     on_main,
     setup,
@@ -104,21 +108,59 @@ def fail_in_one_rank(world) -> None:
     assert on_all(world, lambda: world.rank) == world.rank
 
 
-def assert_broadcast_groups(world) -> None:
-    groups, broadcast = [], dist.broadcast_object_list
+def wait_longer_than_the_timeout(world) -> None:
+    world = dataclasses.replace(world, timeout_seconds=0.5)
+    large = list(range(100_000))
+    assert on_main(world, lambda: time.sleep(1) or large, long_timeout=True) == large
+    assert len(dist.distributed_c10d._world.pg_map) == 1  # a group for a second backend would choose another interface
+    if world.is_main:
+        dist.broadcast = lambda *_arguments, **_options: None
+    with contextlib.nullcontext() if world.is_main else pytest.raises(dist.DistError) as raised:
+        on_main(world, lambda: time.sleep(1.5))
+    assert world.is_main or is_lost_connection(raised.value)
 
-    def record(values, src, group):
-        groups.append(group)
-        broadcast(values, src=src, group=group)
 
-    dist.broadcast_object_list = record
-    assert on_main(world, lambda: "scan", long_timeout=True) == "scan"
-    assert on_main(world, lambda: "save") == "save"
-    assert groups == [world.long_timeout_group, None]
+def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_with_a_long_timeout():
+    run_in_processes(wait_longer_than_the_timeout, processes=2)
 
 
-def test_on_main_uses_the_long_timeout_group_only_for_tasks_with_a_long_timeout():
-    run_in_processes(assert_broadcast_groups, processes=2)
+class FakeEvent:
+    """A CUDA event, which ``torch.cuda.Event`` does not provide without a GPU; the GPU has reached it if ``finished``."""
+
+    finished = False
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.finished
+
+
+@pytest.mark.parametrize(
+    ("host_continues", "gpu_continues"),
+    [(True, True), (True, False), (False, False)],
+    ids=["all finish", "the GPU waits", "the host waits in a kernel launch"],
+)
+def test_collectives_on_a_gpu_that_do_not_finish_are_reported_before_nccl_aborts_the_process(
+    host_continues, gpu_continues, monkeypatch
+):
+    event = FakeEvent()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    errors, started = [], time.monotonic()
+    watch = CollectiveWatch(1.0, lambda error: errors.append((error, time.monotonic() - started)))
+    for _ in range(2):  # the second span starts before the GPU has finished the first one
+        span = watch.begin()
+        if host_continues:
+            watch.end(span)
+    event.finished = gpu_continues
+    deadline = time.monotonic() + (1.5 if gpu_continues else 60)
+    while not errors and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.close()
+    assert bool(errors) == (not gpu_continues)
+    for error, seconds in errors:
+        assert is_lost_connection(error)
+        assert seconds > 0.85
 
 
 def test_a_task_that_fails_in_one_process_fails_in_all_processes():
@@ -327,5 +369,5 @@ def test_gloo_uses_the_interface_that_leads_to_the_other_nodes(
 def test_a_lost_connection_is_reported_with_any_message(message, reason, monkeypatch):
     monkeypatch.setattr(utils.distributed, "SECONDS_TO_REGISTER", 0)
     world = utils.distributed.World(0, 0, 2, torch.device("cpu"), store=dist.HashStore())
-    error = str(utils.distributed.lost_rank_error(world, dist.DistError(message), "evaluation"))
-    assert f"did not take part in evaluation within COLLECTIVE_TIMEOUT ({reason})" in error
+    error = str(utils.distributed.lost_rank_error(world, dist.DistError(message)))
+    assert f"did not take part in start-up or evaluation within COLLECTIVE_TIMEOUT ({reason})" in error
