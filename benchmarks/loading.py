@@ -14,10 +14,11 @@ from torchvision.datasets.folder import default_loader
 from yacs.config import CfgNode
 
 from benchmarks.timing import speedup, time_in_turn
-from data.build import build_index, build_train_transform
+from data.build import build_train_transform
 from data.datasets import ImageDataset, read_file
 from data.decoding import decode_pixels
 from data.files import DataError
+from data.splits import build_index
 from data.workers import create_loader
 
 

@@ -1,9 +1,9 @@
 """Build datasets, loaders and mixup from a config."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from data.index import Index, read_beginning
 from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
 from data.samplers import EvalBatches, TrainBatches
-from data.sources import find_layout, index_split
 from data.sources.folder import find_linked_class
+from data.splits import build_indices
 from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
 from data.workers import WatchedDataset, create_loader
 from models.preprocessing import MAX_SMALL_SIZE
@@ -72,18 +72,19 @@ def build_datasets(
     """
     if not cfg.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
-    train = val = None
+    indices = run_once(lambda: build_indices(cfg, ("train", "val") if training else ("val",)))
+    train = None
     if training:
-        index = run_once(lambda: build_index(cfg, "train"))
+        index = indices["train"]
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
         options["decoder"] = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
         train = ImageDataset(index, build_train_transform(cfg), **options)
-    index = run_once(lambda: build_index(cfg, "val"))
+    index = indices["val"]
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     val = ImageDataset(index, create_eval_transform(build_preprocessing(cfg)), in_memory=in_memory)
-    if train is not None:
+    if train is not None and not cfg.DATA.VAL_FRACTION:
         run_once(lambda: warn_if_shared(train.index, val.index))
     class_ids = real_labels = None
     if cfg.TEST.CLASS_MAP:
@@ -107,16 +108,16 @@ def build_datasets(
     return Datasets(train, val, class_ids, real_labels)
 
 
-def build_index(cfg: CfgNode, split: str) -> Index:
-    """List the images of a split: of its zip archive with --zip, else in the layout that is found."""
-    # The path still starts with ~ if the home directory is unknown; the cache is then disabled.
-    cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
-    layout = "zip" if cfg.DATA.ZIP_MODE else find_layout(Path(cfg.DATA.DATA_PATH), split)
-    return index_split(layout, cfg.DATA.DATA_PATH, split, cache=cache)
-
-
 def warn_if_shared(train: Index, val: Index) -> None:
-    """Warn if validation images are also training images: the same directories, or splits with the same labels and contents."""
+    """Warn if validation images are also training images: the same directories or archives, or splits with the same labels and
+    contents.
+    """
+    if archives := set(map(os.path.realpath, train.archives)) & set(map(os.path.realpath, val.archives)):
+        logger.warning(
+            "%s is read for training and for validation: the validation accuracy does not measure generalisation",
+            min(archives),
+        )
+        return
     shared = find_linked_class(val, train) if not train.archives and not val.archives else ""
     if not shared and np.array_equal(train.labels, val.labels):
         positions = range(0, len(val), max(len(val) // NUM_COMPARED_IMAGES, 1))

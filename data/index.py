@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -100,6 +100,24 @@ def create_index(
         sizes=np.array(sizes, dtype=np.int64),
         deflated=np.array(deflated, dtype=bool),
         checksums=np.array(checksums, dtype=np.uint32),
+    )
+
+
+def select_images(index: Index, positions: np.ndarray) -> Index:
+    """The index of some of the images, with the same classes and archives.
+
+    Args:
+        positions: (M,) ascending.
+    """
+    lengths = np.diff(index.ends, prepend=0)
+    is_selected = np.zeros(len(index), dtype=bool)
+    is_selected[positions] = True
+    per_image = {name: getattr(index, name) for name in ("labels", "archive", "offsets", "sizes", "deflated", "checksums")}
+    return replace(
+        index,
+        text=index.text[np.repeat(is_selected, lengths)],
+        ends=np.cumsum(lengths[positions]),
+        **{name: values[positions] if len(values) else values for name, values in per_image.items()},
     )
 
 

@@ -62,10 +62,16 @@ def write_class_names(path: Path, classes: Sequence[str]) -> None:
     path.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8", errors="surrogateescape")
 
 
-def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
-    """Class names by class id: the lines of ``classes.txt``, else numbers.
+def class_lists(folder: Path, root: Path) -> list[Path]:
+    """Paths at which ``classes.txt`` is looked for: next to the archives in ``folder``, then in ``root``."""
+    return list(dict.fromkeys((folder / CLASS_NAMES_FILE, root / CLASS_NAMES_FILE)))
+
+
+def class_names(listings: Sequence[Path], labels: Sequence[int], source: Path) -> list[str]:
+    """Class names by class id: the lines of ``classes.txt`` if it exists, else numbers.
 
     Args:
+        listings: result of ``class_lists``; the first file that exists is read.
         source: what contains the labels, for messages.
 
     Raises:
@@ -78,8 +84,8 @@ def class_names(root: Path, labels: Sequence[int], source: Path) -> list[str]:
     gap = f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps"
     if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
         raise DataError(gap)
-    listing = root / CLASS_NAMES_FILE
-    classes = read_class_names(listing) if listing.is_file() else numbered(first_unused)
+    listing = next((path for path in listings if path.is_file()), None)
+    classes = read_class_names(listing) if listing else numbered(first_unused)
     if (duplicate := first_duplicate(classes)) is not None:
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
     if first_unused > len(classes):

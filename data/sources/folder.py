@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -33,11 +34,11 @@ class Folder(Layout):
         return [self.path] if os.path.isdir(self.path) else []
 
     @staticmethod
-    def hint(found: Path, split: str) -> str:
-        if not os.path.isdir(found):
+    def hint(root: Path, name: str, option: str) -> str:
+        if not os.path.isdir(root / name):
             return ""
-        only_if = "if it contains the validation images, " if "test" in found.name.lower() else ""
-        return f"{only_if}rename it to {split}/"
+        condition = "if it contains the validation images, " if "test" in name.lower() else ""
+        return f"{condition}add {option} {shlex.quote(name)}"
 
     def scan(self) -> Scan:
         """List the images.
@@ -47,7 +48,7 @@ class Folder(Layout):
                 image or a directory that would be counted twice, or two classes whose names look the same.
         """
         if not self.files():
-            raise MissingSplitError(f"{self.path}: no such directory; set --data-path to the parent of train/ and val/")
+            raise MissingSplitError(f"{self.path}: no such directory")
         listing, labels = Listing(self.path), array("i")
         with _listing_errors(self.path):
             classes = listing.find_classes()

@@ -1,5 +1,6 @@
 """The interface of a data layout: how the images of a split and their class ids are stored."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +9,31 @@ from typing import ClassVar
 from data.files import DataError
 from data.index import Index, Scan
 
+# Names under which a split is found if none is requested; the first one that exists is used.
+DEFAULT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+# Words in the names of directories and archives that identify the split.
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "test", "testing", "dev", "eval"},
+}
+
+
+def split_of(name: str) -> str | None:
+    """Split ("train" or "val") that a word in a name identifies; None if there is none, or words of several splits."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    splits = [split for split, known in SPLIT_WORDS.items() if words & known]
+    return splits[0] if len(splits) == 1 else None
+
 
 class MissingSplitError(DataError):
     """There is no split where it is expected; ``data.sources`` adds what lies in its place."""
 
 
 class Layout(ABC):
-    """A split in the directory ``root``, stored in one layout. The constructor takes ``root`` and the name of the split.
+    """A split in the directory ``root``, stored in one layout.
+
+    The constructor takes ``root`` and the name of the split: a name from which the layout forms the names of its archives,
+    such as "train"; or the path of a directory or archive, or a pattern of archives, relative to ``root`` or absolute.
 
     Attributes:
         title: plural noun for log lines.
@@ -47,10 +66,13 @@ class Layout(ABC):
 
     @staticmethod
     @abstractmethod
-    def hint(found: Path, split: str) -> str:
-        """What to do with a file or directory that could be a split in this layout under another name; "" if it cannot be.
+    def hint(root: Path, name: str, option: str) -> str:
+        """How to read the file or directory ``root/name`` as a split in this layout; "" if it cannot be one.
 
-        It is shown if the split is missing. Example: "rename it to val/".
+        It is shown if a split is missing, and must lead to a command that works. Example: "add --opts DATA.VAL_SPLIT dev".
+
+        Args:
+            option: command-line option that selects the missing split, such as ``--opts DATA.VAL_SPLIT``.
         """
 
     def write(self, index: Index, images: Iterable[bytes], shard_size: int) -> None:

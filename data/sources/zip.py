@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import stat
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from data.files import (
     is_system_path,
 )
 from data.index import Index, Scan, create_index
-from data.sources.class_list import CLASS_NAMES_FILE, check_distinct_names, class_names, is_class_id, read_listing
+from data.sources.class_list import check_distinct_names, class_lists, class_names, is_class_id, read_listing
 from data.sources.layout import Layout, MissingSplitError
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
@@ -35,23 +36,21 @@ class ZipArchive(Layout):
     needs_flag = True
 
     def __init__(self, root: Path, split: str):
-        self.root = root
-        self.path = self.source = root / f"{split}.zip"
-        self.map = root / f"{split}_map.txt"
+        stem = split.removesuffix(".zip")
+        self.path = self.source = root / f"{stem}.zip"
+        self.map = root / f"{stem}_map.txt"
+        self.class_lists = class_lists(self.path.parent, root)
         self.archives = [self.path]
 
     def files(self) -> list[Path]:
         return [path for path in (self.path, self.map) if os.path.isfile(path)]
 
     @staticmethod
-    def hint(found: Path, split: str) -> str:
-        if found.name == f"{split}.zip":
-            return f"add --zip, which needs {split}_map.txt too"
-        return (
-            f"rename the archive to {split}.zip and its list to {split}_map.txt, and add --zip"
-            if found.suffix == ".zip"
-            else ""
-        )
+    def hint(root: Path, name: str, option: str) -> str:
+        if not name.endswith(".zip"):
+            return ""
+        needed = "" if os.path.isfile(root / f"{name.removesuffix('.zip')}_map.txt") else f", and write {name[:-4]}_map.txt"
+        return f"add {option} {shlex.quote(name)}{needed}"
 
     def scan(self) -> Scan:
         """List the images.
@@ -61,9 +60,9 @@ class ZipArchive(Layout):
                 or an entry that is not a plain image file.
         """
         if not os.path.isfile(self.path):
-            raise MissingSplitError(f"{self.path}: no such file; check --data-path, or leave out --zip")
+            raise MissingSplitError(f"{self.path}: no such file")
         names, labels = _read_map(self.map)
-        classes = class_names(self.root, labels, self.map)
+        classes = class_names(self.class_lists, labels, self.map)
         try:
             with zipfile.ZipFile(self.path) as zip_file, open(self.path, "rb") as file:
                 entries = self._find_entries(zip_file, names)
@@ -85,7 +84,7 @@ class ZipArchive(Layout):
             deflated=[entry.compress_type == zipfile.ZIP_DEFLATED for entry in entries],
             checksums=[entry.CRC for entry in entries],
         )
-        return Scan(index, [self.path, self.map, self.root / CLASS_NAMES_FILE], notes)
+        return Scan(index, [self.path, self.map, *self.class_lists], notes)
 
     def _find_entries(self, zip_file: zipfile.ZipFile, names: Sequence[str]) -> list[zipfile.ZipInfo]:
         """Find the archive's entry of each name in the map file, which must be a plain image file that is listed once."""

@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import data.sources
-from data.build import build_datasets, build_eval_loader, build_index, build_mixup, build_train_loader
+from data.build import build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.classes import check_classes, read_class_map, read_real_labels
 from data.datasets import ImageDataset
 from data.decoding import decode_image, decode_pixels
@@ -35,6 +35,7 @@ from data.loader import collate
 from data.samplers import EvalBatches, TrainBatches, epoch_order
 from data.sources.class_list import class_names
 from data.sources.folder import Folder
+from data.splits import build_index
 from data.transforms import Normalize, RandomResizedCrop, create_eval_transform, create_train_transform
 from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack
@@ -489,7 +490,7 @@ def test_a_duplicate_among_a_hundred_thousand_class_names_is_found_at_once(tmp_p
     (tmp_path / "classes.txt").write_text("".join(f"{number}\n" for number in [*range(100_000), 99_999]))
     started = time.process_time()
     with pytest.raises(DataError, match="duplicate class name 99999"):
-        class_names(tmp_path, [0, 1], tmp_path)
+        class_names([tmp_path / "classes.txt"], [0, 1], tmp_path)
     assert time.process_time() - started < 5
 
 
@@ -808,8 +809,8 @@ def test_processes_share_one_scan_of_each_split(toy_config, toy_data, monkeypatc
     def run_once(task):
         return indices.pop(0) if indices else task()
 
-    indices = [index_folder(toy_data / split) for split in ("train", "val")]
-    monkeypatch.setattr("data.build.build_index", None)  # the datasets have the indices that ``run_once`` returned
+    indices = [{split: index_folder(toy_data / split) for split in ("train", "val")}]
+    monkeypatch.setattr("data.build.build_indices", None)  # the datasets have the indices that ``run_once`` returned
     datasets = build_datasets(config(toy_config, toy_data), training=True, run_once=run_once)
     assert indices == []
     assert (len(datasets.train), len(datasets.val)) == (102, 33)

@@ -60,6 +60,25 @@ KEYS = {
     "DATA.DATA_PATH": Key(
         "", "directory with `train/` and `val/`, or with zip archives or tar shards of these splits", is_path=True
     ),
+    "DATA.TRAIN_SPLIT": Key(
+        "",
+        "training images below `DATA.DATA_PATH`: a directory (`.` for `DATA.DATA_PATH` itself), a name such as `train`, an "
+        "archive, or a pattern of archives such as `imagenet1k-train-*.tar`; empty: `train`",
+        is_path=True,
+    ),
+    "DATA.VAL_SPLIT": Key(
+        "",
+        "validation images, given like `DATA.TRAIN_SPLIT`; empty: the first of `val`, `valid`, `validation` and `test` that "
+        "exists",
+        is_path=True,
+    ),
+    "DATA.VAL_FRACTION": Key(
+        0.0,
+        "fraction of the training images of each class that is held out and used as validation images; the choice depends "
+        "only on the names of the files; cannot change on resume; 0: use the validation split",
+        minimum=0,
+        maximum=0.9,
+    ),
     "DATA.DATASET": Key(
         "imagenet",
         "has no effect; the paper's configs set it to `imagenet`, which is accepted for every data set",
@@ -394,6 +413,7 @@ STORED_KEY_PREFIXES = (
     "MODEL.NAME",  # a label; the directory of results has another name, see ``Location.name``
     "MODEL.DROP_RATE",
     "MODEL.DROP_PATH_RATE",
+    "DATA.VAL_FRACTION",  # the same images are held out in evaluation as in training
     "AMP",  # with AMP_DTYPE: the precision of TEST.PRECISION train
     "TF32",
 )

@@ -103,6 +103,11 @@ def _check_recipe(cfg: CfgNode) -> None:
         raise ConfigError(
             "TEST.CROP=False: disables the crop, which conflicts with TEST.CROP_MODE=short; give only one of them"
         )
+    if cfg.DATA.VAL_SPLIT and cfg.DATA.VAL_FRACTION:
+        raise ConfigError(
+            f"DATA.VAL_SPLIT={cfg.DATA.VAL_SPLIT}: conflicts with DATA.VAL_FRACTION={cfg.DATA.VAL_FRACTION:g}, which holds out "
+            "training images for validation; give only one of them (DATA.VAL_FRACTION 0 overrides a config or checkpoint)"
+        )
     if cfg.TRAIN.WARMUP_EPOCHS > cfg.TRAIN.EPOCHS:
         raise ConfigError(
             f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; shorten the warm-up"

@@ -1,0 +1,153 @@
+"""The training and validation images of a run: where they are, and how DATA.VAL_FRACTION divides them. Without torch."""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from yacs.config import CfgNode
+
+from data.files import DataError
+from data.index import Index, select_images
+from data.sources import list_layouts, missing_split, read_split
+from data.sources.layout import DEFAULT_NAMES, Layout, split_of
+
+logger = logging.getLogger(__name__)
+
+_TITLES = {"train": "training", "val": "validation"}
+
+
+def build_index(cfg: CfgNode, split: str) -> Index:
+    """List the images of one split, see ``build_indices``."""
+    return build_indices(cfg, [split])[split]
+
+
+def build_indices(cfg: CfgNode, splits: Sequence[str]) -> dict[str, Index]:
+    """List the images of splits, in the layout in which each is found; only zip archives are read with --zip.
+
+    Args:
+        splits: "train", "val" or both.
+
+    Returns:
+        The index of each split. With DATA.VAL_FRACTION, "val" are the images held out from the training images.
+
+    Raises:
+        DataError: see ``build_split``, ``read_split`` and ``hold_out``.
+    """
+    # The path still starts with ~ if the home directory is unknown; the cache is then disabled.
+    cache = Path(cfg.DATA.INDEX_CACHE) if cfg.DATA.INDEX_CACHE and not cfg.DATA.INDEX_CACHE.startswith("~") else None
+    root, fraction = Path(cfg.DATA.DATA_PATH), cfg.DATA.VAL_FRACTION
+
+    def read(split: str) -> Index:
+        name, layout = build_split(cfg, split)
+        return read_split(layout, root, name, cache=cache, option=f"--opts DATA.{split.upper()}_SPLIT")
+
+    if not fraction:
+        return {split: read(split) for split in splits}
+    index = read("train")
+    positions = hold_out(index, fraction)
+    logger.info(
+        "%s: %d of %d images are held out for validation (DATA.VAL_FRACTION=%g)",
+        index.source,
+        len(positions["val"]),
+        len(index),
+        fraction,
+    )
+    return {split: select_images(index, positions[split]) for split in splits}
+
+
+def build_split(cfg: CfgNode, split: str) -> tuple[str, Layout]:
+    """Find a split: DATA.TRAIN_SPLIT or DATA.VAL_SPLIT, or else the first default name that exists in any layout.
+
+    Training, evaluation and the checks of the command line use this function, so that they read the same images.
+
+    Args:
+        split: "train" or "val".
+
+    Returns:
+        Name of the split, and its layout.
+
+    Raises:
+        DataError: there is no such split; the message suggests how to read what lies in its place.
+    """
+    root, zip_mode = Path(cfg.DATA.DATA_PATH), cfg.DATA.ZIP_MODE
+    requested = {"train": cfg.DATA.TRAIN_SPLIT, "val": cfg.DATA.VAL_SPLIT}[split]
+    names = [requested] if requested else DEFAULT_NAMES[split]
+    found = {name: layouts for name in names if (layouts := list_layouts(root, name, zip_mode=zip_mode))}
+    if cfg.DATA.VAL_FRACTION and not requested:
+        _check_undivided(root, cfg.DATA.VAL_FRACTION, zip_mode=zip_mode)
+        if not found and not zip_mode and _has_classes(root):
+            found = {".": list_layouts(root, ".")}
+    option = f"DATA.{split.upper()}_SPLIT"
+    if not found:
+        source = f"{option}={requested}" if requested else f"{', '.join(names[:-1])}{' or ' if names[1:] else ''}{names[-1]}"
+        kind = "zip archive" if zip_mode else "directory or archives"
+        reason = f"{root}: no such {kind}: {source}" if requested else f"{root}: no {_TITLES[split]} split ({source})"
+        raise missing_split(reason, root, names[0], zip_mode=zip_mode, option=f"--opts {option}")
+    name, (layout, *others) = next(iter(found.items()))
+    for other in others:
+        logger.warning("%s is read, but not the %s beside it, such as %s", layout.path, other.title, other.files()[0])
+    # A test set beside a validation set is usual.
+    if unused := [layouts[0].path for other, layouts in found.items() if other not in (name, "test")]:
+        logger.warning("%s is read for validation, but not %s; choose with %s", layout.path, unused[0], option)
+    elif name != (requested or names[0]):
+        logger.info("%s is read for %s; choose another split with %s", layout.path, _TITLES[split], option)
+    return name, layout
+
+
+def _check_undivided(root: Path, fraction: float, *, zip_mode: bool) -> None:
+    """Check that there is no validation split beside the training images of which a fraction is to be held out.
+
+    A test split is no validation split: it may be meant for a final evaluation.
+    """
+    for name in DEFAULT_NAMES["val"]:
+        if name != "test" and (layouts := list_layouts(root, name, zip_mode=zip_mode)):
+            raise DataError(
+                f"DATA.VAL_FRACTION={fraction:g} holds out a part of the training images for validation, but there is "
+                f"{layouts[0].path}: add --opts DATA.VAL_FRACTION 0 to validate on it, or --opts DATA.TRAIN_SPLIT train to "
+                "hold out training images anyway"
+            )
+
+
+def _has_classes(root: Path) -> bool:
+    """Whether a directory seems to have class directories, and no splits."""
+    try:
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return False
+    return len(folders) > 1 and not any(map(split_of, folders))
+
+
+def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
+    """Divide images into training and validation images, each class in the same proportion.
+
+    The choice depends on nothing but the names of the files without directory and extension: the images of each class are
+    ordered by a hash of the name, and the first ones are held out. Dots count as underscores, as in tar shards. The same
+    images are therefore held out for every seed, layout and order of the files.
+
+    Args:
+        fraction: fraction of the images of each class to hold out, rounded; at least one image, but not all.
+
+    Returns:
+        Positions of the images of "train" and "val", ascending.
+
+    Raises:
+        DataError: a class has only one image.
+    """
+    groups: list[list[tuple[bytes, int]]] = [[] for _ in index.classes]
+    for position, label in enumerate(index.labels):
+        name = PurePosixPath(index.name(position)).stem.replace(".", "_").encode(errors="surrogateescape")
+        groups[label].append((hashlib.blake2b(name, digest_size=8).digest(), position))
+    is_held_out = np.zeros(len(index), dtype=bool)
+    for label, group in enumerate(groups):
+        if len(group) < 2:
+            raise DataError(
+                f"{index.source}: class {index.classes[label]} has only one image, but DATA.VAL_FRACTION={fraction:g} needs "
+                "one for training and one for validation; add images, or remove this class"
+            )
+        count = min(max(math.floor(len(group) * fraction + 0.5), 1), len(group) - 1)
+        is_held_out[[position for _, position in sorted(group)[:count]]] = True
+    return {"train": np.flatnonzero(~is_held_out), "val": np.flatnonzero(is_held_out)}

@@ -1,0 +1,255 @@
+"""Where the training and validation images of a run are found, and what an error about a missing split proposes."""
+
+import gzip
+import io
+import re
+import shlex
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.build import build_datasets
+from data.files import DataError
+from data.splits import build_index, build_indices
+from utils.config.loading import load_config
+
+CLASSES = ("cat", "dog", "fox")
+
+
+@pytest.fixture
+def create_cfg(toy_config, tmp_path):
+    def create(*opts, root=tmp_path):
+        return load_config(toy_config, ["DATA.DATA_PATH", str(root), "DATA.INDEX_CACHE", "", *opts])
+
+    return create
+
+
+def image_bytes(*key: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(key).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def images(seed: int, per_class: int = 4) -> list[tuple[int, str, bytes]]:
+    """Class id, name and content of the images of a split."""
+    return [
+        (label, f"{seed}_{label}_{number:03d}.png", image_bytes(seed, label, number))
+        for label in range(len(CLASSES))
+        for number in range(per_class)
+    ]
+
+
+def write_folder(path: Path, seed: int = 0, per_class: int = 4) -> None:
+    for label, name, data in images(seed, per_class):
+        (path / CLASSES[label]).mkdir(parents=True, exist_ok=True)
+        (path / CLASSES[label] / name).write_bytes(data)
+
+
+def write_shards(pattern: Path, seed: int = 0, per_class: int = 4, shards: int = 2, compression: str = "") -> None:
+    """Write the images in turn to shards as ``timm`` writes them. The pattern's * stands for the number."""
+    pattern.parent.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(str(pattern).replace("*", f"{shard:04d}"), f"w:{compression}") as archive:
+            for label, name, data in images(seed, per_class)[shard::shards]:
+                key = name.removesuffix(".png")
+                files = {f"{key}.png": data, f"{key}.cls": str(label).encode(), f"{key}.json": b'{"width": 8}'}
+                for member, content in files.items():
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+
+
+def write_zip(path: Path, seed: int = 0, per_class: int = 4) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for _, name, data in images(seed, per_class):
+            archive.writestr(name, data)
+    lines = (f"{name}\t{label}\n" for label, name, _ in images(seed, per_class))
+    path.with_name(f"{path.stem}_map.txt").write_text("".join(lines))
+
+
+def keys(index) -> set[tuple[int, str]]:
+    """Class id and name without directory or shard of every image."""
+    return {(int(index.labels[i]), index.name(i).rpartition("/")[2]) for i in range(len(index))}
+
+
+def expected(seed: int, per_class: int = 4) -> set[tuple[int, str]]:
+    return {(label, name) for label, name, _ in images(seed, per_class)}
+
+
+# --- Names of splits
+
+
+@pytest.mark.parametrize("others", [(), ("test",), ("validation", "test"), ("valid", "validation", "test")])
+@pytest.mark.parametrize("layout", ["folder", "tar", "zip"])
+def test_the_first_validation_split_that_exists_is_read_and_the_log_says_which(layout, others, create_cfg, tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = others or ("val", "valid", "validation", "test")
+    for seed, name in enumerate(names):
+        if layout == "tar":
+            write_shards(tmp_path / f"{name}-*.tar", seed)
+        else:
+            write_zip(tmp_path / f"{name}.zip", seed) if layout == "zip" else write_folder(tmp_path / name, seed)
+    assert keys(build_index(create_cfg("DATA.ZIP_MODE", layout == "zip"), "val")) == expected(0)
+    levels = {record.levelname for record in caplog.records if "is read for validation" in record.message}
+    # A test set beside a validation set is usual; two validation sets are not.
+    assert levels == ({"WARNING"} if len(set(names) - {"test"}) > 1 else {"INFO"})
+    assert f"{names[0]}{ {'folder': '', 'tar': '-*.tar', 'zip': '.zip'}[layout] } is read for validation" in caplog.text
+
+
+def test_val_in_any_layout_precedes_the_other_names(create_cfg, tmp_path):
+    write_shards(tmp_path / "val-*.tar", 1)
+    write_folder(tmp_path / "validation", 2)
+    assert keys(build_index(create_cfg(), "val")) == expected(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "zip_mode"),
+    [
+        ("photos", False),
+        ("sets/photos", False),
+        ("{root}/sets/photos", False),
+        ("photos-*.tar", False),
+        ("sets/photos-*.tar", False),
+        ("{root}/sets/photos", True),
+        ("sets/photos.zip", True),
+    ],
+)
+def test_a_split_may_have_any_name(value, zip_mode, create_cfg, tmp_path):
+    write_folder(tmp_path / "val", 1)
+    write_folder(tmp_path / "photos", 2)
+    write_folder(tmp_path / "sets/photos", 2)
+    write_shards(tmp_path / "photos-*.tar", 2)
+    write_shards(tmp_path / "sets/photos-*.tar", 2)
+    write_zip(tmp_path / "sets/photos.zip", 2)
+    cfg = create_cfg("DATA.VAL_SPLIT", value.format(root=tmp_path), "DATA.ZIP_MODE", zip_mode)
+    assert keys(build_index(cfg, "val")) == expected(2)
+
+
+def test_shards_with_the_names_of_the_hub_are_read_as_they_are(create_cfg, tmp_path):
+    write_shards(tmp_path / "imagenet1k-train-*.tar", 0)
+    write_shards(tmp_path / "imagenet1k-validation-*.tar", 1)
+    indices = build_indices(create_cfg(), ("train", "val"))
+    assert {split: keys(index) for split, index in indices.items()} == {"train": expected(0), "val": expected(1)}
+    assert indices["train"].classes == ["0", "1", "2"]
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    assert build_index(create_cfg(), "train").classes == list(CLASSES)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_shard_with_a_name_of_the_hub_is_detected(split, create_cfg, tmp_path):
+    write_shards(tmp_path / "imagenet1k-train-*.tar", 0, shards=3)
+    write_shards(tmp_path / "imagenet1k-validation-*.tar", 1, shards=3)
+    pattern = f"imagenet1k-{'train' if split == 'train' else 'validation'}-*.tar"
+    for number, opts in ((1, ()), (1, (f"DATA.{split.upper()}_SPLIT", pattern)), (0, ())):
+        missing = tmp_path / pattern.replace("*", f"000{number}")
+        content = missing.read_bytes()
+        missing.unlink()
+        if number:
+            with pytest.raises(DataError, match=f"{missing.name}: shard {number} is missing"):
+                build_index(create_cfg(*opts), split)
+        missing.write_bytes(content)
+    (tmp_path / pattern.replace("*", "0000")).unlink()
+    (tmp_path / pattern.replace("*", "0001")).unlink()
+    with pytest.raises(DataError, match="shard 0 is missing"):
+        build_index(create_cfg(), split)
+
+
+def test_a_pattern_may_select_shards_but_gaps_among_them_are_detected(create_cfg, tmp_path):
+    write_shards(tmp_path / "train-*.tar", per_class=12, shards=12)
+    part = build_index(create_cfg("DATA.TRAIN_SPLIT", "train-000*.tar"), "train")
+    one = build_index(create_cfg("DATA.TRAIN_SPLIT", "train-0011.tar"), "train")
+    even = build_index(create_cfg("DATA.TRAIN_SPLIT", "train-???[02468].tar"), "train")
+    assert (len(part), len(one), len(even)) == (30, 3, 18)
+    (tmp_path / "train-0004.tar").unlink()
+    with pytest.raises(DataError, match=r"train-0004\.tar: shard 4 is missing"):
+        build_index(create_cfg("DATA.TRAIN_SPLIT", "train-???[02468].tar"), "train")
+
+
+def test_a_pattern_that_matches_shards_of_two_splits_is_refused(create_cfg, tmp_path):
+    write_shards(tmp_path / "imagenet1k-train-*.tar", 0)
+    write_shards(tmp_path / "imagenet1k-validation-*.tar", 1)
+    with pytest.raises(
+        DataError, match=r"matches shards of two splits, imagenet1k-train-0000\.tar and imagenet1k-validation-0"
+    ):
+        build_index(create_cfg("DATA.TRAIN_SPLIT", "imagenet1k-*.tar"), "train")
+
+
+def test_shards_of_two_data_sets_are_refused_and_the_remedy_chooses_one(create_cfg, tmp_path):
+    write_shards(tmp_path / "imagenet1k-train-*.tar", 0)
+    write_shards(tmp_path / "imagenet22k-train-*.tar", 1)
+    with pytest.raises(DataError, match=r"example 'imagenet1k-train-\*\.tar'"):
+        build_index(create_cfg(), "train")
+    assert keys(build_index(create_cfg("DATA.TRAIN_SPLIT", "imagenet1k-train-*.tar"), "train")) == expected(0)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "train"), ("photos-*.tar", "photos-*.tar"), ("photos-*.tar", "photos-0001.tar")]
+)
+def test_a_warning_names_images_that_are_in_both_splits(train, val, create_cfg, tmp_path, caplog):
+    write_folder(tmp_path / "train")
+    write_shards(tmp_path / "photos-*.tar")
+    build_datasets(create_cfg("DATA.TRAIN_SPLIT", train, "DATA.VAL_SPLIT", val), training=True)
+    assert "the validation accuracy does not measure generalisation" in caplog.text
+
+
+# --- Remedies
+
+
+def obey(message: str) -> tuple[list[str], list[str]]:
+    """Values for --opts, and other arguments, that an error message proposes."""
+    quoted = r"'[^']*'|[^\s,:;]+"
+    options = [*re.findall(rf"--opts (DATA\.[A-Z_]+ (?:{quoted}))", message)[:1]]
+    options += [f"DATA.DATA_PATH {path}" for path in re.findall(rf"set --data-path ({quoted})", message)]
+    options += ["DATA.ZIP_MODE True"] if "add --zip" in message else []
+    options += ["DATA.ZIP_MODE False"] if "leave out --zip" in message else []
+    return [word for option in options for word in shlex.split(option)]
+
+
+def error_of(cfg) -> str:
+    """Message of the error if there are no validation images; "" if there are."""
+    try:
+        build_index(cfg, "val")
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("zip_mode", [False, True], ids=["", "with --zip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("VAL", "Valid", "testing", "dev", "my-validation", "data/val", "data/validation"),
+        *("validation_*.tar", "val*.tar", "dev-*.tar", "val/*.tar", "data/val-*.tar", "imagenet1k-dev-*.tar", "val-*.TAR"),
+        *("val.zip", "dev.zip", "my_validation.zip", "data/val.zip"),
+        *("val-*.tar.gz", "validation-*.tgz"),
+        "..",
+    ],
+)
+def test_the_remedy_for_missing_validation_images_leads_to_them(name, zip_mode, create_cfg, tmp_path):
+    root = tmp_path / "root"
+    write_folder(root / "train", 0)
+    if name == "..":
+        write_folder(tmp_path / "root/val", 1)
+        root /= "train"
+    elif name.endswith(".zip"):
+        (root / name).parent.mkdir(exist_ok=True)
+        write_zip(root / name, 1)
+    elif "tar" in name or "tgz" in name:
+        write_shards(root / name, 1, compression="gz" if "gz" in name else "")
+    else:
+        write_folder(root / name, 1)
+    opts = ["DATA.ZIP_MODE", zip_mode]
+    cfg = create_cfg(*opts, root=root)
+    for _ in range(2):  # --zip and the place of the split may be proposed one after the other
+        if message := error_of(cfg):
+            for path in root.glob("*gz") if "decompress" in message else ():
+                path.with_name(f"{path.name.split('.')[0]}.tar").write_bytes(gzip.decompress(path.read_bytes()))
+                path.unlink()
+            opts += obey(message)
+            assert "train" not in " ".join(obey(message)).replace(str(tmp_path), "")
+            cfg = create_cfg(*opts, root=root)
+    assert keys(build_index(cfg, "val")) == expected(1)
