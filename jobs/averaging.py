@@ -9,8 +9,10 @@ from torch import Tensor
 
 from data.classes import ClassMatch, compare_classes
 from jobs.locate_checkpoint import Location, stored_class_names
+from jobs.model import has_same_windows
 from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint
-from utils.config.loading import flatten, show
+from utils.config.keys import STORED_KEY_PREFIXES, WINDOW_KEYS
+from utils.config.loading import flatten, load_stored_config, show
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,10 @@ def check_same_config(config: object, other: object, first: Path, path: Path) ->
         return
     before, after = flatten(config), flatten(other)
     for key in sorted(before.keys() & after.keys()):
-        if key.startswith(COMPARED_KEY_PREFIXES) and show(before[key]) != show(after[key]):
+        if not key.startswith(COMPARED_KEY_PREFIXES) or show(before[key]) == show(after[key]):
+            continue
+        own = load_stored_config(other, source=str(path), sections=STORED_KEY_PREFIXES)
+        if key not in WINDOW_KEYS or not has_same_windows(config, own, first):
             raise CheckpointError(
                 f"{path}: {key} is {show(after[key])}, but {show(before[key])} in {first}; all checkpoints must have the same "
                 "model, input size and normalisation"

@@ -1,9 +1,9 @@
 """The model of a job: build it, load the weights of a checkpoint, and choose how it computes focused linear attention."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ from yacs.config import CfgNode
 
 from data.classes import ClassMatch, compare_classes, find_order
 from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_class_names
-from models import build_model
+from models import build_arguments, build_model
 from models.checkpoints.loading import fill_model
 from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint, stored_weights
 from models.kernel_selection import choose_backend, set_backend
-from utils.config.keys import STORED_KEY_PREFIXES
-from utils.config.loading import load_config
+from utils.config.keys import STORED_KEY_PREFIXES, WINDOW_KEYS
+from utils.config.loading import image_size, load_config, load_stored_config
 from utils.distributed import World, gather_on_main, on_all, on_main
 from utils.errors import ConfigError
 
@@ -38,6 +38,96 @@ def check_model(cfg: CfgNode) -> nn.Module:
             return build_model(cfg)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
+
+
+def attention_windows(model: Any) -> dict[tuple[int, str], tuple[int | None, ...]]:
+    """Sides of the windows or stripes of Swin and CSwin in tokens, by (stage, attention type L or S).
+
+    A side is None where the window covers the map of the native input size, and thus the map of every input size.
+    """
+    return {
+        (stage, block.attention_type): block.window_sides
+        for stage, blocks in enumerate(model.stage_blocks())
+        for block in blocks
+        if hasattr(block, "window_sides")
+    }
+
+
+def has_same_windows(stored: Mapping, cfg: CfgNode, path: Path | str) -> bool:
+    """Whether the model of ``cfg`` has the windows of the config in a checkpoint, although their numbers may differ.
+
+    A window that covers the whole token map equals a larger one, and 0.
+    """
+    try:
+        former = check_model(with_stored_windows(stored, cfg, path))
+    except ConfigError:
+        return False
+    return attention_windows(former) == attention_windows(check_model(cfg))
+
+
+def with_stored_windows(stored: Mapping, cfg: CfgNode, path: Path | str) -> CfgNode:
+    """Copy of ``cfg`` with the image size and the windows of the config in a checkpoint.
+
+    Raises:
+        ConfigError: the stored config has an illegal value, or belongs to a model of another type.
+    """
+    former = load_stored_config(stored, source=str(path), sections=("MODEL.TYPE", "DATA.IMG_SIZE", *WINDOW_KEYS))
+    if former.MODEL.TYPE != cfg.MODEL.TYPE:
+        raise ConfigError(f"{path}: MODEL.TYPE is {former.MODEL.TYPE} in the checkpoint, not {cfg.MODEL.TYPE}")
+    combined = cfg.clone()
+    combined.defrost()
+    combined.DATA.IMG_SIZE = former.DATA.IMG_SIZE
+    for section, key in ((key.split(".")[1], key.split(".")[2]) for key in WINDOW_KEYS):
+        combined.MODEL[section][key] = former.MODEL[section][key]
+    return combined
+
+
+def check_windows(model: Any, cfg: CfgNode, stored: object, path: Path | str) -> None:
+    """Check, before weights are loaded, whether attention over the whole token map would become attention in windows.
+
+    This happens if DATA.IMG_SIZE grows and the windows do not. If the weights fit nevertheless, a warning is logged.
+
+    Args:
+        cfg: the config of ``model``.
+        stored: the config in the file of the weights; other values than a mapping are ignored.
+        path: path of the file, for the message.
+
+    Raises:
+        ConfigError: the weights do not fit, since CSwin would divide the map into stripes of two directions.
+    """
+    if not isinstance(stored, Mapping):
+        return
+    try:
+        former = with_stored_windows(stored, cfg, path)
+        if former == cfg:
+            return
+        before, after = attention_windows(check_model(former)), attention_windows(model)
+    except ConfigError:  # the stored config is only compared; this version may reject its values
+        return
+    lost = sorted(key for key in before.keys() & after.keys() if not any(before[key]) and any(after[key]))
+    if not lost:
+        return
+    stages = ", ".join(f"{stage + 1} ({'linear' if letter == 'L' else 'softmax'} attention)" for stage, letter in lost)
+    message = (
+        f"{path}: these weights were trained with windows that cover the whole token map in stage {stages}; at DATA.IMG_SIZE="
+        f"{cfg.DATA.IMG_SIZE}, the windows of this config do not cover it"
+    )
+    if options := _covering_options(model, cfg, lost):
+        message = f"{message}; to cover it, add --opts {options}"
+    if any(len(before[key]) != len(after[key]) for key in lost):
+        raise ConfigError(message)
+    logger.warning("%s", message)
+
+
+def _covering_options(model: Any, cfg: CfgNode, lost: Sequence[tuple[int, str]]) -> str:
+    """Options with which windows cover the map in the given (stage, attention type); "" if no option changes them."""
+    is_linear = any(letter == "L" for _, letter in lost)
+    if cfg.MODEL.TYPE != "flatten_swin":
+        return "MODEL.LA.CSWIN_LA_SPLIT_SIZE 0-0-0-0" if is_linear else ""
+    grids = model.stage_grids(image_size(cfg))
+    present = build_arguments(cfg)[1]["softmax_window"]  # its default depends on MODEL.SWIN.WINDOW_SIZE
+    softmax_window = max((max(grids[stage]) for stage, letter in lost if letter == "S"), default=present)
+    return f"{'MODEL.SWIN.WINDOW_SIZE 0 ' if is_linear else ''}MODEL.SWIN.SOFTMAX_WINDOW {softmax_window}"
 
 
 def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype], cfg: CfgNode, world: World) -> str:
@@ -76,7 +166,9 @@ def load_models(checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], 
     Raises:
         CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
     """
-    check_size(checkpoint, check_model(cfg))
+    model = check_model(cfg)
+    check_size(checkpoint, model)
+    check_windows(model, cfg, checkpoint.state.get("config"), checkpoint.path)
     models = {}
     for label in labels:
         models[label] = build_model(cfg).to(device)
@@ -158,15 +250,17 @@ def check_finite_weights(model: nn.Module, path: Path, label: str) -> None:
             )
 
 
-def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], world: World) -> None:
+def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], cfg: CfgNode, world: World) -> None:
     """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
 
     If it was trained with the same classes in another order, its rows are reordered.
 
     Args:
         classes: class names of the training data.
+        cfg: the config of ``model``.
     """
     state = read_checkpoint(path)
+    check_windows(model, cfg, state.get("config"), path)
     report = fill_model(model, state, weights="auto", path=path)
     names = stored_class_names(state)
     if report.head is not None:  # trained with another number of classes

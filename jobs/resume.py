@@ -21,8 +21,9 @@ from engine.schedule import Schedule, build_schedule, count_epochs, global_batch
 from engine.state import TrainState, check_trained
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import check_same_file
+from jobs.model import has_same_windows
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
-from utils.config.keys import KEYS, LINEAR_ATTENTION_KEYS
+from utils.config.keys import KEYS, LINEAR_ATTENTION_KEYS, WINDOW_KEYS
 from utils.config.loading import flatten, load_stored_config, show
 from utils.distributed import World, on_all, on_main
 from utils.errors import ConfigError
@@ -116,7 +117,9 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
     configured, stored = flatten(cfg), flatten(saved["config"])
     for key, value in configured.items():
         stored_value = stored.get(key, value)
-        if stored_value != value and key.startswith(ARCHITECTURE_KEY_PREFIXES):
+        if stored_value == value or (key in WINDOW_KEYS and has_same_windows(saved["config"], cfg, path)):
+            continue
+        if key.startswith(ARCHITECTURE_KEY_PREFIXES):
             raise ConfigError(
                 f"{path} was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
                 "resume. Start a new run with another --tag, and add --pretrained to start from these weights"

@@ -191,6 +191,7 @@ class Block(nn.Module):
         **factory,
     ):
         super().__init__()
+        self.attention_type = attention_type
         axes = (None,) if split_size is None or split_size >= max(grid) else (VERTICAL, HORIZONTAL)
         axis_dim, axis_heads = dim // len(axes), num_heads // len(axes)
         self.norm1 = nn.LayerNorm(dim, **factory)
@@ -206,6 +207,11 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+
+    @property
+    def window_sides(self) -> tuple[int | None, ...]:
+        """Width in tokens of the stripes of each direction; None where one stripe covers the map."""
+        return tuple(attention.width for attention in self.attns)
 
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)

@@ -150,8 +150,8 @@ def _shared_arguments(cfg: "CfgNode") -> dict:
     }
 
 
-# Largest MODEL.SWIN.WINDOW_SIZE of models for 224 pixels. As in the paper's code, softmax windows are 7 x 7 tokens up to this
-# size, and 12 x 12 above it (384 pixels).
+# Largest MODEL.SWIN.WINDOW_SIZE of models for 224 pixels. As in the paper's code, the default of MODEL.SWIN.SOFTMAX_WINDOW is 7
+# up to this size, and 12 above it (384 pixels).
 MAX_WINDOW_AT_224 = 56
 
 
@@ -162,8 +162,8 @@ def _swin_arguments(cfg: "CfgNode") -> dict:
         "embed_dim": cfg.MODEL.SWIN.EMBED_DIM,
         "depths": cfg.MODEL.SWIN.DEPTHS,
         "num_heads": cfg.MODEL.SWIN.NUM_HEADS,
-        "window_size": cfg.MODEL.SWIN.WINDOW_SIZE,
-        "softmax_window": 7 if cfg.MODEL.SWIN.WINDOW_SIZE <= MAX_WINDOW_AT_224 else 12,
+        "window_size": cfg.MODEL.SWIN.WINDOW_SIZE or None,
+        "softmax_window": cfg.MODEL.SWIN.SOFTMAX_WINDOW or (7 if cfg.MODEL.SWIN.WINDOW_SIZE <= MAX_WINDOW_AT_224 else 12),
         "mlp_ratio": cfg.MODEL.SWIN.MLP_RATIO,
         "qkv_bias": cfg.MODEL.SWIN.QKV_BIAS,
         "patch_norm": cfg.MODEL.SWIN.PATCH_NORM,
@@ -179,7 +179,7 @@ def _pvt_v2_arguments(cfg: "CfgNode") -> dict:
 
 
 def _cswin_arguments(cfg: "CfgNode") -> dict:
-    return {"linear_splits": [int(size) for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")]}
+    return {"linear_splits": [int(size) or None for size in cfg.MODEL.LA.CSWIN_LA_SPLIT_SIZE.split("-")]}
 
 
 def _deit_arguments(cfg: "CfgNode") -> dict:

@@ -113,9 +113,15 @@ class SwinBlock(Block):
         else:
             attention = SoftmaxWindowAttention(dim, num_heads, window, attn_drop=attn_drop, **options)
         super().__init__(dim, attention, Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory), drop_path, **factory)
+        self.attention_type = attention_type
         self.covers = tuple(window_size >= side for side in grid)
         self.window = window
         self.shifted = shifted
+
+    @property
+    def window_sides(self) -> tuple[int | None, ...]:
+        """Height and width of a window in tokens; None along an axis where it covers the map."""
+        return tuple(None if covers else size for size, covers in zip(self.window, self.covers, strict=True))
 
     def set_map_size(self, grid: tuple[int, int]) -> None:
         """Change the size of the native map in place."""

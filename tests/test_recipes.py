@@ -5,8 +5,10 @@ tests/reference/recipes.json lists these values, as one recipe per file.
 
 import pytest
 
+from jobs.model import has_same_windows
 from tests.conftest import CONFIGS, reference
-from utils.config.loading import flatten, load_config
+from utils.config.keys import WINDOW_KEYS
+from utils.config.loading import flatten, load_config, to_dict
 
 RECIPES = reference("recipes")["recipes"]
 IGNORED = {"MODEL.SWIN.DEPTHS_LR", "processes"}  # a key without effect, and an entry that is not a config key
@@ -23,13 +25,25 @@ def expected_values(recipe: dict) -> dict[str, object]:
     return values
 
 
+def with_whole_map(values: dict[str, object]) -> dict[str, object]:
+    """Replace windows that cover the whole token map by 0, as in our configs, and add Swin's softmax windows at 384 pixels."""
+    side = values["DATA.IMG_SIZE"] // 4  # of the first stage's map
+    if values["MODEL.SWIN.WINDOW_SIZE"] == side:
+        softmax_window = {"MODEL.SWIN.SOFTMAX_WINDOW": 12} if side == 96 else {}
+        return values | {"MODEL.SWIN.WINDOW_SIZE": 0} | softmax_window
+    if "CSWin" in values["MODEL.TYPE"]:
+        assert values["MODEL.LA.CSWIN_LA_SPLIT_SIZE"] == f"{side}-{side // 2}-{side // 4}-{side // 8}"
+        return values | {"MODEL.LA.CSWIN_LA_SPLIT_SIZE": "0-0-0-0"}
+    return values
+
+
 def test_there_are_seventeen_recipes():
     assert len(RECIPES) == 17
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_key_of_a_config_has_the_value_of_the_reference(name):
-    config, expected = flatten(load_config(CONFIGS / f"{name}.yaml")), expected_values(RECIPES[name])
+    config, expected = flatten(load_config(CONFIGS / f"{name}.yaml")), with_whole_map(expected_values(RECIPES[name]))
     assert {key: config[key] for key in expected} == expected
     assert config["TRAIN.RECIPE_BATCH_SIZE"] == RECIPES[name]["processes"] * RECIPES[name]["DATA.BATCH_SIZE"]
     assert 256 <= config["TRAIN.RECIPE_BATCH_SIZE"] <= 2048
@@ -75,7 +89,10 @@ def test_every_yaml_file_of_the_reference_loads_unchanged(name, tmp_path):
         key: value for key, value in expected.items() if not key.startswith("EMA")
     }
     different = {key for key in config if config[key] != ours[key]}
-    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY"}  # keys that the generated file lacks
+    # Keys that the generated file lacks, and windows, which cover the whole token map in both configs.
+    assert different <= {"MODEL.NAME", "EMA.ENABLED", "EMA.DECAY", *WINDOW_KEYS}
+    if different & set(WINDOW_KEYS):
+        assert has_same_windows(to_dict(load_config(path)), load_config(CONFIGS / f"{name}.yaml"), path)
 
 
 def test_generated_yaml_uses_the_spelling_of_the_reference():

@@ -53,14 +53,16 @@ def test_a_checkpoint_of_a_version_without_run_ids_formats_and_parameter_names_r
     for path in (older, folder / "best.pth"):
         state = read_checkpoint(path)
         del state["format"], state["run_id"], state["config"]["DATA"]["ACCEPT_CHANGES"]
+        del state["config"]["MODEL"]["SWIN"]["SOFTMAX_WINDOW"]
+        assert state["config"]["MODEL"]["SWIN"]["WINDOW_SIZE"] == 56  # covers the token map, as 0 below
         for group in state["optimizer"]["param_groups"]:
             del group["param_names"]
         if path == older or state["num_updates"] <= 34:
             torch.save(state, path)
         else:
             path.unlink()
-    arguments = toy_arguments(toy_config, toy_data, tmp_path, "SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2)
-    outcome = run_main(arguments, tmp_path / "log")
+    options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2, "MODEL.SWIN.WINDOW_SIZE", 0]
+    outcome = run_main(toy_arguments(toy_config, toy_data, tmp_path, *options), tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert "resumed after update 34" in outcome.output
     assert "keys that are not stored in the checkpoint, and their values now: DATA.ACCEPT_CHANGES False" in outcome.output

@@ -166,7 +166,7 @@ def test_a_pretrained_head_is_matched_with_the_order_of_the_training_data(names,
     stored.head.bias.data = torch.arange(float(NUM_CLASSES))  # the class id that each row was trained for
     torch.save({"model": stored.state_dict(), "class_names": names}, tmp_path / "pretrained.pth")
     model = build_model(cfg)
-    load_pretrained(model, str(tmp_path / "pretrained.pth"), AS_TEXT, CPU_WORLD)
+    load_pretrained(model, str(tmp_path / "pretrained.pth"), AS_TEXT, cfg, CPU_WORLD)
     order = [int(name) for name in AS_TEXT] if names == AS_NUMBERS else list(range(NUM_CLASSES))
     assert model.head.bias.tolist() == order
     assert torch.equal(model.head.weight, stored.head.weight[order])

@@ -179,9 +179,16 @@ KEYS = {
     ),
     "MODEL.SWIN.WINDOW_SIZE": Key(
         7,
-        "window size of linear blocks, in tokens; limited to the size of the token map; softmax blocks use a window size of 7, "
-        "or 12 if `WINDOW_SIZE` is above 56",
-        minimum=1,
+        "side of the windows of linear blocks, in tokens; 0: the whole token map, for every `DATA.IMG_SIZE`; a larger "
+        "window than the map is limited to it",
+        minimum=0,
+        maximum=MAX_SIDE,
+    ),
+    "MODEL.SWIN.SOFTMAX_WINDOW": Key(
+        0,
+        "side of the windows of softmax blocks, in tokens; limited to the size of the token map; 0: 7, or 12 if "
+        "`MODEL.SWIN.WINDOW_SIZE` is above 56",
+        minimum=0,
         maximum=MAX_SIDE,
     ),
     "MODEL.SWIN.MLP_RATIO": Key(4.0, "ratio of the MLP's hidden channels to its input channels", minimum=0.01, maximum=1000),
@@ -203,7 +210,11 @@ KEYS = {
     "MODEL.LA.PVT_LA_SR_RATIOS": Key(
         "1111", "PVT: spatial reduction ratio of keys and values in linear blocks, one digit per stage"
     ),
-    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key("56-28-14-7", "CSwin: stripe width of linear blocks in tokens, one number per stage"),
+    "MODEL.LA.CSWIN_LA_SPLIT_SIZE": Key(
+        "56-28-14-7",
+        "CSwin: stripe width of linear blocks in tokens, one number per stage; 0: the whole token map, for every "
+        "`DATA.IMG_SIZE`",
+    ),
     "MODEL.LA.KIND": Key(
         "focused",
         "attention of the linear blocks: `focused` is the paper's method; the paper compares it with the others",
@@ -392,6 +403,8 @@ KEYS = {
 
 # Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
 LINEAR_ATTENTION_KEYS = tuple(key for key in KEYS if key.startswith("MODEL.LA.") and key != "MODEL.LA.BACKEND")
+# Keys of window sizes. Different values mean the same model if the windows cover the whole token map.
+WINDOW_KEYS = ("MODEL.SWIN.WINDOW_SIZE", "MODEL.SWIN.SOFTMAX_WINDOW", "MODEL.LA.CSWIN_LA_SPLIT_SIZE")
 # Prefixes of the keys that determine the predictions for an image: model and preprocessing.
 PREDICTION_KEY_PREFIXES = (
     "MODEL.TYPE",

@@ -70,7 +70,10 @@ def _check_attention(keys: CfgNode) -> None:
             "the last letter, as in LLMS3",
         ),
         "PVT_LA_SR_RATIOS": (r"[1-9]{4}", "digit per stage, as in 8421"),
-        "CSWIN_LA_SPLIT_SIZE": (r"[1-9][0-9]{0,3}(-[1-9][0-9]{0,3}){3}", "number per stage, as in 56-28-14-7"),
+        "CSWIN_LA_SPLIT_SIZE": (
+            r"(0|[1-9][0-9]{0,3})(-(0|[1-9][0-9]{0,3})){3}",
+            "number per stage, as in 56-28-14-7, or 0-0-0-0 for the whole token map",
+        ),
     }
     for name, (pattern, meaning) in formats.items():
         if not re.fullmatch(pattern, keys[name]):
