@@ -59,12 +59,12 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
         """Train as ``Trainer.run_epoch`` does, with a log line at the end."""
         trainer.model.train()
         state.ema = ema
-        trainer.start_interval()
+        trainer.interval.start_interval()
         mixed = trainer.mix(batches)
         for _ in range(updates):
             trainer.update(mixed)
             trainer.collect_reports(max_pending=1)
-        trainer.log(0)
+        trainer.log()
 
     criterion, dtype = nn.CrossEntropyLoss(label_smoothing=cfg.MODEL.LABEL_SMOOTHING), amp_dtype(cfg)
     scaler = torch.amp.GradScaler(trainer.world.device.type, enabled=dtype == torch.float16)

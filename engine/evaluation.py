@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,8 @@ from utils.errors import Stopped, TrainingError
 from utils.progress import progress
 
 logger = logging.getLogger(__name__)
+
+MAX_CLASSES_WITHOUT_TOP5 = 10  # maximum number of classes for which the top-5 accuracy is only in files
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class EvalResult:
     Args:
         weights: label of the weights, raw or ema.
         correct1, correct5: numbers of images with a correct top-1 and top-5 prediction.
-        num_classes: number of classes that can be predicted; with five or fewer, every top-5 prediction is correct.
+        num_classes: number of classes that can be predicted.
         predictions: predictions for every image, on rank 0 only; None without ``keep_predictions``.
     """
 
@@ -61,6 +64,11 @@ class EvalResult:
         return 100 * self.correct1 / self.num_images
 
     @property
+    def shows_top5(self) -> bool:
+        """Whether logs give the top-5 accuracy. With at most ten classes, random predictions reach 50 %."""
+        return self.num_classes > MAX_CLASSES_WITHOUT_TOP5
+
+    @property
     def acc5(self) -> float:
         """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.num_images
@@ -71,7 +79,7 @@ class EvalResult:
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
-        top5 = f" Acc@5 {self.acc5:.3f}" if self.num_classes > 5 else ""
+        top5 = f" Acc@5 {self.acc5:.3f}" if self.shows_top5 else ""
         return f" * Acc@1 {self.acc1:.3f}{top5}"
 
 
@@ -110,15 +118,16 @@ def evaluate(
     stopping = False
     for model in models.values():
         model.eval()
-    for batch in progress(loader, len(loader), "evaluate"):
-        if stopping := stop():
-            break
-        if keep_predictions:
-            indices += batch.indices
-        for label, model in models.items():
-            with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                logits = model(batch.images)
-            counters[label].add(logits.float(), batch.targets)
+    with closing(progress(loader, len(loader), "evaluate")) as batches:
+        for batch in batches:
+            if stopping := stop():
+                break
+            if keep_predictions:
+                indices += batch.indices
+            for label, model in models.items():
+                with torch.autocast(world.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+                    logits = model(batch.images)
+                counters[label].add(logits.float(), batch.targets)
     for label, model in models.items():
         model.train(were_training[label])
     if sum_over_processes(torch.tensor(int(stopping), device=world.device)):

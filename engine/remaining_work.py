@@ -76,3 +76,14 @@ def remaining_work(
     save = at_end and (stop or epochs % save_freq == 0) and (evaluate or not is_saved)
     reset = best is BestFile.UNUSABLE and not (stop and not evaluate)
     return Remaining(evaluate=evaluate, save=save, link=best is BestFile.ELSEWHERE, reset=reset, stop=stop)
+
+
+def count_evaluations(num_updates: int, *, updates_per_epoch: int, num_epochs: int, eval_freq: int) -> int:
+    """Number of evaluations after update ``num_updates``, including one that is due after this update itself.
+
+    Args:
+        num_epochs, eval_freq: see ``remaining_work``.
+    """
+    finished_epochs = max(num_updates - 1, 0) // updates_per_epoch  # epochs that end before this update
+    is_last_additional = num_epochs % eval_freq > 0  # the weights are always evaluated after the last epoch
+    return max(num_epochs // eval_freq - finished_epochs // eval_freq + is_last_additional, 0)

@@ -65,10 +65,12 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
             seed_device(seed, images.device)
             finding = find_non_finite(model, criterion, images, targets, amp_dtype(cfg))
             if finding:
-                logger.info("update %d, rank %d: %s", update, rank, finding)
+                logger.info("update %d of the run, rank %d: %s", update + 1, rank, finding)
                 logger.info("images of this batch: %s", ", ".join(image_names))
                 return
-    logger.info("update %d: every output and gradient is finite on this device with torch %s", update, torch.__version__)
+    logger.info(
+        "update %d of the run: every output and gradient is finite on this device with torch %s", update + 1, torch.__version__
+    )
 
 
 def describe_update(loader: TrainLoader, update: int, accumulation: int, num_processes: int) -> dict:

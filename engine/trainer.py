@@ -5,6 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,11 +26,10 @@ from engine.saver import Saver
 from engine.schedule import Schedule, accumulation_steps, count_epochs
 from engine.state import TrainState, check_trained
 from engine.step import Mixing, Report, Reports, Requests, mix_batches, train_step
+from engine.training_log import TrainingLog
 from models.checkpoints.reader import CheckpointError
 from utils.distributed import World, is_lost_connection, on_main, sum_over_processes
-from utils.environment import peak_memory
 from utils.errors import OtherRankError, Stopped, TrainingError
-from utils.progress import progress
 from utils.random import seed_of_pass
 from utils.text import format_duration
 
@@ -75,6 +75,7 @@ class Trainer:
         self.updates_per_epoch = self.train_loader.updates_per_epoch
         self.num_epochs = count_epochs(self.cfg)
         self.accumulation = accumulation_steps(self.cfg, self.world.size)
+        self.first_update = self.state.num_updates  # of this process
         self.phase = "start-up"
         self.reports = Reports()
         self.saver = Saver(
@@ -91,7 +92,16 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.changing_state = False  # whether an update has changed a part of the state, but not yet all of it
         self.sent_stop = False  # whether the newest update carried a request of this process to stop
-        self.start_interval()
+        self.interval = TrainingLog(
+            updates_per_epoch=self.updates_per_epoch,
+            num_epochs=self.num_epochs,
+            eval_freq=self.cfg.EVAL_FREQ,
+            images_per_update=self.metadata["global_batch_size"],
+            loader=self.train_loader,
+            device=self.world.device,
+            state=self.state,
+            learning_rate=self.learning_rate,
+        )
 
     def fit(self) -> None:
         """Train the remaining epochs, with evaluation and checkpoints.
@@ -124,9 +134,9 @@ class Trainer:
         self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         logger.info(
-            "done; training in this process took %s; best Acc@1 %.3f (%s weights, epoch %d)",
+            "done; training in this process took %s; best Acc@1 %.3f (%s weights, epoch %d/%d)",
             format_duration(time.monotonic() - started),
-            *(state.best[name] for name in ("acc1", "weights", "epoch")),
+            *(state.best["acc1"], state.best["weights"], state.best["epoch"] + 1, self.num_epochs),
         )
 
     def run_epoch(self, epoch: int) -> None:
@@ -141,27 +151,33 @@ class Trainer:
         batches = self.mix(self.load_batches(epoch))
         self.phase = "training"
         self.model.train()
-        self.start_interval()
+        self.interval.start_interval()
         saving = False  # whether SAVE_STEPS or SAVE_MINUTES asked for a checkpoint of the newest update
-        for update in progress(updates, len(updates), f"epoch {epoch}/{self.num_epochs}", seconds_between_lines=math.inf):
-            started = time.monotonic()
-            self.update(batches)
-            if self.all_processes_stop():
-                self.save_and_stop()
-            seconds = time.monotonic() - started
-            done = update + 1 - first
-            saving = cfg.SAVE_STEPS > 0 and done % cfg.SAVE_STEPS == 0
-            logging_now = saving or done % cfg.PRINT_FREQ == 0 or done == self.updates_per_epoch
-            reports = self.collect_reports(max_pending=0 if logging_now or state.scaler.is_enabled() else 1)
-            if any(report.num_stops > 0 for report in reports):
-                self.save_and_stop()
-            self.save_before_slow_update(seconds)
-            saving = saving or any(report.num_saves > 0 for report in reports)
-            if logging_now or saving:
-                self.log(epoch)
-            if saving and done < self.updates_per_epoch:
-                self.save()
-                self.start_interval()
+        with closing(self.interval.show_progress(updates, epoch)) as shown_updates:
+            for update in shown_updates:
+                started = time.monotonic()
+                self.update(batches)
+                if self.all_processes_stop():
+                    self.save_and_stop()
+                seconds = time.monotonic() - started
+                done = update + 1 - first
+                saving = cfg.SAVE_STEPS > 0 and done % cfg.SAVE_STEPS == 0
+                logging_now = saving or done % cfg.PRINT_FREQ == 0 or done == self.updates_per_epoch
+                reading_now = logging_now or update == self.first_update or state.scaler.is_enabled()
+                reports = self.collect_reports(max_pending=0 if reading_now else 1)
+                if any(report.num_stops > 0 for report in reports):
+                    self.save_and_stop()
+                self.save_before_slow_update(seconds)
+                saving = saving or any(report.num_saves > 0 for report in reports)
+                if logging_now or saving:
+                    self.log()
+                elif update == self.first_update:
+                    self.interval.log_first()
+                else:
+                    self.interval.log_if_due()
+                if saving and done < self.updates_per_epoch:
+                    self.save()
+                    self.interval.start_interval()
         work = remaining_work(
             state.num_updates,
             updates_per_epoch=self.updates_per_epoch,
@@ -246,44 +262,22 @@ class Trainer:
             if not report.is_finite and (not self.state.scaler.is_enabled() or self.skipped_in_a_row >= MAX_SKIPPED):
                 self.fail(update, report)
             reports.append(report)
-        self.unlogged += reports
+        self.interval.reports += reports
         return reports
 
-    def start_interval(self) -> None:
-        """Start the interval to which the next log line refers."""
-        self.interval_started = time.monotonic()
-        self.waited_before = self.train_loader.seconds_waited
-        self.unlogged: list[Report[float]] = []
-
-    def log(self, epoch: int) -> None:
-        """Log the interval since the last log line, and write it to the metrics."""
+    def log(self) -> None:
+        """Log the interval since the last point of the metrics, write it as the next point, and start another interval."""
         state = self.state
         self.collect_reports(max_pending=0)
-        if not self.unlogged:
+        if not self.interval.reports:
             return
-        seconds = time.monotonic() - self.interval_started
-        remaining_updates = self.num_epochs * self.updates_per_epoch - state.num_updates
-        finite_losses = [report.loss for report in self.unlogged if report.is_finite]  # the other updates were skipped in fp16
-        values = {
-            "epoch": epoch,
-            "loss": sum(finite_losses) / len(finite_losses) if finite_losses else math.nan,
-            "lr": self.learning_rate(state.num_updates - 1),
-            "grad_norm": self.unlogged[-1].grad_norm,
-            "images_per_second": len(self.unlogged) * self.metadata["global_batch_size"] / seconds,
-            "data_wait": (self.train_loader.seconds_waited - self.waited_before) / seconds,
-            "memory_mib": peak_memory(self.world.device) / 2**20,
-        }
+        values = self.interval.measure()
+        self.interval.log_line(values)
         if state.scaler.is_enabled():
             values |= {"loss_scale": state.scaler.get_scale(), "skipped_updates": state.num_skipped}
-        logger.info(
-            "epoch %d/%d [%d/%d] loss %.4f lr %.3e grad norm %.3f | %.1f images/s, %.0f %% waiting for data, %.0f MiB, ETA %s",
-            *(epoch, self.num_epochs, state.num_updates - epoch * self.updates_per_epoch, self.updates_per_epoch),
-            *(values["loss"], values["lr"], values["grad_norm"], values["images_per_second"], 100 * values["data_wait"]),
-            *(values["memory_mib"], format_duration(remaining_updates * seconds / len(self.unlogged))),
-        )
         if self.metrics is not None:
             self.metrics.scalars(state.num_updates, "train", values)
-        self.start_interval()
+        self.interval.start_interval()
 
     def requests(self) -> Requests:
         """Requests of this process to stop, and to save a checkpoint, sent with an update."""
@@ -330,7 +324,7 @@ class Trainer:
             else f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(data_path)} repeats the update and names "
             "the first module whose output is not finite, and the images"
         )
-        position = f"update {update} (epoch {update // self.updates_per_epoch}, both counted from 0)"
+        position = f"update {update + 1} of the run (epoch {update // self.updates_per_epoch + 1}/{self.num_epochs})"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"
         advice = "Lower TRAIN.BASE_LR, or set TRAIN.CLIP_GRAD"
         if self.state.scaler.is_enabled():
@@ -377,7 +371,7 @@ class Trainer:
         Raises:
             Stopped: in every process, if any process was asked to stop; the state before the evaluation is saved.
         """
-        state = self.state
+        state, started = self.state, time.monotonic()
         self.phase = "evaluation"
         models = {"raw": state.model}
         if state.ema is not None:
@@ -401,6 +395,7 @@ class Trainer:
         if self.metrics is not None and self.draw is not None:
             self.show_figures()
         state.last_evaluation = state.num_updates
+        self.interval.evaluation_seconds = time.monotonic() - started
         return improved
 
     def save(self, *, best: bool = False) -> None:
@@ -438,7 +433,7 @@ class Trainer:
     def save_and_stop(self) -> NoReturn:
         """Save the state in the middle of an epoch, or before an evaluation, and raise the exception that ends the run."""
         phase, num_updates = self.phase, self.state.num_updates
-        self.log((num_updates - 1) // self.updates_per_epoch)
+        self.log()
         if not self.saver.is_saved:
             self.save()
         self.finish_saving()

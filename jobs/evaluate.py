@@ -144,7 +144,9 @@ def log_published(released: Released, result: EvalResult) -> None:
     """Log a measured accuracy, the published one, and whether the published one is in the confidence interval."""
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
-    top5 = "" if released.acc5 is None else f"; Acc@5 {result.acc5:.3f} measured, {released.acc5:.3f} published"
+    top5 = ""
+    if released.acc5 is not None and result.shows_top5:
+        top5 = f"; Acc@5 {result.acc5:.3f} measured, {released.acc5:.3f} published"
     logger.info(
         "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% confidence interval %.3f to %.3f%s",
         released.name,

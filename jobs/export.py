@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from yacs.config import CfgNode
 
 from data.build import build_preprocessing
+from engine.evaluation import MAX_CLASSES_WITHOUT_TOP5
 from jobs.locate_checkpoint import Checkpoint
 from jobs.model import OpenedModel, open_model
 from models import build_arguments
@@ -303,7 +304,7 @@ def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> 
         return "Not measured: evaluate the checkpoint (`--eval`), and export again with its `eval.json`."
     result = evaluation["results"][label]
     low, high = result["acc1_interval_95"]
-    top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if num_classes > 5 else ""
+    top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if num_classes > MAX_CLASSES_WITHOUT_TOP5 else ""
     return (
         f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
         f"{result['num_images']} images){top5}, measured on {markdown_code(Path(evaluation['data']).name)} in "

@@ -79,7 +79,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         end_finished_run(saved, cfg, world, init)
         return
     environment = on_main(world, partial(describe_environment, world.device, world.size))
-    logger.info("environment: %s", ", ".join(f"{name} {value}" for name, value in environment.items() if value))
+    logger.info("environment:\n%s", "\n".join(f"{name}: {value}" for name, value in environment.items() if value))
     logger.info("config:\n%s", cfg.dump(), extra=FILE_ONLY)
     if saved is not None and world.is_main:
         warn_about_environment(saved, environment, init.checkpoint)

@@ -167,8 +167,8 @@ def test_every_model_family_can_be_exported_with_torch_export_and_to_onnx(name, 
     assert export.export_onnx(model, images, tmp_path / "model.onnx") < 1e-4
 
 
-@pytest.mark.parametrize(("num_classes", "shown"), [(5, False), (6, True)])
-def test_the_model_card_gives_top_5_only_for_more_than_five_classes(checkpoint, toy_config, tmp_path, num_classes, shown):
+@pytest.mark.parametrize(("num_classes", "shown"), [(10, False), (11, True)])
+def test_the_model_card_gives_top_5_only_for_more_than_ten_classes(checkpoint, toy_config, tmp_path, num_classes, shown):
     path, _ = checkpoint
     evaluation = json.loads(write_evaluation(path, tmp_path).read_text())
     cfg = load_config(toy_config, ["MODEL.NUM_CLASSES", num_classes])

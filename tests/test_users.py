@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -308,10 +309,16 @@ def test_the_log_reports_processes_epochs_updates_and_used_images(toy_config, to
     outcome = run("--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path, "--opts", *options, log_folder=tmp_path)
     assert outcome.exit_codes == [0], outcome.output
     assert "1 process on cpu" in outcome.output
+    assert f"\n  torch: {torch.__version__}\n" in outcome.output  # a block of short lines
     assert "epochs: 2 (1 + 1 cooldown), updates per epoch: 12, images used per epoch: 96 of 102" in outcome.output
-    assert "epoch 0/2 [12/12]" in outcome.output
-    assert "epoch 1/2 [12/12]" in outcome.output
-    assert "Acc@5" not in outcome.output  # top-5 is always 100 % with three classes
+    positions = re.findall(r"epoch (\d/\d) \[(\d+)/12\] loss", outcome.output)
+    expected = [("1/2", 1)] + [(epoch, done) for epoch in ("1/2", "2/2") for done in range(2, 13, 2)]
+    assert [(epoch, int(done)) for epoch, done in positions] == expected
+    assert re.search(r"best Acc@1 [\d.]+ \((raw|ema) weights, epoch [12]/2\)", outcome.output)
+    assert re.search(r"epoch 1/2 \[12/12\].* ETA 0:00:\d\d \+ 2 evaluations\n", outcome.output)
+    assert re.search(r"epoch 2/2 \[12/12\].* ETA 0:00:\d\d\n", outcome.output)  # with the evaluation, of known duration
+    assert not re.search(r"[\r\x1b]", outcome.output)  # no progress bar and no colours
+    assert "Acc@5" not in outcome.output  # with three classes, every top-5 prediction is correct
     assert "sha256" not in outcome.output
     assert "ATTN_TYPE" not in outcome.output  # the config is only in the log file
     assert "averages over about" not in outcome.output  # no warning: the EMA averages over 10 of the 24 updates

@@ -40,6 +40,14 @@ class _Handler(logging.Handler):
         super().close()
 
 
+class _ConsoleHandler(_Handler):
+    """Writes to the console. The end of the process closes the handler, which erases a progress bar that is still shown."""
+
+    def close(self) -> None:
+        self._sink(console().close_bar)
+        super().close()
+
+
 FILE_ONLY = {"file_only": True}  # argument ``extra`` of log calls whose message is too long for the console
 
 
@@ -85,7 +93,8 @@ def setup_logging(rank: int, output: Path | None = None, *, earlier: MemoryHandl
         handler.close()
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if sys.stdout is not None:
-        handler = _Handler(console().sink, console().write_line)
+        console().erases_bar = rank > 0  # the bar of rank 0, on the same terminal
+        handler = _ConsoleHandler(console().sink, console().write_line)
         handler.setFormatter(_ColoredFormatter())
         handler.addFilter(lambda record: not getattr(record, "file_only", False))
         root.addHandler(handler)

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -13,6 +13,8 @@ from tqdm import tqdm
 from utils.background import Sink
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_DRAWS = 0.2  # minimum interval between two updates of a progress bar
 
 
 class _Stream:
@@ -46,28 +48,41 @@ class _Stream:
 
 
 class Console:
-    """Lines on standard output and a progress bar on standard error, written by one thread so that they do not interleave."""
+    """Lines on standard output and a progress bar on standard error, written by one thread so that they do not interleave.
+
+    Attributes:
+        erases_bar: whether each line first erases the line of the terminal, where another process may show a progress bar.
+    """
 
     def __init__(self) -> None:
         self.sink = Sink("console")
+        self.erases_bar = False
         self._bar: Any = None  # tqdm's bar, while one is shown
 
     def write_line(self, text: str) -> None:
+        stdout = _Stream(sys.stdout)
         if self._bar is not None:
             self._bar.clear()
-        _Stream(sys.stdout).write(text + "\n")
+        elif self.erases_bar and stdout.isatty():
+            text = f"\r\x1b[K{text}"
+        stdout.write(text + "\n")
         if self._bar is not None:
             self._bar.refresh()
 
-    def open_bar(self, total: int, title: str) -> None:
-        self._bar = tqdm(total=total, desc=title, leave=False, dynamic_ncols=True, file=_Stream(sys.stderr))
+    def open_bar(self, title: str, done: int, total: int, form: str | None) -> None:
+        options = {"leave": False, "dynamic_ncols": True, "mininterval": 0, "miniters": 1, "bar_format": form}
+        self._bar = tqdm(desc=title, initial=done, total=total, file=_Stream(sys.stderr), **options)
 
-    def advance_bar(self, done: int) -> None:
-        self._bar.update(done - self._bar.n)
+    def advance_bar(self, done: int, status: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(status, refresh=False)
+            self._bar.update(done - self._bar.n)
 
     def close_bar(self) -> None:
-        self._bar.close()
-        self._bar = None
+        """Erase the progress bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 @functools.cache
@@ -75,27 +90,47 @@ def console() -> Console:
     return Console()
 
 
-def progress(items: Iterable, total: int, title: str, *, seconds_between_lines: float = 30.0) -> Iterator:
-    """Iterate over ``items``. Rank 0 shows a progress bar on a terminal, or periodic log lines elsewhere."""
+def progress(
+    items: Iterable,
+    total: int,
+    title: str,
+    *,
+    done: int = 0,
+    status: Callable[[], str] | None = None,
+    seconds_between_lines: float = 30.0,
+) -> Generator:
+    """Iterate over ``items``. Rank 0 shows a progress bar on a terminal, or periodic log lines elsewhere.
+
+    If the loop over the items may raise an error, wrap the iterator in ``contextlib.closing``, which then erases the bar.
+
+    Args:
+        total: number of items, including those that are already done.
+        done: number of items that are done before the first one of ``items``.
+        status: returns the text at the end of the bar, instead of the times that have passed and remain.
+    """
     if not logger.isEnabledFor(logging.INFO):
         yield from items
         return
     if sys.stderr is not None and sys.stderr.isatty():
-        yield from _with_bar(items, total, title)
+        yield from _with_bar(items, total, title, done, status)
         return
     last = time.monotonic()
-    for done, item in enumerate(items):
+    for number, item in enumerate(items, done):
         if time.monotonic() - last > seconds_between_lines:
             last = time.monotonic()
-            logger.info("%s: %d of %d", title, done, total)
+            logger.info("%s: %d of %d", title, number, total)
         yield item
 
 
-def _with_bar(items: Iterable, total: int, title: str) -> Iterator:
-    console().sink(console().open_bar, total, title)
+def _with_bar(items: Iterable, total: int, title: str, done: int, status: Callable[[], str] | None) -> Generator:
+    form = None if status is None else "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+    console().sink(console().open_bar, title, done, total, form)
+    drawn = time.monotonic()
     try:
-        for done, item in enumerate(items):
-            console().sink(console().advance_bar, done)
+        for number, item in enumerate(items, done):
+            if time.monotonic() - drawn > SECONDS_BETWEEN_DRAWS:
+                drawn = time.monotonic()
+                console().sink(console().advance_bar, number, "" if status is None else status())
             yield item
     finally:
         console().sink(console().close_bar)

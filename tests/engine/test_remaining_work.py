@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.remaining_work import BestFile, remaining_work
+from engine.remaining_work import BestFile, count_evaluations, remaining_work
 
 NO, YES = False, True
 
@@ -51,3 +51,12 @@ def test_link_and_reset_of_the_best_checkpoint_follow_the_table(best, unfinished
     for num_updates, is_evaluated, expected in ((33, NO, unfinished), (60, NO, unfinished), (60, YES, finished)):
         work = remaining_work(num_updates, **frequencies, is_evaluated=is_evaluated, is_saved=True, best=best)
         assert (work.link, work.reset) == expected
+
+
+@pytest.mark.parametrize(("num_epochs", "eval_freq"), [(6, 1), (6, 2), (7, 3), (2, 5)])
+def test_the_number_of_remaining_evaluations_is_that_of_the_updates_after_which_one_is_due(num_epochs, eval_freq):
+    sizes = {"updates_per_epoch": 4, "num_epochs": num_epochs, "eval_freq": eval_freq}
+    updates, options = range(4 * num_epochs + 1), {"save_freq": 1, "is_evaluated": NO, "is_saved": True}
+    due = [remaining_work(update, **sizes, **options).evaluate for update in updates]
+    for update in updates:
+        assert count_evaluations(update, **sizes) == sum(due[update:])

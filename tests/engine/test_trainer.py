@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import engine.evaluation
 import engine.saver
 import engine.trainer
+import engine.training_log
 from engine.evaluation import EvalResult
 from engine.optim import build_ema, build_optimizer, build_scaler
 from engine.schedule import accumulation_steps
@@ -485,11 +486,35 @@ def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
     """The interval has three updates of 7 images, and started two seconds ago."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
-    trainer.unlogged += [Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3
-    trainer.interval_started -= 2
-    trainer.log(0)
+    trainer.interval.reports += [Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3
+    trainer.state.num_updates = 3
+    trainer.interval._started -= 2
+    trainer.log()
     ((_, _, values),) = trainer.metrics.points
     assert values["images_per_second"] == pytest.approx(3 * 7 / 2, rel=0.05)
+
+
+def test_further_lines_after_the_first_update_and_after_some_time_are_not_points_of_the_metrics(
+    tmp_path, correct_counts, monkeypatch, caplog
+):
+    monkeypatch.setattr(engine.training_log, "SECONDS_BETWEEN_LINES", 0.0)
+    trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 1, "PRINT_FREQ", 99)
+    trainer.metrics = Metrics()
+    with caplog.at_level("INFO", "engine.training_log"):
+        trainer.fit()
+    lines = [message for message in caplog.messages if "loss" in message]
+    assert [line[: len("epoch 1/1 [1/4]")] for line in lines] == [f"epoch 1/1 [{done}/4]" for done in (1, 2, 3, 4)]
+    assert "first update in" in lines[0]
+    assert [step for step, kind, _ in trainer.metrics.points if kind == "train"] == [4]
+
+
+def test_the_remaining_time_includes_evaluations_once_their_duration_is_known(tmp_path):
+    """After 4 of 12 updates, 8 updates of 7 images remain, and evaluations after epochs 2 and 3."""
+    trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 3, "EVAL_FREQ", 2)
+    trainer.state.num_updates = 4
+    assert trainer.interval.eta(images_per_second=14.0) == "0:00:04 + 2 evaluations"
+    trainer.interval.evaluation_seconds = 10.0
+    assert trainer.interval.eta(images_per_second=14.0) == "0:00:24"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
     arguments = toy_arguments(toy_config, toy_data, tmp_path, *options)
     outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare)
     assert outcome.exit_codes == [1, 1], outcome.output
-    assert f"at update {UPDATE} (epoch 0" in outcome.output
+    assert f"at update {UPDATE + 1} of the run (epoch 1/" in outcome.output
     folder = tmp_path / "toy/default"
     newest, replay_path = list_checkpoints(folder)[0], folder / f"replay_{UPDATE:09d}.pth"
     checkpoint, replay_state = read_checkpoint(newest), read_checkpoint(replay_path)
@@ -67,7 +67,7 @@ def test_n1_nan_in_one_rank_stops_all_ranks_and_leaves_the_weights_unchanged(fau
     # The replayed loss and gradients are finite because the replay does not use the faulty loss of this test.
     replayed = run_main(["--replay", replay_path, "--data-path", toy_data], tmp_path / "log")
     assert replayed.exit_codes == [0], replayed.output
-    assert f"update {UPDATE}: every output and gradient is finite" in replayed.output
+    assert f"update {UPDATE + 1} of the run: every output and gradient is finite" in replayed.output
 
 
 @pytest.mark.parametrize("print_freq", [1, 5])
@@ -85,7 +85,7 @@ def test_n1_the_error_gives_the_update_of_the_nan_loss_even_if_another_update_fo
     arguments = toy_arguments(toy_config, toy_data, tmp_path, "PRINT_FREQ", print_freq)
     outcome = run_main(arguments, tmp_path / "log", prepare=prepare)
     assert outcome.exit_codes == [1], outcome.output
-    assert f"at update {UPDATE} (epoch 0" in outcome.output
+    assert f"at update {UPDATE + 1} of the run (epoch 1/" in outcome.output
     replay_state = read_checkpoint(tmp_path / f"toy/default/replay_{UPDATE:09d}.pth")
 
     arguments = toy_arguments(toy_config, toy_data, tmp_path / "undisturbed", "SAVE_STEPS", UPDATE, "KEEP_CHECKPOINTS", 99)
@@ -211,5 +211,5 @@ def test_n2_twenty_skipped_updates_in_a_row_end_the_run(toy_config, toy_data, tm
     outcome = run_main(arguments, tmp_path / "log", prepare=overflow_in(3, 99))
     assert outcome.exit_codes == [1], outcome.output
     assert "20 updates in a row" in outcome.output
-    assert "the last at update 21 " in outcome.output
+    assert "the last at update 22 of the run " in outcome.output
     assert "AMP_DTYPE bf16" in outcome.output

@@ -387,7 +387,12 @@ KEYS = {
     "COLLECTIVE_TIMEOUT": Key(
         600.0, "maximum seconds that a process waits for the other processes before the run fails", minimum=1, maximum=86400
     ),
-    "PRINT_FREQ": Key(10, "updates between log lines", minimum=1),
+    "PRINT_FREQ": Key(
+        10,
+        "updates between points of `metrics.jsonl`, each with a log line; the first update of a process, and every 30 s "
+        "without a line, add log lines",
+        minimum=1,
+    ),
     "SAVE_FREQ": Key(1, "epochs between checkpoints; the state is also saved before every evaluation", minimum=1),
     "SAVE_STEPS": Key(0, "updates between checkpoints within an epoch; 0: none", minimum=0),
     "SAVE_MINUTES": Key(15.0, "minutes between checkpoints within an epoch; 0: none", minimum=0),
