@@ -20,6 +20,7 @@ from data.files import DataError
 from data.index import Index, read_beginning
 from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
+from data.rand_augment import RandAugment
 from data.samplers import EvalBatches, TrainBatches
 from data.sources.folder import find_linked_class
 from data.splits import build_indices
@@ -141,12 +142,12 @@ def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world
 
 
 def build_train_transform(cfg: CfgNode) -> Transform:
-    """Build the training augmentation.
+    """Build the training augmentation in the loader workers.
 
     Raises:
         DataError: an invalid AUG.AUTO_AUGMENT.
     """
-    policy = cfg.AUG.AUTO_AUGMENT
+    policy, on_device = cfg.AUG.AUTO_AUGMENT, cfg.AUG.DEVICE_RANDAUGMENT
     try:
         check_policy(policy)
         transform = create_train_transform(
@@ -156,16 +157,30 @@ def build_train_transform(cfg: CfgNode) -> Transform:
             scale=cfg.AUG.SCALE,
             ratio=cfg.AUG.RATIO,
             hflip=cfg.AUG.HFLIP,
-            color_jitter=cfg.AUG.COLOR_JITTER,
-            auto_augment=policy,
+            color_jitter=0 if on_device else cfg.AUG.COLOR_JITTER,
+            auto_augment="none" if on_device else policy,
         )
         with restore_generators():
             transform(Image.new("RGB", (64, 64)))
+        if on_device:
+            build_rand_augment(cfg, torch.device("cpu"))
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
             f"AUG.AUTO_AUGMENT={policy!r}: not a timm policy ({error}); use, for example, rand-m9-mstd0.5-inc1, or none"
         ) from None
     return transform
+
+
+def build_rand_augment(cfg: CfgNode, device: torch.device) -> RandAugment | None:
+    """Build RandAugment on the device; None if AUG.AUTO_AUGMENT is applied in the loader workers.
+
+    Raises:
+        DataError: an unsupported AUG.AUTO_AUGMENT.
+    """
+    if not cfg.AUG.DEVICE_RANDAUGMENT:
+        return None
+    policy, interpolation = cfg.AUG.AUTO_AUGMENT, cfg.DATA.INTERPOLATION
+    return RandAugment(policy, mean=cfg.DATA.MEAN, interpolation=interpolation, seed=cfg.SEED, device=device)
 
 
 def build_train_loader(
@@ -206,7 +221,9 @@ def build_train_loader(
         erase = Erase(cfg.AUG.REPROB, mode=cfg.AUG.REMODE, max_count=cfg.AUG.RECOUNT, seed=cfg.SEED, device=device)
     normalize = Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device)
     loader = _create_loader(cfg, dataset, batches, device, num_cores)
-    return TrainLoader(loader, normalize, device, erase=erase, max_unreadable=cfg.DATA.MAX_UNREADABLE)
+    rand_augment = build_rand_augment(cfg, device)
+    limit = cfg.DATA.MAX_UNREADABLE
+    return TrainLoader(loader, normalize, device, rand_augment=rand_augment, erase=erase, max_unreadable=limit)
 
 
 def build_eval_loader(

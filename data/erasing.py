@@ -11,33 +11,11 @@ import torch
 from torch import Tensor
 
 from data.datasets import Key
-from utils.random import Stream
+from utils.random import Stream, draw_uniform, hash_keys
 
 AREA = (0.02, 1 / 3)  # range of a rectangle's area, as a fraction of the image's area
 LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))  # range of log(height / width)
 NUM_ATTEMPTS = 10  # maximum number of attempts to draw a rectangle that fits into the image
-GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele et al., OOPSLA 2014), elementwise. uint64 -> uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash_keys(seed: int, keys: Sequence[Key]) -> np.ndarray:
-    """Hash (seed, epoch, index) of each image. Returns (B,) uint64."""
-    state = mix(np.full(len(keys), (seed + 1) * GOLDEN + Stream.ERASING & (2**64 - 1), dtype=np.uint64))
-    for values in np.array(keys, dtype=np.uint64).reshape(-1, 2).T:
-        state = mix(state + (values + np.uint64(1)) * np.uint64(GOLDEN))
-    return state
-
-
-def draw_uniform(state: np.ndarray, num_draws: int) -> np.ndarray:
-    """Uniform draws in [0, 1). (B,) -> (B, num_draws)."""
-    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    return (mix(state[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
 
 def draw_rectangles(
@@ -88,7 +66,7 @@ class Erase:
 
     def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
         """Erase rectangles in place. images: (B, C, H, W); keys: (epoch, index) of each image."""
-        state = hash_keys(self.seed, keys)
+        state = hash_keys(self.seed, keys, Stream.ERASING)
         height, width = images.shape[-2:]
         positions, boxes = draw_rectangles(state, height, width, probability=self.probability, max_count=self.max_count)
         for number, (position, (top, left, height, width)) in enumerate(zip(positions.tolist(), boxes.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""Batches on the device, from the loader workers: waiting, decode errors, normalisation and random erasing."""
+"""Batches on the device, from the loader workers: waiting, decode errors, augmentation and normalisation there."""
 
 import logging
 import time
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 from data.datasets import Key, Sample
 from data.erasing import Erase
 from data.files import DataError
+from data.rand_augment import RandAugment
 from data.samplers import TrainBatches, separate_copies
 from data.transforms import Normalize
 from data.workers import StallCheck, WatchedDataset
@@ -37,7 +38,7 @@ class Batch:
 
 
 class DeviceLoader:
-    """Data loader that copies batches to the device, normalises them there and, in training, applies random erasing.
+    """Data loader that copies batches to the device, normalises them there and, in training, augments them.
 
     Args:
         max_unreadable: maximum number of unreadable images of this process; one more ends the run with an error.
@@ -52,12 +53,14 @@ class DeviceLoader:
         normalize: Normalize,
         device: torch.device,
         *,
+        rand_augment: RandAugment | None = None,
         erase: Erase | None = None,
         max_unreadable: int = 0,
     ):
         self.loader = loader
         self.normalize = normalize
         self.device = device
+        self.rand_augment = rand_augment
         self.erase = erase
         self.max_unreadable = max_unreadable
         self.unreadable: set[int] = set()
@@ -70,7 +73,10 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         for images, targets, keys, decode_errors in self._host_batches():
             self.count_unreadable(decode_errors)
-            images = self.normalize(images.to(self.device, non_blocking=True))
+            images = images.to(self.device, non_blocking=True)
+            if self.rand_augment is not None:
+                images = self.rand_augment(images, keys)
+            images = self.normalize(images)
             if self.erase is not None:
                 images = self.erase(images, keys)
             yield Batch(images, targets.to(self.device, non_blocking=True), keys)

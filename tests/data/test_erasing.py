@@ -8,7 +8,8 @@ import torch
 from scipy.stats import ks_2samp
 from timm.data.random_erasing import RandomErasing
 
-from data.erasing import Erase, draw_rectangles, draw_uniform, hash_keys
+from data.erasing import Erase, draw_rectangles
+from utils.random import Stream, draw_uniform, hash_keys
 
 CPU = torch.device("cpu")
 SIDE = 40
@@ -39,7 +40,7 @@ def with_area_and_aspect(boxes: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("max_count", [1, 3])
 def test_rectangles_have_the_same_distribution_as_in_timm(max_count):
-    state = hash_keys(0, [(0, index) for index in range(20_000)])
+    state = hash_keys(0, [(0, index) for index in range(20_000)], Stream.ERASING)
     _, ours = draw_rectangles(state, SIDE, SIDE, probability=1.0, max_count=max_count)
     theirs = np.array(boxes_of_timm(5_000, max_count))
     assert len(ours) / 20_000 == pytest.approx(len(theirs) / 5_000, rel=0.02)
@@ -48,7 +49,7 @@ def test_rectangles_have_the_same_distribution_as_in_timm(max_count):
 
 
 def test_configured_fraction_of_images_is_erased_with_rectangles_inside_the_image():
-    state = hash_keys(3, [(1, index) for index in range(20_000)])
+    state = hash_keys(3, [(1, index) for index in range(20_000)], Stream.ERASING)
     positions, boxes = draw_rectangles(state, SIDE, SIDE, probability=0.25, max_count=1)
     assert len(positions) == pytest.approx(5000, rel=0.05)
     assert (np.diff(positions) > 0).all()
@@ -58,7 +59,7 @@ def test_configured_fraction_of_images_is_erased_with_rectangles_inside_the_imag
 
 
 def test_uniform_draws_are_uniform_and_independent():
-    draws = draw_uniform(hash_keys(0, [(epoch, index) for epoch in range(4) for index in range(5000)]), 4)
+    draws = draw_uniform(hash_keys(0, [(epoch, index) for epoch in range(4) for index in range(5000)], Stream.ERASING), 4)
     assert ((draws >= 0) & (draws < 1)).all()
     for column in draws.T:
         counts = np.histogram(column, bins=50, range=(0, 1))[0]
@@ -75,7 +76,12 @@ def test_splitmix64_reproduces_the_published_sequence():
 
 
 def test_random_state_is_unique_for_each_seed_epoch_and_index():
-    states = [hash_keys(seed, [(epoch, index)])[0] for seed in (0, 1, 2**32 - 1) for epoch in range(3) for index in range(3)]
+    states = [
+        hash_keys(seed, [(epoch, index)], Stream.ERASING)[0]
+        for seed in (0, 1, 2**32 - 1)
+        for epoch in range(3)
+        for index in range(3)
+    ]
     assert len(set(states)) == 27
 
 
@@ -107,7 +113,7 @@ def test_exactly_the_drawn_rectangles_are_erased():
     keys = [(0, index) for index in range(40)]
     erased = Erase(0.5, mode="const", max_count=2, seed=0, device=CPU)(torch.ones(40, 3, SIDE, SIDE), keys)
     expected = torch.ones(40, 3, SIDE, SIDE)
-    positions, boxes = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=0.5, max_count=2)
+    positions, boxes = draw_rectangles(hash_keys(0, keys, Stream.ERASING), SIDE, SIDE, probability=0.5, max_count=2)
     for position, (top, left, height, width) in zip(positions, boxes, strict=True):
         expected[position, :, top : top + height, left : left + width] = 0
     assert torch.equal(erased, expected)
@@ -117,7 +123,7 @@ def test_two_rectangles_in_one_image_have_different_colours():
     erase = Erase(1.0, mode="rand", max_count=2, seed=0, device=CPU)
     keys = [(0, index) for index in range(40)]
     erased = erase(torch.full((40, 3, SIDE, SIDE), 9.0), keys)
-    positions, _ = draw_rectangles(hash_keys(0, keys), SIDE, SIDE, probability=1.0, max_count=2)
+    positions, _ = draw_rectangles(hash_keys(0, keys, Stream.ERASING), SIDE, SIDE, probability=1.0, max_count=2)
     images_with_two_rectangles = np.flatnonzero(np.bincount(positions) == 2)
     assert len(images_with_two_rectangles) > 5
     # Subtract 1 for the background. If one rectangle covers the other, only one colour remains.

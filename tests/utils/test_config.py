@@ -355,6 +355,7 @@ DEFAULTS = {
     "AUG.SCALE": [0.08, 1.0],
     "AUG.HFLIP": 0.5,
     "AUG.REPEATS": 1,
+    "AUG.DEVICE_RANDAUGMENT": False,
     "EMA.ENABLED": False,
     "EMA.FORCE_CPU": False,
     "TEST.CROP_MODE": "squash",

@@ -286,6 +286,11 @@ KEYS = {
         0.4, "strength of colour jitter; no effect unless `AUG.AUTO_AUGMENT` is `none`, as in timm", minimum=0
     ),
     "AUG.AUTO_AUGMENT": Key("rand-m9-mstd0.5-inc1", "AutoAugment, RandAugment or AugMix policy of timm, or `none`"),
+    "AUG.DEVICE_RANDAUGMENT": Key(
+        False,
+        "apply `AUG.AUTO_AUGMENT` to whole batches on the device instead of in the loader workers; RandAugment without `-t` "
+        "only; operations and magnitudes have the same distribution, but pixels differ slightly",
+    ),
     "AUG.SCALE": Key(
         [0.08, 1.0],
         "minimum and maximum area of a random crop, as a fraction of the image; without effect for input sizes up to 32 "

@@ -125,6 +125,11 @@ def _check_recipe(cfg: CfgNode) -> None:
             f"TRAIN.LAYER_DECAY={cfg.TRAIN.LAYER_DECAY} has no effect with TRAIN.FREEZE_BACKBONE, which trains only the head; "
             "remove one of them"
         )
+    if cfg.AUG.DEVICE_RANDAUGMENT and not cfg.AUG.AUTO_AUGMENT.startswith("rand"):
+        raise ConfigError(
+            f"AUG.DEVICE_RANDAUGMENT=True has no effect with AUG.AUTO_AUGMENT={show(cfg.AUG.AUTO_AUGMENT)}, which is not "
+            "RandAugment; remove one of them, or set AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1"
+        )
     if cfg.MODEL.RESUME and cfg.MODEL.PRETRAINED:
         raise ConfigError(
             f"MODEL.RESUME={cfg.MODEL.RESUME} and MODEL.PRETRAINED={cfg.MODEL.PRETRAINED}: a resumed run already has weights; "
