@@ -1,6 +1,7 @@
 """Batches on the device, from the loader workers: waiting, decode errors, augmentation and normalisation there."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,14 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def dataset(self) -> WatchedDataset:
+        return cast(WatchedDataset, self.loader.dataset)
+
+    def count_needed_workers(self, num_images: int, seconds: float) -> int:
+        """Number of loader workers that load ``num_images`` in ``seconds``, by the speed measured so far."""
+        return math.ceil(self.dataset.seconds_per_image * num_images / seconds)
+
     def __iter__(self) -> Iterator[Batch]:
         for images, targets, keys, decode_errors in self._host_batches():
             self.count_unreadable(decode_errors)
@@ -89,7 +98,7 @@ class DeviceLoader:
             RuntimeError: a worker ended.
             Exception: the error of a worker, with its traceback in the message.
         """
-        check = StallCheck(cast(WatchedDataset, self.loader.dataset), self.loader.timeout)
+        check = StallCheck(self.dataset, self.loader.timeout)
         self._start_epoch(check)
         while True:
             started = time.monotonic()

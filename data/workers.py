@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 1.0  # interval of the checks for a stalled worker, and for the end of the parent process
 SECONDS_UNTIL_WARNING = 30.0  # time without a finished image after which a warning is logged
-FINISHED, READING = 0, 1  # columns of ``WatchedDataset.progress``
+FINISHED, READING, NANOSECONDS = 0, 1, 2  # columns of ``WatchedDataset.progress``
+SHARED_MEMORY = "/dev/shm"
+BATCHES_PER_WORKER = 2  # that a loader worker prepares in advance, torch's default
 NO_IMAGE = -1
 
 
@@ -39,13 +42,13 @@ class WatchedDataset(Dataset):
     """A dataset whose loader workers record their progress in memory that they share with the main process.
 
     Attributes:
-        progress: (max(num_workers, 1), 2), the number of images that each worker has finished, and the position of the image
-            that it is reading, or ``NO_IMAGE``.
+        progress: (max(num_workers, 1), 3), the number of images that each worker has finished, the position of the image
+            that it is reading, or ``NO_IMAGE``, and the nanoseconds that the finished images took.
     """
 
     def __init__(self, dataset: ImageDataset, num_workers: int):
         self.dataset = dataset
-        self.progress = torch.tensor([[0, NO_IMAGE]] * max(num_workers, 1))
+        self.progress = torch.tensor([[0, NO_IMAGE, 0]] * max(num_workers, 1))
         if num_workers:
             self.progress.share_memory_()
 
@@ -56,7 +59,14 @@ class WatchedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def seconds_per_image(self) -> float:
+        """Mean time that a worker takes to read, decode and augment an image; 0 before the first image."""
+        total = self.progress.sum(dim=0)
+        return float(total[NANOSECONDS] / 1e9 / total[FINISHED].clamp(min=1))
+
     def __getitem__(self, key: Key) -> object:
+        started = time.perf_counter_ns()
         worker = get_worker_info()
         progress = self.progress[0 if worker is None else worker.id]
         progress[READING] = key[1]
@@ -68,6 +78,7 @@ class WatchedDataset(Dataset):
             raise_sendable(error)
         finally:
             progress[READING] = NO_IMAGE
+        progress[NANOSECONDS] += time.perf_counter_ns() - started
         progress[FINISHED] += 1
         return sample
 
@@ -175,6 +186,26 @@ def create_loader(dataset: Dataset, *, num_workers: int, collate_fn: Callable, *
         multiprocessing_context="fork" if num_workers else None,  # Python 3.14 would start them from another process
         **options,
     )
+
+
+def warn_about_shared_memory(num_bytes: int) -> None:
+    """Warn if the batches of the loader workers may not fit into shared memory; a full one would end a worker (bus error).
+
+    Args:
+        num_bytes: maximum size of the batches that are ready at the same time.
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # a system without this directory
+        return
+    if (free := status.f_bavail * status.f_frsize) < num_bytes:
+        logger.warning(
+            "%s has %d MiB free, but the batches of the loader workers of this process may need %d MiB: enlarge it "
+            "(docker run --shm-size 16g), or lower DATA.NUM_WORKERS or --batch-size",
+            SHARED_MEMORY,
+            free // 2**20,
+            math.ceil(num_bytes / 2**20),
+        )
 
 
 def check_sockets() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.evaluation import evaluate
+from engine.loading_speed import describe_loading
 from engine.optim import eval_dtype
 from engine.trainer import Trainer
 from models.checkpoints.reader import read_checkpoint
@@ -113,6 +114,12 @@ def _log_bottleneck(trainer: Trainer, remaining_updates: int, update_seconds: fl
     """
     images_per_update = trainer.metadata["global_batch_size"]
     seconds_per_update = max(update_seconds, loading_seconds)
+    needed_workers = describe_loading(
+        trainer.train_loader,
+        num_images=images_per_update // trainer.world.size,
+        update_seconds=update_seconds,
+        num_cores=trainer.world.num_cores,
+    )
     logger.info(
         "model alone: %.1f images/s; loading alone: %.1f images/s; without evaluation, "
         "an epoch takes %s and the rest of the run %s",
@@ -123,9 +130,9 @@ def _log_bottleneck(trainer: Trainer, remaining_updates: int, update_seconds: fl
     )
     if loading_seconds > update_seconds:
         logger.warning(
-            "loading is the bottleneck, %.1f times as slow as the model: raise DATA.NUM_WORKERS, make the images smaller "
-            "(scripts/pack_dataset.py --short-side), or read them from a faster disk",
-            loading_seconds / update_seconds,
+            "loading is the bottleneck, %.1f times as slow as the model: %s", loading_seconds / update_seconds, needed_workers
         )
     else:
-        logger.info("the model is the bottleneck: loading is %.1f times as fast", update_seconds / loading_seconds)
+        logger.info(
+            "the model is the bottleneck: loading is %.1f times as fast; %s", update_seconds / loading_seconds, needed_workers
+        )

@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from data.loader import Batch, DeviceLoader, TrainLoader
 from engine.evaluation import evaluate, log_results, on_device
+from engine.loading_speed import LoadingCheck
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, eval_dtype
 from engine.remaining_work import remaining_work
@@ -92,6 +93,11 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.changing_state = False  # whether an update has changed a part of the state, but not yet all of it
         self.sent_stop = False  # whether the newest update carried a request of this process to stop
+        self.loading_check = LoadingCheck(
+            self.train_loader,
+            num_images=self.metadata["global_batch_size"] // self.world.size,
+            num_cores=self.world.num_cores,
+        )
         self.interval = TrainingLog(
             updates_per_epoch=self.updates_per_epoch,
             num_epochs=self.num_epochs,
@@ -277,6 +283,7 @@ class Trainer:
             values |= {"loss_scale": state.scaler.get_scale(), "skipped_updates": state.num_skipped}
         if self.metrics is not None:
             self.metrics.scalars(state.num_updates, "train", values)
+        self.loading_check.check(values["data_wait"], self.metadata["global_batch_size"] / values["images_per_second"])
         self.interval.start_interval()
 
     def requests(self) -> Requests:

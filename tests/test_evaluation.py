@@ -397,7 +397,7 @@ def test_a_dry_run_runs_each_part_of_training_and_deletes_its_files(toy_config, 
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "output", "--check"]
     outcome = run_main(arguments, tmp_path / "log", processes=2)
     assert outcome.exit_codes == [0, 0], outcome.output
-    for message in ("first images", "first update", "checkpoint:", "is the bottleneck", "no problem found"):
+    for message in ("first images", "first update", "checkpoint:", "is the bottleneck", "needs about", "no problem found"):
         assert message in outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 

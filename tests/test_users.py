@@ -366,6 +366,8 @@ def test_the_number_of_loader_workers_is_limited_to_the_cores_of_the_process(toy
     cfg = load_config(toy_config, ["DATA.NUM_WORKERS", 8])
     assert [build_num_workers(cfg, num_cores) for num_cores in (1, 6, 8, 64)] == [1, 6, 8, 8]
     assert build_num_workers(load_config(toy_config), 6) == 0  # NUM_WORKERS 0
+    cfg = load_config(toy_config, ["DATA.NUM_WORKERS", -1])  # the default
+    assert [build_num_workers(cfg, num_cores) for num_cores in (1, 2, 8, 64)] == [1, 1, 7, 16]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The device of a process, one of the GPUs that torch can use or the CPU, and its share of the CPU cores."""
 
 import logging
+import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,23 +109,72 @@ class Cores(NamedTuple):
     Attributes:
         machine: identifies the running kernel, and thus the machine; containers on one machine share it.
         numbers: numbers of the cores.
+        quota: CPU time per second for all processes of ``group`` together; infinity without a limit.
+        group: identifies the control group (cgroup) with this limit.
     """
 
     machine: str
     numbers: frozenset[int]
+    quota: float = math.inf
+    group: str = ""
 
 
 def usable_cores() -> Cores:
-    """The CPU cores that this process may use, according to its affinity mask."""
+    """The CPU cores that this process may use, according to its affinity mask and its control groups."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     machine = boot_id.read_text() if boot_id.is_file() else socket.gethostname()
-    if hasattr(os, "sched_getaffinity"):
-        return Cores(machine, frozenset(os.sched_getaffinity(0)))
-    return Cores(machine, frozenset(range(os.cpu_count() or 1)))
+    numbers = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return Cores(machine, frozenset(numbers), *cpu_quota())
+
+
+def cpu_quota(mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> tuple[float, str]:
+    """The lowest CPU quota of this process's control groups, and its group, see ``Cores``; (inf, "") without a quota.
+
+    Containers are limited by such quotas, for example by ``docker run --cpus=4`` or by limits of Kubernetes.
+
+    Args:
+        mount: directory of the control groups, of version 1 or 2.
+        membership: file that lists the groups of this process.
+    """
+    lowest = math.inf, ""
+    try:
+        for group in _cpu_groups(mount, membership.read_text()):
+            if (quota := _read_quota(group)) < lowest[0]:
+                status = group.stat()
+                lowest = quota, f"{status.st_dev}:{status.st_ino}"  # paths differ between containers
+    except (OSError, ValueError):  # another system, or files of an unknown format
+        pass
+    return lowest
+
+
+def _cpu_groups(mount: Path, membership: str) -> Iterator[Path]:
+    """Directories of the control groups that may limit this process, from its own group to the root of each hierarchy.
+
+    Args:
+        membership: lines such as "0::/group" (version 2) and "4:cpu,cpuacct:/group" (version 1).
+    """
+    for line in membership.splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        for root in [mount, mount / "unified"] if number == "0" else [mount / "cpu"]:
+            group = root / path.lstrip("/")  # a container may not see its own group, but only the root
+            yield from (parent for parent in [group, *group.parents] if parent.is_relative_to(root))
+
+
+def _read_quota(group: Path) -> float:
+    """CPU time per second for the processes of a control group; infinity without a limit."""
+    if (limit := group / "cpu.max").is_file():
+        quota, period = limit.read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    if (limit := group / "cpu.cfs_quota_us").is_file():
+        quota_us = int(limit.read_text())
+        return math.inf if quota_us < 0 else quota_us / int((group / "cpu.cfs_period_us").read_text())
+    return math.inf
 
 
 def count_cores(cores: Cores | None = None, of_all_processes: Sequence[Cores] = ()) -> int:
-    """Number of cores for a process, at least 1. Processes that may use the same core share it equally.
+    """Number of cores for a process, at least 1. Processes that share a core or a CPU quota get equal parts of it.
 
     Launchers either let all processes of a machine use all cores (torchrun), or give each process cores of its own
     (``srun --cpus-per-task``).
@@ -134,6 +184,7 @@ def count_cores(cores: Cores | None = None, of_all_processes: Sequence[Cores] = 
         of_all_processes: cores of every process, including this one; empty if there is only this one.
     """
     cores = cores or usable_cores()
-    neighbours = [other.numbers for other in of_all_processes if other.machine == cores.machine] or [cores.numbers]
-    share = sum(1 / sum(number in numbers for numbers in neighbours) for number in cores.numbers)
+    neighbours = [other for other in of_all_processes if other.machine == cores.machine] or [cores]
+    share = sum(1 / sum(number in other.numbers for other in neighbours) for number in cores.numbers)
+    share = min(share, cores.quota / sum(other.group == cores.group for other in neighbours))
     return max(int(share + 1e-6), 1)  # the shares of one core may sum to slightly less than 1

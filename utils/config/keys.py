@@ -130,10 +130,10 @@ KEYS = {
     "DATA.MEAN": Key(IMAGENET_MEAN, "mean of each channel, for normalisation of pixel values in [0, 1]"),
     "DATA.STD": Key(IMAGENET_STD, "standard deviation of each channel, for normalisation of pixel values in [0, 1]; above 0"),
     "DATA.NUM_WORKERS": Key(
-        8,
-        "loader workers per training process; at most the CPU cores of the process. Processes share the cores that they "
-        "have in common",
-        minimum=0,
+        -1,
+        "loader workers per training process, at most its CPU cores; -1: its cores minus one, from 1 to 16. Processes share "
+        "the cores that they have in common. Results do not depend on this number",
+        minimum=-1,
     ),
     "DATA.WORKER_TIMEOUT": Key(
         300.0,

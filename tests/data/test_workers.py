@@ -1,0 +1,59 @@
+"""Number and shared memory of the loader workers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.loader import DeviceLoader
+from data.workers import WatchedDataset, warn_about_shared_memory
+from engine.loading_speed import LoadingCheck, describe_loading
+
+
+def test_a_warning_is_logged_if_the_batches_of_the_workers_do_not_fit_into_shared_memory(monkeypatch, caplog):
+    free = SimpleNamespace(f_bavail=16_384, f_frsize=4096)  # 64 MiB, as in a container of Docker
+    monkeypatch.setattr("os.statvfs", lambda path: {"/dev/shm": free}[path])
+    warn_about_shared_memory(64 * 2**20)
+    assert not caplog.text
+    warn_about_shared_memory(7 * 2 * 128 * 3 * 224 * 224)
+    assert "/dev/shm has 64 MiB free, but the batches of the loader workers of this process may need 258 MiB" in caplog.text
+
+
+def loader_with(milliseconds: float, device: str = "cpu") -> DeviceLoader:
+    """A loader whose four workers have taken this time per image."""
+    dataset = WatchedDataset([], 4)
+    dataset.progress[1] = torch.tensor([30, -1, int(30e6 * milliseconds)])
+    dataset.progress[3] = torch.tensor([10, -1, int(10e6 * milliseconds)])
+    return DeviceLoader(SimpleNamespace(dataset=dataset, num_workers=4), None, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "num_cores", "expected"),
+    [
+        (1.0, 8, "about 3 loader worker(s) for each process, which has 4 and 8 CPU core(s)"),
+        (3.5, 8, "about 9 loader worker(s) for each process, which has 4 and 8 CPU core(s); make the images smaller"),
+        (
+            2.5,
+            8,
+            "about 7 loader worker(s) for each process, which has 4 and 8 CPU core(s); set --opts DATA.NUM_WORKERS 7",
+        ),
+    ],
+)
+def test_the_number_of_needed_loader_workers_follows_from_the_measured_times(milliseconds, num_cores, expected):
+    """A step of 50 ms with 128 images needs 2.56 workers per millisecond that an image takes."""
+    text = describe_loading(loader_with(milliseconds), num_images=128, update_seconds=0.05, num_cores=num_cores)
+    assert text.startswith(f"loading an image takes a loader worker {milliseconds} ms")
+    assert expected in text
+
+
+@pytest.mark.parametrize(("device", "data_wait", "warned"), [("cuda", 0.5, True), ("cuda", 0.1, False), ("cpu", 0.5, False)])
+def test_a_gpu_that_waits_for_images_is_reported_once_but_not_for_the_first_interval(device, data_wait, warned, caplog):
+    check = LoadingCheck(loader_with(3.5, device), num_images=128, num_cores=8)
+    check.check(0.9, 1.0)
+    assert not caplog.text
+    for _ in range(3):
+        check.check(data_wait, 0.1)  # 0.05 s without the wait of 50 %
+    assert len(caplog.records) == warned
+    if warned:
+        assert "the GPU waits for images in 50 % of the time: loading an image takes" in caplog.text
+        assert "about 9 loader worker(s)" in caplog.text
