@@ -60,12 +60,29 @@ def build_indices(cfg: CfgNode, splits: Sequence[str]) -> dict[str, Index]:
 
 
 def build_split(cfg: CfgNode, split: str) -> tuple[str, Layout]:
-    """Find a split: DATA.TRAIN_SPLIT or DATA.VAL_SPLIT, or else the first default name that exists in any layout.
+    """Find the split of a run, "train" or "val", see ``find_split``.
 
     Training, evaluation and the checks of the command line use this function, so that they read the same images.
 
+    Raises:
+        DataError: see ``find_split``; or DATA.VAL_FRACTION is set although there is a validation split.
+    """
+    root, zip_mode = Path(cfg.DATA.DATA_PATH), cfg.DATA.ZIP_MODE
+    requested = {"train": cfg.DATA.TRAIN_SPLIT, "val": cfg.DATA.VAL_SPLIT}[split]
+    if cfg.DATA.VAL_FRACTION and not requested:
+        _check_undivided(root, cfg.DATA.VAL_FRACTION, zip_mode=zip_mode)
+        if not zip_mode and not list_layouts(root, "train") and _has_classes(root):
+            requested = "."
+    return find_split(root, split, requested, zip_mode=zip_mode, option=f"--opts DATA.{split.upper()}_SPLIT")
+
+
+def find_split(root: Path, split: str, requested: str = "", *, zip_mode: bool = False, option: str) -> tuple[str, Layout]:
+    """Find a split: the requested one, or else the first default name that exists in any layout. Log what may be unexpected.
+
     Args:
         split: "train" or "val".
+        requested: name, path or pattern, see ``Layout``.
+        option: command-line option that selects the split, for messages.
 
     Returns:
         Name of the split, and its layout.
@@ -73,27 +90,20 @@ def build_split(cfg: CfgNode, split: str) -> tuple[str, Layout]:
     Raises:
         DataError: there is no such split; the message suggests how to read what lies in its place.
     """
-    root, zip_mode = Path(cfg.DATA.DATA_PATH), cfg.DATA.ZIP_MODE
-    requested = {"train": cfg.DATA.TRAIN_SPLIT, "val": cfg.DATA.VAL_SPLIT}[split]
     names = [requested] if requested else DEFAULT_NAMES[split]
     found = {name: layouts for name in names if (layouts := list_layouts(root, name, zip_mode=zip_mode))}
-    if cfg.DATA.VAL_FRACTION and not requested:
-        _check_undivided(root, cfg.DATA.VAL_FRACTION, zip_mode=zip_mode)
-        if not found and not zip_mode and _has_classes(root):
-            found = {".": list_layouts(root, ".")}
-    option = f"DATA.{split.upper()}_SPLIT"
     if not found:
-        source = f"{option}={requested}" if requested else f"{', '.join(names[:-1])}{' or ' if names[1:] else ''}{names[-1]}"
         kind = "zip archive" if zip_mode else "directory or archives"
-        reason = f"{root}: no such {kind}: {source}" if requested else f"{root}: no {_TITLES[split]} split ({source})"
-        raise missing_split(reason, root, names[0], zip_mode=zip_mode, option=f"--opts {option}")
+        alternatives = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+        reason = f"{root}: no {_TITLES[split]} split: no {kind} named {alternatives}"
+        raise missing_split(reason, root, names[0], zip_mode=zip_mode, option=option)
     name, (layout, *others) = next(iter(found.items()))
     for other in others:
         logger.warning("%s is read, but not the %s beside it, such as %s", layout.path, other.title, other.files()[0])
     # A test set beside a validation set is usual.
     if unused := [layouts[0].path for other, layouts in found.items() if other not in (name, "test")]:
         logger.warning("%s is read for validation, but not %s; choose with %s", layout.path, unused[0], option)
-    elif name != (requested or names[0]):
+    elif name != names[0]:
         logger.info("%s is read for %s; choose another split with %s", layout.path, _TITLES[split], option)
     return name, layout
 

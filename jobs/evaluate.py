@@ -3,7 +3,7 @@
 import argparse
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
+from data.index import Index, compare_descriptions, describe_index
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.optim import eval_dtype
 from engine.report import write_evaluation
@@ -22,7 +23,7 @@ from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, o
 from jobs.model import check_model, choose_attention, load_models
 from models.checkpoints.reader import preferred_weights, stored_weights
 from models.checkpoints.released import Released
-from utils.config.loading import option_keys
+from utils.config.loading import flatten, option_keys
 from utils.distributed import World, on_all, on_main
 from utils.environment import apply_numerical_settings
 from utils.run_files import build_output_path
@@ -128,6 +129,7 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
         run_once=partial(on_main, world, long_timeout=True),
         model_classes=checkpoint.class_names,
     )
+    on_main(world, lambda: warn_about_held_out(checkpoint, cfg, datasets.val.index), long_timeout=True)
     loader = build_eval_loader(
         cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device, num_cores=world.num_cores
     )
@@ -138,6 +140,30 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     )
     log_results(results)
     return Evaluation(results, models, preferred_weights(checkpoint.state), datasets, attention)
+
+
+def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> None:
+    """Warn if images that are evaluated may have been used in training, because DATA.VAL_FRACTION holds out other images.
+
+    Args:
+        index: the images that are evaluated.
+    """
+    config, data = checkpoint.state.get("config"), checkpoint.state.get("data")
+    if not isinstance(config, Mapping) or not isinstance(data, Mapping):
+        return
+    stored, fraction = flatten(config).get("DATA.VAL_FRACTION", 0.0), cfg.DATA.VAL_FRACTION
+    change = ""
+    if stored != fraction:
+        change = f"it was trained with DATA.VAL_FRACTION={stored}, but is evaluated with {fraction}"
+    elif fraction and (difference := compare_descriptions(data.get("val", {}), describe_index(index))):
+        change = f"the images that DATA.VAL_FRACTION holds out differ from those in training: {difference}"
+    if change:
+        logger.warning(
+            "%s: %s. If images of %s were used in training, the accuracy does not measure generalisation",
+            checkpoint.path,
+            change,
+            index.source,
+        )
 
 
 def log_published(released: Released, result: EvalResult) -> None:
@@ -170,6 +196,7 @@ def describe_evaluation(cfg: CfgNode, checkpoint: Checkpoint) -> dict:
         "published": None if released is None else {"acc1": released.acc1, "acc5": released.acc5, "url": released.url},
         "preprocessing": build_preprocessing(cfg).to_dict(),
         "data": cfg.DATA.DATA_PATH,
+        "val_fraction": cfg.DATA.VAL_FRACTION,
         "class_map": cfg.TEST.CLASS_MAP,
         "precision": str(eval_dtype(cfg)).removeprefix("torch."),
         "tf32": cfg.TF32,

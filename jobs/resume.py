@@ -124,6 +124,13 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
                 f"{path} was saved with {key}={stored_value!r}, but the config has {value!r}; this key cannot change on "
                 "resume. Start a new run with another --tag, and add --pretrained to start from these weights"
             )
+    fraction = stored.get("DATA.VAL_FRACTION", 0.0)
+    if fraction != cfg.DATA.VAL_FRACTION:
+        raise ConfigError(
+            f"{path} was saved with DATA.VAL_FRACTION={fraction}, but the config has {cfg.DATA.VAL_FRACTION}: the run would "
+            f"validate on images that it was trained on. Add --opts DATA.VAL_FRACTION {fraction}, or start a new run with "
+            "another --tag"
+        )
     batch = global_batch_size(cfg, world.size)
     if saved["global_batch_size"] != batch:
         raise ConfigError(

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ from data.files import DataError
 from data.index import Index
 from data.sources import LAYOUTS, index_split
 from data.sources.class_list import CLASS_NAMES_FILE, read_class_names, write_class_names
-from data.sources.layout import Layout
+from data.sources.layout import DEFAULT_NAMES, Layout, split_of
+from data.splits import find_split
 from data.workers import end_with_parent
 from utils.errors import USAGE_ERROR
 from utils.log import setup_logging
@@ -51,6 +53,8 @@ def pack(
     """Pack one split, ``source/<split>/<class>/<image>``, into ``target``.
 
     Args:
+        split: path of the split relative to ``source``. The archives have the name of its last directory; "." is packed as
+            "train".
         archive: zip or tar.
         short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
         quality: JPEG quality of downscaled JPEG files; downscaled files of other formats are written as PNG.
@@ -64,7 +68,7 @@ def pack(
         DataError: there are no images; the target already contains this split, or its class list differs from that of the
             source; a name or an image is invalid; an archive cannot be written, or its contents differ when read back.
     """
-    index = index_split("folder", source, split)
+    index, split = index_split("folder", source, split, option="--splits"), Path(split).name or "train"
     target.mkdir(parents=True, exist_ok=True)
     check_target(target, split, index)
     dataset = ImageDataset(index, None)
@@ -87,7 +91,7 @@ def pack(
             LAYOUTS[archive](folder, split).write(index, images, shard_size)
         except BrokenProcessPool:
             raise DataError(
-                f"{source / split}: a downscaling process was killed; lower --workers if the machine runs out of memory"
+                f"{index.source}: a downscaling process was killed; lower --workers if the machine runs out of memory"
             ) from None
         except OSError as error:
             raise DataError(f"{target} cannot be written ({error.strerror}); the archives need {_size(index)}") from None
@@ -186,7 +190,12 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="output directory")
     formats = [name for name, layout in LAYOUTS.items() if layout.write is not Layout.write]
     parser.add_argument("--format", choices=formats, default="tar")
-    parser.add_argument("--splits", nargs="+", default=["train", "val"])
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="DIRECTORY",
+        help="directories below source (default: train, and the first of val, valid, validation and test that exists)",
+    )
     parser.add_argument(
         "--short-side",
         type=int,
@@ -205,14 +214,35 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit removes the temporary directory
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
-    for split in args.splits:
-        try:
+    try:
+        splits = args.splits or find_splits(args.source)
+        for split in splits:
             packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
-        except (DataError, OSError) as error:
-            parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
-        size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
-        print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
-    print(f"options for main.py: --data-path {args.target}{' --zip' if args.format == 'zip' else ''}")
+            size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
+            print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
+    except (DataError, OSError) as error:
+        parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
+    arguments = ["--data-path", str(args.target), *(["--zip"] if args.format == "zip" else [])]
+    if keys := [word for split in splits for word in split_option(Path(split).name)]:
+        arguments += ["--opts", *keys]
+    print(f"options for main.py: {shlex.join(arguments)}")
+
+
+def find_splits(source: Path) -> list[str]:
+    """Names of the training and of the validation split.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    train, _ = find_split(source, "train", option="--splits")
+    val, _ = find_split(source, "val", option=f"--splits {train}")
+    return [train, val]
+
+
+def split_option(name: str) -> list[str]:
+    """Key and value with which main.py finds a packed split of this name; [] if it finds it without."""
+    split = split_of(name)
+    return [f"DATA.{split.upper()}_SPLIT", name] if split and name not in DEFAULT_NAMES[split] else []
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def suggest(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: 
         return f". {root} does not exist"
     except OSError as error:
         return f". {root} cannot be listed ({error.strerror}); check its permissions"
-    if split and (other := _find_with_other_flag(root, split, layouts, zip_mode=zip_mode)):
+    is_run = option.startswith("--opts")  # of main.py; scripts/pack_dataset.py reads only directories
+    if split and is_run and (other := _find_with_other_flag(root, split, layouts, zip_mode=zip_mode)):
         return other
     related = [entry for entry in inside if not os.path.isdir(root / entry)]
     if split:
@@ -46,7 +47,8 @@ def suggest(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: 
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return f". Found {_show(root, entry)}{more}: {remedy}"
     unreadable = f". Found {_show(root, related[0])}, but this format is not read" if related else ""
-    return unreadable or _find_elsewhere(root, entries, split, layouts, zip_mode=zip_mode) or _list_entries(root, entries)
+    elsewhere = _find_elsewhere(root, entries, split, layouts, zip_mode=zip_mode) if is_run else ""
+    return unreadable or elsewhere or _list_entries(root, entries)
 
 
 def _split_of_option(option: str) -> str | None:
@@ -55,7 +57,7 @@ def _split_of_option(option: str) -> str | None:
 
 def _remedy(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: str) -> str:
     """How to read a file or directory as the split; "" if no layout can read it."""
-    for layout in layouts.values():
+    for layout in layouts.values() if option.startswith("--opts") else [layouts["folder"]]:
         if hint := layout.hint(root, name, option):
             if layout.needs_flag == zip_mode:
                 return hint

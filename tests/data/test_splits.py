@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import json
 import re
 import shlex
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,10 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import scripts.pack_dataset
 from data.build import build_datasets
 from data.files import DataError
 from data.splits import build_index, build_indices
+from models.checkpoints.reader import read_checkpoint
+from tests.launch import run_main, run_script
+from tests.runs import assert_equal, newest_update, read_state
 from utils.config.loading import load_config
+from utils.errors import ConfigError
 
 CLASSES = ("cat", "dog", "fox")
 
@@ -253,3 +260,200 @@ def test_the_remedy_for_missing_validation_images_leads_to_them(name, zip_mode, 
             assert "train" not in " ".join(obey(message)).replace(str(tmp_path), "")
             cfg = create_cfg(*opts, root=root)
     assert keys(build_index(cfg, "val")) == expected(1)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "zip"])
+def test_validation_is_never_told_to_use_training_images(layout, create_cfg, tmp_path):
+    writers = {
+        "folder": lambda: write_folder(tmp_path / "Training"),
+        "tar": lambda: write_shards(tmp_path / "my-training_*.tar"),
+        "zip": lambda: write_zip(tmp_path / "training.zip"),
+    }
+    writers[layout]()
+    for zip_mode in (False, True):
+        message = error_of(create_cfg("DATA.ZIP_MODE", zip_mode))
+        assert "raining" in message.partition("contains")[2]  # the names that exist are listed
+        assert obey(message) == []
+    cfg = create_cfg("DATA.ZIP_MODE", layout == "zip")
+    with pytest.raises(DataError) as error:
+        build_index(cfg, "train")
+    assert keys(build_index(create_cfg(*obey(str(error.value)), "DATA.ZIP_MODE", layout == "zip"), "train")) == expected(0)
+
+
+@pytest.mark.parametrize("requested", ["vaI", "validation-{00..63}.tar", "validation-*"])
+def test_the_error_for_a_misspelt_split_names_what_exists(requested, create_cfg, tmp_path):
+    write_folder(tmp_path / "train")
+    write_shards(tmp_path / "validation-*.tar", 1)
+    message = error_of(create_cfg("DATA.VAL_SPLIT", requested))
+    assert requested in message
+    assert obey(message) == ["DATA.VAL_SPLIT", "validation-*.tar"]
+
+
+@pytest.mark.parametrize("archive", ["tar", "zip"])
+def test_packing_finds_the_splits_of_a_run_and_prints_the_options_that_read_them(archive, create_cfg, tmp_path):
+    write_folder(tmp_path / "data/train", 0)
+    write_folder(tmp_path / "data/Dev", 1)
+
+    def pack(*arguments) -> str:
+        arguments = [tmp_path / "data", tmp_path / "packed", "--format", archive, *arguments]
+        return run_script(scripts.pack_dataset, arguments, tmp_path / "log").output
+
+    remedy = re.search("add (--splits .*)", pack())
+    options = pack(*remedy[1].split()).partition("options for main.py: ")[2].split()
+    assert options[:2] == ["--data-path", str(tmp_path / "packed")]
+    opts = ["DATA.ZIP_MODE", "--zip" in options, *options[options.index("--opts") + 1 :]]
+    assert keys(build_index(create_cfg(*opts, root=tmp_path / "packed"), "val")) == expected(1)
+    (tmp_path / "data/Dev").rename(tmp_path / "data/test")
+    shutil.rmtree(tmp_path / "packed")
+    assert "--opts" not in pack()
+    indices = build_indices(create_cfg("DATA.ZIP_MODE", archive == "zip", root=tmp_path / "packed"), ("train", "val"))
+    assert [keys(indices[split]) for split in ("train", "val")] == [expected(0), expected(1)]
+
+
+# --- Held-out images
+
+
+@pytest.mark.parametrize(
+    ("per_class", "fraction", "held_out"), [(10, 0.1, 1), (10, 0.25, 3), (10, 0.01, 1), (2, 0.9, 1), (7, 0.5, 4), (20, 0.9, 18)]
+)
+def test_every_class_is_divided_in_the_same_proportion_and_each_image_is_in_one_split(
+    per_class, fraction, held_out, create_cfg, tmp_path
+):
+    write_folder(tmp_path / "train", per_class=per_class)
+    indices = build_indices(create_cfg("DATA.VAL_FRACTION", fraction), ("train", "val"))
+    assert np.bincount(indices["val"].labels).tolist() == [held_out] * 3
+    assert keys(indices["train"]) | keys(indices["val"]) == expected(0, per_class)
+    assert len(indices["train"]) + len(indices["val"]) == 3 * per_class
+    assert keys(build_index(create_cfg("DATA.VAL_FRACTION", fraction), "val")) == keys(indices["val"])
+
+
+def test_the_same_images_are_held_out_in_every_layout_and_for_every_seed(create_cfg, tmp_path):
+    write_folder(tmp_path / "train", per_class=20)
+    write_shards(tmp_path / "photos-*.tar", per_class=20, shards=3)
+    write_zip(tmp_path / "train.zip", per_class=20)
+    write_folder(tmp_path / "flat", per_class=20)
+    run_script(scripts.pack_dataset, [tmp_path, tmp_path / "packed", "--splits", "train"], tmp_path / "log")
+    fraction = ["DATA.VAL_FRACTION", 0.2]
+    configs = [
+        create_cfg(*fraction),
+        create_cfg(*fraction, "DATA.TRAIN_SPLIT", "photos-*.tar"),
+        create_cfg(*fraction, "DATA.ZIP_MODE", True),
+        create_cfg(*fraction, root=tmp_path / "flat"),  # class directories without a split
+        create_cfg(*fraction, root=tmp_path / "packed"),
+        create_cfg(*fraction, "SEED", 1),
+    ]
+    chosen = [keys(build_index(cfg, "val")) for cfg in configs]
+    assert len(chosen[0]) == 12
+    assert all(images == chosen[0] for images in chosen)
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "zip"])
+def test_held_out_images_have_the_content_of_their_files(layout, create_cfg, tmp_path):
+    write_folder(tmp_path / "train", per_class=5)
+    write_shards(tmp_path / "tar/train-*.tar", per_class=5)
+    write_zip(tmp_path / "train.zip", per_class=5)
+    root = tmp_path / "tar" if layout == "tar" else tmp_path
+    datasets = build_datasets(create_cfg("DATA.VAL_FRACTION", 0.5, "DATA.ZIP_MODE", layout == "zip", root=root), training=True)
+    contents = {name: data for _, name, data in images(0, 5)}
+    for dataset in (datasets.train, datasets.val):
+        for position in range(len(dataset)):
+            assert dataset.read(position) == contents[dataset.index.name(position).rpartition("/")[2]]
+
+
+def test_a_class_of_one_image_cannot_be_divided(create_cfg, tmp_path):
+    write_folder(tmp_path / "train", per_class=3)
+    (tmp_path / "train/owl").mkdir()
+    (tmp_path / "train/owl/1.png").write_bytes(image_bytes(9))
+    with pytest.raises(DataError, match="class owl has only one image, but DATA"):
+        build_index(create_cfg("DATA.VAL_FRACTION", 0.1), "train")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_held_out_images_besides_a_validation_split_need_a_decision(name, create_cfg, tmp_path):
+    write_folder(tmp_path / "train", 0, per_class=10)
+    write_folder(tmp_path / name, 1)
+    with pytest.raises(DataError, match=f"there is {tmp_path / name}: add") as error:
+        build_index(create_cfg("DATA.VAL_FRACTION", 0.1), "val")
+    remedies = re.findall(r"--opts (\S+ \S+?)[\s,]", str(error.value))
+    assert len(remedies) == 2
+    chosen = [keys(build_index(create_cfg("DATA.VAL_FRACTION", 0.1, *remedy.split()), "val")) for remedy in remedies]
+    assert chosen[0] == expected(1)
+    assert len(chosen[1] & expected(0, 10)) == 3
+    with pytest.raises(ConfigError, match="conflicts with DATA"):
+        create_cfg("DATA.VAL_FRACTION", 0.1, "DATA.VAL_SPLIT", name)
+
+
+def test_a_test_split_does_not_prevent_held_out_images(create_cfg, tmp_path):
+    write_folder(tmp_path / "train", 0)
+    write_folder(tmp_path / "test", 1)
+    assert len(keys(build_index(create_cfg("DATA.VAL_FRACTION", 0.3), "val")) & expected(0)) == 3
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_remedy_for_class_directories_without_a_split_trains_and_evaluates(split, create_cfg, tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(DataError) as error:
+        build_index(create_cfg(), split)
+    opts = obey(str(error.value))
+    assert opts == ["DATA.VAL_FRACTION", "0.1"]
+    assert len(build_index(create_cfg(*opts), "train")) == 9
+    assert len(build_index(create_cfg("DATA.VAL_SPLIT", "."), "val")) == 12
+
+
+# --- Whole runs
+
+
+def train_killed_and_resumed(arguments: list, output: Path) -> Path:
+    """Kill a run between two updates, resume it, and check that it ends bit-equal to a run that was not interrupted."""
+    folders = [output / name / "toy/default" for name in ("whole", "killed")]
+    commands = [[*map(str, arguments), "SAVE_STEPS", "2", "OUTPUT", str(folder.parents[1])] for folder in folders]
+    whole = run_main(commands[0], output / "log")
+    assert whole.exit_codes == [0], whole.output
+    killed = run_main(commands[1], output / "log", kill_when=lambda: newest_update(folders[1]) >= 4)
+    assert killed.exit_codes == [-9]
+    resumed = run_main(commands[1], output / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert "resumed after update" in resumed.output
+    assert_equal(read_state(folders[1]), read_state(folders[0]))
+    return folders[1]
+
+
+def evaluate_run(folder: Path, *arguments) -> tuple[tuple[int, int], str]:
+    """Numbers of correct predictions and of images of an evaluation, and its output."""
+    outcome = run_main(["--eval", "--resume", str(folder), *map(str, arguments)], folder / "log")
+    assert outcome.exit_codes == [0], outcome.output
+    record = json.loads((folder / "eval.json").read_text())
+    result = record["results"][record["preferred"]]
+    return (result["correct1"], result["num_images"]), outcome.output
+
+
+def test_a_run_on_the_shards_of_the_hub_resumes_bit_equal_and_evaluates_like_directories(toy_config, tmp_path):
+    data, folders = tmp_path / "hub", tmp_path / "folders"
+    write_shards(data / "imagenet1k-train-*.tar", 0, per_class=20, shards=3)
+    write_shards(data / "imagenet1k-validation-*.tar", 1, per_class=10)
+    write_folder(folders / "validation", 1, per_class=10)
+    for number, name in enumerate(CLASSES):  # without classes.txt, shards have class ids, but no names
+        (folders / "validation" / name).rename(folders / "validation" / str(number))
+    options = ["DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1]
+    run = train_killed_and_resumed(["--cfg", toy_config, "--data-path", data, "--opts", *options], tmp_path)
+    counts, _ = evaluate_run(run, "--data-path", data)
+    assert counts == evaluate_run(run, "--data-path", folders)[0]
+    assert counts[1] == 30
+
+
+def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy_config, tmp_path):
+    data = tmp_path / "photos"
+    write_folder(data, per_class=20)
+    options = ["DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1, "DATA.VAL_FRACTION", 0.25]
+    arguments = ["--cfg", toy_config, "--data-path", data, "--opts", *options]
+    run = train_killed_and_resumed(arguments, tmp_path)
+    best = read_checkpoint(run / "best.pth")
+    (correct, num_images), output = evaluate_run(run, "--data-path", data)
+    assert num_images == best["data"]["val"]["num_images"] == 15
+    assert 100 * correct / num_images == pytest.approx(best["best"]["acc1"])
+    assert "generalisation" not in output
+    _, output = evaluate_run(run, "--data-path", data, "--opts", "DATA.VAL_FRACTION", 0.5)
+    assert "trained with DATA.VAL_FRACTION=0.25, but is evaluated with 0.5" in output
+    refused = run_main([*map(str, arguments), "DATA.VAL_FRACTION", "0.5", "OUTPUT", str(run.parents[1])], tmp_path / "log")
+    assert refused.exit_codes == [2]
+    assert "Add --opts DATA.VAL_FRACTION 0.25" in refused.output
