@@ -73,6 +73,11 @@ class EvalResult:
         """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.num_images
 
+    @property
+    def file_only(self) -> tuple[str, ...]:
+        """Entries of ``to_dict`` that TensorBoard does not show."""
+        return ("num_images",) if self.shows_top5 else ("num_images", "acc5", "correct5")
+
     def to_dict(self) -> dict[str, float | int]:
         """Accuracies, counts and loss, for logs and files."""
         names = ("acc1", "acc5", "correct1", "correct5", "num_images", "loss")

@@ -3,9 +3,10 @@
 import json
 import logging
 import math
+import mmap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,15 @@ from utils.files import check_same, identify, write_text
 from utils.run_files import METRICS
 
 logger = logging.getLogger(__name__)
+
+EVENT_FILES = "events.out.tfevents."  # start of the names of TensorBoard's event files
+# Kind and name of a value -> its tag in TensorBoard, which shows groups in the order of their names, capitals first.
+OVERVIEW = {
+    ("train", "loss"): "Overview/training_loss",
+    ("train", "lr"): "Overview/learning_rate",
+    ("eval_raw", "acc1"): "Overview/accuracy_raw",
+    ("eval_ema", "acc1"): "Overview/accuracy_ema",
+}
 
 
 class MetricsWriter:
@@ -44,14 +54,18 @@ class MetricsWriter:
     def _open_board(self, step: int, evaluated: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
+        has_overview = step == 0 or _has_overview(self._folder)
         _rename_later_event_files(self._folder)
         # TensorBoard discards earlier events of this step and of later steps.
         board = SummaryWriter(str(self._folder), purge_step=step + 1 if evaluated else step)
-        for record in [] if evaluated else read_records(self._path):
-            if (record["step"], record["kind"]) == (step, "train"):  # discarded with the evaluation of the same step
-                for name, value in record.items():
-                    if name not in ("step", "kind") and value is not None:
-                        board.add_scalar(f"train/{name}", value, step)
+        for record in [] if evaluated and has_overview else read_records(self._path):
+            # TensorBoard discards the training point with an incomplete evaluation of the same step. Events of earlier versions
+            # have no overview.
+            is_discarded = not evaluated and (record["step"], record["kind"]) == (step, "train")
+            is_missing = not has_overview and (record["step"] < step or (record["step"] == step and evaluated))
+            for tag, value in _points(record["kind"], record).items() if is_discarded or is_missing else ():
+                if value is not None and (is_discarded or tag in OVERVIEW.values()):
+                    board.add_scalar(tag, value, record["step"])
         self._board = board
 
     def _append(self, line: str) -> None:
@@ -64,11 +78,16 @@ class MetricsWriter:
             check_same(self._folder, self._identity)  # TensorBoard's thread would fail with a traceback
             getattr(self._board, method)(*arguments)
 
-    def scalars(self, step: int, kind: str, values: dict[str, float | int]) -> None:
-        """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point ``kind/name`` for every value."""
+    def scalars(self, step: int, kind: str, values: dict[str, float], *, file_only: Collection[str] = ()) -> None:
+        """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point for every value, see ``_points``.
+
+        Args:
+            file_only: names of values that TensorBoard does not show.
+        """
         self._write_line(self._append, json.dumps(_as_json({"step": step, "kind": kind, **values})))
-        for name, value in values.items():
-            self._write_event(self._event, "add_scalar", f"{kind}/{name}", value, step)
+        shown = {name: value for name, value in values.items() if name not in file_only}
+        for tag, value in _points(kind, shown).items():
+            self._write_event(self._event, "add_scalar", tag, value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         self._write_event(self._event, "add_text", name, text, step)
@@ -105,6 +124,25 @@ class MetricsWriter:
 def _as_json(record: dict) -> dict:
     """Replace infinity and NaN, which are possible gradient norms in fp16, by None: JSON cannot represent them."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+
+
+def _points(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tag in TensorBoard -> value, for the values of a record: ``OVERVIEW``, or ``kind/name``. Epochs are counted from 1."""
+    return {
+        OVERVIEW.get((kind, name), f"{kind}/{name}"): value + 1 if name == "epoch" else value
+        for name, value in values.items()
+        if name not in ("step", "kind")
+    }
+
+
+def _has_overview(folder: Path) -> bool:
+    """Whether TensorBoard's event files have points of ``OVERVIEW``."""
+    for path in folder.glob(f"{EVENT_FILES}*"):
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if any(content.find(tag.encode()) >= 0 for tag in OVERVIEW.values()):
+                    return True
+    return False
 
 
 def read_records(path: Path) -> list[dict]:
@@ -169,7 +207,7 @@ def _rename_later_event_files(folder: Path) -> None:
     TensorBoard reads the files in the order of their names, which contain the time of their creation. After the clock was
     set back, it would read an old file last and show events that the resumed run has discarded.
     """
-    prefix, now = "events.out.tfevents.", int(time.time())
+    prefix, now = EVENT_FILES, int(time.time())
     paths = sorted(folder.glob(f"{prefix}[0-9]*"))
     if not paths or paths[-1].name < f"{prefix}{now:010d}":
         return

@@ -395,7 +395,7 @@ class Trainer:
             kind, record = f"eval_{weights}", {"epoch": epoch, **result.to_dict()}
             state.evaluations.append({"step": state.num_updates, "kind": kind, **record})
             if self.metrics is not None:
-                self.metrics.scalars(state.num_updates, kind, record)
+                self.metrics.scalars(state.num_updates, kind, record, file_only=result.file_only)
             if result.acc1 >= state.best["acc1"]:  # on ties, prefer the later epoch
                 improved = True
                 state.best = {"acc1": result.acc1, "weights": weights, "epoch": epoch, "num_updates": state.num_updates}

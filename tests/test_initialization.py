@@ -286,13 +286,22 @@ def test_tensorboard_contains_scalars_text_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = MetricsWriter(tmp_path, 0)
-    metrics.scalars(3, "train", {"loss": 0.5, "lr": 1e-3})
+    metrics.scalars(3, "train", {"loss": 0.5, "lr": 1e-3, "epoch": 0, "grad_norm": 2.0})
+    metrics.scalars(3, "eval_ema", {"acc1": 40.0, "acc5": 90.0, "correct1": 4}, file_only=("acc5",))
     metrics.text("config", "SEED: 0", 0)
     metrics.image("first_batch", torch.ones(3, 4, 5), 0)
     metrics.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(3, 0.5)]
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr"}
+    assert [(point.step, point.value) for point in events.Scalars("Overview/training_loss")] == [(3, 0.5)]
+    assert sorted(events.Tags()["scalars"]) == [  # in the order in which TensorBoard shows them
+        "Overview/accuracy_ema",
+        "Overview/learning_rate",
+        "Overview/training_loss",
+        "eval_ema/correct1",
+        "train/epoch",
+        "train/grad_norm",
+    ]
+    assert [point.value for point in events.Scalars("train/epoch")] == [1]  # counted from 1
     assert b"SEED: 0" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     (image,) = events.Images("first_batch")
     assert (image.height, image.width) == (4, 5)
@@ -311,7 +320,31 @@ def test_tensorboard_drops_the_events_after_the_checkpoint_on_resume(clock, tmp_
             metrics.scalars(step, "train", {"loss": float(10 * number + step)})
         metrics.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+    assert [(point.step, point.value) for point in events.Scalars("Overview/training_loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+
+
+def test_the_overview_of_tensorboard_continues_the_curves_of_an_earlier_version(tmp_path, monkeypatch):
+    """The run was written without an overview until step 3, and resumes at step 2 twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(start: int, *steps: int) -> None:
+        metrics = MetricsWriter(tmp_path, start)
+        for step in steps:
+            metrics.scalars(step, "train", {"loss": float(step), "grad_norm": float("inf")})
+            metrics.scalars(step, "eval_raw", {"acc1": 10.0 * step})
+        metrics.close()
+
+    with monkeypatch.context() as earlier_version:
+        earlier_version.setattr(engine.metrics_writer, "OVERVIEW", {})
+        write(0, 1, 2, 3)
+    write(2, 3)
+    write(2, 3, 4)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    steps = [1, 2, 3, 4]
+    assert [(point.step, point.value) for point in events.Scalars("Overview/training_loss")] == [(step, step) for step in steps]
+    assert [(point.step, point.value) for point in events.Scalars("Overview/accuracy_raw")] == [(s, 10 * s) for s in steps]
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2]
+    assert [point.step for point in events.Scalars("train/grad_norm")] == steps
 
 
 def test_tensorboard_drops_an_incomplete_evaluation_but_keeps_the_training_point_of_its_step(tmp_path):
@@ -325,8 +358,8 @@ def test_tensorboard_drops_an_incomplete_evaluation_but_keeps_the_training_point
         metrics.scalars(2, "eval_raw", {"acc1": 50.0 + start})
         metrics.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert [(point.step, point.value) for point in events.Scalars("eval_raw/acc1")] == [(2, 52.0)]
+    assert [(point.step, point.value) for point in events.Scalars("Overview/training_loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(point.step, point.value) for point in events.Scalars("Overview/accuracy_raw")] == [(2, 52.0)]
 
 
 def test_evaluations_that_the_metrics_file_lacks_are_restored_from_the_checkpoint_in_order(tmp_path):

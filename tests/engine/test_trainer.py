@@ -412,7 +412,7 @@ class Metrics:
     def __init__(self):
         self.points = []
 
-    def scalars(self, step, kind, values):
+    def scalars(self, step, kind, values, *, file_only=()):
         self.points.append((step, kind, values))
 
     def image(self, name, image, step):

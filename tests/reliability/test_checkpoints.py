@@ -228,13 +228,13 @@ def assert_one_point_per_step(folder: Path) -> None:
 
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    for kind, name, expected in (
-        ("train", "loss", range(2, 37, 2)),
-        ("eval_raw", "acc1", (12, 24, 36)),
-        ("eval_ema", "acc1", (12, 24, 36)),
+    for kind, tag, expected in (
+        ("train", "Overview/training_loss", range(2, 37, 2)),
+        ("eval_raw", "Overview/accuracy_raw", (12, 24, 36)),
+        ("eval_ema", "eval_ema/loss", (12, 24, 36)),
     ):
         assert [point["step"] for point in points if point["kind"] == kind] == list(expected)
-        assert [point.step for point in events.Scalars(f"{kind}/{name}")] == list(expected)
+        assert [point.step for point in events.Scalars(tag)] == list(expected)
 
 
 def test_r22_an_error_of_a_loader_worker_in_mid_epoch_loses_no_update(uninterrupted, toy_config, toy_data, tmp_path):
