@@ -13,7 +13,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.classes import check_class_names, check_classes, check_real_labels, read_class_map, read_real_labels
+from data.classes import (
+    check_class_names,
+    check_classes,
+    check_real_labels,
+    predictable_classes,
+    read_class_map,
+    read_real_labels,
+)
 from data.datasets import ImageDataset
 from data.decoding import decode_image, decode_pixels
 from data.erasing import Erase
@@ -43,15 +50,17 @@ NUM_COMPARED_IMAGES = 16  # images that are compared if two splits have the same
 class Datasets:
     """Datasets of a run; ``train`` is None if the run only evaluates.
 
-    class_ids: the model's class id for each class of the dataset, if TEST.CLASS_MAP is set; predictions are restricted to
-        these class ids.
+    class_ids: with TEST.CLASS_MAP, the model's class id for each class that can be predicted, those of the dataset first; else
+        None.
     real_labels: all correct labels of each validation image, if TEST.REAL_LABELS is set.
+    restriction: if the dataset has a part of the model's classes, says whether predictions are restricted to them; else "".
     """
 
     train: ImageDataset | None
     val: ImageDataset
     class_ids: list[int] | None = None
     real_labels: list[list[int]] | None = None
+    restriction: str = ""
 
 
 def build_datasets(
@@ -89,15 +98,12 @@ def build_datasets(
     val = ImageDataset(index, create_eval_transform(build_preprocessing(cfg)), in_memory=in_memory)
     if train is not None and not cfg.DATA.VAL_FRACTION:
         run_once(lambda: warn_if_shared(train.index, val.index))
-    class_ids = real_labels = None
-    if cfg.TEST.CLASS_MAP:
-        class_ids = run_once(
-            lambda: read_class_map(cfg.TEST.CLASS_MAP, val.index.classes, cfg.MODEL.NUM_CLASSES, model_classes)
-        )
-    else:
-        check_classes(train.index.classes if train else None, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
-        if not training:
-            run_once(lambda: check_class_names(val.index.classes, model_classes, cfg.DATA.DATA_PATH))
+    if train is not None:
+        check_classes(train.index.classes, index.classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
+    class_ids, restriction = (
+        (None, "") if training else run_once(lambda: build_class_ids(cfg, val.index.classes, model_classes))
+    )
+    real_labels = None
     if cfg.TEST.REAL_LABELS:
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
         targets = index.labels if class_ids is None else np.array(class_ids)[index.labels]
@@ -108,7 +114,24 @@ def build_datasets(
         len(val),
         len(index.classes),
     )
-    return Datasets(train, val, class_ids, real_labels)
+    return Datasets(train, val, class_ids, real_labels, restriction)
+
+
+def build_class_ids(cfg: CfgNode, classes: Sequence[str], model_classes: Sequence[str]) -> tuple[list[int] | None, str]:
+    """Match the classes of a dataset with those of the evaluated model. Returns ``class_ids`` and ``restriction`` of Datasets.
+
+    Raises:
+        DataError: the classes do not match.
+    """
+    if not cfg.TEST.CLASS_MAP:
+        check_classes(None, classes, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH, model_classes)
+        check_class_names(classes, model_classes, cfg.DATA.DATA_PATH)
+        return None, ""
+    class_ids = read_class_map(cfg.TEST.CLASS_MAP, classes, cfg.MODEL.NUM_CLASSES, model_classes)
+    class_ids, restriction = predictable_classes(class_ids, cfg.MODEL.NUM_CLASSES, restrict=cfg.TEST.RESTRICT_CLASSES)
+    if restriction:
+        logger.warning("TEST.CLASS_MAP=%s: %s", cfg.TEST.CLASS_MAP, restriction)
+    return class_ids, restriction
 
 
 def warn_if_shared(train: Index, val: Index) -> None:

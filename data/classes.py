@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
@@ -11,15 +12,23 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from data.files import DataError
 from data.sources.class_list import first_duplicate, first_twins, is_class_id, normalise, numbered, read_listing
+from utils.config.keys import CLASS_MAPS
 
 logger = logging.getLogger(__name__)
 
 MIN_REAL_AGREEMENT = 0.5  # minimum fraction of images whose ReaL labels include their original class
+_NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
 _VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
-def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: int, root: str) -> None:
+def check_classes(
+    train: Sequence[str] | None, val: Sequence[str], num_classes: int, root: str, model_classes: Sequence[str] = ()
+) -> None:
     """Check that the classes of the splits match each other, and that their number matches the model.
+
+    Args:
+        train: None in an evaluation.
+        model_classes: class names with which the evaluated weights were trained, by class id; () if unknown.
 
     Raises:
         DataError: a class missing from one split, or a number of classes that differs from the model's.
@@ -31,21 +40,23 @@ def check_classes(train: Sequence[str] | None, val: Sequence[str], num_classes: 
         if extra := sorted(set(val) - set(train)):
             parts.append(f"val/ also has {_shorten(extra)}")
         if not parts:
-            parts.append("val/ has the classes of train/ in another order")
+            position = next(i for i, (name, other) in enumerate(zip(val, train, strict=True)) if name != other)
+            raise DataError(
+                f"{root}: val/ has the classes of train/ in another order: class {position} is {train[position]!r} in train/, "
+                f"but {val[position]!r} in val/. Store both splits in the same layout, or list the classes of an archive in "
+                "classes.txt, by class id"
+            )
         if twins := first_twins([*missing, *extra]):
             parts.append(f"{twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation (NFC and NFD): rename one")
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     _check_two_classes(val, root)
     if len(val) != num_classes:
-        remedy = (
-            f"add --opts MODEL.NUM_CLASSES {len(val)}"
-            if train is not None
-            else "set TEST.CLASS_MAP with --opts: to imagenet if directories are named by WordNet id, otherwise to a file with "
-            "the class id of each directory"
-        )
+        remedy = f"or add --opts MODEL.NUM_CLASSES {len(val)}"
+        if train is None:
+            remedy = propose_class_map(val, num_classes, model_classes)
         raise DataError(
-            f"{root} contains {len(val)} classes, but the model has {num_classes} (MODEL.NUM_CLASSES). Check --data-path, "
-            f"or {remedy}"
+            f"{root} contains {len(val)} classes, but the model has {num_classes} (MODEL.NUM_CLASSES). Check --data-path; "
+            f"{remedy}"
         )
 
 
@@ -54,18 +65,24 @@ class ClassMatch(Enum):
 
     EQUAL = "the same classes in the same order"
     UNVERIFIED = "the names do not show whether the order is the same"
-    REORDERED = "the same classes in another order, or possibly so"
+    REORDERED = "the same classes in another order"
+    AMBIGUOUS = "numbered classes, possibly in another order"
     DIFFERENT = "different classes"
 
 
-def compare_classes(names: Sequence[str], model_classes: Sequence[str]) -> tuple[ClassMatch, str]:
+def compare_classes(
+    names: Sequence[str], model_classes: Sequence[str], where: tuple[str, str] = ("the data", "the checkpoint")
+) -> tuple[ClassMatch, str]:
     """Decide whether the class ids of a dataset are those of a model.
 
-    Evaluation, --pretrained and averaging use this function, so that they agree about the order of classes.
+    Evaluation, --pretrained and averaging use this function, so that they agree about the order of classes. Archives without
+    ``classes.txt`` have the class names 0, 1, ..., which may be numbers of directories or their positions, so an equal set of
+    numbers in another order is ambiguous.
 
     Args:
         names: class names of the dataset, by class id.
         model_classes: class names with which the weights were trained, by class id; () if unknown.
+        where: what has these names, for the description.
 
     Returns:
         The relation of the lists, and its description; "" if they are equal.
@@ -74,39 +91,57 @@ def compare_classes(names: Sequence[str], model_classes: Sequence[str]) -> tuple
     if names == model_classes:
         return ClassMatch.EQUAL, ""
     if not model_classes:
-        return _compare_with_unknown(names)
+        return _compare_with_unknown(names, where)
     if len(names) != len(model_classes):
-        return ClassMatch.DIFFERENT, f"{len(names)} classes in the data, but {len(model_classes)} in the checkpoint"
+        return ClassMatch.DIFFERENT, f"{len(names)} classes in {where[0]}, but {len(model_classes)} in {where[1]}"
     position = next(i for i, (name, other) in enumerate(zip(names, model_classes, strict=True)) if name != other)
-    difference = f"class {position} is {names[position]!r} in the data, but {model_classes[position]!r} in the checkpoint"
+    difference = f"class {position} is {names[position]!r} in {where[0]}, but {model_classes[position]!r} in {where[1]}"
     if set(names) == set(model_classes):
-        return ClassMatch.REORDERED, f"{difference}, which has the same classes in another order"
-    if names == numbered(len(names)) and not _is_ambiguous(model_classes):
-        return ClassMatch.UNVERIFIED, "the data number their classes"
-    if model_classes == numbered(len(names)) and not _is_ambiguous(names):
-        return ClassMatch.UNVERIFIED, "the checkpoint numbers its classes"
+        match = ClassMatch.AMBIGUOUS if all(map(is_class_id, names)) else ClassMatch.REORDERED
+        return match, f"{difference}, which has the same classes in another order"
+    if _is_ambiguous(names) and not _is_ambiguous(model_classes):
+        return ClassMatch.AMBIGUOUS, f"{_describe_orders(names, where[0])}; {difference}"
+    if _is_ambiguous(model_classes) and names == numbered(len(names)):
+        return ClassMatch.AMBIGUOUS, f"{_describe_orders(model_classes, where[1])}; {difference}"
+    if names == numbered(len(names)):
+        return ClassMatch.UNVERIFIED, f"the classes of {where[0]} have numbers as names"
+    if model_classes == numbered(len(names)):
+        return ClassMatch.UNVERIFIED, f"the classes of {where[1]} have numbers as names"
     if twins := first_twins([*names, *model_classes]):
         difference += f" ({twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation)"
     return ClassMatch.DIFFERENT, difference
 
 
-def _compare_with_unknown(names: list[str]) -> tuple[ClassMatch, str]:
+def _compare_with_unknown(names: list[str], where: tuple[str, str]) -> tuple[ClassMatch, str]:
     """Relation to weights whose class names are unknown: most have ImageNet's classes, or those of sorted directories."""
     if names == imagenet_classes(len(names)):
         return ClassMatch.EQUAL, ""
+    unknown = f"{where[1]} has no class names"
     if _is_ambiguous(names):
-        as_numbers = sorted(names, key=int)
-        position = next(i for i, (name, other) in enumerate(zip(names, as_numbers, strict=True)) if name != other)
-        return ClassMatch.REORDERED, (
-            f"the checkpoint has no class names, and the directories are numbered: class {position} is {names[position]!r} if "
-            f"they are sorted as text, but {as_numbers[position]!r} if they are sorted as numbers"
-        )
-    return ClassMatch.UNVERIFIED, "the checkpoint has no class names"
+        return ClassMatch.AMBIGUOUS, f"{unknown}, and {_describe_orders(names, where[0])}"
+    return ClassMatch.UNVERIFIED, unknown
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """The numbers in class names that otherwise are equal, such as 7 in ``7`` or ``class_7``; [] for other names."""
+    parts = [_NUMBERED.fullmatch(name) for name in names]
+    prefixes = {part[1] if part else None for part in parts}
+    return [int(part[2]) for part in parts if part] if len(prefixes) == 1 else []
 
 
 def _is_ambiguous(names: Sequence[str]) -> bool:
     """Whether class names are numbers that are sorted as text (0, 1, 10, 11, 2), so that there are two plausible orders."""
-    return all(map(is_class_id, names)) and list(names) == sorted(names) != sorted(names, key=int)
+    return list(names) == sorted(names) and (numbers := _numbers(names)) != sorted(numbers)
+
+
+def _describe_orders(names: Sequence[str], where: str) -> str:
+    """The first difference between the two plausible orders of numbered classes."""
+    as_numbers = [name for _, name in sorted(zip(_numbers(names), names, strict=True))]
+    position = next(i for i, (name, other) in enumerate(zip(names, as_numbers, strict=True)) if name != other)
+    return (
+        f"the classes of {where} are numbered: class {position} is {names[position]!r} if they are sorted as text, but "
+        f"{as_numbers[position]!r} if they are sorted as numbers"
+    )
 
 
 def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: str) -> None:
@@ -124,18 +159,27 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
             difference,
             names[0],
         )
-    if match in (ClassMatch.REORDERED, ClassMatch.DIFFERENT):
-        what = "other classes" if match is ClassMatch.DIFFERENT else "the classes in another order"
+    elif match is not ClassMatch.EQUAL:
         raise DataError(
-            f"{root}: the checkpoint was trained with {what}: {difference}. Check --data-path, or set TEST.CLASS_MAP with "
-            "--opts to a file with one line per class of the data: its name, a space, and the model's class id"
+            f"{root}: the checkpoint was trained with {match.value}: {difference}. Check --data-path; "
+            f"{propose_class_map(names, len(names), model_classes)}"
         )
 
 
-def find_order(names: Sequence[str], model_classes: Sequence[str]) -> list[int]:
-    """Class id in the model of each class of a dataset; both have the same classes."""
-    ids = {name: number for number, name in enumerate(model_classes)}
-    return [ids[name] for name in names]
+def propose_class_map(names: Sequence[str], num_classes: int, model_classes: Sequence[str]) -> str:
+    """Remedy for classes that cannot be matched by class id: values of TEST.CLASS_MAP that ``read_class_map`` accepts.
+
+    Args: see ``read_class_map``.
+    """
+    file = "to a file with one line per class of the data: its name, a space, and the model's class id"
+    for class_map in CLASS_MAPS:
+        with suppress(DataError):
+            _match_classes(class_map, names, num_classes, model_classes)
+            condition = "classes with the same name are the same"
+            if class_map == "names" and not set(names) <= set(model_classes):
+                condition = "each class of the data is named by its class id in the model"
+            return f"if {condition}, add --opts TEST.CLASS_MAP {class_map}; otherwise, set TEST.CLASS_MAP {file}"
+    return f"or set TEST.CLASS_MAP with --opts {file}"
 
 
 def imagenet_classes(count: int) -> list[str]:
@@ -145,33 +189,62 @@ def imagenet_classes(count: int) -> list[str]:
 
 
 def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, model_classes: Sequence[str] = ()) -> list[int]:
-    """Read the model's class id for each class of a dataset; predictions are then restricted to these class ids.
+    """Read the model's class id for each class of a dataset.
 
     Args:
-        class_map: ``imagenet`` for directories named by WordNet id such as n01440764 (ImageNet-A, -R, -Sketch) or by class
-            number (ImageNet-V2); otherwise a file with one line per directory: its name, white space, the model's class id.
+        class_map: ``names`` to match classes by name with ``model_classes``, or, if they are named by number, by class id;
+            ``imagenet`` for directories named by WordNet id such as n01440764 (ImageNet-A, -R, -Sketch) or by class number
+            (ImageNet-V2); otherwise a file with one line per directory: its name, white space, the model's class id.
         classes: class names of the dataset, in the order of the dataset's class ids.
         model_classes: class names with which the weights were trained, by class id; () if unknown.
 
     Raises:
         DataError: a directory without a class id, a class id out of range, or the same class id for two directories; with
-            ``imagenet``, also weights with another order of classes.
+            ``names`` and ``imagenet``, also class names that do not determine the class ids.
     """
-    if class_map == "imagenet":
-        for first in (0, 1):
-            if len(classes) < num_classes and set(classes) == {str(number + first) for number in range(len(classes))}:
-                raise DataError(
-                    f"TEST.CLASS_MAP=imagenet: the {len(classes)} classes are numbered from {first}, so they cannot be matched "
-                    f"with the model's {num_classes} classes; name the directories by WordNet id (for archives: list the "
-                    "WordNet ids in classes.txt), or set TEST.CLASS_MAP to a file with the class id of each directory"
-                )
+    class_ids = _match_classes(class_map, classes, num_classes, model_classes)
+    stored_ids = {name: number for number, name in enumerate(model_classes)}
+    for name, number in zip(classes, class_ids, strict=True):
+        if (stored := stored_ids.get(name, number)) != number:
+            logger.warning(
+                "TEST.CLASS_MAP=%s: class %s is mapped to class id %d, but in the checkpoint, this class id is %s, and %s has "
+                "class id %d",
+                class_map,
+                name,
+                number,
+                model_classes[number] if number < len(model_classes) else "unused",
+                name,
+                stored,
+            )
+            break
+    return class_ids
+
+
+def _match_classes(class_map: str, classes: Sequence[str], num_classes: int, model_classes: Sequence[str]) -> list[int]:
+    """The result of ``read_class_map``, without its warning."""
+    numbers = {str(number): number for number in range(num_classes)}
+    remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
+    source = f"TEST.CLASS_MAP={class_map}"
+    if class_map not in CLASS_MAPS:
+        ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
+    elif class_map == "imagenet":
         names = imagenet_classes(num_classes)
         _check_imagenet_order(model_classes, names)
-        ids = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(num_classes)}
-        source = f"TEST.CLASS_MAP=imagenet with MODEL.NUM_CLASSES={num_classes}"
-        remedy = "set TEST.CLASS_MAP to a file with the class id of each directory"
+        ids = {name: number for number, name in enumerate(names)} | numbers
+        source += f" with MODEL.NUM_CLASSES={num_classes}"
     else:
-        ids, source, remedy = _read_ids(Path(class_map)), class_map, "add a line for each"
+        if (duplicate := first_duplicate(map(_form, model_classes))) is not None:
+            raise DataError(f"{source}: the checkpoint has two classes with the name {duplicate}; {remedy}")
+        # Numbers are class ids, unless the checkpoint has classes with such names.
+        ids = {} if model_classes and all(map(is_class_id, model_classes)) else numbers
+        ids |= {_form(name): number for number, name in enumerate(model_classes)}
+    for first in (0, 1) if class_map in CLASS_MAPS else ():
+        if len(classes) < num_classes and set(classes) == {str(number + first) for number in range(len(classes))}:
+            raise DataError(
+                f"{source}: the {len(classes)} classes are numbered from {first}, so they cannot be matched with the model's "
+                f"{num_classes} classes; name the directories as in training (for archives: list the names in classes.txt), or "
+                f"{remedy}"
+            )
     if missing := [name for name in classes if _form(name) not in ids]:
         raise DataError(f"{source}: directories without a class id: {_shorten(missing)}; {remedy}, or remove them")
     _check_two_classes(classes, source)
@@ -181,20 +254,27 @@ def read_class_map(class_map: str, classes: Sequence[str], num_classes: int, mod
     if (repeated := first_duplicate(class_ids)) is not None:
         duplicate = classes[class_ids.index(repeated)]
         raise DataError(f"{source}: {duplicate} and another directory have the same class id; merge these directories")
-    stored_ids = {name: number for number, name in enumerate(model_classes)}
-    for name, number in zip(classes, class_ids, strict=True):
-        if (stored := stored_ids.get(name, number)) != number:
-            logger.warning(
-                "%s: class %s is mapped to class id %d, but in the checkpoint, this class id is %s, and %s has class id %d",
-                source,
-                name,
-                number,
-                model_classes[number] if number < len(model_classes) else "unused",
-                name,
-                stored,
-            )
-            break
     return class_ids
+
+
+def predictable_classes(class_ids: Sequence[int], num_classes: int, *, restrict: bool) -> tuple[list[int], str]:
+    """Class ids that can be predicted in an evaluation with a class map.
+
+    Args:
+        class_ids: the model's class id for each class of the dataset.
+        num_classes: number of classes of the model.
+        restrict: TEST.RESTRICT_CLASSES.
+
+    Returns:
+        ``class_ids``, followed by all other class ids of the model unless ``restrict``; and a description for logs and files,
+        "" if the dataset has all classes of the model.
+    """
+    others = sorted(set(range(num_classes)) - set(class_ids))
+    if not others:
+        return list(class_ids), ""
+    if restrict:
+        return list(class_ids), f"predictions restricted to {len(class_ids)} of {num_classes} classes"
+    return [*class_ids, *others], f"images of {len(class_ids)} of {num_classes} classes, predictions not restricted"
 
 
 def _check_two_classes(classes: Sequence[str], source: str) -> None:

@@ -32,6 +32,7 @@ def write_evaluation(
     names: Sequence[str],
     real_labels: Sequence[Sequence[int]] | None,
     predictions: bool,
+    restriction: str = "",
 ) -> None:
     """Write the results of an evaluation to a directory; each file is replaced atomically.
 
@@ -39,13 +40,15 @@ def write_evaluation(
         results: label of the weights (raw or ema) -> result, with predictions.
         preferred: label of the weights whose accuracy is reported and whose confusion matrix is drawn.
         about: further entries of ``eval.json``, such as the checkpoint and the preprocessing.
-        classes: class names by class id.
+        classes: names of the classes that can be predicted, by class id.
         names: image names, in the dataset's order.
         real_labels: all correct class ids of each image (ReaL labels), in the dataset's order; images without a
             label are not counted. None: do not compute the accuracy on ReaL labels.
         predictions: whether to write ``predictions_<weights>.csv`` too.
+        restriction: if the dataset has a part of the model's classes, says whether predictions are restricted to them; else "".
     """
     record = about | {
+        "restriction": restriction or None,
         "preferred": preferred,
         "results": {weights: _record(result, real_labels) for weights, result in results.items()},
     }
@@ -69,7 +72,10 @@ def write_evaluation(
         written.append("confusion.png")
     if predictions:
         for weights, result in results.items():
-            write_csv(output / f"predictions_{weights}.csv", PREDICTION_COLUMNS, _prediction_rows(result, classes, names))
+            columns, rows = PREDICTION_COLUMNS, _prediction_rows(result, classes, names)
+            if restriction:
+                columns, rows = [*columns, "restriction"], ([*row, restriction] for row in rows)
+            write_csv(output / f"predictions_{weights}.csv", columns, rows)
             written.append(f"predictions_{weights}.csv")
     logger.info("written to %s: %s", output, ", ".join(written))
 
@@ -170,7 +176,8 @@ def _class_rows(classes: Sequence[str], results: dict[str, EvalResult]) -> Itera
     totals = counts[0][0].tolist()
     correct_by_weights = [correct.tolist() for _, correct in counts]
     for name, total, *numbers in zip(classes, totals, *correct_by_weights, strict=True):
-        yield [name, total, *(value for correct in numbers for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
+        if total:  # every class of the dataset has images, but other classes of the model may be predicted too
+            yield [name, total, *(value for correct in numbers for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:

@@ -41,16 +41,17 @@ def average(locations: Sequence[Location], weights: str) -> dict:
     dtypes: dict[str, torch.dtype] = {}
     config: Mapping | None = None
     names: tuple[str, ...] = ()
-    unnamed = []
+    named, unnamed = first, []  # the file that ``names`` are from, and the files without class names
     for location in locations:  # one file is in memory at a time
         path, state = location.path, read_checkpoint(location.path)
         if path == first:
             config = state.get("config")
         check_same_config(config, state.get("config"), first, path)
-        own_names = stored_class_names(state, location)
-        check_same_classes(own_names, names, first, path)
-        names = names or own_names
-        unnamed += [] if own_names else [path]
+        if own_names := stored_class_names(state, location.released):
+            names, named = (names, named) if names else (own_names, path)
+            check_same_classes(own_names, names, path, named)
+        else:
+            unnamed.append(path)
         _, state_dict = choose_weights(state, weights, path)
         if total and {name: value.shape for name, value in state_dict.items()} != {name: v.shape for name, v in total.items()}:
             raise CheckpointError(f"{path} contains a different model than {first}; all checkpoints must be of the same model")
@@ -70,18 +71,27 @@ def average(locations: Sequence[Location], weights: str) -> dict:
             "float32 weights first, or leave out the checkpoint with extreme weights"
         )
     if unnamed and names:
-        logger.warning("%s has no class names; its classes are assumed to be in the order of the other files", unnamed[0])
+        check_same_classes(names, (), named, unnamed[0])
     return {"model": mean} | ({"config": config} if config else {}) | ({"class_names": list(names)} if names else {})
 
 
-def check_same_classes(names: Sequence[str], others: Sequence[str], first: Path, path: Path) -> None:
-    if not names or not others:
-        return
-    match, difference = compare_classes(names, others)
-    if match is not ClassMatch.EQUAL:
+def check_same_classes(names: Sequence[str], others: Sequence[str], path: Path, other: Path) -> None:
+    """Check that two files have the same classes in the same order, and warn if this cannot be verified.
+
+    Args:
+        names: class names of ``path``.
+        others: class names of ``other``; () if it has none.
+
+    Raises:
+        CheckpointError: other classes, or another order, see ``compare_classes``.
+    """
+    match, difference = compare_classes(names, others, where=(str(path), str(other)))
+    if match is ClassMatch.UNVERIFIED and not others:
+        logger.warning("%s; its classes are assumed to be in the order of %s", difference, path)
+    elif match is not ClassMatch.EQUAL:
         raise CheckpointError(
-            f"{path} has different classes than {first}, or another order: {difference}; all checkpoints must have the same "
-            "classes in the same order"
+            f"{path} has different classes than {other}, or another order: {difference}. All checkpoints must have the same "
+            "classes in the same order; leave one of these files out"
         )
 
 

@@ -74,15 +74,26 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
             evaluation.results,
             preferred=evaluation.preferred,
             about=describe_evaluation(cfg, checkpoint) | {"attention": evaluation.attention},
-            classes=index.classes,
+            classes=name_classes(evaluation.datasets, checkpoint.class_names),
             names=[index.name(position) for position in range(len(index))],
             real_labels=evaluation.datasets.real_labels,
             predictions=cfg.TEST.PREDICTIONS,
+            restriction=evaluation.datasets.restriction,
         ),
     )
+    restriction = f" ({evaluation.datasets.restriction})" if evaluation.datasets.restriction else ""
     if checkpoint.location.released is not None:
-        log_published(checkpoint.location.released, evaluation.result)
-    logger.info("%s", evaluation.result)
+        log_published(checkpoint.location.released, evaluation.result, restriction)
+    logger.info("%s%s", evaluation.result, restriction)
+
+
+def name_classes(datasets: Datasets, model_classes: Sequence[str]) -> list[str]:
+    """Names of the classes that can be predicted: those of the dataset, followed by the others of the model, if any."""
+    names = list(datasets.val.index.classes)
+    for class_id in (datasets.class_ids or [])[len(names) :]:
+        name = model_classes[class_id] if class_id < len(model_classes) else ""
+        names.append(name if name and name not in names else f"class id {class_id}")
+    return names
 
 
 def choose_reference(args: argparse.Namespace, cfg: CfgNode | None) -> str:
@@ -166,18 +177,23 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
         )
 
 
-def log_published(released: Released, result: EvalResult) -> None:
-    """Log a measured accuracy, the published one, and whether the published one is in the confidence interval."""
+def log_published(released: Released, result: EvalResult, restriction: str) -> None:
+    """Log a measured accuracy, the published one, and whether the published one is in the confidence interval.
+
+    Args:
+        restriction: addition to the number of images, see ``Datasets.restriction``.
+    """
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
     top5 = ""
     if released.acc5 is not None and result.shows_top5:
         top5 = f"; Acc@5 {result.acc5:.3f} measured, {released.acc5:.3f} published"
     logger.info(
-        "%s: Acc@1 %.3f measured on %d images, %.3f published, which is %s the 95 %% confidence interval %.3f to %.3f%s",
+        "%s: Acc@1 %.3f measured on %d images%s, %.3f published, which is %s the 95 %% confidence interval %.3f to %.3f%s",
         released.name,
         result.acc1,
         result.num_images,
+        restriction,
         released.acc1,
         verdict,
         low,

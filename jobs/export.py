@@ -304,9 +304,10 @@ def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> 
         return "Not measured: evaluate the checkpoint (`--eval`), and export again with its `eval.json`."
     result = evaluation["results"][label]
     low, high = result["acc1_interval_95"]
+    restriction = f", {markdown(evaluation['restriction'])}" if evaluation.get("restriction") else ""
     top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if num_classes > MAX_CLASSES_WITHOUT_TOP5 else ""
     return (
         f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
-        f"{result['num_images']} images){top5}, measured on {markdown_code(Path(evaluation['data']).name)} in "
+        f"{result['num_images']} images){top5}{restriction}, measured on {markdown_code(Path(evaluation['data']).name)} in "
         f"{markdown_code(evaluation['precision'])} with torch {markdown_code(evaluation['versions']['torch'])}."
     )

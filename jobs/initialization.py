@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from engine.run_contents import Candidate, Contents, read_candidate, survey
 from engine.run_directory import check_available
 from jobs.locate_checkpoint import locate
+from models.checkpoints.released import Released
 from utils.distributed import World, on_all, on_main
 from utils.errors import ConfigError
 from utils.run_files import RECORD, build_output_path
@@ -23,11 +24,13 @@ class Initialization(NamedTuple):
         kind: resume, pretrained or scratch.
         checkpoint: path of the checkpoint to resume from, or of the pretrained weights; "" for scratch.
         contents: contents of the output directory on which the choice depends.
+        released: the released model whose weights are loaded, if any.
     """
 
     kind: str
     checkpoint: str
     contents: Contents
+    released: Released | None = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.checkpoint}".rstrip()
@@ -66,7 +69,8 @@ def choose_initialization(cfg: CfgNode, world: World) -> Initialization:
     if start is not None:
         return Initialization("resume", str(start.path), contents)
     if cfg.MODEL.PRETRAINED:
-        return Initialization("pretrained", str(on_all(world, partial(locate, cfg.MODEL.PRETRAINED)).path), contents)
+        location = on_all(world, partial(locate, cfg.MODEL.PRETRAINED))
+        return Initialization("pretrained", str(location.path), contents, location.released)
     if cfg.TRAIN.FREEZE_BACKBONE:
         raise ConfigError(
             "TRAIN.FREEZE_BACKBONE=True: a head trained on random features has a low accuracy; give weights with --pretrained"

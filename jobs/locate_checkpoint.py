@@ -142,19 +142,19 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
         raise
     if digest != sha256(location.path):
         raise CheckpointError(f"{location.path} was replaced while it was being read; try again, or use a copy")
-    return Checkpoint(location, state, digest, stored_class_names(state, location))
+    return Checkpoint(location, state, digest, stored_class_names(state, location.released))
 
 
-def stored_class_names(state: Mapping, location: Location | None = None) -> tuple[str, ...]:
+def stored_class_names(state: Mapping, released: Released | None) -> tuple[str, ...]:
     """Class names of a checkpoint, by class id; () if they are unknown.
 
     Args:
-        location: where the checkpoint was read from; released models were trained on ImageNet-1K.
+        released: the released model of which these are the weights, if any; released models were trained on ImageNet-1K.
     """
     names = state.get("class_names")
     if isinstance(names, (list, tuple)) and names:
         return tuple(map(str, names))
-    return tuple(imagenet_classes(1000)) if location is not None and location.released is not None else ()
+    return tuple(imagenet_classes(1000)) if released is not None else ()
 
 
 def stored_config(

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from data.classes import ClassMatch, compare_classes, find_order
+from data.classes import ClassMatch, compare_classes, imagenet_classes, propose_class_map, read_class_map
+from data.files import DataError
 from jobs.locate_checkpoint import Checkpoint, choose_config, open_checkpoint, stored_class_names
 from models import build_arguments, build_model
 from models.checkpoints.loading import fill_model
 from models.checkpoints.reader import CheckpointError, choose_weights, read_checkpoint, stored_weights
+from models.checkpoints.released import Released
 from models.kernel_selection import choose_backend, set_backend
 from utils.config.keys import STORED_KEY_PREFIXES, WINDOW_KEYS
 from utils.config.loading import image_size, load_config, load_stored_config
@@ -250,31 +252,51 @@ def check_finite_weights(model: nn.Module, path: Path, label: str) -> None:
             )
 
 
-def load_pretrained(model: nn.Module, path: str, classes: Sequence[str], cfg: CfgNode, world: World) -> None:
-    """Load pretrained weights. A head for the same number of classes is loaded even if it was trained with other classes.
+def load_pretrained(
+    model: nn.Module, path: str, classes: Sequence[str], cfg: CfgNode, world: World, *, released: Released | None = None
+) -> None:
+    """Load pretrained weights. A head for the same number of classes is loaded, even if it was trained with other classes.
 
-    If it was trained with the same classes in another order, its rows are reordered.
+    Its rows are reordered if it was trained with the same classes in another order, or according to TEST.CLASS_MAP.
 
     Args:
         classes: class names of the training data.
         cfg: the config of ``model``.
+        released: the released model of which these are the weights, if any.
+
+    Raises:
+        DataError: the order of the classes is ambiguous, or TEST.CLASS_MAP does not match them.
+        ConfigError: TEST.CLASS_MAP for a head with another number of classes, which is not loaded.
     """
     state = read_checkpoint(path)
     check_windows(model, cfg, state.get("config"), path)
     report = fill_model(model, state, weights="auto", path=path)
-    names = stored_class_names(state)
-    if report.head is not None:  # trained with another number of classes
+    names = imagenet_classes(len(classes)) if report.mapped else stored_class_names(state, released)
+    class_map = cfg.TEST.CLASS_MAP
+    if report.head is not None and not report.mapped:  # trained with another number of classes
+        if class_map:
+            raise ConfigError(
+                f"TEST.CLASS_MAP={class_map} has no effect: the head of {path} has {report.head[0]} classes, but the model "
+                f"has {report.head[1]}, so that its head is not loaded; remove TEST.CLASS_MAP"
+            )
+        return
+    if class_map:
+        reorder_head(model, read_class_map(class_map, classes, len(classes), names))
         return
     match, difference = compare_classes(classes, names)
-    if match is ClassMatch.REORDERED and names:
-        reorder_head(model, find_order(classes, names))
+    if match is ClassMatch.AMBIGUOUS:
+        raise DataError(
+            f"{path}: its head was trained with {match.value}: {difference}. To load the head, "
+            f"{propose_class_map(classes, len(classes), names)}"
+        )
+    if match is ClassMatch.REORDERED:
+        reorder_head(model, read_class_map("names", classes, len(classes), names))
     if not difference or not world.is_main:
         return
     if match is ClassMatch.UNVERIFIED:
         logger.info("%s: the rows of the loaded head are matched with the classes by class id: %s", path, difference)
     elif match is ClassMatch.REORDERED:
-        consequence = "its rows have been reordered" if names else "its rows are kept in their order"
-        logger.warning("%s: the loaded head may have another order of classes: %s; %s", path, difference, consequence)
+        logger.warning("%s: %s; the rows of the loaded head are matched with the classes by name", path, difference)
     else:
         logger.warning("%s: the loaded head was trained with other classes: %s", path, difference)
 

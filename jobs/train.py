@@ -285,7 +285,7 @@ def build_initial_state(cfg: CfgNode, world: World, init: Initialization, classe
     torch.manual_seed(cfg.SEED)
     model: Any = build_model(cfg).to(world.device)
     if init.kind == "pretrained":
-        on_all(world, partial(load_pretrained, model, init.checkpoint, classes, cfg, world))
+        on_all(world, partial(load_pretrained, model, init.checkpoint, classes, cfg, world, released=init.released))
         check_same_file(world, init.checkpoint, partial(sha256, Path(init.checkpoint)))
     model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
     if cfg.TRAIN.FREEZE_BACKBONE:

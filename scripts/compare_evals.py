@@ -51,6 +51,23 @@ def read(path: Path, weights: str | None) -> tuple[Path, dict[str, tuple[str, st
     return path, pairs
 
 
+def check_same_restriction(first: Path, second: Path) -> None:
+    """Check that the predictions of two files, which ``read`` accepts, were restricted to the same classes.
+
+    Raises:
+        ValueError: they were not.
+    """
+    found = []
+    for path in (first, second):
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            found.append(next(csv.DictReader(file)).get("restriction") or "all classes of the model")
+    if found[0] != found[1]:
+        raise ValueError(
+            f"{first}: {found[0]}, but {second}: {found[1]}; evaluate both models with the same TEST.CLASS_MAP and "
+            "TEST.RESTRICT_CLASSES"
+        )
+
+
 def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]]) -> str:
     """Report both accuracies, their difference and McNemar's test.
 
@@ -116,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     with reporting_errors(parser):
         (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))
+        check_same_restriction(first, second)
         print(f"first: {first}\nsecond: {second}\n{compare(first_pairs, second_pairs)}")
 
 

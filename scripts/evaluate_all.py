@@ -46,6 +46,7 @@ def evaluate_one(reference: str, args: argparse.Namespace, world) -> dict:
         "acc5": f"{result.acc5:.3f}",
         "correct1": result.correct1,
         "num_images": result.num_images,
+        "restriction": evaluation.datasets.restriction,
         "model": cfg.MODEL.NAME,
         "weights": evaluation.preferred,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

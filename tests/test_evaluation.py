@@ -184,9 +184,10 @@ def test_results_for_20000_classes_need_little_memory(tmp_path):
     assert peak < 50e6
     with open(tmp_path / "eval_classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["num_images"]) for row in rows] == np.bincount(targets, minlength=num_classes).tolist()
+    counts = np.bincount(targets)
+    assert [int(row["num_images"]) for row in rows] == counts[counts > 0].tolist()
     correct = [int(row["correct1_ema"]) for row in rows]
-    assert correct == [int(((targets == number) & (predictions == number)).sum()) for number in range(100)] + correct[100:]
+    assert correct == [int(((targets == number) & (predictions == number)).sum()) for number in np.flatnonzero(counts)]
     assert sum(correct) == result.correct1
     assert not (tmp_path / "confusion.png").exists()
 

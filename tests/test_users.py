@@ -186,7 +186,7 @@ def test_the_error_for_a_different_number_of_classes_suggests_a_class_map_only_i
     two = rename_classes(toy_data, tmp_path / "two", ["class0", "class1"])
     outcome = run("--eval", "--resume", path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]
-    assert "set TEST.CLASS_MAP with --opts" in outcome.output
+    assert "add --opts TEST.CLASS_MAP names" in outcome.output
     assert "MODEL.NUM_CLASSES 2" not in outcome.output
     outcome = run("--cfg", toy_config, "--output", tmp_path, "--data-path", two, log_folder=tmp_path)
     assert outcome.exit_codes == [2]

@@ -364,6 +364,7 @@ DEFAULTS = {
     "TEST.BATCH_SIZE": 0,
     "TEST.CLASS_MAP": "",
     "TEST.REAL_LABELS": "",
+    "TEST.RESTRICT_CLASSES": True,
     "TEST.PREDICTIONS": False,
     "TEST.PRECISION": "fp32",
     "AMP": False,

@@ -12,6 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from utils.config.keys import CLASS_MAPS
 from utils.config.loading import CONFIGS, option_keys, similar_name
 from utils.errors import ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
@@ -157,8 +158,12 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
     for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
-        if cfg.TEST[key] and not args.eval:
+        if cfg.TEST[key] and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
+    if not cfg.TEST.RESTRICT_CLASSES and not cfg.TEST.CLASS_MAP:
+        raise ConfigError(
+            "TEST.RESTRICT_CLASSES=False has an effect only with TEST.CLASS_MAP; remove it, or set TEST.CLASS_MAP"
+        )
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     # A run that resumes from its output directory reads neither the file of MODEL.PRETRAINED nor, if the command is repeated,
@@ -169,7 +174,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
             _check_weights(f"MODEL.{key}", cfg.MODEL[key])
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
-        if path and not (key == "CLASS_MAP" and path == "imagenet") and not Path(path).is_file():
+        if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
             raise ConfigError(f"TEST.{key}={path}: no such file")
     if not args.throughput:
         if not cfg.DATA.DATA_PATH:

@@ -22,6 +22,7 @@ MODEL_TYPES = (
     "flatten_deit",
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
+CLASS_MAPS = ("names", "imagenet")  # values of TEST.CLASS_MAP that are not files
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,15 @@ KEYS = {
     "TEST.BATCH_SIZE": Key(0, "images per process in evaluation; 0: `DATA.BATCH_SIZE`", minimum=0),
     "TEST.CLASS_MAP": Key(
         "",
-        "for `--eval` on data whose classes differ from the model's: a file with the model's class id for each directory, or "
-        "`imagenet` for ImageNet-A, -R, -V2 and -Sketch",
+        "for `--eval` and `--pretrained`, if the data have other classes than the weights, or another order: `names` matches "
+        "classes by name, or numbered directories by class id; `imagenet` is for ImageNet-A, -R, -V2 and -Sketch; otherwise a "
+        "file with the class id in the weights for each directory",
         is_path=True,
+    ),
+    "TEST.RESTRICT_CLASSES": Key(
+        True,
+        "with `TEST.CLASS_MAP` on data with a part of the model's classes: `True` restricts predictions to the classes of the "
+        "data, `False` allows all classes of the model",
     ),
     "TEST.REAL_LABELS": Key(
         "",
