@@ -48,7 +48,7 @@ def test_pages_contain_commands_of_known_programs_only():
     assert len(MAIN_COMMANDS) > 10
     assert len(SCRIPTS) > 12
     others = {tuple(words[:2]) for page, words in COMMANDS if (page, words) not in MAIN_COMMANDS + SCRIPTS}
-    assert {words[0] for words in others} <= {"bash", "sbatch", "pip", "python", "source", "torchrun", "mutmut"}
+    assert {words[0] for words in others} <= {"bash", "hf", "sbatch", "pip", "python", "source", "torchrun", "mutmut"}
     assert [words[1] for words in others if words[0] == "bash" and not (ROOT / words[1]).is_file()] == []
 
 
