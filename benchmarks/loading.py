@@ -18,6 +18,7 @@ from data.build import build_train_transform
 from data.datasets import ImageDataset, read_file
 from data.decoding import decode_pixels
 from data.files import DataError
+from data.samplers import epoch_order
 from data.splits import build_index
 from data.workers import create_loader
 
@@ -85,7 +86,7 @@ def _run_on_all(task: Callable[[int], object], num_images: int) -> None:
 
 
 def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callable[[int], object]:
-    """Create a function that takes an index and returns that training image of a packed data set, decoded and augmented.
+    """Create a function that takes a position in an epoch and returns the training image, decoded and augmented.
 
     Raises:
         DataError: the data set cannot be read, or has fewer than ``num_images`` training images.
@@ -97,7 +98,8 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     if len(index) < num_images:
         raise DataError(f"{packed} has {len(index)} training images, fewer than the {num_images} files given by --images")
     dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
-    return lambda position: dataset[0, position]
+    order = epoch_order(num_images, cfg.SEED, epoch=0).tolist()
+    return lambda position: dataset[0, order[position]]
 
 
 def measure_workers(paths: Sequence[Path], cfg: CfgNode, *, batch_size: int, max_workers: int) -> list[dict]:

@@ -29,6 +29,7 @@ from data.index import Index, read_beginning
 from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
 from data.rand_augment import RandAugment
+from data.rows import CACHE_SIZE
 from data.samplers import EvalBatches, TrainBatches
 from data.sources.folder import find_linked_class
 from data.splits import build_indices
@@ -89,6 +90,7 @@ def build_datasets(
     if training:
         index = indices["train"]
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
+        run_once(lambda: warn_if_slow(indices["train"], cfg.DATA.DATA_PATH))
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
         options["decoder"] = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
@@ -156,6 +158,17 @@ def warn_if_shared(train: Index, val: Index) -> None:
             train.source,
             val.source,
             shared,
+        )
+
+
+def warn_if_slow(train: Index, root: str) -> None:
+    """Warn if training in random order decompresses a row group of a parquet file for each image, see ``data.rows``."""
+    if train.has_rows and train.sizes.sum() > CACHE_SIZE:
+        logger.warning(
+            "%s: from parquet shards, training decompresses a whole row group for each image, which may halve the throughput; "
+            "to avoid this, pack the images once: python scripts/pack_dataset.py %s DIRECTORY",
+            train.source,
+            root,
         )
 
 

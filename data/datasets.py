@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from data.decoding import decode_image, describe_error
-from data.files import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError
+from data.files import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, check_unchanged, file_stamp
 from data.index import Index
+from data.rows import RowReader
 from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
 MAX_OPEN_ARCHIVES = 128
@@ -68,7 +69,8 @@ class ImageDataset(Dataset):
         self.seed = seed
         self.unreadable = unreadable
         self._archives: dict[int, int] = {}
-        self._stamps = [_archive_stamp(os.stat(path)) if os.path.exists(path) else None for path in index.archives]
+        self._stamps = [file_stamp(os.stat(path)) if os.path.exists(path) else None for path in index.archives]
+        self._rows = RowReader(index.archives, self._stamps) if index.has_rows else None
         self._in_memory = in_memory
         # Use one array: with one object per image, updates of reference counts would make every forked worker copy the memory.
         sizes = index.sizes[in_memory.start : in_memory.stop : in_memory.step] if len(in_memory) else np.zeros(0, np.int64)
@@ -99,6 +101,8 @@ class ImageDataset(Dataset):
         index = self.index
         if not index.archives:
             return read_file(index.source / index.name(position))
+        if self._rows is not None:
+            return self._rows.read(int(index.archive[position]), index.row(position))
         size = int(index.sizes[position])
         if position in self._in_memory:
             start = self._starts[self._in_memory.index(position)]
@@ -125,10 +129,8 @@ class ImageDataset(Dataset):
         archive, size, offset = (int(values[position]) for values in (self.index.archive, self.index.sizes, self.index.offsets))
         descriptor = self._open(archive)
         data = os.pread(descriptor, size, offset)
-        if not len(self.index.checksums) and _archive_stamp(os.fstat(descriptor)) != self._stamps[archive]:
-            raise ValueError(
-                f"{self.index.archives[archive]} was changed after its images were listed; start the command again"
-            )
+        if not len(self.index.checksums):
+            check_unchanged(self.index.archives[archive], os.fstat(descriptor), self._stamps[archive])
         return data
 
     def _open(self, archive: int) -> int:
@@ -230,11 +232,6 @@ def apply(transform: Callable[[Image.Image | Tensor], Tensor], image: Image.Imag
 def unreadable_error(path: str, error: BaseException) -> DataError:
     """Error for an image that cannot be read, decoded or transformed."""
     return DataError(f"{path}: not a readable image ({describe_error(error)}); repair or remove it")
-
-
-def _archive_stamp(status: os.stat_result) -> tuple[int, int]:
-    """Size and mtime of an archive. Unlike its ctime, they do not change if an open archive is deleted or renamed."""
-    return status.st_size, status.st_mtime_ns
 
 
 def read_file(path: Path) -> bytes:

@@ -27,6 +27,11 @@ _SIGNATURES = re.compile(
     rb"|.{4}ftyp(avif|avis|hei[cxfs]|mif1|msf1)|\0\0\0\x0cJXL |\xff\x0a|\0\0\0\x0cjP  ",
     re.DOTALL,
 )
+# Extension of an image format by the first bytes of a file.
+_EXTENSIONS = {
+    **{b"\x89PNG": ".png", b"BM": ".bmp", b"II*\0": ".tiff", b"MM\0*": ".tiff", b"RIFF": ".webp"},
+    **{b"P2": ".pgm", b"P5": ".pgm", b"P3": ".ppm", b"P6": ".ppm"},
+}
 
 SYSTEM = "system"  # reason of ``LeftOut`` for files of the operating system
 
@@ -66,6 +71,11 @@ def is_image_content(head: bytes) -> bool:
     return _SIGNATURES.match(head) is not None
 
 
+def image_extension(content: bytes) -> str:
+    """Extension for an image file without one; ".jpg" if its format is not recognised."""
+    return next((extension for start, extension in _EXTENSIONS.items() if content.startswith(start)), ".jpg")
+
+
 def read_head(path: str | Path, num_bytes: int = HEAD, *, offset: int = 0) -> bytes:
     """The ``num_bytes`` bytes of a regular file after ``offset``; fewer at its end, none if it cannot be read."""
     try:
@@ -76,6 +86,24 @@ def read_head(path: str | Path, num_bytes: int = HEAD, *, offset: int = 0) -> by
             return file.read(num_bytes)
     except OSError:
         return b""
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, int]:
+    """Size and mtime of an archive. Unlike its ctime, they do not change if an open archive is deleted or renamed."""
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: str | Path, status: os.stat_result, stamp: tuple[int, int] | None) -> None:
+    """Check that an archive is the one whose images were listed.
+
+    Args:
+        stamp: its ``file_stamp`` at that time; None if it did not exist.
+
+    Raises:
+        ValueError: the archive was changed or replaced, so that other images may be at the indexed positions.
+    """
+    if file_stamp(status) != stamp:
+        raise ValueError(f"{path} was changed after its images were listed; start the command again")
 
 
 class LeftOut:

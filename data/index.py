@@ -25,6 +25,7 @@ DESCRIPTION_FORMAT = 2  # version of the results of ``describe_index``; without 
 NUM_SAMPLES = 256  # images whose content is part of ``describe_index``, in addition to those of each class and archive
 MAX_SAMPLED_GROUPS = 1024  # maximum number of classes, and of archives, from which one image each is sampled
 SAMPLED_BYTES = 2**16  # bytes that are read from each sampled image
+PARQUET = ".parquet"  # extension of archives whose images are found by row
 UNKNOWN_SIZE = -1  # stands for a size that cannot be determined, such as that of a link to a missing file
 
 
@@ -44,7 +45,9 @@ class Index:
         archives: archive files; empty for a directory.
         archive: (N,) position of each image's archive in ``archives``; empty for a directory.
         offsets: (N,) start of each image's data in its archive, in bytes; empty for a directory.
-        sizes: (N,) length of each image's data in bytes, as stored.
+        sizes: (N,) length of each image's data in bytes, as stored. In parquet files, where the images of a row group are
+            compressed together, each image stands for an equal part of their data: ``offsets`` and ``sizes`` are those of
+            this part.
         deflated: (N,) whether the data are compressed; empty for a directory.
         checksums: (N,) CRC-32 of the decompressed data; empty if the archive has none.
     """
@@ -68,9 +71,27 @@ class Index:
         start = self.ends[position - 1] if position else 0
         return self.text[start : self.ends[position]].tobytes().decode(errors="surrogateescape")
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether the archives are parquet files, whose images are found by ``row``."""
+        return bool(self.archives) and self.archives[0].endswith(PARQUET)
+
+    def row(self, position: int) -> int:
+        """Row of an image in its parquet file, which its name contains, see ``row_name``."""
+        return int(self.name(position).split("/")[1])
+
     def path(self, position: int) -> str:
         """Path of an image, for messages; in an archive, it starts with the path of the archive."""
         return f"{self.source}/{self.name(position)}"
+
+
+def row_name(archive: Path, row: int, name: str) -> str:
+    """Name of an image in a parquet file.
+
+    Args:
+        name: base name of the image, which need not be unique; "" if it has none.
+    """
+    return f"{archive.name}/{row:05d}{f'/{name}' if name else ''}"
 
 
 def create_index(

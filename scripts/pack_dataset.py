@@ -1,4 +1,4 @@
-"""Pack directories of images into archives that main.py reads: one zip file per split (main.py --zip), or tar shards.
+"""Pack the images of directories, parquet or tar shards into archives that main.py reads: tar shards, or zip files (--zip).
 
 Tar shards follow webdataset's naming. Image files are copied byte for byte, unless --short-side downscales them. Archives are
 read back and verified before they are moved to the target directory.
@@ -26,7 +26,7 @@ from data.datasets import ImageDataset, unreadable_error
 from data.decoding import open_image
 from data.files import DataError
 from data.index import Index
-from data.sources import LAYOUTS, index_split
+from data.sources import LAYOUTS, index_split, list_layouts, read_split
 from data.sources.class_list import CLASS_NAMES_FILE, read_class_names, write_class_names
 from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 from data.splits import find_split
@@ -50,11 +50,10 @@ def pack(
     shard_size: int = 10_000,
     workers: int = 0,
 ) -> Index:
-    """Pack one split, ``source/<split>/<class>/<image>``, into ``target``.
+    """Pack one split of ``source``, in any layout that needs no flag, into ``target``.
 
     Args:
-        split: path of the split relative to ``source``. The archives have the name of its last directory; "." is packed as
-            "train".
+        split: name, path or pattern of the split, see ``Layout``; the archives get its ``packed_name``.
         archive: zip or tar.
         short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
         quality: JPEG quality of downscaled JPEG files; downscaled files of other formats are written as PNG.
@@ -68,7 +67,8 @@ def pack(
         DataError: there are no images; the target already contains this split, or its class list differs from that of the
             source; a name or an image is invalid; an archive cannot be written, or its contents differ when read back.
     """
-    index, split = index_split("folder", source, split, option="--splits"), Path(split).name or "train"
+    layout = next(iter(list_layouts(source, split)), LAYOUTS["folder"](source, split))
+    index, split = read_split(layout, source, split, option="--splits"), packed_name(split)
     target.mkdir(parents=True, exist_ok=True)
     check_target(target, split, index)
     dataset = ImageDataset(index, None)
@@ -99,6 +99,12 @@ def pack(
         for path in sorted(folder.iterdir()):
             os.replace(path, target / path.name)
     return index_split(archive, target, split)
+
+
+def packed_name(split: str) -> str:
+    """Name of a split in the target: its last directory or, if it is a pattern of archives, the split that it identifies."""
+    name = Path(split).name
+    return (split_of(split) if "." in name else name) or "train"
 
 
 def check_target(target: Path, split: str, index: Index) -> None:
@@ -186,15 +192,16 @@ def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="directory with <split>/<class>/<image>")
+    parser.add_argument("source", type=Path, help="data set: directories <split>/<class>/<image>, parquet or tar shards")
     parser.add_argument("target", type=Path, help="output directory")
     formats = [name for name, layout in LAYOUTS.items() if layout.write is not Layout.write]
     parser.add_argument("--format", choices=formats, default="tar")
     parser.add_argument(
         "--splits",
         nargs="+",
-        metavar="DIRECTORY",
-        help="directories below source (default: train, and the first of val, valid, validation and test that exists)",
+        metavar="SPLIT",
+        help="directories, names or patterns of shards below source, as for DATA.TRAIN_SPLIT (default: train, and the first "
+        "of val, valid, validation and test that exists)",
     )
     parser.add_argument(
         "--short-side",
@@ -223,7 +230,7 @@ def main() -> None:
     except (DataError, OSError) as error:
         parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
     arguments = ["--data-path", str(args.target), *(["--zip"] if args.format == "zip" else [])]
-    if keys := [word for split in splits for word in split_option(Path(split).name)]:
+    if keys := [word for split in splits for word in split_option(packed_name(split))]:
         arguments += ["--opts", *keys]
     print(f"options for main.py: {shlex.join(arguments)}")
 

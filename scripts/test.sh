@@ -2,7 +2,7 @@
 # Lint, check types, and run the tests in two processes, in a virtual environment that is created if missing. Arguments are
 # passed to pytest: bash scripts/test.sh -k swin selects tests, -n 0 uses one process.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" pytest pytest-xdist hypothesis ruff mypy types-PyYAML onnx onnxscript onnxruntime
+source "$(dirname "$0")/environment.sh" pytest pytest-xdist hypothesis ruff mypy types-PyYAML onnx onnxscript onnxruntime pyarrow
 ruff check .
 ruff format --check .
 mypy

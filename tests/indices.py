@@ -16,3 +16,7 @@ def index_tar(root: Path, split: str, **options) -> Index:
 
 def index_zip(root: Path, split: str, **options) -> Index:
     return index_split("zip", root, split, **options)
+
+
+def index_parquet(root: Path, split: str, **options) -> Index:
+    return index_split("parquet", root, split, **options)

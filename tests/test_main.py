@@ -17,6 +17,7 @@ from jobs.initialization import choose_initialization
 from models.checkpoints.reader import read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
+from tests.parquet import write_parquet, write_parquet_copy
 from tests.runs import assert_equal, read_state, run_state, toy_arguments
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import load_config
@@ -25,6 +26,7 @@ from utils.errors import ConfigError
 from utils.run_files import LOCK, list_checkpoints
 
 ROOT = Path(__file__).parent.parent
+CLASSES = ["class0", "class1", "class2"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -48,6 +50,30 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_an_uninterrupted_run(
     assert "resumed after update" in resumed.output
     assert_equal(read_state(folder), read_state(expected))
     assert read_metrics(folder) == read_metrics(expected)
+
+
+def test_a_run_on_parquet_shards_resumed_after_sigkill_ends_with_the_state_of_a_run_on_directories(
+    uninterrupted, toy_config, toy_data, tmp_path
+):
+    """The shards have the same images in the same order. After the run, changed shards are refused."""
+    root, folder = write_parquet_copy(toy_data, tmp_path / "hub"), tmp_path / "toy/default"
+    options = ["SAVE_STEPS", 2, "DATA.BATCH_SIZE", 8, "DATA.NUM_WORKERS", 2]
+    arguments = toy_arguments(toy_config, root, tmp_path, *options)
+    killed = run_main(arguments, tmp_path / "log", kill_when=lambda: len(list_checkpoints(folder)) == 2)
+    assert killed.exit_codes == [-9]
+    shard = root / "data/train-00001-of-00002.parquet"
+    shard.rename(tmp_path / "shard")
+    write_parquet(shard, [(b"x", f"{number % 34:03d}.png", number // 34) for number in range(51, 102)], CLASSES)
+    changed = run_main(arguments, tmp_path / "log")
+    assert changed.exit_codes == [2]
+    assert "class class1 has the same number of images, but" in changed.output
+    (tmp_path / "shard").rename(shard)
+    resumed = run_main(arguments, tmp_path / "log")
+    assert resumed.exit_codes == [0], resumed.output
+    assert "resumed after update" in resumed.output
+    state, expected = (read_state(path) for path in (folder, uninterrupted(1)))
+    assert_equal(state | {"data": None}, expected | {"data": None})
+    assert read_metrics(folder) == read_metrics(uninterrupted(1))
 
 
 def read_metrics(folder: Path) -> list[tuple]:

@@ -7,11 +7,12 @@ from data.index import Index, read_index
 from data.sources.folder import Folder
 from data.sources.hints import suggest
 from data.sources.layout import Layout, MissingSplitError
+from data.sources.parquet import ParquetShards
 from data.sources.tar import TarShards
 from data.sources.zip import ZipArchive
 
 # By name; if a split is stored in several layouts, the first one is read.
-LAYOUTS: dict[str, type[Layout]] = {"folder": Folder, "tar": TarShards, "zip": ZipArchive}
+LAYOUTS: dict[str, type[Layout]] = {"folder": Folder, "tar": TarShards, "parquet": ParquetShards, "zip": ZipArchive}
 
 
 def list_layouts(root: Path, name: str, *, zip_mode: bool = False) -> list[Layout]:

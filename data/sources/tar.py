@@ -1,11 +1,7 @@
 """Uncompressed tar shards in webdataset's format: ``<split>-*.tar`` with ``<key>.jpg`` and its class id in ``<key>.cls``."""
 
-import contextlib
-import fnmatch
 import glob
 import io
-import itertools
-import logging
 import math
 import os
 import posixpath
@@ -13,7 +9,7 @@ import re
 import shlex
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,46 +22,27 @@ from data.files import (
     SYSTEM,
     DataError,
     LeftOut,
-    Note,
     check_member_name,
     has_image_extension,
+    image_extension,
     is_system_path,
 )
 from data.index import Index, Scan, create_index, read_beginning
-from data.sources.class_list import check_distinct_names, class_lists, class_names
-from data.sources.layout import Layout, split_of
+from data.sources.class_list import check_distinct_names, class_names
+from data.sources.shards import Shards
 from utils.progress import progress
 
-_NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>[0-9]+)(?P<end>(-of-(?P<total>[0-9]+))?\.tar)", re.IGNORECASE | re.DOTALL)
 MAX_LABEL_SIZE = 32  # bytes of a file with a class id
 MAX_COMPARED_MEMBERS = 256  # members of equal name and size in different shards whose content is compared
 _SPARSE_RECORDS = ("GNU.sparse", "SCHILY.realsize")  # prefixes of pax records that only sparse members have
 
 
-class TarShards(Layout):
-    """Tar shards. Class names are the lines of ``classes.txt`` if it exists, else numbers.
-
-    The shards of the split "train" are ``train-*.tar``, or else, as on the Hugging Face hub,
-    ``<data set>-train-<number>.tar``.
-    """
+class TarShards(Shards):
+    """Tar shards. Class names are the lines of ``classes.txt`` if it exists, else numbers."""
 
     title = "tar shards"
-
-    def __init__(self, root: Path, split: str):
-        self.split = split
-        self.is_pattern = split.lower().endswith(".tar")
-        self.source = (root / split).parent
-        names = []
-        with contextlib.suppress(OSError):  # the directory does not exist, or cannot be listed
-            names = os.listdir(self.source)
-        self.data_sets = [] if self.is_pattern else _find_data_sets(names, Path(split).name)
-        prefix = "".join(f"{name}-" for name in [*self.data_sets[:1], Path(split).name])
-        self.path = root / split if self.is_pattern else self.source / f"{glob.escape(prefix)}*.tar"
-        self.class_lists = class_lists(self.source, root)
-        self.archives = sorted(self.source / name for name in fnmatch.filter(names, self.path.name))
-
-    def files(self) -> list[Path]:
-        return self.archives
+    extension = ".tar"
+    other_extensions = r"\.(tar\b.*|tgz)"
 
     @staticmethod
     def hint(root: Path, name: str, option: str) -> str:
@@ -83,7 +60,7 @@ class TarShards(Layout):
             DataError: a shard that cannot be read or is missing from a numbered sequence, an image without a class id, an image
                 that occurs twice, class ids with gaps, or an entry that is not a plain file.
         """
-        self._check_shards()
+        self.check_shards()
         names: list[str] = []
         labels: list[int] = []
         archive, offsets, sizes = array("i"), array("q"), array("q")
@@ -99,86 +76,8 @@ class TarShards(Layout):
         storage: dict[str, Any] = {"archive": archive, "offsets": offsets, "sizes": sizes, "deflated": [False] * len(names)}
         index = create_index(self.source, classes, names, labels, archives=self.archives, **storage)
         _check_repeated_members(index)
-        notes = [*check_distinct_names(classes, self.path), *left_out.notes(self.path), *self._unread_files()]
+        notes = [*check_distinct_names(classes, self.path), *left_out.notes(self.path), *self.unread_files()]
         return Scan(index, [*self.archives, *self.class_lists], notes)
-
-    def _check_shards(self) -> None:
-        """Check that the shards belong to one split, that no shard is a link to another one, and that none is missing from a
-        numbered sequence.
-
-        Raises:
-            DataError: a shard is missing, occurs twice, or belongs to another split.
-        """
-        if len(self.data_sets) > 1:
-            first, second = (f"{data_set}-{Path(self.split).name}-*.tar" for data_set in self.data_sets[:2])
-            raise DataError(
-                f"{self.source} has shards of several data sets, {first} and {second}; choose with --opts DATA.TRAIN_SPLIT and "
-                f"DATA.VAL_SPLIT, for example '{first}'"
-            )
-        files: dict[tuple[int, int], Path] = {}
-        sequences: dict[str, dict[int, Path]] = {}
-        splits: dict[str, Path] = {}
-        for shard in self.archives:
-            status = os.stat(shard) if os.path.exists(shard) else None
-            if status and (other := files.setdefault((status.st_dev, status.st_ino), shard)) != shard:
-                raise DataError(
-                    f"{shard} and {other} are links to the same file, which would be counted twice; remove one of them"
-                )
-            if split := split_of(shard.name):
-                splits.setdefault(split, shard)
-            if match := _NUMBERED.fullmatch(shard.name):
-                numbered = sequences.setdefault(match["prefix"], {})
-                if (other := numbered.setdefault(int(match["number"]), shard)) != shard:
-                    raise DataError(f"{shard} and {other.name} have the same number; remove or rename one of them")
-        if len(splits) > 1:
-            one_split, other_split = (path.name for path in splits.values())
-            raise DataError(
-                f"{self.path} matches shards of two splits, {one_split} and {other_split}; use a pattern that matches only one"
-            )
-        for prefix, numbered in sequences.items():
-            if self.is_pattern or f"{glob.escape(prefix)}*.tar" == self.path.name:
-                self._check_sequence(numbered)
-
-    def _check_sequence(self, numbered: dict[int, Path]) -> None:
-        """Check that numbered shards form a sequence that starts at 0 or 1. If the names state the total, as in
-        ``<prefix><number>-of-<total>.tar``, all shards must exist. Shards that a requested pattern leaves out may be missing.
-
-        Raises:
-            DataError: a shard is missing.
-        """
-        matches = {number: _NUMBERED.fullmatch(shard.name) for number, shard in numbered.items()}
-        total = max(int(match["total"] or 0) for match in matches.values() if match)
-        first, last = min(numbered), max(numbered)
-        if first > 1:
-            if self.is_pattern and not total:
-                return  # a requested pattern may select shards from the middle, or files that are numbered by year
-            first = 0
-        match = matches[last]
-        assert match is not None  # all shards in ``numbered`` matched before
-        width = min(len(match["number"]) for match in matches.values() if match)
-        for number in itertools.count(first):
-            if number > max(last, first + total - 1):
-                return
-            name = f"{match['prefix']}{number:0{width}d}{match['end']}"
-            if number not in numbered and fnmatch.fnmatchcase(name, self.path.name):
-                raise DataError(
-                    f"{self.source / name}: shard {number} is missing, but there are shards {min(numbered)} to "
-                    f"{last}{f' of {total}' if total else ''}; download or pack it again. To use only the others, "
-                    "renumber them without gaps, from 0"
-                )
-
-    def _unread_files(self) -> list[Note]:
-        """A warning about files that could be further shards, such as ``val-001.tar.gz`` or ``val_001.tar``."""
-        name = re.split(r"[*?[]", self.path.name)[0].rstrip("-_.") if self.is_pattern else Path(self.split).name
-        stem = re.escape(name) if self.is_pattern else f"(.+-)?{re.escape(name)}"
-        pattern = re.compile(rf"{stem}([^a-z].*)?\.(tar\b.*|tgz)", re.IGNORECASE | re.DOTALL)
-        unread = sorted(path for path in self.source.iterdir() if path not in self.archives and pattern.fullmatch(path.name))
-        unread = [path for path in unread if split_of(path.name) in (None, split_of(name))]
-        if not unread:
-            return []
-        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-        text = f"{unread[0]} is not read{more}; shards must be uncompressed and named {self.path.name}"
-        return [(logging.WARNING, text)]
 
     def write(self, index: Index, images: Iterable[bytes], shard_size: int) -> None:
         keys, files = set(), iter(images)
@@ -190,17 +89,11 @@ class TarShards(Layout):
                     while key in keys:
                         key = f"{key}-{position}"
                     keys.add(key)
-                    _add(shard, f"{key}{path.suffix}", next(files))
+                    data = next(files)
+                    extension = path.suffix if has_image_extension(path.name) else image_extension(data)
+                    _add(shard, f"{key}{extension}", data)
                     _add(shard, f"{key}.cls", str(index.labels[position]).encode())
         self.archives = sorted(self.source.glob(self.path.name))
-
-
-def _find_data_sets(names: Sequence[str], split: str) -> list[str]:
-    """Names of the data sets that have shards ``<data set>-<split>-<number>.tar``; [] if there are shards ``<split>-*.tar``."""
-    if not split or any(fnmatch.fnmatchcase(name, f"{glob.escape(split)}-*.tar") for name in names):
-        return []
-    pattern = re.compile(rf"(.+)-{re.escape(split)}-[0-9]+(-of-[0-9]+)?\.tar", re.DOTALL)
-    return sorted({match[1] for name in names if (match := pattern.fullmatch(name)) and split_of(match[1]) is None})
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:

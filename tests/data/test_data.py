@@ -41,6 +41,7 @@ from models.preprocessing import Preprocessing
 from scripts.pack_dataset import pack
 from tests.conftest import reference, write_images
 from tests.indices import index_folder, index_tar, index_zip
+from tests.parquet import write_parquet_copy
 from utils.config.loading import load_config
 
 CPU = torch.device("cpu")
@@ -370,9 +371,9 @@ def epoch_of_directories(toy_config, toy_data):
     return read_epoch(config(toy_config, toy_data), epoch=1)
 
 
-@pytest.mark.parametrize("layout", ["tar", "zip", "zip, part in memory", "zip, in memory", "deflated zip"])
-def test_archives_give_the_same_tensors_as_directories(toy_config, epoch_of_directories, packed, layout):
-    root, opts = packed[layout]
+@pytest.mark.parametrize("layout", ["tar", "parquet", "zip", "zip, part in memory", "zip, in memory", "deflated zip"])
+def test_archives_give_the_same_tensors_as_directories(toy_config, toy_data, epoch_of_directories, packed, layout, tmp_path):
+    root, opts = packed[layout] if layout != "parquet" else (write_parquet_copy(toy_data, tmp_path), [])
     expected, order = epoch_of_directories
     images, archive_order = read_epoch(config(toy_config, root, *opts, "DATA.NUM_WORKERS", 2), epoch=1)
     assert archive_order == order
