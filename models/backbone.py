@@ -10,10 +10,9 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from .blocks import Stage, create_classifier
+from .blocks import Stage, check_image_size, check_images, create_classifier
 from .positions import GRIDS_KEY, PositionTable, grid_at, recorded_grid, resize_grid, square_grid, stored_grids
 from .windows import to_pair
 
@@ -124,7 +123,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a side is smaller than ``min_img_size``.
         """
-        size = to_pair(img_size)
+        size = to_pair(img_size, "img_size")
         check_image_size(size[0], size[1], self.min_img_size)
         return self.stage_grids(size)
 
@@ -155,9 +154,9 @@ class Backbone(nn.Module):
         """The last stage's map after the final norm. (B, 3, H, W), normalised -> (B, h, w, C).
 
         Raises:
-            ValueError: a side is smaller than ``min_img_size``.
+            ValueError: x does not have four dimensions, or a side is smaller than ``min_img_size``.
         """
-        check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
+        check_images(x, self.min_img_size)
         for features in self.forward_stages(x):
             x = features  # keep only the last map, so that earlier ones are freed
         return self.norm(x)
@@ -223,7 +222,7 @@ class Backbone(nn.Module):
 
     def run_stages(self, x: Tensor, selected: Sequence[int], stop_early: bool) -> tuple[Tensor, list[Tensor]]:
         """Outputs, before the final norm, of the last computed stage and of the stages in ``selected``."""
-        check_image_size(x.shape[-2], x.shape[-1], self.min_img_size)
+        check_images(x, self.min_img_size)
         maps = []
         for index, features in enumerate(self.forward_stages(x)):
             if index in selected:
@@ -360,7 +359,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a table does not match ``img_size``, or its height and width are ambiguous because ``img_size`` is None.
         """
-        recorded, size = stored_grids(state_dict), None if img_size is None else to_pair(img_size)
+        recorded, size = stored_grids(state_dict), None if img_size is None else to_pair(img_size, "img_size")
         resized, assumed = {}, []
         for stage, table in self.named_position_tables():
             own, stored = self.get_parameter(table.name), state_dict.get(table.name)
@@ -412,16 +411,6 @@ class Backbone(nn.Module):
         if resized:
             logger.info("resized %d position tables, the first is %s", len(resized), next(iter(resized)))
         return self.with_grids(used | resized)
-
-
-@register_notrace_function  # FX cannot trace the comparison of sizes
-def check_image_size(height: int, width: int, minimum: int) -> None:
-    """Raise ``ValueError`` if a side is smaller than ``minimum`` pixels."""
-    if height < minimum or width < minimum:
-        raise ValueError(
-            f"images of {height} x {width} pixels are too small for this model; "
-            f"the smallest size is {minimum} x {minimum}, so resize or pad them"
-        )
 
 
 def check_output_fmt(output_fmt: str, choices: tuple[str, str]) -> None:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 from timm.layers import DropPath
-from timm.models import register_notrace_module
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,8 +79,32 @@ def plan_blocks(
     return [list(zip(*stage, strict=True)) for stage in zip(letters, rates, strict=True)]
 
 
+def check_image_size(height: int, width: int, minimum: int) -> None:
+    """Raise ``ValueError`` if a side is smaller than ``minimum`` pixels."""
+    if height < minimum or width < minimum:
+        raise ValueError(
+            f"images of {height} x {width} pixels are too small for this model; "
+            f"the smallest size is {minimum} x {minimum}, so resize or pad them"
+        )
+
+
+@register_notrace_function  # FX cannot trace the comparison of sizes
+def check_images(images: Tensor, minimum: int) -> None:
+    """Raise ``ValueError`` if ``images`` is not (B, C, H, W), or a side is smaller than ``minimum`` pixels."""
+    if images.ndim != 4:
+        hint = "; add the batch dimension with images.unsqueeze(0)" if images.ndim == 3 else ""
+        raise ValueError(f"images have shape {tuple(images.shape)}, but (batch, channels, height, width) is required{hint}")
+    check_image_size(images.shape[-2], images.shape[-1], minimum)
+
+
 def create_classifier(num_features: int, num_classes: int, **factory) -> nn.Module:
-    """Create the linear head, or the identity for 0 classes."""
+    """Create the linear head, or the identity for 0 classes.
+
+    Raises:
+        ValueError: ``num_classes`` is not an integer of at least 0.
+    """
+    if not hasattr(num_classes, "__index__") or num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r}: give the number of classes, or 0 for a model without head")
     if num_classes == 0:
         return nn.Identity()
     head = nn.Linear(num_features, num_classes, **factory)

@@ -16,7 +16,9 @@ from .tracing import is_batched
 from .windows import ceil_divide
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-MAX_BLOCKS = 8  # per chunk: more blocks write fewer partial sums, fewer blocks occupy more of the GPU
+# Head dimension -> maximum number of tokens in a chunk. Larger chunks write fewer partial summaries, which have head_dim + 1
+# rows; smaller chunks occupy more of the GPU.
+MAX_TOKENS = {16: 256, 32: 256, 64: 512}
 COMPILER_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
@@ -28,13 +30,13 @@ class Plan(NamedTuple):
     num_chunks: int
 
 
-def plan(num_tokens: int, block_size: int) -> Plan:
-    """Divide the tokens of an image into chunks of similar size.
+def plan(num_tokens: int, block_size: int, max_tokens: int) -> Plan:
+    """Divide the tokens of an image into chunks of similar size, at most ``max_tokens``.
 
-    The division depends on the number of tokens only. Otherwise, the order of sums would depend on the batch.
+    The division does not depend on the number of images. Otherwise, the order of sums would depend on the batch.
     """
     num_blocks = ceil_divide(num_tokens, block_size)
-    blocks_per_chunk = ceil_divide(num_blocks, ceil_divide(num_blocks, MAX_BLOCKS))
+    blocks_per_chunk = ceil_divide(num_blocks, ceil_divide(num_blocks, max_tokens // block_size))
     return Plan(block_size, blocks_per_chunk, ceil_divide(num_blocks, blocks_per_chunk))
 
 
@@ -90,8 +92,9 @@ class KernelRun:
         precision = choose_precision(q.dtype)
         tile = launch_options(self.head_dim, precision)
         block_size = tile.pop("block_size")
-        self.query_plan = plan(self.num_queries, block_size)
-        self.key_plan = plan(self.num_keys, block_size)
+        self.query_plan, self.key_plan = (
+            plan(count, block_size, MAX_TOKENS[self.head_dim]) for count in (self.num_queries, self.num_keys)
+        )
         is_integer = power == int(power) and power < 64
         self.constants = {
             "POWER": int(power) if is_integer else power,

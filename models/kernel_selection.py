@@ -140,15 +140,18 @@ def format_variant(variant: Variant) -> str:
     )
 
 
-def compare(variant: Variant, *, num_images: int = 2, num_heads: int = 2, grid: tuple[int, int] = (23, 13)) -> str:
+def compare(variant: Variant, *, num_images: int = 2, num_heads: int = 2, grid: tuple[int, int] | None = None) -> str:
     """Compare outputs and gradients of the kernels with those of torch operations in float64, on random inputs.
 
-    Also check that results repeat exactly, and that a NaN in an input reaches the output. The default size has two chunks of
-    keys, and blocks that are not full.
+    Also check that results repeat exactly, and that a NaN in an input reaches the output.
+
+    Args:
+        grid: height and width of the token map; by default, a map with two chunks of keys and a block that is not full.
 
     Returns:
         The first difference; "" if there is none.
     """
+    grid = grid or (23, kernel_operator.MAX_TOKENS[variant.head_dim] // 20)
     inputs = random_inputs(variant, num_images=num_images, num_heads=num_heads, grid=grid)
     options = Options(num_heads, variant.power, *grid, num_prefix_tokens=1)
     exact = run_form(fused_attention.focused_attention, inputs, torch.float64, options)

@@ -8,7 +8,7 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 
 Each program handles one chunk of the tokens of one image: BLOCKS blocks of BN tokens, and all heads, because the norms |t| and
 |u| and the gradient of c are sums over all heads. Programs do not share sums: each writes its partial sum, and torch adds the
-partial sums in a fixed order, without atomics. The chunks depend on the number of tokens only. Therefore, the bits of the
+partial sums in a fixed order, without atomics. The chunks do not depend on the number of images. Therefore, the bits of the
 results are the same in every run, and for an image they do not depend on the other images of the batch.
 
 Statistics (B, 3, n) of each token are max(x), |t| and |u|. Summaries (B, H, D + 1, D) contain S in rows 0 to D - 1 and s in row

@@ -4,7 +4,7 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,11 @@ class FocusedLinearAttention(nn.Module):
         self.backend = backend
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
-        self.grid = to_pair(grid)
-        self.key_grid = self.grid if key_grid is None else to_pair(key_grid)
+        self.grid = to_pair(grid, "grid")
+        self.key_grid = self.grid if key_grid is None else to_pair(key_grid, "key_grid")
+        for name, sides in (("grid", self.grid), ("key_grid", self.key_grid)):
+            if min(sides) < 1:
+                raise ValueError(f"{name}={sides}: height and width must be at least 1")
         self.focusing_factor = focusing_factor
         self.kind = kind
         self.focusing = focusing
@@ -183,7 +186,7 @@ class FocusedLinearAttention(nn.Module):
 
         Raises:
             ValueError: q, k or v does not have three dimensions, or its number of tokens or channels does not match ``grid``,
-                ``key_grid`` or ``dim``.
+                ``key_grid`` or ``dim``; ``grid`` or ``key_grid`` is not a pair; or ``key_mask`` is not (B, M) bool.
         """
         grid, key_grid = self.grids_of_call(grid, key_grid)
         packed, (q, k, v) = (q, k, v), unpack(q, k, v)
@@ -192,6 +195,11 @@ class FocusedLinearAttention(nn.Module):
         self._check_tokens("v", v, "key_grid", key_grid)
         has_keys = None
         if key_mask is not None:
+            if key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]:
+                raise ValueError(
+                    f"key_mask is {str(key_mask.dtype).removeprefix('torch.')} of shape {tuple(key_mask.shape)}; give a bool "
+                    f"tensor of shape {tuple(k.shape[:2])}, False for masked keys (for numbers: key_mask > 0)"
+                )
             v = v * key_mask.unsqueeze(-1)
             packed = q, k, v
             has_keys = key_mask.any(dim=1, keepdim=True)  # (B, 1)
@@ -218,8 +226,13 @@ class FocusedLinearAttention(nn.Module):
         ``grid`` is that of the constructor by default. ``key_grid`` equals ``grid`` by default, unless the constructor was
         given another ``key_grid``, which is then the default.
         """
-        grid = grid or self.grid
-        return grid, key_grid or (grid if self.key_grid == self.grid else self.key_grid)
+        for name, value in (("grid", grid), ("key_grid", key_grid)):
+            if value is not None and not (isinstance(value, Sequence) and len(value) == 2):
+                raise ValueError(f"{name}={value!r}: give (height, width) of the token map, or None")
+        grid = self.grid if grid is None else grid
+        if key_grid is None:
+            key_grid = grid if self.key_grid == self.grid else self.key_grid
+        return grid, key_grid
 
     def local_filter(self) -> tuple[Tensor | None, Tensor | None]:
         """Kernel (C, 1, side, side) and bias (C,) of the depthwise convolution of v; (None, None) without it."""

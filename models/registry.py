@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from . import cswin, deit, pvt, pvt_v2, swin
@@ -90,7 +91,7 @@ def build_arguments(cfg: "CfgNode") -> tuple[str, dict]:
 def build_preprocessing(cfg: "CfgNode") -> Preprocessing:
     """Build the evaluation preprocessing."""
     return Preprocessing(
-        img_size=to_pair(cfg.DATA.IMG_SIZE),
+        img_size=to_pair(cfg.DATA.IMG_SIZE, "DATA.IMG_SIZE"),
         crop_mode=cfg.TEST.CROP_MODE if cfg.TEST.CROP else "none",
         crop_pct=cfg.TEST.CROP_PCT,
         interpolation=cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION,
@@ -120,10 +121,16 @@ def nearest_model(state_dict: Mapping[str, Tensor]) -> str:
     stored = {(name, value.shape) for name, value in state_dict.items()}
     best, similarity = "", 0.5  # minimum Jaccard index of the entries
     for name in list_models():
-        own = {(entry, value.shape) for entry, value in create_model(name, device="meta").state_dict().items()}
+        own = _list_entries(name)
         if len(stored & own) / len(stored | own) > similarity:
             best, similarity = name, len(stored & own) / len(stored | own)
     return best
+
+
+@cache
+def _list_entries(name: str) -> set[tuple[str, torch.Size]]:
+    """Names and shapes of the entries of a model's state dict."""
+    return {(entry, value.shape) for entry, value in create_model(name, device="meta").state_dict().items()}
 
 
 def _suggest_nearest(name: str, names) -> str:

@@ -15,13 +15,20 @@ from .tracing import is_transformed
 PADDING = -1  # region id of padding, see ``window_regions``
 
 
-def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Convert an integer (of any integer type) or a pair of integers to (height, width)."""
+def to_pair(size: int | Iterable[int], name: str) -> tuple[int, int]:
+    """Convert an integer (of any integer type) or a pair of integers to (height, width).
+
+    Raises:
+        ValueError: ``size`` is neither; the message calls it ``name``.
+    """
     if hasattr(size, "__index__"):
         side = operator.index(size)
         return side, side
-    height, width = size
-    return operator.index(height), operator.index(width)
+    try:
+        height, width = size
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={size!r}: give an integer, or (height, width) as two integers") from None
 
 
 def ceil_divide(size: int, divisor: int) -> int:

@@ -69,9 +69,9 @@ def measure(name: str, size: tuple[int, int] | None = None, **options) -> tuple[
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, pointwise.count
 
 
-def print_table() -> None:
+def print_table(names: list[str]) -> None:
     rows = []
-    for name in list_models():
+    for name in names:
         parameters, products, others = measure(name)
         millions, billions = PAPER.get(name, (None, None))
         published = f"{millions}M" if millions else "", f"{billions}G" if billions else ""
@@ -128,12 +128,17 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = create_parser(__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models in the table, such as flatten_swin_t; default: all")
     parser.add_argument("--png", type=Path, help="plot cost against resolution to this file instead of printing the table")
     args = parser.parse_args()
+    if unknown := set(args.models) - set(list_models()):
+        parser.error(f"unknown model {min(unknown)}; choose from {', '.join(list_models())}")
+    if args.png and args.models:
+        parser.error("--png plots one fixed model; remove the names of models")
     if args.png:
         plot(args.png)
     else:
-        print_table()
+        print_table(args.models or list_models())
 
 
 if __name__ == "__main__":

@@ -213,6 +213,13 @@ def test_fp16_is_recommended_for_amp_on_a_gpu_without_bf16(supported, toy_config
     assert ("use fp16 (--opts AMP_DTYPE fp16)" in caplog.text) == (not supported)
 
 
+def test_a_type_of_mixed_precision_without_mixed_precision_is_a_warning(toy_config, caplog):
+    apply_numerical_settings(load_config(toy_config, ["AMP_DTYPE", "fp16", "AMP", True]))
+    assert "has no effect" not in caplog.text
+    apply_numerical_settings(load_config(toy_config, ["AMP_DTYPE", "fp16"]))
+    assert "AMP_DTYPE=fp16 has no effect without --amp; add --amp" in caplog.text
+
+
 def test_training_and_check_apply_the_numerical_settings_of_the_config(toy_config, toy_data, tmp_path):
     def prepare(rank: int) -> None:
         original = jobs.train.build_trainer

@@ -53,7 +53,7 @@ def _git(*arguments: str) -> str:
 
 
 def apply_numerical_settings(cfg: CfgNode) -> None:
-    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if the GPU only emulates bf16."""
+    """Apply DETERMINISTIC, TF32 and CUDNN_BENCHMARK to this process, and warn if AMP_DTYPE has no effect or is slow."""
     if cfg.DETERMINISTIC != "off":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic cuBLAS; read at its first call
         torch.use_deterministic_algorithms(True, warn_only=cfg.DETERMINISTIC == "warn")
@@ -62,6 +62,8 @@ def apply_numerical_settings(cfg: CfgNode) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.TF32
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and cfg.DETERMINISTIC == "off"
     torch.backends.cudnn.deterministic = cfg.DETERMINISTIC != "off"
+    if cfg.AMP_DTYPE == "fp16" and not cfg.AMP:
+        logger.warning("AMP_DTYPE=fp16 has no effect without --amp; add --amp, or remove AMP_DTYPE")
     uses_bf16 = cfg.AMP and cfg.AMP_DTYPE == "bf16"
     if uses_bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning("AMP_DTYPE=bf16: this GPU emulates bf16, which is slow; use fp16 (--opts AMP_DTYPE fp16)")

@@ -130,7 +130,7 @@ def test_filters_per_channel():
 
 def test_several_chunks_and_an_incomplete_block(monkeypatch):
     """77 tokens are three blocks of 32, in two chunks."""
-    monkeypatch.setattr(kernel_operator, "MAX_BLOCKS", 2)
+    monkeypatch.setitem(kernel_operator.MAX_TOKENS, D, 64)
     operator = create_operator((7, 11), heads=1, kernel_size=3)
     assert_accurate(operator, random_tokens(operator, 1))
 
@@ -165,7 +165,7 @@ def test_inputs_dominated_by_epsilon_and_large_inputs(std):
 
 
 def test_results_repeat_and_do_not_depend_on_the_other_images_of_the_batch(monkeypatch):
-    monkeypatch.setattr(kernel_operator, "MAX_BLOCKS", 1)  # two chunks
+    monkeypatch.setitem(kernel_operator.MAX_TOKENS, D, 32)  # two chunks
     operator = create_operator((5, 7), heads=1, kernel_size=3)
     tokens = random_tokens(operator, 2)
     batch, again = outputs_and_gradients(operator, tokens), outputs_and_gradients(operator, tokens)

@@ -267,6 +267,22 @@ def test_tokens_without_a_batch_or_split_into_heads_are_rejected():
             random_operator()(tokens, k, v)
 
 
+@pytest.mark.parametrize("mask", [torch.ones(B, N), torch.ones(B, N, dtype=torch.long), torch.ones(B, N - 1, dtype=torch.bool)])
+def test_a_mask_that_is_not_boolean_or_has_another_shape_is_rejected(mask):
+    with pytest.raises(ValueError, match=rf"key_mask is .* of shape .*; give a bool tensor of shape \({B}, {N}\)"):
+        random_operator()(*random_inputs(), key_mask=mask)
+
+
+@pytest.mark.parametrize("grid", [0, (0, 4), (4,), "44", 4.0], ids=str)
+def test_a_grid_without_two_positive_sides_is_rejected(grid):
+    for options in ({"grid": grid}, {"grid": (4, 4), "key_grid": grid}):
+        with pytest.raises(ValueError, match=r"grid=.*(at least 1|\(height, width\))"):
+            FocusedLinearAttention(32, 2, **options)
+    for name in ("grid", "key_grid"):
+        with pytest.raises(ValueError, match=rf"{name}=.*(height|require)"):
+            random_operator()(*random_inputs(), **{name: grid})
+
+
 def test_different_numbers_of_keys_and_values_are_rejected():
     q, k, v = random_inputs()
     with pytest.raises(ValueError, match="v has 29 tokens"):

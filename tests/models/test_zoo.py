@@ -1,5 +1,6 @@
 """Properties of every registered model, or of one model per family."""
 
+import re
 import subprocess
 import sys
 import weakref
@@ -161,6 +162,19 @@ def test_every_parameter_gets_a_gradient_with_every_kind_of_attention(kind):
     model = create_model("flatten_deit_t", num_classes=3, img_size=64, depth=2, drop_path_rate=0.0, linear={"kind": kind})
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_wrong_arguments_and_images_are_rejected_with_the_argument_and_the_value():
+    for size in ("64", (64,), 64.5):
+        with pytest.raises(ValueError, match=re.escape(f"img_size={size!r}: give an integer, or (height, width)")):
+            create_model("flatten_swin_t", img_size=size, device="meta")
+    for num_classes in (-1, 1.5, "10"):
+        with pytest.raises(ValueError, match=f"num_classes={num_classes!r}: give the number of classes"):
+            create_model("flatten_deit_t", num_classes=num_classes, device="meta")
+    model = create_model("flatten_pvt_v2_b0", img_size=64, depths=(1, 1, 1, 1))
+    for call in (model, model.forward_intermediates):
+        with pytest.raises(ValueError, match=r"shape \(3, 64, 64\).*images\.unsqueeze\(0\)"):
+            call(torch.zeros(3, 64, 64))
 
 
 def test_the_nearest_model_of_a_state_dict_is_found_by_names_and_shapes():
