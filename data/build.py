@@ -30,7 +30,7 @@ from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
 from data.rand_augment import RandAugment
 from data.rows import CACHE_SIZE
-from data.samplers import EvalBatches, TrainBatches
+from data.samplers import EvalBatches, TrainBatches, suggest_batch_size
 from data.sources.folder import find_linked_class
 from data.splits import build_indices
 from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
@@ -244,15 +244,17 @@ def build_train_loader(
         cfg.DATA.BATCH_SIZE,
         accumulation=accumulation,
         repeats=cfg.AUG.REPEATS,
+        drop_last=cfg.DATA.DROP_LAST,
         rank=rank,
         world_size=world_size,
         seed=cfg.SEED,
     )
     if batches.updates_per_epoch == 0:
+        keys = {"has_global_batch": cfg.DATA.GLOBAL_BATCH_SIZE > 0, "accumulates": cfg.TRAIN.ACCUMULATION_STEPS > 1}
         raise DataError(
             f"{dataset.index.source} has {len(dataset)} images, but one update needs {batches.global_batch_size} "
             f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, forward passes per update: {accumulation}, processes: {world_size}); "
-            f"lower --batch-size{' and DATA.GLOBAL_BATCH_SIZE' if cfg.DATA.GLOBAL_BATCH_SIZE else ''}"
+            f"{advise_batch_size(len(dataset), world_size, **keys)}"
         )
     erase = None
     if cfg.AUG.REPROB > 0:
@@ -264,6 +266,20 @@ def build_train_loader(
     rand_augment = build_rand_augment(cfg, device)
     limit = cfg.DATA.MAX_UNREADABLE
     return TrainLoader(loader, normalize, device, rand_augment=rand_augment, erase=erase, max_unreadable=limit)
+
+
+def advise_batch_size(num_images: int, world_size: int, *, has_global_batch: bool, accumulates: bool) -> str:
+    """Advice for a training set that is smaller than one update.
+
+    Args:
+        has_global_batch: whether DATA.GLOBAL_BATCH_SIZE is set.
+        accumulates: whether TRAIN.ACCUMULATION_STEPS is above 1.
+    """
+    if num_images < world_size:
+        return f"start at most {num_images} processes, or add images"
+    size = suggest_batch_size(num_images, world_size)
+    opts = f" --opts DATA.GLOBAL_BATCH_SIZE {size * world_size}" if has_global_batch else ""
+    return f"add --batch-size {size}{opts or (' --opts TRAIN.ACCUMULATION_STEPS 1' if accumulates else '')}"
 
 
 def build_eval_loader(

@@ -18,7 +18,10 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 
 
 class TrainBatches(Sampler[list[Key]]):
-    """Training batches of one process for one epoch; an incomplete last update is dropped.
+    """Training batches of one process for one epoch. All batches have the same size.
+
+    If the images of an epoch do not fill the last update, its images are dropped, or, without ``drop_last``, it is completed
+    with the first images of the epoch.
 
     Update u uses positions u * G to (u + 1) * G - 1 of the epoch's permutation of the images, where G is the global batch size.
     These images are divided among forward passes and processes, so that an update uses the same images with any number of
@@ -37,6 +40,7 @@ class TrainBatches(Sampler[list[Key]]):
         repeats: copies of an image per epoch.
         rank, world_size: rank of this process, and number of processes.
         seed: the run's seed.
+        drop_last: see above. Even without it, there must be enough images for one update.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class TrainBatches(Sampler[list[Key]]):
         *,
         accumulation: int,
         repeats: int = 1,
+        drop_last: bool = True,
         rank: int,
         world_size: int,
         seed: int,
@@ -59,6 +64,8 @@ class TrainBatches(Sampler[list[Key]]):
         self.seed = seed
         self.global_batch_size = batch_size * accumulation * world_size
         self.updates_per_epoch = num_samples // self.global_batch_size
+        if self.updates_per_epoch and not drop_last:
+            self.updates_per_epoch = math.ceil(num_samples / self.global_batch_size)
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
@@ -76,7 +83,7 @@ class TrainBatches(Sampler[list[Key]]):
             positions = positions[(positions % self.repeats).argsort(stable=True)]
             for forward_pass in range(self.accumulation):
                 start = (forward_pass * self.world_size + self.rank) * self.batch_size
-                batch = positions[start : start + self.batch_size]
+                batch = positions[start : start + self.batch_size] % self.num_samples
                 indices = order[batch // self.repeats].tolist()
                 epochs = (
                     self.epoch * self.repeats + batch % self.repeats
@@ -119,6 +126,11 @@ def separate_copies(indices: list[int]) -> list[int]:
                 break
             order[first], order[other] = order[other], order[first]
     return order
+
+
+def suggest_batch_size(num_images: int, world_size: int) -> int:
+    """Images per process and update for at least five updates per epoch, if there are enough images: a power of two."""
+    return max(2 ** max(num_images // 5, 1).bit_length() // 2 // world_size, 1)
 
 
 class EvalBatches(Sampler[list[Key]]):

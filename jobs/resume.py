@@ -168,9 +168,13 @@ def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int,
         CheckpointError: the checkpoint belongs to another model or optimizer.
     """
     if saved["updates_per_epoch"] != updates_per_epoch:
+        dropped = flatten(saved["config"]).get("DATA.DROP_LAST", True)
+        cause = "so the data have changed. Restore them"
+        if dropped != cfg.DATA.DROP_LAST:
+            cause = f"since DATA.DROP_LAST was {dropped}. Add --opts DATA.DROP_LAST {dropped}"
         raise ConfigError(
             f"{path} was saved with {saved['updates_per_epoch']} updates per epoch, but there are {updates_per_epoch} now, "
-            "so the data have changed. Restore them, or start a new run with --pretrained and another --tag"
+            f"{cause}, or start a new run with --pretrained and another --tag"
         )
     try:
         check_state(state, saved)

@@ -30,6 +30,7 @@ from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, Run
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
 from engine.state import NO_BEST, TrainState
 from engine.trainer import Trainer
+from jobs.few_images import warn_about_few_images
 from jobs.initialization import Initialization, choose_initialization, normalise
 from jobs.locate_checkpoint import check_same_file
 from jobs.model import choose_attention, load_pretrained
@@ -253,6 +254,9 @@ def build_trainer(
     if saved is not None and world.is_main:
         warn_about_learning_rate(saved, cfg, schedule, world.size, init.checkpoint)
     log_recipe(cfg, world, model, schedule.base_lr, data.train)
+    if saved is None and world.is_main:
+        num_images = len(data.train.loader.dataset)  # type: ignore[arg-type]  # an ImageDataset
+        warn_about_few_images(cfg, num_images, updates_per_epoch, world.size)
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     trained: Any = torch.compile(model) if cfg.TRAIN.COMPILE else model
@@ -328,7 +332,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
         epochs,
         f" ({cfg.TRAIN.EPOCHS} + {cfg.TRAIN.COOLDOWN_EPOCHS} cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
         updates_per_epoch,
-        updates_per_epoch * global_batch // cfg.AUG.REPEATS if cfg.AUG.REPEATS > 1 else updates_per_epoch * global_batch,
+        min(updates_per_epoch * global_batch, num_images) // cfg.AUG.REPEATS,
         num_images,
     )
     recipe_batch = cfg.TRAIN.RECIPE_BATCH_SIZE

@@ -119,6 +119,11 @@ KEYS = {
         "number; 0: `DATA.BATCH_SIZE` times the number of processes times `TRAIN.ACCUMULATION_STEPS`",
         minimum=0,
     ),
+    "DATA.DROP_LAST": Key(
+        True,
+        "leave out the images of an epoch that do not fill its last update, which are other images in every epoch; False: "
+        "complete the last update with the first images of the epoch. Determines the number of updates per epoch",
+    ),
     "DATA.IMG_SIZE": Key(
         224, "input size in pixels: one number for a square, or `[height, width]`", minimum=1, maximum=MAX_SIDE
     ),
@@ -459,5 +464,6 @@ RECIPE_KEY_PREFIXES = (
     "CUDNN_BENCHMARK",
     "DATA.BATCH_SIZE",
     "DATA.GLOBAL_BATCH_SIZE",
+    "DATA.DROP_LAST",
     "DATA.ZIP_MODE",
 )
