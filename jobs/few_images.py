@@ -36,7 +36,7 @@ def warn_about_few_images(cfg: CfgNode, num_images: int, updates_per_epoch: int,
         recipe = ", or list configs/recipes/few_images.yaml after the model's config in --cfg instead of another recipe"
     logger.warning(
         "%d images, global batch size %d: %d updates in all, at a learning rate of up to %.3g; a run of fewer than %d updates "
-        "rarely learns; try %s%s",
+        "rarely reaches a good accuracy; try %s%s",
         num_images,
         global_batch,
         num_updates,
