@@ -4,7 +4,7 @@ Shapes: B images or windows, N queries, M keys, H heads, D channels per head, C 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -227,7 +227,7 @@ class FocusedLinearAttention(nn.Module):
         given another ``key_grid``, which is then the default.
         """
         for name, value in (("grid", grid), ("key_grid", key_grid)):
-            if value is not None and not (isinstance(value, Sequence) and len(value) == 2):
+            if value is not None and not (isinstance(value, tuple | list) and len(value) == 2):
                 raise ValueError(f"{name}={value!r}: give (height, width) of the token map, or None")
         grid = self.grid if grid is None else grid
         if key_grid is None:
