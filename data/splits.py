@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from yacs.config import CfgNode
@@ -149,7 +149,8 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
     """
     groups: list[list[tuple[bytes, int]]] = [[] for _ in index.classes]
     for position, label in enumerate(index.labels):
-        name = PurePosixPath(index.name(position)).stem.replace(".", "_").encode(errors="surrogateescape")
+        stem = index.name(position).rpartition("/")[2].rpartition(".")[0]  # pathlib would take 5 s for ImageNet
+        name = stem.replace(".", "_").encode(errors="surrogateescape")
         groups[label].append((hashlib.blake2b(name, digest_size=8).digest(), position))
     is_held_out = np.zeros(len(index), dtype=bool)
     for label, group in enumerate(groups):

@@ -2,7 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -10,22 +11,21 @@ from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 
 MAX_SHOWN = 5  # names that a message lists
 MAX_PROBED = 20  # directories below the data path in which splits are looked for
+MIN_SIMILARITY = 0.8  # of a requested name and an existing one
 
-Layouts = Mapping[str, type[Layout]]
 
-
-def suggest(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: str = "") -> str:
+def suggest(root: Path, name: str, layouts: Mapping[str, type[Layout]], *, zip_mode: bool, option: str = "") -> str:
     """Suggest, as the end of an error message, what to do about a missing split.
 
-    Only files and directories whose name contains a word for this split are suggested: validation must never use training
-    images. If there are none, the names in ``root`` are listed.
+    Only files and directories whose name contains a word for this split, or is similar to a requested one, are suggested:
+    validation must never use training images. If there are none, the names in ``root`` are listed.
 
     Args:
         name: name of the missing split, or what the user requested instead.
         zip_mode: whether --zip is set.
         option: command-line option that selects the split; by default, the one for the split that ``name`` identifies.
     """
-    split = _split_of_option(option) or split_of(name)
+    split = next((split for split in DEFAULT_NAMES if option.endswith(f" DATA.{split.upper()}_SPLIT")), split_of(name))
     option = option or f"--opts DATA.{(split or 'train').upper()}_SPLIT"
     try:
         entries = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
@@ -34,75 +34,105 @@ def suggest(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: 
         return f". {root} does not exist"
     except OSError as error:
         return f". {root} cannot be listed ({error.strerror}); check its permissions"
-    is_run = option.startswith("--opts")  # of main.py; scripts/pack_dataset.py reads only directories
-    if split and is_run and (other := _find_with_other_flag(root, split, layouts, zip_mode=zip_mode)):
-        return other
-    related = [entry for entry in inside if not os.path.isdir(root / entry)]
-    if split:
-        related += [entry for entry in entries if entry != name and split_of(entry) == split]
-    related += [entry for entry in get_close_matches(name, entries, cutoff=0.8) if split_of(entry) in (None, split)]
-    found = {entry: remedy for entry in related if (remedy := _remedy(root, entry, layouts, zip_mode=zip_mode, option=option))}
-    if found:
-        entry, remedy = next(iter(found.items()))
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        return f". Found {_show(root, entry)}{more}: {remedy}"
-    unreadable = f". Found {_show(root, related[0])}, but this format is not read" if related else ""
-    elsewhere = _find_elsewhere(root, entries, split, layouts, zip_mode=zip_mode) if is_run else ""
-    return unreadable or elsewhere or _list_entries(root, entries)
+    missing = _MissingSplit(root, name, split, option, zip_mode, layouts, entries)
+    # Without --opts, the message is one of scripts/pack_dataset.py, which reads only directories below its source.
+    is_run = option.startswith("--opts")
+    advice = (is_run and missing.find_with_other_flag()) or missing.find_renamed(inside)
+    # A directory of this name has no class directories, which the message already says.
+    advice = advice or (is_run and not inside and missing.find_elsewhere()) or ""
+    return advice or f"{'' if inside else missing.list_entries()}{missing.advise_holding_out() if is_run else ''}"
 
 
-def _split_of_option(option: str) -> str | None:
-    return next((split for split in DEFAULT_NAMES if option.endswith(f"DATA.{split.upper()}_SPLIT")), None)
+@dataclass(frozen=True)
+class _MissingSplit:
+    """How a split was looked for, and the names in ``root``. Methods return the end of an error message, or ""."""
 
+    root: Path
+    name: str
+    split: str | None
+    option: str
+    zip_mode: bool
+    layouts: Mapping[str, type[Layout]]
+    entries: list[str]
 
-def _remedy(root: Path, name: str, layouts: Layouts, *, zip_mode: bool, option: str) -> str:
-    """How to read a file or directory as the split; "" if no layout can read it."""
-    for layout in layouts.values() if option.startswith("--opts") else [layouts["folder"]]:
-        if hint := layout.hint(root, name, option):
-            if layout.needs_flag == zip_mode:
+    def find_with_other_flag(self) -> str:
+        """Advice on --zip if the split exists under a default name in a layout that is read only with or without it."""
+        for name in DEFAULT_NAMES.get(self.split or "", ()):
+            for layout in self.layouts.values():
+                if layout.needs_flag != self.zip_mode and (files := layout(self.root, name).files()):
+                    advice = f"add --zip, which needs {name}_map.txt too" if layout.needs_flag else "leave out --zip to read it"
+                    return f". Found {self._show(files[0].name)}: {advice}"
+        return ""
+
+    def find_renamed(self, inside: list[str]) -> str:
+        """The option that reads a file or directory whose name, or the name of whose directory, identifies the split.
+
+        Args:
+            inside: paths in the directory of the missing split, if there is one.
+        """
+        files = [path for path in inside if not os.path.isdir(self.root / path) and self._option_for(path)]
+        named = [entry for entry in self.entries if self.split and split_of(entry) == self.split]
+        similar = get_close_matches(self.name, self.entries, cutoff=MIN_SIMILARITY)
+        found = [*files, *named, *(entry for entry in similar if split_of(entry) is None)]
+        found = [path for path in found if not (path == self.name and os.path.isdir(self.root / path))]
+        found.sort(key=lambda path: not self._option_for(path))
+        if not found:
+            return ""
+        advice = f": {self._option_for(found[0])}" if self._option_for(found[0]) else ", but this format is not read"
+        return f". Found {self._show(found[0])}{f' (and {len(found) - 1} more)' if len(found) > 1 else ''}{advice}"
+
+    def _option_for(self, path: str) -> str:
+        """Options that read a file or directory as the split; "" if no layout can read it."""
+        for key, layout in self.layouts.items():
+            hint = layout.hint(self.root, path, self.option) if key == "folder" or self.option.startswith("--opts") else ""
+            if hint and layout.needs_flag == self.zip_mode:
                 return hint
-            return f"add --zip, and {hint}" if layout.needs_flag else f"leave out --zip, and {hint}"
-    return ""
+            if hint:
+                flag = "add --zip" if layout.needs_flag else "leave out --zip"
+                return flag if path == self.name else f"{flag}, and {hint}"
+        return ""
 
-
-def _find_with_other_flag(root: Path, split: str, layouts: Layouts, *, zip_mode: bool) -> str:
-    """Advice on --zip if the split exists under a default name in a layout that is read only with or without it; else ""."""
-    for name in DEFAULT_NAMES[split]:
-        for layout in layouts.values():
-            if layout.needs_flag != zip_mode and (files := layout(root, name).files()):
-                advice = f"add --zip, which needs {name}_map.txt too" if layout.needs_flag else "leave out --zip to read it"
-                return f". Found {_show(root, files[0].name)}: {advice}"
-    return ""
-
-
-def _find_elsewhere(root: Path, entries: list[str], split: str | None, layouts: Layouts, *, zip_mode: bool) -> str:
-    """Advice if the data path is one level too deep or too high, or if it has class directories; else ""."""
-    folders = [entry for entry in entries if os.path.isdir(root / entry)]
-    names = DEFAULT_NAMES[split or "train"]
-    parent = root.absolute().parent
-    for folder in [*([parent] if split_of(root.absolute().name) else []), *(root / entry for entry in folders[:MAX_PROBED])]:
-        flags = {layout.needs_flag for layout in layouts.values() for name in names if layout(folder, name).files()}
-        if flags:
-            flag = "" if zip_mode in flags else f", and {'leave out' if zip_mode else 'add'} --zip"
-            reason = f"{root} is itself a split" if folder == parent else f"{folder} has this split"
-            return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
-    if split == "val" and layouts["folder"](root, "train").files():
-        return f"{_list_entries(root, entries)}. To hold out a tenth of the training images, add --opts DATA.VAL_FRACTION 0.1"
-    if len(folders) > 1 and not any(map(split_of, entries)):
-        shown = ", ".join(f"{entry}/" for entry in folders[:MAX_SHOWN])
+    def find_elsewhere(self) -> str:
+        """Advice if the data path is one level too deep or too high, or if it has class directories."""
+        parent = self.root.absolute().parent
+        folders = [self.root / entry for entry in self.entries if os.path.isdir(self.root / entry)]
+        is_split = split_of(self.root.absolute().name) is not None
+        for folder in [*([parent] if is_split else []), *folders[:MAX_PROBED]]:
+            if flags := {layout.needs_flag for layout in self._layouts_in(folder)}:
+                flag = "" if self.zip_mode in flags else f", and {'leave out' if self.zip_mode else 'add'} --zip"
+                reason = f"{self.root} is itself a split" if folder == parent else f"{folder} has this split"
+                return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
+        if len(folders) < 2 or any(map(split_of, self.entries)):
+            return ""
+        shown = ", ".join(f"{folder.name}/" for folder in folders[:MAX_SHOWN])
         return (
-            f". If {shown}{' and the other directories' if len(folders) > MAX_SHOWN else ''} are class directories, add "
-            f"--opts DATA.VAL_FRACTION 0.1 to train on nine tenths of their images"
-            f"{', or --opts DATA.VAL_SPLIT . to evaluate all images' if split == 'val' else ''}"
+            f". If {shown}{' and the other directories' if len(folders) > MAX_SHOWN else ''} are class directories, add --opts "
+            f"DATA.VAL_FRACTION 0.1 to train on nine tenths of their images"
+            f"{', or --opts DATA.VAL_SPLIT . to evaluate all of them' if self.split == 'val' else ''}"
         )
-    return ""
 
+    def _layouts_in(self, folder: Path) -> Iterator[Layout]:
+        """The layouts in which another directory has the split."""
+        for name in DEFAULT_NAMES[self.split or "train"]:
+            yield from (split for layout in self.layouts.values() if (split := layout(folder, name)).files())
 
-def _list_entries(root: Path, entries: list[str]) -> str:
-    shown = ", ".join(_show(root, entry) for entry in entries[:MAX_SHOWN])
-    more = f" and {len(entries) - MAX_SHOWN} more" if len(entries) > MAX_SHOWN else ""
-    return f". {root} contains {shown or 'nothing else'}{more}"
+    def advise_holding_out(self) -> str:
+        """Advice on DATA.VAL_FRACTION if validation images are missing, but there is a training split."""
+        readable = [layout for layout in self.layouts.values() if layout.needs_flag == self.zip_mode]
+        if self.split != "val" or not any(layout(self.root, "train").files() for layout in readable):
+            return ""
+        # Beside a validation split that cannot be read, the training split must be given too.
+        names = [name for name in DEFAULT_NAMES["val"] if name != "test"]
+        is_ambiguous = any(layout(self.root, name).files() for layout in readable for name in names)
+        keys = f"{'DATA.TRAIN_SPLIT train ' if is_ambiguous else ''}DATA.VAL_FRACTION 0.1"
+        return f". To hold out a tenth of the training images for validation, add --opts {keys}"
 
+    def list_entries(self) -> str:
+        if not self.entries:
+            return f". {self.root} is empty"
+        shown = ", ".join(map(self._show, self.entries[:MAX_SHOWN]))
+        more = f" and {len(self.entries) - MAX_SHOWN} more" if len(self.entries) > MAX_SHOWN else ""
+        return f". {self.root} contains {shown}{more}"
 
-def _show(root: Path, name: str) -> str:
-    return f"{name}/" if os.path.isdir(root / name) else name
+    def _show(self, name: str) -> str:
+        return f"{name}/" if os.path.isdir(self.root / name) else name

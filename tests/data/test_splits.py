@@ -400,6 +400,18 @@ def test_the_remedy_for_class_directories_without_a_split_trains_and_evaluates(s
     assert len(build_index(create_cfg("DATA.VAL_SPLIT", "."), "val")) == 12
 
 
+@pytest.mark.parametrize("name", ["", "val", "validation", "test"])
+def test_the_remedy_for_missing_validation_images_can_hold_out_training_images(name, create_cfg, tmp_path):
+    write_folder(tmp_path / "train", per_class=10)
+    if name:  # a directory of images without class directories
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(image_bytes(1))
+    with pytest.raises(DataError) as error:
+        build_index(create_cfg(), "val")
+    remedy = str(error.value).partition("add --opts ")[2].split()
+    assert len(build_index(create_cfg(*remedy), "val")) == 3
+
+
 # --- Whole runs
 
 
