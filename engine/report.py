@@ -3,9 +3,10 @@
 import logging
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,9 +16,13 @@ from engine.significance import wilson_interval
 from utils.files import replacing, write_csv, write_json
 from utils.text import escape
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 logger = logging.getLogger(__name__)
 
 MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in ``draw_predictions``
+CAPTION_WIDTH = 28  # characters per line of a caption in ``draw_predictions``
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
 MAX_CLASSES_WITH_COUNTS = 20  # with more classes, the confusion matrix has no numbers in its cells
 
@@ -125,17 +130,48 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path:
         for row, column in np.argwhere(matrix):
             color = "white" if percentages[row, column] > 50 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    _save(figure, path, dpi=120)
 
 
-def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], path: Path) -> None:
-    """Draw a grid of images with captions."""
+class Caption(NamedTuple):
+    """Text above an image of ``draw_predictions``.
+
+    Attributes:
+        name: name of the image's file.
+        prediction: the predicted class, with its confidence.
+        truth: the name of the true class; None if it is unknown.
+        is_correct: whether the prediction is the true class.
+    """
+
+    name: str
+    prediction: str
+    truth: str | None = None
+    is_correct: bool = False
+
+    @property
+    def color(self) -> str:
+        """Black if the true class is unknown, else green or red."""
+        return "black" if self.truth is None else "green" if self.is_correct else "red"
+
+    def lines(self) -> list[str]:
+        """Lines to draw. A long file name loses its middle, and the true class follows a wrong prediction."""
+        name = self.name
+        if len(name) > CAPTION_WIDTH:
+            name = f"{name[: CAPTION_WIDTH // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{name[-(CAPTION_WIDTH // 2) :]}"
+        mark = "" if self.truth is None else "\N{CHECK MARK} " if self.is_correct else "\N{BALLOT X} "
+        lines = [name, *textwrap.wrap(f"{mark}{self.prediction}", CAPTION_WIDTH)]
+        if self.truth is not None and not self.is_correct:
+            lines += textwrap.wrap(f"directory: {self.truth}", CAPTION_WIDTH)
+        return [_plain(line) for line in lines]
+
+
+def draw_predictions(images: Sequence[Image.Image], captions: Sequence[Caption], path: Path) -> None:
+    """Draw a grid of images with captions, coloured by ``Caption.color``."""
     from matplotlib.figure import Figure
 
     columns = min(6, max(1, math.ceil(math.sqrt(len(images)))))
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(2.2 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(2.2 * columns, 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -143,14 +179,19 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[str], pat
         picture = image.copy()
         picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
         axis.imshow(picture)
-        axis.set_title(textwrap.fill(_plain(caption), 28), fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        axis.set_title("\n".join(caption.lines()), fontsize=8, color=caption.color)
+    _save(figure, path, dpi=110)
 
 
 def _plain(text: str) -> str:
     """Convert text so that matplotlib draws it literally: replace invalid Unicode and control characters, and escape $."""
     return escape(text.encode(errors="replace").decode()).replace("$", r"\$")  # $ starts a formula
+
+
+def _save(figure: "Figure", path: Path, *, dpi: int) -> None:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # drawn as a box: a name may have any character
+        figure.savefig(temporary, dpi=dpi)
 
 
 def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> dict:

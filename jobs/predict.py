@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def class_names(checkpoint: Checkpoint, num_classes: int) -> list[str]:
     return [str(index) for index in range(num_classes)]
 
 
+def true_class(image: Path, classes: Sequence[str]) -> int | None:
+    """The class id of an image whose directory has the name of a class, as in a dataset; None for any other image.
+
+    Args:
+        classes: class names of the checkpoint, by class id.
+    """
+    name = image.absolute().parent.name
+    return classes.index(name) if name in classes else None
+
+
 def predict(
     model: nn.Module,
     images: Sequence[Path],
@@ -103,20 +114,22 @@ def predict(
     loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
     normalize = Normalize(preprocessing.mean, preprocessing.std, device)
     predictions: list[Prediction] = []
-    for samples in progress(loader, len(loader), "predict"):
-        rows = iter(_predict_batch(model, normalize, [image for _, image, _ in samples if image is not None], top_k, device))
-        for position, image, error in samples:
-            if image is None:
-                logger.warning("%s: not a readable image (%s)", images[position], error)
-                predictions.append(Prediction(images[position], error=error))
-                continue
-            class_ids, confidences = next(rows)
-            if not math.isfinite(confidences[0]):
-                raise TrainingError(
-                    f"{images[position]}: the outputs of the model are not finite; use another checkpoint, and look for "
-                    "extreme weights or values of DATA.MEAN and DATA.STD"
-                )
-            predictions.append(Prediction(images[position], class_ids, confidences))
+    with closing(progress(loader, len(loader), "predict")) as batches:
+        for samples in batches:
+            readable = [image for _, image, _ in samples if image is not None]
+            rows = iter(_predict_batch(model, normalize, readable, top_k, device))
+            for position, image, error in samples:
+                if image is None:
+                    logger.warning("%s: not a readable image (%s)", images[position], error)
+                    predictions.append(Prediction(images[position], error=error))
+                    continue
+                class_ids, confidences = next(rows)
+                if not math.isfinite(confidences[0]):
+                    raise TrainingError(
+                        f"{images[position]}: the outputs of the model are not finite; use another checkpoint, and look for "
+                        "extreme weights or values of DATA.MEAN and DATA.STD"
+                    )
+                predictions.append(Prediction(images[position], class_ids, confidences))
     return predictions
 
 

@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data.build import build_preprocessing
-    from engine.report import draw_predictions
+    from engine.report import Caption, draw_predictions
     from engine.run_directory import check_writable
     from jobs.model import open_model
-    from jobs.predict import class_names, find_images, predict, read_thumbnail
+    from jobs.predict import class_names, find_images, predict, read_thumbnail, true_class
     from utils.log import setup_logging
 
     setup_logging(0)
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "top_k": args.top_k}
     predictions = predict(model, images, preprocessing, device=device, **options)
     readable = [prediction for prediction in predictions if prediction.error is None]
+    truths = {prediction.image: true_class(prediction.image, checkpoint.class_names) for prediction in readable}
 
     args.output.mkdir(parents=True, exist_ok=True)
     about = {
@@ -51,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     if readable:
         step = max(len(readable) / GRID, 1)  # show evenly spaced images, since images are often ordered by class
         shown = [readable[int(position * step)] for position in range(min(GRID, len(readable)))]
-        captions = [f"{names[p.class_ids[0]]}: {100 * p.confidences[0]:.1f}\N{NO-BREAK SPACE}%" for p in shown]
+        captions = []
+        for prediction in shown:
+            best, truth = prediction.class_ids[0], truths[prediction.image]
+            text = f"{names[best]}: {100 * prediction.confidences[0]:.1f}%"
+            captions.append(Caption(prediction.image.name, text, None if truth is None else names[truth], best == truth))
         draw_predictions([read_thumbnail(p.image) for p in shown], captions, args.output / "predictions.png")
     for prediction in readable[:10]:
         name = escape(names[prediction.class_ids[0]])
@@ -59,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if len(readable) > 10:
         print(f"... and {len(readable) - 10} more")
     unreadable = len(predictions) - len(readable)
+    if known := sum(truth is not None for truth in truths.values()):
+        correct = sum(prediction.class_ids[0] == truths[prediction.image] for prediction in readable)
+        print(f"{correct} of {known} predictions are the class after which the directory of the image is named")
     print(f"{len(readable)} of {len(predictions)} images classified, {unreadable} unreadable")
     print(f"{args.output}: predictions.csv, predictions.json{', predictions.png' if readable else ''}")
     return unreadable

@@ -3,15 +3,17 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from data.files import DataError
+from engine.report import Caption
 from jobs.averaging import average
 from jobs.locate_checkpoint import Checkpoint, Location, open_checkpoint
-from jobs.predict import class_names, find_images
+from jobs.predict import class_names, find_images, true_class
 from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from scripts import analyze_focus, average_checkpoints, benchmark, evaluate_all, export, predict, visualize_attention
@@ -86,16 +88,31 @@ def test_predictions_equal_an_independent_computation_and_unreadable_images_are_
             assert float(rows[name]["confidence_1"]) == pytest.approx(entry["predictions"][0]["confidence"], abs=1e-4)
     with Image.open(output / "predictions.png") as picture:
         assert min(picture.size) > 300
+    assert "the directory of the image is named" not in outcome.output  # they are named "class 0", not "class0"
 
 
-def test_predict_accepts_a_single_file_and_top_k(trained, images, tmp_path):
-    path = images / "class 1/$été1.png"
+def test_a_caption_has_the_file_name_and_shows_whether_the_prediction_is_correct():
+    assert true_class(Path("photos/dog/1.png"), ["cat", "dog"]) == 1
+    assert true_class(Path("photos/1.png"), ["cat", "dog"]) is None
+    correct, wrong = Caption("a$.png", "dog: 90%", "dog", is_correct=True), Caption("x" * 40 + ".png", "dog: 90%", "cat")
+    assert (correct.color, correct.lines()) == ("green", [r"a\$.png", "\N{CHECK MARK} dog: 90%"])
+    assert (wrong.color, wrong.lines()[1:]) == ("red", ["\N{BALLOT X} dog: 90%", "directory: cat"])
+    assert len(wrong.lines()[0]) <= 28
+    assert wrong.lines()[0].endswith("x.png")
+    assert Caption("a.png", "dog: 90%").color == "black"
+    assert Caption("a.png", "dog: 90%").lines() == ["a.png", "dog: 90%"]
+
+
+def test_predict_accepts_a_single_file_and_top_k(trained, toy_data, tmp_path):
+    path = toy_data / "val/class1/001.png"
     arguments = [path, "--resume", trained.parent, "--output", tmp_path / "out", "--top-k", 1, "--workers", 1]
     outcome = run_script(predict, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
     assert entry["image"] == str(path)
     assert len(entry["predictions"]) == 1
+    correct = int(entry["predictions"][0]["class"] == "class1")
+    assert f"{correct} of 1 predictions are the class after which the directory of the image is named" in outcome.output
 
 
 def test_directories_are_searched_by_suffix_and_explicit_files_may_have_any_suffix(images, tmp_path):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from utils.urls import without_secrets
 
 CONTINUATION = "  "  # start of every line of a log record after its first line; records start in the first column
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # control the terminal, or the order of characters
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~<>&$-])")
 
 
@@ -28,8 +29,14 @@ def escape(text: str) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """Value of a CSV cell. Text that a spreadsheet would execute as a formula gets a leading apostrophe; numbers do not."""
-    if not isinstance(value, str) or not value.startswith(_FORMULA_STARTS):
+    """Value of a CSV cell, in which control characters are replaced by their Python escapes.
+
+    Text that a spreadsheet would execute as a formula gets a leading apostrophe; numbers do not.
+    """
+    if not isinstance(value, str):
+        return value
+    value = _CONTROL.sub(lambda match: ascii(match.group())[1:-1], value)
+    if not value.startswith(_FORMULA_STARTS):
         return value
     try:
         float(value)

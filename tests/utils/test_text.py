@@ -62,7 +62,9 @@ def test_printable_text_is_unchanged_and_keeps_no_secret():
         ("+cmd|x", "'+cmd|x"),
         ("-x", "'-x"),
         ("@sum(a)", "'@sum(a)"),
-        ("\t=1", "'\t=1"),
+        ("\t=1", r"\t=1"),
+        ("a\nb\x1b[2J\x9b\u202e", r"a\nb\x1b[2J\x9b\u202e"),
+        ("caf\udce9 \xa0é日", "caf\udce9 \xa0é日"),  # a name that is not UTF-8 keeps its bytes
         ("-1.5", "-1.5"),
         ("+3", "+3"),
         ("cat", "cat"),
