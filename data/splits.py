@@ -136,7 +136,8 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
 
     The choice depends on nothing but the names of the files without directory and extension: the images of each class are
     ordered by a hash of the name, and the first ones are held out. Dots count as underscores, as in tar shards. The same
-    images are therefore held out for every seed, layout and order of the files.
+    images are therefore held out for every seed, layout and order of the files. Of images without an extension, such as
+    unnamed rows of parquet shards, the whole name counts.
 
     Args:
         fraction: fraction of the images of each class to hold out, rounded; at least one image, but not all.
@@ -149,8 +150,9 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
     """
     groups: list[list[tuple[bytes, int]]] = [[] for _ in index.classes]
     for position, label in enumerate(index.labels):
-        stem = index.name(position).rpartition("/")[2].rpartition(".")[0]  # pathlib would take 5 s for ImageNet
-        name = stem.replace(".", "_").encode(errors="surrogateescape")
+        path = index.name(position)
+        stem, dot, _ = path.rpartition("/")[2].rpartition(".")  # pathlib would take 5 s for ImageNet
+        name = (stem.replace(".", "_") if dot else path).encode(errors="surrogateescape")
         groups[label].append((hashlib.blake2b(name, digest_size=8).digest(), position))
     is_held_out = np.zeros(len(index), dtype=bool)
     for label, group in enumerate(groups):

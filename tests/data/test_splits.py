@@ -17,7 +17,8 @@ from PIL import Image
 import scripts.pack_dataset
 from data.build import build_datasets
 from data.files import DataError
-from data.splits import build_index, build_indices
+from data.index import create_index
+from data.splits import build_index, build_indices, hold_out
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, run_script
 from tests.runs import assert_equal, newest_update, read_state
@@ -358,6 +359,16 @@ def test_held_out_images_have_the_content_of_their_files(layout, create_cfg, tmp
     for dataset in (datasets.train, datasets.val):
         for position in range(len(dataset)):
             assert dataset.read(position) == contents[dataset.index.name(position).rpartition("/")[2]]
+
+
+def test_unnamed_images_are_held_out_from_all_shards_and_not_from_their_beginning():
+    names = [f"train-{shard}.parquet/{row:05d}" for shard in range(4) for row in range(100)]
+    held_out = hold_out(create_index(Path("data"), ["one"], names, [0] * 400), 0.5)["val"]
+    assert len(held_out) == 200
+    counts = np.histogram(held_out, bins=8, range=(0, 400))[0]
+    assert counts.min() > 10
+    assert counts.max() < 40
+    assert len(set(held_out % 100)) > 60  # not the same rows of each shard
 
 
 def test_a_class_of_one_image_cannot_be_divided(create_cfg, tmp_path):
