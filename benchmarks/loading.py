@@ -36,8 +36,8 @@ class Images(Dataset):
         return self.transform(self.read(self.paths[position]))
 
 
-def read_pixels(path: Path) -> object:
-    return decode_pixels(read_file(path))
+def read_pixels(path: Path, *, exif: bool) -> object:
+    return decode_pixels(read_file(path), exif=exif)
 
 
 def create_datasets(paths: Sequence[Path], cfg: CfgNode) -> dict[str, Images]:
@@ -55,7 +55,7 @@ def create_datasets(paths: Sequence[Path], cfg: CfgNode) -> dict[str, Images]:
     )
     return {
         "torchvision and timm": Images(paths, default_loader, timm_transform),
-        "this project": Images(paths, read_pixels, build_train_transform(cfg)),
+        "this project": Images(paths, partial(read_pixels, exif=cfg.DATA.EXIF), build_train_transform(cfg)),
     }
 
 
@@ -70,7 +70,7 @@ def measure_loading(paths: Sequence[Path], cfg: CfgNode, *, rounds: int, packed:
     tasks = {name: dataset.__getitem__ for name, dataset in create_datasets(paths, cfg).items()}
     if packed:
         tasks["this project, packed"] = create_packed_reader(packed, cfg, len(paths))
-    tasks["decoding alone"] = lambda position: read_pixels(paths[position])
+    tasks["decoding alone"] = lambda position: read_pixels(paths[position], exif=cfg.DATA.EXIF)
     loops = {name: partial(_run_on_all, task, len(paths)) for name, task in tasks.items()}
     seconds = time_in_turn(loops, rounds=rounds, device=torch.device("cpu"), clock=time.process_time)
     per_second = {name: len(paths) / statistics.median(values) for name, values in seconds.items()}
@@ -97,7 +97,8 @@ def create_packed_reader(packed: Path, cfg: CfgNode, num_images: int) -> Callabl
     index = build_index(cfg, "train")
     if len(index) < num_images:
         raise DataError(f"{packed} has {len(index)} training images, fewer than the {num_images} files given by --images")
-    dataset = ImageDataset(index, build_train_transform(cfg), decoder=decode_pixels, seed=cfg.SEED)
+    decoder = partial(decode_pixels, exif=cfg.DATA.EXIF)
+    dataset = ImageDataset(index, build_train_transform(cfg), decoder=decoder, seed=cfg.SEED)
     order = epoch_order(num_images, cfg.SEED, epoch=0).tolist()
     return lambda position: dataset[0, order[position]]
 

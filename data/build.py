@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from data.files import DataError
 from data.index import Index, read_beginning
 from data.loader import DeviceLoader, TrainLoader, collate
 from data.mixup import StepMixup
+from data.orientation import warn_if_turned
 from data.rand_augment import RandAugment
 from data.rows import CACHE_SIZE
 from data.samplers import EvalBatches, TrainBatches, suggest_batch_size
@@ -93,11 +95,14 @@ def build_datasets(
         run_once(lambda: warn_if_slow(indices["train"], cfg.DATA.DATA_PATH))
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
-        options["decoder"] = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
+        decode = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
+        options["decoder"] = partial(decode, exif=cfg.DATA.EXIF)
         train = ImageDataset(index, build_train_transform(cfg), **options)
     index = indices["val"]
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
-    val = ImageDataset(index, create_eval_transform(build_preprocessing(cfg)), in_memory=in_memory)
+    preprocessing = build_preprocessing(cfg)
+    decoder = partial(decode_image, exif=preprocessing.exif)
+    val = ImageDataset(index, create_eval_transform(preprocessing), decoder=decoder, in_memory=in_memory)
     if train is not None and not cfg.DATA.VAL_FRACTION:
         run_once(lambda: warn_if_shared(train.index, val.index))
     if train is not None:
@@ -110,6 +115,8 @@ def build_datasets(
         real_labels = read_real_labels(cfg.TEST.REAL_LABELS, [index.name(position) for position in range(len(index))])
         targets = index.labels if class_ids is None else np.array(class_ids)[index.labels]
         check_real_labels(real_labels, targets.tolist(), cfg.TEST.REAL_LABELS)
+    if not cfg.DATA.EXIF:
+        run_once(partial(_warn_if_turned, [val] if train is None else [train, val]))
     logger.info(
         "data: %s%d validation images, %d classes",
         f"{len(train)} training images, " if train else "",
@@ -134,6 +141,13 @@ def build_class_ids(cfg: CfgNode, classes: Sequence[str], model_classes: Sequenc
     if restriction:
         logger.warning("TEST.CLASS_MAP=%s: %s", cfg.TEST.CLASS_MAP, restriction)
     return class_ids, restriction
+
+
+def _warn_if_turned(datasets: Sequence[ImageDataset]) -> None:
+    for dataset in datasets:
+        index = dataset.index
+        read = ImageDataset(index, dataset.transform).read  # a copy, which keeps no files open
+        warn_if_turned(index.source, len(index), read_beginning=partial(read_beginning, index), read=read)
 
 
 def warn_if_shared(train: Index, val: Index) -> None:

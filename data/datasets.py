@@ -5,6 +5,7 @@ import stat
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class ImageDataset(Dataset):
     Args:
         transform: converts an image as returned by ``decoder`` to (3, H, W) uint8.
         decoder: decodes a file's bytes to an RGB image, given the bytes and the name of the file: ``decode_image`` or
-            ``decode_pixels``.
+            ``decode_pixels``, with their option ``exif``.
         seed: the run's seed; None for a deterministic transform.
         unreadable: policy for unreadable images: ``error``, ``skip``, or ``replace``, which uses another image, chosen by
             a hash of (seed, epoch, index).
@@ -186,9 +187,10 @@ class FileDataset(Dataset):
         transform: converts a PIL image to (3, H, W) uint8.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image | Tensor], Tensor]):
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Image.Image | Tensor], Tensor], *, exif: bool):
         self.paths = list(paths)
         self.transform = transform
+        self.decoder = partial(decode_image, exif=exif)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -196,7 +198,7 @@ class FileDataset(Dataset):
     def __getitem__(self, position: int) -> tuple[int, Tensor | None, str | None]:
         path = self.paths[position]
         try:
-            return position, apply(self.transform, load(lambda: read_file(path), decode_image, str(path)), str(path)), None
+            return position, apply(self.transform, load(lambda: read_file(path), self.decoder, str(path)), str(path)), None
         except DataError as error:
             return position, None, describe_error(error.__cause__ or error)
 

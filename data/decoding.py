@@ -1,13 +1,17 @@
-"""Image files to RGB pixels of 8 bits: which formats and sizes are accepted, and how samples of more bits are scaled."""
+"""Image files to RGB pixels of 8 bits: accepted formats and sizes, samples of more bits, and the EXIF orientation."""
 
+import functools
 import io
 import logging
+import re
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.files import AVIF_CONTENT, AVIF_REMEDY, HEIC_CONTENT, HEIC_REMEDY, reads_avif, reads_heic
 from utils.errors import one_line
 
 try:
@@ -17,21 +21,24 @@ except ImportError:  # deprecated: a later torchvision removes them. Pillow then
 
 logger = logging.getLogger(__name__)
 
-# Formats that Pillow may decode, detected from the content of a file. GIF is included, since some GIF files are named .jpg.
+# Formats that Pillow may decode, detected from the content of a file; see ``_formats`` for those that it may lack.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+JPEG_FORMATS = ("JPEG", "MPO")  # an MPO file is a JPEG file, followed by further ones
 MAX_PIXELS = 2**27  # maximum number of pixels of an image; decoding one of this size needs 400 MiB
 MAX_EXIF_SEGMENTS = 32  # in a JPEG file; cameras write one
 MAX_FILL_BYTES = 1024  # between the segments of a JPEG file
 MAX_COMMENTS = 1024  # in a PNM file of decimal numbers
 
 
-def decode_image(data: bytes, name: str = "") -> Image.Image:
-    """Decode a file's bytes to an RGB image.
+def decode_image(data: bytes, name: str = "", *, exif: bool = False) -> Image.Image:
+    """Decode a file's bytes to an RGB image; of several images, the first one.
 
     Samples of more than 8 bits are scaled by the depth that the file declares: their most significant 8 bits are used.
 
     Args:
         name: path of the image, for the warning about dark images, see ``_warn_if_dark``.
+        exif: apply the EXIF orientation, like ``PIL.ImageOps.exif_transpose``. That of TIFF and HEIC files is always
+            applied, by Pillow.
 
     Raises:
         ValueError: too many pixels, or pixels that are floating-point, signed or 32-bit numbers.
@@ -39,23 +46,31 @@ def decode_image(data: bytes, name: str = "") -> Image.Image:
     """
     with open_image(data) as file:
         _check_samples(file)
-        depth = _sample_depth(file, data)
-        if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
-            return _warn_if_dark(Image.fromarray(_most_significant_byte(file, data)).convert("RGB"), name)
-        if file.format == "PNG" and data[24] == 16 and depth < 16:  # Pillow reads only the upper 8 of 16 bits
-            if decode_png is None:
-                raise ValueError(f"its samples of {depth} bits are stored in 16 bits; convert it to 8 bits")
-            pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
-            colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]]
-            return _warn_if_dark(Image.fromarray((colours >> _shift(colours, depth)).astype(np.uint8)), name)
-        if "transparency" in file.info:  # Pillow warns if a palette with transparency is converted directly to RGB
-            image = file.convert("RGBA").convert("RGB")
-        elif file.mode != "RGB":
-            image = file.convert("RGB")
-        else:
-            file.load()
-            image = file  # ``convert`` would copy it
-        return _warn_if_dark(image, name) if depth > 8 else image
+        image = _to_rgb(file, data, name)
+        # Read after the pixels: in PNG files, EXIF data may follow them.
+        transposition = _TRANSPOSITIONS.get(read_orientation(file)) if exif else None
+        return image if transposition is None else image.transpose(transposition)
+
+
+def _to_rgb(file: Image.Image, data: bytes, name: str) -> Image.Image:
+    """Decode an opened file to RGB; its bytes are ``data``."""
+    depth = _sample_depth(file, data)
+    if file.mode == "I" or file.mode.startswith("I;16"):  # Pillow would clip values above 255
+        return _warn_if_dark(Image.fromarray(_most_significant_byte(file, data)).convert("RGB"), name)
+    if file.format == "PNG" and data[24] == 16 and depth < 16:  # Pillow reads only the upper 8 of 16 bits
+        if decode_png is None:
+            raise ValueError(f"its samples of {depth} bits are stored in 16 bits; convert it to 8 bits")
+        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+        colours = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]]
+        return _warn_if_dark(Image.fromarray((colours >> _shift(colours, depth)).astype(np.uint8)), name)
+    if "transparency" in file.info:  # Pillow warns if a palette with transparency is converted directly to RGB
+        image = file.convert("RGBA").convert("RGB")
+    elif file.mode != "RGB":
+        image = file.convert("RGB")
+    else:
+        file.load()
+        image = file  # ``convert`` would copy it
+    return _warn_if_dark(image, name) if depth > 8 else image
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -66,12 +81,80 @@ def open_image(data: bytes) -> Image.Image:
         Exception: any exception that Pillow raises for a damaged file, or for a file that is not an image.
     """
     _check_segments(data)
-    file = Image.open(io.BytesIO(data), formats=FORMATS)
+    if HEIC_CONTENT.match(data) and not reads_heic():
+        raise ValueError(f"a HEIC image, which Pillow cannot read; {HEIC_REMEDY}")
+    if AVIF_CONTENT.match(data) and not reads_avif():
+        raise ValueError(f"an AVIF image, which this version of Pillow cannot read; {AVIF_REMEDY}")
+    try:
+        file = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        if data.startswith((b"II*\0", b"MM\0*")):
+            raise ValueError("a kind of TIFF file that Pillow cannot read; convert it to 8 bits") from None
+        raise
     width, height = file.size
     if width * height > MAX_PIXELS:
         file.close()
         raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}; downscale it")
     return file
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Formats that this installation of Pillow decodes."""
+    if reads_heic():
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return FORMATS + ("AVIF",) * reads_avif() + ("HEIF",) * reads_heic()
+
+
+# Orientation -> how to turn the stored pixels upright.
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UPRIGHT = 1  # the orientation of an image that is displayed as it is stored
+_EXIF_PREFIX = re.compile(rb"\A(?:Exif\0\0)+")
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+
+
+def read_orientation(file: Image.Image) -> int:
+    """Orientation of an opened image, from its EXIF data or else its XMP data; ``UPRIGHT`` if it has none, or if it is damaged.
+
+    ``Image.getexif`` has the same result, but needs much time and memory for some damaged files, and warns or raises an error.
+    """
+    if file.format in ("TIFF", "HEIF"):  # Pillow has transposed the pixels
+        return UPRIGHT
+    exif, profile = file.info.get("exif"), file.info.get("Raw profile type exif")
+    try:
+        if exif is None and profile is not None:  # hexadecimal numbers after three lines, as ImageMagick writes them
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+        orientation = _exif_orientation(exif or b"")
+        if orientation is None:
+            xmp = file.info.get("XML:com.adobe.xmp") or file.info.get("xmp") or b""
+            match = _XMP_ORIENTATION.search(xmp.encode(errors="replace") if isinstance(xmp, str) else xmp)
+            orientation = int(match[1]) if match else UPRIGHT
+    except (AttributeError, TypeError, ValueError):
+        return UPRIGHT
+    return orientation if orientation in _TRANSPOSITIONS else UPRIGHT
+
+
+def _exif_orientation(exif: bytes) -> int | None:
+    """Value of the orientation tag in the first directory of EXIF data; None if it is missing."""
+    exif = _EXIF_PREFIX.sub(b"", exif)
+    order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
+    start = int.from_bytes(exif[4:8], order)
+    num_entries = int.from_bytes(exif[start : start + 2], order)
+    for position in range(start + 2, min(start + 2 + 12 * num_entries, len(exif) - 11), 12):
+        if int.from_bytes(exif[position : position + 2], order) == ExifTags.Base.Orientation:
+            length = {1: 1, 3: 2, 4: 4}.get(int.from_bytes(exif[position + 2 : position + 4], order), 0)  # byte, short, long
+            return int.from_bytes(exif[position + 8 : position + 8 + length], order)
+    return None
 
 
 def _check_segments(data: bytes) -> None:
@@ -189,26 +272,28 @@ def _warn_if_dark(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def decode_pixels(data: bytes, name: str = "") -> Tensor:
+def decode_pixels(data: bytes, name: str = "", *, exif: bool = False) -> Tensor:
     """Decode a file's bytes to a (3, H, W) uint8 tensor with channels last in memory.
 
-    torchvision decodes RGB JPEG files directly to tensors; ``decode_image`` decodes all other files.
+    torchvision decodes RGB JPEG files directly to tensors, unless they have to be turned; ``decode_image`` decodes all others.
 
     Args:
-        name: path of the image, for warnings.
+        name, exif: see ``decode_image``.
 
     Raises:
         Exception: any exception that ``decode_image`` raises.
     """
     with open_image(data) as file:
-        is_rgb_jpeg = file.format == "JPEG" and file.mode == "RGB"
-    if is_rgb_jpeg and decode_jpeg is not None:
+        is_plain_jpeg = file.format in JPEG_FORMATS and file.mode == "RGB"
+        if exif and read_orientation(file) != UPRIGHT:
+            is_plain_jpeg = False
+    if is_plain_jpeg and decode_jpeg is not None:
         try:
             # The result of decode_jpeg already has channels last in memory.
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:  # damaged: decode it with Pillow below, whose error message states the reason
             pass
-    return torch.from_numpy(np.array(decode_image(data, name))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode_image(data, name, exif=exif))).permute(2, 0, 1)
 
 
 def describe_error(error: BaseException) -> str:

@@ -5,12 +5,34 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Extensions of files that are read as images; see ``image_extensions`` for those that need a package.
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jpe", ".jfif", ".mpo", ".gif", ".pbm", ".pnm"),
+)
+AVIF_EXTENSIONS = (".avif",)
+HEIC_EXTENSIONS = (".heic", ".heif", ".hif")
+# Extensions of images that are not read, among them raw files of cameras, whose content may be that of a TIFF file.
 OTHER_IMAGE_EXTENSIONS = {
-    *(".gif", ".apng", ".jfif", ".jif", ".jpe", ".jp2", ".j2k", ".jxl", ".avif", ".heic", ".heif"),
-    *(".pbm", ".pnm", ".tga", ".exr", ".hdr", ".dcm", ".dng", ".cr2", ".nef", ".arw"),
+    *AVIF_EXTENSIONS,
+    *HEIC_EXTENSIONS,
+    *(".jp2", ".j2k", ".jxl", ".tga", ".exr", ".hdr", ".dcm", ".svg", ".psd", ".ico", ".raw", ".dng", ".cr2", ".cr3"),
+    *(".nef", ".nrw", ".arw", ".sr2", ".srw", ".orf", ".rw2", ".raf", ".pef", ".3fr", ".kdc", ".dcr", ".erf", ".mrw", ".mef"),
+}
+# Extensions of files whose content is not tested, since they accompany images and may be as many.
+NO_IMAGE_EXTENSIONS = {
+    *(".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".htm", ".log", ".db", ".cls"),
+    *(".npy", ".npz", ".mat", ".h5", ".pkl", ".pt", ".pth", ".parquet", ".arrow", ".zip", ".tar", ".gz", ".py", ".sh"),
+    *(".xmp", ".aae", ".mov", ".mp4", ".avi"),
+}
+# Extensions of copies, and of files that are not yet complete. They are not read, even if their content is that of an image.
+COPY_EXTENSIONS = {
+    *(".bak", ".backup", ".old", ".orig", ".tmp", ".temp", ".part", ".partial", ".crdownload", ".download", ".swp"),
 }
 # Files and directories that operating systems, file managers and network disks create, often with copies of images.
 SYSTEM_NAMES = {
@@ -20,19 +42,21 @@ SYSTEM_NAMES = {
 }
 MAX_FILE_SIZE = 2**28  # bytes; larger image files are rejected
 MAX_COMPRESSION_RATIO = 1000  # maximum ratio of decompressed to compressed size of an archive entry
-MAX_PROBES = 20  # files per unknown extension whose content is tested
-HEAD = 32  # bytes that ``is_image_content`` needs
-_SIGNATURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP|P[1-6]\s[\d\s#]"
-    rb"|.{4}ftyp(avif|avis|hei[cxfs]|mif1|msf1)|\0\0\0\x0cJXL |\xff\x0a|\0\0\0\x0cjP  ",
-    re.DOTALL,
-)
+HEAD = 32  # bytes of a file that identify the format of an image
+# The beginning of files of the formats that are read, and of others.
+_READ_CONTENT = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", re.DOTALL)
+AVIF_CONTENT = re.compile(rb".{4}ftyp(?:avif|avis|(?:mif1|msf1).{0,16}avif)", re.DOTALL)
+HEIC_CONTENT = re.compile(rb".{4}ftyp(?:hei[cxfms]|hev[cxms]|(?:mif1|msf1)(?!.{0,16}avif))", re.DOTALL)
+_OTHER_CONTENT = re.compile(rb"\0\0\0\x0cJXL |\xff\x0a|\0\0\0\x0cjP  |P[1-6]\s[\d\s#]", re.DOTALL)  # text may start with P1
+HEIC_REMEDY = "to read HEIC images, run pip install pillow-heif"
+AVIF_REMEDY = "to read AVIF images, run pip install --upgrade 'pillow>=11.3'"
 # Extension of an image format by the first bytes of a file.
 _EXTENSIONS = {
     **{b"\x89PNG": ".png", b"BM": ".bmp", b"II*\0": ".tiff", b"MM\0*": ".tiff", b"RIFF": ".webp"},
     **{b"P2": ".pgm", b"P5": ".pgm", b"P3": ".ppm", b"P6": ".ppm"},
 }
 
+IMAGES_LEFT_OUT = "left out, but images by extension or content"
 SYSTEM = "system"  # reason of ``LeftOut`` for files of the operating system
 
 Note = tuple[int, str]  # level of the log line, and its text
@@ -52,8 +76,55 @@ def is_system_path(path: str) -> bool:
     return any(map(is_system_name, path.split("/")))
 
 
+class FileKind(Enum):
+    """What a file in a data set is; only images are read."""
+
+    IMAGE = "an image in a format that is read"
+    OTHER_IMAGE = "an image in another format, or a copy of an image"
+    NO_IMAGE = "not an image"
+
+
+@cache
+def reads_avif() -> bool:
+    """Whether the installed version of Pillow decodes AVIF images."""
+    return find_spec("PIL._avif") is not None
+
+
+@cache
+def reads_heic() -> bool:
+    """Whether pillow-heif, which decodes HEIC images, is installed."""
+    return find_spec("pillow_heif") is not None
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """Extensions of the files that are read as images on this machine."""
+    return IMAGE_EXTENSIONS + AVIF_EXTENSIONS * reads_avif() + HEIC_EXTENSIONS * reads_heic()
+
+
 def has_image_extension(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+    return name.lower().endswith(image_extensions())
+
+
+def classify(name: str, read: Callable[[], bytes]) -> FileKind:
+    """Decide by the extension of a file whether it is an image; if the extension is unknown or missing, by its content.
+
+    Args:
+        read: returns the first ``HEAD`` bytes of the file.
+    """
+    if has_image_extension(name):
+        return FileKind.IMAGE
+    extension = PurePosixPath(name).suffix.lower()
+    if extension in OTHER_IMAGE_EXTENSIONS:
+        return FileKind.OTHER_IMAGE
+    if extension in NO_IMAGE_EXTENSIONS:
+        return FileKind.NO_IMAGE
+    head = read()
+    is_read = _READ_CONTENT.match(head)
+    if is_read and not name.endswith("~") and extension not in COPY_EXTENSIONS:
+        return FileKind.IMAGE
+    formats = (AVIF_CONTENT, HEIC_CONTENT, _OTHER_CONTENT)
+    return FileKind.OTHER_IMAGE if is_read or any(content.match(head) for content in formats) else FileKind.NO_IMAGE
 
 
 def check_member_name(archive: Path, name: str) -> None:
@@ -64,11 +135,6 @@ def check_member_name(archive: Path, name: str) -> None:
     """
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
         raise DataError(f"{archive}: {name!r} points outside the archive; pack it again without such names")
-
-
-def is_image_content(head: bytes) -> bool:
-    """Whether the first ``HEAD`` bytes of a file are those of an image format, supported or not."""
-    return _SIGNATURES.match(head) is not None
 
 
 def image_extension(content: bytes) -> str:
@@ -109,29 +175,25 @@ def check_unchanged(path: str | Path, status: os.stat_result, stamp: tuple[int, 
 class LeftOut:
     """Files and directories that a scan does not read, counted by extension or by reason, with an example of each.
 
-    Files that could be images lead to warnings: they have the extension of an image format that is not read, or an unknown
-    extension and the content of an image. Everything else leads to an informational line.
+    Files that could be images lead to warnings, everything else to an informational line.
     """
 
     def __init__(self) -> None:
-        self._extensions: Counter[str] = Counter()  # files that are not read because of their extension ("" for none)
-        self._image_extensions: set[str] = set()  # extensions of files that could be images
+        self._images: Counter[str] = Counter()  # images, by extension ("" for none)
+        self._num_others = 0  # files that are no images
         self._reasons: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}  # by extension or reason
+        self._examples: dict[str, str] = {}  # by reason, and by extension of images
+        self._other_example = ""
 
-    def add(self, name: str, read: Callable[[], bytes]) -> None:
-        """Count a file that is not read because of its extension.
-
-        Args:
-            read: returns the first ``HEAD`` bytes of the file.
-        """
+    def add(self, name: str, kind: FileKind) -> None:
+        """Count a file that is not read because of its format."""
         extension = PurePosixPath(name).suffix.lower()
-        self._extensions[extension] += 1
-        self._examples.setdefault(extension, name)
-        if extension in OTHER_IMAGE_EXTENSIONS or (
-            extension not in self._image_extensions and self._extensions[extension] <= MAX_PROBES and is_image_content(read())
-        ):
-            self._image_extensions.add(extension)
+        if kind is FileKind.NO_IMAGE:
+            self._num_others += 1
+            self._other_example = self._other_example or name
+        else:
+            self._images[extension] += 1
+            self._examples.setdefault(extension, name)
 
     def add_reason(self, reason: str, name: str) -> None:
         """Count an entry that is not read for another reason.
@@ -143,29 +205,35 @@ class LeftOut:
         self._examples.setdefault(reason, name)
 
     def extensions(self) -> str:
-        """Number of files that could be images, by extension, as in "12 .gif, 3 without extension"; "" if there are none."""
-        images = [(name, count) for name, count in self._extensions.most_common() if name in self._image_extensions]
-        return ", ".join(f"{count} {extension or 'without extension'}" for extension, count in images)
+        """Number of files that could be images, by extension, as in "12 .jxl, 3 without extension"; "" if there are none."""
+        return ", ".join(f"{count} {extension or 'without extension'}" for extension, count in self._images.most_common())
+
+    def remedy(self) -> str:
+        """What to do with the files that could be images."""
+        remedies = []
+        if not self._images.keys().isdisjoint(HEIC_EXTENSIONS):
+            remedies.append(HEIC_REMEDY)
+        if not self._images.keys().isdisjoint(AVIF_EXTENSIONS):
+            remedies.append(AVIF_REMEDY)
+        if self._images.keys() - {*HEIC_EXTENSIONS, *AVIF_EXTENSIONS}:
+            extensions = ", ".join(image_extensions())
+            remedies.append(f"convert them, or rename them if their format is supported (extensions: {extensions})")
+        return "; ".join(remedies)
 
     def notes(self, source: str | Path) -> list[Note]:
         """Log lines that account for everything that was left out."""
         notes: list[Note] = []
-        by_count = [extension for extension, _ in self._extensions.most_common()]
-        if images := [extension for extension in by_count if extension in self._image_extensions]:
-            text = (
-                f"{source}: left out, but images by extension or content: {self.extensions()}, such as "
-                f"{self._examples[images[0]]}; convert them, or rename them if their format is supported (extensions: "
-                f"{', '.join(IMAGE_EXTENSIONS)})"
-            )
-            notes.append((logging.WARNING, text))
+        if self._images:
+            example = self._examples[self._images.most_common(1)[0][0]]
+            text = f"{IMAGES_LEFT_OUT}: {self.extensions()}, such as {example}; {self.remedy()}"
+            notes.append((logging.WARNING, f"{source}: {text}"))
         for reason, count in self._reasons.items():
             example = self._examples[reason]
             if reason == SYSTEM:
                 notes.append((logging.INFO, f"{source}: ignored files of the operating system: {count}, such as {example}"))
             else:
                 notes.append((logging.WARNING, f"{source}: left out, since they {reason}: {count}, such as {example}"))
-        if other := [extension for extension in by_count if extension not in self._image_extensions]:
-            count = sum(self._extensions[extension] for extension in other)
-            example = self._examples[other[0]]
-            notes.append((logging.INFO, f"{source}: ignored files that are not images: {count}, such as {example}"))
+        if self._num_others:
+            text = f"ignored files that are not images: {self._num_others}, such as {self._other_example}"
+            notes.append((logging.INFO, f"{source}: {text}"))
         return notes

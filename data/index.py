@@ -14,14 +14,15 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.files import Note, read_head
+from data.files import IMAGES_LEFT_OUT, Note, image_extensions, read_head
 from utils.files import replacing
 
 logger = logging.getLogger(__name__)
 
 MIN_CACHED_IMAGES = 10_000  # smaller splits are not cached, since scanning them is faster than reading a cache
 CACHE_FORMAT = 3  # version of the file format of cached indices
-DESCRIPTION_FORMAT = 2  # version of the results of ``describe_index``; without a number: version 1
+# Version of the results of ``describe_index``; without a number: version 1. Up to version 2, fewer kinds of files were images.
+DESCRIPTION_FORMAT = 3
 NUM_SAMPLES = 256  # images whose content is part of ``describe_index``, in addition to those of each class and archive
 MAX_SAMPLED_GROUPS = 1024  # maximum number of classes, and of archives, from which one image each is sampled
 SAMPLED_BYTES = 2**16  # bytes that are read from each sampled image
@@ -225,7 +226,9 @@ def compare_descriptions(stored: dict, current: dict) -> str:
     for name, (count, *digests) in after.items():
         stored_count, *stored_digests = before[name]
         if count != stored_count:
-            return f"class {name} had {stored_count} images, now it has {count}"
+            more = count > stored_count and stored.get("format") != DESCRIPTION_FORMAT
+            reason = "; files with more extensions are images since then, see docs/data.md" if more else ""
+            return f"class {name} had {stored_count} images, now it has {count}{reason}"
         for difference, digest, stored_digest in zip(differences, digests, stored_digests, strict=False):
             if digest != stored_digest:
                 return f"class {name} has the same number of images, but {difference}"
@@ -309,6 +312,7 @@ def _write_cache(path: Path, index: Index, stamps: dict[str, list[int]], notes: 
     path.parent.mkdir(parents=True, exist_ok=True)
     archives = [str(Path(archive).absolute()) for archive in index.archives]
     content = {"format": CACHE_FORMAT, "classes": index.classes, "archives": archives, "stamps": stamps, "notes": notes}
+    content["extensions"] = list(image_extensions())
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     with replacing(path) as temporary, open(temporary, "wb") as file:  # other processes may write the same file
         np.savez(file, header=np.array(json.dumps(content)), **arrays)
@@ -323,6 +327,10 @@ def _read_cache(path: Path, split: Source) -> tuple[Index, list[Note]]:
         header = json.loads(str(cached["header"]))
         if not isinstance(header, dict) or header.get("format") != CACHE_FORMAT:
             raise ValueError("its format version differs")
+        # Earlier versions stored no extensions, but a warning if they left out files that are images now.
+        left_out = any(IMAGES_LEFT_OUT in text for _, text in header["notes"])
+        if header.get("extensions", [] if left_out else list(image_extensions())) != list(image_extensions()):
+            raise ValueError("other files are images now")
         if not {str(path.absolute()) for path in split.archives or [split.path]} <= header["stamps"].keys():
             raise ValueError("it does not list the data that it was made from")
         if _stamps(map(Path, header["stamps"])) != header["stamps"]:

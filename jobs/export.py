@@ -294,6 +294,8 @@ def model_card(
     installed = "After `pip install` of the FLatten repository (or, in its root, with `import models`):"
     parts += ["## Use", installed if in_timm else "In the root of the FLatten repository:"]
     parts += [f"```python\n{USE_WITH_TIMM if in_timm else USE_CONFIG}\n```"]
+    if preprocessing.exif:
+        parts += ["The model was trained on images that are turned upright: `image = PIL.ImageOps.exif_transpose(image)`."]
     fence = code_fence(recipe)
     parts += ["## Recipe", f"{fence}yaml\n{recipe}\n{fence}"]
     return "\n\n".join(parts) + "\n"

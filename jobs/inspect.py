@@ -27,7 +27,7 @@ class InspectedImages:
     def __init__(self, paths: Sequence[Path], cfg: CfgNode):
         preprocessing = build_preprocessing(cfg)
         self.paths = paths
-        self._files = FileDataset(paths, create_eval_transform(preprocessing))
+        self._files = FileDataset(paths, create_eval_transform(preprocessing), exif=preprocessing.exif)
         self._normalize = Normalize(preprocessing.mean, preprocessing.std, torch.device("cpu"))
 
     def __len__(self) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from data.datasets import FileDataset, read_file
 from data.decoding import decode_image
-from data.files import IMAGE_EXTENSIONS, DataError
-from data.index import log_notes
+from data.files import DataError, image_extensions, read_head
+from data.index import SAMPLED_BYTES, log_notes
+from data.orientation import warn_if_turned
 from data.sources.folder import list_images
 from data.transforms import Normalize, create_eval_transform
 from data.workers import create_loader
@@ -51,7 +52,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             listing = list_images(path)
             log_notes(listing.notes())
             if not listing.names:
-                raise DataError(f"{path} has no images; the known extensions are {', '.join(IMAGE_EXTENSIONS)}")
+                raise DataError(f"{path} has no images; the known extensions are {', '.join(image_extensions())}")
             images += [path / name for name in listing.names]
         elif path.is_file():
             images.append(path)  # an explicit path may have any extension
@@ -110,7 +111,14 @@ def predict(
     Raises:
         TrainingError: the model's outputs for an image are not finite.
     """
-    dataset = FileDataset(images, create_eval_transform(preprocessing))
+    dataset = FileDataset(images, create_eval_transform(preprocessing), exif=preprocessing.exif)
+    if not preprocessing.exif:
+        warn_if_turned(
+            "the images",
+            len(images),
+            read_beginning=lambda position: read_head(images[position], SAMPLED_BYTES),
+            read=lambda position: read_file(images[position]),
+        )
     loader = create_loader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=list)
     normalize = Normalize(preprocessing.mean, preprocessing.std, device)
     predictions: list[Prediction] = []
@@ -133,9 +141,9 @@ def predict(
     return predictions
 
 
-def read_thumbnail(path: Path) -> Image.Image:
-    """Read an image, reduced to at most 512 pixels per side: many of them fit into memory."""
-    picture = decode_image(read_file(path))
+def read_thumbnail(path: Path, *, exif: bool) -> Image.Image:
+    """Read an image, reduced to at most 512 pixels per side: many of them fit into memory. exif: see ``decode_image``."""
+    picture = decode_image(read_file(path), exif=exif)
     picture.thumbnail((512, 512))
     return picture
 

@@ -40,7 +40,7 @@ ARCHITECTURE_KEY_PREFIXES = (
 GROUP_KEYS = ("TRAIN.LAYER_DECAY", "TRAIN.HEAD_LR_SCALE", "TRAIN.FREEZE_BACKBONE")
 # Keys on which the accuracy of given weights depends.
 EVALUATION_KEYS = (
-    *("DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD"),
+    *("DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.EXIF"),
     *("TEST.CLASS_MAP", "TEST.CROP", "TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.INTERPOLATION", "TEST.PRECISION"),
 )
 MAX_LR_RATIO = 2.0  # a warning is logged if the learning rate grows by more than this factor on resume

@@ -23,6 +23,7 @@ class Preprocessing:
         crop_pct: ratio of the centre crop's side to the resized image's side.
         interpolation: bicubic, bilinear or random (random is replaced by bilinear).
         mean, std: per channel, for pixel values in [0, 1].
+        exif: apply the EXIF orientation of the file.
     """
 
     img_size: tuple[int, int]
@@ -31,6 +32,7 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    exif: bool = False
 
     @property
     def effective_crop_pct(self) -> float:
@@ -66,16 +68,18 @@ class Preprocessing:
             "interpolation": deterministic(self.interpolation),
             "mean": list(self.mean),
             "std": list(self.std),
+            "exif": self.exif,
         }
 
     def __str__(self) -> str:
+        upright = "turned upright by the EXIF orientation, " if self.exif else ""
         size, resized = ("{} x {}".format(*pair) for pair in (self.img_size, self.resized_to))
         mode = deterministic(self.interpolation)
         if self.crop_mode == "short":
-            return f"resized to at least {resized} pixels with the aspect ratio kept ({mode}), centre crop of {size}"
+            return f"{upright}resized to at least {resized} pixels with the aspect ratio kept ({mode}), centre crop of {size}"
         if size == resized:
-            return f"resized to {size} pixels ({mode}), no crop"
-        return f"resized to {resized} pixels, ignoring the aspect ratio ({mode}), centre crop of {size}"
+            return f"{upright}resized to {size} pixels ({mode}), no crop"
+        return f"{upright}resized to {resized} pixels, ignoring the aspect ratio ({mode}), centre crop of {size}"
 
 
 def _compact_size(size: tuple[int, int]) -> int | list[int]:

@@ -97,6 +97,7 @@ def build_preprocessing(cfg: "CfgNode") -> Preprocessing:
         interpolation=cfg.TEST.INTERPOLATION or cfg.DATA.INTERPOLATION,
         mean=tuple(cfg.DATA.MEAN),
         std=tuple(cfg.DATA.STD),
+        exif=cfg.DATA.EXIF,
     )
 
 

@@ -18,12 +18,13 @@ from contextlib import ExitStack
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.datasets import ImageDataset, unreadable_error
-from data.decoding import open_image
+from data.decoding import JPEG_FORMATS, UPRIGHT, open_image, read_orientation
 from data.files import DataError
 from data.index import Index
 from data.sources import LAYOUTS, index_split, list_layouts, read_split
@@ -56,7 +57,7 @@ def pack(
         split: name, path or pattern of the split, see ``Layout``; the archives get its ``packed_name``.
         archive: zip or tar.
         short_side: maximum length of the shorter side in pixels; larger images are downscaled; 0: no downscaling.
-        quality: JPEG quality of downscaled JPEG files; downscaled files of other formats are written as PNG.
+        quality: JPEG quality of downscaled JPEG and HEIC files; downscaled files of other formats are written as PNG.
         shard_size: images per tar file.
         workers: number of processes for downscaling; 0: downscale in the calling process.
 
@@ -164,10 +165,16 @@ def _read(dataset: ImageDataset, short_side: int, quality: int, position: int) -
     scale = short_side / min(image.size)
     try:
         image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
+        options: dict[str, Any] = {}
         with open_image(data) as original:
-            image_format = original.format
-        image.save(buffer, "JPEG", quality=quality) if image_format == "JPEG" else image.save(buffer, "PNG")
+            if original.format == "PNG":
+                original.load()  # EXIF data may follow the pixels
+            options["format"] = "JPEG" if original.format in (*JPEG_FORMATS, "HEIF") else "PNG"
+            if (orientation := read_orientation(original)) != UPRIGHT:
+                options["exif"] = Image.Exif()
+                options["exif"][ExifTags.Base.Orientation] = orientation  # the pixels are not turned, so that DATA.EXIF decides
+        buffer = io.BytesIO()
+        image.save(buffer, **options, quality=quality)  # the format PNG ignores the quality
     except Exception as error:  # Pillow raises many exception types, for example if memory is insufficient
         raise unreadable_error(dataset.index.path(position), error) from error
     return buffer.getvalue()

@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
             best, truth = prediction.class_ids[0], truths[prediction.image]
             text = f"{names[best]}: {100 * prediction.confidences[0]:.1f}%"
             captions.append(Caption(prediction.image.name, text, None if truth is None else names[truth], best == truth))
-        draw_predictions([read_thumbnail(p.image) for p in shown], captions, args.output / "predictions.png")
+        pictures = [read_thumbnail(prediction.image, exif=preprocessing.exif) for prediction in shown]
+        draw_predictions(pictures, captions, args.output / "predictions.png")
     for prediction in readable[:10]:
         name = escape(names[prediction.class_ids[0]])
         print(f"{escape(str(prediction.image))}: {name} ({100 * prediction.confidences[0]:.1f} %)")

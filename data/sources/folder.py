@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import IMAGE_EXTENSIONS, SYSTEM, DataError, LeftOut, Note, has_image_extension, is_system_name, read_head
+from data.files import SYSTEM, DataError, FileKind, LeftOut, Note, classify, image_extensions, is_system_name, read_head
 from data.index import UNKNOWN_SIZE, Index, Scan, create_index
 from data.sources.class_list import check_distinct_names
 from data.sources.layout import Layout, MissingSplitError
@@ -112,7 +112,7 @@ class Listing:
         if len(self.names) == num_images:
             others = self._left_out.extensions()
             raise DataError(
-                f"{self.root / name} has no images ({', '.join(IMAGE_EXTENSIONS)}); add some, or remove the directory"
+                f"{self.root / name} has no images ({', '.join(image_extensions())}); add some, or remove the directory"
                 f"{f'. Left out so far: {others}' if others != left_out else ''}"
             )
         if twins := [path for path in nested if path.rpartition("/")[2] in classes]:
@@ -176,8 +176,9 @@ class Listing:
                 self._left_out.add_reason(SYSTEM, path)
                 continue
             is_folder = _is_directory(entry)
-            if not is_folder and not has_image_extension(entry.name):
-                self._left_out.add(path, partial(read_head, entry.path))
+            kind = FileKind.IMAGE if is_folder else classify(entry.name, partial(read_head, entry.path))
+            if kind is not FileKind.IMAGE:
+                self._left_out.add(path, kind)
             elif entry.name.startswith("."):
                 self._left_out.add_reason("are hidden", path)
             else:

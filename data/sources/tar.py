@@ -17,14 +17,16 @@ import numpy as np
 
 from data.files import (
     HEAD,
-    IMAGE_EXTENSIONS,
     MAX_FILE_SIZE,
     SYSTEM,
     DataError,
+    FileKind,
     LeftOut,
     check_member_name,
+    classify,
     has_image_extension,
     image_extension,
+    image_extensions,
     is_system_path,
 )
 from data.index import Index, Scan, create_index, read_beginning
@@ -109,6 +111,7 @@ class _Members:
         self.shard = shard
         self.left_out = left_out
         self.images: dict[str, tuple[str, int, int]] = {}
+        self.by_content: list[tuple[str, tuple[str, int, int]]] = []  # images without a known extension, with their keys
         self.labels: dict[str, int] = {}
 
     def read(self) -> Iterator[tuple[str, int, int, int]]:
@@ -154,34 +157,50 @@ class _Members:
         folder, _, base = posixpath.normpath(entry.name).rpartition("/")  # "./a.jpg" and "a.jpg" are the same name
         stem, _, extension = base.partition(".")
         key = f"{folder}/{stem}"
+        image = entry.name, entry.offset_data, entry.size
         if has_image_extension(f".{extension}"):
-            if entry.size > MAX_FILE_SIZE:
-                raise DataError(f"{self.shard}: {entry.name} has {entry.size} bytes, too many for an image; remove it")
-            if key in self.images:
-                raise DataError(
-                    f"{self.shard}: {entry.name} has the same key as {self.images[key][0]}; the name up to the first dot must "
-                    "be unique per image"
-                )
-            self.images[key] = entry.name, entry.offset_data, entry.size
+            self._add_image(key, image)
         elif extension == "cls":
             text = _read_start(archive, entry, MAX_LABEL_SIZE).strip()
             if entry.size > MAX_LABEL_SIZE or not text.isdigit():  # bytes.isdigit accepts only 0 to 9
                 raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
             if self.labels.setdefault(key, int(text)) != int(text):
                 raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")
+        elif (kind := classify(base, lambda: _read_start(archive, entry, HEAD))) is FileKind.IMAGE:
+            self.by_content.append((key, image))
         else:
-            self.left_out.add(f"{self.shard.name}/{entry.name}", lambda: _read_start(archive, entry, HEAD))
+            self.left_out.add(f"{self.shard.name}/{entry.name}", kind)
+
+    def _add_image(self, key: str, image: tuple[str, int, int]) -> None:
+        """Add an image, whose key must be unique."""
+        name, _, size = image
+        if size > MAX_FILE_SIZE:
+            raise DataError(f"{self.shard}: {name} has {size} bytes, too many for an image; remove it")
+        if (other := self.images.setdefault(key, image)) is not image:
+            raise DataError(
+                f"{self.shard}: {name} has the same key as {other[0]}; the name up to the first dot must be unique per image"
+            )
+
+    def _add_images_by_content(self) -> None:
+        """Add the images without a known extension; leave out those beside another image, such as depth maps."""
+        others = frozenset(self.images)
+        for key, image in self.by_content:
+            if key in self.labels and key not in others:
+                self._add_image(key, image)
+            else:
+                self.left_out.add(f"{self.shard.name}/{image[0]}", FileKind.OTHER_IMAGE)
 
     def _match(self) -> Iterator[tuple[str, int, int, int]]:
         """Yield name, class id, offset and size of every image, all of which must have a class id, and vice versa."""
-        shard, extensions = self.shard, ", ".join(IMAGE_EXTENSIONS)
+        self._add_images_by_content()
+        shard, extensions = self.shard, ", ".join(image_extensions())
         if unmatched_key := next((key for key in self.labels if key not in self.images), None):
             raise DataError(
                 f"{shard}: {unmatched_key.lstrip('/')}.cls has no image ({extensions}); pack the shard again with this image"
             )
         if not self.images:
             raise DataError(f"{shard} has no images ({extensions}); remove it, or check --data-path")
-        for key, (name, offset, size) in self.images.items():
+        for key, (name, offset, size) in sorted(self.images.items(), key=lambda item: item[1][1]):
             if key not in self.labels:
                 raise DataError(f"{shard}: {name} has no class id; add {key.lstrip('/')}.cls")
             yield name, self.labels[key], offset, size

@@ -17,9 +17,10 @@ from data.files import (
     MAX_FILE_SIZE,
     SYSTEM,
     DataError,
+    FileKind,
     LeftOut,
     check_member_name,
-    has_image_extension,
+    classify,
     is_system_path,
 )
 from data.index import Index, Scan, create_index
@@ -133,10 +134,10 @@ class ZipArchive(Layout):
                 continue
             if is_system_path(entry.filename):
                 left_out.add_reason(SYSTEM, entry.filename)
-            elif has_image_extension(entry.filename):
+            elif (kind := classify(entry.filename, partial(_read_head, zip_file, entry))) is FileKind.IMAGE:
                 left_out.add_reason(f"are not listed in {self.map.name}", entry.filename)
             else:
-                left_out.add(entry.filename, partial(_read_head, zip_file, entry))
+                left_out.add(entry.filename, kind)
         return left_out
 
     def write(self, index: Index, images: Iterable[bytes], shard_size: int) -> None:

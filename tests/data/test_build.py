@@ -152,7 +152,7 @@ def test_a_warning_about_the_data_is_logged_by_one_process(training, model_class
     assert warning in caplog.text
     caplog.clear()
     # Another process receives the indices and class ids instead of scanning the data and comparing the classes.
-    received = iter([{split: index_folder(white_images / split) for split in ("train", "val")}, (None, "")])
+    received = iter([{split: index_folder(white_images / split) for split in ("train", "val")}, (None, ""), None, None])
     options = {"rank": 1, "world_size": 2, "run_once": lambda task: next(received)}
     build_datasets(cfg, training=training, model_classes=model_classes, **options)
     assert warning not in caplog.text

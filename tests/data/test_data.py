@@ -198,6 +198,7 @@ def test_preprocessing_description_contains_all_settings():
         "interpolation": "bilinear",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
+        "exif": False,
     }
     assert "182 x 365" in str(preprocessing((160, 320)))
     assert str(preprocessing(64, crop_mode="none")) == "resized to 64 x 64 pixels (bicubic), no crop"

@@ -330,7 +330,7 @@ def test_a_programming_error_of_a_transform_is_not_counted_as_an_unreadable_imag
 
 
 def test_prediction_lists_an_image_whose_error_has_no_message(trained, one_white_image, tmp_path, monkeypatch):
-    files = FileDataset([one_white_image / "val/class1/001.png"], FailOnWhite())
+    files = FileDataset([one_white_image / "val/class1/001.png"], FailOnWhite(), exif=False)
     assert files[0] == (0, None, "MemoryError")
     monkeypatch.setattr(jobs.predict, "create_eval_transform", lambda _: fail_or_resize)
     arguments = [one_white_image / "val/class1", "--resume", trained, "--output", tmp_path / "out", "--workers", 1]

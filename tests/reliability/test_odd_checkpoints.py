@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 FROM_A_FILE = {
     *("MODEL.TYPE", "MODEL.NAME", "MODEL.NUM_CLASSES", "MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE"),
     *(name for name in KEYS if name.startswith(("MODEL.SWIN.", "MODEL.DEIT.", "MODEL.LA."))),
-    *("DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.VAL_FRACTION"),
+    *("DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "DATA.EXIF", "DATA.VAL_FRACTION"),
     *("TEST.CROP", "TEST.CROP_MODE", "TEST.CROP_PCT", "TEST.INTERPOLATION", "AMP", "AMP_DTYPE", "TF32"),
 }
 OF_A_RECIPE = {

@@ -231,12 +231,12 @@ def folder_empty_class(draw: Draw) -> None:
     write_folder(draw)
     (draw.root / "val/empty/nested").mkdir(parents=True)
     if draw.rng.random() < 0.5:
-        (draw.root / "val/empty/a.gif").write_bytes(b"GIF89a")
+        (draw.root / "val/empty/a.jxl").write_bytes(b"\xff\x0a")
     draw.refused = "val/empty has no images"
 
 
 def folder_other_formats(draw: Draw) -> None:
-    extension = draw.rng.choice([".gif", ".jfif", ".avif", ".heic", ".HEIC", ".jpe"])
+    extension = draw.rng.choice([".jxl", ".jp2", ".NEF", ".cr2", ".exr", ".psd"])
     write_folder(draw)
     for number in range(count := draw.rng.randrange(1, 30)):
         (draw.folder(number % 2) / f"{number}{extension}").write_bytes(b"x")
@@ -244,12 +244,16 @@ def folder_other_formats(draw: Draw) -> None:
 
 
 def folder_images_by_content(draw: Draw) -> None:
-    extension = draw.rng.choice(["", ".dat", ".download", ".crdownload"])
+    extension = draw.rng.choice(["", ".dat", ".download", ".bak"])
     write_folder(draw)
     contents = [encode(np.zeros((2, 2, 3), np.uint8), kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")]
     for number, content in enumerate(contents):
         (draw.folder(0) / f"{number}{extension}").write_bytes(content)
-    draw.warned = [f"7 {extension or 'without extension'}"]
+    if extension in (".download", ".bak"):  # incomplete files and copies
+        draw.warned = [f"7 {extension}"]
+    else:
+        draw.expected[0, draw.classes[0]] += 6
+        draw.warned = [f"1 {extension or 'without extension'}, such as {draw.classes[0]}/6"]  # a text may start like a PPM file
 
 
 def folder_other_files(draw: Draw) -> None:
@@ -365,9 +369,9 @@ def zip_unlisted(draw: Draw) -> None:
     def change(archive, lines):
         for number in range(count := draw.rng.randrange(1, 4)):
             archive.writestr(f"extra{number}.JPG", b"x")
-        archive.writestr("y.avif", b"x")
+        archive.writestr("y.jxl", b"x")
         archive.writestr("README", b"x")
-        draw.warned = [f"are not listed in val_map.txt: {count}, such as extra0.JPG", "1 .avif"]
+        draw.warned = [f"are not listed in val_map.txt: {count}, such as extra0.JPG", "1 .jxl"]
 
     write_zip(draw, change)
 
@@ -481,12 +485,12 @@ def tar_long_names(draw: Draw) -> None:
 
 def tar_other_formats(draw: Draw) -> None:
     shards = tar_members(draw)
-    shards[0].append(member("z.gif", b"GIF89a"))
+    shards[0].append(member("z.jxl", b"\xff\x0a"))
     if draw.rng.random() < 0.5:
         shards[0].append(member("z.cls", b"0"))
         draw.refused = "z.cls has no image"
     else:
-        draw.warned = ["1 .gif"]
+        draw.warned = ["1 .jxl"]
     write_tar(draw, shards)
 
 
@@ -645,13 +649,13 @@ def test_d12_a_run_on_odd_data_trains_on_and_evaluates_every_image_once(toy_conf
     (tmp_path / "data").mkdir()
     for split in ("train", "val"):
         (tmp_path / f"{split} images").rename(tmp_path / "data" / split)
-    (tmp_path / "data/val/a/left out.gif").write_bytes(b"GIF89a")
+    (tmp_path / "data/val/a/left out.jxl").write_bytes(b"\xff\x0a")
     options = ["TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 5, "DATA.NUM_WORKERS", 2, "TEST.CROP_MODE", "short"]
     outcome = run_main(toy_arguments(toy_config, tmp_path / "data", tmp_path, *options), tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert "images used per epoch: 30 of 30" in outcome.output
     assert "WARNING" in outcome.output
-    assert "1 .gif" in outcome.output
+    assert "1 .jxl" in outcome.output
     arguments = ["--eval", "--resume", tmp_path / "toy/default", "--data-path", tmp_path / "data"]
     outcome = run_main(arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -792,7 +796,7 @@ def cached_split(tmp_path, monkeypatch):
     # Use a time in the future: the index of data that changed in the last 2 s is not cached.
     monkeypatch.setattr(data.index.time, "time_ns", lambda: 2**62)
     write_split(tmp_path / "data", "folder", ORIGINAL)
-    (tmp_path / "data/train/a/left out.gif").write_bytes(b"GIF89a")
+    (tmp_path / "data/train/a/left out.jxl").write_bytes(b"\xff\x0a")
 
     def read() -> Index:
         return index_folder(tmp_path / "data/train", cache=tmp_path / "cache")
@@ -807,7 +811,7 @@ def test_warnings_about_left_out_files_are_repeated_from_the_cache(cached_split,
     caplog.set_level("INFO")
     read()
     assert "from the index cached in" in caplog.text
-    assert "1 .gif" in caplog.text
+    assert "1 .jxl" in caplog.text
 
 
 def test_a_cached_index_is_not_used_after_image_files_were_overwritten(cached_split, caplog):

@@ -359,6 +359,7 @@ DEFAULTS = {
     "AUG.DEVICE_RANDAUGMENT": False,
     "EMA.ENABLED": False,
     "EMA.FORCE_CPU": False,
+    "DATA.EXIF": False,
     "TEST.CROP_MODE": "squash",
     "TEST.CROP_PCT": 0.875,
     "TEST.INTERPOLATION": "",

@@ -135,6 +135,11 @@ KEYS = {
     ),
     "DATA.MEAN": Key(IMAGENET_MEAN, "mean of each channel, for normalisation of pixel values in [0, 1]"),
     "DATA.STD": Key(IMAGENET_STD, "standard deviation of each channel, for normalisation of pixel values in [0, 1]; above 0"),
+    "DATA.EXIF": Key(
+        False,
+        "turn photographs upright by their EXIF orientation, in training, evaluation and prediction; without it, they are read "
+        "as they are stored, as for the published accuracies. TIFF and HEIC files are always turned",
+    ),
     "DATA.NUM_WORKERS": Key(
         -1,
         "loader workers per training process, at most its CPU cores; -1: its cores minus one, from 1 to 16. Processes share "
@@ -438,6 +443,7 @@ PREDICTION_KEY_PREFIXES = (
     "DATA.INTERPOLATION",
     "DATA.MEAN",
     "DATA.STD",
+    "DATA.EXIF",
     "TEST.CROP",
     "TEST.INTERPOLATION",
 )
