@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MIN_REAL_AGREEMENT = 0.5  # minimum fraction of images whose ReaL labels include their original class
 _NUMBERED = re.compile(r"(.*?)([0-9]{1,18})", re.DOTALL)
-_VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})[._]")  # the Hub's names go on with the WordNet id
+_VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})[._]")  # the hub's names go on with the WordNet id
 
 
 def check_classes(

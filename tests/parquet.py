@@ -44,10 +44,10 @@ def write_parquet(
 
 
 def write_parquet_copy(source: Path, target: Path, names: dict[str, str] | None = None) -> Path:
-    """Write a data set ``source/<split>/<class>/<image>`` as the Hub's parquet shards, two per split, in the same order.
+    """Write a data set ``source/<split>/<class>/<image>`` as the hub's parquet shards, two per split, in the same order.
 
     Args:
-        names: name of each split in the shards; by default those of the Hub.
+        names: name of each split in the shards; by default those of the hub.
     """
     for split, name in (names or {"train": "train", "val": "validation"}).items():
         folders = sorted(path for path in (source / split).iterdir() if path.is_dir())

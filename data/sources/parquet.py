@@ -1,4 +1,4 @@
-"""Parquet shards as on the Hugging Face Hub: ``<split>-00000-of-00014.parquet``, also in ``data/``."""
+"""Parquet shards as on the Hugging Face hub: ``<split>-00000-of-00014.parquet``, also in ``data/``."""
 
 import glob
 import json
@@ -28,7 +28,7 @@ MAX_OTHER_NAMES = 10  # names of ImageNet's classes that may differ from timm's
 
 
 class ParquetShards(Shards):
-    """Parquet shards, beside each other in the data path or, as on the Hugging Face Hub, in its directory ``data``.
+    """Parquet shards, beside each other in the data path or, as on the Hugging Face hub, in its directory ``data``.
 
     Class names are those in the metadata, else the lines of ``classes.txt``, else numbers.
     """
@@ -201,7 +201,7 @@ def _check_labels(labels: Sequence[int], classes: Sequence[str], source: Path) -
         raise DataError(f"{source} has no images; download the data again")
     if used[0] < 0:
         raise DataError(
-            f"{source} has rows with the label {used[0]}: test splits on the Hub often have no labels; use the split "
+            f"{source} has rows with the label {used[0]}: test splits on the hub often have no labels; use the split "
             "validation instead"
         )
     if used[-1] >= len(classes):

@@ -15,7 +15,7 @@ from data.files import DataError, Note
 from data.sources.class_list import class_lists
 from data.sources.layout import Layout, split_of
 
-# The Hub's older parquet shards have a hash after the total.
+# The hub's older parquet shards have a hash after the total.
 _NUMBERED = re.compile(
     r"(?P<prefix>.*?)(?P<number>[0-9]+)(?P<end>(-of-(?P<total>[0-9]+)(-[0-9a-f]{16})?)?\.[a-z]+)", re.IGNORECASE | re.DOTALL
 )

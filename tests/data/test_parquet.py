@@ -1,4 +1,4 @@
-"""Parquet shards as on the Hugging Face Hub: what is listed, read and refused."""
+"""Parquet shards as on the Hugging Face hub: what is listed, read and refused."""
 
 import builtins
 import io
@@ -141,7 +141,7 @@ def test_listing_reads_no_image(shards):
 @pytest.mark.parametrize(
     ("rows", "classes", "message"),
     [
-        ([(b"x", "x.jpg", 0), (b"x", "x.jpg", -1)], ["a", "b"], "label -1: test splits on the Hub often have no labels"),
+        ([(b"x", "x.jpg", 0), (b"x", "x.jpg", -1)], ["a", "b"], "label -1: test splits on the hub often have no labels"),
         ([(b"x", "x.jpg", 0), (b"x", "x.jpg", 2)], ["a", "b"], "label 2, but 2 class names"),
         ([(b"x", "x.jpg", 0), (b"x", "x.jpg", None)], ["a"], "1 rows have no label"),
         ([(b"x", "x.jpg", 0), (None, None, 0)], ["a"], "1 rows have no image"),
@@ -266,7 +266,7 @@ def test_without_pyarrow_the_error_gives_the_command_that_installs_it(shards, mo
 def test_the_hubs_imagenet_has_the_class_names_of_directories_and_finds_its_real_labels(tmp_path):
     info = ImageNetInfo()
     names = [info.index_to_description(label) for label in range(1000)]
-    names[517] = "crane2"  # as on the Hub; the description of class 134 is crane, too
+    names[517] = "crane2"  # as on the hub; the description of class 134 is crane, too
     rows = [(b"x", f"ILSVRC2012_val_{label + 1:08d}_{info.label_names()[label]}.JPEG", label) for label in range(1000)]
     write_parquet(tmp_path / "data/validation-00000-of-00001.parquet", rows, names)
     index = index_parquet(tmp_path, "validation")
@@ -300,7 +300,7 @@ def test_training_finds_the_shards_of_both_splits(tmp_path, create_cfg, names, o
 
 
 def test_the_remedies_for_shards_in_a_directory_per_split_lead_to_them(tmp_path, create_cfg):
-    """As in the branch refs/convert/parquet of the Hub's data sets."""
+    """As in the branch refs/convert/parquet of the hub's data sets."""
     for name in ("train/0000", "validation/0000", "validation/0001"):
         write_parquet(tmp_path / f"{name}.parquet", random_rows(9), ["a", "b", "c"])
     options = []

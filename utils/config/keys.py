@@ -59,7 +59,7 @@ KEYS = {
     ),
     # Data
     "DATA.DATA_PATH": Key(
-        "", "directory with `train/` and `val/`, or with zip archives or tar shards of these splits", is_path=True
+        "", "directory with `train/` and `val/`, or with zip archives, tar or parquet shards of these splits", is_path=True
     ),
     "DATA.TRAIN_SPLIT": Key(
         "",
