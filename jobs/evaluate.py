@@ -156,6 +156,8 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
 def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> None:
     """Warn if images that are evaluated may have been used in training, because DATA.VAL_FRACTION holds out other images.
 
+    The evaluation of another split, such as ``test``, is only logged, unless it has as many images as the divided one.
+
     Args:
         index: the images that are evaluated.
     """
@@ -163,13 +165,17 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
     if not isinstance(config, Mapping) or not isinstance(data, Mapping):
         return
     stored, fraction = flatten(config).get("DATA.VAL_FRACTION", 0.0), cfg.DATA.VAL_FRACTION
-    change = ""
+    level, change = logging.WARNING, ""
     if stored != fraction:
         change = f"it was trained with DATA.VAL_FRACTION={stored}, but is evaluated with {fraction}"
+        sizes = [split.get("num_images") for split in data.values() if isinstance(split, Mapping)]
+        if not fraction and len(index) != sum(size for size in sizes if isinstance(size, int)):
+            level = logging.INFO
     elif fraction and (difference := compare_descriptions(data.get("val", {}), describe_index(index))):
         change = f"the images that DATA.VAL_FRACTION holds out differ from those in training: {difference}"
     if change:
-        logger.warning(
+        logger.log(
+            level,
             "%s: %s. If images of %s were used in training, the accuracy does not measure generalisation",
             checkpoint.path,
             change,

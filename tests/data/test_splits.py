@@ -19,6 +19,8 @@ from data.build import build_datasets
 from data.files import DataError
 from data.index import create_index
 from data.splits import build_index, build_indices, hold_out
+from jobs.evaluate import warn_about_held_out
+from jobs.locate_checkpoint import open_checkpoint
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, run_script
 from tests.runs import assert_equal, newest_update, read_state
@@ -464,7 +466,8 @@ def test_a_run_on_the_shards_of_the_hub_resumes_bit_equal_and_evaluates_like_dir
     assert counts[1] == 30
 
 
-def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy_config, tmp_path):
+def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy_config, tmp_path, caplog):
+    caplog.set_level("INFO")
     data = tmp_path / "photos"
     write_folder(data, per_class=20)
     options = ["DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1, "DATA.VAL_FRACTION", 0.25]
@@ -475,8 +478,19 @@ def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy
     assert num_images == best["data"]["val"]["num_images"] == 15
     assert 100 * correct / num_images == pytest.approx(best["best"]["acc1"])
     assert "generalisation" not in output
-    _, output = evaluate_run(run, "--data-path", data, "--opts", "DATA.VAL_FRACTION", 0.5)
-    assert "trained with DATA.VAL_FRACTION=0.25, but is evaluated with 0.5" in output
+    write_folder(tmp_path / "test", 1)
+    checkpoint = open_checkpoint(run / "best.pth")
+    for opts, level in (
+        (["DATA.VAL_FRACTION", 0.25], None),
+        (["DATA.VAL_FRACTION", 0.5], "WARNING"),
+        (["DATA.VAL_FRACTION", 0, "DATA.VAL_SPLIT", "."], "WARNING"),
+        (["DATA.VAL_FRACTION", 0, "DATA.VAL_SPLIT", str(tmp_path / "test")], "INFO"),
+    ):
+        caplog.clear()
+        cfg = load_config(toy_config, ["DATA.DATA_PATH", str(data), *opts])
+        warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
+        levels = [record.levelname for record in caplog.records if "does not measure generalisation" in record.message]
+        assert levels == [level] * (level is not None)
     refused = run_main([*map(str, arguments), "DATA.VAL_FRACTION", "0.5", "OUTPUT", str(run.parents[1])], tmp_path / "log")
     assert refused.exit_codes == [2]
     assert "Add --opts DATA.VAL_FRACTION 0.25" in refused.output
