@@ -19,9 +19,17 @@ from analysis.maps import FORMS, Attention, attention_modules, capture, token_po
 
 MAX_QUERIES = 14  # per side of the token map; on larger maps, queries are sampled
 MAX_KEYS = 28  # per side of a map on the page; larger maps are average-pooled
+HIDDEN = -128  # step of a key outside the window or stripe of the query
 Point = tuple[float, float]  # (y, x) as fractions of the image's height and width
 TEMPLATE = Path(__file__).parent / "page.html"
 CONVOLUTION, SUM = "convolution", "attention + convolution"
+# Why the model's own attention differs from the same form of attention computed from its queries and keys.
+NOTE = (
+    "The model's own attention and the forms with the same q and k are different computations. Focused linear attention adds a "
+    "learned positional encoding to the keys, divides queries and keys by a learned scale, and applies the focused function to "
+    "all heads together; the model's softmax attention adds a relative position bias and masks. The forms with the same q and "
+    "k have none of these: they treat each head separately, and focused has focusing factor 3."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +43,15 @@ class BlockMaps:
         maps: name of a form of attention -> weights (H, Q, kh, kw). The forms are the model's own attention, other attention
             functions of the same queries and keys (such as ``softmax, same q and k``), the depthwise convolution (averaged
             over channels, with one head), and the sum of the model's attention and its convolution.
+        visible: (Q, kh, kw), False for keys outside the query's window or stripe, whose weight is 0 in every map; None if every
+            query attends to all keys.
     """
 
     name: str
     queries: Tensor
     grid: tuple[int, int]
     maps: dict[str, Tensor]
+    visible: Tensor | None = None
 
     def query_at(self, point: Point) -> int:
         """Index of the chosen query that is nearest to a point of the image."""
@@ -91,7 +102,9 @@ def _trace_module(model: nn.Module, attention: Attention, points: Sequence[Point
         maps[CONVOLUTION] = convolution
         maps[SUM] = maps[own] + maps[CONVOLUTION]
     placed_maps = {form: place_keys(weights, attention, positions[windows], grid) for form, weights in maps.items()}
-    return BlockMaps(attention.name, queries, grid, placed_maps)
+    ones = torch.ones(1, len(queries), matrix.shape[-1])
+    visible = place_keys(ones, attention, positions[windows], grid)[0] > 0
+    return BlockMaps(attention.name, queries, grid, placed_maps, None if visible.all() else visible)
 
 
 def sample_queries(grid: tuple[int, int], points: Sequence[Point] = ()) -> Tensor:
@@ -134,16 +147,21 @@ def place_keys(weights: Tensor, attention: Attention, positions: Tensor, grid: t
 # --- The page
 
 
-def encode_maps(maps: Tensor) -> dict:
+def encode_maps(maps: Tensor, visible: Tensor | None = None) -> dict:
     """Encode maps (H, Q, kh, kw) as int8 in base64. One step is 1/127 of a map's largest absolute weight.
 
     The largest absolute weights are stored too. Maps with more than ``MAX_KEYS`` keys per side are average-pooled first.
+
+    Args:
+        visible: see ``BlockMaps``. Keys that are not visible are encoded as ``HIDDEN``.
     """
     size = [min(side, MAX_KEYS) for side in maps.shape[-2:]]
     if list(maps.shape[-2:]) != size:
         maps = F.adaptive_avg_pool2d(maps, size)
     largest = maps.abs().amax(dim=(-2, -1)).clamp(min=1e-30)
     steps = (maps / largest[..., None, None] * 127).round().to(torch.int8)
+    if visible is not None:
+        steps.masked_fill_(F.adaptive_avg_pool2d(visible.float().to(maps.device), size) == 0, HIDDEN)
     return {
         "heads": len(maps),
         "size": list(maps.shape[-2:]),
@@ -167,13 +185,14 @@ def write_page(path: Path, image: Image.Image, blocks: list[BlockMaps], title: s
     image.save(png, "PNG")
     content = {
         "title": title,
+        "note": NOTE,
         "image": f"data:image/png;base64,{_base64(png.getvalue())}",
         "blocks": [
             {
                 "name": block.name,
                 "grid": list(block.grid),
                 "queries": block.queries.tolist(),
-                "maps": {form: encode_maps(maps) for form, maps in block.maps.items()},
+                "maps": {form: encode_maps(maps, block.visible) for form, maps in block.maps.items()},
             }
             for block in blocks
         ],

@@ -1,25 +1,35 @@
 """Pictures of attention maps, of measures and of singular values, with matplotlib."""
 
+import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from analysis.maps import capture
+from analysis.maps import block_name, capture
 from analysis.measures import singular_values
-from analysis.pages import CONVOLUTION, BlockMaps, Point
+from analysis.pages import CONVOLUTION, NOTE, BlockMaps, Point
 from analysis.summary import OWN, WITH_CONVOLUTION, Row, evenly_spaced, matrices, mean_over_heads
 
 # The pictures show the queries at these points by default.
 POINTS: tuple[Point, ...] = ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.5))
 SIGNS = ListedColormap(["#2060ff", "#ff2020"])  # colours of negative and positive weights; opacity shows their magnitude
-# Measures in ``draw_measures``. "top 5 %" is the share of the attention weight on the 5 % of keys with the largest weights.
-PLOTTED_MEASURES = ("entropy", "top 5 %", "distance", "effective rank")
+SIGNED_WEIGHTS = LinearSegmentedColormap.from_list("signed weights", ["#053061", "#4393c3", "white", "#d6604d", "#67001f"])
+GREY = "0.75"  # of keys that a query cannot attend to
+# Measures in ``draw_measures``, with the labels of their axes.
+PLOTTED_MEASURES = {
+    "entropy": "entropy / maximum (1: uniform weights)",
+    "top 5 %": "weight on the largest 5 % of keys",
+    "distance": "mean distance of query and key (tokens)",
+    "effective rank": "effective rank (1 to the number of keys)",
+}
+MARKERS = "osD^vx"  # of the forms, in their order: curves may lie on each other
 
 
 def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
@@ -33,8 +43,9 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
 
-    def draw_map(axis: Axes, weights: Tensor, largest: float) -> None:
-        axis.imshow(weights, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    def draw_map(axis: Axes, weights: Tensor, visible: Tensor, largest: float) -> None:
+        axis.set_facecolor(GREY)  # where the map is not drawn
+        axis.imshow(weights.where(visible, math.nan), cmap=SIGNED_WEIGHTS, vmin=-largest, vmax=largest)
 
     return _draw_rows(image, block, points, list(block.maps), draw_map)
 
@@ -50,7 +61,7 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
         points: for each point, the nearest query of ``block.queries`` is shown.
     """
 
-    def draw_overlay(axis: Axes, weights: Tensor, largest: float) -> None:
+    def draw_overlay(axis: Axes, weights: Tensor, _visible: Tensor, largest: float) -> None:
         extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
         alpha = (0.75 * weights.abs() / largest).numpy()
         axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
@@ -65,12 +76,12 @@ def _draw_rows(
     block: BlockMaps,
     points: Sequence[Point],
     forms: Sequence[str],
-    draw: Callable[[Axes, Tensor, float], None],
+    draw: Callable[[Axes, Tensor, Tensor, float], None],
 ) -> Figure:
     """Create a figure with one row per query: the image with the query, and one map per form.
 
     Args:
-        draw: draws the weights of a form, (kh, kw), given their largest absolute value.
+        draw: draws the weights of a form, (kh, kw), given which keys are visible, and the largest absolute weight.
     """
     num_columns = 1 + len(forms)
     figure = Figure(figsize=(2 * num_columns, 2.25 * len(points) + 0.4), layout="constrained", dpi=110)
@@ -86,11 +97,17 @@ def _draw_rows(
         for cell, form in zip(cells[1:], forms, strict=True):
             weights = block.maps[form][:, query].mean(dim=0).cpu()
             largest = max(weights.abs().max().item(), 1e-30)  # positive even if all weights are zero
-            draw(cell, weights, largest)
+            visible = torch.ones_like(weights, dtype=torch.bool) if block.visible is None else block.visible[query].cpu()
+            draw(cell, weights, visible, largest)
             cell.set_xlabel(f"largest |weight| {largest:.2g}", fontsize=7)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"{block.name}: mean over heads; red: positive weights, blue: negative weights", fontsize=9)
+    colors = "red: positive weights, blue: negative weights, white: 0"
+    if block.visible is not None:
+        colors += ", grey: keys outside the window of the query"
+    figure.suptitle(f"{block.name}: mean over heads; {colors}", fontsize=9)
+    if any(form.startswith("focused") for form in forms):
+        figure.supxlabel(textwrap.fill(NOTE, 30 * num_columns), fontsize=7)
     return figure
 
 
@@ -99,14 +116,16 @@ def draw_measures(rows: Sequence[Row]) -> Figure:
     blocks, forms = list(dict.fromkeys(row.block for row in rows)), list(dict.fromkeys(row.form for row in rows))
     figure = Figure(figsize=(12, 8), layout="constrained", dpi=110)
     axes = figure.subplots(2, 2)
-    for axis, name in zip(axes.flat, PLOTTED_MEASURES, strict=True):
-        for form in forms:
+    for axis, (name, label) in zip(axes.flat, PLOTTED_MEASURES.items(), strict=True):
+        for form, marker in zip(forms, itertools.cycle(MARKERS), strict=False):
             values = [mean_over_heads(rows, block, form, name) for block in blocks]
             values = [math.nan if value is None else value for value in values]
-            axis.plot(values, "o-", label=form, markersize=4, linewidth=2 if form.startswith(OWN) else 1)
-        axis.set(title=name, xlabel="block")
-        axis.set_xticks(range(len(blocks)), blocks, rotation=60, ha="right", fontsize=6)
-    axes[0, 0].legend(fontsize=8)
+            axis.plot(values, marker=marker, label=form, markersize=5, alpha=0.8, linewidth=2 if form.startswith(OWN) else 1)
+        axis.set(title=name, ylabel=label, yscale="log" if name == "effective rank" else "linear")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+        axis.set_xticks(range(len(blocks)), map(block_name, blocks), rotation=60, ha="right", fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(forms))
     return figure
 
 

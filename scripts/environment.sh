@@ -13,7 +13,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 wanted="$(cat requirements.txt; echo "$@")"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "installing requirements.txt $* (several GB on the first installation)"
+  echo "installing requirements.txt $* into .venv: at first a download of several GB, before the command itself starts"
   if .venv/bin/python -m pip install --quiet uv; then
     .venv/bin/uv pip install --compile-bytecode --python .venv/bin/python -r requirements.txt "$@" ||
       .venv/bin/python -m pip install -r requirements.txt "$@"
@@ -21,5 +21,6 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install -r requirements.txt "$@"
   fi
   echo "$wanted" > .venv/installed
+  echo "installed in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -8,7 +8,9 @@ convolution, drawn over the image.
 """
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -50,6 +52,15 @@ def open_at_token_grid(args: argparse.Namespace):
     return open_model(args.resume, args.cfg, [*args.opts, "DATA.IMG_SIZE", [height, width]], weights=args.weights)
 
 
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """Names of the files without extension, different for each path: _2, _3, ... is appended to repeated names."""
+    stems: list[str] = []
+    for path in paths:
+        candidates = (f"{path.stem}_{number}" for number in itertools.count(2))
+        stems.append(next(stem for stem in itertools.chain([path.stem], candidates) if stem not in stems))
+    return stems
+
+
 def visualize(args: argparse.Namespace) -> None:
     from analysis.pages import module_names, trace, write_page
     from analysis.pictures import POINTS, draw_forms, draw_overlays
@@ -64,15 +75,15 @@ def visualize(args: argparse.Namespace) -> None:
     images = InspectedImages(find_images(args.images), cfg)
     points = as_fractions(args.queries, *image_size(cfg))
     args.output.mkdir(parents=True, exist_ok=True)
-    for position, path in enumerate(images.paths):
+    for position, (path, name) in enumerate(zip(images.paths, unique_stems(images.paths), strict=True)):
         picture, image = images.read(position)
         blocks = trace(model, image, names, points=points)
-        page = args.output / f"{path.stem}.html"
+        page = args.output / f"{name}.html"
         write_page(page, picture, blocks, f"{cfg.MODEL.NAME}, {weights} weights of {checkpoint.path.name}, {path.name}")
         for block in blocks:
-            save_figure(draw_forms(picture, block, points or POINTS), args.output / f"{path.stem}_{block.name}.png")
-            save_figure(draw_overlays(picture, block, points or POINTS), args.output / f"{path.stem}_{block.name}_overlay.png")
-        print(f"{printable(page)}: blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
+            save_figure(draw_forms(picture, block, points or POINTS), args.output / f"{name}_{block.name}.png")
+            save_figure(draw_overlays(picture, block, points or POINTS), args.output / f"{name}_{block.name}_overlay.png")
+        print(f"{printable(page)}: {printable(path)}, blocks {len(blocks)}, {page.stat().st_size / 2**20:.1f} MiB")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import scripts.visualize_attention
 from analysis.maps import capture, token_positions
-from analysis.pages import CONVOLUTION, SUM, BlockMaps, encode_maps, module_names, sample_queries, trace, write_page
+from analysis.pages import CONVOLUTION, HIDDEN, SUM, BlockMaps, encode_maps, module_names, sample_queries, trace, write_page
 from models.checkpoints.reader import read_checkpoint
 from models.cswin import CSwinTransformer
 from tests.analysis.test_maps import CASES, SMALL_CSWIN
@@ -71,6 +71,14 @@ def test_keys_outside_the_stripe_of_a_query_have_no_weight():
     weights = vertical.maps["model's linear attention"][0].unflatten(0, (14, 14))  # 14 x 14 queries of a 16 x 16 map
     num_columns = (weights.abs().sum(dim=-2) > 0).sum(dim=-1)
     assert (num_columns == 2).all()
+    assert vertical.visible.shape == (14 * 14, 16, 16)
+    assert (vertical.visible.all(dim=-2).sum(dim=-1) == 2).all()  # two whole columns
+    assert (vertical.visible.any(dim=-2).sum(dim=-1) == 2).all()
+    maps = vertical.maps["model's linear attention"]
+    steps = np.frombuffer(base64.b64decode(encode_maps(maps, vertical.visible)["steps"]), dtype=np.int8).reshape(maps.shape)
+    np.testing.assert_array_equal(steps == HIDDEN, np.broadcast_to(~vertical.visible.numpy(), maps.shape))
+    model, image = create_case("swin global")
+    assert all(block.visible is None for block in trace(model, image))
     # The epsilon in the normaliser makes the total smaller than one if the similarities of a query to all keys are low.
     totals = weights.sum(dim=(-2, -1))
     assert totals.max() < 1.001
@@ -179,6 +187,11 @@ def test_a_page_loads_nothing_from_the_network(tmp_path):
     write_page(tmp_path / "page.html", Image.new("RGB", (48, 32)), trace(model, image), "title")
     text = (tmp_path / "page.html").read_text()
     assert not re.search(r"(src|href)=|https?://|import\(", text)
+
+
+def test_images_with_equal_names_get_different_pages():
+    paths = [Path("a/1.png"), Path("b/1.png"), Path("1_2.png"), Path("1.jpg"), Path("x.png")]
+    assert scripts.visualize_attention.unique_stems(paths) == ["1", "1_2", "1_2_2", "1_3", "x"]
 
 
 def test_visualize_attention_writes_pages_and_pictures(trained, toy_data, tmp_path):

@@ -4,6 +4,8 @@ A form of attention is an entry of ``BlockMaps.maps`` (analysis/pages.py): the m
 of the same queries and keys, the convolution, or the sum of the model's attention and its convolution.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch import nn
 import engine.metrics_writer
 import jobs.inspect
 from analysis.pages import CONVOLUTION, SUM, BlockMaps
-from analysis.pictures import draw_forms, draw_overlays
+from analysis.pictures import draw_forms, draw_measures, draw_overlays
+from analysis.summary import MEASURES, Row
 from engine.checkpoint_writer import read_checkpoint
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
@@ -49,6 +52,30 @@ def test_draw_forms_shows_the_mean_over_heads_for_the_query_nearest_to_a_point()
         np.testing.assert_allclose(images_of(form_axis)[0], weights, rtol=1e-6)
         largest = weights.abs().max().item()
         assert form_axis.get_images()[0].get_clim() == pytest.approx((-largest, largest))
+
+
+def test_draw_forms_leaves_keys_outside_the_window_of_the_query_without_a_colour():
+    """Grey is the background. Query 3, the one nearest to the point, cannot attend to the last column of keys."""
+    visible = torch.ones(6, 2, 3, dtype=torch.bool)
+    visible[3, :, 2] = False
+    block = dataclasses.replace(make_block(is_linear=True), visible=visible)
+    for form_axis in draw_forms(IMAGE, block, [(0.9, 0.1)]).axes[1:]:
+        (image,) = form_axis.get_images()
+        np.testing.assert_array_equal(np.ma.getmaskarray(image.get_array()), [[False, False, True]] * 2)
+        np.testing.assert_allclose(image.cmap(0.5)[:3], 1, atol=0.01)  # a weight of 0 is white
+        assert form_axis.get_facecolor()[:3] == (0.75, 0.75, 0.75)
+
+
+def test_the_legend_of_the_measures_covers_no_curve_and_every_axis_has_a_unit():
+    rows = [
+        Row(block, True, form, 0, 8, 16, {name: [1.0] for name in MEASURES})
+        for block in ("blocks.0.attn", "blocks.1.attn")
+        for form in ("own", "softmax")
+    ]
+    figure = draw_measures(rows)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["own", "softmax"]
+    assert all(axis.get_legend() is None and axis.get_ylabel() for axis in figure.axes)
+    assert [axis.get_yscale() for axis in figure.axes] == ["linear", "linear", "linear", "log"]
 
 
 @pytest.mark.parametrize(
