@@ -39,12 +39,12 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
   exit "$failed"
 fi
 nvidia-smi >"$output/nvidia-smi.log" 2>&1 || true
-run check kernels 60 python scripts/check_gpu.py
-run check tests 80 env FLATTEN_TEST_GPU=1 python -m pytest -q -n 0 -x tests/test_gpu.py
+run check kernels 75 python scripts/check_gpu.py
+run check tests 130 env FLATTEN_TEST_GPU=1 python -m pytest -q -n 0 -x tests/test_gpu.py
 benchmark operator_bf16 25 attention --precision bf16 --tokens 196 784 3136 16384 --batch-size 64 --rounds 5
 benchmark operator_fp32 25 attention --precision fp32 --tokens 196 784 3136 16384 --batch-size 64 --rounds 5
 benchmark swin_t 40 model flatten_swin_t --precision bf16 fp32 --batch-size 64 --steps training --rounds 5
-benchmark swin_t_compiled 75 model flatten_swin_t --precision bf16 --batch-size 64 --steps training --rounds 5 --compile
+benchmark swin_t_compiled 60 model flatten_swin_t --precision bf16 --batch-size 64 --steps training --rounds 5 --compile
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     run check "$tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 1 python scripts/check_gpu.py --quick
@@ -52,6 +52,6 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not installed: skipped"
 fi
-run measure quickstart 50 bash scripts/quickstart.sh
+run measure quickstart 40 bash scripts/quickstart.sh
 cat "$output/summary.md"
 exit "$failed"
