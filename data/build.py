@@ -276,7 +276,8 @@ def build_train_loader(
     normalize = Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device)
     loader = _create_loader(cfg, dataset, batches, device, num_cores)
     logger.info("loader workers: %d for each process, which has %d CPU core(s)", loader.num_workers, num_cores or count_cores())
-    warn_about_shared_memory(loader.num_workers * BATCHES_PER_WORKER * cfg.DATA.BATCH_SIZE * 3 * math.prod(image_size(cfg)))
+    # During an evaluation, its batches and those of the next epoch are in memory.
+    warn_about_shared_memory(2 * loader.num_workers * BATCHES_PER_WORKER * cfg.DATA.BATCH_SIZE * 3 * math.prod(image_size(cfg)))
     rand_augment = build_rand_augment(cfg, device)
     limit = cfg.DATA.MAX_UNREADABLE
     return TrainLoader(loader, normalize, device, rand_augment=rand_augment, erase=erase, max_unreadable=limit)

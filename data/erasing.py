@@ -4,13 +4,11 @@ Shapes: B images, at most R rectangles per image, K rectangles in total.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import Key
 from utils.random import Stream, draw_uniform, hash_keys
 
 AREA = (0.02, 1 / 3)  # range of a rectangle's area, as a fraction of the image's area
@@ -64,8 +62,8 @@ class Erase:
         self.seed = seed
         self.generator = torch.Generator(device)
 
-    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """Erase rectangles in place. images: (B, C, H, W); keys: (epoch, index) of each image."""
+    def __call__(self, images: Tensor, keys: np.ndarray) -> Tensor:
+        """Erase rectangles in place. images: (B, C, H, W); keys: (B, 2) epoch and index of each image."""
         state = hash_keys(self.seed, keys, Stream.ERASING)
         height, width = images.shape[-2:]
         positions, boxes = draw_rectangles(state, height, width, probability=self.probability, max_count=self.max_count)

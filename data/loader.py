@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from data.datasets import Key, Sample
+from data.datasets import Sample
 from data.erasing import Erase
 from data.files import DataError
 from data.rand_augment import RandAugment
@@ -26,16 +27,16 @@ logger = logging.getLogger(__name__)
 class Batch:
     """A batch on the device.
 
-    images: (B, 3, H, W), normalised; targets: (B,) class ids; keys: (epoch, index) of each image.
+    images: (B, 3, H, W), normalised; targets: (B,) class ids; keys: (B, 2) epoch and index of each image, on the host.
     """
 
     images: Tensor
     targets: Tensor
-    keys: list[Key]
+    keys: np.ndarray
 
     @property
     def indices(self) -> list[int]:
-        return [index for _, index in self.keys]
+        return self.keys[:, 1].tolist()
 
 
 class DeviceLoader:
@@ -67,6 +68,9 @@ class DeviceLoader:
         self.unreadable: set[int] = set()
         self.seconds_waited = 0.0
         self._batches: Any = None  # torch's iterator
+        self._started = False  # whether the next iteration has been started, see ``TrainLoader.start``
+        # On a GPU, batches are copied while the default stream still computes the update before.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -82,13 +86,23 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         for images, targets, keys, decode_errors in self._host_batches():
             self.count_unreadable(decode_errors)
-            images = images.to(self.device, non_blocking=True)
+            images, targets = self._to_device(images), self._to_device(targets)
             if self.rand_augment is not None:
                 images = self.rand_augment(images, keys)
             images = self.normalize(images)
             if self.erase is not None:
                 images = self.erase(images, keys)
-            yield Batch(images, targets.to(self.device, non_blocking=True), keys)
+            yield Batch(images, targets, keys)
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self._copies is None:
+            return values.to(self.device)
+        with torch.cuda.stream(self._copies):
+            copy = values.to(self.device, non_blocking=True)
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._copies)
+        copy.record_stream(stream)  # its memory may be reused only after the computations in this stream
+        return copy
 
     def _host_batches(self) -> Iterator:
         """Yield the batches of ``loader``, before the copy to the device.
@@ -99,7 +113,9 @@ class DeviceLoader:
             Exception: the error of a worker, with its traceback in the message.
         """
         check = StallCheck(self.dataset, self.loader.timeout)
-        self._start_epoch(check)
+        if not self._started:
+            self._start_epoch(check)
+        self._started = False
         while True:
             started = time.monotonic()
             batch = self._next(check)
@@ -170,7 +186,16 @@ class TrainLoader(DeviceLoader):
         return self.sampler.updates_per_epoch
 
     def set_position(self, epoch: int, first_update: int = 0) -> None:
+        if (epoch, first_update) != (self.sampler.epoch, self.sampler.first_update):
+            self._started = False
         self.sampler.set_position(epoch, first_update)
+
+    def start(self, epoch: int) -> None:
+        """Let the workers prepare the first batches of an epoch now, for example during an evaluation."""
+        self.set_position(epoch)
+        if self.loader.num_workers:
+            self._start_epoch(StallCheck(self.dataset, self.loader.timeout))
+            self._started = True
 
     @property
     def sampler(self) -> TrainBatches:
@@ -181,7 +206,7 @@ def _timed_out(error: RuntimeError) -> bool:
     return str(error).startswith("DataLoader timed out")
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tuple[int, str]]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, np.ndarray, list[tuple[int, str]]]:
     """Collate the readable images of a batch, ordered by ``separate_copies`` for mixup.
 
     Returns:
@@ -199,4 +224,5 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[Key], list[tupl
         )
     readable = [readable[position] for position in separate_copies([sample.key[1] for sample in readable])]
     images, targets = default_collate([(sample.image, sample.label) for sample in readable])
-    return images, targets, [sample.key for sample in readable], decode_errors
+    # One array: torch would search a list of keys for tensors to pin, key by key.
+    return images, targets, np.array([sample.key for sample in readable]), decode_errors

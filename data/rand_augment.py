@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from data.datasets import Key
 from data.files import DataError
 from utils.random import Stream, draw_uniform, hash_keys
 
@@ -155,8 +154,8 @@ class RandAugment:
         self.seed = seed
         self.device = device
 
-    def __call__(self, images: Tensor, keys: Sequence[Key]) -> Tensor:
-        """Augment images. images: (B, 3, H, W) uint8; keys: (epoch, index) of each image. Returns uint8."""
+    def __call__(self, images: Tensor, keys: np.ndarray) -> Tensor:
+        """Augment images. images: (B, 3, H, W) uint8; keys: (B, 2) epoch and index of each image. Returns uint8."""
         choices, levels, signs = self.draw(hash_keys(self.seed, keys, Stream.RAND_AUGMENT))
         return self.apply(images, choices, levels, signs)
 

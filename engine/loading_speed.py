@@ -3,6 +3,7 @@
 import logging
 
 from data.loader import DeviceLoader
+from utils.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ def describe_loading(loader: DeviceLoader, *, num_images: int, update_seconds: f
 class LoadingCheck:
     """Warns once if a GPU waits for images. On a CPU, more loader workers would take cores from the training step.
 
-    Args: see ``describe_loading``.
+    Args:
+        images_per_update: over all processes.
     """
 
-    def __init__(self, loader: DeviceLoader, *, num_images: int, num_cores: int):
+    def __init__(self, loader: DeviceLoader, world: World, *, images_per_update: int):
         self.loader = loader
-        self.num_images = num_images
-        self.num_cores = num_cores
+        self.world = world
+        self.images_per_update = images_per_update
         self.intervals = 0
         self.warned = False
 
@@ -53,7 +55,7 @@ class LoadingCheck:
             update_seconds: duration of an update, including this time.
         """
         self.intervals += 1
-        if self.warned or self.intervals == 1 or data_wait <= MAX_DATA_WAIT or self.loader.device.type == "cpu":
+        if self.warned or self.intervals == 1 or data_wait <= MAX_DATA_WAIT or self.world.device.type == "cpu":
             return
         self.warned = True
         logger.warning(
@@ -61,8 +63,8 @@ class LoadingCheck:
             100 * data_wait,
             describe_loading(
                 self.loader,
-                num_images=self.num_images,
+                num_images=self.images_per_update // self.world.size,
                 update_seconds=update_seconds * (1 - data_wait),
-                num_cores=self.num_cores,
+                num_cores=self.world.num_cores,
             ),
         )

@@ -93,11 +93,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.changing_state = False  # whether an update has changed a part of the state, but not yet all of it
         self.sent_stop = False  # whether the newest update carried a request of this process to stop
-        self.loading_check = LoadingCheck(
-            self.train_loader,
-            num_images=self.metadata["global_batch_size"] // self.world.size,
-            num_cores=self.world.num_cores,
-        )
+        self.loading_check = LoadingCheck(self.train_loader, self.world, images_per_update=self.metadata["global_batch_size"])
         self.interval = TrainingLog(
             updates_per_epoch=self.updates_per_epoch,
             num_epochs=self.num_epochs,
@@ -380,6 +376,8 @@ class Trainer:
         """
         state, started = self.state, time.monotonic()
         self.phase = "evaluation"
+        if epoch + 1 < self.num_epochs:
+            self.train_loader.start(epoch + 1)
         models = {"raw": state.model}
         if state.ema is not None:
             models["ema"] = on_device(state.ema.module, self.world.device)

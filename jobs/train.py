@@ -4,6 +4,7 @@ Argument: ``saved`` has the contents of the checkpoint to resume from; it is Non
 """
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -108,6 +109,8 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
             stop=stop.requested,
             check_output=directory.check,
         )
+        gc.collect()
+        gc.freeze()  # collections then skip the objects created so far, and loader workers do not copy the memory of them
         trainer.fit()
     except RuntimeError as error:
         if not is_lost_connection(error):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.build import build_datasets, build_train_loader
 from data.rand_augment import RandAugment
 from engine.optim import build_optimizer, build_scaler
 from engine.step import train_step
@@ -139,3 +140,22 @@ def test_a_run_with_nccl_on_one_process_resumes(toy_config, toy_data, tmp_path):
         assert process.wait(timeout=120) == 0, log.read_text()
     assert log.read_text().count("attention: t") == 2
     assert "start: resume" in log.read_text()
+
+
+def test_batches_on_the_gpu_equal_those_on_the_cpu_and_are_copied_without_synchronisation(toy_config, toy_data):
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data), "DATA.NUM_WORKERS", 1, "AUG.REPROB", 0.0])
+    expected, loader = (
+        build_train_loader(cfg, build_datasets(cfg, training=True).train, rank=0, world_size=1, device=device)
+        for device in (torch.device("cpu"), GPU)
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):  # the second epoch reuses memory of the first one
+            batches = []
+            for batch in loader:
+                torch.cuda._sleep(10_000_000)  # the GPU still computes while the next batch is copied
+                batches.append(batch.images + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(batches, expected, strict=True):
+        assert torch.equal(one.cpu(), other.images + 1)

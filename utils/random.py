@@ -50,7 +50,7 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def hash_keys(seed: int, keys: Sequence[tuple[int, int]], stream: Stream) -> np.ndarray:
+def hash_keys(seed: int, keys: np.ndarray | Sequence[tuple[int, int]], stream: Stream) -> np.ndarray:
     """Hash (seed, epoch, index) of each image of a batch. Returns (B,) uint64."""
     state = mix(np.full(len(keys), (seed + 1) * GOLDEN + stream & (2**64 - 1), dtype=np.uint64))
     for values in np.array(keys, dtype=np.uint64).reshape(-1, 2).T:

@@ -318,7 +318,7 @@ def test_errors_of_transforms_name_the_image_and_follow_the_policy(one_white_ima
     for policy in ("skip", "replace"):
         cfg, datasets = build(policy, workers=2)
         loader = build_train_loader(cfg, datasets.train, **placement)
-        keys = [key for batch in loader for key in batch.keys]
+        keys = [key for batch in loader for key in batch.keys.tolist()]
         assert loader.unreadable == {9}
         assert (len(keys), 9 in {index for _, index in keys}) == (15 if policy == "skip" else 16, False)
 

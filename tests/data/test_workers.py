@@ -1,13 +1,17 @@
 """Number and shared memory of the loader workers."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data.build import build_datasets, build_train_loader
 from data.loader import DeviceLoader
-from data.workers import WatchedDataset, warn_about_shared_memory
+from data.workers import FINISHED, WatchedDataset, warn_about_shared_memory
 from engine.loading_speed import LoadingCheck, describe_loading
+from utils.config.loading import load_config
+from utils.distributed import World
 
 
 def test_a_warning_is_logged_if_the_batches_of_the_workers_do_not_fit_into_shared_memory(monkeypatch, caplog):
@@ -19,12 +23,34 @@ def test_a_warning_is_logged_if_the_batches_of_the_workers_do_not_fit_into_share
     assert "/dev/shm has 64 MiB free, but the batches of the loader workers of this process may need 258 MiB" in caplog.text
 
 
-def loader_with(milliseconds: float, device: str = "cpu") -> DeviceLoader:
+def test_the_workers_prepare_the_next_epoch_before_it_is_read_and_its_batches_are_the_same(toy_config, toy_data):
+    options = ["DATA.DATA_PATH", str(toy_data), "DATA.BATCH_SIZE", 4, "AUG.REPROB", 1.0, "DATA.NUM_WORKERS"]
+    placement = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    workers, without = (
+        build_train_loader(cfg, build_datasets(cfg, training=True).train, **placement)
+        for cfg in (load_config(toy_config, [*options, number]) for number in (1, 0))
+    )
+    for epoch, first_update, started in ((0, 1, None), (1, 0, 1), (2, 2, 2), (3, 0, 3)):
+        if started is not None:
+            finished = int(workers.dataset.progress[0, FINISHED])
+            workers.start(started)
+            deadline = time.monotonic() + 60
+            while workers.dataset.progress[0, FINISHED] < finished + 2 * 4:  # two batches
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        for loader in (workers, without):
+            loader.set_position(epoch, first_update)
+        for one, other in zip(workers, without, strict=True):
+            assert torch.equal(one.images, other.images)
+            assert (one.keys == other.keys).all()
+
+
+def loader_with(milliseconds: float) -> DeviceLoader:
     """A loader whose four workers have taken this time per image."""
     dataset = WatchedDataset([], 4)
     dataset.progress[1] = torch.tensor([30, -1, int(30e6 * milliseconds)])
     dataset.progress[3] = torch.tensor([10, -1, int(10e6 * milliseconds)])
-    return DeviceLoader(SimpleNamespace(dataset=dataset, num_workers=4), None, torch.device(device))
+    return DeviceLoader(SimpleNamespace(dataset=dataset, num_workers=4), None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +74,8 @@ def test_the_number_of_needed_loader_workers_follows_from_the_measured_times(mil
 
 @pytest.mark.parametrize(("device", "data_wait", "warned"), [("cuda", 0.5, True), ("cuda", 0.1, False), ("cpu", 0.5, False)])
 def test_a_gpu_that_waits_for_images_is_reported_once_but_not_for_the_first_interval(device, data_wait, warned, caplog):
-    check = LoadingCheck(loader_with(3.5, device), num_images=128, num_cores=8)
+    world = World(0, 0, 4, torch.device(device), num_cores=8)
+    check = LoadingCheck(loader_with(3.5), world, images_per_update=4 * 128)
     check.check(0.9, 1.0)
     assert not caplog.text
     for _ in range(3):

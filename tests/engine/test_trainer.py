@@ -42,8 +42,14 @@ class Loader:
     updates_per_epoch = UPDATES_PER_EPOCH
     seconds_waited = 0.0
 
+    def __init__(self) -> None:
+        self.started: list[int] = []  # epochs whose loading was started ahead of time
+
     def set_position(self, epoch: int, first_update: int = 0) -> None:
         self.first = epoch * UPDATES_PER_EPOCH + first_update
+
+    def start(self, epoch: int) -> None:
+        self.started.append(epoch)
 
     def __iter__(self):
         while True:
@@ -250,6 +256,7 @@ def test_the_model_is_evaluated_after_every_second_epoch_and_the_last(tmp_path, 
     monkeypatch.setattr(engine.trainer, "evaluate", record)
     trainer.fit()
     assert evaluated == [2, 4, 5]
+    assert trainer.train_loader.started == [2, 4]  # the next epoch is loaded during the evaluation
 
 
 # Saves after an error.
