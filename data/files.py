@@ -53,7 +53,7 @@ AVIF_REMEDY = "to read AVIF images, run pip install --upgrade 'pillow>=11.3'"
 # Extension of an image format by the first bytes of a file.
 _EXTENSIONS = {
     **{b"\x89PNG": ".png", b"BM": ".bmp", b"II*\0": ".tiff", b"MM\0*": ".tiff", b"RIFF": ".webp"},
-    **{b"P2": ".pgm", b"P5": ".pgm", b"P3": ".ppm", b"P6": ".ppm"},
+    **{b"P2": ".pgm", b"P5": ".pgm", b"P3": ".ppm", b"P6": ".ppm", b"GIF8": ".gif"},
 }
 
 IMAGES_LEFT_OUT = "left out, but images by extension or content"
@@ -139,6 +139,8 @@ def check_member_name(archive: Path, name: str) -> None:
 
 def image_extension(content: bytes) -> str:
     """Extension for an image file without one; ".jpg" if its format is not recognised."""
+    if AVIF_CONTENT.match(content) or HEIC_CONTENT.match(content):
+        return ".avif" if AVIF_CONTENT.match(content) else ".heic"
     return next((extension for start, extension in _EXTENSIONS.items() if content.startswith(start)), ".jpg")
 
 

@@ -354,7 +354,7 @@ def test_the_images_held_out_are_those_of_directories_with_the_same_images(tmp_p
 @pytest.mark.parametrize("split", ["validation", "data/val*.parquet"])
 def test_parquet_shards_are_packed_as_tar_shards_and_unnamed_images_get_the_extension_of_their_format(tmp_path, split):
     images = []
-    for number, kind in enumerate(("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")):
+    for number, kind in enumerate(("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, kind)
         images.append(buffer.getvalue())
@@ -362,14 +362,14 @@ def test_parquet_shards_are_packed_as_tar_shards_and_unnamed_images_get_the_exte
     write_parquet(tmp_path / "hub/data/validation-00000-of-00001.parquet", rows, ["a", "b"])
     packed = pack(tmp_path / "hub", tmp_path / "packed", split, archive="tar")
     shard = "validation-00000-of-00001.parquet"
-    extensions = (".jpg", ".bmp", ".webp", ".tiff", ".ppm")
-    assert [packed.name(position).partition("/")[2] for position in range(6)] == [
+    extensions = (".jpg", ".bmp", ".webp", ".tiff", ".ppm", ".gif")
+    assert [packed.name(position).partition("/")[2] for position in range(7)] == [
         f"{shard}/00000/first.png",
         *[f"{shard}/{number:05d}{extension}" for number, extension in enumerate(extensions, start=1)],
     ]
     assert Path(packed.archives[0]).name == f"{'validation' if split == 'validation' else 'val'}-000000.tar"
     assert packed.classes == ["a", "b"]
-    assert [ImageDataset(packed, None).read(position) for position in range(6)] == images
+    assert [ImageDataset(packed, None).read(position) for position in range(7)] == images
 
 
 def test_a_warning_proposes_to_pack_shards_that_exceed_the_memory_of_a_worker(shards, create_cfg, monkeypatch, caplog):
