@@ -35,7 +35,7 @@ def suggest(root: Path, name: str, layouts: Mapping[str, type[Layout]], *, zip_m
     except OSError as error:
         return f". {root} cannot be listed ({error.strerror}); check its permissions"
     missing = _MissingSplit(root, name, split, option, zip_mode, layouts, entries)
-    # Without --opts, the message is one of scripts/pack_dataset.py, which reads only directories below its source.
+    # Without --opts, the message is one of scripts/pack_dataset.py, which has no --zip and holds out no images.
     is_run = option.startswith("--opts")
     advice = (is_run and missing.find_with_other_flag()) or missing.find_renamed(inside)
     # A directory of this name has no class directories, which the message already says.
@@ -83,8 +83,9 @@ class _MissingSplit:
 
     def _option_for(self, path: str) -> str:
         """Options that read a file or directory as the split; "" if no layout can read it."""
-        for key, layout in self.layouts.items():
-            hint = layout.hint(self.root, path, self.option) if key == "folder" or self.option.startswith("--opts") else ""
+        for layout in self.layouts.values():
+            is_read = not layout.needs_flag or self.option.startswith("--opts")
+            hint = layout.hint(self.root, path, self.option) if is_read else ""
             if hint and layout.needs_flag == self.zip_mode:
                 return hint
             if hint:
@@ -113,7 +114,8 @@ class _MissingSplit:
 
     def _layouts_in(self, folder: Path) -> Iterator[Layout]:
         """The layouts in which another directory has the split."""
-        for name in DEFAULT_NAMES[self.split or "train"]:
+        names = DEFAULT_NAMES[self.split or "train"]
+        for name in names if self.name == names[0] else (self.name,):
             yield from (split for layout in self.layouts.values() if (split := layout(folder, name)).files())
 
     def advise_holding_out(self) -> str:
