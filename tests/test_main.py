@@ -267,7 +267,7 @@ def test_a_non_finite_loss_is_reported_although_the_replay_file_cannot_be_writte
         (["--resume", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "no such directory"),
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
-        (["--batch-size", "2000"], "lower --batch-size"),
+        (["--batch-size", "2000"], "add --batch-size 16"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
         (["--zip"], "train.zip: no such file; check --data-path, or leave out --zip"),
         (["--cache-mode", "full"], "add --zip"),
