@@ -159,4 +159,5 @@ def draw_ranks(model: nn.Module, image: Tensor, names: Sequence[str]) -> Figure:
         axis.set_title(attention.name, fontsize=7)
     axes[0, 0].legend(fontsize=6)
     figure.supylabel("singular value over the largest", fontsize=8)
+    figure.supxlabel("number of the singular value", fontsize=8)
     return figure

@@ -4,6 +4,7 @@ This module does not import torch: its import takes seconds, and usage errors sh
 """
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,8 @@ def reporting_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, TrainingError) as error:  # ConfigError, DataError and CheckpointError are ValueErrors
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # the message follows the log lines, and replaces a progress bar
         parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
 
 

@@ -1,5 +1,6 @@
 """The console of a training run on a terminal: the progress bar, and a clean terminal whenever the run ends."""
 
+import argparse
 import fcntl
 import os
 import pty
@@ -8,15 +9,20 @@ import signal
 import struct
 import termios
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import engine.trainer
 import utils.progress
-from tests.launch import run_main
+from scripts.command_line import reporting_errors
+from tests.launch import run_main, run_script
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
+from utils.errors import ConfigError
+from utils.log import setup_logging
 
 WIDTH = 110
 STYLE = re.compile(r"\x1b\[\d+m")
@@ -104,6 +110,24 @@ def test_a_terminal_shows_the_progress_of_each_epoch_and_is_clean_at_the_end(toy
     assert_clean(lines)
     assert "done; training in this process took" in lines[-2]
     assert sum(f"epoch {epoch}/2 [12/12] loss" in line for line in lines for epoch in (1, 2)) == 2
+
+
+def test_the_error_of_a_script_replaces_its_progress_bar(tmp_path):
+    terminal = Terminal()
+
+    def fail_with_a_bar() -> None:
+        terminal.connect(0)
+        setup_logging(0)
+        with reporting_errors(argparse.ArgumentParser()):
+            for _ in utils.progress.progress(range(9), 9, "images"):
+                time.sleep(2 * utils.progress.SECONDS_BETWEEN_DRAWS)
+                raise ConfigError("--every 0: must be at least 1")
+
+    outcome = run_script(SimpleNamespace(main=fail_with_a_bar, __file__="script.py"), [], tmp_path / "log")
+    written = terminal.close()
+    assert outcome.exit_codes == [2]
+    assert "\rimages:   0%|" in written
+    assert shown_lines(written) == ["script.py: error: --every 0: must be at least 1", ""]
 
 
 @pytest.mark.parametrize(("error", "status"), [(None, 75), (KeyError("injected"), 1)], ids=["Ctrl-C", "crash"])

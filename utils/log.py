@@ -41,11 +41,11 @@ class _Handler(logging.Handler):
 
 
 class _ConsoleHandler(_Handler):
-    """Writes to the console. The end of the process closes the handler, which erases a progress bar that is still shown."""
+    """Writes to the console. ``flush``, which precedes an error message and the end of the process, erases a progress bar."""
 
-    def close(self) -> None:
+    def flush(self) -> None:
         self._sink(console().close_bar)
-        super().close()
+        super().flush()
 
 
 FILE_ONLY = {"file_only": True}  # argument ``extra`` of log calls whose message is too long for the console
