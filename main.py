@@ -7,7 +7,7 @@ import sys
 
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import load_config
-from utils.errors import USAGE_ERROR, ConfigError
+from utils.errors import USAGE_ERROR, is_user_error
 from utils.launcher import is_reporting_process, read_launch
 from utils.stop import StopRequest
 from utils.text import printable
@@ -22,12 +22,17 @@ def main(*, ema: bool = False) -> None:
     args = parse_arguments(__doc__)
     reporting = True  # an error in the launcher's variables may concern this process only, so every process reports it
     try:
-        read_launch()
+        num_processes = read_launch().size
         reporting = is_reporting_process()
         opts = overrides(args, ema=ema)
         cfg = load_config(args.cfg, opts) if args.cfg else None
         check_usage(args, cfg)
-    except ConfigError as error:
+        from jobs.early_checks import check_data  # imports NumPy, which takes longer than the checks above
+
+        check_data(args, cfg, opts, num_processes)
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
         if reporting:
             print(f"main.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -32,9 +32,9 @@ from data.mixup import StepMixup
 from data.orientation import warn_if_turned
 from data.rand_augment import RandAugment
 from data.rows import CACHE_SIZE
-from data.samplers import EvalBatches, TrainBatches, suggest_batch_size
+from data.samplers import EvalBatches, TrainBatches
 from data.sources.folder import find_linked_class
-from data.splits import build_indices
+from data.splits import build_indices, build_too_few_images_error
 from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
 from data.workers import BATCHES_PER_WORKER, WatchedDataset, create_loader, warn_about_shared_memory
 from models.preprocessing import MAX_SMALL_SIZE
@@ -264,12 +264,7 @@ def build_train_loader(
         seed=cfg.SEED,
     )
     if batches.updates_per_epoch == 0:
-        keys = {"has_global_batch": cfg.DATA.GLOBAL_BATCH_SIZE > 0, "accumulates": cfg.TRAIN.ACCUMULATION_STEPS > 1}
-        raise DataError(
-            f"{dataset.index.source} has {len(dataset)} images, but one update needs {batches.global_batch_size} "
-            f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, forward passes per update: {accumulation}, processes: {world_size}); "
-            f"{advise_batch_size(len(dataset), world_size, **keys)}"
-        )
+        raise build_too_few_images_error(cfg, dataset.index.source, len(dataset), accumulation, world_size)
     erase = None
     if cfg.AUG.REPROB > 0:
         erase = Erase(cfg.AUG.REPROB, mode=cfg.AUG.REMODE, max_count=cfg.AUG.RECOUNT, seed=cfg.SEED, device=device)
@@ -281,20 +276,6 @@ def build_train_loader(
     rand_augment = build_rand_augment(cfg, device)
     limit = cfg.DATA.MAX_UNREADABLE
     return TrainLoader(loader, normalize, device, rand_augment=rand_augment, erase=erase, max_unreadable=limit)
-
-
-def advise_batch_size(num_images: int, world_size: int, *, has_global_batch: bool, accumulates: bool) -> str:
-    """Advice for a training set that is smaller than one update.
-
-    Args:
-        has_global_batch: whether DATA.GLOBAL_BATCH_SIZE is set.
-        accumulates: whether TRAIN.ACCUMULATION_STEPS is above 1.
-    """
-    if num_images < world_size:
-        return f"start at most {num_images} processes, or add images"
-    size = suggest_batch_size(num_images, world_size)
-    opts = f" --opts DATA.GLOBAL_BATCH_SIZE {size * world_size}" if has_global_batch else ""
-    return f"add --batch-size {size}{opts or (' --opts TRAIN.ACCUMULATION_STEPS 1' if accumulates else '')}"
 
 
 def build_eval_loader(

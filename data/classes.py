@@ -8,8 +8,6 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
-
 from data.files import DataError
 from data.sources.class_list import first_duplicate, first_twins, is_class_id, normalise, numbered, read_listing
 from utils.config.keys import CLASS_MAPS
@@ -51,12 +49,12 @@ def check_classes(
         raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
     _check_two_classes(val, root)
     if len(val) != num_classes:
-        remedy = f"or add --opts MODEL.NUM_CLASSES {len(val)}"
+        remedy = f", or add --opts MODEL.NUM_CLASSES {len(val)}"
         if train is None:
-            remedy = propose_class_map(val, num_classes, model_classes)
+            remedy = f". {propose_class_map(val, num_classes, model_classes)}"
         raise DataError(
-            f"{root} contains {len(val)} classes, but the model has {num_classes} (MODEL.NUM_CLASSES). Check --data-path; "
-            f"{remedy}"
+            f"{root} contains {len(val)} classes, but the model has {num_classes} (MODEL.NUM_CLASSES). Check "
+            f"--data-path{remedy}"
         )
 
 
@@ -161,7 +159,7 @@ def check_class_names(names: Sequence[str], model_classes: Sequence[str], root: 
         )
     elif match is not ClassMatch.EQUAL:
         raise DataError(
-            f"{root}: the checkpoint was trained with {match.value}: {difference}. Check --data-path; "
+            f"{root}: the checkpoint was trained with {match.value}: {difference}. Check --data-path. "
             f"{propose_class_map(names, len(names), model_classes)}"
         )
 
@@ -178,12 +176,15 @@ def propose_class_map(names: Sequence[str], num_classes: int, model_classes: Seq
             condition = "classes with the same name are the same"
             if class_map == "names" and not set(names) <= set(model_classes):
                 condition = "each class of the data is named by its class id in the model"
-            return f"if {condition}, add --opts TEST.CLASS_MAP {class_map}; otherwise, set TEST.CLASS_MAP {file}"
-    return f"or set TEST.CLASS_MAP with --opts {file}"
+            return f"If {condition}, add --opts TEST.CLASS_MAP {class_map}; otherwise, set TEST.CLASS_MAP {file}"
+    return f"Set TEST.CLASS_MAP with --opts {file}"
 
 
 def imagenet_classes(count: int) -> list[str]:
     """WordNet ids of the classes of the ImageNet variant with this number of classes, by class id; [] if there is none."""
+    # Imported here, since timm imports torch: early checks of the command compare classes, and rarely need ImageNet's.
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
     subset = infer_imagenet_subset({"num_classes": count})
     return ImageNetInfo(subset).label_names() if subset else []
 

@@ -128,11 +128,6 @@ def separate_copies(indices: list[int]) -> list[int]:
     return order
 
 
-def suggest_batch_size(num_images: int, world_size: int) -> int:
-    """Images per process and update for at least five updates per epoch, if there are enough images: a power of two."""
-    return max(2 ** max(num_images // 5, 1).bit_length() // 2 // world_size, 1)
-
-
 class EvalBatches(Sampler[list[Key]]):
     """Evaluation batches, each image once: rank r reads images r, r + world_size, ...; the last batch may be smaller."""
 

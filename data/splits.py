@@ -108,6 +108,33 @@ def find_split(root: Path, split: str, requested: str = "", *, zip_mode: bool = 
     return name, layout
 
 
+def build_too_few_images_error(
+    cfg: CfgNode, source: Path, num_images: int, accumulation: int, world_size: int, *, bound: str = ""
+) -> DataError:
+    """The error for fewer training images than one update needs.
+
+    Args:
+        accumulation: forward passes per update.
+        bound: "at most " if the number of images is not known exactly.
+    """
+    size = suggest_batch_size(num_images, world_size)
+    if num_images < world_size:
+        advice = f"start at most {num_images} processes, or add images"
+    elif cfg.DATA.GLOBAL_BATCH_SIZE:
+        advice = f"add --batch-size {size} --opts DATA.GLOBAL_BATCH_SIZE {size * world_size}"
+    else:
+        advice = f"add --batch-size {size}{' --opts TRAIN.ACCUMULATION_STEPS 1' if accumulation > 1 else ''}"
+    return DataError(
+        f"{source} has {bound}{num_images} images, but one update needs {cfg.DATA.BATCH_SIZE * accumulation * world_size} "
+        f"(DATA.BATCH_SIZE={cfg.DATA.BATCH_SIZE}, forward passes per update: {accumulation}, processes: {world_size}); {advice}"
+    )
+
+
+def suggest_batch_size(num_images: int, world_size: int) -> int:
+    """Images per process and update for at least five updates per epoch, if there are enough images: a power of two."""
+    return max(2 ** max(num_images // 5, 1).bit_length() // 2 // world_size, 1)
+
+
 def _check_undivided(root: Path, fraction: float, *, zip_mode: bool) -> None:
     """Check that there is no validation split beside the training images of which a fraction is to be held out.
 

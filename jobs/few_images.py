@@ -5,7 +5,7 @@ import math
 
 from yacs.config import CfgNode
 
-from data.samplers import suggest_batch_size
+from data.splits import suggest_batch_size
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
 
 logger = logging.getLogger(__name__)

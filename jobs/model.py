@@ -286,8 +286,7 @@ def load_pretrained(
     match, difference = compare_classes(classes, names)
     if match is ClassMatch.AMBIGUOUS:
         raise DataError(
-            f"{path}: its head was trained with {match.value}: {difference}. To load the head, "
-            f"{propose_class_map(classes, len(classes), names)}"
+            f"{path}: its head was trained with {match.value}: {difference}. {propose_class_map(classes, len(classes), names)}"
         )
     if match is ClassMatch.REORDERED:
         reorder_head(model, read_class_map("names", classes, len(classes), names))

@@ -1,5 +1,6 @@
 """Measure the speed of the forward pass."""
 
+import contextlib
 import logging
 import platform
 import time
@@ -15,11 +16,15 @@ from models import build_model
 from utils.config.loading import image_size
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
+from utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
 WARMUP_BATCHES = 50  # as in the reference implementation
 MEASURED_BATCHES = 30
+# Each phase ends after this time too, but not before its first batch.
+WARMUP_SECONDS = 15.0
+MEASURED_SECONDS = 30.0
 
 
 def images_per_second(
@@ -29,17 +34,23 @@ def images_per_second(
 
     Args:
         images: (B, 3, H, W), on the model's device.
+        warmup_batches, measured_batches: maximum numbers of batches; see also ``WARMUP_SECONDS``.
     """
     device = images.device.type
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    phases = (("warm-up", warmup_batches, WARMUP_SECONDS), ("measurement", measured_batches, MEASURED_SECONDS))
     with torch.inference_mode(), torch.autocast(device, precision, enabled=precision != torch.float32):
-        for num_batches in (warmup_batches, measured_batches):
+        for title, num_batches, seconds in phases:
             synchronise()
-            started = time.perf_counter()
-            for _ in range(num_batches):
-                model(images)
+            started, done = time.perf_counter(), 0
+            with contextlib.closing(progress(range(num_batches), num_batches, title, seconds_between_lines=5)) as batches:
+                for _ in batches:
+                    model(images)
+                    done += 1
+                    if time.perf_counter() - started > seconds:
+                        break
             synchronise()
-    return len(images) * measured_batches / (time.perf_counter() - started)
+    return len(images) * done / (time.perf_counter() - started)
 
 
 def measure_throughput(cfg: CfgNode, world: World) -> None:
@@ -52,6 +63,18 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     height, width = image_size(cfg)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, height, width, device=world.device)
     precision = amp_dtype(cfg)
+    logger.info(
+        "throughput of %s on random images: forward passes with %d images of %d x %d; a warm-up of up to %d batches or %d s, "
+        "then a measurement of up to %d batches or %d s; at least one batch each",
+        cfg.MODEL.NAME,
+        len(images),
+        height,
+        width,
+        WARMUP_BATCHES,
+        WARMUP_SECONDS,
+        MEASURED_BATCHES,
+        MEASURED_SECONDS,
+    )
     speed = images_per_second(model, images, precision, warmup_batches=WARMUP_BATCHES, measured_batches=MEASURED_BATCHES)
     logger.info(
         "%s at %d x %d on %s: batch_size %d throughput %.1f images/s, %s, torch %s",

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import check_positive, create_parser, reporting_errors, save_figure
+from scripts.command_line import check_inputs, check_positive, create_parser, reporting_errors, save_figure
 from utils.files import write_csv, write_json, write_text
 from utils.text import markdown
 
@@ -57,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     with reporting_errors(parser):
         check_positive(args, "every")
+        check_inputs(args)
         analyze(args)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import create_parser, reporting_errors
+from scripts.command_line import check_inputs, create_parser, reporting_errors
 from utils.errors import ConfigError
 
 
@@ -21,6 +21,7 @@ def main() -> None:
             raise ConfigError(f"{args.output} already exists; choose another name")
         if len(args.checkpoints) < 2:
             raise ConfigError(f"{args.checkpoints[0]}: only one checkpoint; give two or more to average")
+        check_inputs(args)
         from engine.checkpoint_writer import save_checkpoint
         from jobs.averaging import average
         from jobs.locate_checkpoint import locate

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.config.arguments import OneLineParser, check_weights
+from utils.config.loading import load_config
 from utils.errors import USAGE_ERROR, ConfigError, TrainingError
 from utils.files import can_write, replacing
 from utils.text import printable
@@ -54,7 +56,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def create_parser(description: str | None, *names: str) -> argparse.ArgumentParser:
     """Create a parser with some of ``ARGUMENTS``."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
         parser.add_argument(name, **ARGUMENTS[name])
     return parser
@@ -70,6 +72,22 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value < 1:
             raise ConfigError(f"--{name} {value}: must be at least 1")
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Check checkpoints, configs and images, as far as they are given, before torch is imported.
+
+    Raises:
+        ConfigError: a file does not exist, or a config is invalid.
+    """
+    if missing := [path for path in getattr(args, "images", None) or () if not path.exists()]:
+        raise ConfigError(f"{missing[0]}: no such file or directory; correct the path")
+    if getattr(args, "resume", None):
+        check_weights("--resume=", args.resume)
+    for checkpoint in getattr(args, "checkpoints", None) or ():
+        check_weights("", checkpoint)
+    if getattr(args, "cfg", None):
+        load_config(args.cfg, args.opts)
 
 
 def check_outputs(args: argparse.Namespace, *names: str) -> None:

@@ -4,7 +4,6 @@ Tar shards follow webdataset's naming. Image files are copied byte for byte, unl
 read back and verified before they are moved to the target directory.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -32,6 +31,7 @@ from data.sources.class_list import CLASS_NAMES_FILE, read_class_names, write_cl
 from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 from data.splits import find_split
 from data.workers import end_with_parent
+from scripts.command_line import create_parser
 from utils.errors import USAGE_ERROR
 from utils.log import setup_logging
 from utils.progress import progress
@@ -198,7 +198,7 @@ def _compare(packed: Index, index: Index, digests: list[bytes], title: str) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("source", type=Path, help="data set: directories <split>/<class>/<image>, parquet or tar shards")
     parser.add_argument("target", type=Path, help="output directory")
     formats = [name for name, layout in LAYOUTS.items() if layout.write is not Layout.write]

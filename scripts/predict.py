@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import check_positive, create_parser, reporting_errors
-from utils.config.loading import load_config
-from utils.errors import FAILED, ConfigError
+from scripts.command_line import check_inputs, check_positive, create_parser, reporting_errors
+from utils.errors import FAILED
 from utils.files import write_csv, write_json
 from utils.text import escape
 
@@ -97,10 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     with reporting_errors(parser):
         check_positive(args, "top-k", "batch-size")
-        if missing := [path for path in args.images if not path.exists()]:
-            raise ConfigError(f"{missing[0]}: no such file or directory")
-        if args.cfg:
-            load_config(args.cfg, args.opts)  # reports config errors before torch is imported
+        check_inputs(args)
         unreadable = run(args)
     sys.exit(FAILED if unreadable else 0)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import create_parser, reporting_errors, save_figure
+from scripts.command_line import check_inputs, create_parser, reporting_errors, save_figure
 from utils.errors import ConfigError
 from utils.text import printable
 
@@ -110,6 +110,7 @@ def main() -> None:
     with reporting_errors(parser):
         if len(args.token_grid) > 2 or any(side < 1 for side in args.token_grid):
             raise ConfigError(f"--token-grid {' '.join(map(str, args.token_grid))}: give one or two numbers above 0")
+        check_inputs(args)
         visualize(args)
 
 

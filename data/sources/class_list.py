@@ -67,6 +67,12 @@ def class_lists(folder: Path, root: Path) -> list[Path]:
     return list(dict.fromkeys((folder / CLASS_NAMES_FILE, root / CLASS_NAMES_FILE)))
 
 
+def list_classes(listings: Sequence[Path]) -> list[str] | None:
+    """Class names in the first file of ``listings`` that exists; None if there is none."""
+    listing = next((path for path in listings if path.is_file()), None)
+    return read_class_names(listing) if listing else None
+
+
 def class_names(listings: Sequence[Path], labels: Sequence[int], source: Path) -> list[str]:
     """Class names by class id: the lines of ``classes.txt`` if it exists, else numbers.
 

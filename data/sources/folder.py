@@ -18,6 +18,7 @@ from data.sources.class_list import check_distinct_names
 from data.sources.layout import Layout, MissingSplitError
 from utils.progress import progress
 
+MAX_QUICK_ENTRIES = 10_000  # entries of directories that ``count_files`` reads beyond the number of files
 MAX_DEPTH = 100  # maximum number of nested directories
 
 
@@ -39,6 +40,24 @@ class Folder(Layout):
             return ""
         condition = "if it contains the validation images, " if "test" in name.lower() else ""
         return f"{condition}add {option} {shlex.quote(name)}"
+
+    def list_classes(self) -> list[str]:
+        with _listing_errors(self.path):
+            return Listing(self.path).find_classes()
+
+    def count_files(self, limit: int) -> int | None:
+        num_files, num_entries, pending = 0, 0, [self.path]
+        while pending:
+            with _listing_errors(self.path), os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if _is_directory(entry):
+                        pending.append(Path(entry.path))
+                    else:
+                        num_files += 1
+                    num_entries += 1
+                    if num_files >= limit or num_entries >= limit + MAX_QUICK_ENTRIES:
+                        return None
+        return num_files
 
     def scan(self) -> Scan:
         """List the images.

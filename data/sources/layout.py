@@ -64,6 +64,21 @@ class Layout(ABC):
             DataError: invalid data; ``MissingSplitError`` if there are none.
         """
 
+    def list_classes(self) -> list[str] | None:
+        """Class names, if they are known without listing the images; else None.
+
+        Raises:
+            DataError: invalid data, see ``scan``.
+        """
+        return None
+
+    def count_files(self, limit: int) -> int | None:
+        """Number of files, thus the maximum number of images, if it is below ``limit``; else, or if it is not known, None.
+
+        It reads few more than ``limit`` directory entries.
+        """
+        return None
+
     @staticmethod
     @abstractmethod
     def hint(root: Path, name: str, option: str) -> str:

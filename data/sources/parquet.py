@@ -53,6 +53,20 @@ class ParquetShards(Shards):
         pattern = re.sub(r"[0-9]+(-of-[0-9]+.*)?$", "", name[: -len(PARQUET)])
         return f"add {option} {shlex.quote(f'{glob.escape(pattern)}*{name[-len(PARQUET) :]}')}"
 
+    def list_classes(self) -> list[str] | None:
+        with _reading_errors(self.archives[0]):
+            _, classes = _find_labels(self.archives[0], open_parquet(self.archives[0]).schema_arrow)
+        return super().list_classes() if classes is None else _wordnet_ids(classes)
+
+    def count_files(self, limit: int) -> int | None:
+        num_rows = 0
+        for shard in self.archives:
+            with _reading_errors(shard):
+                num_rows += open_parquet(shard).metadata.num_rows
+            if num_rows >= limit:
+                return None
+        return num_rows
+
     def scan(self) -> Scan:
         """List the images. Only the labels, the file names and the metadata of the shards are read.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data.files import DataError, Note
-from data.sources.class_list import class_lists
+from data.sources.class_list import class_lists, list_classes
 from data.sources.layout import Layout, split_of
 
 # The hub's older parquet shards have a hash after the total.
@@ -51,6 +51,9 @@ class Shards(Layout):
 
     def files(self) -> list[Path]:
         return self.archives
+
+    def list_classes(self) -> list[str] | None:
+        return list_classes(self.class_lists)
 
     def check_shards(self) -> None:
         """Check that the shards belong to one split, that no shard is a link to another one, and that none is missing from a

@@ -24,7 +24,7 @@ from data.files import (
     is_system_path,
 )
 from data.index import Index, Scan, create_index
-from data.sources.class_list import check_distinct_names, class_lists, class_names, is_class_id, read_listing
+from data.sources.class_list import check_distinct_names, class_lists, class_names, is_class_id, list_classes, read_listing
 from data.sources.layout import Layout, MissingSplitError
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header, before its name and extra field
@@ -52,6 +52,9 @@ class ZipArchive(Layout):
             return ""
         needed = "" if os.path.isfile(root / f"{name.removesuffix('.zip')}_map.txt") else f", and write {name[:-4]}_map.txt"
         return f"add {option} {shlex.quote(name)}{needed}"
+
+    def list_classes(self) -> list[str] | None:
+        return list_classes(self.class_lists)
 
     def scan(self) -> Scan:
         """List the images.

@@ -345,7 +345,7 @@ def test_an_evaluation_on_a_part_of_the_classes_says_whether_predictions_are_res
     outcome, _ = evaluate_on(tmp_path / "part", "refused")
     assert outcome.exit_codes == [2]
     assert "contains 2 classes, but the model has 3" in outcome.output
-    assert "if classes with the same name are the same, add --opts TEST.CLASS_MAP names" in outcome.output
+    assert "If classes with the same name are the same, add --opts TEST.CLASS_MAP names" in outcome.output
 
     for restrict, text in (("True", "predictions restricted to 2 of 3 classes"), ("False", "predictions not restricted")):
         outcome, part = evaluate_on(tmp_path / "part", restrict, "TEST.CLASS_MAP", "names", "TEST.RESTRICT_CLASSES", restrict)

@@ -8,15 +8,47 @@ import os
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
 from utils.config.keys import CLASS_MAPS
 from utils.config.loading import CONFIGS, option_keys, similar_name
-from utils.errors import ConfigError
+from utils.errors import USAGE_ERROR, ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
+from utils.text import printable
 from utils.urls import is_url
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the remedy, instead of the usage of all arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.report(f"{message}; see --help")
+
+    def report(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {printable(message)}\n")
+
+    def parse_args(self, *args: Any) -> Any:  # type: ignore[override]  # argparse's has overloads
+        """Parse the command line; exit with a suggestion on an unknown argument."""
+        found, unknown = self.parse_known_args(*args)
+        if unknown:
+            self.report(f"unknown argument {unknown[0]}{self._hint(*unknown[:2])}")
+        return found
+
+    def _hint(self, unknown: str, value: str = "") -> str:
+        """End of the error message for an unknown argument: the config key with this name, else a similar argument.
+
+        Args:
+            value: the argument after it, if any.
+        """
+        flag, _, assigned = unknown.partition("=")
+        flags = self._option_string_actions
+        key = similar_name(flag.lstrip("-").replace("-", "_")) if flag.startswith("-") and "--opts" in flags else None
+        if key:
+            return f": set it with --opts {key} {assigned or ('' if value.startswith('--') else value) or 'VALUE'}"
+        near = get_close_matches(flag, flags, n=1)
+        return f": did you mean {near[0]}?" if near else "; see --help"
 
 
 def parse_arguments(description: str, flags: Collection[str] | None = None) -> argparse.Namespace:
@@ -25,23 +57,11 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
     Args:
         flags: names of the flags to accept, from ``FLAGS``; None accepts all.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     for name, (_, options) in FLAGS.items():
         if flags is None or name in flags:
             parser.add_argument(name, **options)
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}{_hint(unknown[0])}")
-    return args
-
-
-def _hint(unknown: str) -> str:
-    """End of the error message for an unknown flag: the config key with this name, else a similar flag."""
-    flag = unknown.split("=")[0]
-    if key := similar_name(flag.lstrip("-").replace("-", "_")):
-        return f": set it with --opts {key} VALUE"
-    near = get_close_matches(flag, FLAGS, n=1)
-    return f": did you mean {near[0]}?" if near else "; see --help"
+    return parser.parse_args()
 
 
 # Flag -> (config key that it sets, or None; arguments of ``add_argument``). Flags override --opts.
@@ -148,11 +168,15 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         return
     if cfg is None:
         if not args.eval:
-            raise ConfigError("--cfg is missing: give a config, such as configs/flatten_swin_t.yaml")
+            if checkpoint := args.resume or args.pretrained:
+                check_weights("--resume=" if args.resume else "--pretrained=", checkpoint)
+            evaluate = "; to evaluate the checkpoint, add --eval" if args.resume else ""
+            raise ConfigError(f"--cfg is missing: give a config, such as configs/flatten_swin_t.yaml{evaluate}")
         if args.resume and args.pretrained:
             raise ConfigError("--resume and --pretrained: give only one of them")
-        name = "--pretrained" if args.pretrained else "--resume"
-        _check_weights(name, args.resume or args.pretrained)
+        if not (args.resume or args.pretrained):
+            raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
+        check_weights("--pretrained=" if args.pretrained else "--resume=", args.resume or args.pretrained)
         _check_data_path(args)
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
@@ -171,7 +195,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     resumes = cfg.TRAIN.AUTO_RESUME and has_checkpoints(build_output_path(cfg))
     for key in ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key] and not (resumes and not args.eval):
-            _check_weights(f"MODEL.{key}", cfg.MODEL[key])
+            check_weights(f"--{key.lower()}=" if getattr(args, key.lower()) else f"MODEL.{key}=", cfg.MODEL[key])
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
@@ -195,19 +219,24 @@ def _check_folder(name: str, path: str) -> None:
         raise ConfigError(f"{name}={path}: no such directory; give the directory with train/ and val/")
 
 
-def _check_weights(name: str, checkpoint: str) -> None:
-    """Reject a checkpoint that is not a URL, a file, a directory with ``best.pth``, or a model name."""
-    if not checkpoint:
-        raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
+def check_weights(name: str, checkpoint: str) -> None:
+    """Reject a checkpoint that is not a URL, a file, a directory with ``best.pth``, or a model name.
+
+    Args:
+        name: flag or key that gives the checkpoint, with ``=``, for messages; "" for a positional argument.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
     path = Path(checkpoint).expanduser()
     if is_url(checkpoint) or os.path.isfile(path):
         return
     if os.path.isdir(path):
         if not (path / BEST).is_file():
-            raise ConfigError(f"{name}={checkpoint} is a directory without {BEST}; give a checkpoint file")
+            raise ConfigError(f"{name}{checkpoint} is a directory without {BEST}; give a checkpoint file")
         return
     models = [file.stem for file in CONFIGS.glob("*.yaml")]
     if checkpoint not in models:
         near = get_close_matches(checkpoint, models, n=1) if not path.suffix else []
-        hint = f"; did you mean the model {near[0]}?" if near else ""
-        raise ConfigError(f"{name}={checkpoint}: no such file, run directory or model{hint}")
+        hint = f"; did you mean the model {near[0]}?" if near else "; correct the path"
+        raise ConfigError(f"{name}{checkpoint}: no such file, run directory or model{hint}")

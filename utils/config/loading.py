@@ -63,8 +63,8 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
     """Load the configuration of a run, completed with defaults, checked and frozen.
 
     Args:
-        path: one or more YAML files, such as a model's and a recipe's; later files override earlier ones. Missing keys come
-            from the BASE files, then from the defaults.
+        path: one or more YAML files, such as a model's and a recipe's, see ``find_config``; later files override earlier ones.
+            Missing keys come from the BASE files, then from the defaults.
         opts: KEY, VALUE, ... or KEY=VALUE, ...; they override the files.
 
     Raises:
@@ -72,8 +72,35 @@ def load_config(path: str | Path | Sequence[str | Path], opts: Sequence = ()) ->
     """
     cfg = _defaults()
     for file in [path] if isinstance(path, (str, Path)) else path:
-        _merge_file(cfg, Path(file), chain=())
+        _merge_file(cfg, find_config(file), chain=())
     return _complete(cfg, opts)
+
+
+def find_config(name: str | Path) -> Path:
+    """Find a config file: an existing path, with or without extension, or the name of a shipped config.
+
+    Args:
+        name: such as ``configs/flatten_swin_t.yaml``, ``flatten_swin_t`` or ``recipes/finetune``.
+
+    Raises:
+        ConfigError: there is no config of this name, or there are several.
+    """
+    path = Path(name)
+    if os.path.exists(path) or path.suffix == ".yml" or path.is_absolute():
+        return path
+    file = path if path.suffix == ".yaml" else path.with_name(f"{path.name}.yaml")
+    if os.path.exists(file):
+        return file
+    shipped = {config: config.relative_to(CONFIGS) for config in sorted(CONFIGS.rglob("[!.]*.yaml"))}
+    found = [config for config, relative in shipped.items() if relative.parts[-len(file.parts) :] == file.parts]
+    if len(found) == 1:
+        return found[0]
+    if file == path and file.parent != Path():
+        return path  # the error of reading it suggests a file in the same directory
+    near = get_close_matches(file.name, {relative.name for relative in shipped.values()}, n=3)
+    names = [str(config) for config in found or shipped if found or config.name in near]
+    hint = f"; there are {', '.join(names)}" if len(names) > 1 else f"; did you mean {names[0]}?" if names else ""
+    raise ConfigError(f"{name}: {'several configs have' if found else 'no config has'} this name{hint}")
 
 
 def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:

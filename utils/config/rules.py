@@ -111,9 +111,11 @@ def _check_recipe(cfg: CfgNode) -> None:
             f"DATA.VAL_SPLIT={cfg.DATA.VAL_SPLIT}: conflicts with DATA.VAL_FRACTION={cfg.DATA.VAL_FRACTION:g}, which holds out "
             "training images for validation; give only one of them (DATA.VAL_FRACTION 0 overrides a config or checkpoint)"
         )
-    if cfg.TRAIN.WARMUP_EPOCHS > cfg.TRAIN.EPOCHS:
+    epochs, warmup = cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS
+    if warmup > epochs:
         raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS={cfg.TRAIN.WARMUP_EPOCHS}: longer than TRAIN.EPOCHS={cfg.TRAIN.EPOCHS}; shorten the warm-up"
+            f"TRAIN.WARMUP_EPOCHS={warmup}: longer than TRAIN.EPOCHS={epochs}; shorten the warm-up: add --opts "
+            f"TRAIN.WARMUP_EPOCHS {max(epochs // 10, min(epochs - 1, 1))}"
         )
     if cfg.DATA.GLOBAL_BATCH_SIZE and cfg.TRAIN.ACCUMULATION_STEPS > 1:
         raise ConfigError(

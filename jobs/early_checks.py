@@ -1,0 +1,64 @@
+"""Checks of the data before torch is imported, so that a mistake in the command is reported at once. Without torch."""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from data.classes import check_classes
+from data.sources import missing_split
+from data.sources.layout import MissingSplitError
+from data.splits import build_split, build_too_few_images_error
+from engine.schedule import accumulation_steps
+from utils.config.loading import CONFIGS, load_config
+from utils.run_files import build_output_path, has_checkpoints
+
+
+def check_data(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world_size: int) -> None:
+    """Check the splits of a job and, in training, the classes and the number of images, as far as no list of images is needed.
+
+    The job repeats these checks with all images. A run that resumes is not checked: if it is finished, it reads no data. An
+    evaluation without --cfg is checked only for released models: the config of another checkpoint is known after it is read.
+
+    Args:
+        cfg, opts: see ``jobs.launch.launch``.
+
+    Raises:
+        DataError, ConfigError: what the job would raise after its start.
+    """
+    if cfg is None and args.eval:
+        reference = args.resume or args.pretrained
+        config = CONFIGS / f"{reference}.yaml"
+        cfg = load_config(config, opts) if config.is_file() and not os.path.exists(reference) else None
+    if cfg is None or args.throughput:
+        return
+    training = not args.eval
+    if training and (cfg.MODEL.RESUME or (cfg.TRAIN.AUTO_RESUME and has_checkpoints(build_output_path(cfg)))):
+        return
+    if training:
+        accumulation = accumulation_steps(cfg, world_size)
+    splits = ["train"] if cfg.DATA.VAL_FRACTION else ["train", "val"] if training else ["val"]
+    logging.disable()  # the job logs which splits it reads
+    try:
+        layouts = {split: build_split(cfg, split) for split in splits}
+    finally:
+        logging.disable(logging.NOTSET)
+    classes = {}
+    for split, (name, layout) in layouts.items():
+        try:
+            classes[split] = layout.list_classes()
+        except MissingSplitError as error:
+            option, zip_mode = f"--opts DATA.{split.upper()}_SPLIT", cfg.DATA.ZIP_MODE
+            raise missing_split(str(error), Path(cfg.DATA.DATA_PATH), name, zip_mode=zip_mode, option=option) from None
+    if not training:
+        return
+    train, val = classes["train"], classes.get("val", classes["train"])
+    if train is not None and val is not None:
+        check_classes(train, val, cfg.MODEL.NUM_CLASSES, cfg.DATA.DATA_PATH)
+    layout = layouts["train"][1]
+    num_files = layout.count_files(cfg.DATA.BATCH_SIZE * accumulation * world_size)
+    if num_files is not None:
+        raise build_too_few_images_error(cfg, layout.source, num_files, accumulation, world_size, bound="at most ")
