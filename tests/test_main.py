@@ -269,7 +269,7 @@ def test_a_non_finite_loss_is_reported_although_the_replay_file_cannot_be_writte
         (["--opts", "MODEL.NUM_CLASSES", "4"], "add --opts MODEL.NUM_CLASSES 3"),
         (["--batch-size", "2000"], "add --batch-size 16"),
         (["--batch-size", "0"], "DATA.BATCH_SIZE=0"),
-        (["--zip"], "train.zip: no such file; check --data-path, or leave out --zip"),
+        (["--zip"], "no zip archive named train. Found train/: leave out --zip"),
         (["--cache-mode", "full"], "add --zip"),
         (["--pretrained", "nowhere.pth"], "no such file"),
         (["--opts", "MODEL.LA.ATTN_TYPE", "LLSS"], "each of the 3 stages"),

@@ -445,7 +445,7 @@ def test_command_line_errors_are_reported_before_torch_is_imported(arguments, st
         ("benchmark model flaten_swin_t", "flaten_swin_t: unknown model; choose among flatten_cswin_b"),
         ("benchmark attention --tokens 200", "--tokens 200: give a square number, such as 196"),
         ("benchmark data --images none.jpg", "none.jpg: no such file or directory"),
-        ("benchmark epoch --cfg configs/small.yaml --data-path none", "none/train: no such directory"),
+        ("benchmark epoch --cfg configs/small.yaml --data-path none", "no training split"),
         ("predict none.jpg --resume x", "none.jpg: no such file or directory"),
         ("predict docs --resume x --top-k 0", "--top-k 0: must be at least 1"),
         ("evaluate_all x.pth --data-path none --csv x.csv", "--data-path none: no such directory"),
