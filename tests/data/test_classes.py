@@ -6,6 +6,7 @@ Truths are the brightness of the images, by which each class is known, and hand-
 import csv
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from torch import nn
 
 from data.build import build_datasets
 from data.classes import ClassMatch, check_classes, compare_classes, predictable_classes
-from data.loader import Batch
 from engine.evaluation import evaluate
 from jobs.locate_checkpoint import Location, open_checkpoint
 from jobs.model import load_pretrained
@@ -300,7 +300,8 @@ def evaluate_fixed_logits(logits, classes, class_ids):
     with torch.no_grad():
         model.weight.zero_()
         model.bias.copy_(torch.tensor(logits))
-    batch = Batch(torch.zeros(len(classes), 1), torch.tensor(classes), [(0, index) for index in range(len(classes))])
+    count = len(classes)
+    batch = SimpleNamespace(images=torch.zeros(count, 1), targets=torch.tensor(classes), indices=list(range(count)))
     options = {"amp_dtype": torch.float32, "world": CPU_WORLD, "keep_predictions": True}
     return evaluate({"raw": model}, [batch], class_ids=class_ids, **options)["raw"]
 
