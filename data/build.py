@@ -116,7 +116,8 @@ def build_datasets(
         targets = index.labels if class_ids is None else np.array(class_ids)[index.labels]
         check_real_labels(real_labels, targets.tolist(), cfg.TEST.REAL_LABELS)
     if not cfg.DATA.EXIF:
-        run_once(partial(_warn_if_turned, [val] if train is None else [train, val]))
+        images = {"validation images": val} if train is None else {"training images": train, "validation images": val}
+        run_once(partial(_warn_if_turned, images))
     logger.info(
         "data: %s%d validation images, %d classes",
         f"{len(train)} training images, " if train else "",
@@ -143,11 +144,11 @@ def build_class_ids(cfg: CfgNode, classes: Sequence[str], model_classes: Sequenc
     return class_ids, restriction
 
 
-def _warn_if_turned(datasets: Sequence[ImageDataset]) -> None:
-    for dataset in datasets:
+def _warn_if_turned(datasets: dict[str, ImageDataset]) -> None:
+    for title, dataset in datasets.items():
         index = dataset.index
         read = ImageDataset(index, dataset.transform).read  # a copy, which keeps no files open
-        warn_if_turned(index.source, len(index), read_beginning=partial(read_beginning, index), read=read)
+        warn_if_turned(f"{title} in {index.source}", len(index), read_beginning=partial(read_beginning, index), read=read)
 
 
 def warn_if_shared(train: Index, val: Index) -> None:

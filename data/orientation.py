@@ -16,12 +16,12 @@ NUM_ENTIRE = 32  # images that are read to the end, if the beginning does not su
 
 
 def warn_if_turned(
-    source: object, num_images: int, *, read_beginning: Callable[[int], bytes], read: Callable[[int], bytes]
+    title: str, num_images: int, *, read_beginning: Callable[[int], bytes], read: Callable[[int], bytes]
 ) -> None:
     """Warn if images of a sample have an EXIF orientation other than upright.
 
     Args:
-        source: what contains the images, for the message.
+        title: what the images are, for the message, such as "the training images in photos".
         read_beginning: returns the first bytes of an image, given its position; called by several threads.
         read: returns all bytes of an image.
     """
@@ -33,9 +33,9 @@ def warn_if_turned(
     found += [_is_turned(read, position) for position in _evenly_spaced(unknown, NUM_ENTIRE)]
     if num_turned := found.count(True):
         logger.warning(
-            "%s: %d of the %d images looked at are stored sideways, upside down or mirrored, and their EXIF orientation is not "
+            "%s: %d of the %d looked at are stored sideways, upside down or mirrored, and their EXIF orientation is not "
             "applied; --opts DATA.EXIF True turns them upright (it is off for the published accuracies)",
-            source,
+            title,
             num_turned,
             num_turned + found.count(False),
         )

@@ -205,8 +205,8 @@ def test_datasets_of_a_run_read_turned_photographs_as_upright_ones(size, photogr
     assert all(map(np.array_equal, read("turned", True), upright))
     assert "EXIF" not in caplog.text
     assert sum(map(np.array_equal, read("turned", False), upright)) == 2  # two of sixteen images are stored upright
-    assert caplog.text.count("turned/train: 21 of the 24 images looked at are stored sideways") == 1
-    assert caplog.text.count("turned/val: 42 of the 48 images looked at are stored sideways") == 1
+    assert caplog.text.count("turned/train: 21 of the 24 looked at are stored sideways") == 1
+    assert caplog.text.count("turned/val: 42 of the 48 looked at are stored sideways") == 1
 
 
 def test_the_warning_reads_a_sample_and_the_beginning_of_its_files(caplog):
@@ -220,7 +220,7 @@ def test_the_warning_reads_a_sample_and_the_beginning_of_its_files(caplog):
     entire = {"read": lambda _: pytest.fail("the entire file was read")}
     warn_if_turned("a large data set", 1_281_167, read_beginning=read_start, **entire)
     assert sorted(read) == np.linspace(0, 1_281_166, NUM_SAMPLES).astype(int).tolist()
-    assert f"a large data set: {NUM_SAMPLES} of the {NUM_SAMPLES} images looked at" in caplog.text
+    assert f"a large data set: {NUM_SAMPLES} of the {NUM_SAMPLES} looked at" in caplog.text
     assert "--opts DATA.EXIF True" in caplog.text
 
 
@@ -228,7 +228,7 @@ def test_the_warning_skips_unreadable_images_and_reads_the_entire_file_if_necess
     contents = [encode(picture(), kind, exif=orientation_tag(3)) for kind in ("WEBP", "JPEG")] + [b"", encode(picture(), "PNG")]
     start, read = (lambda position: contents[position][:100]), contents.__getitem__
     warn_if_turned("photographs", 4, read_beginning=start, read=read)
-    assert "photographs: 2 of the 3 images looked at" in caplog.text
+    assert "photographs: 2 of the 3 looked at" in caplog.text
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
