@@ -144,7 +144,8 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     loader = build_eval_loader(
         cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device, num_cores=world.num_cores
     )
-    models = load_models(checkpoint, cfg, labels=tuple(stored_weights(checkpoint.state)) or ("raw",), device=world.device)
+    labels = tuple(stored_weights(checkpoint.state)) or ("raw",)
+    models = load_models(checkpoint, cfg, labels=labels, device=world.device, is_main=world.is_main)
     attention = choose_attention(models.values(), [eval_dtype(cfg)], cfg, world)
     results = evaluate(
         models, loader, amp_dtype=eval_dtype(cfg), world=world, class_ids=datasets.class_ids, keep_predictions=True

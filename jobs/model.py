@@ -84,10 +84,10 @@ def with_stored_windows(stored: Mapping, cfg: CfgNode, path: Path | str) -> CfgN
     return combined
 
 
-def check_windows(model: Any, cfg: CfgNode, stored: object, path: Path | str) -> None:
+def check_windows(model: Any, cfg: CfgNode, stored: object, path: Path | str, *, is_main: bool = True) -> None:
     """Check, before weights are loaded, whether attention over the whole token map would become attention in windows.
 
-    This happens if DATA.IMG_SIZE grows and the windows do not. If the weights fit nevertheless, a warning is logged.
+    This happens if DATA.IMG_SIZE grows and the windows do not. If the weights fit nevertheless, rank 0 logs a warning.
 
     Args:
         cfg: the config of ``model``.
@@ -118,7 +118,8 @@ def check_windows(model: Any, cfg: CfgNode, stored: object, path: Path | str) ->
         message = f"{message}; to cover it, add --opts {options}"
     if any(len(before[key]) != len(after[key]) for key in lost):
         raise ConfigError(message)
-    logger.warning("%s", message)
+    if is_main:
+        logger.warning("%s", message)
 
 
 def _covering_options(model: Any, cfg: CfgNode, lost: Sequence[tuple[int, str]]) -> str:
@@ -159,18 +160,22 @@ def choose_attention(models: Iterable[nn.Module], dtypes: Iterable[torch.dtype],
     return description
 
 
-def load_models(checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
+def load_models(
+    checkpoint: Checkpoint, cfg: CfgNode, *, labels: Sequence[str], device: torch.device, is_main: bool = True
+) -> dict[str, nn.Module]:
     """Build one model per label, with the checkpoint's weights of that label.
 
     Args:
         labels: labels of the weights, each raw or ema.
+        is_main: whether this process is rank 0, which logs warnings.
 
     Raises:
+        ConfigError: see ``check_windows``.
         CheckpointError: a weight of the model is missing or has another shape, or a weight of the file is unused.
     """
     model = check_model(cfg)
     check_size(checkpoint, model)
-    check_windows(model, cfg, checkpoint.state.get("config"), checkpoint.path)
+    check_windows(model, cfg, checkpoint.state.get("config"), checkpoint.path, is_main=is_main)
     models = {}
     for label in labels:
         models[label] = build_model(cfg).to(device)
@@ -269,7 +274,7 @@ def load_pretrained(
         ConfigError: TEST.CLASS_MAP for a head with another number of classes, which is not loaded.
     """
     state = read_checkpoint(path)
-    check_windows(model, cfg, state.get("config"), path)
+    check_windows(model, cfg, state.get("config"), path, is_main=world.is_main)
     report = fill_model(model, state, weights="auto", path=path)
     names = imagenet_classes(len(classes)) if report.mapped else stored_class_names(state, released)
     class_map = cfg.TEST.CLASS_MAP
