@@ -290,6 +290,8 @@ def model_card(
         more = len(checkpoint.class_names) - MAX_NAMES
         shown = ", ".join(map(markdown, checkpoint.class_names[:MAX_NAMES]))
         parts += ["## Classes", shown + (f", and {more} more in `config.json`" if more > 0 else "")]
+    else:
+        parts += ["## Classes", "The checkpoint has no class names; classes are numbered in the order of its training data."]
     parts += ["## Accuracy", describe_accuracy(evaluation, label, cfg.MODEL.NUM_CLASSES)]
     installed = "After `pip install` of the FLatten repository (or, in its root, with `import models`):"
     parts += ["## Use", installed if in_timm else "In the root of the FLatten repository:"]

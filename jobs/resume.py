@@ -138,7 +138,8 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
             "product of the number of processes, --batch-size and TRAIN.ACCUMULATION_STEPS unchanged, or start a new run with "
             "--pretrained and another --tag"
         )
-    stored_optimizer, optimizer = stored.get("TRAIN.OPTIMIZER.NAME"), cfg.TRAIN.OPTIMIZER.NAME
+    optimizer = cfg.TRAIN.OPTIMIZER.NAME
+    stored_optimizer = stored.get("TRAIN.OPTIMIZER.NAME", optimizer)
     if stored_optimizer != optimizer:
         raise ConfigError(
             f"{path} was saved with TRAIN.OPTIMIZER.NAME={stored_optimizer}; {optimizer} cannot load this optimizer state. "
@@ -196,7 +197,8 @@ def check_group_keys(saved: dict, cfg: CfgNode, path: str) -> None:
     before = {key: stored.get(key, KEYS[key].default) for key in GROUP_KEYS}
     changed = [key for key in GROUP_KEYS if before[key] != configured[key]]
     if changed:
-        changes = ", ".join(f"{key} was {before[key]!r} and is {configured[key]!r} now" for key in changed)
+        former = {key: f"was {before[key]!r}" if key in stored else f"is not stored, as if {before[key]!r}," for key in changed}
+        changes = ", ".join(f"{key} {former[key]} and is {configured[key]!r} now" for key in changed)
         raise ConfigError(
             f"{path}: the parameter groups of the optimizer cannot change on resume: {changes}. Restore the value (--opts "
             f"{' '.join(f'{key} {before[key]}' for key in changed)}), or start a new run with --pretrained and another --tag"
@@ -210,6 +212,8 @@ def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, worl
         schedule: schedule of the resumed run.
     """
     update = saved["num_updates"] - saved.get("num_skipped", 0)
+    if "TRAIN.EPOCHS" not in flatten(saved["config"]):
+        return  # the former schedule is not known
     try:
         former = load_stored_config(
             saved["config"], source=path, sections=("TRAIN.", "DATA.BATCH_SIZE", "DATA.GLOBAL_BATCH_SIZE")

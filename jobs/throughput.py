@@ -53,6 +53,16 @@ def images_per_second(
     return len(images) * done / (time.perf_counter() - started)
 
 
+def fitting_batch_size(model: nn.Module, image: Tensor, batch_size: int, precision: torch.dtype) -> int:
+    """The largest batch size up to ``batch_size`` whose forward pass probably takes less than the half of ``MEASURED_SECONDS``.
+
+    Args:
+        image: (1, 3, H, W), on the CPU.
+    """
+    speed = images_per_second(model, image, precision, warmup_batches=1, measured_batches=1)
+    return min(batch_size, max(int(speed * MEASURED_SECONDS / 2), 1))
+
+
 def measure_throughput(cfg: CfgNode, world: World) -> None:
     """Log the images per second of the forward pass on random images, with the model, device and precision."""
     apply_numerical_settings(cfg)
@@ -63,6 +73,10 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     height, width = image_size(cfg)
     images = torch.randn(cfg.DATA.BATCH_SIZE, 3, height, width, device=world.device)
     precision = amp_dtype(cfg)
+    if world.device.type == "cpu" and not cfg.TRAIN.COMPILE:  # which compiles for one batch size
+        images = images[: fitting_batch_size(model, images[:1], len(images), precision)]
+        if len(images) < cfg.DATA.BATCH_SIZE:
+            logger.warning("a forward pass with %d images takes too long on this CPU", cfg.DATA.BATCH_SIZE)
     logger.info(
         "throughput of %s on random images: forward passes with %d images of %d x %d; a warm-up of up to %d batches or %d s, "
         "then a measurement of up to %d batches or %d s; at least one batch each",

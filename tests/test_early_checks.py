@@ -176,3 +176,14 @@ def test_the_measurement_of_throughput_ends_after_a_maximum_time(monkeypatch):
     speed = throughput.images_per_second(model, torch.zeros(8, 1), torch.float32, warmup_batches=50, measured_batches=30)
     assert 2 <= len(calls) <= 4
     assert 8 <= speed <= 160
+
+
+def test_throughput_is_measured_with_fewer_images_if_a_batch_takes_too_long(monkeypatch):
+    """A forward pass that takes 20 ms per image, measured for 0.4 s: batches of about 10 images take the half of it."""
+    monkeypatch.setattr(throughput, "MEASURED_SECONDS", 0.4)
+
+    def model(images):
+        time.sleep(0.02 * len(images))
+
+    assert 1 <= throughput.fitting_batch_size(model, torch.zeros(1, 1), 128, torch.float32) <= 10
+    assert throughput.fitting_batch_size(model, torch.zeros(1, 1), 1, torch.float32) == 1

@@ -18,6 +18,7 @@ from jobs.locate_checkpoint import log_differences
 from jobs.resume import (
     ARCHITECTURE_KEY_PREFIXES,
     GROUP_KEYS,
+    check_group_keys,
     log_config_changes,
     resume,
     warn_about_environment,
@@ -102,6 +103,13 @@ def test_a_key_that_a_checkpoint_lacks_is_not_reported_as_if_it_had_a_value(capl
     assert [record.getMessage() for record in caplog.records] == [
         "file.pth: MODEL.TYPE is not stored in the checkpoint, and is 'flatten_swin' now"
     ]
+
+
+def test_a_missing_key_is_not_reported_with_a_former_value_when_the_parameter_groups_change(toy_config):
+    cfg = load_config(toy_config, ["TRAIN.LAYER_DECAY", 0.8, "TRAIN.HEAD_LR_SCALE", 3])
+    message = r"TRAIN\.LAYER_DECAY is not stored, as if 1\.0, and is 0\.8 now, TRAIN\.HEAD_LR_SCALE was 2\.0 and is 3\.0 now"
+    with pytest.raises(ConfigError, match=message):
+        check_group_keys({"config": {"TRAIN": {"HEAD_LR_SCALE": 2.0}}}, cfg, "file.pth")
 
 
 # --- States that do not fit

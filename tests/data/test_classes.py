@@ -273,6 +273,9 @@ def test_averaging_export_and_prediction_follow_the_class_order_of_the_checkpoin
         assert open_checkpoint(tmp_path / "-".join(names)).class_names == tuple(NAMED)
     assert run_script(export, [files["text"], tmp_path / "exported"], tmp_path / "log").exit_codes == [0]
     assert json.loads((tmp_path / "exported/config.json").read_text())["label_names"] == AS_TEXT
+    assert run_script(export, [files["none"], tmp_path / "unnamed"], tmp_path / "log").exit_codes == [0]
+    assert "label_names" not in json.loads((tmp_path / "unnamed/config.json").read_text())
+    assert "The checkpoint has no class names" in (tmp_path / "unnamed/README.md").read_text()
     outcome = run_script(export, [files["short"], tmp_path / "other"], tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert "has 3 class names, but 12 classes" in outcome.output
