@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 import utils.distributed
 from data.files import DataError
-from tests.launch import run_in_processes
+from tests import launch
+from tests.launch import free_port, run_in_processes
 from tests.runs import toy_arguments
 from utils.collective_watch import CollectiveWatch
 from utils.devices import (
@@ -34,6 +35,7 @@ from utils.distributed import (
     LostRankError,
     agree_on_launch_id,
     choose_interface,
+    cleanup,
     find_interface,
     is_lost_connection,
     on_all,
@@ -122,6 +124,35 @@ def wait_longer_than_the_timeout(world) -> None:
 
 def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_with_a_long_timeout():
     run_in_processes(wait_longer_than_the_timeout, processes=2)
+
+
+def join_with_a_faked_gpu(rank: int, port: int) -> None:
+    """Exit with status 0 if ``setup`` watches the collectives of a GPU, and leaves the network interface to NCCL."""
+    os.environ |= launch.launch_variables(rank, 2, port) | {"LOCAL_WORLD_SIZE": "1"}
+    utils.distributed.choose_device = lambda _rank: torch.device("cuda", 0)
+    utils.distributed.check_device_is_not_shared = lambda *_arguments: None
+    init, backends = dist.init_process_group, []
+
+    def init_with_gloo(backend, *, device_id, **options):
+        backends.append(backend)
+        init("gloo", **options)
+
+    dist.init_process_group = init_with_gloo
+    world = setup(20, on_stall=lambda error, world: None)
+    is_watched = utils.distributed._watch is not None
+    cleanup()
+    expected = ("cuda", ["nccl"], True, None)
+    os._exit((world.device.type, backends, is_watched, os.environ.get("GLOO_SOCKET_IFNAME")) != expected)
+
+
+def test_processes_on_gpus_use_nccl_alone_and_watch_their_collectives():
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [context.Process(target=join_with_a_faked_gpu, args=(rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 class FakeEvent:
