@@ -128,7 +128,7 @@ def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_wi
 
 def join_with_a_faked_gpu(rank: int, port: int) -> None:
     """Exit with status 0 if ``setup`` watches the collectives of a GPU, and leaves the network interface to NCCL."""
-    os.environ |= launch.launch_variables(rank, 2, port) | {"LOCAL_WORLD_SIZE": "1"}
+    os.environ |= launch.launch_variables(rank, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # one process per node
     utils.distributed.choose_device = lambda _rank: torch.device("cuda", 0)
     utils.distributed.check_device_is_not_shared = lambda *_arguments: None
     init, backends = dist.init_process_group, []
