@@ -11,8 +11,9 @@ import numpy as np
 from yacs.config import CfgNode
 
 from data.files import DataError
-from data.index import Index, select_images
+from data.index import PARQUET, Index, select_images
 from data.sources import list_layouts, missing_split, read_split
+from data.sources.class_list import normalise
 from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 
 logger = logging.getLogger(__name__)
@@ -161,10 +162,9 @@ def _has_classes(root: Path) -> bool:
 def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
     """Divide images into training and validation images, each class in the same proportion.
 
-    The choice depends on nothing but the names of the files without directory and extension: the images of each class are
-    ordered by a hash of the name, and the first ones are held out. Dots count as underscores, as in tar shards. The same
-    images are therefore held out for every seed, layout and order of the files. Of images without an extension, such as
-    unnamed rows of parquet shards, the whole name counts.
+    The choice depends on nothing but the names of the files: the images of each class are ordered by a hash of the name, see
+    ``_hashed_name``, and the first ones are held out. The same images are therefore held out for every seed, layout and order
+    of the files.
 
     Args:
         fraction: fraction of the images of each class to hold out, rounded; at least one image, but not all.
@@ -177,10 +177,7 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
     """
     groups: list[list[tuple[bytes, int]]] = [[] for _ in index.classes]
     for position, label in enumerate(index.labels):
-        path = index.name(position)
-        stem, dot, _ = path.rpartition("/")[2].rpartition(".")  # pathlib would take 5 s for ImageNet
-        name = (stem.replace(".", "_") if dot else path).encode(errors="surrogateescape")
-        groups[label].append((hashlib.blake2b(name, digest_size=8).digest(), position))
+        groups[label].append((hashlib.blake2b(_hashed_name(index.name(position)), digest_size=8).digest(), position))
     is_held_out = np.zeros(len(index), dtype=bool)
     for label, group in enumerate(groups):
         if len(group) < 2:
@@ -191,3 +188,17 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
         count = min(max(math.floor(len(group) * fraction + 0.5), 1), len(group) - 1)
         is_held_out[[position for _, position in sorted(group)[:count]]] = True
     return {"train": np.flatnonzero(~is_held_out), "val": np.flatnonzero(is_held_out)}
+
+
+def _hashed_name(path: str) -> bytes:
+    """The name of an image that determines whether it is held out: equal for all copies in other directories and archives.
+
+    It is the file name without directory and extension. Dots count as underscores, as in tar shards, and both Unicode forms of
+    a name are equal, since copies from macOS change the form. Unnamed rows of a parquet shard, and their copies in archives,
+    are named by shard and number.
+    """
+    folder, _, name = path.rpartition("/")
+    stem = (name.rpartition(".")[0] or name).replace(".", "_")
+    if folder.endswith(PARQUET):
+        stem = f"{folder.rpartition('/')[2]}/{stem}"
+    return normalise(stem).encode(errors="surrogateescape")

@@ -5,8 +5,10 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
+from data.files import has_image_extension
 from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 
 MAX_SHOWN = 5  # names that a message lists
@@ -37,10 +39,12 @@ def suggest(root: Path, name: str, layouts: Mapping[str, type[Layout]], *, zip_m
     missing = _MissingSplit(root, name, split, option, zip_mode, layouts, entries)
     # Without --opts, the message is one of scripts/pack_dataset.py, which has no --zip and holds out no images.
     is_run = option.startswith("--opts")
-    advice = (is_run and missing.find_with_other_flag()) or missing.find_renamed(inside)
+    advice = (is_run and (missing.find_with_other_flag() or missing.find_class_directories())) or missing.find_renamed(inside)
     # A directory of this name has no class directories, which the message already says.
-    advice = advice or (is_run and not inside and missing.find_elsewhere()) or ""
-    return advice or f"{'' if inside else missing.list_entries()}{missing.advise_holding_out() if is_run else ''}"
+    if not advice and not inside:
+        advice = missing.find_elsewhere() or missing.find_unnamed_archives() if is_run else missing.find_classes_to_pack()
+    others = missing.advise_holding_out() if is_run else missing.advise_packing_alone()
+    return advice or f"{'' if inside else missing.list_entries()}{others}"
 
 
 @dataclass(frozen=True)
@@ -99,24 +103,61 @@ class _MissingSplit:
         folders = [self.root / entry for entry in self.entries if os.path.isdir(self.root / entry)]
         is_split = split_of(self.root.absolute().name) is not None
         for folder in [*([parent] if is_split else []), *folders[:MAX_PROBED]]:
-            if flags := {layout.needs_flag for layout in self._layouts_in(folder)}:
-                flag = "" if self.zip_mode in flags else f", and {'leave out' if self.zip_mode else 'add'} --zip"
+            if found := dict(self._splits_in(folder)):
+                flag = "" if self.zip_mode in found else f", and {'leave out' if self.zip_mode else 'add'} --zip"
+                name = found.get(self.zip_mode, next(iter(found.values())))
+                if folder != parent and self.split == "val":  # the training images may be elsewhere
+                    return f". {folder} has this split: add {self.option} {shlex.quote(f'{folder.name}/{name}')}{flag}"
                 reason = f"{self.root} is itself a split" if folder == parent else f"{folder} has this split"
                 return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
         if len(folders) < 2 or any(map(split_of, self.entries)):
             return ""
-        shown = ", ".join(f"{folder.name}/" for folder in folders[:MAX_SHOWN])
+        return self._advise_dividing([folder.name for folder in folders], "DATA.VAL_FRACTION 0.1")
+
+    def _splits_in(self, folder: Path) -> Iterator[tuple[bool, str]]:
+        """Whether each layout in which another directory has the split needs --zip, and the name of the split."""
+        names = DEFAULT_NAMES[self.split or "train"]
+        for name in reversed(names if self.name == names[0] else (self.name,)):
+            yield from ((layout.needs_flag, name) for layout in self.layouts.values() if layout(folder, name).files())
+
+    def find_class_directories(self) -> str:
+        """Advice if class directories have names like splits, as ``train`` or ``test tube`` beside ``bus`` and ``car``."""
+        folders = [entry for entry in self.entries if os.path.isdir(self.root / entry)]
+        named = [folder for folder in folders if split_of(folder)]
+        if not named or len(named) == len(folders) or not all(map(self._has_only_images, folders)):
+            return ""
+        return self._advise_dividing(folders, "DATA.TRAIN_SPLIT . DATA.VAL_FRACTION 0.1")
+
+    def find_classes_to_pack(self) -> str:
+        folders = [entry for entry in self.entries if os.path.isdir(self.root / entry)]
+        if self.split != "train" or len(folders) < 2 or any(map(split_of, self.entries)):
+            return ""
+        return f". If {_list_folders(folders)} are class directories, add {self.option} ."
+
+    def _has_only_images(self, folder: str) -> bool:
+        """Whether the first entries of a directory are image files, and no class directories or archives."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return all(has_image_extension(entry.name) for entry in islice(entries, MAX_PROBED))
+        except OSError:
+            return False
+
+    def _advise_dividing(self, classes: list[str], keys: str) -> str:
         return (
-            f". If {shown}{' and the other directories' if len(folders) > MAX_SHOWN else ''} are class directories, add --opts "
-            f"DATA.VAL_FRACTION 0.1 to train on nine tenths of their images"
+            f". If {_list_folders(classes)} are class directories, add --opts {keys} to train on nine tenths of their images"
             f"{', or --opts DATA.VAL_SPLIT . to evaluate all of them' if self.split == 'val' else ''}"
         )
 
-    def _layouts_in(self, folder: Path) -> Iterator[Layout]:
-        """The layouts in which another directory has the split."""
-        names = DEFAULT_NAMES[self.split or "train"]
-        for name in names if self.name == names[0] else (self.name,):
-            yield from (split for layout in self.layouts.values() if (split := layout(folder, name)).files())
+    def find_unnamed_archives(self) -> str:
+        """Advice if there are archives whose names have no word for a split, such as ``00000.tar``."""
+        if self.split != "train" or self.zip_mode:
+            return ""
+        names = [entry for entry in self.entries if split_of(entry) is None and not os.path.isdir(self.root / entry)]
+        for layout in self.layouts.values():
+            for name in names if not layout.needs_flag else []:
+                if hint := layout.hint(self.root, name, self.option):
+                    return f". If {name} has training images, {hint}; to hold out a tenth of them, also DATA.VAL_FRACTION 0.1"
+        return ""
 
     def advise_holding_out(self) -> str:
         """Advice on DATA.VAL_FRACTION if validation images are missing, but there is a training split."""
@@ -129,6 +170,10 @@ class _MissingSplit:
         keys = f"{'DATA.TRAIN_SPLIT train ' if is_ambiguous else ''}DATA.VAL_FRACTION 0.1"
         return f". To hold out a tenth of the training images for validation, add --opts {keys}"
 
+    def advise_packing_alone(self) -> str:
+        """Advice for scripts/pack_dataset.py if validation images are missing: ``option`` then selects the training split."""
+        return f". To pack the training images alone, add {self.option}" if self.split == "val" else ""
+
     def list_entries(self) -> str:
         if not self.entries:
             return f". {self.root} is empty"
@@ -138,3 +183,8 @@ class _MissingSplit:
 
     def _show(self, name: str) -> str:
         return f"{name}/" if os.path.isdir(self.root / name) else name
+
+
+def _list_folders(names: list[str]) -> str:
+    more = " and the other directories" if len(names) > MAX_SHOWN else ""
+    return ", ".join(f"{name}/" for name in names[:MAX_SHOWN]) + more

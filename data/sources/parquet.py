@@ -185,7 +185,7 @@ def _divide_row_groups(shard: Path, metadata: Any, path: str) -> tuple[array, ar
     Raises:
         DataError: a row group is too large, or has rows without an image.
     """
-    offsets, sizes = array("q"), array("q")
+    offsets, sizes, num_missing = array("q"), array("q"), 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunk = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == path)
         if (size := chunk.total_uncompressed_size) > MAX_ROW_GROUP:
@@ -193,12 +193,14 @@ def _divide_row_groups(shard: Path, metadata: Any, path: str) -> tuple[array, ar
                 f"{shard} has a row group of {size / 2**30:.1f} GiB, all of which must be read for one image; write the file "
                 "again with row_group_size=100, with write_table of pyarrow.parquet"
             )
-        if chunk.is_stats_set and chunk.statistics.null_count:
-            raise DataError(f"{shard}: {chunk.statistics.null_count} rows have no image; {_REMOVE_ROWS}")
+        num_missing += (chunk.statistics.null_count or 0) if chunk.is_stats_set else 0
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         bounds = start + chunk.total_compressed_size * np.arange(group.num_rows + 1, dtype=np.int64) // max(group.num_rows, 1)
         offsets.extend(bounds[:-1].tolist())
         sizes.extend(np.diff(bounds).tolist())
+    if num_missing:
+        remedy = _REMOVE_ROWS if num_missing < len(sizes) else f"store the content of the image files in {path}, not only paths"
+        raise DataError(f"{shard}: {num_missing} rows have no image; {remedy}")
     return offsets, sizes
 
 

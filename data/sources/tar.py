@@ -88,8 +88,8 @@ class TarShards(Shards):
                 for position in range(start, min(start + shard_size, len(index))):
                     path = PurePosixPath(index.name(position))
                     key = str(path.with_name(path.stem.replace(".", "_")))  # webdataset keys must not contain dots
-                    while key in keys:
-                        key = f"{key}-{position}"
+                    while key in keys:  # a.jpg and a.png. Held-out images depend on the file name, so a directory is added
+                        key = str(PurePosixPath(key).parent / str(position) / PurePosixPath(key).name)
                     keys.add(key)
                     data = next(files)
                     extension = path.suffix if has_image_extension(path.name) else image_extension(data)
@@ -163,7 +163,7 @@ class _Members:
         elif extension == "cls":
             text = _read_start(archive, entry, MAX_LABEL_SIZE).strip()
             if entry.size > MAX_LABEL_SIZE or not text.isdigit():  # bytes.isdigit accepts only 0 to 9
-                raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id")
+                raise DataError(f"{self.shard}: {entry.name} contains {text!r}, not a class id; write a number from 0")
             if self.labels.setdefault(key, int(text)) != int(text):
                 raise DataError(f"{self.shard}: {entry.name} occurs twice, with different class ids; pack it again")
         elif (kind := classify(base, lambda: _read_start(archive, entry, HEAD))) is FileKind.IMAGE:
