@@ -173,7 +173,11 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
         if not fraction and len(index) != sum(size for size in sizes if isinstance(size, int)):
             level = logging.INFO
     elif fraction and (difference := compare_descriptions(data.get("val", {}), describe_index(index))):
-        change = f"the images that DATA.VAL_FRACTION holds out differ from those in training: {difference}"
+        # Packed copies have other names and positions of the same held-out images, so that the comparison cannot decide.
+        change = (
+            f"the images that DATA.VAL_FRACTION holds out may differ from those in training: {difference} (also if the "
+            "images were only packed)"
+        )
     if change:
         logger.log(
             level,

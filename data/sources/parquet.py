@@ -224,7 +224,11 @@ def _check_labels(labels: Sequence[int], classes: Sequence[str], source: Path) -
         raise DataError(f"{source} has the label {used[-1]}, but {len(classes)} class names; download the data again")
     if len(used) < len(classes):
         unused = next(label for label in range(len(classes)) if label not in set(used.tolist()))
-        raise DataError(f"{source} has no image of class {unused}, {classes[unused]}; every class needs images in each split")
+        raise DataError(
+            f"{source} has no image of class {unused}, {classes[unused]}; every class needs images in each split. To remove "
+            "unused classes, convert class ids to names and these to class ids (int2str, class_encode_column of the library "
+            "datasets)"
+        )
 
 
 def _wordnet_ids(classes: list[str]) -> list[str]:
