@@ -117,6 +117,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
             raise
         raise lost_rank_error(world, error) from None
     finally:
+        gc.unfreeze()  # otherwise, objects are not destroyed at exit, and Triton's bindings report them as leaked
         trainer.saver.background_write.close()
         if metrics is not None:
             metrics.close()

@@ -25,6 +25,7 @@ from jobs.train import _batch_advice, warn_about_ema
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main, run_script
+from tests.runs import toy_arguments
 from utils.config.loading import load_config
 from utils.devices import Cores, count_cores
 from utils.distributed import World
@@ -393,6 +394,13 @@ def test_processes_share_the_cores_that_they_have_in_common(processes, expected)
 
 def run_python(*arguments):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_run_writes_nothing_after_its_last_log_line(toy_config, toy_data, tmp_path):
+    """Objects that the garbage collector skips are not destroyed at exit, and Triton reported them as leaked."""
+    process = run_python("main.py", *toy_arguments(toy_config, toy_data, tmp_path))
+    assert process.returncode == 0, process.stderr
+    assert "done; training" in (process.stdout + process.stderr).splitlines()[-1]
 
 
 @pytest.mark.parametrize(
