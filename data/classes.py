@@ -34,19 +34,19 @@ def check_classes(
     if train is not None and list(train) != list(val):
         parts = []
         if missing := sorted(set(train) - set(val)):
-            parts.append(f"val/ lacks {_shorten(missing)}")
+            parts.append(f"the validation split lacks {_shorten(missing)}")
         if extra := sorted(set(val) - set(train)):
-            parts.append(f"val/ also has {_shorten(extra)}")
+            parts.append(f"the validation split also has {_shorten(extra)}")
         if not parts:
             position = next(i for i, (name, other) in enumerate(zip(val, train, strict=True)) if name != other)
             raise DataError(
-                f"{root}: val/ has the classes of train/ in another order: class {position} is {train[position]!r} in train/, "
-                f"but {val[position]!r} in val/. Store both splits in the same layout, or list the classes of an archive in "
-                "classes.txt, by class id"
+                f"{root}: the validation split has the classes of the training split in another order: class {position} is "
+                f"{val[position]!r} instead of {train[position]!r}. Store both splits in the same layout, or list the classes "
+                "of an archive in classes.txt, by class id"
             )
         if twins := first_twins([*missing, *extra]):
             parts.append(f"{twins[0]!a} and {twins[1]!a} differ only in Unicode normalisation (NFC and NFD): rename one")
-        raise DataError(f"{root}: {' and '.join(parts)}; train/ and val/ need the same classes")
+        raise DataError(f"{root}: {' and '.join(parts)}; both splits need the same classes")
     _check_two_classes(val, root)
     if len(val) != num_classes:
         remedy = f", or add --opts MODEL.NUM_CLASSES {len(val)}"

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from data.files import DataError
 from data.index import PARQUET, Index, select_images
 from data.sources import list_layouts, missing_split, read_split
 from data.sources.class_list import normalise
-from data.sources.layout import DEFAULT_NAMES, Layout, split_of
+from data.sources.layout import DEFAULT_NAMES, Layout, has_class_directories, run_option
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def build_indices(cfg: CfgNode, splits: Sequence[str]) -> dict[str, Index]:
 
     def read(split: str) -> Index:
         name, layout = build_split(cfg, split)
-        return read_split(layout, root, name, cache=cache, option=f"--opts DATA.{split.upper()}_SPLIT")
+        return read_split(layout, root, name, cache=cache, option=run_option(split))
 
     if not fraction:
         return {split: read(split) for split in splits}
@@ -72,9 +71,9 @@ def build_split(cfg: CfgNode, split: str) -> tuple[str, Layout]:
     requested = {"train": cfg.DATA.TRAIN_SPLIT, "val": cfg.DATA.VAL_SPLIT}[split]
     if cfg.DATA.VAL_FRACTION and not requested:
         _check_undivided(root, cfg.DATA.VAL_FRACTION, zip_mode=zip_mode)
-        if not zip_mode and not list_layouts(root, "train") and _has_classes(root):
+        if not zip_mode and not list_layouts(root, "train") and has_class_directories(root):
             requested = "."
-    return find_split(root, split, requested, zip_mode=zip_mode, option=f"--opts DATA.{split.upper()}_SPLIT")
+    return find_split(root, split, requested, zip_mode=zip_mode, option=run_option(split))
 
 
 def find_split(root: Path, split: str, requested: str = "", *, zip_mode: bool = False, option: str) -> tuple[str, Layout]:
@@ -103,9 +102,9 @@ def find_split(root: Path, split: str, requested: str = "", *, zip_mode: bool = 
         logger.warning("%s is read, but not the %s beside it, such as %s", layout.path, other.title, other.files()[0])
     # A test set beside a validation set is usual.
     if unused := [layouts[0].path for other, layouts in found.items() if other not in (name, "test")]:
-        logger.warning("%s is read for validation, but not %s; choose with %s", layout.path, unused[0], option)
+        logger.warning("%s is read for validation, but not %s; choose with %s NAME", layout.path, unused[0], option)
     elif name != names[0]:
-        logger.info("%s is read for %s; choose another split with %s", layout.path, _TITLES[split], option)
+        logger.info("%s is read for %s; choose another split with %s NAME", layout.path, _TITLES[split], option)
     return name, layout
 
 
@@ -132,8 +131,9 @@ def build_too_few_images_error(
 
 
 def suggest_batch_size(num_images: int, world_size: int) -> int:
-    """Images per process and update for at least five updates per epoch, if there are enough images: a power of two."""
-    return max(2 ** max(num_images // 5, 1).bit_length() // 2 // world_size, 1)
+    """Images per process and update: a power of two for at least five updates per epoch, divided among the processes."""
+    global_batch = 2 ** (max(num_images // 5, 1).bit_length() - 1)
+    return max(global_batch // world_size, 1)
 
 
 def _check_undivided(root: Path, fraction: float, *, zip_mode: bool) -> None:
@@ -148,15 +148,6 @@ def _check_undivided(root: Path, fraction: float, *, zip_mode: bool) -> None:
                 f"{layouts[0].path}: add --opts DATA.VAL_FRACTION 0 to validate on it, or --opts DATA.TRAIN_SPLIT train to "
                 "hold out training images anyway"
             )
-
-
-def _has_classes(root: Path) -> bool:
-    """Whether a directory seems to have class directories, and no splits."""
-    try:
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
-    except OSError:
-        return False
-    return len(folders) > 1 and not any(map(split_of, folders))
 
 
 def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:

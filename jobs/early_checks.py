@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.classes import check_classes
 from data.sources import missing_split
-from data.sources.layout import MissingSplitError
+from data.sources.layout import MissingSplitError, run_option
 from data.splits import build_split, build_too_few_images_error
 from engine.schedule import accumulation_steps
 from utils.config.loading import CONFIGS, load_config
@@ -38,8 +38,7 @@ def check_data(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, wo
     training = not args.eval
     if training and (cfg.MODEL.RESUME or (cfg.TRAIN.AUTO_RESUME and has_checkpoints(build_output_path(cfg)))):
         return
-    if training:
-        accumulation = accumulation_steps(cfg, world_size)
+    accumulation = accumulation_steps(cfg, world_size) if training else 1  # errors of the config come before those of the data
     splits = ["train"] if cfg.DATA.VAL_FRACTION else ["train", "val"] if training else ["val"]
     logging.disable()  # the job logs which splits it reads
     try:
@@ -51,8 +50,8 @@ def check_data(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, wo
         try:
             classes[split] = layout.list_classes()
         except MissingSplitError as error:
-            option, zip_mode = f"--opts DATA.{split.upper()}_SPLIT", cfg.DATA.ZIP_MODE
-            raise missing_split(str(error), Path(cfg.DATA.DATA_PATH), name, zip_mode=zip_mode, option=option) from None
+            root, zip_mode = Path(cfg.DATA.DATA_PATH), cfg.DATA.ZIP_MODE
+            raise missing_split(str(error), root, name, zip_mode=zip_mode, option=run_option(split)) from None
     if not training:
         return
     train, val = classes["train"], classes.get("val", classes["train"])

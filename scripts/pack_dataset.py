@@ -237,9 +237,13 @@ def main() -> None:
     except (DataError, OSError) as error:
         parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
     arguments = ["--data-path", str(args.target), *(["--zip"] if args.format == "zip" else [])]
-    if keys := [word for split in splits for word in split_option(packed_name(split))]:
+    names = [packed_name(split) for split in splits]
+    if keys := [word for name in names for word in split_option(name)]:
         arguments += ["--opts", *keys]
     print(f"options for main.py: {shlex.join(arguments)}")
+    for name in names:
+        if split_of(name) is None:
+            print(f"to read {name}: --opts DATA.TRAIN_SPLIT {shlex.quote(name)}, or --opts DATA.VAL_SPLIT {shlex.quote(name)}")
 
 
 def find_splits(source: Path) -> list[str]:

@@ -431,7 +431,7 @@ def test_a_class_missing_in_val_is_rejected(toy_config, tmp_path):
     write_images(tmp_path, "val", classes=2, per_class=2)
     outcome = run_main(toy_arguments(toy_config, tmp_path, tmp_path / "output"), tmp_path / "log")
     assert outcome.exit_codes == [2]
-    assert "val/ lacks class2" in outcome.output
+    assert "the validation split lacks class2" in outcome.output
 
 
 @pytest.mark.parametrize(

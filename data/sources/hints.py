@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from data.files import has_image_extension
-from data.sources.layout import DEFAULT_NAMES, Layout, split_of
+from data.sources.layout import DEFAULT_NAMES, Layout, has_class_directories, run_option, split_of
 
 MAX_SHOWN = 5  # names that a message lists
 MAX_PROBED = 20  # directories below the data path in which splits are looked for
@@ -27,8 +27,8 @@ def suggest(root: Path, name: str, layouts: Mapping[str, type[Layout]], *, zip_m
         zip_mode: whether --zip is set.
         option: command-line option that selects the split; by default, the one for the split that ``name`` identifies.
     """
-    split = next((split for split in DEFAULT_NAMES if option.endswith(f" DATA.{split.upper()}_SPLIT")), split_of(name))
-    option = option or f"--opts DATA.{(split or 'train').upper()}_SPLIT"
+    split = next((split for split in DEFAULT_NAMES if option == run_option(split)), split_of(name))
+    option = option or run_option(split or "train")
     try:
         entries = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         inside = sorted(f"{name}/{path.name}" for path in (root / name).iterdir()) if os.path.isdir(root / name) else []
@@ -110,7 +110,7 @@ class _MissingSplit:
                     return f". {folder} has this split: add {self.option} {shlex.quote(f'{folder.name}/{name}')}{flag}"
                 reason = f"{self.root} is itself a split" if folder == parent else f"{folder} has this split"
                 return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
-        if len(folders) < 2 or any(map(split_of, self.entries)):
+        if not has_class_directories(self.root):
             return ""
         return self._advise_dividing([folder.name for folder in folders], "DATA.VAL_FRACTION 0.1")
 
@@ -130,7 +130,7 @@ class _MissingSplit:
 
     def find_classes_to_pack(self) -> str:
         folders = [entry for entry in self.entries if os.path.isdir(self.root / entry)]
-        if self.split != "train" or len(folders) < 2 or any(map(split_of, self.entries)):
+        if self.split != "train" or not has_class_directories(self.root):
             return ""
         return f". If {_list_folders(folders)} are class directories, add {self.option} ."
 

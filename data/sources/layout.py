@@ -1,5 +1,6 @@
 """The interface of a data layout: how the images of a split and their class ids are stored."""
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -23,6 +24,20 @@ def split_of(name: str) -> str | None:
     words = set(re.split(r"[^a-z]+", name.lower()))
     splits = [split for split, known in SPLIT_WORDS.items() if words & known]
     return splits[0] if len(splits) == 1 else None
+
+
+def run_option(split: str) -> str:
+    """Command-line option that selects a split of a run, "train" or "val"."""
+    return f"--opts DATA.{split.upper()}_SPLIT"
+
+
+def has_class_directories(root: Path) -> bool:
+    """Whether a directory seems to contain class directories, and no splits."""
+    try:
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return False
+    return len(folders) > 1 and not any(map(split_of, folders))
 
 
 class MissingSplitError(DataError):

@@ -23,8 +23,8 @@ from utils.progress import progress
 MAX_ROW_GROUP = 2**31  # bytes; each loader worker needs the memory for a whole row group
 NUM_IMAGENET_CLASSES = 1000
 LABEL_COLUMNS = ("label", "labels")  # names of the column of class ids, if its type does not decide
-_REMOVE_ROWS = "remove these rows, with filter of the library datasets"
 MAX_OTHER_NAMES = 10  # names of ImageNet's classes that may differ from timm's
+_REMOVE_ROWS = "remove these rows, with filter of the library datasets"
 
 
 class ParquetShards(Shards):
@@ -39,12 +39,15 @@ class ParquetShards(Shards):
 
     def __init__(self, root: Path, split: str):
         super().__init__(root, split)
-        self.beside = self.archives  # shards of the same name in the data path, if those in ``data`` are used
-        if not self.is_pattern:
-            super().__init__(root, f"data/{split}")
-        if self.is_pattern or not self.archives:
+        self.beside: list[Path] = []  # shards of the same name in the data path, if those in ``data`` are used
+        if self.is_pattern:
+            return
+        beside = self.archives
+        super().__init__(root, f"data/{split}")
+        if self.archives:
+            self.beside = beside
+        else:
             super().__init__(root, split)
-            self.beside = []
 
     @staticmethod
     def hint(root: Path, name: str, option: str) -> str:

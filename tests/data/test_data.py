@@ -290,9 +290,9 @@ def test_the_error_for_tar_shards_read_with_zip_says_to_leave_out_zip(tmp_path):
 @pytest.mark.parametrize(
     ("train", "val", "num_classes", "message"),
     [
-        (["a", "b"], ["a"], 2, "val/ lacks b"),
-        (["a"], ["a", "b"], 1, "val/ also has b"),
-        (["b", "a"], ["a", "b"], 2, "val/ has the classes of train/ in another order"),
+        (["a", "b"], ["a"], 2, "the validation split lacks b"),
+        (["a"], ["a", "b"], 1, "the validation split also has b"),
+        (["b", "a"], ["a", "b"], 2, "in another order: class 0 is 'a' instead of 'b'"),
         (["a", "b"], ["a", "b"], 3, "add --opts MODEL.NUM_CLASSES 2"),
     ],
 )

@@ -311,6 +311,11 @@ def test_packing_finds_the_splits_of_a_run_and_prints_the_options_that_read_them
     assert "--opts" not in pack()
     indices = build_indices(create_cfg("DATA.ZIP_MODE", archive == "zip", root=tmp_path / "packed"), ("train", "val"))
     assert [keys(indices[split]) for split in ("train", "val")] == [expected(0), expected(1)]
+    (tmp_path / "data/test").rename(tmp_path / "data/photos")
+    shutil.rmtree(tmp_path / "packed")
+    assert "to read photos: --opts DATA.TRAIN_SPLIT photos, or --opts DATA.VAL_SPLIT photos" in pack(
+        "--splits", "train", "photos"
+    )
 
 
 # --- Held-out images
