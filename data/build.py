@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -183,7 +184,7 @@ def warn_if_slow(train: Index, root: str) -> None:
             "%s: from parquet shards, training decompresses a whole row group for each image, which may halve the throughput; "
             "to avoid this, pack the images once: python scripts/pack_dataset.py %s DIRECTORY",
             train.source,
-            root,
+            shlex.quote(root),
         )
 
 
