@@ -342,7 +342,7 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
     recipe_batch = cfg.TRAIN.RECIPE_BATCH_SIZE
     if world.is_main:
         logger.log(
-            logging.WARNING if global_batch != recipe_batch else logging.INFO,
+            logging.WARNING if global_batch != recipe_batch <= num_images else logging.INFO,
             "global batch size %d (batch size %d, %s, forward passes per update: %d), learning rate %.3e; "
             "recipe: global batch size %d, learning rate %.3e%s",
             global_batch,

@@ -7,6 +7,7 @@ read back and verified before they are moved to the target directory.
 import hashlib
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -103,9 +104,11 @@ def pack(
 
 
 def packed_name(split: str) -> str:
-    """Name of a split in the target: its last directory or, if it is a pattern of archives, the split that it identifies."""
+    """Name of a split in the target: its last directory; for archives, the split or the first word of their name."""
     name = Path(split).name
-    return (split_of(split) if "." in name else name) or "train"
+    if "." in name:
+        name = split_of(split) or re.match(r"[\w-]*", name)[0].rstrip("-_0123456789")
+    return name or "train"
 
 
 def check_target(target: Path, split: str, index: Index) -> None:

@@ -318,6 +318,21 @@ def test_packing_finds_the_splits_of_a_run_and_prints_the_options_that_read_them
     )
 
 
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [
+        ("data/val", "val"),
+        ("imagenet1k-validation-*.tar", "val"),
+        ("held-*.tar", "held"),
+        ("photos-0001.tar", "photos"),
+        ("train/*.parquet", "train"),
+        ("00000.tar", "train"),
+    ],
+)
+def test_packed_archives_are_named_after_their_split(split, name):
+    assert scripts.pack_dataset.packed_name(split) == name
+
+
 # --- Held-out images
 
 
