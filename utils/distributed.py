@@ -334,11 +334,27 @@ def _broadcast(world: World, value: Any, *, timeout_seconds: float) -> Any:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(world.device)
         world.store.set(key, str(len(data)))
     else:
-        world.store.wait([key], timedelta(seconds=timeout_seconds))
+        _wait_for(world.store, key, timeout_seconds)
         data = torch.empty(int(world.store.get(key)), dtype=torch.uint8, device=world.device)
     with watched(_watch):
         dist.broadcast(data, src=0)
     return value if world.is_main else pickle.loads(data.cpu().numpy().tobytes())
+
+
+def _wait_for(store: dist.Store, key: str, timeout_seconds: float) -> None:
+    """Wait until the store has a key. Time in which this process was suspended is not counted.
+
+    ``store.wait`` would block signal handlers, and other threads that use the store: the watch of the collectives, and NCCL's.
+
+    Raises:
+        dist.DistStoreError: the key was not set in time.
+    """
+    waited = 0.0
+    while not store.check([key]):
+        if waited > timeout_seconds:
+            raise dist.DistStoreError(f"rank 0 did not finish within {timeout_seconds:g} s")
+        time.sleep(pause := min(max(waited / 10, 0.001), 0.5))
+        waited += pause
 
 
 def on_all(world: World, task: Callable[[], Result]) -> Result:

@@ -126,6 +126,16 @@ def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_wi
     run_in_processes(wait_longer_than_the_timeout, processes=2)
 
 
+def test_a_process_that_waits_for_rank_0_handles_signals_and_lets_others_use_the_store():
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, True)
+    previous = signal.signal(signal.SIGALRM, lambda *_arguments: store.set("key", ""))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        utils.distributed._wait_for(store, "key", 5)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
 def join_with_a_faked_gpu(rank: int, port: int) -> None:
     """Exit with status 0 if ``setup`` watches the collectives of a GPU, and leaves the network interface to NCCL."""
     os.environ |= launch.launch_variables(rank, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # one process per node
