@@ -99,10 +99,14 @@ class Saver:
             self.start()
 
     def start_after_error(self) -> None:
-        """Start to save the state on rank 0 before an error ends the run, unless the previous write takes too long."""
-        logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
+        """Start to save the state on rank 0 before an error ends the run, unless the previous write takes too long.
+
+        After a failed write, nothing is saved: if the evaluation that it should have saved was the best one, a later checkpoint
+        would record a best accuracy that no file has. The run resumes from the checkpoint before.
+        """
         self.background_write.close()  # waits for a limited time, unlike ``wait``
-        if not self.background_write.is_writing:
+        if not self.background_write.is_writing and not self.background_write.has_failed:
+            logger.warning("saving the state after update %d before this process ends with an error", self.state.num_updates)
             self.start()
 
     def finish(self) -> None:

@@ -29,7 +29,7 @@ from engine.state import TrainState, check_trained
 from engine.step import Mixing, Report, Reports, Requests, mix_batches, train_step
 from engine.training_log import TrainingLog
 from models.checkpoints.reader import CheckpointError
-from utils.distributed import World, is_lost_connection, on_main, sum_over_processes
+from utils.distributed import World, end_watch, is_lost_connection, on_main, sum_over_processes
 from utils.errors import OtherRankError, Stopped, TrainingError
 from utils.random import seed_of_pass
 from utils.text import format_duration
@@ -423,6 +423,7 @@ class Trainer:
 
         The write runs in the background; ``saver.background_write.close`` waits for it.
         """
+        end_watch()
         expected = isinstance(error, (Stopped, TrainingError, CheckpointError, OtherRankError))
         device_failed = self.world.device.type == "cuda" and (
             isinstance(error, torch.AcceleratorError) or (isinstance(error, Exception) and is_lost_connection(error))

@@ -68,6 +68,7 @@ class BackgroundWrite:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.has_failed = False  # whether any write has failed
 
     def start(self, write: Callable[[], None]) -> None:
         """Run a write in the background. Call ``wait`` before starting the next one."""
@@ -80,7 +81,7 @@ class BackgroundWrite:
         try:
             write()
         except BaseException as error:  # any error: ``wait`` raises it in the thread that started the write
-            self._error = error
+            self._error, self.has_failed = error, True
 
     def join(self) -> None:
         """Wait for the current write, if there is one. If it has failed, ``wait`` will raise its error."""

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import pickle
 import socket
 import struct
 import time
@@ -58,7 +57,7 @@ class World:
         position: what this process is doing, for the error after a failed collective operation.
 
     Attributes:
-        broadcasts: numbers of the calls of ``on_main``, in which all processes take part in the same order.
+        meetings: numbers of the waits for rank 0 in the store, in which all processes take part in the same order.
     """
 
     rank: int
@@ -69,7 +68,7 @@ class World:
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     num_cores: int = field(default_factory=count_cores, compare=False)
     position: Position = field(default_factory=Position, repr=False, compare=False)
-    broadcasts: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
+    meetings: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -230,12 +229,17 @@ def join_launch(store: dist.Store, rank: int, deadline: float) -> str:
     raise TimeoutError("rank 0, or another rank,")
 
 
-def cleanup() -> None:
-    """Leave the process group."""
+def end_watch() -> None:
+    """No longer watch the collectives: an error ends this process, which may take longer than the timeout of collectives."""
     global _watch
     if _watch is not None:
         _watch.close()
         _watch = None
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    end_watch()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -314,7 +318,11 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
         except (Exception, SystemExit) as caught:  # the other processes wait for the result
             error, outcome[1:] = caught, [f"{type(caught).__name__}: {caught}", exit_status(caught)]
     if dist.is_initialized():
-        outcome = _broadcast(world, outcome, timeout_seconds=LONG_TIMEOUT if long_timeout else world.timeout_seconds)
+        if long_timeout or world.device.type == "cuda":
+            # On GPUs, a collective operation would occupy the GPU while it waits, and its timeout would be too short.
+            _wait_for_main(world, LONG_TIMEOUT if long_timeout else world.timeout_seconds)
+        with watched(_watch):
+            dist.broadcast_object_list(outcome, src=0, device=world.device)
     if error is not None:
         raise error
     if outcome[1] is not None:
@@ -322,35 +330,20 @@ def on_main(world: World, task: Callable[[], Result], *, long_timeout: bool = Fa
     return outcome[0]
 
 
-def _broadcast(world: World, value: Any, *, timeout_seconds: float) -> Any:
-    """Send a picklable value from rank 0 to all processes, and return it.
-
-    The other processes wait in the store until rank 0 has the value: on GPUs, a collective operation would occupy the GPU, and
-    its timeout could not be longer than that of the other collectives.
-    """
-    assert world.store is not None
-    key = f"broadcast/{next(world.broadcasts)}"
-    if world.is_main:
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(world.device)
-        world.store.set(key, str(len(data)))
-    else:
-        _wait_for(world.store, key, timeout_seconds)
-        data = torch.empty(int(world.store.get(key)), dtype=torch.uint8, device=world.device)
-    with watched(_watch):
-        dist.broadcast(data, src=0)
-    return value if world.is_main else pickle.loads(data.cpu().numpy().tobytes())
-
-
-def _wait_for(store: dist.Store, key: str, timeout_seconds: float) -> None:
-    """Wait until the store has a key. Time in which this process was suspended is not counted.
+def _wait_for_main(world: World, timeout_seconds: float) -> None:
+    """Wait in the store until rank 0 calls this function too. Time in which this process was suspended is not counted.
 
     ``store.wait`` would block signal handlers, and other threads that use the store: the watch of the collectives, and NCCL's.
 
     Raises:
-        dist.DistStoreError: the key was not set in time.
+        dist.DistStoreError: rank 0 did not call it in time.
     """
+    assert world.store is not None
+    key = f"main/{next(world.meetings)}"
+    if world.is_main:
+        world.store.set(key, "")
     waited = 0.0
-    while not store.check([key]):
+    while not world.store.check([key]):
         if waited > timeout_seconds:
             raise dist.DistStoreError(f"rank 0 did not finish within {timeout_seconds:g} s")
         time.sleep(pause := min(max(waited / 10, 0.001), 0.5))

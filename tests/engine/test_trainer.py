@@ -169,6 +169,19 @@ def test_a_failed_write_ends_training_at_the_next_update(tmp_path, correct_count
     assert trainer.state.num_updates == 2
 
 
+def test_nothing_is_saved_after_a_write_that_failed_for_an_unexpected_reason(tmp_path, correct_counts, monkeypatch):
+    trainer = create_trainer(tmp_path, "SAVE_STEPS", 1)
+
+    def fail(*arguments):
+        raise OSError("injected")
+
+    monkeypatch.setattr(engine.saver, "record_save", fail)
+    with pytest.raises(OSError, match="injected"):
+        trainer.fit()
+    trainer.saver.background_write.close()
+    assert [num_updates_of(path) for path in list_checkpoints(tmp_path)] == [1]
+
+
 def test_a_failed_write_requests_a_save_in_which_all_processes_raise_its_error(tmp_path, correct_counts, monkeypatch):
     trainer = create_trainer(tmp_path)
     assert trainer.requests() == (False, False)  # requests to stop and to save

@@ -64,6 +64,16 @@ def test_s4_lost_rank_ends_the_other_ranks_and_the_error_names_it(fault, functio
     assert seconds <= 3 + 10  # COLLECTIVE_TIMEOUT plus 10 s
 
 
+def test_s4_the_other_ranks_report_that_rank_0_was_killed_while_they_wait_for_it(toy_config, toy_data, tmp_path):
+    def prepare(rank: int) -> None:
+        call_before(engine.saver.Saver, "start", 1, RANK_FAULTS["killed"])  # only rank 0 calls this function
+
+    arguments = toy_arguments(toy_config, toy_data, tmp_path, "DATA.BATCH_SIZE", 4)
+    outcome = run_main(arguments, tmp_path / "log", processes=2, prepare=prepare, timeout=100)
+    assert outcome.exit_codes == [-signal.SIGKILL, 1], outcome.output
+    assert re.search("rank\\(s\\) 0 lost: .* in saving after update 12", outcome.output), outcome.output
+
+
 class FakeEvent:
     """A CUDA event that the GPU has reached; ``torch.cuda.Event`` needs a GPU."""
 

@@ -1,6 +1,5 @@
 """Start-up of processes, propagation of errors between processes, and the check of the GPU driver."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -115,11 +114,11 @@ def wait_longer_than_the_timeout(world) -> None:
     large = list(range(100_000))
     assert on_main(world, lambda: time.sleep(1) or large, long_timeout=True) == large
     assert len(dist.distributed_c10d._world.pg_map) == 1  # a group for a second backend would choose another interface
-    if world.is_main:
-        dist.broadcast = lambda *_arguments, **_options: None
-    with contextlib.nullcontext() if world.is_main else pytest.raises(dist.DistError) as raised:
-        on_main(world, lambda: time.sleep(1.5))
-    assert world.is_main or is_lost_connection(raised.value)
+    if not world.is_main:
+        with pytest.raises(dist.DistError) as raised:
+            utils.distributed._wait_for_main(world, 0.5)
+        assert is_lost_connection(raised.value)
+    on_all(world, lambda: None)  # rank 0 hosts the store
 
 
 def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_with_a_long_timeout():
@@ -128,10 +127,11 @@ def test_processes_wait_longer_than_the_timeout_of_collectives_only_for_tasks_wi
 
 def test_a_process_that_waits_for_rank_0_handles_signals_and_lets_others_use_the_store():
     store = dist.TCPStore("127.0.0.1", free_port(), 1, True)
-    previous = signal.signal(signal.SIGALRM, lambda *_arguments: store.set("key", ""))
+    world = utils.distributed.World(1, 1, 2, torch.device("cpu"), store=store)
+    previous = signal.signal(signal.SIGALRM, lambda *_arguments: store.set("main/0", ""))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        utils.distributed._wait_for(store, "key", 5)
+        utils.distributed._wait_for_main(world, 5)
     finally:
         signal.signal(signal.SIGALRM, previous)
 
