@@ -47,7 +47,8 @@ def draw_forms(image: Image.Image, block: BlockMaps, points: Sequence[Point] = P
         axis.set_facecolor(GREY)  # where the map is not drawn
         axis.imshow(weights.where(visible, math.nan), cmap=SIGNED_WEIGHTS, vmin=-largest, vmax=largest)
 
-    return _draw_rows(image, block, points, list(block.maps), draw_map)
+    colors = "white: 0" if block.visible is None else "white: 0, grey: keys outside the window of the query"
+    return _draw_rows(image, block, points, list(block.maps), draw_map, colors)
 
 
 def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] = POINTS) -> Figure:
@@ -68,7 +69,8 @@ def draw_overlays(image: Image.Image, block: BlockMaps, points: Sequence[Point] 
         axis.imshow(weights, cmap=SIGNS, vmin=-largest, vmax=largest, alpha=alpha, extent=extent)
 
     own = next(iter(block.maps))  # the first map shows the attention that the module computes
-    return _draw_rows(image, block, points, [form for form in (own, CONVOLUTION) if form in block.maps], draw_overlay)
+    forms = [form for form in (own, CONVOLUTION) if form in block.maps]
+    return _draw_rows(image, block, points, forms, draw_overlay, "uncoloured: 0")
 
 
 def _draw_rows(
@@ -77,11 +79,13 @@ def _draw_rows(
     points: Sequence[Point],
     forms: Sequence[str],
     draw: Callable[[Axes, Tensor, Tensor, float], None],
+    colors: str,
 ) -> Figure:
     """Create a figure with one row per query: the image with the query, and one map per form.
 
     Args:
         draw: draws the weights of a form, (kh, kw), given which keys are visible, and the largest absolute weight.
+        colors: how ``draw`` shows weights that are neither positive nor negative, for the title.
     """
     num_columns = 1 + len(forms)
     figure = Figure(figsize=(2 * num_columns, 2.25 * len(points) + 0.4), layout="constrained", dpi=110)
@@ -102,10 +106,8 @@ def _draw_rows(
             cell.set_xlabel(f"largest |weight| {largest:.2g}", fontsize=7)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    colors = "red: positive weights, blue: negative weights, white: 0"
-    if block.visible is not None:
-        colors += ", grey: keys outside the window of the query"
-    figure.suptitle(f"{block.name}: mean over heads; {colors}", fontsize=9)
+    title = f"{block.name}: mean over heads; red: positive weights, blue: negative weights, {colors}"
+    figure.suptitle(textwrap.fill(title, 32 * num_columns), fontsize=9)
     if any(form.startswith("focused") for form in forms):
         figure.supxlabel(textwrap.fill(NOTE, 30 * num_columns), fontsize=7)
     return figure

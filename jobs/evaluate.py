@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
 from data.index import Index, compare_descriptions, describe_index
+from data.splits import build_split
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.optim import eval_dtype
 from engine.report import write_evaluation
@@ -173,10 +174,11 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
         if not fraction and len(index) != sum(size for size in sizes if isinstance(size, int)):
             level = logging.INFO
     elif fraction and (difference := compare_descriptions(data.get("val", {}), describe_index(index))):
+        name = build_split(cfg, "train")[0]
         # Packed copies have other names and positions of the same held-out images, so that the comparison cannot decide.
         change = (
             f"the images that DATA.VAL_FRACTION holds out may differ from those in training: {difference} (also if the "
-            "images were only packed)"
+            f"images were only packed); to evaluate all images, add --opts DATA.VAL_FRACTION 0 DATA.VAL_SPLIT {name}"
         )
     if change:
         logger.log(

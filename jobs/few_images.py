@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 MAX_DROPPED = 0.05  # fraction of the images
 MIN_UPDATES = 500  # in all epochs; see docs/finetuning.md
 MAX_FEW_IMAGES = 1000  # up to this number, configs/recipes/few_images.yaml is proposed
+FEW_IMAGES_BATCH = 16  # TRAIN.RECIPE_BATCH_SIZE of this recipe
 
 
 def warn_about_few_images(cfg: CfgNode, num_images: int, updates_per_epoch: int, world_size: int) -> None:
@@ -32,7 +33,8 @@ def warn_about_few_images(cfg: CfgNode, num_images: int, updates_per_epoch: int,
     if num_updates >= MIN_UPDATES:
         return
     recipe = ""
-    if cfg.MODEL.PRETRAINED and not cfg.TRAIN.FREEZE_BACKBONE and num_images <= MAX_FEW_IMAGES:
+    is_other_recipe = not cfg.TRAIN.FREEZE_BACKBONE and cfg.TRAIN.RECIPE_BATCH_SIZE != FEW_IMAGES_BATCH
+    if cfg.MODEL.PRETRAINED and is_other_recipe and num_images <= MAX_FEW_IMAGES:
         recipe = ", or list configs/recipes/few_images.yaml after the model's config in --cfg instead of another recipe"
     logger.warning(
         "%d images, global batch size %d: %d updates in all, at a learning rate of up to %.3g; a run of fewer than %d updates "

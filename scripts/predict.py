@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     unreadable = len(predictions) - len(readable)
     if known := sum(truth is not None for truth in truths.values()):
         correct = sum(prediction.class_ids[0] == truths[prediction.image] for prediction in readable)
-        print(f"{correct} of {known} predictions are the class after which the directory of the image is named")
+        print(f"{correct} of {known} predictions are correct according to the directory names")
     print(f"{len(readable)} of {len(predictions)} images classified, {unreadable} unreadable")
     print(f"{args.output}: predictions.csv, predictions.json{', predictions.png' if readable else ''}")
     return unreadable

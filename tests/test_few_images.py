@@ -61,6 +61,13 @@ def test_a_warning_names_the_share_of_the_images_that_every_epoch_leaves_out(cap
     assert not caplog.records
 
 
+def test_a_shortened_run_of_the_recipe_for_few_images_is_not_advised_to_use_this_recipe(caplog):
+    files = [CONFIGS / "flatten_swin_t.yaml", CONFIGS / "recipes/few_images.yaml"]
+    warn_about_few_images(load_config(files, ["MODEL.PRETRAINED", "flatten_swin_t", "TRAIN.EPOCHS", 6]), 80, 5, 1)
+    assert "30 updates in all" in caplog.text
+    assert "few_images.yaml" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("num_images", "world_size", "opts"),
     [

@@ -158,6 +158,7 @@ def test_a_torchrun_job_resumed_after_sigkill_ends_bit_equal_to_an_uninterrupted
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed after update" in done.stdout
+    assert "leaked" not in done.stdout + done.stderr  # by Triton, if Python's own exit destroys its objects
     assert_equal(read_state(folder), read_state(expected))
 
 

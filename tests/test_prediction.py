@@ -112,7 +112,7 @@ def test_predict_accepts_a_single_file_and_top_k(trained, toy_data, tmp_path):
     assert entry["image"] == str(path)
     assert len(entry["predictions"]) == 1
     correct = int(entry["predictions"][0]["class"] == "class1")
-    assert f"{correct} of 1 predictions are the class after which the directory of the image is named" in outcome.output
+    assert f"{correct} of 1 predictions are correct according to the directory names" in outcome.output
 
 
 def test_directories_are_searched_by_suffix_and_explicit_files_may_have_any_suffix(images, tmp_path):

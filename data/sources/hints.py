@@ -110,6 +110,8 @@ class _MissingSplit:
                     return f". {folder} has this split: add {self.option} {shlex.quote(f'{folder.name}/{name}')}{flag}"
                 reason = f"{self.root} is itself a split" if folder == parent else f"{folder} has this split"
                 return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
+        if not folders and any(map(has_image_extension, self.entries)):
+            return f"{self.list_entries()}; if it is the directory of a class, set --data-path {shlex.quote(str(parent))}"
         if not has_class_directories(self.root):
             return ""
         return self._advise_dividing([folder.name for folder in folders], "DATA.VAL_FRACTION 0.1")

@@ -18,7 +18,7 @@ import scripts.pack_dataset
 from data.build import build_datasets
 from data.files import DataError
 from data.index import create_index
-from data.splits import build_index, build_indices, hold_out
+from data.splits import build_index, build_indices, find_split, hold_out
 from jobs.evaluate import warn_about_held_out
 from jobs.locate_checkpoint import open_checkpoint
 from models.checkpoints.reader import read_checkpoint
@@ -511,6 +511,17 @@ def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy
         warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
         levels = [record.levelname for record in caplog.records if "does not measure generalisation" in record.message]
         assert levels == [level] * (level is not None)
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(tmp_path / "test"), "DATA.VAL_FRACTION", 0.25])
+    write_folder(tmp_path / "test", 4)
+    warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
+    assert "to evaluate all images, add --opts DATA.VAL_FRACTION 0 DATA.VAL_SPLIT ." in caplog.text
     refused = run_main([*map(str, arguments), "DATA.VAL_FRACTION", "0.5", "OUTPUT", str(run.parents[1])], tmp_path / "log")
     assert refused.exit_codes == [2]
     assert "Add --opts DATA.VAL_FRACTION 0.25" in refused.output
+
+
+def test_the_error_for_the_directory_of_one_class_names_the_directory_above(tmp_path):
+    write_folder(tmp_path)
+    folder = tmp_path / CLASSES[0]
+    with pytest.raises(DataError, match=rf"{CLASSES[0]} contains .*set --data-path {re.escape(str(tmp_path))}"):
+        find_split(folder, "train", option="--opts DATA.TRAIN_SPLIT")

@@ -4,6 +4,7 @@ This module does not import torch or timm: their import takes seconds, and usage
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -47,7 +48,7 @@ class OneLineParser(argparse.ArgumentParser):
         key = similar_name(flag.lstrip("-").replace("-", "_")) if flag.startswith("-") and "--opts" in flags else None
         if key:
             return f": set it with --opts {key} {assigned or ('' if value.startswith('--') else value) or 'VALUE'}"
-        near = get_close_matches(flag, flags, n=1)
+        near = [known for known in flags if len(flag) > 3 and known.startswith(flag)] or get_close_matches(flag, flags, n=1)
         return f": did you mean {near[0]}?" if near else "; see --help"
 
 
@@ -215,8 +216,18 @@ def _check_data_path(args: argparse.Namespace) -> None:
 
 
 def _check_folder(name: str, path: str) -> None:
-    if not os.path.isdir(Path(path).expanduser()):
-        raise ConfigError(f"{name}={path}: no such directory; give the directory with train/ and val/")
+    folder = Path(path).expanduser()
+    if os.path.isdir(folder):
+        return
+    with contextlib.suppress(OSError):  # the parent may not exist or not be readable
+        names = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
+        if near := get_close_matches(folder.name, names, n=1):
+            raise ConfigError(f"{name}={path}: no such directory; did you mean {folder.parent / near[0]}?")
+    problem = "a file, not a directory" if os.path.isfile(folder) else "no such directory"
+    raise ConfigError(
+        f"{name}={path}: {problem}; give the directory with train/ and val/, or the one with the class directories, with "
+        "--opts DATA.VAL_FRACTION 0.1"
+    )
 
 
 def check_weights(name: str, checkpoint: str) -> None:
