@@ -34,7 +34,9 @@ def describe_loading(loader: DeviceLoader, *, num_images: int, update_seconds: f
 
 
 class LoadingCheck:
-    """Warns once if a GPU waits for images. On a CPU, more loader workers would take cores from the training step.
+    """Warns once per machine if its first GPU waits for images. The processes of a machine share its disk and its cores.
+
+    On a CPU, there is no warning, since more loader workers would take cores from the training step.
 
     Args:
         images_per_update: over all processes.
@@ -55,7 +57,9 @@ class LoadingCheck:
             update_seconds: duration of an update, including this time.
         """
         self.intervals += 1
-        if self.warned or self.intervals == 1 or data_wait <= MAX_DATA_WAIT or self.world.device.type == "cpu":
+        if self.warned or self.intervals == 1 or data_wait <= MAX_DATA_WAIT:
+            return
+        if self.world.local_rank > 0 or self.world.device.type == "cpu":
             return
         self.warned = True
         logger.warning(

@@ -32,11 +32,9 @@ from data.sources.class_list import CLASS_NAMES_FILE, read_class_names, write_cl
 from data.sources.layout import DEFAULT_NAMES, Layout, split_of
 from data.splits import find_split
 from data.workers import end_with_parent
-from scripts.command_line import create_parser
-from utils.errors import USAGE_ERROR
+from scripts.command_line import create_parser, reporting_errors
 from utils.log import setup_logging
 from utils.progress import progress
-from utils.text import printable
 
 ROUND = 1024  # images submitted to the workers at a time
 
@@ -220,7 +218,7 @@ def main() -> None:
         metavar="PIXELS",
         help="maximum length of the shorter side; larger images are downscaled (default: no downscaling)",
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled JPEG files, 1 to 95")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of downscaled JPEG and HEIC files, 1 to 95")
     parser.add_argument("--shard-size", type=int, default=10_000, metavar="IMAGES", help="images per tar file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes for downscaling")
     args = parser.parse_args()
@@ -231,14 +229,12 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit removes the temporary directory
     options = {"archive": args.format, "short_side": args.short_side, "quality": args.quality, "shard_size": args.shard_size}
-    try:
+    with reporting_errors(parser):
         splits = args.splits or find_splits(args.source)
         for split in splits:
             packed = pack(args.source, args.target, split, workers=args.workers if args.short_side else 0, **options)
             size = f"{packed.sizes.sum() / 2**20:.1f} MiB"
             print(f"{split}: {len(packed)} images of {len(packed.classes)} classes, {size}, verified")
-    except (DataError, OSError) as error:
-        parser.exit(USAGE_ERROR, f"{parser.prog}: error: {printable(error)}\n")
     arguments = ["--data-path", str(args.target), *(["--zip"] if args.format == "zip" else [])]
     names = [packed_name(split) for split in splits]
     if keys := [word for name in names for word in split_option(name)]:

@@ -72,9 +72,14 @@ def test_the_number_of_needed_loader_workers_follows_from_the_measured_times(mil
     assert expected in text
 
 
-@pytest.mark.parametrize(("device", "data_wait", "warned"), [("cuda", 0.5, True), ("cuda", 0.1, False), ("cpu", 0.5, False)])
-def test_a_gpu_that_waits_for_images_is_reported_once_but_not_for_the_first_interval(device, data_wait, warned, caplog):
-    world = World(0, 0, 4, torch.device(device), num_cores=8)
+@pytest.mark.parametrize(
+    ("device", "local_rank", "data_wait", "warned"),
+    [("cuda", 0, 0.5, True), ("cuda", 1, 0.5, False), ("cuda", 0, 0.1, False), ("cpu", 0, 0.5, False)],
+)
+def test_a_gpu_that_waits_for_images_is_reported_once_per_machine_but_not_for_the_first_interval(
+    device, local_rank, data_wait, warned, caplog
+):
+    world = World(local_rank, local_rank, 4, torch.device(device), num_cores=8)
     check = LoadingCheck(loader_with(3.5), world, images_per_update=4 * 128)
     check.check(0.9, 1.0)
     assert not caplog.text
