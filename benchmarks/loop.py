@@ -59,7 +59,7 @@ def create_tasks(trainer: Trainer, cfg: CfgNode, updates: int) -> dict[str, Call
         """Train as ``Trainer.run_epoch`` does, with a log line at the end."""
         trainer.model.train()
         state.ema = ema
-        trainer.interval.start_interval()
+        trainer.training_log.start_interval()
         mixed = trainer.mix(batches)
         for _ in range(updates):
             trainer.update(mixed)

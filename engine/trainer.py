@@ -94,7 +94,7 @@ class Trainer:
         self.changing_state = False  # whether an update has changed a part of the state, but not yet all of it
         self.sent_stop = False  # whether the newest update carried a request of this process to stop
         self.loading_check = LoadingCheck(self.train_loader, self.world, images_per_update=self.metadata["global_batch_size"])
-        self.interval = TrainingLog(
+        self.training_log = TrainingLog(
             updates_per_epoch=self.updates_per_epoch,
             num_epochs=self.num_epochs,
             eval_freq=self.cfg.EVAL_FREQ,
@@ -153,9 +153,9 @@ class Trainer:
         batches = self.mix(self.load_batches(epoch))
         self.phase = "training"
         self.model.train()
-        self.interval.start_interval()
+        self.training_log.start_interval()
         saving = False  # whether SAVE_STEPS or SAVE_MINUTES asked for a checkpoint of the newest update
-        with closing(self.interval.show_progress(updates, epoch)) as shown_updates:
+        with closing(self.training_log.show_progress(updates, epoch)) as shown_updates:
             for update in shown_updates:
                 started = time.monotonic()
                 self.update(batches)
@@ -174,12 +174,12 @@ class Trainer:
                 if logging_now or saving:
                     self.log()
                 elif update == self.first_update:
-                    self.interval.log_first()
+                    self.training_log.log_first()
                 else:
-                    self.interval.log_if_due()
+                    self.training_log.log_if_due()
                 if saving and done < self.updates_per_epoch:
                     self.save()
-                    self.interval.start_interval()
+                    self.training_log.start_interval()
         work = remaining_work(
             state.num_updates,
             updates_per_epoch=self.updates_per_epoch,
@@ -264,23 +264,23 @@ class Trainer:
             if not report.is_finite and (not self.state.scaler.is_enabled() or self.skipped_in_a_row >= MAX_SKIPPED):
                 self.fail(update, report)
             reports.append(report)
-        self.interval.reports += reports
+        self.training_log.reports += reports
         return reports
 
     def log(self) -> None:
         """Log the interval since the last point of the metrics, write it as the next point, and start another interval."""
         state = self.state
         self.collect_reports(max_pending=0)
-        if not self.interval.reports:
+        if not self.training_log.reports:
             return
-        values = self.interval.measure()
-        self.interval.log_line(values)
+        values = self.training_log.measure()
+        self.training_log.log_line(values)
         if state.scaler.is_enabled():
             values |= {"loss_scale": state.scaler.get_scale(), "skipped_updates": state.num_skipped}
         if self.metrics is not None:
             self.metrics.scalars(state.num_updates, "train", values)
         self.loading_check.check(values["data_wait"], self.metadata["global_batch_size"] / values["images_per_second"])
-        self.interval.start_interval()
+        self.training_log.start_interval()
 
     def requests(self) -> Requests:
         """Requests of this process to stop, and to save a checkpoint, sent with an update."""
@@ -400,7 +400,7 @@ class Trainer:
         if self.metrics is not None and self.draw is not None:
             self.show_figures()
         state.last_evaluation = state.num_updates
-        self.interval.evaluation_seconds = time.monotonic() - started
+        self.training_log.evaluation_seconds = time.monotonic() - started
         return improved
 
     def save(self, *, best: bool = False) -> None:

@@ -506,9 +506,9 @@ def test_a_logged_point_has_the_images_per_second_of_all_processes(tmp_path):
     """The interval has three updates of 7 images, and started two seconds ago."""
     trainer = create_trainer(tmp_path)
     trainer.metrics = Metrics()
-    trainer.interval.reports += [Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3
+    trainer.training_log.reports += [Report(loss=1.0, grad_norm=1.0, num_stops=0, num_saves=0)] * 3
     trainer.state.num_updates = 3
-    trainer.interval._started -= 2
+    trainer.training_log._started -= 2
     trainer.log()
     ((_, _, values),) = trainer.metrics.points
     assert values["images_per_second"] == pytest.approx(3 * 7 / 2, rel=0.05)
@@ -532,9 +532,9 @@ def test_the_remaining_time_includes_evaluations_once_their_duration_is_known(tm
     """After 4 of 12 updates, 8 updates of 7 images remain, and evaluations after epochs 2 and 3."""
     trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 3, "EVAL_FREQ", 2)
     trainer.state.num_updates = 4
-    assert trainer.interval.eta(images_per_second=14.0) == "0:00:04 + 2 evaluations"
-    trainer.interval.evaluation_seconds = 10.0
-    assert trainer.interval.eta(images_per_second=14.0) == "0:00:24"
+    assert trainer.training_log.eta(images_per_second=14.0) == "0:00:04 + 2 evaluations"
+    trainer.training_log.evaluation_seconds = 10.0
+    assert trainer.training_log.eta(images_per_second=14.0) == "0:00:24"
 
 
 @pytest.mark.parametrize(
