@@ -71,6 +71,21 @@ def test_mistakes_are_reported_in_one_line_without_importing_torch(data, tmp_pat
         "--cfg quickstart --epochs 3": "unknown argument --epochs: set it with --opts TRAIN.EPOCHS 3",
         "--cfg quickstart --lr=1e-3": "unknown argument --lr=1e-3: set it with --opts TRAIN.BASE_LR 1e-3",
         "--cfg quickstart --batch-size x": "argument --batch-size: invalid int value: 'x'; see --help",
+        "--batchsize 3": r"did you mean --batch-size\?",
+        "--data photos": r"did you mean --data-path\?",
+        "--cfg small --data-path tets": r"DATA\.DATA_PATH=tets: no such directory; did you mean tests\?",
+        "--cfg small --data-path README.md": r"README\.md: a file, not a directory; give",
+        "--cfg configs/none.yaml": "cannot be read",
+        "--cfg configs/smalls.yaml": "configs/small.yaml",
+        "--cfg configs/smal": "small.yaml",
+        "--cfg ''": r"give a config whose name ends in \.yaml or \.yml$",
+        "--cfg configs": r"give a config whose name ends in \.yaml or \.yml$",
+        "--cfg quickstart --data-path . --pretrained x.pth": "x.pth: no such file",
+        "--eval --pretrained x.pth --data-path .": "--pretrained=x.pth: no such file",
+        "--eval --resume flaten_swin_t": "did you mean the model flatten_swin_t",
+        "--eval": "no weights to evaluate",
+        "--cfg quickstart --opts TRAIN.EPOCHS DATA.DATA_PATH x": "has no value",
+        "--cfg quickstart --data-path . --opts TRAIN.EPOCHS": "'TRAIN.EPOCHS' has no value; give KEY",
     }
     commands = "\n".join(map(str, expected))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

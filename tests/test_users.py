@@ -25,7 +25,6 @@ from jobs.train import _batch_advice, warn_about_ema
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.launch import run_main, run_script
-from tests.runs import toy_arguments
 from utils.config.loading import load_config
 from utils.devices import Cores, count_cores
 from utils.distributed import World
@@ -396,44 +395,16 @@ def run_python(*arguments):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_a_run_writes_nothing_after_its_last_log_line(toy_config, toy_data, tmp_path):
-    """Objects that the garbage collector skips are not destroyed at exit, and Triton reported them as leaked."""
-    process = run_python("main.py", *toy_arguments(toy_config, toy_data, tmp_path))
-    assert process.returncode == 0, process.stderr
-    assert "done; training" in (process.stdout + process.stderr).splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--help"], 0, "usage: main.py"),
-        (["--lr", "1"], 2, "set it with --opts TRAIN.BASE_LR 1"),
-        (["--epochs=3"], 2, "set it with --opts TRAIN.EPOCHS 3"),
-        (["--batchsize", "3"], 2, "did you mean --batch-size?"),
-        (["--data", "photos"], 2, "did you mean --data-path?"),
-        (["--cfg", "small", "--data-path", "tets"], 2, "DATA.DATA_PATH=tets: no such directory; did you mean tests?"),
-        (["--cfg", "small", "--data-path", "README.md"], 2, "README.md: a file, not a directory; give"),
         ([], 2, "--cfg is missing"),
-        (["--cfg", "configs/none.yaml"], 2, "cannot be read"),
-        (["--cfg", "configs/smalls.yaml"], 2, "configs/small.yaml?"),
-        (["--cfg", "configs/smal"], 2, "small.yaml?"),
-        (["--cfg", ""], 2, "give a config whose name ends in .yaml or .yml\n"),
-        (["--cfg", "configs"], 2, "give a config whose name ends in .yaml or .yml\n"),
         (["--cfg", "configs/flatten_swin_t.yaml"], 2, "DATA.DATA_PATH is empty"),
-        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", "/none"], 2, "DATA.DATA_PATH=/none: no such directory"),
-        (["--cfg", "configs/flatten_swin_t.yaml", "--data-path", ".", "--pretrained", "x.pth"], 2, "x.pth: no such file"),
-        (["--eval", "--pretrained", "x.pth", "--data-path", "."], 2, "--pretrained=x.pth: no such file"),
-        (["--eval", "--resume", "flaten_swin_t"], 2, "did you mean the model flatten_swin_t?"),
-        (["--eval"], 2, "no weights to evaluate"),
-        (["--cfg", "configs/flatten_swin_t.yaml", "--opts", "TRAIN.EPOCHS", "DATA.DATA_PATH", "x"], 2, "has no value"),
-        (
-            ["--cfg", "configs/small.yaml", "--data-path", ".", "--opts", "TRAIN.EPOCHS"],
-            2,
-            "'TRAIN.EPOCHS' has no value; give KEY",
-        ),
     ],
 )
-def test_command_line_errors_are_reported_before_torch_is_imported(arguments, status, message):
+def test_help_and_errors_of_the_command_line_import_neither_torch_nor_numpy(arguments, status, message):
+    """``tests/test_early_checks.py`` has the other errors."""
     program = (
         "import sys, runpy; sys.argv = ['main.py', *{arguments!r}]\n"
         "try: runpy.run_path('main.py', run_name='__main__')\n"

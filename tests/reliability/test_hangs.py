@@ -22,6 +22,7 @@ from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.reliability.test_signals import call_before
 from tests.runs import toy_arguments
+from tests.utils.test_distributed import FakeEvent
 from utils.collective_watch import CollectiveWatch
 from utils.run_files import list_checkpoints
 
@@ -74,16 +75,6 @@ def test_s4_the_other_ranks_report_that_rank_0_was_killed_while_they_wait_for_it
     assert re.search("rank\\(s\\) 0 lost: .* in saving after update 12", outcome.output), outcome.output
 
 
-class FakeEvent:
-    """A CUDA event that the GPU has reached; ``torch.cuda.Event`` needs a GPU."""
-
-    def record(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
 def test_s4_a_collective_that_does_not_finish_on_a_gpu_ends_the_process_and_the_error_names_the_rank(
     toy_config, toy_data, tmp_path
 ):
@@ -103,6 +94,7 @@ def test_s4_a_collective_that_does_not_finish_on_a_gpu_ends_the_process_and_the_
             return world
 
         jobs.launch.setup, torch.cuda.Event = setup_with_watch, FakeEvent
+        FakeEvent.finished = True  # the events that the GPU reaches; the hanging collective has none
         utils.distributed.SECONDS_TO_REGISTER = 1
         if rank == 1:
             call_before(engine.trainer, "train_step", 5, hang_until_reported)
