@@ -32,17 +32,7 @@ from utils.distributed import (
     lost_rank_error,
     setup,
 )
-from utils.errors import (
-    FAILED,
-    FINISHED,
-    USAGE_ERROR,
-    OtherRankError,
-    Stopped,
-    TrainingError,
-    exit_status,
-    is_user_error,
-    one_line,
-)
+from utils.errors import FAILED, USAGE_ERROR, OtherRankError, Stopped, TrainingError, exit_status, is_user_error, one_line
 from utils.launcher import is_reporting_process, read_launch
 from utils.log import FILE_ONLY, setup_logging
 from utils.stop import StopRequest
@@ -80,8 +70,8 @@ REMEDIES = (
 )
 
 
-def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> NoReturn:
-    """Set up the processes, run the requested job, and end this process, with a nonzero status if the job fails or is stopped.
+def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: StopRequest) -> None:
+    """Set up the processes, run the requested job, and exit with a nonzero status if the job fails or is stopped.
 
     Args:
         cfg: None for --replay, and for --eval without --cfg.
@@ -97,7 +87,6 @@ def launch(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, stop: 
         cleanup()
     except BaseException as error:  # even SystemExit: Python's own exit waits for threads and child processes without limit
         leave(error, world)
-    end_process(FINISHED)
 
 
 def start_processes(cfg: CfgNode | None) -> World:
@@ -186,7 +175,7 @@ def end_process(status: int) -> NoReturn:
     """End this process and its loader workers.
 
     Python's cleanup is skipped: it joins threads of the process group, of executors and of torch, which may wait for ranks or
-    workers that have ended. At the end of a run, it also lets Triton print pages about leaked objects.
+    workers that have ended.
     """
     try:
         for task in (partial(end_later, status), kill_workers, logging.shutdown, flush_output):

@@ -3,7 +3,6 @@
 import signal
 
 # Exit statuses of main.py and the scripts, see docs/outputs.md.
-FINISHED = 0  # the job finished
 FAILED = 1  # the job cannot continue
 USAGE_ERROR = 2  # the command, config, data or checkpoint is unusable, or the disk is full
 STOPPED = 75  # a signal stopped training; the same command resumes it (EX_TEMPFAIL of sysexits.h)
