@@ -82,12 +82,15 @@ def build_scaler(cfg: CfgNode, device: torch.device) -> torch.amp.GradScaler:
 
 
 def build_ema(cfg: CfgNode, model: nn.Module) -> ModelEmaV3 | None:
-    """EMA of the weights, e = decay * e + (1 - decay) * w after each update; None if disabled."""
+    """EMA of the weights, e = decay * e + (1 - decay) * w after each update; None if disabled.
+
+    With EMA.WARMUP, the decay depends on the number of updates of the average, see ``TrainState.update_ema``.
+    """
     if not cfg.EMA.ENABLED:
         return None
     device = torch.device("cpu") if cfg.EMA.FORCE_CPU else None
     # The models have no buffers. Without this option, each update would list both state dicts, which takes 4.6 times as long.
-    return ModelEmaV3(model, decay=cfg.EMA.DECAY, device=device, exclude_buffers=True)
+    return ModelEmaV3(model, decay=cfg.EMA.DECAY, use_warmup=cfg.EMA.WARMUP, device=device, exclude_buffers=True)
 
 
 def build_criterion(cfg: CfgNode, *, mixed: bool) -> nn.Module:

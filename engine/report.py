@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.evaluation import EvalResult, Predictions
+from engine.metrics import f1_scores, precisions, recalls
 from engine.significance import wilson_interval
 from utils.files import replacing, write_csv, write_json
 from utils.text import escape
@@ -68,7 +69,7 @@ def write_evaluation(
     written = ["eval.json", "eval_classes.csv"]
     write_csv(
         output / "eval_classes.csv",
-        ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in ("correct1", "acc1"))],
+        ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in CLASS_COLUMNS)],
         _class_rows(classes, results),
     )
     if len(classes) <= MAX_CLASSES_DRAWN:
@@ -85,6 +86,7 @@ def write_evaluation(
     logger.info("written to %s: %s", output, ", ".join(written))
 
 
+CLASS_COLUMNS = ["correct1", "acc1", "precision", "f1"]
 PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "third", "fourth", "fifth"]
 
 
@@ -98,13 +100,6 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(matrix, (_predictions(result).targets, _predictions(result).ranked[:, 0]), 1)
     return matrix
-
-
-def class_counts(result: EvalResult, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of images and of correct predictions per class, (num_classes,) each."""
-    targets, predicted = _predictions(result).targets, _predictions(result).ranked[:, 0]
-    correct = targets[targets == predicted]
-    return np.bincount(targets, minlength=num_classes), np.bincount(correct, minlength=num_classes)
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
@@ -213,12 +208,15 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
 
 
 def _class_rows(classes: Sequence[str], results: dict[str, EvalResult]) -> Iterable[list]:
-    counts = [class_counts(result, len(classes)) for result in results.values()]
-    totals = counts[0][0].tolist()
-    correct_by_weights = [correct.tolist() for _, correct in counts]
-    for name, total, *numbers in zip(classes, totals, *correct_by_weights, strict=True):
+    tables = [result.class_counts for result in results.values()]
+    percentages = [(recalls(counts), precisions(counts), f1_scores(counts)) for counts in tables]
+    for class_id, name in enumerate(classes):
+        total = int(tables[0][0, class_id])
+        row = [name, total]
+        for counts, columns in zip(tables, percentages, strict=True):
+            row += [int(counts[2, class_id]), *(f"{values[class_id]:.3f}" for values in columns)]
         if total:  # every class of the dataset has images, but other classes of the model may be predicted too
-            yield [name, total, *(value for correct in numbers for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
+            yield row
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:

@@ -188,7 +188,7 @@ _REQUIRED: dict[str, Callable[[object], bool]] = {
     "best": _is_best,
 }
 _OPTIONAL: dict[str, Callable[[object], bool]] = {  # added by later versions
-    **dict.fromkeys(("num_skipped", "last_evaluation"), _is_count),
+    **dict.fromkeys(("num_skipped", "ema_updates", "last_evaluation"), _is_count),
     "data": _is_data,
     "evaluations": _are_evaluations,
     "run_id": lambda value: isinstance(value, str),

@@ -33,6 +33,7 @@ class TrainState:
         scaler: loss scaler, disabled except in fp16; checkpoints contain its state only if it is enabled.
         num_updates: number of updates so far, including skipped ones; it determines the position in the data.
         num_skipped: number of updates skipped in fp16 (non-finite gradients); the learning-rate schedule does not count them.
+        ema_updates: number of updates of the EMA so far; it determines the decay with EMA.WARMUP.
         last_evaluation: ``num_updates`` at the last evaluation.
         best: the best evaluation so far, see ``NO_BEST``.
         evaluations: all evaluations so far, as in ``metrics.jsonl``. That file is restored from them on resume.
@@ -44,9 +45,17 @@ class TrainState:
     ema: ModelEmaV3 | None
     num_updates: int = 0
     num_skipped: int = 0
+    ema_updates: int = 0
     last_evaluation: int = 0
     best: dict = field(default_factory=lambda: dict(NO_BEST))
     evaluations: list[dict] = field(default_factory=list)
+
+    def update_ema(self) -> None:
+        """Update the average of the weights, if there is one."""
+        if self.ema is None:
+            return
+        self.ema.update(self.model, step=self.ema_updates + 1 if self.ema.use_warmup else None)  # timm counts from 1
+        self.ema_updates += 1
 
     def to_dict(self) -> dict:
         """State dicts and counters for a checkpoint; parameter names have no prefixes of DDP or ``torch.compile``."""
@@ -57,6 +66,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "num_updates": self.num_updates,
             "num_skipped": self.num_skipped,
+            "ema_updates": self.ema_updates,
             "last_evaluation": self.last_evaluation,
             "best": self.best,
             "evaluations": self.evaluations,
@@ -83,6 +93,9 @@ class TrainState:
             self.ema.module.load_state_dict(state["state_dict_ema"] or state["model"])
         self.num_updates = state["num_updates"]
         self.num_skipped = state.get("num_skipped", 0)
+        # Checkpoints of earlier versions do not count the updates of the EMA; it was then updated from the first update on.
+        counted = state.get("ema_updates", self.num_updates - self.num_skipped)
+        self.ema_updates = counted if self.ema is not None and state["state_dict_ema"] else 0
         self.last_evaluation = state.get("last_evaluation", self.num_updates)
         self.best = dict(state["best"])
         self.evaluations = list(state.get("evaluations", []))

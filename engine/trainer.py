@@ -240,8 +240,7 @@ class Trainer:
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0
-            if state.ema is not None:
-                state.ema.update(state.model)
+            state.update_ema()
         self.changing_state = False
 
     def begin_change(self) -> None:

@@ -381,13 +381,13 @@ def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
             "EMA.FORCE_CPU copies all weights to host memory at every update, and the GPU waits for the copy; use it only if "
             "GPU memory is insufficient"
         )
-    if cfg.EMA.DECAY >= 1:
+    if cfg.EMA.DECAY >= 1 or cfg.EMA.WARMUP:
         return
     averaging_updates = 1 / (1 - cfg.EMA.DECAY)
     if averaging_updates > num_updates:
         logger.warning(
             "EMA.DECAY=%g averages over about %.0f updates, but the run has %d: the average will stay near the initial "
-            "weights; try --model-ema-decay %.3g, or --no-model-ema",
+            "weights; add --opts EMA.WARMUP True, or try --model-ema-decay %.3g, or --no-model-ema",
             cfg.EMA.DECAY,
             averaging_updates,
             num_updates,

@@ -135,7 +135,10 @@ def create_result(targets, predictions, num_classes=3):
     ranked = np.stack([top1, (top1 + 1) % num_classes], axis=1)
     correct = int((targets == top1).sum())
     predictions = Predictions(targets, ranked, np.full(len(targets), 0.5), top1)
-    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
+    counts = [np.bincount(ids, minlength=num_classes) for ids in (targets, top1, targets[targets == top1])]
+    bins = np.zeros((3, 15), dtype=np.int64)
+    bins[:, 7] = len(targets), correct, len(targets) * 2**31  # confidence 0.5, in units of 2**-32
+    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, np.stack(counts), bins, predictions)
 
 
 def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_real_labels(tmp_path):
@@ -152,11 +155,14 @@ def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_
     assert record["results"]["raw"]["acc5_interval_95"] == pytest.approx([51.01, 100.0], abs=0.05)  # 4 of 4 correct
     with open(tmp_path / "eval_classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["class"], row["num_images"], row["correct1_raw"]) for row in rows] == [
-        ("cat", "2", "1"),
-        ("dog", "1", "1"),
-        ("a, b", "1", "0"),
+    columns = ("class", "num_images", "correct1_raw", "precision_raw", "f1_raw")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("cat", "2", "1", "50.000", "50.000"),
+        ("dog", "1", "1", "50.000", "66.667"),
+        ("a, b", "1", "0", "0.000", "0.000"),
     ]
+    metrics = [record["results"]["raw"][name] for name in ("balanced_accuracy", "macro_f1", "calibration_error")]
+    assert metrics == pytest.approx([50.0, 350 / 9, 0.0])  # recalls 1/2, 1, 0; every confidence is the accuracy, 0.5
     with open(tmp_path / "predictions_raw.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == sorted(names)
@@ -212,7 +218,7 @@ def test_imagenet_real_labels_are_class_ids_of_the_model(tmp_path):
     The model predicts its classes 7 and 9. The ReaL labels are 7 and 3, so one prediction is correct.
     """
     predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
-    result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
+    result = replace(create_result([0, 1], [0, 1], num_classes=2), predictions=predictions)
     options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
     write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=False, **options)
     real = json.loads((tmp_path / "eval.json").read_text())["results"]["raw"]["real"]

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,8 @@ def correct_counts(monkeypatch) -> list[int]:
 
     def evaluate(models, *_, **__):
         count = counts.pop(0) if len(counts) > 1 else counts[0]
-        return {label: EvalResult(label, count, count, 10, 1.0, 3) for label in models}
+        by_class = np.array([[10, 0, 0], [count, 10 - count, 0], [count, 0, 0]])
+        return {label: EvalResult(label, count, count, 10, 1.0, 3, by_class, np.ones((3, 15))) for label in models}
 
     monkeypatch.setattr(engine.trainer, "evaluate", evaluate)
     return counts

@@ -343,6 +343,11 @@ KEYS = {
     # Exponential moving average of the weights
     "EMA.ENABLED": Key(False, "maintain an exponential moving average of the weights, and evaluate it as well"),
     "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
+    "EMA.WARMUP": Key(
+        False,
+        "start with a small decay, which grows to `EMA.DECAY`, so that the average of a short run is not near the initial "
+        "weights: after n updates of the average, the decay of the next one is at most `1 - (1 + n) ** (-2/3)`, as in timm",
+    ),
     "EMA.FORCE_CPU": Key(False, "keep the EMA weights in host memory"),
     # Evaluation
     "TEST.CROP": Key(True, "crop in evaluation; False has the same effect as `TEST.CROP_MODE none`"),
