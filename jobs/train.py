@@ -30,6 +30,7 @@ from engine.run_contents import check_unchanged
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
 from engine.state import NO_BEST, TrainState
+from engine.tracker import build_tracker
 from engine.trainer import Trainer
 from jobs.few_images import warn_about_few_images
 from jobs.initialization import Initialization, choose_initialization, normalise
@@ -88,7 +89,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     data = build_data(cfg, world, init, saved)
     trainer = build_trainer(cfg, world, init, saved, data, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
-    metrics = None
+    metrics, finished = None, False
     world.position.describe = lambda: f"{trainer.phase} after update {trainer.state.num_updates}"
     try:
         run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
@@ -100,7 +101,10 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         if world.is_main:
             directory.write_config(cfg.dump())
             evaluated = state.last_evaluation == state.num_updates
-            metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
+            tracker = build_tracker(cfg, run_id, output)
+            metrics = MetricsWriter(
+                output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations, tracker=tracker
+            )
             metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
         trainer = replace(
             trainer,
@@ -112,6 +116,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         gc.collect()
         gc.freeze()  # collections then skip the objects created so far, and loader workers do not copy the memory of them
         trainer.fit()
+        finished = True
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
@@ -119,7 +124,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     finally:
         trainer.saver.background_write.close()
         if metrics is not None:
-            metrics.close()
+            metrics.close(finished=finished)
         directory.close()
 
 

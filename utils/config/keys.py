@@ -420,6 +420,12 @@ KEYS = {
         "without a line, add log lines",
         minimum=1,
     ),
+    "TRACKER": Key(
+        "none",
+        "experiment tracker that receives the metrics in addition to `metrics.jsonl` and TensorBoard; its package must be "
+        "installed (`pip install wandb`, `trackio` or `mlflow`)",
+        choices=("none", "wandb", "trackio", "mlflow"),
+    ),
     "SAVE_FREQ": Key(1, "epochs between checkpoints; the state is also saved before every evaluation", minimum=1),
     "SAVE_STEPS": Key(0, "updates between checkpoints within an epoch; 0: none", minimum=0),
     "SAVE_MINUTES": Key(15.0, "minutes between checkpoints within an epoch; 0: none", minimum=0),
