@@ -25,6 +25,7 @@ from utils.urls import without_environment_secrets
 
 logger = logging.getLogger(__name__)
 
+SECONDS_AT_ERROR = 10.0  # maximum wait for the tracker after an error or a stop, which is reported after it
 PROGRAM = Path(__file__).with_name("tracker_process.py")
 
 
@@ -73,19 +74,20 @@ class Tracker:
         self._write(self._send, {"step": step, "values": values})
 
     def close(self, *, finished: bool) -> None:
-        """End the tracker's run, and wait for it, at most ``SECONDS_AT_EXIT``.
+        """End the tracker's run, and wait for it, for a limited time. Then kill its process.
 
         Args:
             finished: whether the run has finished; if not, the tracker's run is marked as failed, until the run resumes.
         """
         self._closing = True
         self._write(self._send, {"finished": finished})
-        if not self._ended.wait(SECONDS_AT_EXIT):
+        seconds = SECONDS_AT_EXIT if finished else SECONDS_AT_ERROR
+        if not self._ended.wait(seconds):
             logger.warning(
                 "%s: not finished after %.0f s, so its process is killed. The tracker may lack the last points, but "
                 "metrics.jsonl has all of them",
                 self._name,
-                SECONDS_AT_EXIT,
+                seconds,
             )
             if self._process is not None:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -109,7 +111,7 @@ class Tracker:
 
     def _send(self, entry: dict) -> None:
         """Write an object to the process. It may block, in the background; if the process has ended, nothing is written."""
-        if self._process is None or self._process.stdin is None:
+        if self._process is None or self._process.stdin is None or self._ended.is_set():
             return
         data = f"{json.dumps(entry)}\n".encode()
         with contextlib.suppress(BrokenPipeError):  # ``_listen`` reports it
@@ -118,14 +120,17 @@ class Tracker:
 
     def _listen(self, process: subprocess.Popen) -> None:
         """Log what the process reports, until it ends."""
-        assert process.stdout is not None  # a pipe
+        assert process.stdin is not None
+        assert process.stdout is not None
         has_warned = False
-        for line in process.stdout:
-            level, _, text = line.decode(errors="replace").rstrip().partition(" ")
-            has_warned |= level == "WARNING"
-            severity = logging.WARNING if level == "WARNING" else logging.INFO
-            logger.log(severity, "%s: %s", self._name, without_environment_secrets(text))
+        with process.stdout:
+            for line in process.stdout:
+                level, _, text = line.decode(errors="replace").rstrip().partition(" ")
+                has_warned |= level == "WARNING"
+                severity = logging.WARNING if level == "WARNING" else logging.INFO
+                logger.log(severity, "%s: %s", self._name, without_environment_secrets(text))
         status = process.wait()
         if not self._closing and not has_warned:
             logger.warning("%s: its process has ended (%d); the run continues without it", self._name, status)
         self._ended.set()
+        self._write(process.stdin.close)  # in the thread that writes to it

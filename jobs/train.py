@@ -100,12 +100,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         del saved  # the state was loaded into the trainer; free the host memory of this copy
         if world.is_main:
             directory.write_config(cfg.dump())
-            evaluated = state.last_evaluation == state.num_updates
-            tracker = build_tracker(cfg, run_id, output)
-            metrics = MetricsWriter(
-                output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations, tracker=tracker
-            )
-            metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+            metrics = build_metrics(cfg, state, output, run_id)
         trainer = replace(
             trainer,
             metadata=trainer.metadata | {"environment": environment | trainer.metadata["environment"], "run_id": run_id},
@@ -126,6 +121,15 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         if metrics is not None:
             metrics.close(finished=finished)
         directory.close()
+
+
+def build_metrics(cfg: CfgNode, state: TrainState, output: Path, run_id: str) -> MetricsWriter:
+    """Build the writer of a run's metrics, with its tracker, and write the config to TensorBoard."""
+    evaluated = state.last_evaluation == state.num_updates
+    tracker = build_tracker(cfg, run_id, output)
+    metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations, tracker=tracker)
+    metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+    return metrics
 
 
 def open_directory(
