@@ -277,7 +277,7 @@ def build_trainer(
         world=world,
         state=state,
         model=wrap(trained, world, find_unused_parameters=find_unused_parameters),
-        criterion=build_criterion(cfg, mixed=mixup is not None),
+        criterion=build_criterion(cfg, mixed=mixup is not None, labels=data.train.labels, device=world.device),
         schedule=schedule,
         train_loader=data.train,
         val_loader=data.val,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from utils.config.optimizers import OPTIMIZERS
+
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 INFINITY = float("inf")
@@ -111,6 +113,12 @@ KEYS = {
         False,
         "resume although images were added, removed or replaced since the checkpoint; classes and the number of updates per "
         "epoch must be unchanged; if validation images changed, the best accuracy is reset; also applies to `--replay`",
+    ),
+    "DATA.SAMPLING": Key(
+        "natural",
+        "training images of an epoch: each image once (`natural`), or as many images of each class (`balanced`), which "
+        "repeats images of rare classes with other augmentations and omits images of frequent classes",
+        choices=("natural", "balanced"),
     ),
     "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1, maximum=1_000_000),
     "DATA.GLOBAL_BATCH_SIZE": Key(
@@ -281,17 +289,41 @@ KEYS = {
     "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
     "TRAIN.LR_SCHEDULER.NAME": Key(
         "cosine",
-        "learning-rate schedule: `cosine` to `TRAIN.MIN_LR`, `linear` to 1 % of `TRAIN.BASE_LR`, or `step`",
-        choices=("cosine", "linear", "step"),
+        "learning-rate schedule: `cosine` or `poly` to `TRAIN.MIN_LR`, `linear` to 1 % of `TRAIN.BASE_LR`, `step`, `multistep` "
+        "or `constant`",
+        choices=("cosine", "linear", "step", "multistep", "poly", "constant"),
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(
-        0.1, "`step`: factor by which each decay multiplies the learning rate", minimum=1e-9, maximum=1
+        0.1, "`step` and `multistep`: factor by which each decay multiplies the learning rate", minimum=1e-9, maximum=1
     ),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` uses Nesterov momentum", choices=("adamw", "sgd")),
-    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
-    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of SGD", minimum=0, maximum=1),
+    "TRAIN.LR_SCHEDULER.MILESTONES": Key([30, 60, 90], "`multistep`: increasing epochs after which the rate decays", minimum=1),
+    "TRAIN.LR_SCHEDULER.POWER": Key(1.0, "`poly`: power of the remaining fraction of the updates", minimum=0.01, maximum=100),
+    "TRAIN.OPTIMIZER.NAME": Key(
+        "adamw",
+        "optimizer of timm; `sgd` uses Nesterov momentum, `momentum` classical momentum; cannot change on resume",
+        choices=tuple(OPTIMIZERS),
+    ),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon; the default is that of `adamw`, others have their own in timm", minimum=0),
+    "TRAIN.OPTIMIZER.BETAS": Key(
+        [0.9, 0.999],
+        "betas, in [0, 1): two numbers, or three for `adan`; the default is that of `adamw`, others have their own in timm",
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of `sgd`, `momentum`, `lars`, `muon` and `rmsproptf`", minimum=0, maximum=1),
+    "TRAIN.LOSS": Key(
+        "ce",
+        "training loss: cross entropy (`ce`), or binary cross entropy of each class (`bce`, of timm), averaged over images and "
+        "classes; the evaluation loss is always cross entropy, without weights and smoothing",
+        choices=("ce", "bce"),
+    ),
+    "TRAIN.BCE_THRESHOLD": Key(
+        0.0, "`bce`: targets above this value become 1, others 0, after mixup and smoothing; 0: off", minimum=0, maximum=0.999
+    ),
+    "TRAIN.CLASS_WEIGHTS": Key(
+        "none",
+        "weight of each class in the training loss: `none`, `balanced` (images / (classes * images of the class)), or a list "
+        "with a number above 0 per class, by class id",
+    ),
     # Augmentation
     "AUG.COLOR_JITTER": Key(
         0.4, "strength of colour jitter; no effect unless `AUG.AUTO_AUGMENT` is `none`, as in timm", minimum=0
@@ -482,5 +514,6 @@ RECIPE_KEY_PREFIXES = (
     "DATA.BATCH_SIZE",
     "DATA.GLOBAL_BATCH_SIZE",
     "DATA.DROP_LAST",
+    "DATA.SAMPLING",
     "DATA.ZIP_MODE",
 )
