@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from engine.checkpoint_writer import save_checkpoint
 from engine.compatibility import check_optimizer
 from engine.optim import build_criterion, build_optimizer, build_scaler
 from engine.state import TrainState
+from engine.step import train_step
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.runs import assert_equal
@@ -68,6 +71,21 @@ def test_training_continues_bit_equal_from_the_checkpoint_of_every_optimizer(nam
     resumed.load_dict(saved)
     train(resumed, range(3, 6))
     assert_equal(resumed.to_dict(), state.to_dict())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_in_fp16_a_non_finite_batch_changes_only_the_loss_scale_and_the_next_batch_is_trained(name):
+    state = build_state(name)
+    scaler, states = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for factor in (1.0, float("inf"), 1.0):
+        batch = (torch.randn(6, 3, 5, 5) * factor, torch.arange(6) % 3)
+        options = {"seeds": [0], "amp_dtype": torch.float16, "max_grad_norm": 1.0}
+        train_step(state.model, nn.CrossEntropyLoss(), state.optimizer, scaler, [batch], **options)
+        states.append(copy.deepcopy(state.to_dict()))
+    assert scaler.get_scale() == 2.0
+    assert_equal(states[1], states[0])
+    assert all(tensor.isfinite().all() for tensor in states[2]["model"].values())
+    assert not torch.equal(states[2]["model"]["3.weight"], states[1]["model"]["3.weight"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -186,8 +186,7 @@ def _check_loss(cfg: CfgNode) -> None:
         )
     if weights == cfg.DATA.SAMPLING == "balanced":
         raise ConfigError(
-            "TRAIN.CLASS_WEIGHTS=balanced and DATA.SAMPLING=balanced correct the class frequencies twice; give only "
-            "one of them"
+            "TRAIN.CLASS_WEIGHTS=balanced and DATA.SAMPLING=balanced correct the class frequencies twice; give only one of them"
         )
 
 
