@@ -105,7 +105,7 @@ class MetricsWriter:
         for tag, value in _points(kind, shown).items():
             self._write_event(self._event, "add_scalar", tag, value, step)
         if self._tracker is not None:
-            points = _as_json(_points(kind, shown, overview={}))
+            points = _as_json(_points(kind, shown, in_overview=False))
             self._tracker.scalars(step, {name: value for name, value in points.items() if value is not None})
 
     def text(self, name: str, text: str, step: int) -> None:
@@ -152,8 +152,9 @@ def _as_json(record: dict) -> dict:
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
 
 
-def _points(kind: str, values: Mapping[str, Any], overview: Mapping[tuple[str, str], str] = OVERVIEW) -> dict[str, Any]:
-    """Tag -> value, for the values of a record: the tag in ``overview``, else ``kind/name``. Epochs are counted from 1."""
+def _points(kind: str, values: Mapping[str, Any], *, in_overview: bool = True) -> dict[str, Any]:
+    """Tag -> value, for the values of a record: ``kind/name``, or the tag in ``OVERVIEW``. Epochs are counted from 1."""
+    overview = OVERVIEW if in_overview else {}
     return {
         overview.get((kind, name), f"{kind}/{name}"): value + 1 if name == "epoch" else value
         for name, value in values.items()
