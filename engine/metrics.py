@@ -3,7 +3,7 @@
 C: number of classes; K: ``NUM_BINS``. All metrics are in percent. Classes without images do not count in averages over classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 
 NUM_BINS = 15  # of the calibration error, as in https://arxiv.org/abs/1706.04599
 UNITS_OF_CONFIDENCE = 2**32  # confidences are summed in this fraction: sums of integers do not depend on their order
-# Value of BEST_METRIC -> 1 if larger values are better, else -1.
-DIRECTIONS = {"acc1": 1, "balanced_accuracy": 1, "macro_f1": 1, "loss": -1}
 
 
 def add_to_class_counts(counts: Tensor, targets: Tensor, predicted: Tensor) -> None:
@@ -73,8 +71,13 @@ def calibration_error(bins: np.ndarray) -> float:
     return float(100 * np.abs(correct - units / UNITS_OF_CONFIDENCE).sum() / num_images.sum())
 
 
+def score(value: float, metric: str) -> float:
+    """The value of a metric, negated if smaller values are better. metric: one of the values of BEST_METRIC."""
+    return -value if metric == "loss" else value
+
+
 def scores(evaluations: Sequence[dict], metric: str, *, since: int) -> dict[int, float]:
-    """Number of updates -> value of ``metric`` of the best weights, negated if smaller is better, in the order of the updates.
+    """Number of updates -> ``score`` of the best weights, in the order of the updates.
 
     Args:
         evaluations, since: see ``TrainState``. Earlier versions have not recorded every metric; such evaluations are left out.
@@ -83,7 +86,7 @@ def scores(evaluations: Sequence[dict], metric: str, *, since: int) -> dict[int,
     for record in evaluations:
         value, step = record.get(metric), record["step"]
         if step > since and isinstance(value, (int, float)):
-            found[step] = max(found.get(step, -np.inf), DIRECTIONS[metric] * value)
+            found[step] = max(found.get(step, -np.inf), score(value, metric))
     return found
 
 
@@ -93,7 +96,13 @@ def count_stale(evaluations: Sequence[dict], metric: str, *, since: int) -> int:
     return len(values) - 1 - values.index(max(values)) if values else 0
 
 
-def best_updates(evaluations: Sequence[dict], metric: str, *, since: int, count: int) -> list[int]:
-    """Numbers of updates of the ``count`` best evaluations; on ties, later ones. Arguments: see ``scores``."""
-    found = scores(evaluations, metric, since=since)
+def list_top(state: Mapping, metric: str, count: int) -> list[int] | None:
+    """Numbers of updates of the ``count`` best evaluations, best first; on ties, later ones first. None if ``count`` is 1.
+
+    Args:
+        state: entries of a checkpoint, or the attributes of a ``TrainState``.
+    """
+    if count == 1:
+        return None
+    found = scores(state.get("evaluations", []), metric, since=state.get("best_since", 0))
     return sorted(found, key=lambda update: (found[update], update), reverse=True)[:count]

@@ -26,10 +26,11 @@ from engine.checkpoint_writer import FORMAT, set_aside
 from engine.dry_run import dry_run
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.remaining_work import work_after
 from engine.run_contents import check_unchanged
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
-from engine.state import NO_BEST, TrainState
+from engine.state import TrainState
 from engine.tracker import build_tracker
 from engine.trainer import Trainer
 from jobs.few_images import warn_about_few_images
@@ -45,7 +46,6 @@ from jobs.resume import (
     resume,
     warn_about_environment,
     warn_about_learning_rate,
-    work_after,
 )
 from models import build_model
 from models.checkpoints.reader import sha256
@@ -96,7 +96,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         setup_logging(world.rank, output, earlier=earlier)
         state = trainer.state
         if reset_best:
-            state.best = dict(NO_BEST)
+            state.reset_best()
         del saved  # the state was loaded into the trainer; free the host memory of this copy
         if world.is_main:
             directory.write_config(cfg.dump())
@@ -189,7 +189,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and work_after(saved, cfg).is_finished:
-            logger.warning("%s", describe_finished_run(init))
+            logger.warning("%s", describe_finished_run(saved, cfg, init))
         if saved is not None and world.is_main:
             warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
         data = build_data(cfg, world, init, saved)

@@ -15,12 +15,13 @@ import jobs.evaluate
 import jobs.train
 from engine.checkpoint_writer import save_checkpoint
 from engine.metrics_writer import MetricsWriter
+from engine.remaining_work import work_after
 from engine.run_contents import Contents, find_unusable_entries
 from engine.run_directory import RunLock, check_available
 from engine.state import check_trained
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import open_checkpoint
-from jobs.resume import check_data, resume, work_after
+from jobs.resume import check_data, resume
 from jobs.train import build_data, build_trainer
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main

@@ -8,7 +8,7 @@ from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_sup
 from torch import nn
 
 from engine.evaluation import evaluate
-from engine.metrics import best_updates, count_stale, f1_scores, precisions, recalls
+from engine.metrics import count_stale, f1_scores, list_top, precisions, recalls
 from utils.distributed import World
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -71,6 +71,6 @@ def test_evaluations_are_ordered_by_the_better_weights_and_ties_are_not_better()
         assert count_stale(evaluations, metric, since=0) == 2
         assert count_stale(evaluations[:4], metric, since=0) == 0
         assert count_stale(evaluations, metric, since=6) == 0
-        assert best_updates(evaluations, metric, since=0, count=3) == [6, 4, 8]
-        assert best_updates(evaluations, metric, since=4, count=3) == [6, 8]
+        assert list_top({"evaluations": evaluations}, metric, 3) == [6, 4, 8]
+        assert list_top({"evaluations": evaluations, "best_since": 4}, metric, 3) == [6, 8]
     assert count_stale(evaluations, "macro_f1", since=0) == 0  # not recorded by earlier versions

@@ -24,6 +24,7 @@ MODEL_TYPES = (
     "flatten_deit",
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
+BEST_METRICS = ("acc1", "balanced_accuracy", "macro_f1", "loss")
 CLASS_MAPS = ("names", "imagenet")  # values of TEST.CLASS_MAP that are not files
 
 
@@ -286,6 +287,12 @@ KEYS = {
     ),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
     "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
+    "TRAIN.PATIENCE": Key(
+        0,
+        "end the run after this many evaluations in a row without a better value of `BEST_METRIC` than before, of raw or EMA "
+        "weights; 0: train for all epochs",
+        minimum=0,
+    ),
     "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
     "TRAIN.LR_SCHEDULER.NAME": Key(
         "cosine",
@@ -469,6 +476,18 @@ KEYS = {
         is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),
+    "BEST_METRIC": Key(
+        "acc1",
+        "metric of the evaluations that decides which checkpoint is the best one, see `KEEP_BEST` and `TRAIN.PATIENCE`; if it "
+        "changes on resume, the best checkpoint is determined anew",
+        choices=BEST_METRICS,
+    ),
+    "KEEP_BEST": Key(
+        1,
+        "number of best checkpoints to keep: 1 keeps only `best.pth`; with a larger number, they are also kept as "
+        "`top_<updates>.pth`",
+        minimum=1,
+    ),
 }
 
 # Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
