@@ -185,6 +185,7 @@ MODEL:
             "EPS=0.001 has no effect with TRAIN.OPTIMIZER.NAME=lion",
         ),
         ("TRAIN: {OPTIMIZER: {NAME: adan, BETAS: [0.9, 0.99]}}", [], "give three numbers, each at least 0 and below 1"),
+        ("TRAIN: {OPTIMIZER: {NAME: muon, MOMENTUM: 1}}", [], "muon needs a number below 1"),
         ("TRAIN: {LR_SCHEDULER: {NAME: multistep}, EPOCHS: 60}", [], "give increasing epochs below TRAIN.EPOCHS=60"),
         ("TRAIN: {BCE_THRESHOLD: 0.2}", [], "BCE_THRESHOLD=0.2 has no effect with TRAIN.LOSS=ce"),
         ("TRAIN: {CLASS_WEIGHTS: balance}", [], "choose none or balanced"),

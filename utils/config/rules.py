@@ -158,6 +158,8 @@ def _check_optimizer(keys: CfgNode) -> None:
             f"TRAIN.OPTIMIZER.BETAS={optimizer.BETAS}: give {'two' if len(example) == 2 else 'three'} numbers, each at least 0 "
             f"and below 1, such as the default of {optimizer.NAME}: {show(example)}"
         )
+    if optimizer.NAME == "muon" and optimizer.MOMENTUM == 1:
+        raise ConfigError("TRAIN.OPTIMIZER.MOMENTUM=1.0: muon needs a number below 1, such as its default 0.9")
     epochs = schedule.MILESTONES
     is_legal = epochs and epochs == sorted(set(epochs)) and epochs[-1] < keys.EPOCHS
     if schedule.NAME == "multistep" and not is_legal:
