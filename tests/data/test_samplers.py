@@ -40,7 +40,7 @@ def test_a_balanced_epoch_has_as_many_images_of_each_class_and_uses_those_of_a_c
 def test_all_copies_of_an_image_in_all_balanced_epochs_have_different_keys_and_thus_augmentations():
     for repeats in (1, 3):
         keys = [key for epoch in range(4) for key in set(flat(read_epoch(epoch, repeats=repeats)))]
-        assert len(keys) == len(set(keys))
+        assert len(keys) == len(set(keys)) == 4 * 61
 
 
 @pytest.mark.parametrize("division", [{"world_size": 2, "batch_size": 2}, {"batch_size": 1, "accumulation": 4}])
