@@ -4,7 +4,7 @@ import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MISTAKES = "mistakes.png"
 MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in ``draw_predictions``
 CAPTION_WIDTH = 28  # characters per line of a caption in ``draw_predictions``
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
@@ -58,7 +59,7 @@ def write_evaluation(
         "preferred": preferred,
         "results": {weights: _record(result, real_labels) for weights, result in results.items()},
     }
-    for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # from an earlier evaluation
+    for stale in (output / "confusion.png", output / MISTAKES, *output.glob("predictions_*.csv")):  # from an earlier evaluation
         stale.unlink(missing_ok=True)
     write_json(output / "eval.json", record)
     for weights, values in record["results"].items():
@@ -136,12 +137,14 @@ class Caption(NamedTuple):
         prediction: the predicted class, with its confidence.
         truth: the name of the true class; None if it is unknown.
         is_correct: whether the prediction is the true class.
+        origin: label of the true class, such as what it is known from.
     """
 
     name: str
     prediction: str
     truth: str | None = None
     is_correct: bool = False
+    origin: str = "directory"
 
     @property
     def color(self) -> str:
@@ -156,7 +159,7 @@ class Caption(NamedTuple):
         mark = "" if self.truth is None else "\N{CHECK MARK} " if self.is_correct else "\N{BALLOT X} "
         lines = [name, *textwrap.wrap(f"{mark}{self.prediction}", CAPTION_WIDTH)]
         if self.truth is not None and not self.is_correct:
-            lines += textwrap.wrap(f"directory: {self.truth}", CAPTION_WIDTH)
+            lines += textwrap.wrap(f"{self.origin}: {self.truth}", CAPTION_WIDTH)
         return [_plain(line) for line in lines]
 
 
@@ -176,6 +179,38 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[Caption],
         axis.imshow(picture)
         axis.set_title("\n".join(caption.lines()), fontsize=8, color=caption.color)
     _save(figure, path, dpi=110)
+
+
+def draw_mistakes(
+    result: EvalResult,
+    count: int,
+    *,
+    classes: Sequence[str],
+    names: Sequence[str],
+    load: Callable[[int], Image.Image],
+    path: Path,
+) -> None:
+    """Draw the wrong predictions with the highest confidence, most confident first. Without mistakes, draw nothing.
+
+    Args:
+        count: maximum number of images.
+        classes, names: see ``write_evaluation``.
+        load: returns an image of the dataset, given its position.
+    """
+    predictions = _predictions(result)
+    wrong = np.flatnonzero(predictions.targets != predictions.ranked[:, 0])
+    shown = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:count]
+    pictures, captions = [], []
+    for position in shown.tolist():
+        picture = load(position)
+        picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))  # now: photographs of full size would need much memory
+        pictures.append(picture)
+        text = f"{classes[predictions.ranked[position, 0]]}: {100 * predictions.confidence[position]:.1f}%"
+        truth = classes[predictions.targets[position]]
+        captions.append(Caption(names[position].rpartition("/")[2], text, truth, origin="class"))
+    if pictures:
+        draw_predictions(pictures, captions, path)
+        logger.info("%s: %d of %d wrong predictions, those with the highest confidence", path, len(pictures), len(wrong))
 
 
 def _plain(text: str) -> str:

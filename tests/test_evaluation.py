@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
+import engine.report
 import jobs.evaluate
 from data.samplers import EvalBatches
 from engine.checkpoint_writer import save_checkpoint
@@ -223,6 +225,24 @@ def test_imagenet_real_labels_are_class_ids_of_the_model(tmp_path):
     write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=False, **options)
     real = json.loads((tmp_path / "eval.json").read_text())["results"]["raw"]["real"]
     assert real == {"correct1": 1, "num_images": 2, "acc1": 50.0}
+
+
+def test_the_most_confident_mistakes_are_drawn_in_their_order(tmp_path, monkeypatch):
+    result = create_result([0, 0, 1, 2, 2], [1, 0, 2, 0, 1])
+    predictions = replace(result.predictions, confidence=np.array([0.6, 0.99, 0.9, 0.5, 0.7]))
+    drawn = []
+    monkeypatch.setattr(engine.report, "draw_predictions", lambda images, captions, path: drawn.append((images, captions)))
+    options = {"classes": ["cat", "dog", "owl"], "names": [f"val/{number}.png" for number in range(5)], "path": tmp_path / "x"}
+    load = lambda position: Image.new("RGB", (600, 300), (position, 0, 0))  # noqa: E731
+    engine.report.draw_mistakes(replace(result, predictions=predictions), 3, load=load, **options)
+    ((pictures, captions),) = drawn
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [2, 4, 0]
+    assert [picture.size for picture in pictures] == [(256, 128)] * 3
+    texts = [(caption.name, caption.prediction, caption.truth) for caption in captions]
+    assert texts == [("2.png", "owl: 90.0%", "dog"), ("4.png", "dog: 70.0%", "owl"), ("0.png", "dog: 60.0%", "cat")]
+    assert captions[0].lines()[-1] == "class: dog"
+    engine.report.draw_mistakes(create_result([0, 1], [0, 1]), 3, load=load, **options)
+    assert len(drawn) == 1  # nothing is drawn without mistakes
 
 
 def test_an_evaluation_deletes_prediction_files_of_the_previous_evaluation(tmp_path):

@@ -425,6 +425,12 @@ KEYS = {
         is_path=True,
     ),
     "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
+    "TEST.MISTAKES": Key(
+        0,
+        "`--eval` draws this many of the wrong predictions with the highest confidence, with their images; 0: none",
+        minimum=0,
+        maximum=100,
+    ),
     "TEST.PRECISION": Key(
         "fp32", "precision of evaluation: `fp32`, or `train` for the precision of training", choices=("fp32", "train")
     ),
