@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 from yacs.config import CfgNode
 
@@ -69,7 +70,8 @@ def save_counts(world, folder):
             result = evaluate_batches(world, num_images, batch_size)
             predictions = None if result.predictions is None else result.predictions.ranked.tolist()
             counts = [result.correct1, result.correct5, result.num_images]
-            results[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss]
+            metrics = [result.balanced_accuracy, result.macro_f1, result.calibration_error]
+            results[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss, metrics]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(results))
 
 
@@ -84,12 +86,19 @@ def test_counts_and_predictions_equal_those_of_one_forward_pass_for_any_world_si
         loss = nn.functional.cross_entropy(logits, targets).item()
         correct = ranked == targets.unsqueeze(1)
         expected = [correct[:, 0].sum().item(), correct.sum().item(), num_images]
+        recalls, f1_scores = precision_recall_fscore_support(targets, ranked[:, 0], labels=np.unique(targets), zero_division=0)[
+            1:3
+        ]
+        confidences = logits.softmax(dim=1).amax(dim=1).numpy()
+        gaps = np.bincount(np.ceil(15 * confidences).astype(int), weights=correct[:, 0].numpy() - confidences)  # per bin
+        metrics = [100 * recalls.mean(), 100 * f1_scores.mean(), 100 * np.abs(gaps).sum() / num_images]
         for rank in range(world_size):
             results = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
             for batch_size in (1, 7, 128):
-                *counts, predictions, mean_loss = results[f"{num_images}-{batch_size}"]
+                *counts, predictions, mean_loss, found = results[f"{num_images}-{batch_size}"]
                 assert counts == expected
                 assert mean_loss == pytest.approx(loss, rel=1e-5)
+                assert found == pytest.approx(metrics, rel=1e-5)
                 assert predictions == (ranked.tolist() if rank == 0 else None)
 
 
