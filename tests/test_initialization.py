@@ -181,7 +181,7 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
     assert environment["processes"] == 1
     assert "--cfg" in environment["command"]
     log = (trained.parent / "log_rank0.txt").read_text()
-    assert f"torch {torch.__version__}" in log
+    assert f"torch: {torch.__version__}" in log
     assert "ATTN_TYPE: LLS" in log
 
 
@@ -270,7 +270,7 @@ def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, l
 
 def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
     with pytest.raises(ConfigError, match=r"with 10 updates per epoch, but there are 11 now, so the data have changed"):
-        resume(None, {"updates_per_epoch": 10}, load_config(toy_config), 11, "file.pth")
+        resume(None, {"updates_per_epoch": 10, "config": {}}, load_config(toy_config), 11, "file.pth")
 
 
 def test_resuming_discards_metrics_after_the_checkpoint_and_keeps_earlier_ones(tmp_path):
