@@ -58,7 +58,9 @@ def build_parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 
     Every group has an ``lr_scale``, its learning-rate multiplier, and the names of its parameters, so that the state of the
     optimizer contains them. The multiplier is the product of layer-wise decay (https://arxiv.org/abs/2106.08254), over the
-    layers of the model's ``group_matcher`` from the stem to the head, and of TRAIN.HEAD_LR_SCALE for the classifier.
+    layers of the model's ``group_matcher`` from the stem to the head, and of TRAIN.HEAD_LR_SCALE for the classifier. With
+    ``muon``, groups also have ``use_fallback``: the classifier and the parameters without weight decay, among them position
+    tables with the shape of a weight matrix, are trained with AdamW. timm sends others to AdamW by their shape.
 
     timm's functions give the same decays and multipliers, but not the groups of stored checkpoints: they merge groups if
     TRAIN.WEIGHT_DECAY is 0, and have another order.
@@ -67,14 +69,17 @@ def build_parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     exempt, head = methods.no_weight_decay(), {id(parameter) for parameter in methods.get_classifier().parameters()}
     decays_by_layer = cfg.TRAIN.LAYER_DECAY < 1
     layers = group_parameters(model, methods.group_matcher(coarse=False), reverse=True) if decays_by_layer else {}
-    groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+    is_muon = cfg.TRAIN.OPTIMIZER.NAME == "muon"
+    groups: dict[tuple[bool, float, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = cfg.TRAIN.LAYER_DECAY ** (max(layers.values()) - layers[name]) if decays_by_layer else 1.0
             scale *= cfg.TRAIN.HEAD_LR_SCALE if id(parameter) in head else 1.0
-            groups.setdefault((name in exempt, scale), []).append((name, parameter))
+            uses_fallback = is_muon and (name in exempt or id(parameter) in head)
+            groups.setdefault((name in exempt, scale, uses_fallback), []).append((name, parameter))
     return [
         {"params": groups[key], "weight_decay": 0.0 if key[0] else cfg.TRAIN.WEIGHT_DECAY, "lr_scale": key[1]}
+        | ({"use_fallback": key[2]} if is_muon else {})
         for key in sorted(groups)
     ]
 

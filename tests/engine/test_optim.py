@@ -10,10 +10,11 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from engine.checkpoint_writer import save_checkpoint
-from engine.compatibility import check_optimizer
+from engine.compatibility import check_optimizer, example_states
 from engine.optim import build_criterion, build_optimizer, build_scaler
 from engine.state import TrainState
 from engine.step import train_step
+from models import build_model
 from models.checkpoints.reader import CheckpointError, read_checkpoint
 from tests.conftest import CONFIGS
 from tests.runs import assert_equal
@@ -110,6 +111,20 @@ def test_options_have_the_defaults_of_timm_and_those_that_an_optimizer_does_not_
 def test_an_explicit_option_has_precedence_over_the_default_of_the_optimizer():
     cfg = build_config("TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.OPTIMIZER.EPS", 1e-8)
     assert build_optimizer(cfg, Classifier()).defaults["eps"] == 1e-8
+
+
+@pytest.mark.parametrize("opts", [(), ("TRAIN.LAYER_DECAY", 0.8, "TRAIN.HEAD_LR_SCALE", 10.0)], ids=["plain", "layer_decay"])
+@pytest.mark.parametrize("name", ["flatten_swin_t", "flatten_deit_t"])
+def test_muon_trains_the_weights_of_linear_layers_and_convolutions_but_not_the_classifier_nor_position_tables(name, opts):
+    cfg = load_config(CONFIGS / f"{name}.yaml", ["TRAIN.OPTIMIZER.NAME", "muon", *opts])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    states = example_states(optimizer)[0]
+    trained = {name for name, state in zip(names, states, strict=True) if state["use_muon"]}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    assert trained == {f"{name}.weight" for name, layer in layers.items() if layer is not model.get_classifier()}
 
 
 # Optimizer -> (function that changes its stored state, start of the error).
