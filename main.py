@@ -27,8 +27,9 @@ def main(*, ema: bool = False) -> None:
         opts = overrides(args, ema=ema)
         cfg = load_config(args.cfg, opts) if args.cfg else None
         check_usage(args, cfg)
-        from jobs.early_checks import check_data  # imports NumPy, which takes longer than the checks above
+        from jobs.early_checks import check_data, check_tracker  # imports NumPy, which takes longer than the checks above
 
+        check_tracker(args, cfg)
         check_data(args, cfg, opts, num_processes)
     except ValueError as error:
         if not is_user_error(error):

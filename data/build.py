@@ -261,12 +261,15 @@ def build_train_loader(
         accumulation=accumulation,
         repeats=cfg.AUG.REPEATS,
         drop_last=cfg.DATA.DROP_LAST,
+        labels=dataset.index.labels if cfg.DATA.SAMPLING == "balanced" else None,
         rank=rank,
         world_size=world_size,
         seed=cfg.SEED,
     )
     if batches.updates_per_epoch == 0:
         raise build_too_few_images_error(cfg, dataset.index.source, len(dataset), accumulation, world_size)
+    if batches.max_copies > 1:
+        logger.info("DATA.SAMPLING=balanced: an image of the rarest class occurs up to %d times per epoch", batches.max_copies)
     erase = None
     if cfg.AUG.REPROB > 0:
         erase = Erase(cfg.AUG.REPROB, mode=cfg.AUG.REMODE, max_count=cfg.AUG.RECOUNT, seed=cfg.SEED, device=device)

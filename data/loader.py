@@ -182,6 +182,11 @@ class TrainLoader(DeviceLoader):
     """Loader of the training batches of one epoch, which can start at any update of the epoch."""
 
     @property
+    def labels(self) -> np.ndarray:
+        """Class id of each image of the dataset."""
+        return self.dataset.index.labels
+
+    @property
     def updates_per_epoch(self) -> int:
         return self.sampler.updates_per_epoch
 

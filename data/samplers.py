@@ -1,8 +1,9 @@
 """Batch samplers that depend only on (seed, epoch, update), so that checkpoints need no sampler state."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -15,6 +16,31 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """Permutation of the images in one epoch."""
     generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
     return torch.randperm(num_samples, generator=generator)
+
+
+def balanced_order(images_of_class: Sequence[Tensor], seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Images of one epoch in random order, with equal numbers of each class, up to one image.
+
+    A class with fewer images than its share repeats all of them in turn, each time in another order; a class with more images
+    uses a random part of them.
+
+    Args:
+        images_of_class: indices of the images of each class.
+
+    Returns:
+        (N,) image indices, and (N,) how often each image occurred before in this epoch, for N images in all classes.
+    """
+    generator = torch.Generator().manual_seed(draw_seed(seed, epoch))
+    num_samples, num_classes = sum(map(len, images_of_class)), len(images_of_class)
+    shares = torch.full((num_classes,), num_samples // num_classes)
+    shares[torch.randperm(num_classes, generator=generator)[: num_samples % num_classes]] += 1
+    chosen, copies = [], []
+    for images, share in zip(images_of_class, shares.tolist(), strict=True):
+        rounds = [images[torch.randperm(len(images), generator=generator)] for _ in range(math.ceil(share / len(images)))]
+        chosen.append(torch.cat([images[:0], *rounds])[:share])
+        copies.append(torch.arange(share) // len(images))
+    order = torch.randperm(num_samples, generator=generator)
+    return torch.cat(chosen)[order], torch.cat(copies)[order]
 
 
 class TrainBatches(Sampler[list[Key]]):
@@ -40,6 +66,8 @@ class TrainBatches(Sampler[list[Key]]):
         repeats: copies of an image per epoch.
         rank, world_size: rank of this process, and number of processes.
         seed: the run's seed.
+        labels: class id of each image, for epochs with equal numbers of images of each class, see ``balanced_order``; None for
+            epochs with each image once.
         drop_last: see above. Even without it, there must be enough images for one update.
     """
 
@@ -51,6 +79,7 @@ class TrainBatches(Sampler[list[Key]]):
         accumulation: int,
         repeats: int = 1,
         drop_last: bool = True,
+        labels: np.ndarray | None = None,
         rank: int,
         world_size: int,
         seed: int,
@@ -66,6 +95,12 @@ class TrainBatches(Sampler[list[Key]]):
         self.updates_per_epoch = num_samples // self.global_batch_size
         if self.updates_per_epoch and not drop_last:
             self.updates_per_epoch = math.ceil(num_samples / self.global_batch_size)
+        self.images_of_class: list[Tensor] = []
+        self.max_copies = 1  # maximum number of times that an image occurs in an epoch, apart from repeated augmentation
+        if labels is not None and num_samples:
+            _, counts = np.unique(labels, return_counts=True)
+            self.images_of_class = list(torch.from_numpy(np.argsort(labels, kind="stable")).split(counts.tolist()))
+            self.max_copies = math.ceil(math.ceil(num_samples / len(counts)) / counts.min())
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, first_update: int) -> None:
@@ -77,18 +112,21 @@ class TrainBatches(Sampler[list[Key]]):
         return (self.updates_per_epoch - self.first_update) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = epoch_order(self.num_samples, self.seed, self.epoch)
+        if self.images_of_class:
+            order, copies = balanced_order(self.images_of_class, self.seed, self.epoch)
+        else:
+            order = epoch_order(self.num_samples, self.seed, self.epoch)
+            copies = torch.zeros_like(order)
         for update in range(self.first_update, self.updates_per_epoch):
             positions = update * self.global_batch_size + torch.arange(self.global_batch_size)
             positions = positions[(positions % self.repeats).argsort(stable=True)]
             for forward_pass in range(self.accumulation):
                 start = (forward_pass * self.world_size + self.rank) * self.batch_size
                 batch = positions[start : start + self.batch_size] % self.num_samples
-                indices = order[batch // self.repeats].tolist()
-                epochs = (
-                    self.epoch * self.repeats + batch % self.repeats
-                ).tolist()  # an epoch number per copy, so that augmentations differ
-                yield list(zip(epochs, indices, strict=True))
+                sources = batch // self.repeats
+                # An epoch number per copy, so that augmentations differ.
+                epochs = (self.epoch * self.repeats + batch % self.repeats) * self.max_copies + copies[sources]
+                yield list(zip(epochs.tolist(), order[sources].tolist(), strict=True))
 
 
 def partner(position: int, count: int) -> int:

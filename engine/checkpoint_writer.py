@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ from torch import Tensor
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256, verify, with_metadata
 from utils.errors import ConfigError, one_line
 from utils.files import replacing, sync_directory
-from utils.run_files import BEST, DAMAGED, INCOMPLETE, checkpoint_path, is_numbered, list_checkpoints, num_updates_of
+from utils.run_files import (
+    BEST,
+    DAMAGED,
+    INCOMPLETE,
+    checkpoint_path,
+    is_numbered,
+    is_top,
+    list_checkpoints,
+    num_updates_of,
+    top_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +132,7 @@ def remove_surplus(folder: Path, keep: int, *, newest: Path) -> None:
         newest: the checkpoint that was just written; later numbers are neither counted nor deleted, since this run did not
             write them.
     """
-    incomplete = [path for path in folder.glob(f"*{INCOMPLETE}") if is_numbered(path.with_suffix(""))]
+    incomplete = [path for path in folder.glob(f"*{INCOMPLETE}") if is_numbered(path.with_suffix("")) or is_top(path)]
     numbered = [path for path in list_checkpoints(folder) if num_updates_of(path) <= num_updates_of(newest)]
     for path in [*incomplete, folder / f"{BEST}{INCOMPLETE}", *numbered[keep:]]:
         path.unlink(missing_ok=True)
@@ -141,6 +151,43 @@ def link_best(path: Path, best: Path) -> None:
             verify(temporary)
 
     _replace(best, write, size=path.stat().st_size if path.exists() else 0)
+
+
+def find_top_changes(folder: Path, top: Sequence[int] | None, *, newest: Path) -> tuple[list[int], list[Path]]:
+    """Which of the best checkpoints have no ``top_<updates>.pth``, and which of these files are of other checkpoints.
+
+    Later files than the newest checkpoint do not count, since this run did not write them.
+
+    Args:
+        top: numbers of updates of the best checkpoints; None or empty: nothing changes.
+        newest: the numbered checkpoint that was just written, or from which the run resumes.
+    """
+    if not top:
+        return [], []
+    linked = {number: top_path(folder, number) for number in top}
+    missing = [
+        number
+        for number, path in linked.items()
+        if (numbered := checkpoint_path(folder, number)).exists()
+        and not (path.exists() and (numbered != newest or _are_equal(path, numbered)))
+    ]
+    others = [path for path in folder.glob("top_*.pth") if is_top(path) and path not in linked.values()]
+    return missing, [path for path in others if num_updates_of(path) <= num_updates_of(newest)]
+
+
+def link_top(folder: Path, top: Sequence[int] | None, *, newest: Path) -> None:
+    """Make ``top_<updates>.pth`` a link to each of the best checkpoints, and delete those of other checkpoints.
+
+    Arguments: see ``find_top_changes``.
+
+    Raises:
+        CheckpointError: a link cannot be written.
+    """
+    missing, surplus = find_top_changes(folder, top, newest=newest)
+    for number in missing:
+        link_best(checkpoint_path(folder, number), top_path(folder, number))
+    for path in surplus:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path, reason: str) -> None:

@@ -3,7 +3,9 @@
 Loading checks only a part: the kernels of fused optimizers read beyond the end of a state tensor that is too small.
 """
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -13,9 +15,6 @@ from torch.optim import SGD, Optimizer
 from engine.state import TrainState
 from models.checkpoints.reader import CheckpointError
 
-# State of a parameter in each optimizer: names of tensors with the parameter's shape, and of counters with a single value.
-_ADAMW_TENSORS, _ADAMW_COUNTERS = ("exp_avg", "exp_avg_sq"), ("step",)
-_SGD_TENSORS = ("momentum_buffer",)
 _SCALER_ENTRIES = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -89,20 +88,43 @@ def check_optimizer(optimizer: Optimizer, stored: Mapping) -> None:
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())] or range(len(parameters))
     if not isinstance(states, Mapping) or not all(number in range(len(parameters)) for number in states):
         raise CheckpointError("optimizer.state is not a dictionary of the parameters' states")
-    is_sgd = isinstance(optimizer, SGD)
-    tensors, counters = (_SGD_TENSORS, ()) if is_sgd else (_ADAMW_TENSORS, _ADAMW_COUNTERS)
+    examples, created = example_states(optimizer)
     for number, entries in states.items():
-        where = f"optimizer.state[{names[number]}]"
-        if not isinstance(entries, Mapping) or not set(entries) <= {*tensors, *counters}:
+        where, example = f"optimizer.state[{names[number]}]", examples[number]
+        if not isinstance(entries, Mapping) or not set(entries) <= set(example):
             raise CheckpointError(f"{where} is not a state of {type(optimizer).__name__}")
-        for name in tensors:
-            if is_sgd and entries.get(name) is None:  # without momentum
+        for name, expected in example.items():
+            if isinstance(optimizer, SGD) and entries.get(name) is None:  # without momentum
                 continue
-            _check_tensor(f"{where}.{name}", entries.get(name), parameters[number])
-        for name in counters:
-            counter = entries.get(name)
-            if not isinstance(counter, Tensor) or counter.shape != () or not counter.is_floating_point():
-                raise CheckpointError(f"{where}.{name} is not a single floating-point value")
+            _check_entry(f"{where}.{name}", entries.get(name), expected)
+    for number, group in enumerate(stored["param_groups"]):
+        for name, expected in created.items() if states else ():
+            _check_entry(f"optimizer.param_groups[{number}].{name}", group.get(name), expected)
+
+
+def example_states(optimizer: Optimizer) -> tuple[list[Mapping], Mapping]:
+    """State that an optimizer has after an update, as examples of names, shapes and types.
+
+    The optimizer updates parameters of zeros on the CPU, one of each shape, with gradients of zero.
+
+    Returns:
+        State of each parameter, and the entries that an update adds to each parameter group.
+    """
+    example = copy.copy(optimizer)
+    example.state = defaultdict(dict)
+    example.param_groups, parameters = [], []
+    for group in optimizer.param_groups:
+        by_shape = {parameter.shape: nn.Parameter(torch.zeros_like(parameter, device="cpu")) for parameter in group["params"]}
+        parameters += [by_shape[parameter.shape] for parameter in group["params"]]
+        for parameter in by_shape.values():
+            parameter.grad = torch.zeros_like(parameter)
+        example.param_groups.append(group | {"params": list(by_shape.values())})
+    if isinstance(optimizer, SGD):
+        return [{"momentum_buffer": parameter} for parameter in parameters], {}
+    example.step()
+    first, updated = optimizer.param_groups[0], example.param_groups[0]
+    created = {name: value for name, value in updated.items() if name not in first}
+    return [example.state[parameter] for parameter in parameters], created
 
 
 def check_scaler(stored: object) -> None:
@@ -112,6 +134,16 @@ def check_scaler(stored: object) -> None:
     for name, value in stored.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise CheckpointError(f"scaler.{name} is {value!r}, not a finite number of at least 0")
+
+
+def _check_entry(name: str, stored: object, expected: object) -> None:
+    if isinstance(expected, Tensor) and expected.shape:
+        _check_tensor(name, stored, expected)
+    elif isinstance(expected, Tensor):
+        if not isinstance(stored, Tensor) or stored.shape != () or not stored.is_floating_point():
+            raise CheckpointError(f"{name} is not a single floating-point value")
+    elif type(stored) is not type(expected):
+        raise CheckpointError(f"{name} is {'missing' if stored is None else f'not of type {type(expected).__name__}'}")
 
 
 def _check_tensor(name: str, stored: object, expected: Tensor) -> None:

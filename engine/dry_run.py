@@ -65,7 +65,8 @@ def dry_run(trainer: Trainer) -> None:
     state.load_dict(read_checkpoint(path))
     size, free = path.stat().st_size, shutil.disk_usage(trainer.output).free
     logger.info("checkpoint: %.1f MiB, written, verified and read in %.1f s", size / 2**20, time.monotonic() - started)
-    needed = size * (cfg.KEEP_CHECKPOINTS + 2)  # 2: best.pth and the file being written
+    # 1: the file being written. ``best.pth`` is one of the KEEP_BEST files.
+    needed = size * (cfg.KEEP_CHECKPOINTS + cfg.KEEP_BEST + 1)
     if needed > free + size:
         logger.warning(
             "the disk has %.1f GiB free, but the run's checkpoints need %.1f GiB: free space, lower KEEP_CHECKPOINTS, "

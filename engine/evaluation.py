@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.metrics import NUM_BINS, add_to_bins, add_to_class_counts, balanced_accuracy, calibration_error, macro_f1
 from utils.distributed import World, gather_on_main, sum_over_processes
 from utils.errors import Stopped, TrainingError
 from utils.progress import progress
@@ -47,6 +48,8 @@ class EvalResult:
         weights: label of the weights, raw or ema.
         correct1, correct5: numbers of images with a correct top-1 and top-5 prediction.
         num_classes: number of classes that can be predicted.
+        class_counts: (3, num_classes), see ``add_to_class_counts``.
+        bins: (3, NUM_BINS), see ``add_to_bins``.
         predictions: predictions for every image, on rank 0 only; None without ``keep_predictions``.
     """
 
@@ -56,6 +59,8 @@ class EvalResult:
     num_images: int
     loss: float
     num_classes: int
+    class_counts: np.ndarray = field(repr=False, compare=False)
+    bins: np.ndarray = field(repr=False, compare=False)
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -74,13 +79,26 @@ class EvalResult:
         return 100 * self.correct5 / self.num_images
 
     @property
+    def balanced_accuracy(self) -> float:
+        return balanced_accuracy(self.class_counts)
+
+    @property
+    def macro_f1(self) -> float:
+        return macro_f1(self.class_counts)
+
+    @property
+    def calibration_error(self) -> float:
+        return calibration_error(self.bins)
+
+    @property
     def file_only(self) -> tuple[str, ...]:
         """Entries of ``to_dict`` that TensorBoard does not show."""
         return ("num_images",) if self.shows_top5 else ("num_images", "acc5", "correct5")
 
     def to_dict(self) -> dict[str, float | int]:
-        """Accuracies, counts and loss, for logs and files."""
-        names = ("acc1", "acc5", "correct1", "correct5", "num_images", "loss")
+        """Metrics and counts, for logs and files."""
+        counted = ("acc1", "acc5", "correct1", "correct5", "num_images", "loss")
+        names = (*counted, "balanced_accuracy", "macro_f1", "calibration_error")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
@@ -150,6 +168,8 @@ class _Counter:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.num_images = 0
         self.num_classes = 0
+        self.class_counts: Tensor | None = None  # from the first batch on, which shows the number of classes
+        self.bins = torch.zeros(3, NUM_BINS, dtype=torch.int64, device=device)
         self.predictions: list[Tensor] | None = [] if keep_predictions else None
         self.targets: list[Tensor] = []
 
@@ -164,8 +184,13 @@ class _Counter:
         loss = F.cross_entropy(logits, targets, reduction="sum")
         not_finite = (~logits.isfinite()).any(dim=1).sum()
         self.sums += torch.stack([correct[:, 0].sum(), correct.sum(), loss, not_finite]).double()
+        if self.class_counts is None:
+            self.class_counts = targets.new_zeros(3, self.num_classes)
+        add_to_class_counts(self.class_counts, targets, ranked[:, 0])
+        confidences = logits.softmax(dim=1).amax(dim=1)
+        add_to_bins(self.bins, confidences, correct[:, 0])
         if self.predictions is not None:
-            self.predictions.append(torch.cat([ranked.double(), logits.softmax(dim=1).amax(dim=1, keepdim=True)], dim=1))
+            self.predictions.append(torch.cat([ranked.double(), confidences.unsqueeze(1)], dim=1))
             self.targets.append(targets)
 
     def result(self, weights: str, indices: list[int], world: World) -> EvalResult:
@@ -184,9 +209,14 @@ class _Counter:
                 f"the {weights} weights give outputs that are not finite for {int(not_finite)} of {total} images, so the "
                 "accuracy is undefined; evaluate another checkpoint, or use fp32 (TEST.PRECISION fp32)"
             )
+        num_classes = int(class_sum // num_with_batches)
+        if self.class_counts is None:
+            self.class_counts = self.bins.new_zeros(3, num_classes)
+        integers = sum_over_processes(torch.cat([self.class_counts, self.bins], dim=1)).cpu().numpy()
+        class_counts, bins = integers[:, :num_classes], integers[:, num_classes:]
         predictions = None if self.predictions is None else self._gather(indices, world)
         return EvalResult(
-            weights, int(correct1), int(correct5), total, loss / total, int(class_sum // num_with_batches), predictions
+            weights, int(correct1), int(correct5), total, loss / total, num_classes, class_counts, bins, predictions
         )
 
     def _gather(self, indices: list[int], world: World) -> Predictions | None:
@@ -210,7 +240,15 @@ def log_results(results: Mapping[str, EvalResult]) -> None:
     """Log counts, loss and accuracies for each set of weights (raw and EMA)."""
     for label, result in results.items():
         logger.info(
-            "%s weights: %d of %d correct, loss %.4f,%s", label, result.correct1, result.num_images, result.loss, result
+            "%s weights: %d of %d correct, loss %.4f, balanced accuracy %.3f, macro F1 %.3f, calibration error %.3f,%s",
+            label,
+            result.correct1,
+            result.num_images,
+            result.loss,
+            result.balanced_accuracy,
+            result.macro_f1,
+            result.calibration_error,
+            result,
         )
 
 

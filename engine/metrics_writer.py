@@ -1,4 +1,7 @@
-"""Metrics of a run as JSON lines and TensorBoard events, written in the background (see ``utils.background``)."""
+"""Metrics of a run as JSON lines, TensorBoard events and points of a tracker, written in the background.
+
+See ``utils.background`` and ``engine.tracker``.
+"""
 
 import json
 import logging
@@ -12,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.tracker import Tracker
 from utils.background import SECONDS_AT_EXIT, Sink
 from utils.files import check_same, identify, write_text
 from utils.run_files import METRICS
@@ -29,7 +33,7 @@ OVERVIEW = {
 
 
 class MetricsWriter:
-    """Writes ``metrics.jsonl`` and TensorBoard events of a run.
+    """Writes ``metrics.jsonl`` and TensorBoard events of a run, and passes the same values to its tracker.
 
     On resume, entries after the checkpoint are discarded, so that no step is logged twice.
 
@@ -38,9 +42,19 @@ class MetricsWriter:
         step: number of updates at the start; entries of later updates are discarded.
         evaluated: whether the evaluation at ``step`` is complete; if not, its entries are discarded too.
         evaluations: records of all evaluations until ``step``. Those that ``metrics.jsonl`` lacks are restored.
+        tracker: closed with this writer.
     """
 
-    def __init__(self, output: Path, step: int, *, evaluated: bool = True, evaluations: Sequence[dict] = ()):
+    def __init__(
+        self,
+        output: Path,
+        step: int,
+        *,
+        evaluated: bool = True,
+        evaluations: Sequence[dict] = (),
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self._path = output / METRICS
         self._folder = output
         self._identity = identify(output)
@@ -79,15 +93,20 @@ class MetricsWriter:
             getattr(self._board, method)(*arguments)
 
     def scalars(self, step: int, kind: str, values: dict[str, float], *, file_only: Collection[str] = ()) -> None:
-        """Write a JSON line with ``step`` and ``kind``, and a TensorBoard point for every value, see ``_points``.
+        """Write a JSON line with ``step`` and ``kind``, and every value as a point of TensorBoard and of the tracker.
+
+        See ``_points`` for their names.
 
         Args:
-            file_only: names of values that TensorBoard does not show.
+            file_only: names of values that TensorBoard and the tracker do not show.
         """
         self._write_line(self._append, json.dumps(_as_json({"step": step, "kind": kind, **values})))
         shown = {name: value for name, value in values.items() if name not in file_only}
         for tag, value in _points(kind, shown).items():
             self._write_event(self._event, "add_scalar", tag, value, step)
+        if self._tracker is not None:
+            points = _as_json(_points(kind, shown, in_overview=False))
+            self._tracker.scalars(step, {name: value for name, value in points.items() if value is not None})
 
     def text(self, name: str, text: str, step: int) -> None:
         self._write_event(self._event, "add_text", name, text, step)
@@ -115,10 +134,17 @@ class MetricsWriter:
         for written in self._flushed:
             written.wait(max(deadline - time.monotonic(), 0))
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = False) -> None:
+        """Wait until all entries are written, for a limited time, and end the tracker's run.
+
+        Args:
+            finished: see ``Tracker.close``.
+        """
         self._write_event(self._event, "close")
         self._flushed = []  # wait once more, even if a previous flush has timed out
         self.flush()
+        if self._tracker is not None:
+            self._tracker.close(finished=finished)
 
 
 def _as_json(record: dict) -> dict:
@@ -126,10 +152,11 @@ def _as_json(record: dict) -> dict:
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
 
 
-def _points(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tag in TensorBoard -> value, for the values of a record: ``OVERVIEW``, or ``kind/name``. Epochs are counted from 1."""
+def _points(kind: str, values: Mapping[str, Any], *, in_overview: bool = True) -> dict[str, Any]:
+    """Tag -> value, for the values of a record: ``kind/name``, or the tag in ``OVERVIEW``. Epochs are counted from 1."""
+    overview = OVERVIEW if in_overview else {}
     return {
-        OVERVIEW.get((kind, name), f"{kind}/{name}"): value + 1 if name == "epoch" else value
+        overview.get((kind, name), f"{kind}/{name}"): value + 1 if name == "epoch" else value
         for name, value in values.items()
         if name not in ("step", "kind")
     }

@@ -1,7 +1,13 @@
 """Decide what remains to be done after an update: at the end of an epoch, and when a run resumes from a checkpoint."""
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
+
+from yacs.config import CfgNode
+
+from engine.metrics import count_stale
+from engine.schedule import count_epochs
 
 
 class BestFile(Enum):
@@ -45,6 +51,8 @@ def remaining_work(
     is_evaluated: bool,
     is_saved: bool,
     best: BestFile = BestFile.IN_PLACE,
+    num_stale: int = 0,
+    patience: int = 0,
 ) -> Remaining:
     """Decide what remains after update ``num_updates``.
 
@@ -55,6 +63,7 @@ def remaining_work(
     | end of an epoch, already evaluated or EVAL_FREQ not due | no | if SAVE_FREQ is due, and not saved | no |
     | end of the last epoch, or later since TRAIN.EPOCHS was reduced; not evaluated | yes | yes | yes |
     | end of the last epoch, or later; evaluated | no | if not saved | yes |
+    | the last ``patience`` evaluations were not better, and this update is evaluated | no | if not saved | yes |
 
     | best checkpoint | link | reset |
     |---|---|---|
@@ -68,14 +77,48 @@ def remaining_work(
         is_evaluated: whether the weights of this update were evaluated.
         is_saved: whether a checkpoint of this update exists or is being written.
         best: only needed on resume; during a run, each new best checkpoint is linked when it is saved.
+        num_stale: number of newest evaluations that were not better than those before, see ``count_stale``.
+        patience: TRAIN.PATIENCE; 0: no early end.
     """
     epochs, updates_in_epoch = divmod(num_updates, updates_per_epoch)
-    stop = epochs >= num_epochs
+    stop = epochs >= num_epochs or (is_evaluated and 0 < patience <= num_stale)
     at_end = stop or (epochs > 0 and updates_in_epoch == 0)
     evaluate = at_end and (stop or epochs % eval_freq == 0) and not is_evaluated
     save = at_end and (stop or epochs % save_freq == 0) and (evaluate or not is_saved)
     reset = best is BestFile.UNUSABLE and not (stop and not evaluate)
     return Remaining(evaluate=evaluate, save=save, link=best is BestFile.ELSEWHERE, reset=reset, stop=stop)
+
+
+def work_after(saved: Mapping, cfg: CfgNode, *, is_saved: bool = True, best: BestFile = BestFile.IN_PLACE) -> Remaining:
+    """What remains to be done after a checkpoint, see ``remaining_work``. saved: its entries."""
+    num_updates = saved["num_updates"]
+    return remaining_work(
+        num_updates,
+        updates_per_epoch=saved["updates_per_epoch"],
+        num_epochs=count_epochs(cfg),
+        eval_freq=cfg.EVAL_FREQ,
+        save_freq=cfg.SAVE_FREQ,
+        is_evaluated=saved.get("last_evaluation", num_updates) == num_updates,
+        is_saved=is_saved,
+        best=best,
+        num_stale=count_stale(saved.get("evaluations", []), cfg.BEST_METRIC, since=saved.get("best_since", 0)),
+        patience=cfg.TRAIN.PATIENCE,
+    )
+
+
+def describe_early_end(saved: Mapping, cfg: CfgNode) -> str:
+    """Addition to the message that a run is finished: why it has ended before its last epoch; "" if it has not.
+
+    Args:
+        saved: entries of its last checkpoint.
+    """
+    epochs = saved["num_updates"] // saved["updates_per_epoch"]
+    if epochs >= count_epochs(cfg):
+        return ""
+    return (
+        f" after epoch {epochs} of {count_epochs(cfg)}, since the last evaluations gave no better {cfg.BEST_METRIC} "
+        f"(TRAIN.PATIENCE={cfg.TRAIN.PATIENCE})"
+    )
 
 
 def count_evaluations(num_updates: int, *, updates_per_epoch: int, num_epochs: int, eval_freq: int) -> int:

@@ -57,7 +57,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its weights do not match its config ({error})") from None
-    criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None)
+    criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None, labels=dataset.index.labels, device=world.device)
     for rank, names in enumerate(state["replay"]["images"]):
         passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
         for (images, targets, seed), image_names in zip(passes, names, strict=True):

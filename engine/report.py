@@ -4,7 +4,7 @@ import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.evaluation import EvalResult, Predictions
+from engine.metrics import f1_scores, precisions, recalls
 from engine.significance import wilson_interval
 from utils.files import replacing, write_csv, write_json
 from utils.text import escape
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MISTAKES = "mistakes.png"
 MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in ``draw_predictions``
 CAPTION_WIDTH = 28  # characters per line of a caption in ``draw_predictions``
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
@@ -57,7 +59,7 @@ def write_evaluation(
         "preferred": preferred,
         "results": {weights: _record(result, real_labels) for weights, result in results.items()},
     }
-    for stale in (output / "confusion.png", *output.glob("predictions_*.csv")):  # from an earlier evaluation
+    for stale in (output / "confusion.png", output / MISTAKES, *output.glob("predictions_*.csv")):  # from an earlier evaluation
         stale.unlink(missing_ok=True)
     write_json(output / "eval.json", record)
     for weights, values in record["results"].items():
@@ -68,7 +70,7 @@ def write_evaluation(
     written = ["eval.json", "eval_classes.csv"]
     write_csv(
         output / "eval_classes.csv",
-        ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in ("correct1", "acc1"))],
+        ["class", "num_images", *(f"{column}_{weights}" for weights in results for column in CLASS_COLUMNS)],
         _class_rows(classes, results),
     )
     if len(classes) <= MAX_CLASSES_DRAWN:
@@ -85,6 +87,7 @@ def write_evaluation(
     logger.info("written to %s: %s", output, ", ".join(written))
 
 
+CLASS_COLUMNS = ["correct1", "acc1", "precision", "f1"]
 PREDICTION_COLUMNS = ["image", "target", "confidence", "prediction", "second", "third", "fourth", "fifth"]
 
 
@@ -98,13 +101,6 @@ def confusion_matrix(result: EvalResult, num_classes: int) -> np.ndarray:
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(matrix, (_predictions(result).targets, _predictions(result).ranked[:, 0]), 1)
     return matrix
-
-
-def class_counts(result: EvalResult, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of images and of correct predictions per class, (num_classes,) each."""
-    targets, predicted = _predictions(result).targets, _predictions(result).ranked[:, 0]
-    correct = targets[targets == predicted]
-    return np.bincount(targets, minlength=num_classes), np.bincount(correct, minlength=num_classes)
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str, path: Path) -> None:
@@ -141,12 +137,14 @@ class Caption(NamedTuple):
         prediction: the predicted class, with its confidence.
         truth: the name of the true class; None if it is unknown.
         is_correct: whether the prediction is the true class.
+        origin: label of the true class, such as what it is known from.
     """
 
     name: str
     prediction: str
     truth: str | None = None
     is_correct: bool = False
+    origin: str = "directory"
 
     @property
     def color(self) -> str:
@@ -161,7 +159,7 @@ class Caption(NamedTuple):
         mark = "" if self.truth is None else "\N{CHECK MARK} " if self.is_correct else "\N{BALLOT X} "
         lines = [name, *textwrap.wrap(f"{mark}{self.prediction}", CAPTION_WIDTH)]
         if self.truth is not None and not self.is_correct:
-            lines += textwrap.wrap(f"directory: {self.truth}", CAPTION_WIDTH)
+            lines += textwrap.wrap(f"{self.origin}: {self.truth}", CAPTION_WIDTH)
         return [_plain(line) for line in lines]
 
 
@@ -181,6 +179,38 @@ def draw_predictions(images: Sequence[Image.Image], captions: Sequence[Caption],
         axis.imshow(picture)
         axis.set_title("\n".join(caption.lines()), fontsize=8, color=caption.color)
     _save(figure, path, dpi=110)
+
+
+def draw_mistakes(
+    result: EvalResult,
+    count: int,
+    *,
+    classes: Sequence[str],
+    names: Sequence[str],
+    load: Callable[[int], Image.Image],
+    path: Path,
+) -> None:
+    """Draw the wrong predictions with the highest confidence, most confident first. Without mistakes, draw nothing.
+
+    Args:
+        count: maximum number of images.
+        classes, names: see ``write_evaluation``.
+        load: returns an image of the dataset, given its position.
+    """
+    predictions = _predictions(result)
+    wrong = np.flatnonzero(predictions.targets != predictions.ranked[:, 0])
+    shown = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:count]
+    pictures, captions = [], []
+    for position in shown.tolist():
+        picture = load(position)
+        picture.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))  # now: photographs of full size would need much memory
+        pictures.append(picture)
+        text = f"{classes[predictions.ranked[position, 0]]}: {100 * predictions.confidence[position]:.1f}%"
+        truth = classes[predictions.targets[position]]
+        captions.append(Caption(names[position].rpartition("/")[2], text, truth, origin="class"))
+    if pictures:
+        draw_predictions(pictures, captions, path)
+        logger.info("%s: %d of %d wrong predictions, those with the highest confidence", path, len(pictures), len(wrong))
 
 
 def _plain(text: str) -> str:
@@ -213,12 +243,15 @@ def _record(result: EvalResult, real_labels: Sequence[Sequence[int]] | None) -> 
 
 
 def _class_rows(classes: Sequence[str], results: dict[str, EvalResult]) -> Iterable[list]:
-    counts = [class_counts(result, len(classes)) for result in results.values()]
-    totals = counts[0][0].tolist()
-    correct_by_weights = [correct.tolist() for _, correct in counts]
-    for name, total, *numbers in zip(classes, totals, *correct_by_weights, strict=True):
+    tables = [result.class_counts for result in results.values()]
+    percentages = [(recalls(counts), precisions(counts), f1_scores(counts)) for counts in tables]
+    for class_id, name in enumerate(classes):
+        total = int(tables[0][0, class_id])
+        row = [name, total]
+        for counts, columns in zip(tables, percentages, strict=True):
+            row += [int(counts[2, class_id]), *(f"{values[class_id]:.3f}" for values in columns)]
         if total:  # every class of the dataset has images, but other classes of the model may be predicted too
-            yield [name, total, *(value for correct in numbers for value in (correct, f"{100 * correct / max(total, 1):.3f}"))]
+            yield row
 
 
 def _prediction_rows(result: EvalResult, classes: Sequence[str], names: Sequence[str]) -> Iterable[list]:

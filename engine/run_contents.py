@@ -12,6 +12,7 @@ from engine.metrics_writer import read_records
 from engine.run_directory import RunRecord, read_record
 from engine.state import NO_BEST
 from models.checkpoints.reader import CheckpointError, read_checkpoint, verify
+from utils.config.keys import BEST_METRICS
 from utils.errors import ConfigError
 from utils.run_files import (
     BEST,
@@ -165,9 +166,12 @@ def _is_count(value: object) -> bool:
 
 
 def _is_best(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), (int, type(default))) for name, default in NO_BEST.items()
-    )
+    if not isinstance(value, dict):
+        return False
+    valid = [isinstance(value.get(name), (int, type(default))) for name, default in NO_BEST.items()]
+    if "metric" in value:  # BEST_METRIC is not the top-1 accuracy
+        valid += [value["metric"] in list(BEST_METRICS), isinstance(value.get("value"), (int, float))]
+    return all(valid)
 
 
 def _is_data(value: object) -> bool:
@@ -188,7 +192,7 @@ _REQUIRED: dict[str, Callable[[object], bool]] = {
     "best": _is_best,
 }
 _OPTIONAL: dict[str, Callable[[object], bool]] = {  # added by later versions
-    **dict.fromkeys(("num_skipped", "last_evaluation"), _is_count),
+    **dict.fromkeys(("num_skipped", "ema_updates", "last_evaluation", "best_since"), _is_count),
     "data": _is_data,
     "evaluations": _are_evaluations,
     "run_id": lambda value: isinstance(value, str),

@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint_writer import link_best, remove_surplus, save_checkpoint, to_host
+from engine.checkpoint_writer import link_best, link_top, remove_surplus, save_checkpoint, to_host
+from engine.metrics import list_top
 from engine.run_directory import record_save
 from engine.state import TrainState
 from utils.background import BackgroundWrite
@@ -26,6 +27,7 @@ class Saver:
         metadata: entries of every checkpoint besides the state.
         keep: number of checkpoints to keep (KEEP_CHECKPOINTS).
         minutes: interval of ``is_due`` (SAVE_MINUTES); 0: never.
+        best_metric, keep_best: BEST_METRIC and KEEP_BEST.
         flush_metrics: called before each write, so that a resumed run does not lack the metrics before the checkpoint.
         check_output: called before every write to ``output``; raises if the path no longer is the run's directory.
     """
@@ -36,6 +38,8 @@ class Saver:
     metadata: dict
     keep: int
     minutes: float
+    best_metric: str
+    keep_best: int
     flush_metrics: Callable[[], None]
     check_output: Callable[[], None]
 
@@ -52,6 +56,15 @@ class Saver:
     def is_saved(self) -> bool:
         """Whether a checkpoint of the current number of updates is saved or being written."""
         return self.saved_updates == self.state.num_updates
+
+    def top(self) -> list[int] | None:
+        """Numbers of updates of the ``keep_best`` best evaluations so far; None if ``best.pth`` alone is kept."""
+        return list_top(vars(self.state), self.best_metric, self.keep_best)
+
+    @property
+    def is_top(self) -> bool:
+        """Whether the current number of updates is among ``top``."""
+        return self.state.num_updates in (self.top() or ())
 
     def is_due(self) -> bool:
         """Whether rank 0 should request a save now; True only once in each interval.
@@ -87,6 +100,7 @@ class Saver:
                 checkpoint_path(self.output, self.state.num_updates),
                 best=best,
                 keep=self.keep,
+                top=self.top(),
                 check_output=self.check_output,
                 flush_metrics=self.flush_metrics,
             )
@@ -124,10 +138,14 @@ def write_checkpoint(
     *,
     best: bool,
     keep: int,
+    top: Sequence[int] | None,
     check_output: Callable[[], None],
     flush_metrics: Callable[[], None],
 ) -> None:
     """Write a numbered checkpoint, link it as best.pth if it is the best, then delete all but the ``keep`` newest.
+
+    Args:
+        top: numbers of updates of the best checkpoints, see ``link_top``.
 
     This function runs in another thread and therefore gets no reference to the trainer: if that were the last reference, the
     trainer and its loaders would be destroyed in that thread.
@@ -144,5 +162,6 @@ def write_checkpoint(
         check_output()
         link_best(path, path.parent / BEST)
     check_output()
+    link_top(path.parent, top, newest=path)
     remove_surplus(path.parent, keep, newest=path)
     logger.info("saved %s%s in %.1f s", path, " (and as best.pth)" if best else "", time.monotonic() - started)

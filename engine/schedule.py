@@ -1,6 +1,7 @@
 """Learning-rate schedules as pure functions of the update index, without state to restore."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from yacs.config import CfgNode
@@ -18,9 +19,11 @@ class Schedule:
     Args:
         name: ``cosine``: half a cosine from ``base_lr`` at update 0 to ``min_lr`` at ``num_updates``; the warm-up replaces its
             first part. ``linear``: from ``base_lr`` after the warm-up to ``LINEAR_END * base_lr`` at ``num_updates``, as in the
-            reference implementation; ``min_lr`` is unused. ``cosine`` and ``linear`` are constant after ``num_updates``.
+            reference implementation; ``min_lr`` is unused. ``poly``: ``min_lr + (base_lr - min_lr) * (1 - u / num_updates) **
+            power`` at update u, also if a warm-up replaces the first part. These three are constant after ``num_updates``.
             ``step``: ``base_lr`` is multiplied by ``decay_rate`` every ``decay_updates`` updates, counted from update 0; as in
-            timm, this continues after ``num_updates``.
+            timm, this continues after ``num_updates``. ``multistep``: it is multiplied by ``decay_rate`` at each update of
+            ``milestones``. ``constant``: ``base_lr`` after the warm-up.
     """
 
     name: str
@@ -30,7 +33,9 @@ class Schedule:
     num_updates: int
     warmup_updates: int = 0
     decay_updates: int = 1  # used by ``step``
-    decay_rate: float = 0.1  # used by ``step``
+    decay_rate: float = 0.1  # used by ``step`` and ``multistep``
+    milestones: tuple[int, ...] = ()  # used by ``multistep``
+    power: float = 1.0  # used by ``poly``
 
     def __call__(self, update: int) -> float:
         """Learning rate of one update, counted from 0."""
@@ -38,6 +43,10 @@ class Schedule:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * update / self.warmup_updates
         if self.name == "step":
             return self.base_lr * self.decay_rate ** (update // self.decay_updates)
+        if self.name == "multistep":
+            return self.base_lr * self.decay_rate ** bisect_right(self.milestones, update)
+        if self.name == "constant":
+            return self.base_lr
         if self.name == "linear":
             if update >= self.num_updates:
                 return LINEAR_END * self.base_lr
@@ -46,6 +55,8 @@ class Schedule:
         if update >= self.num_updates:
             return self.min_lr
         progress = update / self.num_updates
+        if self.name == "poly":
+            return self.min_lr + (self.base_lr - self.min_lr) * (1 - progress) ** self.power
         return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
 
 
@@ -89,4 +100,6 @@ def build_schedule(cfg: CfgNode, *, updates_per_epoch: int, world_size: int) -> 
         warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch,
         decay_updates=cfg.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch,
         decay_rate=cfg.TRAIN.LR_SCHEDULER.DECAY_RATE,
+        milestones=tuple(epoch * updates_per_epoch for epoch in cfg.TRAIN.LR_SCHEDULER.MILESTONES),
+        power=cfg.TRAIN.LR_SCHEDULER.POWER,
     )

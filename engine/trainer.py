@@ -21,11 +21,11 @@ from engine.evaluation import evaluate, log_results, on_device
 from engine.loading_speed import LoadingCheck
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, eval_dtype
-from engine.remaining_work import remaining_work
+from engine.remaining_work import Remaining, describe_early_end, work_after
 from engine.replay import describe_update, try_to_save
 from engine.saver import Saver
 from engine.schedule import Schedule, accumulation_steps, count_epochs
-from engine.state import TrainState, check_trained
+from engine.state import TrainState, check_trained, describe_best
 from engine.step import Mixing, Report, Reports, Requests, mix_batches, train_step
 from engine.training_log import TrainingLog
 from models.checkpoints.reader import CheckpointError
@@ -86,6 +86,8 @@ class Trainer:
             metadata=self.metadata,
             keep=self.cfg.KEEP_CHECKPOINTS,
             minutes=self.cfg.SAVE_MINUTES,
+            best_metric=self.cfg.BEST_METRIC,
+            keep_best=self.cfg.KEEP_BEST,
             flush_metrics=self.metrics.flush if self.metrics is not None else lambda: None,
             check_output=self.check_output,
         )
@@ -98,6 +100,7 @@ class Trainer:
             updates_per_epoch=self.updates_per_epoch,
             num_epochs=self.num_epochs,
             eval_freq=self.cfg.EVAL_FREQ,
+            may_end_early=self.cfg.TRAIN.PATIENCE > 0,
             images_per_update=self.metadata["global_batch_size"],
             loader=self.train_loader,
             device=self.world.device,
@@ -133,12 +136,15 @@ class Trainer:
             if epoch > first_epoch and self.any_process_stops():
                 self.save_and_stop()
             self.run_epoch(epoch)
+            if self.remaining_work().stop:  # also before the last epoch, see TRAIN.PATIENCE
+                break
         self.finish_saving()
         check_trained(num_updates=state.num_updates, num_skipped=state.num_skipped)
         logger.info(
-            "done; training in this process took %s; best Acc@1 %.3f (%s weights, epoch %d/%d)",
+            "done%s; training in this process took %s; best %s (%s weights, epoch %d/%d)",
+            describe_early_end(self.entries(), self.cfg),
             format_duration(time.monotonic() - started),
-            *(state.best["acc1"], state.best["weights"], state.best["epoch"] + 1, self.num_epochs),
+            *(describe_best(state.best), state.best["weights"], state.best["epoch"] + 1, self.num_epochs),
         )
 
     def run_epoch(self, epoch: int) -> None:
@@ -180,20 +186,21 @@ class Trainer:
                 if saving and done < self.updates_per_epoch:
                     self.save()
                     self.training_log.start_interval()
-        work = remaining_work(
-            state.num_updates,
-            updates_per_epoch=self.updates_per_epoch,
-            num_epochs=self.num_epochs,
-            eval_freq=cfg.EVAL_FREQ,
-            save_freq=cfg.SAVE_FREQ,
-            is_evaluated=state.last_evaluation == state.num_updates,
-            is_saved=self.saver.is_saved,
-        )
+        work = self.remaining_work()
         if work.evaluate and not self.saver.is_saved:
             self.save()
         is_best = work.evaluate and self.evaluate(epoch)
-        if work.save or is_best or (saving and not self.saver.is_saved):
+        is_kept = work.evaluate and (self.remaining_work().stop or self.saver.is_top)
+        if work.save or is_best or is_kept or (saving and not self.saver.is_saved):
             self.save(best=is_best)
+
+    def remaining_work(self) -> Remaining:
+        """What remains to be done after the newest update."""
+        return work_after(self.entries(), self.cfg, is_saved=self.saver.is_saved)
+
+    def entries(self) -> dict:
+        """The entries of a checkpoint that determine what remains to be done."""
+        return vars(self.state) | {"updates_per_epoch": self.updates_per_epoch}
 
     def load_batches(self, epoch: int) -> Iterator[Batch]:
         """Batches of the forward passes that remain in an epoch. The first batch of a run is shown in TensorBoard."""
@@ -240,8 +247,7 @@ class Trainer:
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0
-            if state.ema is not None:
-                state.ema.update(state.model)
+            state.update_ema()
         self.changing_state = False
 
     def begin_change(self) -> None:
@@ -369,7 +375,7 @@ class Trainer:
         """Evaluate raw and EMA weights.
 
         Returns:
-            Whether raw or EMA weights reach or exceed the best accuracy so far.
+            Whether the evaluation of raw or EMA weights is the best one so far, see BEST_METRIC.
 
         Raises:
             Stopped: in every process, if any process was asked to stop; the state before the evaluation is saved.
@@ -390,13 +396,10 @@ class Trainer:
         log_results(results)
         improved = False
         for weights, result in results.items():
-            kind, record = f"eval_{weights}", {"epoch": epoch, **result.to_dict()}
-            state.evaluations.append({"step": state.num_updates, "kind": kind, **record})
+            record = {"epoch": epoch, **result.to_dict()}
+            improved |= state.add_evaluation(weights, record, self.cfg.BEST_METRIC)
             if self.metrics is not None:
-                self.metrics.scalars(state.num_updates, kind, record, file_only=result.file_only)
-            if result.acc1 >= state.best["acc1"]:  # on ties, prefer the later epoch
-                improved = True
-                state.best = {"acc1": result.acc1, "weights": weights, "epoch": epoch, "num_updates": state.num_updates}
+                self.metrics.scalars(state.num_updates, f"eval_{weights}", record, file_only=result.file_only)
         if self.metrics is not None and self.draw is not None:
             self.show_figures()
         state.last_evaluation = state.num_updates

@@ -30,6 +30,7 @@ class TrainingLog:
     Args:
         num_epochs: including cooldown epochs.
         eval_freq: EVAL_FREQ, in epochs.
+        may_end_early: whether TRAIN.PATIENCE may end the run before its last epoch.
         images_per_update: over all processes.
         loader: loader of the training images of this process.
         state: state of the run.
@@ -46,6 +47,7 @@ class TrainingLog:
         updates_per_epoch: int,
         num_epochs: int,
         eval_freq: int,
+        may_end_early: bool = False,
         images_per_update: int,
         loader: DeviceLoader,
         device: torch.device,
@@ -55,6 +57,7 @@ class TrainingLog:
         self.updates_per_epoch = updates_per_epoch
         self.num_epochs = num_epochs
         self.eval_freq = eval_freq
+        self.may_end_early = may_end_early
         self.images_per_update = images_per_update
         self.loader = loader
         self.device = device
@@ -136,9 +139,10 @@ class TrainingLog:
         evaluations = count_evaluations(num_updates, **sizes, eval_freq=self.eval_freq)
         updates = max(self.num_epochs * self.updates_per_epoch - num_updates, 0)
         seconds = updates * self.images_per_update / images_per_second
+        limit = "at most " if self.may_end_early else ""
         if self.evaluation_seconds is None:
-            return f"{format_duration(seconds)} + {evaluations} evaluation{'' if evaluations == 1 else 's'}"
-        return format_duration(seconds + evaluations * self.evaluation_seconds)
+            return f"{limit}{format_duration(seconds)} + {evaluations} evaluation{'' if evaluations == 1 else 's'}"
+        return f"{limit}{format_duration(seconds + evaluations * self.evaluation_seconds)}"
 
     def status(self) -> str:
         """Text of the progress bar: the newest known values, without waiting for the device."""

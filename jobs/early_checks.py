@@ -1,6 +1,7 @@
-"""Checks of the data before torch is imported, so that a mistake in the command is reported at once. Without torch."""
+"""Checks of the tracker and the data before torch is imported, so that a mistake is reported at once. Without torch."""
 
 import argparse
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -14,7 +15,23 @@ from data.sources.layout import MissingSplitError, run_option
 from data.splits import build_split, build_too_few_images_error
 from engine.schedule import accumulation_steps
 from utils.config.loading import CONFIGS, load_config
+from utils.errors import ConfigError
 from utils.run_files import build_output_path, has_checkpoints
+
+
+def check_tracker(args: argparse.Namespace, cfg: CfgNode | None) -> None:
+    """Check that the package of TRACKER is installed, if the job trains.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+    if cfg is None or cfg.TRACKER == "none" or args.eval or args.throughput:
+        return
+    spec = importlib.util.find_spec(cfg.TRACKER)
+    if spec is None or spec.origin is None:  # no origin: a directory of this name, such as that of wandb's files
+        raise ConfigError(
+            f"TRACKER={cfg.TRACKER}: the package is not installed; run pip install {cfg.TRACKER}, or add --opts TRACKER none"
+        )
 
 
 def check_data(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world_size: int) -> None:

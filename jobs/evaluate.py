@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +18,7 @@ from data.index import Index, compare_descriptions, describe_index
 from data.splits import build_split
 from engine.evaluation import EvalResult, evaluate, log_results
 from engine.optim import eval_dtype
-from engine.report import write_evaluation
+from engine.report import MISTAKES, draw_mistakes, write_evaluation
 from engine.run_directory import create_output_directory
 from engine.significance import wilson_interval
 from jobs.locate_checkpoint import Checkpoint, check_same_file, choose_config, open_checkpoint
@@ -67,25 +68,32 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     on_main(world, lambda: create_output_directory(output))
     logger.info("%s, output in %s; evaluating %s", world, output, checkpoint.path)
     evaluation = evaluate_weights(checkpoint, cfg, world)
-    index = evaluation.datasets.val.index
-    on_main(
-        world,
-        lambda: write_evaluation(
-            output,
-            evaluation.results,
-            preferred=evaluation.preferred,
-            about=describe_evaluation(cfg, checkpoint) | {"attention": evaluation.attention},
-            classes=name_classes(evaluation.datasets, checkpoint.class_names),
-            names=[index.name(position) for position in range(len(index))],
-            real_labels=evaluation.datasets.real_labels,
-            predictions=cfg.TEST.PREDICTIONS,
-            restriction=evaluation.datasets.restriction,
-        ),
-    )
+    on_main(world, lambda: write_results(cfg, checkpoint, evaluation, output))
     restriction = f" ({evaluation.datasets.restriction})" if evaluation.datasets.restriction else ""
     if checkpoint.location.released is not None:
         log_published(checkpoint.location.released, evaluation.result, restriction)
     logger.info("%s%s", evaluation.result, restriction)
+
+
+def write_results(cfg: CfgNode, checkpoint: Checkpoint, evaluation: Evaluation, output: Path) -> None:
+    """Write the files of an evaluation to ``output``, on rank 0."""
+    data = evaluation.datasets.val
+    names = [data.index.name(position) for position in range(len(data))]
+    classes = name_classes(evaluation.datasets, checkpoint.class_names)
+    write_evaluation(
+        output,
+        evaluation.results,
+        preferred=evaluation.preferred,
+        about=describe_evaluation(cfg, checkpoint) | {"attention": evaluation.attention},
+        classes=classes,
+        names=names,
+        real_labels=evaluation.datasets.real_labels,
+        predictions=cfg.TEST.PREDICTIONS,
+        restriction=evaluation.datasets.restriction,
+    )
+    if cfg.TEST.MISTAKES:
+        options: dict[str, Any] = {"classes": classes, "names": names, "load": data.decode, "path": output / MISTAKES}
+        draw_mistakes(evaluation.result, cfg.TEST.MISTAKES, **options)
 
 
 def name_classes(datasets: Datasets, model_classes: Sequence[str]) -> list[str]:

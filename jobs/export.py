@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from data.build import build_preprocessing
 from engine.evaluation import MAX_CLASSES_WITHOUT_TOP5
+from jobs.hub import EVALUATION, Publication, card_header
 from jobs.locate_checkpoint import Checkpoint
 from jobs.model import OpenedModel, open_model
 from models import build_arguments
@@ -36,7 +37,7 @@ INCOMPLETE = ".incomplete"  # suffix of the temporary directory
 USE_WITH_TIMM = """import flatten_transformer  # registers the architecture with timm
 import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+model = timm.create_model("{name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"""
 USE_CONFIG = """from models import build_model
 from utils.config import load_config
@@ -57,6 +58,7 @@ def export(
     weights: str,
     formats: Sequence[str],
     eval_json: Path | None,
+    publication: Publication,
 ) -> dict[str, str]:
     """Export a checkpoint. The files appear in the directory when all are complete; a failed export leaves nothing.
 
@@ -66,6 +68,7 @@ def export(
         cfg, opts, weights: see ``open_model``.
         formats: among ``FORMATS``.
         eval_json: result of an evaluation for the model card; None for the ``eval.json`` next to the checkpoint, if any.
+        publication: for the model card.
 
     Returns:
         A dictionary from file name to description.
@@ -87,7 +90,18 @@ def export(
     temporary = create_temporary_directory(target)
     try:
         files = write_files(temporary, opened, formats)
-        card = model_card(opened.cfg, opened.checkpoint, opened.weights, files, evaluation, in_timm="safetensors" in formats)
+        if evaluation is not None:
+            write_json(temporary / EVALUATION, published_evaluation(evaluation, opened.weights))
+            files[EVALUATION] = "the evaluation that measured the accuracy below"
+        card = model_card(
+            opened.cfg,
+            opened.checkpoint,
+            opened.weights,
+            files,
+            evaluation,
+            in_timm="safetensors" in formats,
+            publication=publication,
+        )
         (temporary / "README.md").write_text(card, encoding="utf-8")
         target.mkdir(exist_ok=True)
         for path in list(temporary.iterdir()):
@@ -266,10 +280,24 @@ def check_evaluation(evaluation: dict, label: str) -> None:
             raise ValueError(f"the results of the {label} weights are not numbers")
 
 
+def published_evaluation(evaluation: dict, label: str) -> dict:
+    """The entries of an ``eval.json`` that concern the exported weights, without paths of this machine."""
+    kept = {key: evaluation[key] for key in ("sha256", "precision", "restriction") if evaluation.get(key)}
+    kept |= {"data": Path(evaluation["data"]).name, "versions": {"torch": evaluation["versions"]["torch"]}}
+    return kept | {"results": {label: evaluation["results"][label]}}
+
+
 def model_card(
-    cfg: CfgNode, checkpoint: Checkpoint, label: str, files: dict[str, str], evaluation: dict | None, *, in_timm: bool
+    cfg: CfgNode,
+    checkpoint: Checkpoint,
+    label: str,
+    files: dict[str, str],
+    evaluation: dict | None,
+    *,
+    in_timm: bool,
+    publication: Publication,
 ) -> str:
-    """Text of the model card: files, input, classes, measured accuracy, usage and training recipe.
+    """Text of the model card: header for the hub, files, input, classes, measured accuracy, usage and training recipe.
 
     Args:
         label: which weights were exported, raw or ema.
@@ -280,6 +308,7 @@ def model_card(
     preprocessing, recipe = build_preprocessing(cfg), cfg.dump().rstrip()
     table = "\n".join(["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items())])
     parts = [
+        card_header(cfg.MODEL.NAME, publication, evaluation, label, in_timm=in_timm),
         f"# {markdown(cfg.MODEL.NAME)}",
         f"{label} weights of {markdown_code(checkpoint.path.name)}, sha256 `{checkpoint.digest}`.",
         table,
@@ -295,7 +324,8 @@ def model_card(
     parts += ["## Accuracy", describe_accuracy(evaluation, label, cfg.MODEL.NUM_CLASSES)]
     installed = "After `pip install` of the FLatten repository (or, in its root, with `import models`):"
     parts += ["## Use", installed if in_timm else "In the root of the FLatten repository:"]
-    parts += [f"```python\n{USE_WITH_TIMM if in_timm else USE_CONFIG}\n```"]
+    source = f"hf-hub:{publication.repository}" if publication.repository else "local-dir:FOLDER"
+    parts += [f"```python\n{USE_WITH_TIMM.format(name=source) if in_timm else USE_CONFIG}\n```"]
     if preprocessing.exif:
         parts += ["The model was trained on images that are turned upright: `image = PIL.ImageOps.exif_transpose(image)`."]
     fence = code_fence(recipe)

@@ -11,14 +11,15 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from data.index import compare_descriptions
-from engine.checkpoint_writer import find_best, keep_former_best, restore_best
+from engine.checkpoint_writer import find_best, find_top_changes, keep_former_best, link_top, restore_best
 from engine.compatibility import ParameterGroupsError, check_state
+from engine.metrics import list_top
 from engine.metrics_writer import lacks_evaluations, restore_evaluations
-from engine.remaining_work import BestFile, Remaining, remaining_work
+from engine.remaining_work import BestFile, describe_early_end, work_after
 from engine.run_contents import check_training_state
 from engine.run_directory import RunDirectory
-from engine.schedule import Schedule, build_schedule, count_epochs, global_batch_size
-from engine.state import TrainState, check_trained
+from engine.schedule import Schedule, build_schedule, global_batch_size
+from engine.state import TrainState, check_trained, describe_best
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import check_same_file
 from jobs.model import has_same_windows
@@ -27,7 +28,7 @@ from utils.config.keys import KEYS, LINEAR_ATTENTION_KEYS, WINDOW_KEYS
 from utils.config.loading import flatten, load_stored_config, show
 from utils.distributed import World, on_all, on_main
 from utils.errors import ConfigError
-from utils.run_files import BEST
+from utils.run_files import BEST, checkpoint_path
 
 logger = logging.getLogger(__name__)
 
@@ -147,20 +148,6 @@ def check_resumable(saved: dict, cfg: CfgNode, world: World, path: str) -> None:
         )
 
 
-def work_after(saved: Mapping, cfg: CfgNode, *, best: BestFile = BestFile.IN_PLACE) -> Remaining:
-    """What remains to be done after a checkpoint, see ``remaining_work``."""
-    return remaining_work(
-        saved["num_updates"],
-        updates_per_epoch=saved["updates_per_epoch"],
-        num_epochs=count_epochs(cfg),
-        eval_freq=cfg.EVAL_FREQ,
-        save_freq=cfg.SAVE_FREQ,
-        is_evaluated=saved.get("last_evaluation", saved["num_updates"]) == saved["num_updates"],
-        is_saved=True,
-        best=best,
-    )
-
-
 def resume(state: TrainState, saved: dict, cfg: CfgNode, updates_per_epoch: int, path: str) -> None:
     """Load the state of a run from its checkpoint.
 
@@ -225,18 +212,14 @@ def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, worl
         return
     logger.warning(
         "the learning rate grows from %.3g at update %d to %.3g at update %d, since the schedule has changed (TRAIN.EPOCHS was "
-        "%d and is %d now), which may undo a part of the training. To train further at a low learning rate, fine-tune the best "
-        "weights: --pretrained %s --tag %s_longer --opts TRAIN.EPOCHS %d TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR %.3g",
+        "%d and is %d now), which may undo a part of the training. %s",
         before(update - 1),
         update - 1,
         schedule(update),
         update,
         former.TRAIN.EPOCHS,
         cfg.TRAIN.EPOCHS,
-        Path(path).parent / BEST,
-        cfg.TAG,
-        max(cfg.TRAIN.EPOCHS - former.TRAIN.EPOCHS, 1),
-        cfg.TRAIN.BASE_LR / 10,
+        advise_finetuning(path, cfg, num_epochs=max(cfg.TRAIN.EPOCHS - former.TRAIN.EPOCHS, 1)),
     )
 
 
@@ -302,6 +285,9 @@ def find_evaluation_change(saved: dict, cfg: CfgNode, accepted: Mapping[str, str
     """
     stored, configured = flatten(saved["config"]), flatten(cfg)
     changed = [key for key in EVALUATION_KEYS if stored.get(key, configured[key]) != configured[key]]
+    metric = saved["best"].get("metric", "acc1")
+    if metric != cfg.BEST_METRIC and saved["best"]["num_updates"] >= 0:
+        changed.append(f"BEST_METRIC (from {metric} to {cfg.BEST_METRIC})")
     if "val" in accepted:
         changed.append("the validation images")
     return f"{' and '.join(changed)} changed after the best accuracy was measured" if changed else ""
@@ -327,6 +313,8 @@ def prepare_best(saved: dict, cfg: CfgNode, output: Path, path: str, *, changed_
             reason = reason or "the best checkpoint of its run is not in the output directory"
             logger.warning("%s: %s; the best accuracy is reset", path, reason)
         keep_former_best(output)
+    else:
+        link_top(output, list_top(saved, cfg.BEST_METRIC, cfg.KEEP_BEST), newest=checkpoint_path(output, saved["num_updates"]))
     return work.reset
 
 
@@ -342,16 +330,30 @@ def end_finished_run(saved: dict, cfg: CfgNode, world: World, init: Initializati
     check_trained(num_updates=saved["num_updates"], num_skipped=saved.get("num_skipped", 0))
     if init.is_inside:
         on_main(world, partial(repair_finished_run, saved, cfg, init.contents.output, Path(init.checkpoint)))
-    logger.info("%s", describe_finished_run(init))
+    logger.info("%s", describe_finished_run(saved, cfg, init))
 
 
-def describe_finished_run(init: Initialization) -> str:
+def describe_finished_run(saved: Mapping, cfg: CfgNode, init: Initialization) -> str:
     """Message that the run is finished, with the remedy."""
-    if init.is_inside:
-        return f"{init.checkpoint}: this run is finished; raise TRAIN.EPOCHS to continue, or choose another --tag"
+    early_end = describe_early_end(saved, cfg)
+    remedy = "raise TRAIN.PATIENCE or set it to 0" if early_end else "raise TRAIN.EPOCHS"
+    if not init.is_inside:
+        return (
+            f"{init.checkpoint}: this run is finished{early_end}, so nothing is written to {init.contents.output}; {remedy} to "
+            "continue it there, or start a new run from its weights with --pretrained instead of --resume"
+        )
+    message = f"{init.checkpoint}: this run is finished{early_end}; {remedy} to continue, or choose another --tag"
+    if early_end:
+        return message
+    advice = advise_finetuning(init.checkpoint, cfg, num_epochs=max(cfg.TRAIN.EPOCHS // 10, 1))
+    return f"{message}. With more epochs, the learning rate starts again from a higher value. {advice}"
+
+
+def advise_finetuning(path: str, cfg: CfgNode, *, num_epochs: int) -> str:
+    """How to train the best weights of a run further at a low learning rate. path: a checkpoint of the run."""
     return (
-        f"{init.checkpoint}: this run is finished, so nothing is written to {init.contents.output}; raise "
-        "TRAIN.EPOCHS to continue it there, or start a new run from its weights with --pretrained instead of --resume"
+        f"To train further at a low learning rate, fine-tune the best weights: --pretrained {Path(path).parent / BEST} --tag "
+        f"{cfg.TAG}_longer --opts TRAIN.EPOCHS {num_epochs} TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR {cfg.TRAIN.BASE_LR / 10:.3g}"
     )
 
 
@@ -360,7 +362,8 @@ def repair_finished_run(saved: dict, cfg: CfgNode, output: Path, path: Path) -> 
     evaluations = saved.get("evaluations", [])
     lacks_metrics, found = lacks_evaluations(output, evaluations), find_best(output, saved, path)
     work = work_after(saved, cfg, best=locate_best(found, output))
-    if work.link or lacks_metrics:
+    top, newest = list_top(saved, cfg.BEST_METRIC, cfg.KEEP_BEST), checkpoint_path(output, saved["num_updates"])
+    if work.link or lacks_metrics or any(find_top_changes(output, top, newest=newest)):
         directory = RunDirectory(output)
         directory.open()
         try:
@@ -368,13 +371,14 @@ def repair_finished_run(saved: dict, cfg: CfgNode, output: Path, path: Path) -> 
                 restore_evaluations(output, saved["num_updates"], evaluations)
             if work.link and found is not None:
                 restore_best(found, output)
+            link_top(output, top, newest=newest)
         finally:
             directory.close()
     if found is None:
         logger.warning(
-            "%s: the best checkpoint of this run (after update %d, Acc@1 %.3f) is lost: neither best.pth nor a numbered "
+            "%s: the best checkpoint of this run (after update %d, %s) is lost: neither best.pth nor a numbered "
             "checkpoint contains it",
             output,
             saved["best"]["num_updates"],
-            saved["best"]["acc1"],
+            describe_best(saved["best"]),
         )

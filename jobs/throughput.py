@@ -91,13 +91,14 @@ def measure_throughput(cfg: CfgNode, world: World) -> None:
     )
     speed = images_per_second(model, images, precision, warmup_batches=WARMUP_BATCHES, measured_batches=MEASURED_BATCHES)
     logger.info(
-        "%s at %d x %d on %s: batch_size %d throughput %.1f images/s, %s, torch %s",
+        "%s at %d x %d on %s: batch_size %d throughput %.1f images/s, %.2f ms per batch, %s, torch %s",
         cfg.MODEL.NAME,
         height,
         width,
         _device_name(world.device),
         len(images),
         speed,
+        1000 * len(images) / speed,
         str(precision).removeprefix("torch."),
         torch.__version__,
     )

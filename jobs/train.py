@@ -26,10 +26,12 @@ from engine.checkpoint_writer import FORMAT, set_aside
 from engine.dry_run import dry_run
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.remaining_work import work_after
 from engine.run_contents import check_unchanged
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
 from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule, count_epochs, global_batch_size
-from engine.state import NO_BEST, TrainState
+from engine.state import TrainState
+from engine.tracker import build_tracker
 from engine.trainer import Trainer
 from jobs.few_images import warn_about_few_images
 from jobs.initialization import Initialization, choose_initialization, normalise
@@ -44,7 +46,6 @@ from jobs.resume import (
     resume,
     warn_about_environment,
     warn_about_learning_rate,
-    work_after,
 )
 from models import build_model
 from models.checkpoints.reader import sha256
@@ -88,20 +89,18 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
     data = build_data(cfg, world, init, saved)
     trainer = build_trainer(cfg, world, init, saved, data, output=output, find_unused_parameters=find_unused_parameters)
     directory = RunDirectory(output)
-    metrics = None
+    metrics, finished = None, False
     world.position.describe = lambda: f"{trainer.phase} after update {trainer.state.num_updates}"
     try:
         run_id, reset_best = on_main(world, partial(open_directory, directory, cfg, init, saved, data.changes))
         setup_logging(world.rank, output, earlier=earlier)
         state = trainer.state
         if reset_best:
-            state.best = dict(NO_BEST)
+            state.reset_best()
         del saved  # the state was loaded into the trainer; free the host memory of this copy
         if world.is_main:
             directory.write_config(cfg.dump())
-            evaluated = state.last_evaluation == state.num_updates
-            metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations)
-            metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+            metrics = build_metrics(cfg, state, output, run_id)
         trainer = replace(
             trainer,
             metadata=trainer.metadata | {"environment": environment | trainer.metadata["environment"], "run_id": run_id},
@@ -112,6 +111,7 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         gc.collect()
         gc.freeze()  # collections then skip the objects created so far, and loader workers do not copy the memory of them
         trainer.fit()
+        finished = True
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
@@ -120,8 +120,17 @@ def train(cfg: CfgNode, world: World, stop: StopRequest, *, find_unused_paramete
         gc.unfreeze()  # otherwise, objects are not destroyed at exit, and Triton's bindings report them as leaked
         trainer.saver.background_write.close()
         if metrics is not None:
-            metrics.close()
+            metrics.close(finished=finished)
         directory.close()
+
+
+def build_metrics(cfg: CfgNode, state: TrainState, output: Path, run_id: str) -> MetricsWriter:
+    """Build the writer of a run's metrics, with its tracker, and write the config to TensorBoard."""
+    evaluated = state.last_evaluation == state.num_updates
+    tracker = build_tracker(cfg, run_id, output)
+    metrics = MetricsWriter(output, state.num_updates, evaluated=evaluated, evaluations=state.evaluations, tracker=tracker)
+    metrics.text("config", f"```\n{cfg.dump()}\n```", state.num_updates)
+    return metrics
 
 
 def open_directory(
@@ -181,7 +190,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             logger.warning("%s: %s; the run will rename this file", path, reason)
         saved = read_resumed_checkpoint(cfg, world, init)
         if saved is not None and work_after(saved, cfg).is_finished:
-            logger.warning("%s", describe_finished_run(init))
+            logger.warning("%s", describe_finished_run(saved, cfg, init))
         if saved is not None and world.is_main:
             warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
         data = build_data(cfg, world, init, saved)
@@ -269,7 +278,7 @@ def build_trainer(
         world=world,
         state=state,
         model=wrap(trained, world, find_unused_parameters=find_unused_parameters),
-        criterion=build_criterion(cfg, mixed=mixup is not None),
+        criterion=build_criterion(cfg, mixed=mixup is not None, labels=data.train.labels, device=world.device),
         schedule=schedule,
         train_loader=data.train,
         val_loader=data.val,
@@ -382,13 +391,13 @@ def warn_about_ema(cfg: CfgNode, num_updates: int, world: World) -> None:
             "EMA.FORCE_CPU copies all weights to host memory at every update, and the GPU waits for the copy; use it only if "
             "GPU memory is insufficient"
         )
-    if cfg.EMA.DECAY >= 1:
+    if cfg.EMA.DECAY >= 1 or cfg.EMA.WARMUP:
         return
     averaging_updates = 1 / (1 - cfg.EMA.DECAY)
     if averaging_updates > num_updates:
         logger.warning(
             "EMA.DECAY=%g averages over about %.0f updates, but the run has %d: the average will stay near the initial "
-            "weights; try --model-ema-decay %.3g, or --no-model-ema",
+            "weights; add --opts EMA.WARMUP True, or try --model-ema-decay %.3g, or --no-model-ema",
             cfg.EMA.DECAY,
             averaging_updates,
             num_updates,

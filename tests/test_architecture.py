@@ -21,6 +21,7 @@ IMPORTERS = {
     "yaml": {"utils/config/reading.py"},
     "tqdm": {"utils/progress.py", "models/checkpoints/download.py"},
     "termcolor": {"utils/log.py"},
+    "huggingface_hub": {"jobs/hub.py"},
     "pyarrow": {"data/rows.py"},
     "safetensors": {"jobs/export.py", "models/checkpoints/reader.py"},
     "matplotlib": {"engine/report.py", "analysis/pictures.py"},

@@ -24,7 +24,7 @@ from utils.errors import ConfigError
 # Run commands of main.py, separated by lines, in a process that cannot import torch.
 WITHOUT_TORCH = """
 import shlex, sys
-sys.modules["torch"] = None
+sys.modules["torch"] = sys.modules["mlflow"] = None
 import main
 for command in sys.stdin.read().splitlines():
     sys.argv = ["main.py", *shlex.split(command)]
@@ -65,6 +65,8 @@ def test_mistakes_are_reported_in_one_line_without_importing_torch(data, tmp_pat
         f"{config} --data-path {data}/few": "contains 3 classes, but the model has 10 .* add --opts MODEL.NUM_CLASSES 3",
         f"{config} --data-path {data}/few --opts MODEL.NUM_CLASSES 3": "has at most 15 images, .*; add --batch-size 2",
         f"{config} --data-path {data}/few --batch-size 4 --opts DATA.GLOBAL_BATCH_SIZE 6": "is not a multiple of 4",
+        f"{config} --data-path {data}/few --opts TRACKER mlflow": "the package is not installed; run pip install mlflow, or",
+        f"{config} --opts TRACKER wandby": "TRACKER='wandby': choose one of .*; did you mean 'wandb'",
         "--cfg quickstrat": "no config has this name; .*quickstart.yaml",
         f"{config} --data-path {data}/few --resume nope": "--resume=nope: no such file",
         "--resume nope": "--resume=nope: no such file",

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 from yacs.config import CfgNode
 
+import engine.report
 import jobs.evaluate
 from data.samplers import EvalBatches
 from engine.checkpoint_writer import save_checkpoint
@@ -67,7 +70,8 @@ def save_counts(world, folder):
             result = evaluate_batches(world, num_images, batch_size)
             predictions = None if result.predictions is None else result.predictions.ranked.tolist()
             counts = [result.correct1, result.correct5, result.num_images]
-            results[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss]
+            metrics = [result.balanced_accuracy, result.macro_f1, result.calibration_error]
+            results[f"{num_images}-{batch_size}"] = [*counts, predictions, result.loss, metrics]
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(results))
 
 
@@ -82,12 +86,19 @@ def test_counts_and_predictions_equal_those_of_one_forward_pass_for_any_world_si
         loss = nn.functional.cross_entropy(logits, targets).item()
         correct = ranked == targets.unsqueeze(1)
         expected = [correct[:, 0].sum().item(), correct.sum().item(), num_images]
+        recalls, f1_scores = precision_recall_fscore_support(targets, ranked[:, 0], labels=np.unique(targets), zero_division=0)[
+            1:3
+        ]
+        confidences = logits.softmax(dim=1).amax(dim=1).numpy()
+        gaps = np.bincount(np.ceil(15 * confidences).astype(int), weights=correct[:, 0].numpy() - confidences)  # per bin
+        metrics = [100 * recalls.mean(), 100 * f1_scores.mean(), 100 * np.abs(gaps).sum() / num_images]
         for rank in range(world_size):
             results = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
             for batch_size in (1, 7, 128):
-                *counts, predictions, mean_loss = results[f"{num_images}-{batch_size}"]
+                *counts, predictions, mean_loss, found = results[f"{num_images}-{batch_size}"]
                 assert counts == expected
                 assert mean_loss == pytest.approx(loss, rel=1e-5)
+                assert found == pytest.approx(metrics, rel=1e-5)
                 assert predictions == (ranked.tolist() if rank == 0 else None)
 
 
@@ -135,7 +146,10 @@ def create_result(targets, predictions, num_classes=3):
     ranked = np.stack([top1, (top1 + 1) % num_classes], axis=1)
     correct = int((targets == top1).sum())
     predictions = Predictions(targets, ranked, np.full(len(targets), 0.5), top1)
-    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, predictions)
+    counts = [np.bincount(ids, minlength=num_classes) for ids in (targets, top1, targets[targets == top1])]
+    bins = np.zeros((3, 15), dtype=np.int64)
+    bins[:, 7] = len(targets), correct, len(targets) * 2**31  # confidence 0.5, in units of 2**-32
+    return EvalResult("raw", correct, len(targets), len(targets), 1.0, num_classes, np.stack(counts), bins, predictions)
 
 
 def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_real_labels(tmp_path):
@@ -152,11 +166,14 @@ def test_result_files_contain_class_counts_predictions_and_accuracy_on_imagenet_
     assert record["results"]["raw"]["acc5_interval_95"] == pytest.approx([51.01, 100.0], abs=0.05)  # 4 of 4 correct
     with open(tmp_path / "eval_classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["class"], row["num_images"], row["correct1_raw"]) for row in rows] == [
-        ("cat", "2", "1"),
-        ("dog", "1", "1"),
-        ("a, b", "1", "0"),
+    columns = ("class", "num_images", "correct1_raw", "precision_raw", "f1_raw")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("cat", "2", "1", "50.000", "50.000"),
+        ("dog", "1", "1", "50.000", "66.667"),
+        ("a, b", "1", "0", "0.000", "0.000"),
     ]
+    metrics = [record["results"]["raw"][name] for name in ("balanced_accuracy", "macro_f1", "calibration_error")]
+    assert metrics == pytest.approx([50.0, 350 / 9, 0.0])  # recalls 1/2, 1, 0; every confidence is the accuracy, 0.5
     with open(tmp_path / "predictions_raw.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == sorted(names)
@@ -212,11 +229,29 @@ def test_imagenet_real_labels_are_class_ids_of_the_model(tmp_path):
     The model predicts its classes 7 and 9. The ReaL labels are 7 and 3, so one prediction is correct.
     """
     predictions = Predictions(np.array([0, 1]), np.array([[0, 1], [1, 0]]), np.array([0.5, 0.5]), np.array([7, 9]))
-    result = EvalResult("raw", 2, 2, 2, 0.1, 2, predictions)
+    result = replace(create_result([0, 1], [0, 1], num_classes=2), predictions=predictions)
     options = {"about": {}, "classes": ["a", "b"], "names": ["1", "2"], "real_labels": [[7], [3]]}
     write_evaluation(tmp_path, {"raw": result}, preferred="raw", predictions=False, **options)
     real = json.loads((tmp_path / "eval.json").read_text())["results"]["raw"]["real"]
     assert real == {"correct1": 1, "num_images": 2, "acc1": 50.0}
+
+
+def test_the_most_confident_mistakes_are_drawn_in_their_order(tmp_path, monkeypatch):
+    result = create_result([0, 0, 1, 2, 2], [1, 0, 2, 0, 1])
+    predictions = replace(result.predictions, confidence=np.array([0.6, 0.99, 0.9, 0.5, 0.7]))
+    drawn = []
+    monkeypatch.setattr(engine.report, "draw_predictions", lambda images, captions, path: drawn.append((images, captions)))
+    options = {"classes": ["cat", "dog", "owl"], "names": [f"val/{number}.png" for number in range(5)], "path": tmp_path / "x"}
+    load = lambda position: Image.new("RGB", (600, 300), (position, 0, 0))  # noqa: E731
+    engine.report.draw_mistakes(replace(result, predictions=predictions), 3, load=load, **options)
+    ((pictures, captions),) = drawn
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [2, 4, 0]
+    assert [picture.size for picture in pictures] == [(256, 128)] * 3
+    texts = [(caption.name, caption.prediction, caption.truth) for caption in captions]
+    assert texts == [("2.png", "owl: 90.0%", "dog"), ("4.png", "dog: 70.0%", "owl"), ("0.png", "dog: 60.0%", "cat")]
+    assert captions[0].lines()[-1] == "class: dog"
+    engine.report.draw_mistakes(create_result([0, 1], [0, 1]), 3, load=load, **options)
+    assert len(drawn) == 1  # nothing is drawn without mistakes
 
 
 def test_an_evaluation_deletes_prediction_files_of_the_previous_evaluation(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 
 from data.build import build_preprocessing
 from jobs import export
+from jobs.hub import Publication
 from jobs.locate_checkpoint import open_checkpoint, stored_config
 from models import build_model, create_model
 from models.checkpoints.reader import sha256
@@ -63,6 +64,7 @@ def test_every_format_contains_the_ema_weights_and_the_model_card_describes_the_
     run(monkeypatch, path, folder, "--formats", "safetensors", "torch", "onnx")
     assert {file.name for file in folder.iterdir()} == {
         "README.md",
+        "eval.json",
         "config.json",
         "config.yaml",
         "model.safetensors",
@@ -172,7 +174,7 @@ def test_the_model_card_gives_top_5_only_for_more_than_ten_classes(checkpoint, t
     path, _ = checkpoint
     evaluation = json.loads(write_evaluation(path, tmp_path).read_text())
     cfg = load_config(toy_config, ["MODEL.NUM_CLASSES", num_classes])
-    card = export.model_card(cfg, open_checkpoint(path), "ema", {}, evaluation, in_timm=True)
+    card = export.model_card(cfg, open_checkpoint(path), "ema", {}, evaluation, in_timm=True, publication=Publication())
     assert ("top-5 100.000 % (33 images), measured on `toy`" in card) is shown
 
 

@@ -15,12 +15,13 @@ import jobs.evaluate
 import jobs.train
 from engine.checkpoint_writer import save_checkpoint
 from engine.metrics_writer import MetricsWriter
+from engine.remaining_work import work_after
 from engine.run_contents import Contents, find_unusable_entries
 from engine.run_directory import RunLock, check_available
 from engine.state import check_trained
 from jobs.initialization import Initialization
 from jobs.locate_checkpoint import open_checkpoint
-from jobs.resume import check_data, resume, work_after
+from jobs.resume import check_data, resume
 from jobs.train import build_data, build_trainer
 from models.checkpoints.reader import CheckpointError, preferred_weights, read_checkpoint
 from tests.launch import run_main
@@ -180,7 +181,7 @@ def test_log_and_checkpoint_record_environment_and_config(trained):
     assert environment["processes"] == 1
     assert "--cfg" in environment["command"]
     log = (trained.parent / "log_rank0.txt").read_text()
-    assert f"torch {torch.__version__}" in log
+    assert f"torch: {torch.__version__}" in log
     assert "ATTN_TYPE: LLS" in log
 
 
@@ -269,7 +270,7 @@ def test_a_run_is_finished_after_its_cooldown_and_last_evaluation(num_updates, l
 
 def test_a_different_number_of_updates_per_epoch_prevents_resuming(toy_config):
     with pytest.raises(ConfigError, match=r"with 10 updates per epoch, but there are 11 now, so the data have changed"):
-        resume(None, {"updates_per_epoch": 10}, load_config(toy_config), 11, "file.pth")
+        resume(None, {"updates_per_epoch": 10, "config": {}}, load_config(toy_config), 11, "file.pth")
 
 
 def test_resuming_discards_metrics_after_the_checkpoint_and_keeps_earlier_ones(tmp_path):

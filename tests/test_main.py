@@ -18,7 +18,7 @@ from models.checkpoints.reader import read_checkpoint
 from tests.conftest import write_images
 from tests.launch import run_main
 from tests.parquet import write_parquet, write_parquet_copy
-from tests.runs import assert_equal, read_state, run_state, toy_arguments
+from tests.runs import assert_equal, newest_update, read_state, run_state, toy_arguments
 from utils.config.arguments import check_usage, overrides, parse_arguments
 from utils.config.loading import load_config
 from utils.distributed import World
@@ -50,6 +50,33 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_an_uninterrupted_run(
     assert "resumed after update" in resumed.output
     assert_equal(read_state(folder), read_state(expected))
     assert read_metrics(folder) == read_metrics(expected)
+
+
+def test_a_run_with_other_optimizer_schedule_loss_and_sampling_killed_in_mid_epoch_ends_bit_equal(toy_config, tmp_path):
+    data, states = tmp_path / "data", []
+    for split, per_class in (("train", 34), ("val", 4)):
+        write_images(data, split, classes=3, per_class=per_class)
+    for position in range(6, 34):
+        (data / f"train/class1/{position:03d}.png").unlink()
+    options = ["TRAIN.OPTIMIZER.NAME", "lamb", "TRAIN.LOSS", "bce", "TRAIN.CLASS_WEIGHTS", "[1.0, 2.0, 0.5]"]
+    options += ["DATA.SAMPLING", "balanced", "TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MILESTONES", "[1]"]
+    options += ["SAVE_STEPS", 2, "DATA.NUM_WORKERS", 2, "TRAIN.EPOCHS", 2]
+    for name in ("whole", "killed"):
+        folder = tmp_path / name / "toy/default"
+        arguments = toy_arguments(toy_config, data, tmp_path / name, *options)
+
+        def in_mid_epoch(folder=folder) -> bool:  # an epoch has 9 updates
+            return newest_update(folder) in (11, 13, 15)
+
+        if name == "killed":
+            killed = run_main(arguments, tmp_path / "log", kill_when=in_mid_epoch)
+            assert killed.exit_codes == [-9]
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+        assert "DATA.SAMPLING=balanced: an image of the rarest class occurs up to 5 times per epoch" in outcome.output
+        states.append(read_state(folder))
+    assert "resumed after update" in outcome.output
+    assert_equal(*states)
 
 
 def test_a_run_on_parquet_shards_resumed_after_sigkill_ends_with_the_state_of_a_run_on_directories(

@@ -13,12 +13,13 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 INCOMPLETE = ".incomplete"  # suffix of a file that is being written
 DAMAGED = ".damaged"  # suffix of a former checkpoint that cannot be used
-CHECKPOINT_PREFIXES = ("checkpoint_", "best")  # of all checkpoints, usable or not
+CHECKPOINT_PREFIXES = ("checkpoint_", "best", "top_")  # of all checkpoints, usable or not
 # Patterns of the files that only a training run writes. Results of --eval and files of the user are not among them.
 FILES_OF_A_RUN = (
     f"checkpoint_{'[0-9]' * 9}*.pth*",
     "best.pth*",
     "best_[0-9]*.pth",
+    f"top_{'[0-9]' * 9}*.pth",
     "replay_[0-9]*.pth",
     CONFIG,
     METRICS,
@@ -44,9 +45,19 @@ def is_numbered(path: Path) -> bool:
     return _NUMBERED.fullmatch(path.name) is not None
 
 
+def top_path(folder: Path, num_updates: int) -> Path:
+    """Path of one of the KEEP_BEST best checkpoints."""
+    return folder / f"top_{num_updates:09d}.pth"
+
+
+def is_top(path: Path) -> bool:
+    """Whether a file, complete or not, has a name of ``top_path``."""
+    return re.fullmatch(r"top_\d{9,}\.pth", path.name.removesuffix(INCOMPLETE)) is not None
+
+
 def num_updates_of(path: Path) -> int:
-    """Number of updates, from the name of a numbered checkpoint."""
-    return int(path.stem.removeprefix("checkpoint_"))
+    """Number of updates, from the name of a numbered checkpoint or of one of the best."""
+    return int(path.stem.rpartition("_")[2])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

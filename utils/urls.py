@@ -4,8 +4,12 @@ Signed URLs have a secret in their query string, and others have a user name and
 request itself. This module does not import torch, because command-line checks use it.
 """
 
+import os
 import re
 
+# Parts of the names of environment variables whose values are secrets, such as WANDB_API_KEY and MLFLOW_TRACKING_PASSWORD.
+_SECRET_NAMES = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+_MIN_SECRET_LENGTH = 8  # a shorter value may be part of other words
 # A URL of any scheme: scheme, credentials, host with path, and query string or fragment.
 _URL = re.compile(
     r"""\b([a-z][a-z0-9+.-]{0,20}://)(?:[^\s/?#"<>]*@)?([^\s?#"<>]*)([?#][^\s"<>]*)?""",
@@ -42,3 +46,11 @@ def conceal(text: str) -> str:
 def reveal(text: str) -> str:
     """The URL that ``conceal`` has last shortened to ``text``; ``text`` itself if there is none."""
     return _originals.get(text, text)
+
+
+def without_environment_secrets(text: str) -> str:
+    """Replace secrets that environment variables contain by ``$`` and the name of the variable, and remove those of URLs."""
+    for name, value in os.environ.items():
+        if len(value) >= _MIN_SECRET_LENGTH and any(part in name.upper() for part in _SECRET_NAMES):
+            text = text.replace(value, f"${name}")
+    return without_secrets(text)

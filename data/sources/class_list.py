@@ -87,7 +87,10 @@ def class_names(listings: Sequence[Path], labels: Sequence[int], source: Path) -
         raise DataError(f"{source} has no images; pack the data again")
     used_ids = set(labels)
     first_unused = next(class_id for class_id in itertools.count() if class_id not in used_ids)
-    gap = f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps: pack both splits with or without this class"
+    gap = (
+        f"{source} has no image of class {first_unused}; class ids must start at 0, without gaps: pack both splits with or "
+        "without this class"
+    )
     if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
         raise DataError(gap)
     listing = next((path for path in listings if path.is_file()), None)

@@ -1,4 +1,6 @@
 import pytest
+import torch
+from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, PolynomialLR
 
 from engine.schedule import Schedule, accumulation_steps, build_schedule, global_batch_size
 from tests.conftest import CONFIGS, reference
@@ -53,3 +55,22 @@ def test_schedules_equal_hand_computed_learning_rates(name, expected):
         name=name, base_lr=10, warmup_lr=0, min_lr=2, num_updates=10, warmup_updates=2, decay_updates=3, decay_rate=0.5
     )
     assert {update: schedule(update) for update in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("multistep", lambda optimizer: MultiStepLR(optimizer, [3, 7], gamma=0.5)),
+        ("poly", lambda optimizer: PolynomialLR(optimizer, total_iters=10, power=2.0)),
+        ("constant", lambda optimizer: ConstantLR(optimizer, factor=1.0)),
+    ],
+)
+def test_schedules_equal_those_of_torch(name, reference):
+    options = {"milestones": (3, 7), "decay_rate": 0.5, "power": 2.0}
+    schedule = Schedule(name=name, base_lr=10, warmup_lr=0, min_lr=0, num_updates=10, **options)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=10)
+    scheduler = reference(optimizer)
+    for update in range(13):
+        assert schedule(update) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()

@@ -314,3 +314,27 @@ def test_a_restored_state_has_the_loss_scale_of_the_checkpoint_and_the_weight_de
 def test_evaluation_uses_fp32_unless_the_config_selects_the_training_precision(options, training, evaluation):
     cfg = load_config(CONFIGS / "flatten_swin_t.yaml", options)
     assert (amp_dtype(cfg), eval_dtype(cfg)) == (training, evaluation)
+
+
+def test_the_warm_up_of_the_ema_follows_timms_formula_and_continues_after_a_resume():
+    """Before update n, counted from 0, the decay is 1 - (1 + n) ** (-2/3), but not above EMA.DECAY (0.9)."""
+    average, state = None, TrainState(*setup("EMA.WARMUP", True))
+    for update in range(40):
+        with torch.no_grad():
+            state.model.weight.add_(1.0)
+        state.update_ema()
+        decay = min(1 - (1 + update) ** (-2 / 3), 0.9)
+        weight = state.model.weight.double()
+        average = weight.clone() if average is None else decay * average + (1 - decay) * weight
+        if update == 10:
+            saved = copy.deepcopy(state.to_dict())
+            state = TrainState(*setup("EMA.WARMUP", True))
+            state.load_dict(saved)
+    torch.testing.assert_close(state.ema.module.weight.double(), average, rtol=1e-5, atol=1e-5)
+    del saved["ema_updates"]  # as in a checkpoint of an earlier version
+    saved |= {"num_updates": 14, "num_skipped": 3}
+    state.load_dict(saved)
+    assert state.ema_updates == 11
+    saved["state_dict_ema"] = None  # the average starts now
+    state.load_dict(saved)
+    assert state.ema_updates == 0

@@ -1,9 +1,11 @@
 """Tests of the trainer with a linear model and a loader of fixed batches."""
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ import engine.trainer
 import engine.training_log
 from engine.evaluation import EvalResult
 from engine.optim import build_ema, build_optimizer, build_scaler
+from engine.remaining_work import work_after
 from engine.schedule import accumulation_steps
 from engine.state import TrainState
 from engine.step import Report
@@ -102,7 +105,8 @@ def correct_counts(monkeypatch) -> list[int]:
 
     def evaluate(models, *_, **__):
         count = counts.pop(0) if len(counts) > 1 else counts[0]
-        return {label: EvalResult(label, count, count, 10, 1.0, 3) for label in models}
+        by_class = np.array([[10, 0, 0], [count, 10 - count, 0], [count, 0, 0]])
+        return {label: EvalResult(label, count, count, 10, 1.0, 3, by_class, np.ones((3, 15))) for label in models}
 
     monkeypatch.setattr(engine.trainer, "evaluate", evaluate)
     return counts
@@ -233,6 +237,40 @@ def test_the_best_checkpoint_is_the_later_one_on_ties(tmp_path, correct_counts):
     best = read_checkpoint(tmp_path / BEST)
     assert best["num_updates"] == 3 * UPDATES_PER_EPOCH
     assert best["best"] == trainer.state.best  # saved after the evaluation, so it contains the new best accuracy
+
+
+def test_a_run_ends_after_the_patience_without_a_better_evaluation_and_is_finished_on_resume(tmp_path, correct_counts, caplog):
+    """A tie is not better, although the later checkpoint becomes the best one."""
+    caplog.set_level(logging.INFO)
+    correct_counts[:] = [4, 6, 5, 6, 3]
+    trainer = create_trainer(tmp_path, "TRAIN.EPOCHS", 9, "TRAIN.PATIENCE", 2, "SAVE_FREQ", 9)
+    trainer.fit()
+    assert trainer.state.num_updates == 4 * UPDATES_PER_EPOCH
+    assert trainer.state.best["epoch"] == 3
+    assert "done after epoch 4 of 9, since the last evaluations gave no better acc1 (TRAIN.PATIENCE=2)" in caplog.text
+    newest = read_checkpoint(list_checkpoints(tmp_path)[0]) | {"updates_per_epoch": UPDATES_PER_EPOCH}
+    assert work_after(newest, trainer.cfg).is_finished
+    more = load_config(CONFIGS / "flatten_swin_t.yaml", ["TRAIN.EPOCHS", 9, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.PATIENCE", 3])
+    assert not work_after(newest, more).stop
+
+
+def test_the_best_checkpoints_are_kept_although_newer_ones_replace_them(tmp_path, correct_counts):
+    correct_counts[:] = [4, 9, 2, 6, 1]
+    create_trainer(tmp_path, "TRAIN.EPOCHS", 5, "SAVE_FREQ", 9, "KEEP_CHECKPOINTS", 1, "KEEP_BEST", 2).fit()
+    assert saved_epochs(tmp_path) == [5]
+    kept = {path.name: read_checkpoint(path) for path in tmp_path.glob("top_*.pth")}
+    assert sorted(kept) == ["top_000000008.pth", "top_000000016.pth"]  # after epochs 2 and 4
+    assert all(name == f"top_{state['last_evaluation']:09d}.pth" for name, state in kept.items())
+    assert read_checkpoint(tmp_path / BEST)["num_updates"] == 8
+
+
+def test_the_best_evaluation_is_that_of_the_chosen_metric(tmp_path):
+    state = create_trainer(tmp_path).state
+    records = [{"epoch": 0, "acc1": 60.0, "loss": 1.5}, {"epoch": 0, "acc1": 70.0, "loss": 1.75}]
+    assert [state.add_evaluation("raw", record, "loss") for record in records] == [True, False]
+    assert state.best == {"acc1": 60.0, "weights": "raw", "epoch": 0, "num_updates": 0, "metric": "loss", "value": 1.5}
+    state.reset_best()
+    assert [state.add_evaluation("ema", record, "acc1") for record in records] == [True, True]
 
 
 def saved_epochs(folder) -> list[int]:

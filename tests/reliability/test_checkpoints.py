@@ -19,7 +19,7 @@ import engine.evaluation
 import engine.saver
 import engine.trainer
 from data.datasets import ImageDataset
-from engine.checkpoint_writer import link_best, remove_surplus, save_checkpoint
+from engine.checkpoint_writer import link_best, link_top, remove_surplus, save_checkpoint
 from engine.run_contents import survey
 from models.checkpoints.reader import CheckpointError, read_checkpoint, sha256
 from tests.conftest import write_images
@@ -77,7 +77,7 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
     """Save ``state`` in a child process that is killed before its file operation ``number``, counted from 1.
 
     Args:
-        best: also link the checkpoint as ``best.pth``.
+        best: also link the checkpoint as ``best.pth``, and as the only one of the KEEP_BEST best.
 
     Returns:
         True if the process was not killed, because it performed fewer than ``number`` file operations.
@@ -102,6 +102,7 @@ def save_and_kill(folder: Path, number: int, state: dict, *, best: bool) -> bool
         save_checkpoint(state, path)
         if best:
             link_best(path, folder / BEST)
+            link_top(folder, [state["num_updates"]], newest=path)
         remove_surplus(folder, keep=1, newest=path)
         os._exit(0)
     _, status = os.waitpid(process, 0)
@@ -145,12 +146,13 @@ def test_r2_r12_kill_at_any_file_operation_leaves_an_intact_checkpoint(first, tm
 
 
 def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_path):
-    """After the repair, ``best.pth`` contains the state that the newest checkpoint records as the best one."""
+    """After the repair, ``best.pth`` and ``top_<updates>.pth`` are the state that the newest checkpoint records as the best."""
     for number in range(1, 100):
         folder = tmp_path / str(number)
         folder.mkdir()
         save_checkpoint(create_state(1), checkpoint_path(folder, 1))
         link_best(checkpoint_path(folder, 1), folder / BEST)
+        link_top(folder, [1], newest=checkpoint_path(folder, 1))
         finished = save_and_kill(folder, number, create_state(2), best=True)
         newest = newest_usable(folder)
         state = read_checkpoint(newest)
@@ -159,6 +161,10 @@ def test_r14_best_checkpoint_is_repaired_after_a_kill_at_any_file_operation(tmp_
             engine.checkpoint_writer.restore_best(found, folder)
         best = read_checkpoint(folder / BEST)
         assert best["num_updates"] == best["best"]["num_updates"] == state["best"]["num_updates"]
+        assert len(list(folder.glob("top_*.pth"))) > 0  # at any time, also before the repair
+        link_top(folder, [state["num_updates"]], newest=newest)
+        (top,) = folder.glob("top_*.pth")
+        assert read_checkpoint(top)["num_updates"] == int(top.stem[4:]) == state["num_updates"]
         if finished:
             break
     assert finished

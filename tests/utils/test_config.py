@@ -133,7 +133,11 @@ MODEL:
         ("MODEL: {LA: {KERNEL_SIZE: 4}}", [], "MODEL.LA.KERNEL_SIZE=4: an even kernel"),
         ("MODEL: {LA: {ATTN_TYPE: LLMS}}", [], "MODEL.LA.ATTN_TYPE='LLMS'"),
         ("MODEL: {SWIN: {NUM_HEADS: [5, 6, 12, 24]}}", [], "5 heads do not divide the 96 channels of stage 1"),
-        ("TRAIN: {LR_SCHEDULER: {NAME: cosin}}", [], "choose one of cosine, linear, step"),
+        (
+            "TRAIN: {LR_SCHEDULER: {NAME: cosin}}",
+            [],
+            "poly, constant; did you mean 'cosine'?",
+        ),
         ("TAG: ../elsewhere", [], "without / and"),
         ("MODEL: {SWIN: {APE: True}}", [], "MODEL.SWIN.APE=True is not supported: only False"),
         ("MODEL: {RESUME: a, PRETRAINED: b}", [], "give only one of --resume and --pretrained"),
@@ -174,6 +178,19 @@ MODEL:
         ("AUG: {SCALE: [0.5, 0.1]}", [], "AUG.SCALE=[0.5, 0.1]"),
         ("AUG: {RATIO: [1.0]}", [], "AUG.RATIO=[1.0]"),
         ("TRAIN: {OPTIMIZER: {BETAS: [0.9, 1.0]}}", [], "TRAIN.OPTIMIZER.BETAS=[0.9, 1.0]"),
+        ("TRAIN: {OPTIMIZER: {NAME: lionn}}", [], "did you mean 'lion'?"),
+        (
+            "TRAIN: {OPTIMIZER: {NAME: lion, EPS: 0.001}}",
+            [],
+            "EPS=0.001 has no effect with TRAIN.OPTIMIZER.NAME=lion",
+        ),
+        ("TRAIN: {OPTIMIZER: {NAME: adan, BETAS: [0.9, 0.99]}}", [], "give three numbers, each at least 0 and below 1"),
+        ("TRAIN: {OPTIMIZER: {NAME: muon, MOMENTUM: 1}}", [], "muon needs a number below 1"),
+        ("TRAIN: {LR_SCHEDULER: {NAME: multistep}, EPOCHS: 60}", [], "give increasing epochs below TRAIN.EPOCHS=60"),
+        ("TRAIN: {BCE_THRESHOLD: 0.2}", [], "BCE_THRESHOLD=0.2 has no effect with TRAIN.LOSS=ce"),
+        ("TRAIN: {CLASS_WEIGHTS: balance}", [], "choose none or balanced"),
+        ("{TRAIN: {CLASS_WEIGHTS: [1, 2]}, MODEL: {NUM_CLASSES: 3}}", [], "has 2 numbers; give one above 0 for each of the 3"),
+        ("{TRAIN: {CLASS_WEIGHTS: balanced}, DATA: {SAMPLING: balanced}}", [], "correct the class frequencies twice"),
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give only one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
@@ -368,6 +385,7 @@ DEFAULTS = {
     "TEST.REAL_LABELS": "",
     "TEST.RESTRICT_CLASSES": True,
     "TEST.PREDICTIONS": False,
+    "TEST.MISTAKES": 0,
     "TEST.PRECISION": "fp32",
     "AMP": False,
     "AMP_DTYPE": "bf16",
@@ -386,6 +404,17 @@ DEFAULTS = {
     "ATTENTION_IMAGE": "",
     "KEEP_CHECKPOINTS": 2,
     "AUG.RATIO": [3 / 4, 4 / 3],
+    "BEST_METRIC": "acc1",
+    "EMA.WARMUP": False,
+    "KEEP_BEST": 1,
+    "TRACKER": "none",
+    "TRAIN.PATIENCE": 0,
+    "DATA.SAMPLING": "natural",
+    "TRAIN.LOSS": "ce",
+    "TRAIN.BCE_THRESHOLD": 0.0,
+    "TRAIN.CLASS_WEIGHTS": "none",
+    "TRAIN.LR_SCHEDULER.MILESTONES": [30, 60, 90],
+    "TRAIN.LR_SCHEDULER.POWER": 1.0,
 }
 
 
@@ -408,17 +437,22 @@ BOUNDS = {
         "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "
         "TRAIN.COOLDOWN_EPOCHS TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.RECIPE_BATCH_SIZE "
         "TRAIN.WEIGHT_DECAY TRAIN.HEAD_LR_SCALE TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.OPTIMIZER.EPS "
-        "AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
+        "TRAIN.PATIENCE AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
     ),
-    (1, INFINITY): ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ KEEP_CHECKPOINTS"),
+    (1, INFINITY): (
+        "TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MILESTONES AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ "
+        "KEEP_CHECKPOINTS KEEP_BEST"
+    ),
     (1, 8192): ("DATA.IMG_SIZE MODEL.SWIN.PATCH_SIZE MODEL.DEIT.PATCH_SIZE MODEL.LA.KERNEL_SIZE"),
     (0, 8192): "MODEL.SWIN.WINDOW_SIZE MODEL.SWIN.SOFTMAX_WINDOW",
     (1, 65_536): "MODEL.SWIN.EMBED_DIM MODEL.SWIN.NUM_HEADS MODEL.DEIT.EMBED_DIM MODEL.DEIT.NUM_HEADS",
     (1, 1000): "MODEL.SWIN.DEPTHS MODEL.DEIT.DEPTH MODEL.LA.FOCUSING_FACTOR AUG.RECOUNT",
     (1, 1_000_000): "DATA.BATCH_SIZE TRAIN.EPOCHS",
     (2, 1_000_000): "MODEL.NUM_CLASSES",
+    (0, 100): "TEST.MISTAKES",
     (0, 0.9): "DATA.VAL_FRACTION",
-    (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING",
+    (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.BCE_THRESHOLD",
+    (0.01, 100): "TRAIN.LR_SCHEDULER.POWER",
     (0.01, 1000): "MODEL.SWIN.MLP_RATIO",
     (1e-06, 1): "TRAIN.LAYER_DECAY",
     (1e-09, 1): "TRAIN.LR_SCHEDULER.DECAY_RATE",

@@ -182,7 +182,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
-    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS"):
+    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS", "MISTAKES"):
         if cfg.TEST[key] and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
     if not cfg.TEST.RESTRICT_CLASSES and not cfg.TEST.CLASS_MAP:

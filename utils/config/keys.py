@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from utils.config.optimizers import OPTIMIZERS
+
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 INFINITY = float("inf")
@@ -22,6 +24,7 @@ MODEL_TYPES = (
     "flatten_deit",
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
+BEST_METRICS = ("acc1", "balanced_accuracy", "macro_f1", "loss")
 CLASS_MAPS = ("names", "imagenet")  # values of TEST.CLASS_MAP that are not files
 
 
@@ -111,6 +114,12 @@ KEYS = {
         False,
         "resume although images were added, removed or replaced since the checkpoint; classes and the number of updates per "
         "epoch must be unchanged; if validation images changed, the best accuracy is reset; also applies to `--replay`",
+    ),
+    "DATA.SAMPLING": Key(
+        "natural",
+        "training images of an epoch: each image once (`natural`), or as many images of each class (`balanced`), which "
+        "repeats images of rare classes with other augmentations and omits images of frequent classes",
+        choices=("natural", "balanced"),
     ),
     "DATA.BATCH_SIZE": Key(128, "images per process and forward pass", minimum=1, maximum=1_000_000),
     "DATA.GLOBAL_BATCH_SIZE": Key(
@@ -278,20 +287,50 @@ KEYS = {
     ),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
     "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
+    "TRAIN.PATIENCE": Key(
+        0,
+        "end the run after this many evaluations in a row without a better value of `BEST_METRIC` than before, of raw or EMA "
+        "weights; 0: train for all epochs",
+        minimum=0,
+    ),
     "TRAIN.AUTO_RESUME": Key(True, "resume from the newest intact checkpoint of the output directory"),
     "TRAIN.LR_SCHEDULER.NAME": Key(
         "cosine",
-        "learning-rate schedule: `cosine` to `TRAIN.MIN_LR`, `linear` to 1 % of `TRAIN.BASE_LR`, or `step`",
-        choices=("cosine", "linear", "step"),
+        "learning-rate schedule: `cosine` or `poly` to `TRAIN.MIN_LR`, `linear` to 1 % of `TRAIN.BASE_LR`, `step`, `multistep` "
+        "or `constant`",
+        choices=("cosine", "linear", "step", "multistep", "poly", "constant"),
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, "`step`: epochs between two decays", minimum=1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(
-        0.1, "`step`: factor by which each decay multiplies the learning rate", minimum=1e-9, maximum=1
+        0.1, "`step` and `multistep`: factor by which each decay multiplies the learning rate", minimum=1e-9, maximum=1
     ),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", "optimizer; `sgd` uses Nesterov momentum", choices=("adamw", "sgd")),
-    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon of AdamW", minimum=0),
-    "TRAIN.OPTIMIZER.BETAS": Key([0.9, 0.999], "betas of AdamW, in [0, 1)"),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of SGD", minimum=0, maximum=1),
+    "TRAIN.LR_SCHEDULER.MILESTONES": Key([30, 60, 90], "`multistep`: increasing epochs after which the rate decays", minimum=1),
+    "TRAIN.LR_SCHEDULER.POWER": Key(1.0, "`poly`: power of the remaining fraction of the updates", minimum=0.01, maximum=100),
+    "TRAIN.OPTIMIZER.NAME": Key(
+        "adamw",
+        "optimizer of timm; `sgd` uses Nesterov momentum, `momentum` classical momentum; cannot change on resume",
+        choices=tuple(OPTIMIZERS),
+    ),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon; the default is that of `adamw`, others have their own in timm", minimum=0),
+    "TRAIN.OPTIMIZER.BETAS": Key(
+        [0.9, 0.999],
+        "betas, in [0, 1): two numbers, or three for `adan`; the default is that of `adamw`, others have their own in timm",
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, "momentum of `sgd`, `momentum`, `lars`, `muon` and `rmsproptf`", minimum=0, maximum=1),
+    "TRAIN.LOSS": Key(
+        "ce",
+        "training loss: cross entropy (`ce`), or binary cross entropy of each class (`bce`, of timm), averaged over images and "
+        "classes; the evaluation loss is always cross entropy, without weights and smoothing",
+        choices=("ce", "bce"),
+    ),
+    "TRAIN.BCE_THRESHOLD": Key(
+        0.0, "`bce`: targets above this value become 1, others 0, after mixup and smoothing; 0: off", minimum=0, maximum=0.999
+    ),
+    "TRAIN.CLASS_WEIGHTS": Key(
+        "none",
+        "weight of each class in the training loss: `none`, `balanced` (images / (classes * images of the class)), or a list "
+        "with a number above 0 per class, by class id",
+    ),
     # Augmentation
     "AUG.COLOR_JITTER": Key(
         0.4, "strength of colour jitter; no effect unless `AUG.AUTO_AUGMENT` is `none`, as in timm", minimum=0
@@ -343,6 +382,11 @@ KEYS = {
     # Exponential moving average of the weights
     "EMA.ENABLED": Key(False, "maintain an exponential moving average of the weights, and evaluate it as well"),
     "EMA.DECAY": Key(0.9999, "decay of the average per update", minimum=0, maximum=1),
+    "EMA.WARMUP": Key(
+        False,
+        "start with a small decay, which grows to `EMA.DECAY`, so that the average of a short run is not near the initial "
+        "weights: after n updates of the average, the decay of the next one is at most `1 - (1 + n) ** (-2/3)`, as in timm",
+    ),
     "EMA.FORCE_CPU": Key(False, "keep the EMA weights in host memory"),
     # Evaluation
     "TEST.CROP": Key(True, "crop in evaluation; False has the same effect as `TEST.CROP_MODE none`"),
@@ -381,6 +425,12 @@ KEYS = {
         is_path=True,
     ),
     "TEST.PREDICTIONS": Key(False, "`--eval` writes the prediction for every image, for `scripts/compare_evals.py`"),
+    "TEST.MISTAKES": Key(
+        0,
+        "`--eval` draws this many of the wrong predictions with the highest confidence, with their images; 0: none",
+        minimum=0,
+        maximum=100,
+    ),
     "TEST.PRECISION": Key(
         "fp32", "precision of evaluation: `fp32`, or `train` for the precision of training", choices=("fp32", "train")
     ),
@@ -415,6 +465,12 @@ KEYS = {
         "without a line, add log lines",
         minimum=1,
     ),
+    "TRACKER": Key(
+        "none",
+        "experiment tracker that receives the metrics in addition to `metrics.jsonl` and TensorBoard; its package must be "
+        "installed (`pip install wandb`, `trackio` or `mlflow`)",
+        choices=("none", "wandb", "trackio", "mlflow"),
+    ),
     "SAVE_FREQ": Key(1, "epochs between checkpoints; the state is also saved before every evaluation", minimum=1),
     "SAVE_STEPS": Key(0, "updates between checkpoints within an epoch; 0: none", minimum=0),
     "SAVE_MINUTES": Key(15.0, "minutes between checkpoints within an epoch; 0: none", minimum=0),
@@ -426,6 +482,18 @@ KEYS = {
         is_path=True,
     ),
     "KEEP_CHECKPOINTS": Key(2, "number of newest checkpoints to keep, besides `best.pth`", minimum=1),
+    "BEST_METRIC": Key(
+        "acc1",
+        "metric of the evaluations that decides which checkpoint is the best one, see `KEEP_BEST` and `TRAIN.PATIENCE`; if it "
+        "changes on resume, the best checkpoint is determined anew",
+        choices=BEST_METRICS,
+    ),
+    "KEEP_BEST": Key(
+        1,
+        "number of best checkpoints to keep: 1 keeps only `best.pth`; with a larger number, they are also kept as "
+        "`top_<updates>.pth`",
+        minimum=1,
+    ),
 }
 
 # Keys of linear attention that determine the model. MODEL.LA.BACKEND depends on the machine.
@@ -471,5 +539,6 @@ RECIPE_KEY_PREFIXES = (
     "DATA.BATCH_SIZE",
     "DATA.GLOBAL_BATCH_SIZE",
     "DATA.DROP_LAST",
+    "DATA.SAMPLING",
     "DATA.ZIP_MODE",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from utils.config.keys import INFINITY, KEYS
+from utils.config.optimizers import OPTIONS, default_option
 from utils.config.reading import MAX_INT, read_yaml, show, suggest_file
 from utils.config.rules import check_rules
 from utils.errors import ConfigError
@@ -51,11 +52,12 @@ _MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
 _MAY_BE_LIST = {
     "AUG.CUTMIX_MINMAX": [0.2, 0.8],
     "DATA.IMG_SIZE": [224, 224],
+    "TRAIN.CLASS_WEIGHTS": [0.5, 2.0],
 }  # key whose default is no list -> example of a list
 
 CONFIGS = Path(__file__).parents[2] / "configs"  # the shipped configs; their file names are the model names
 MAX_TEXT = 4096  # maximum length of a value
-MAX_LIST = 16  # maximum length of a list
+MAX_LIST = 16  # maximum length of a list, except for a list with a value per class
 REFERENCE_PROCESSES = 8  # number of GPUs in the recipes of the reference implementation
 
 
@@ -134,6 +136,7 @@ def _defaults() -> CfgNode:
         for section in sections:
             node = node.setdefault(section, CfgNode())
         node[leaf] = os.path.expanduser(str(key.default)) if key.is_path else copy.copy(key.default)
+    cfg.TRAIN.OPTIMIZER.update(dict.fromkeys(OPTIONS))  # their defaults depend on the optimizer, see ``_complete``
     return cfg
 
 
@@ -144,6 +147,11 @@ def _complete(cfg: CfgNode, opts: Sequence) -> CfgNode:
         if isinstance(value, str) and value in KEYS:
             raise ConfigError(f"--opts: {key!r} has no value: the next word is the key {value}; give KEY VALUE pairs")
         _set(cfg, key, value, "--opts")
+    options = cfg.TRAIN.OPTIMIZER
+    for option in OPTIONS:
+        if options[option] is None:
+            default = default_option(options.NAME, option)
+            options[option] = copy.copy(KEYS[f"TRAIN.OPTIMIZER.{option}"].default) if default is None else default
     cfg.BASE = [""]  # BASE files are merged; loading a dump of this config must not merge them again
     check_rules(cfg, flatten(cfg))
     cfg.freeze()
@@ -293,7 +301,7 @@ def _convert(value: object, example: object, name: str, source: str) -> object:
     literal = _literal(value)
     if isinstance(literal, int) and abs(literal) >= MAX_INT:
         raise ConfigError(f"{source}: {name} is {show(literal)}; give a smaller number")
-    if isinstance(literal, (list, tuple)) and len(literal) > MAX_LIST:
+    if isinstance(literal, (list, tuple)) and len(literal) > MAX_LIST and name != "TRAIN.CLASS_WEIGHTS":
         raise ConfigError(f"{source}: {name}={show(literal)} has {len(literal)} values; give at most {MAX_LIST}")
     if isinstance(example, str) and isinstance(value, (str, int)) and not isinstance(value, bool):
         return _check_text(str(value), name, source)

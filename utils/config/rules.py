@@ -8,6 +8,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from utils.config.keys import KEYS, MODEL_TYPES, Key
+from utils.config.optimizers import OPTIMIZERS, OPTIONS
 from utils.config.reading import show
 from utils.errors import ConfigError
 
@@ -42,6 +43,8 @@ def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
     _check_attention(cfg.MODEL.LA)
     _check_widths(cfg.MODEL.SWIN, cfg.MODEL.DEIT)
     _check_recipe(cfg)
+    _check_optimizer(cfg.TRAIN)
+    _check_loss(cfg)
     _check_lists(cfg)
 
 
@@ -139,6 +142,56 @@ def _check_recipe(cfg: CfgNode) -> None:
         )
 
 
+def _check_optimizer(keys: CfgNode) -> None:
+    """Check that the optimizer takes the options that are set, and that the schedule ends within the run."""
+    optimizer, schedule = keys.OPTIMIZER, keys.LR_SCHEDULER
+    defaults = OPTIMIZERS[optimizer.NAME]
+    for option in OPTIONS:
+        if option not in defaults and optimizer[option] != KEYS[f"TRAIN.OPTIMIZER.{option}"].default:
+            raise ConfigError(
+                f"TRAIN.OPTIMIZER.{option}={optimizer[option]} has no effect with TRAIN.OPTIMIZER.NAME={optimizer.NAME}, which "
+                f"takes {' and '.join(defaults)}; remove it"
+            )
+    example: Any = defaults.get("BETAS", KEYS["TRAIN.OPTIMIZER.BETAS"].default)
+    if len(optimizer.BETAS) != len(example) or not all(0 <= beta < 1 for beta in optimizer.BETAS):
+        raise ConfigError(
+            f"TRAIN.OPTIMIZER.BETAS={optimizer.BETAS}: give {'two' if len(example) == 2 else 'three'} numbers, each at least 0 "
+            f"and below 1, such as the default of {optimizer.NAME}: {show(example)}"
+        )
+    if optimizer.NAME == "muon" and optimizer.MOMENTUM == 1:
+        raise ConfigError("TRAIN.OPTIMIZER.MOMENTUM=1.0: muon needs a number below 1, such as its default 0.9")
+    epochs = schedule.MILESTONES
+    is_legal = epochs and epochs == sorted(set(epochs)) and epochs[-1] < keys.EPOCHS
+    if schedule.NAME == "multistep" and not is_legal:
+        raise ConfigError(
+            f"TRAIN.LR_SCHEDULER.MILESTONES={epochs}: give increasing epochs below TRAIN.EPOCHS={keys.EPOCHS}; with one epoch, "
+            "choose another TRAIN.LR_SCHEDULER.NAME"
+        )
+
+
+def _check_loss(cfg: CfgNode) -> None:
+    """Check the loss, the weights of the classes and the sampling, which must not both balance the classes."""
+    loss, threshold, weights = cfg.TRAIN.LOSS, cfg.TRAIN.BCE_THRESHOLD, cfg.TRAIN.CLASS_WEIGHTS
+    if threshold and loss != "bce":
+        raise ConfigError(
+            f"TRAIN.BCE_THRESHOLD={threshold} has no effect with TRAIN.LOSS={loss}; remove it, or set TRAIN.LOSS bce"
+        )
+    if isinstance(weights, str):
+        if weights not in ("none", "balanced"):
+            raise ConfigError(
+                f"TRAIN.CLASS_WEIGHTS={show(weights)}: choose none or balanced, or give a list with a number per class"
+            )
+    elif len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) <= 0:
+        raise ConfigError(
+            f"TRAIN.CLASS_WEIGHTS={show(weights)} has {len(weights)} numbers; give one above 0 for each of the "
+            f"{cfg.MODEL.NUM_CLASSES} classes (MODEL.NUM_CLASSES), or balanced"
+        )
+    if weights == cfg.DATA.SAMPLING == "balanced":
+        raise ConfigError(
+            "TRAIN.CLASS_WEIGHTS=balanced and DATA.SAMPLING=balanced correct the class frequencies twice; give only one of them"
+        )
+
+
 def _check_lists(cfg: CfgNode) -> None:
     """Check the lengths of lists and the order of their values."""
     if not isinstance(cfg.DATA.IMG_SIZE, int) and len(cfg.DATA.IMG_SIZE) != 2:
@@ -149,8 +202,6 @@ def _check_lists(cfg: CfgNode) -> None:
     for key in ("SCALE", "RATIO"):
         if len(cfg.AUG[key]) != 2 or not 0 < cfg.AUG[key][0] <= cfg.AUG[key][1]:
             raise ConfigError(f"AUG.{key}={cfg.AUG[key]}: give [minimum, maximum] with 0 < minimum <= maximum")
-    minmax, betas = cfg.AUG.CUTMIX_MINMAX, cfg.TRAIN.OPTIMIZER.BETAS
+    minmax = cfg.AUG.CUTMIX_MINMAX
     if minmax is not None and not (len(minmax) == 2 and 0 < minmax[0] < minmax[1] <= 1):
         raise ConfigError(f"AUG.CUTMIX_MINMAX={minmax}: give [minimum, maximum] with 0 < minimum < maximum <= 1, or None")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"TRAIN.OPTIMIZER.BETAS={betas}: give two numbers, each at least 0 and below 1")
