@@ -25,7 +25,7 @@ def balanced_order(images_of_class: Sequence[Tensor], seed: int, epoch: int) -> 
     uses a random part of them.
 
     Args:
-        images_of_class: indices of the images of each class.
+        images_of_class: indices of the images of each class, at least one.
 
     Returns:
         (N,) image indices, and (N,) how often each image occurred before in this epoch, for N images in all classes.
@@ -37,7 +37,7 @@ def balanced_order(images_of_class: Sequence[Tensor], seed: int, epoch: int) -> 
     chosen, copies = [], []
     for images, share in zip(images_of_class, shares.tolist(), strict=True):
         rounds = [images[torch.randperm(len(images), generator=generator)] for _ in range(math.ceil(share / len(images)))]
-        chosen.append(torch.cat([images[:0], *rounds])[:share])
+        chosen.append(torch.cat(rounds)[:share])
         copies.append(torch.arange(share) // len(images))
     order = torch.randperm(num_samples, generator=generator)
     return torch.cat(chosen)[order], torch.cat(copies)[order]

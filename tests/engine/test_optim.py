@@ -1,4 +1,5 @@
 import copy
+import shlex
 
 import numpy as np
 import pytest
@@ -104,8 +105,11 @@ def test_options_have_the_defaults_of_timm_and_those_that_an_optimizer_does_not_
             assert default is None
             assert options[option] == KEYS[f"TRAIN.OPTIMIZER.{option}"].default
             value = "[0.5, 0.5]" if option == "BETAS" else 0.5
-            with pytest.raises(ConfigError, match=f"{option}=.* has no effect with TRAIN.OPTIMIZER.NAME={name}"):
-                build_config("TRAIN.OPTIMIZER.NAME", name, f"TRAIN.OPTIMIZER.{option}", value)
+            opts = ("TRAIN.OPTIMIZER.NAME", name, f"TRAIN.OPTIMIZER.{option}", value)
+            with pytest.raises(ConfigError, match=f"{option}=.* has no effect with TRAIN.OPTIMIZER.NAME={name}") as error:
+                build_config(*opts)
+            remedy = shlex.split(str(error.value).partition(" --opts ")[2])
+            assert build_config(*opts, *remedy).TRAIN.OPTIMIZER[option] == KEYS[f"TRAIN.OPTIMIZER.{option}"].default
 
 
 def test_an_explicit_option_has_precedence_over_the_default_of_the_optimizer():
@@ -149,6 +153,17 @@ def test_a_stored_state_that_does_not_fit_the_optimizer_is_rejected_by_name(name
 
 
 # --- Loss
+
+
+def test_class_weights_that_are_too_long_for_the_command_line_are_accepted_from_a_yaml_file(tmp_path):
+    weights, file = [float(number) for number in range(1, 1001)], tmp_path / "weights.yaml"
+    opts = ["MODEL.NUM_CLASSES", 1000]
+    with pytest.raises(ConfigError, match="give at most 4096, or write the list in a YAML file, and add this file to --cfg"):
+        load_config(CONFIGS / "flatten_swin_t.yaml", [*opts, "TRAIN.CLASS_WEIGHTS", str(weights)])
+    file.write_text(f"TRAIN: {{CLASS_WEIGHTS: {weights}}}")
+    loaded = load_config([CONFIGS / "flatten_swin_t.yaml", file], opts).TRAIN.CLASS_WEIGHTS
+    assert loaded == weights
+
 
 LABELS = np.array([0] * 6 + [1] * 3 + [2])
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, -2.0], [1.0, 1.0, 3.0], [-1.0, 0.0, 0.0]])

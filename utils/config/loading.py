@@ -328,7 +328,8 @@ def _to_float(number: float, name: str, source: str) -> float:
 
 def _check_text(text: str, name: str, source: str) -> str:
     if len(text) > MAX_TEXT:
-        raise ConfigError(f"{source}: {name}={show(text)} has {len(text)} characters; give at most {MAX_TEXT}")
+        remedy = ", or write the list in a YAML file, and add this file to --cfg" if name in _MAY_BE_LIST else ""
+        raise ConfigError(f"{source}: {name}={show(text)} has {len(text)} characters; give at most {MAX_TEXT}{remedy}")
     if not KEYS[name].is_path and not text.isprintable():
         raise ConfigError(f"{source}: {name}={text!r} contains a control character or a line break; remove it")
     if "\0" in text:

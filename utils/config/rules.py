@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from difflib import get_close_matches
 from typing import Any
 
@@ -147,10 +148,12 @@ def _check_optimizer(keys: CfgNode) -> None:
     optimizer, schedule = keys.OPTIMIZER, keys.LR_SCHEDULER
     defaults = OPTIMIZERS[optimizer.NAME]
     for option in OPTIONS:
-        if option not in defaults and optimizer[option] != KEYS[f"TRAIN.OPTIMIZER.{option}"].default:
+        ignored = KEYS[f"TRAIN.OPTIMIZER.{option}"].default  # accepted, since the config file of a run contains every key
+        if option not in defaults and optimizer[option] != ignored:
             raise ConfigError(
                 f"TRAIN.OPTIMIZER.{option}={optimizer[option]} has no effect with TRAIN.OPTIMIZER.NAME={optimizer.NAME}, which "
-                f"takes {' and '.join(defaults)}; remove it"
+                f"takes {' and '.join(defaults)}; remove it; if a config file contains it, add "
+                f"--opts TRAIN.OPTIMIZER.{option} {shlex.quote(str(ignored))}"
             )
     example: Any = defaults.get("BETAS", KEYS["TRAIN.OPTIMIZER.BETAS"].default)
     if len(optimizer.BETAS) != len(example) or not all(0 <= beta < 1 for beta in optimizer.BETAS):
