@@ -92,6 +92,7 @@ class Tracker:
             if self._process is not None:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.killpg(self._process.pid, signal.SIGKILL)
+        self._write.flush()  # the warning of a failure is logged before this process ends
 
     def _start(self, run: dict) -> None:
         try:

@@ -96,7 +96,8 @@ def test_a_released_model_is_evaluated_by_name_with_one_download_for_two_process
     assert record["published"]["acc1"] == 30.0
     low, high = result["acc1_interval_95"]
     verdict = "within" if low <= 30 <= high else "outside"
-    assert f"measured on 12 images, 30.000 published, which is {verdict} the 95 % confidence interval" in outcome.output
+    restriction = "predictions restricted to 3 of 1000 classes"
+    assert f"on 12 images ({restriction}), 30.000 published, which is {verdict} the 95 % confidence interval" in outcome.output
 
 
 def test_an_unreleased_model_name_is_rejected_with_the_list_of_released_models(noise_images, tmp_path):
