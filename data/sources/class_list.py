@@ -67,9 +67,14 @@ def class_lists(folder: Path, root: Path) -> list[Path]:
     return list(dict.fromkeys((folder / CLASS_NAMES_FILE, root / CLASS_NAMES_FILE)))
 
 
+def find_listing(listings: Sequence[Path]) -> Path | None:
+    """The first file of ``listings`` that exists; None if there is none."""
+    return next((path for path in listings if path.is_file()), None)
+
+
 def list_classes(listings: Sequence[Path]) -> list[str] | None:
-    """Class names in the first file of ``listings`` that exists; None if there is none."""
-    listing = next((path for path in listings if path.is_file()), None)
+    """Class names in the file that ``find_listing`` returns; None if there is none."""
+    listing = find_listing(listings)
     return read_class_names(listing) if listing else None
 
 
@@ -93,7 +98,7 @@ def class_names(listings: Sequence[Path], labels: Sequence[int], source: Path) -
     )
     if first_unused < max(used_ids):  # checked first: the lists below grow with the largest class id
         raise DataError(gap)
-    listing = next((path for path in listings if path.is_file()), None)
+    listing = find_listing(listings)
     classes = read_class_names(listing) if listing else numbered(first_unused)
     if (duplicate := first_duplicate(classes)) is not None:
         raise DataError(f"{listing}: duplicate class name {duplicate}; give every class a unique name")
