@@ -329,7 +329,7 @@ KEYS = {
     "TRAIN.CLASS_WEIGHTS": Key(
         "none",
         "weight of each class in the training loss: `none`, `balanced` (images / (classes * images of the class)), or a list "
-        "with a number above 0 per class, by class id",
+        "with a number from 1e-9 to 1e9 per class, by class id",
     ),
     # Augmentation
     "AUG.COLOR_JITTER": Key(

@@ -14,6 +14,8 @@ from utils.config.reading import show
 from utils.errors import ConfigError
 
 MAX_NAME_BYTES = 255  # maximum length of a file name on common file systems
+# Range of TRAIN.CLASS_WEIGHTS, far inside that of float32, so that losses and gradients are finite too.
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 # Key prefix -> model types that use the keys with this prefix. With other types, these keys must have their default values.
 _FAMILY_KEYS = {
     "MODEL.SWIN.": ("flatten_swin",),
@@ -144,7 +146,7 @@ def _check_recipe(cfg: CfgNode) -> None:
 
 
 def _check_optimizer(keys: CfgNode) -> None:
-    """Check that the optimizer takes the options that are set, and that the schedule ends within the run."""
+    """Check that optimizer and schedule take the options that are set, and that the schedule ends within the run."""
     optimizer, schedule = keys.OPTIMIZER, keys.LR_SCHEDULER
     defaults = OPTIMIZERS[optimizer.NAME]
     for option in OPTIONS:
@@ -163,6 +165,14 @@ def _check_optimizer(keys: CfgNode) -> None:
         )
     if optimizer.NAME == "muon" and optimizer.MOMENTUM == 1:
         raise ConfigError("TRAIN.OPTIMIZER.MOMENTUM=1.0: muon needs a number below 1, such as its default 0.9")
+    for name, option in (("multistep", "MILESTONES"), ("poly", "POWER")):
+        ignored = KEYS[f"TRAIN.LR_SCHEDULER.{option}"].default
+        if name != schedule.NAME and schedule[option] != ignored:
+            raise ConfigError(
+                f"TRAIN.LR_SCHEDULER.{option}={schedule[option]} has no effect with TRAIN.LR_SCHEDULER.NAME={schedule.NAME}; "
+                f"remove it, or set TRAIN.LR_SCHEDULER.NAME {name}; if a config file contains it, add "
+                f"--opts TRAIN.LR_SCHEDULER.{option} {shlex.quote(str(ignored))}"
+            )
     epochs = schedule.MILESTONES
     is_legal = epochs and epochs == sorted(set(epochs)) and epochs[-1] < keys.EPOCHS
     if schedule.NAME == "multistep" and not is_legal:
@@ -184,10 +194,16 @@ def _check_loss(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"TRAIN.CLASS_WEIGHTS={show(weights)}: choose none or balanced, or give a list with a number per class"
             )
-    elif len(weights) != cfg.MODEL.NUM_CLASSES or min(weights) <= 0:
+    elif len(weights) != cfg.MODEL.NUM_CLASSES:
         raise ConfigError(
             f"TRAIN.CLASS_WEIGHTS={show(weights)} has {len(weights)} numbers; give one above 0 for each of the "
             f"{cfg.MODEL.NUM_CLASSES} classes (MODEL.NUM_CLASSES), or balanced"
+        )
+    elif illegal := [(i, weight) for i, weight in enumerate(weights) if not MIN_WEIGHT <= weight <= MAX_WEIGHT]:
+        class_id, weight = illegal[0]
+        raise ConfigError(
+            f"TRAIN.CLASS_WEIGHTS={show(weights)}: the weight of the class with id {class_id} is {weight:g}; give numbers from "
+            f"{MIN_WEIGHT:g} to {MAX_WEIGHT:g}, or balanced"
         )
     if weights == cfg.DATA.SAMPLING == "balanced":
         raise ConfigError(
