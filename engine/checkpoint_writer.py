@@ -247,19 +247,33 @@ def _are_equal(path: Path, other: Path) -> bool:
 
 
 def keep_former_best(folder: Path) -> None:
-    """Rename ``best.pth`` to ``best_<updates>.pth``, or, if it is damaged, set it aside: the next best does not replace it."""
+    """Rename ``best.pth`` and every ``top_<updates>.pth`` to ``best_<updates>.pth``: the next best ones do not replace them.
+
+    A damaged ``best.pth`` is set aside instead.
+    """
     best = folder / BEST
-    if not os.path.isfile(best):
-        return
-    try:
-        kept = folder / f"best_{read_checkpoint(best)['num_updates']:09d}.pth"
-    except CheckpointError:
-        set_aside(best, "damaged")
-        return
+    if os.path.isfile(best):
+        try:
+            _rename_former_best(best, read_checkpoint(best)["num_updates"])
+        except CheckpointError:
+            set_aside(best, "damaged")
+    for path in sorted(filter(is_top, folder.glob("top_*.pth"))):
+        if _are_equal(path, _former_best_path(folder, num_updates_of(path))):  # os.replace does nothing for two links to a file
+            path.unlink()
+        else:
+            _rename_former_best(path, num_updates_of(path))
+
+
+def _former_best_path(folder: Path, num_updates: int) -> Path:
+    return folder / f"best_{num_updates:09d}.pth"
+
+
+def _rename_former_best(path: Path, num_updates: int) -> None:
+    kept = _former_best_path(path.parent, num_updates)
     while os.path.lexists(kept):
         kept = kept.with_name(f"{kept.stem}_{kept.suffix}")
-    os.replace(best, kept)
-    logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", best, kept.name)
+    os.replace(path, kept)
+    logger.warning("%s: kept as %s, since the next best checkpoint is not compared with it", path, kept.name)
 
 
 def to_host(value: Any, *, copy: bool = False) -> Any:

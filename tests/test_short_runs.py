@@ -68,7 +68,8 @@ def test_a_run_that_ends_early_and_keeps_its_best_checkpoints_is_resumed_exactly
     assert "BEST_METRIC (from macro_f1 to loss) changed after the best accuracy was measured; the best accuracy is reset" in (
         " ".join(outcome.output.split())
     )
-    assert (second / "best_000000036.pth").is_file()
+    assert {"best_000000024.pth", "best_000000036.pth"} < {path.name for path in second.iterdir()}
+    assert [path.name for path in second.glob("top_*")] == ["top_000000048.pth"]
     best = read_checkpoint(second / BEST)["best"]
     assert (best["metric"], best["num_updates"]) == ("loss", 48)
     assert best["value"] == pytest.approx(min(record["loss"] for record in read_state(second)["evaluations"][-2:]))

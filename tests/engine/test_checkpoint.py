@@ -212,8 +212,12 @@ def test_a_best_checkpoint_that_is_no_longer_compared_is_kept_under_another_name
     best, content = saved.with_name("best.pth"), saved.read_bytes()
     for kept in ("best_000000001.pth", "best_000000001_.pth"):
         best.write_bytes(content)
+        os.link(best, best.with_name("top_000000001.pth"))
+        best.with_name("top_000000002.pth").write_bytes(content + kept.encode())
         checkpoint_writer.keep_former_best(best.parent)
         assert saved.with_name(kept).read_bytes() == content
+        assert saved.with_name(kept.replace("1", "2")).read_bytes() == content + kept.encode()
+        assert not list(best.parent.glob("top_*"))
     best.write_bytes(content)
     damage(best, "flip")
     checkpoint_writer.keep_former_best(best.parent)
