@@ -103,6 +103,18 @@ class TrainBatches(Sampler[list[Key]]):
             self.max_copies = math.ceil(math.ceil(num_samples / len(counts)) / counts.min())
         self.set_position(0, 0)
 
+    def count_images(self) -> int:
+        """Number of distinct images in an epoch.
+
+        With balanced classes, this is an estimate: the class sizes are rounded, and if images do not fill the last update, or
+        with repeated augmentation, the part of an epoch that is used is random.
+        """
+        used = min(self.updates_per_epoch * self.global_batch_size, self.num_samples) // self.repeats
+        if not self.images_of_class:
+            return used
+        share = used // len(self.images_of_class)
+        return sum(min(len(images), share) for images in self.images_of_class)
+
     def set_position(self, epoch: int, first_update: int) -> None:
         """Set the epoch to read next, and the update of this epoch to start from."""
         self.epoch = epoch

@@ -341,11 +341,12 @@ def log_recipe(cfg: CfgNode, world: World, model: torch.nn.Module, learning_rate
     )
     epochs = count_epochs(cfg)
     logger.info(
-        "epochs: %d%s, updates per epoch: %d, images used per epoch: %d of %d",
+        "epochs: %d%s, updates per epoch: %d, images used per epoch: %s%d of %d",
         epochs,
         f" ({cfg.TRAIN.EPOCHS} + {cfg.TRAIN.COOLDOWN_EPOCHS} cooldown)" if cfg.TRAIN.COOLDOWN_EPOCHS else "",
         updates_per_epoch,
-        min(updates_per_epoch * global_batch, num_images) // cfg.AUG.REPEATS,
+        "about " if cfg.DATA.SAMPLING == "balanced" else "",
+        loader.sampler.count_images(),
         num_images,
     )
     recipe_batch = cfg.TRAIN.RECIPE_BATCH_SIZE

@@ -34,6 +34,8 @@ def test_a_balanced_epoch_has_as_many_images_of_each_class_and_uses_those_of_a_c
         assert sorted(Counter(LABELS[index] for _, index in keys).values()) == [20, 20, 21]
         for label, counts in ((0, {0, 1}), (1, {5, 6}), (2, {2, 3})):
             assert {images[index] for index in positions[label]} <= counts
+        batches = TrainBatches(61, 4, accumulation=1, drop_last=False, labels=LABELS, rank=0, world_size=1, seed=3)
+        assert 0 <= len(images) - batches.count_images() <= 1
     assert read_epoch(0) != read_epoch(1)
 
 
