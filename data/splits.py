@@ -108,6 +108,11 @@ def find_split(root: Path, split: str, requested: str = "", *, zip_mode: bool = 
     return name, layout
 
 
+def lacks_splits(root: Path) -> bool:
+    """Whether a directory has class directories, as that of ImageNet-A, and no validation split in any layout."""
+    return has_class_directories(root) and not any(list_layouts(root, name) for name in DEFAULT_NAMES["val"])
+
+
 def build_too_few_images_error(
     cfg: CfgNode, source: Path, num_images: int, accumulation: int, world_size: int, *, bound: str = ""
 ) -> DataError:

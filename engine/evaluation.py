@@ -106,6 +106,37 @@ class EvalResult:
         return f" * Acc@1 {self.acc1:.3f}{top5}"
 
 
+class FlipAverage(nn.Module):
+    """A classifier whose logits are the mean of those of ``model`` for an image and for its horizontal mirror image.
+
+    Logits are averaged, not probabilities, as timm does for its test-time augmentation: the mean can be restricted to some
+    classes afterwards.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes), in fp32, of images (B, 3, H, W)."""
+        return (self.model(images).float() + self.model(images.flip(-1)).float()) / 2
+
+
+def augmented(model: nn.Module, tta: str) -> nn.Module:
+    """The model with the test-time augmentation of TEST.TTA; the model itself without one."""
+    return FlipAverage(model) if tta == "flip" else model
+
+
+def describe_conditions(restriction: str, tta: str) -> str:
+    """How an accuracy was measured, if not from one prediction among all classes per image; else "".
+
+    Args:
+        restriction: see ``data.build.Datasets``.
+        tta: TEST.TTA.
+    """
+    return ", ".join(filter(None, [restriction, "mean of image and mirror image" if tta == "flip" else ""]))
+
+
 @torch.no_grad()
 def evaluate(
     models: dict[str, nn.Module],

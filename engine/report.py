@@ -40,6 +40,7 @@ def write_evaluation(
     real_labels: Sequence[Sequence[int]] | None,
     predictions: bool,
     restriction: str = "",
+    tta: str = "none",
 ) -> None:
     """Write the results of an evaluation to a directory; each file is replaced atomically.
 
@@ -53,9 +54,11 @@ def write_evaluation(
             label are not counted. None: do not compute the accuracy on ReaL labels.
         predictions: whether to write ``predictions_<weights>.csv`` too.
         restriction: if the dataset has a part of the model's classes, says whether predictions are restricted to them; else "".
+        tta: TEST.TTA.
     """
     record = about | {
         "restriction": restriction or None,
+        "tta": tta,
         "preferred": preferred,
         "results": {weights: _record(result, real_labels) for weights, result in results.items()},
     }
@@ -79,10 +82,10 @@ def write_evaluation(
         written.append("confusion.png")
     if predictions:
         for weights, result in results.items():
-            columns, rows = PREDICTION_COLUMNS, _prediction_rows(result, classes, names)
-            if restriction:
-                columns, rows = [*columns, "restriction"], ([*row, restriction] for row in rows)
-            write_csv(output / f"predictions_{weights}.csv", columns, rows)
+            conditions = {"restriction": restriction} if restriction else {}
+            conditions |= {"tta": tta} if tta != "none" else {}
+            rows = ([*row, *conditions.values()] for row in _prediction_rows(result, classes, names))
+            write_csv(output / f"predictions_{weights}.csv", [*PREDICTION_COLUMNS, *conditions], rows)
             written.append(f"predictions_{weights}.csv")
     logger.info("written to %s: %s", output, ", ".join(written))
 

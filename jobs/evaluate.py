@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
 from data.index import Index, compare_descriptions, describe_index
 from data.splits import build_split
-from engine.evaluation import EvalResult, evaluate, log_results
+from engine.evaluation import EvalResult, augmented, describe_conditions, evaluate, log_results
 from engine.optim import eval_dtype
 from engine.report import MISTAKES, draw_mistakes, write_evaluation
 from engine.run_directory import create_output_directory
@@ -69,10 +69,10 @@ def evaluate_checkpoint(args: argparse.Namespace, cfg: CfgNode | None, opts: Seq
     logger.info("%s, output in %s; evaluating %s", world, output, checkpoint.path)
     evaluation = evaluate_weights(checkpoint, cfg, world)
     on_main(world, lambda: write_results(cfg, checkpoint, evaluation, output))
-    restriction = f" ({evaluation.datasets.restriction})" if evaluation.datasets.restriction else ""
+    conditions = describe_conditions(evaluation.datasets.restriction, cfg.TEST.TTA)
     if checkpoint.location.released is not None:
-        log_published(checkpoint.location.released, evaluation.result, restriction)
-    logger.info("%s%s", evaluation.result, restriction)
+        log_published(checkpoint.location.released, evaluation.result, conditions)
+    logger.info("%s%s", evaluation.result, f" ({conditions})" if conditions else "")
 
 
 def write_results(cfg: CfgNode, checkpoint: Checkpoint, evaluation: Evaluation, output: Path) -> None:
@@ -90,6 +90,7 @@ def write_results(cfg: CfgNode, checkpoint: Checkpoint, evaluation: Evaluation, 
         real_labels=evaluation.datasets.real_labels,
         predictions=cfg.TEST.PREDICTIONS,
         restriction=evaluation.datasets.restriction,
+        tta=cfg.TEST.TTA,
     )
     if cfg.TEST.MISTAKES:
         options: dict[str, Any] = {"classes": classes, "names": names, "load": data.decode, "path": output / MISTAKES}
@@ -133,8 +134,13 @@ def choose_output(cfg: CfgNode, checkpoint: Checkpoint, opts: Sequence, *, own_c
     return build_output_path(cfg)
 
 
-def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Evaluation:
+def evaluate_weights(
+    checkpoint: Checkpoint, cfg: CfgNode, world: World, models: dict[str, torch.nn.Module] | None = None
+) -> Evaluation:
     """Evaluate every set of weights of a checkpoint on the validation images of DATA.DATA_PATH.
+
+    Args:
+        models: those of an earlier evaluation of the checkpoint with the same model; None to load them.
 
     Raises:
         ConfigError, DataError, CheckpointError: config, data and checkpoint do not match.
@@ -153,11 +159,13 @@ def evaluate_weights(checkpoint: Checkpoint, cfg: CfgNode, world: World) -> Eval
     loader = build_eval_loader(
         cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device, num_cores=world.num_cores
     )
-    labels = tuple(stored_weights(checkpoint.state)) or ("raw",)
-    models = load_models(checkpoint, cfg, labels=labels, device=world.device, is_main=world.is_main)
+    if models is None:
+        labels = tuple(stored_weights(checkpoint.state)) or ("raw",)
+        models = load_models(checkpoint, cfg, labels=labels, device=world.device, is_main=world.is_main)
     attention = choose_attention(models.values(), [eval_dtype(cfg)], cfg, world)
+    predictors = {label: augmented(model, cfg.TEST.TTA) for label, model in models.items()}
     results = evaluate(
-        models, loader, amp_dtype=eval_dtype(cfg), world=world, class_ids=datasets.class_ids, keep_predictions=True
+        predictors, loader, amp_dtype=eval_dtype(cfg), world=world, class_ids=datasets.class_ids, keep_predictions=True
     )
     log_results(results)
     return Evaluation(results, models, preferred_weights(checkpoint.state), datasets, attention)
@@ -198,11 +206,11 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
         )
 
 
-def log_published(released: Released, result: EvalResult, restriction: str) -> None:
+def log_published(released: Released, result: EvalResult, conditions: str) -> None:
     """Log a measured accuracy, the published one, and whether the published one is in the confidence interval.
 
     Args:
-        restriction: addition to the number of images, see ``Datasets.restriction``.
+        conditions: see ``describe_conditions``.
     """
     low, high = wilson_interval(result.correct1, result.num_images)
     verdict = "within" if low <= released.acc1 <= high else "outside"
@@ -214,7 +222,7 @@ def log_published(released: Released, result: EvalResult, restriction: str) -> N
         released.name,
         result.acc1,
         result.num_images,
-        restriction,
+        f" ({conditions})" if conditions else "",
         released.acc1,
         verdict,
         low,

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from data.build import build_preprocessing
 from engine.evaluation import MAX_CLASSES_WITHOUT_TOP5
-from jobs.hub import EVALUATION, Publication, card_header
+from jobs.hub import EVALUATION, Publication, card_header, stored_conditions
 from jobs.locate_checkpoint import Checkpoint
 from jobs.model import OpenedModel, open_model
 from models import build_arguments
@@ -282,7 +282,7 @@ def check_evaluation(evaluation: dict, label: str) -> None:
 
 def published_evaluation(evaluation: dict, label: str) -> dict:
     """The entries of an ``eval.json`` that concern the exported weights, without paths of this machine."""
-    kept = {key: evaluation[key] for key in ("sha256", "precision", "restriction") if evaluation.get(key)}
+    kept = {key: evaluation[key] for key in ("sha256", "precision", "restriction", "tta") if evaluation.get(key)}
     kept |= {"data": Path(evaluation["data"]).name, "versions": {"torch": evaluation["versions"]["torch"]}}
     return kept | {"results": {label: evaluation["results"][label]}}
 
@@ -338,10 +338,11 @@ def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> 
         return "Not measured: evaluate the checkpoint (`--eval`), and export again with its `eval.json`."
     result = evaluation["results"][label]
     low, high = result["acc1_interval_95"]
-    restriction = f", {markdown(evaluation['restriction'])}" if evaluation.get("restriction") else ""
+    conditions = stored_conditions(evaluation)
+    conditions = f", {markdown(conditions)}" if conditions else ""
     top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if num_classes > MAX_CLASSES_WITHOUT_TOP5 else ""
     return (
         f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
-        f"{result['num_images']} images){top5}{restriction}, measured on {markdown_code(Path(evaluation['data']).name)} in "
+        f"{result['num_images']} images){top5}{conditions}, measured on {markdown_code(Path(evaluation['data']).name)} in "
         f"{markdown_code(evaluation['precision'])} with torch {markdown_code(evaluation['versions']['torch'])}."
     )

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
+from engine.evaluation import describe_conditions
 from utils.errors import ConfigError
 from utils.text import escape
 from utils.urls import without_environment_secrets
@@ -50,6 +51,7 @@ def card_header(name: str, publication: Publication, evaluation: dict | None, la
         if publication.repository:
             url = f"{huggingface_hub.constants.ENDPOINT}/{publication.repository}/blob/main/{EVALUATION}"
             source = {"source_name": EVALUATION, "source_url": url}
+        conditions = stored_conditions(evaluation)
         data = _plain(Path(evaluation["data"]).name) or "unknown"
         results.append(
             huggingface_hub.EvalResult(
@@ -57,7 +59,7 @@ def card_header(name: str, publication: Publication, evaluation: dict | None, la
                 dataset_type=data,
                 dataset_name=data,
                 metric_type="accuracy",
-                metric_name="Top-1 accuracy (%)",
+                metric_name=_plain(f"Top-1 accuracy (%){f', {conditions}' if conditions else ''}"),
                 metric_value=round(evaluation["results"][label]["acc1"], 3),
                 **source,
             )
@@ -72,6 +74,11 @@ def card_header(name: str, publication: Publication, evaluation: dict | None, la
         eval_results=results or None,
     )
     return f"---\n{header.to_yaml()}\n---"
+
+
+def stored_conditions(evaluation: dict) -> str:
+    """The result of ``describe_conditions`` for the contents of an ``eval.json``; earlier versions had no TEST.TTA."""
+    return describe_conditions(str(evaluation.get("restriction") or ""), evaluation.get("tta", "none"))
 
 
 def _plain(text: str) -> str:

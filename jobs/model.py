@@ -221,6 +221,7 @@ def open_model(
     weights: str,
     device: torch.device | str = "cpu",
     prefixes: Sequence[str] = STORED_KEY_PREFIXES,
+    tta: bool = False,
 ) -> OpenedModel:
     """Open a model with the weights of a checkpoint, in evaluation mode.
 
@@ -230,13 +231,16 @@ def open_model(
         opts: KEY, VALUE, ... that override the config.
         weights: raw, ema or auto.
         prefixes: prefixes of the keys to read from the checkpoint's own config, see ``stored_config``.
+        tta: whether the caller applies TEST.TTA.
 
     Raises:
-        ConfigError: config and checkpoint do not match.
+        ConfigError: config and checkpoint do not match, or TEST.TTA has no effect.
         CheckpointError: config and checkpoint do not match, or weights are not finite.
     """
     checkpoint = open_checkpoint(reference)
     cfg = choose_config(checkpoint, load_config(config, opts) if config else None, opts, prefixes=prefixes)
+    if cfg.TEST.TTA != "none" and not tta:
+        raise ConfigError(f"TEST.TTA={cfg.TEST.TTA} has no effect on this command; add --opts TEST.TTA none, or remove the key")
     label, _ = choose_weights(checkpoint.state, weights, checkpoint.path)
     model = load_models(checkpoint, cfg, labels=(label,), device=torch.device(device))[label]
     check_finite_weights(model, checkpoint.path, label)

@@ -68,6 +68,13 @@ def check_same_restriction(first: Path, second: Path) -> None:
         )
 
 
+def describe(path: Path) -> str:
+    """The path of a file that ``read`` accepts, and TEST.TTA of its evaluation, in which the two files may differ."""
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        tta = next(csv.DictReader(file)).get("tta")
+    return f"{path} (TEST.TTA {tta})" if tta else str(path)
+
+
 def compare(first: dict[str, tuple[str, str]], second: dict[str, tuple[str, str]]) -> str:
     """Report both accuracies, their difference and McNemar's test.
 
@@ -134,7 +141,7 @@ def main() -> None:
     with reporting_errors(parser):
         (first, first_pairs), (second, second_pairs) = (read(path, args.weights) for path in (args.first, args.second))
         check_same_restriction(first, second)
-        print(f"first: {first}\nsecond: {second}\n{compare(first_pairs, second_pairs)}")
+        print(f"first: {describe(first)}\nsecond: {describe(second)}\n{compare(first_pairs, second_pairs)}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data.build import build_preprocessing
+    from engine.evaluation import augmented
     from engine.report import Caption, draw_predictions
     from engine.run_directory import check_writable
     from jobs.model import open_model
@@ -32,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.output)
     images = find_images(args.images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, checkpoint, cfg, label = open_model(args.resume, args.cfg, args.opts, weights=args.weights, device=device)
+    model, checkpoint, cfg, label = open_model(args.resume, args.cfg, args.opts, weights=args.weights, device=device, tta=True)
     preprocessing, names = build_preprocessing(cfg), class_names(checkpoint, cfg.MODEL.NUM_CLASSES)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "top_k": args.top_k}
-    predictions = predict(model, images, preprocessing, device=device, **options)
+    predictions = predict(augmented(model, cfg.TEST.TTA), images, preprocessing, device=device, **options)
     readable = [prediction for prediction in predictions if prediction.error is None]
     truths = {prediction.image: true_class(prediction.image, checkpoint.class_names) for prediction in readable}
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "sha256": checkpoint.digest,
         "weights": label,
         "preprocessing": preprocessing.to_dict(),
+        "tta": cfg.TEST.TTA,
     }
     write_results(args.output, predictions, names, about, min(args.top_k, len(names)))
     if readable:

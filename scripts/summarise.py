@@ -28,7 +28,9 @@ def best_evaluations(metrics: Path) -> dict[str, int]:
 
 def print_run(run: Path) -> bool:
     """Print one line per set of weights. Returns whether training and evaluation agree."""
-    evaluation, in_training = json.loads((run / "eval.json").read_text()), best_evaluations(run / "metrics.jsonl")
+    evaluation, in_training = json.loads((run / "eval.json").read_text()), {}
+    if not evaluation.get("restriction") and evaluation.get("tta", "none") == "none":  # as in training
+        in_training = best_evaluations(run / "metrics.jsonl")
     for weights, result in evaluation["results"].items():
         correct, total = result["correct1"], result["num_images"]
         trained = f"{in_training[weights]}/{total}" if weights in in_training else "-"

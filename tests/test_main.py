@@ -291,6 +291,7 @@ def test_a_non_finite_loss_is_reported_although_the_replay_file_cannot_be_writte
         (["--eval", "--check"], "--eval and --check: give only one of them"),
         (["--replay", "x.pth"], "--replay: uses the config stored in the replay file; leave out --cfg"),
         (["--opts", "TEST.PREDICTIONS", "True"], "has an effect only with --eval"),
+        (["--opts", "TEST.TTA", "flip"], "TEST.TTA=flip has an effect only with --eval; add --eval, or remove the key"),
         (["--eval", "--resume", "."], "is a directory without best.pth"),
         (["--resume", "nowhere.pth"], "no such file"),
         (["--data-path", "nowhere"], "no such directory"),

@@ -40,8 +40,8 @@ def images(toy_data, tmp_path):
     return folder
 
 
-def predict_by_hand(checkpoint, toy_config, path):
-    """Confidence and class id of the top-1 prediction.
+def predict_by_hand(checkpoint, toy_config, path, *, flip=False):
+    """Confidence and class id of the top-1 prediction; with ``flip``, of the mean logits of the image and its mirror image.
 
     Pillow resizes the image to 45 x 45 pixels (40 / 0.875, rounded down), and crops 40 x 40.
     """
@@ -52,8 +52,10 @@ def predict_by_hand(checkpoint, toy_config, path):
         image = file.convert("RGB").resize((45, 45), Image.Resampling.BICUBIC).crop((2, 2, 42, 42))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 40, 3).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    batch = ((pixels - mean[:, None, None]) / std[:, None, None])[None]
+    batch = torch.cat([batch, batch.flip(3)]) if flip else batch
     with torch.no_grad():
-        probabilities = model(((pixels - mean[:, None, None]) / std[:, None, None])[None]).softmax(dim=1)[0]
+        probabilities = model(batch).mean(dim=0).softmax(dim=0)
     return probabilities.max().item(), probabilities.argmax().item()
 
 
@@ -103,14 +105,20 @@ def test_a_caption_has_the_file_name_and_shows_whether_the_prediction_is_correct
     assert Caption("a.png", "dog: 90%").lines() == ["a.png", "dog: 90%"]
 
 
-def test_predict_accepts_a_single_file_and_top_k(trained, toy_data, tmp_path):
+def test_predict_accepts_a_single_file_top_k_and_test_time_augmentation(trained, toy_config, toy_data, tmp_path):
     path = toy_data / "val/class1/001.png"
     arguments = [path, "--resume", trained.parent, "--output", tmp_path / "out", "--top-k", 1, "--workers", 1]
-    outcome = run_script(predict, arguments, tmp_path / "log")
+    outcome = run_script(predict, [*arguments, "--opts", "TEST.TTA", "flip"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    record = json.loads((tmp_path / "out/predictions.json").read_text())
+    (entry,) = record["images"]
     assert entry["image"] == str(path)
     assert len(entry["predictions"]) == 1
+    assert record["tta"] == "flip"
+    confidence, class_id = predict_by_hand(trained, toy_config, path, flip=True)
+    assert confidence != pytest.approx(predict_by_hand(trained, toy_config, path)[0], abs=1e-4)
+    assert entry["predictions"][0]["class_id"] == class_id
+    assert entry["predictions"][0]["confidence"] == pytest.approx(confidence, abs=1e-5)
     correct = int(entry["predictions"][0]["class"] == "class1")
     assert f"{correct} of 1 predictions are correct according to the directory names" in outcome.output
 

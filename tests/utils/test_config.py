@@ -391,6 +391,7 @@ DEFAULTS = {
     "TEST.BATCH_SIZE": 0,
     "TEST.CLASS_MAP": "",
     "TEST.REAL_LABELS": "",
+    "TEST.TTA": "none",
     "TEST.RESTRICT_CLASSES": True,
     "TEST.PREDICTIONS": False,
     "TEST.MISTAKES": 0,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config.keys import CLASS_MAPS
+from utils.config.keys import CLASS_MAPS, KEYS
 from utils.config.loading import CONFIGS, option_keys, similar_name
 from utils.errors import USAGE_ERROR, ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
@@ -182,8 +182,9 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
-    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS", "MISTAKES"):
-        if cfg.TEST[key] and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
+    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS", "MISTAKES", "TTA"):
+        default = KEYS[f"TEST.{key}"].default
+        if cfg.TEST[key] != default and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
             raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
     if not cfg.TEST.RESTRICT_CLASSES and not cfg.TEST.CLASS_MAP:
         raise ConfigError(

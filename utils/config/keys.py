@@ -431,6 +431,12 @@ KEYS = {
         minimum=0,
         maximum=100,
     ),
+    "TEST.TTA": Key(
+        "none",
+        "test-time augmentation of `--eval`, `predict.py` and `evaluate_all.py`: `flip` takes the mean of the logits of an "
+        "image and of its horizontal mirror image, at twice the cost; evaluations during training do not use it",
+        choices=("none", "flip"),
+    ),
     "TEST.PRECISION": Key(
         "fp32", "precision of evaluation: `fp32`, or `train` for the precision of training", choices=("fp32", "train")
     ),
