@@ -6,13 +6,17 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice, repeat
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from data.loader import Batch
 from engine.evaluation import evaluate
+from engine.largest_batch import check_batch_size
 from engine.loading_speed import describe_loading
 from engine.optim import eval_dtype
+from engine.profiler import SUFFIX, profile_updates
 from engine.trainer import Trainer
 from models.checkpoints.reader import read_checkpoint
 from utils.distributed import on_main, sum_over_processes
@@ -25,13 +29,17 @@ MEASUREMENT_SECONDS = 8.0  # approximate duration of a measurement
 MAX_UPDATES = 50  # maximum number of updates in the measurement of the update time
 
 
-def dry_run(trainer: Trainer) -> None:
+def dry_run(trainer: Trainer, profile: Path | None = None) -> None:
     """Run some training steps, one evaluation batch and one checkpoint round trip, and report the bottleneck.
 
-    This function changes the state of ``trainer`` and writes a checkpoint to its output directory, which should be temporary.
+    On GPUs, also report the largest batch that fits. This function changes the state of ``trainer`` and writes a checkpoint to
+    its output directory, which should be temporary.
+
+    Args:
+        profile: existing directory for a trace of some updates; None: no profile.
 
     Raises:
-        TrainingError, DataError, CheckpointError: an error that the run would have raised.
+        ConfigError, TrainingError, DataError, CheckpointError: an error that the run would have raised.
     """
     world, cfg, state = trainer.world, trainer.cfg, trainer.state
     epoch = state.num_updates // trainer.updates_per_epoch
@@ -43,16 +51,12 @@ def dry_run(trainer: Trainer) -> None:
     logger.info("data: loading the first images took %.1f s", time.monotonic() - started)
 
     trainer.model.train()
-    batches = trainer.mix(repeat(first))
-    logger.info("training: the first update took %.1f s", _time_updates(trainer, batches, 1))
-    seconds = _time_updates(trainer, batches, 1)  # the first update includes warm-up and compilation, so time the second
-    # Rank 0 chooses the number of updates for all processes, since each update needs all of them.
-    count = on_main(world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
-    update_seconds = _time_updates(trainer, batches, count) / count
-    report = trainer.collect_reports(max_pending=0)[-1]
-    logger.info(
-        "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
-    )
+    check_batch_size(trainer, first)
+    update_seconds = _measure_updates(trainer, first)
+    if profile is not None:
+        batches = trainer.mix(repeat(first))
+        profile_updates(lambda: trainer.update(batches), world, profile / f"{cfg.MODEL.NAME}{SUFFIX}")
+        trainer.collect_reports(max_pending=0)
     loading_seconds = _time_loading(trainer, epoch) * trainer.accumulation
 
     evaluate({"raw": state.model}, list(islice(trainer.val_loader, 1)), amp_dtype=eval_dtype(cfg), world=world)
@@ -77,6 +81,21 @@ def dry_run(trainer: Trainer) -> None:
     # This sum also makes every process wait until all have read the checkpoint, since the caller then deletes the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
     _log_bottleneck(trainer, remaining_updates, *averages.tolist())
+
+
+def _measure_updates(trainer: Trainer, batch: Batch) -> float:
+    """Seconds per update on one batch, over about ``MEASUREMENT_SECONDS``. Logs the first one, and the loss after the last."""
+    batches = trainer.mix(repeat(batch))
+    logger.info("training: the first update took %.1f s", _time_updates(trainer, batches, 1))
+    seconds = _time_updates(trainer, batches, 1)  # the first update includes warm-up and compilation, so time the second
+    # Rank 0 chooses the number of updates for all processes, since each update needs all of them.
+    count = on_main(trainer.world, lambda: max(1, min(MAX_UPDATES, int(MEASUREMENT_SECONDS / max(seconds, 1e-3)))))
+    update_seconds = _time_updates(trainer, batches, count) / count
+    report = trainer.collect_reports(max_pending=0)[-1]
+    logger.info(
+        "training: loss %.4f, gradient norm %.3f after %d updates on one batch", report.loss, report.grad_norm, count + 2
+    )
+    return update_seconds
 
 
 def _time_updates(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> float:

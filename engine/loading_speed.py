@@ -21,7 +21,7 @@ def describe_loading(loader: DeviceLoader, *, num_images: int, update_seconds: f
     needed, num_workers = loader.count_needed_workers(num_images, update_seconds), loader.loader.num_workers
     needs = (
         f"loading an image takes a loader worker {1000 * loader.dataset.seconds_per_image:.1f} ms, so the training step needs "
-        f"about {needed} loader worker(s) for each process, which has {num_workers} and {num_cores} CPU core(s)"
+        f"about {needed} loader worker(s) per process (now {num_workers}, with {num_cores} CPU core(s) per process)"
     )
     if needed <= num_workers:
         return needs

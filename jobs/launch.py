@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
-import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yacs.config import CfgNode
 
 from data.workers import StalledWorkerError, kill_workers
+from engine.largest_batch import OUT_OF_MEMORY_REMEDY
 from engine.replay import replay_update
 from engine.schedule import accumulation_steps
 from jobs.evaluate import evaluate_checkpoint
@@ -44,9 +44,9 @@ SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of 
 # Type of an error, parts of its message of which it has one, and the remedy.
 REMEDIES = (
     (
-        torch.OutOfMemoryError,
-        ("",),
-        "Lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size), or add --use-checkpoint or --amp",
+        RuntimeError,  # torch.OutOfMemoryError, or an error of CUDA outside of torch's allocator
+        ("out of memory", "DefaultCPUAllocator: can't allocate memory"),
+        OUT_OF_MEMORY_REMEDY,
     ),
     (
         Exception,
@@ -117,7 +117,7 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world
     elif args.replay:
         replay_update(args.replay, opts, world)
     elif args.check:
-        dry_run_training(cfg, world, find_unused_parameters=args.find_unused_params)
+        dry_run_training(cfg, world, find_unused_parameters=args.find_unused_params, profile=args.profile)
     else:
         train(cfg, world, stop, find_unused_parameters=args.find_unused_params)
 

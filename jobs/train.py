@@ -26,6 +26,7 @@ from engine.checkpoint_writer import FORMAT, set_aside
 from engine.dry_run import dry_run
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, build_criterion, build_ema, build_optimizer, build_scaler, eval_dtype
+from engine.profiler import check_directory
 from engine.remaining_work import work_after
 from engine.run_contents import check_unchanged
 from engine.run_directory import SECONDS_UNTIL_STALE, RunDirectory, RunLock, RunRecord, write_record
@@ -174,12 +175,17 @@ def open_directory(
         ) from None
 
 
-def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool) -> None:
+def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool, profile: Path | None) -> None:
     """Run each part of training once in a temporary output directory, and report the bottleneck.
 
     What the run would refuse is refused here too; the run's own directory is only read.
+
+    Args:
+        profile: directory for a trace of some updates, which is created; None: no profile.
     """
     apply_numerical_settings(cfg)
+    if profile is not None:
+        on_main(world, partial(check_directory, profile))
     init = choose_initialization(cfg, world)
     directory = on_main(world, lambda: create_temporary_directory(init.contents.output))
     lock = RunLock(directory)
@@ -195,7 +201,7 @@ def dry_run_training(cfg: CfgNode, world: World, *, find_unused_parameters: bool
             warn_about_environment(saved, describe_environment(world.device, world.size), init.checkpoint)
         data = build_data(cfg, world, init, saved)
         trainer = build_trainer(cfg, world, init, saved, data, output=directory, find_unused_parameters=find_unused_parameters)
-        dry_run(trainer)
+        dry_run(trainer, profile)
         logger.info("no problem found: leave out --check to start")
     finally:
         lock.release()

@@ -252,7 +252,7 @@ def test_sigterm_ends_a_check_immediately_and_the_next_check_deletes_its_directo
     """--check restores the default handler of SIGTERM: a Python handler would not run while the process waits for a GPU."""
 
     def prepare(rank: int) -> None:
-        jobs.train.dry_run = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+        jobs.train.dry_run = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 
     output = tmp_path / "output"
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", output, "--check"]

@@ -9,6 +9,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ class LostRankError(RuntimeError):
 
 
 _watch: CollectiveWatch | None = None  # of this process's GPU, from ``setup`` to ``cleanup``, like torch's process group
+_alone = False  # see ``alone``
 
 
 @dataclass
@@ -260,8 +262,24 @@ def wrap(model: nn.Module, world: World, *, find_unused_parameters: bool = False
         )
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that ``wrap`` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within this context, a training step takes no part in collectives, so that its failure lets no other process wait."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def num_processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def start_sum(values: Tensor) -> Callable[[], object]:
@@ -270,7 +288,7 @@ def start_sum(values: Tensor) -> Callable[[], object]:
     On GPUs, that function lets the kernels launched after it wait, but not the host. Collectives that are launched between the
     two calls, such as those of a backward pass, are watched with this one, see ``utils.collective_watch``.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or _alone:
         return lambda: None
     watch = _watch
     span = watch.begin() if watch is not None else None

@@ -56,12 +56,12 @@ def loader_with(milliseconds: float) -> DeviceLoader:
 @pytest.mark.parametrize(
     ("milliseconds", "num_cores", "expected"),
     [
-        (1.0, 8, "about 3 loader worker(s) for each process, which has 4 and 8 CPU core(s)"),
-        (3.5, 8, "about 9 loader worker(s) for each process, which has 4 and 8 CPU core(s); make the images smaller"),
+        (1.0, 8, "about 3 loader worker(s) per process (now 4, with 8 CPU core(s) per process)"),
+        (3.5, 8, "about 9 loader worker(s) per process (now 4, with 8 CPU core(s) per process); make the images smaller"),
         (
             2.5,
             8,
-            "about 7 loader worker(s) for each process, which has 4 and 8 CPU core(s); set --opts DATA.NUM_WORKERS 7",
+            "about 7 loader worker(s) per process (now 4, with 8 CPU core(s) per process); set --opts DATA.NUM_WORKERS 7",
         ),
     ],
 )

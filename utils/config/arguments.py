@@ -109,7 +109,18 @@ FLAGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "--output": ("OUTPUT", {"metavar": "DIR", "help": "output directory; a run is written to DIR/<MODEL.NAME>/<TAG>"}),
     "--tag": ("TAG", {"help": "name of the run"}),
     "--eval": (None, {"action": "store_true", "help": "evaluate the checkpoint given by --resume"}),
-    "--check": (None, {"action": "store_true", "help": "run each part of training once; report errors and the bottleneck"}),
+    "--check": (
+        None,
+        {"action": "store_true", "help": "run each part of training once; report errors, the largest batch and the bottleneck"},
+    ),
+    "--profile": (
+        None,
+        {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "with --check: write a trace of some updates, and list the slowest operations",
+        },
+    ),
     "--replay": (
         None,
         {"metavar": "FILE", "help": "repeat an update whose loss or gradient was not finite, from replay_*.pth"},
@@ -160,6 +171,8 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     jobs = [f"--{job}" for job in ("throughput", "eval", "check", "replay") if getattr(args, job)]
     if len(jobs) > 1:
         raise ConfigError(f"{' and '.join(jobs)}: give only one of them")
+    if args.profile and not args.check:
+        raise ConfigError(f"--profile {args.profile}: applies only to a dry run; add --check, or remove --profile")
     if args.replay:
         if cfg is not None:
             raise ConfigError("--replay: uses the config stored in the replay file; leave out --cfg")
