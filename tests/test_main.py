@@ -74,6 +74,7 @@ def test_a_run_with_other_optimizer_schedule_loss_and_sampling_killed_in_mid_epo
         outcome = run_main(arguments, tmp_path / "log")
         assert outcome.exit_codes == [0], outcome.output
         assert "DATA.SAMPLING=balanced: an image of the rarest class occurs up to 5 times per epoch" in outcome.output
+        assert "images used per epoch: about 54 of 74" in outcome.output  # 72 / 3 of two classes, and all 6 of the third
         states.append(read_state(folder))
     assert "resumed after update" in outcome.output
     assert_equal(*states)
