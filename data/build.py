@@ -40,6 +40,7 @@ from data.transforms import Normalize, Transform, check_policy, create_eval_tran
 from data.workers import BATCHES_PER_WORKER, WatchedDataset, create_loader, warn_about_shared_memory
 from models.preprocessing import MAX_SMALL_SIZE
 from models.registry import build_preprocessing
+from utils.config.arguments import check_data_path
 from utils.config.loading import image_size
 from utils.devices import count_cores
 from utils.random import restore_generators
@@ -84,10 +85,10 @@ def build_datasets(
         model_classes: class names with which the evaluated checkpoint was trained, by class id; () if unknown.
 
     Raises:
+        ConfigError: DATA.DATA_PATH is empty.
         DataError: missing directories, or classes that do not match.
     """
-    if not cfg.DATA.DATA_PATH:
-        raise DataError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
+    check_data_path(cfg)
     indices = run_once(lambda: build_indices(cfg, ("train", "val") if training else ("val",)))
     train = None
     if training:

@@ -186,6 +186,12 @@ def hold_out(index: Index, fraction: float) -> dict[str, np.ndarray]:
     return {"train": np.flatnonzero(~is_held_out), "val": np.flatnonzero(is_held_out)}
 
 
+def digest_held_out(index: Index) -> str:
+    """Digest of the class ids and names of held-out images: equal for all copies, as the choice of ``hold_out``."""
+    names = sorted((int(label), _hashed_name(index.name(position))) for position, label in enumerate(index.labels))
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+
 def _hashed_name(path: str) -> bytes:
     """The name of an image that determines whether it is held out: equal for all copies in other directories and archives.
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from yacs.config import CfgNode
 
 from data.build import Datasets, build_datasets, build_eval_loader, build_preprocessing
 from data.index import Index, compare_descriptions, describe_index
-from data.splits import build_split
+from data.splits import build_split, digest_held_out
 from engine.evaluation import EvalResult, augmented, describe_conditions, evaluate, log_results
 from engine.optim import eval_dtype
 from engine.report import MISTAKES, draw_mistakes, write_evaluation
@@ -155,7 +156,8 @@ def evaluate_weights(
         run_once=partial(on_main, world, long_timeout=True),
         model_classes=checkpoint.class_names,
     )
-    on_main(world, lambda: warn_about_held_out(checkpoint, cfg, datasets.val.index), long_timeout=True)
+    for warn in (warn_about_held_out, warn_about_split):
+        on_main(world, partial(warn, checkpoint, cfg, datasets.val.index), long_timeout=True)
     loader = build_eval_loader(
         cfg, datasets.val, rank=world.rank, world_size=world.size, device=world.device, num_cores=world.num_cores
     )
@@ -189,13 +191,8 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
         sizes = [split.get("num_images") for split in data.values() if isinstance(split, Mapping)]
         if not fraction and len(index) != sum(size for size in sizes if isinstance(size, int)):
             level = logging.INFO
-    elif fraction and (difference := compare_descriptions(data.get("val", {}), describe_index(index))):
-        name = build_split(cfg, "train")[0]
-        # Packed copies have other names and positions of the same held-out images, so that the comparison cannot decide.
-        change = (
-            f"the images that DATA.VAL_FRACTION holds out may differ from those in training: {difference} (also if the "
-            f"images were only packed); to evaluate all images, add --opts DATA.VAL_FRACTION 0 DATA.VAL_SPLIT {name}"
-        )
+    elif fraction and (change := _find_held_out_change(data.get("val"), index)):
+        change += f"; to evaluate all images, add --opts DATA.VAL_FRACTION 0 DATA.VAL_SPLIT {build_split(cfg, 'train')[0]}"
     if change:
         logger.log(
             level,
@@ -203,6 +200,55 @@ def warn_about_held_out(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> N
             checkpoint.path,
             change,
             index.source,
+        )
+
+
+def _find_held_out_change(stored: object, index: Index) -> str:
+    """Whether other images are held out than in training; "" if they are the same.
+
+    Args:
+        stored: description of the held-out images in the checkpoint; those of earlier versions have no ``held_out``.
+    """
+    description = dict(stored) if isinstance(stored, Mapping) else {}
+    if description.get("held_out") == digest_held_out(index):
+        return ""
+    difference = compare_descriptions(description, describe_index(index))
+    if "held_out" in description:
+        return f"other images than in training are held out by DATA.VAL_FRACTION: {difference}"
+    # Packed copies have other names and positions of the same held-out images, so that the comparison cannot decide.
+    return difference and (
+        f"the images that DATA.VAL_FRACTION holds out may differ from those in training: {difference} (also if the images were "
+        "only packed)"
+    )
+
+
+def warn_about_split(checkpoint: Checkpoint, cfg: CfgNode, index: Index) -> None:
+    """Warn if the evaluated images are the training images, or if training has evaluated another split of the same data.
+
+    Args:
+        index: the images that are evaluated.
+    """
+    config, data = checkpoint.state.get("config"), checkpoint.state.get("data")
+    if not isinstance(config, Mapping) or not isinstance(data, Mapping):
+        return
+    stored, train = flatten(config), data.get("train")
+    if (
+        isinstance(train, Mapping)
+        and train.get("num_images") == len(index)
+        and not compare_descriptions(dict(train), describe_index(index))
+    ):
+        logger.warning(
+            "%s was trained on the images of %s: the accuracy does not measure generalisation", checkpoint.path, index.source
+        )
+    split = stored.get("DATA.VAL_SPLIT")
+    if split and not cfg.DATA.VAL_SPLIT and not cfg.DATA.VAL_FRACTION and stored.get("DATA.DATA_PATH") == cfg.DATA.DATA_PATH:
+        logger.warning(
+            "%s: training evaluated the split %s, but this is an evaluation of %s; to evaluate the same images, add --opts "
+            "DATA.VAL_SPLIT %s",
+            checkpoint.path,
+            split,
+            index.source,
+            shlex.quote(str(split)),
         )
 
 

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from data.build import DeviceLoader, TrainLoader, build_datasets, build_eval_loader, build_mixup, build_train_loader
 from data.index import describe_index
+from data.splits import digest_held_out
 from engine.checkpoint_writer import FORMAT, set_aside
 from engine.dry_run import dry_run
 from engine.metrics_writer import MetricsWriter
@@ -233,6 +234,8 @@ def build_data(cfg: CfgNode, world: World, init: Initialization, saved: dict | N
     assert datasets.train is not None  # because of ``training``
     splits = {"train": datasets.train.index, "val": datasets.val.index}
     description = scan(lambda: {split: describe_index(index) for split, index in splits.items()})
+    if cfg.DATA.VAL_FRACTION:
+        description["val"]["held_out"] = digest_held_out(splits["val"])
     placement: dict[str, Any] = {
         "rank": world.rank,
         "world_size": world.size,

@@ -17,14 +17,14 @@ from PIL import Image
 import scripts.pack_dataset
 from data.build import build_datasets
 from data.files import DataError
-from data.index import create_index
+from data.index import create_index, describe_index
 from data.splits import build_index, build_indices, find_split, hold_out
-from jobs.evaluate import warn_about_held_out
-from jobs.locate_checkpoint import open_checkpoint
+from jobs.evaluate import warn_about_held_out, warn_about_split
+from jobs.locate_checkpoint import Checkpoint, Location, open_checkpoint
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main, run_script
 from tests.runs import assert_equal, newest_update, read_state
-from utils.config.loading import load_config
+from utils.config.loading import load_config, to_dict
 from utils.errors import ConfigError
 
 CLASSES = ("cat", "dog", "fox")
@@ -511,13 +511,43 @@ def test_a_run_with_held_out_images_resumes_and_evaluates_on_the_same_images(toy
         warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
         levels = [record.levelname for record in caplog.records if "does not measure generalisation" in record.message]
         assert levels == [level] * (level is not None)
+    run_script(scripts.pack_dataset, [data, tmp_path / "packed", "--splits", "."], tmp_path / "log")
+    for split in (data, tmp_path / "packed"):  # copies in another layout hold out the same images
+        cfg = load_config(toy_config, ["DATA.DATA_PATH", str(split), "DATA.VAL_FRACTION", 0.25])
+        caplog.clear()
+        warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
+        assert "generalisation" not in caplog.text
     cfg = load_config(toy_config, ["DATA.DATA_PATH", str(tmp_path / "test"), "DATA.VAL_FRACTION", 0.25])
     write_folder(tmp_path / "test", 4)
     warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
+    assert "other images than in training are held out by DATA.VAL_FRACTION: class cat had" in caplog.text
     assert "to evaluate all images, add --opts DATA.VAL_FRACTION 0 DATA.VAL_SPLIT ." in caplog.text
+    del checkpoint.state["data"]["val"]["held_out"]  # as in checkpoints of earlier versions
+    warn_about_held_out(checkpoint, cfg, build_index(cfg, "val"))
+    assert "(also if the images were only packed)" in caplog.text
     refused = run_main([*map(str, arguments), "DATA.VAL_FRACTION", "0.5", "OUTPUT", str(run.parents[1])], tmp_path / "log")
     assert refused.exit_codes == [2]
     assert "Add --opts DATA.VAL_FRACTION 0.25" in refused.output
+
+
+def test_an_evaluation_of_training_images_or_of_another_split_than_in_training_is_warned_about(create_cfg, tmp_path, caplog):
+    write_folder(tmp_path / "train", 0)
+    write_folder(tmp_path / "val", 1)
+    write_folder(tmp_path / "holdout", 2)
+    in_training = create_cfg("DATA.VAL_SPLIT", "holdout")
+    data = {split: describe_index(build_index(in_training, split)) for split in ("train", "val")}
+    checkpoint = Checkpoint(Location(tmp_path / "best.pth"), {"config": to_dict(in_training), "data": data}, "", ())
+    for opts, warning in (
+        (["DATA.VAL_SPLIT", "train"], f"was trained on the images of {tmp_path}/train: the accuracy does not measure"),
+        ([], "training evaluated the split holdout, .*; to evaluate the same images, add --opts DATA.VAL_SPLIT holdout"),
+        (["DATA.VAL_SPLIT", "holdout"], ""),
+        (["DATA.VAL_SPLIT", "val"], ""),
+    ):
+        caplog.clear()
+        cfg = create_cfg(*opts)
+        warn_about_split(checkpoint, cfg, build_index(cfg, "val"))
+        assert len(caplog.records) == bool(warning)
+        assert re.search(warning, caplog.text)
 
 
 def test_the_error_for_the_directory_of_one_class_names_the_directory_above(tmp_path):

@@ -216,8 +216,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
             raise ConfigError(f"TEST.{key}={path}: no such file")
     if not args.throughput:
-        if not cfg.DATA.DATA_PATH:
-            raise ConfigError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
+        check_data_path(cfg)
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
 
 
@@ -227,6 +226,16 @@ def _check_data_path(args: argparse.Namespace) -> None:
         _check_folder("--data-path", args.data_path)
     elif "DATA.DATA_PATH" not in option_keys(args.opts):
         raise ConfigError(f"{'--replay' if args.replay else '--eval'}: --data-path is missing; give the directory of the data")
+
+
+def check_data_path(cfg: CfgNode) -> None:
+    """Check that a config has data.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not cfg.DATA.DATA_PATH:
+        raise ConfigError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")
 
 
 def _check_folder(name: str, path: str) -> None:
