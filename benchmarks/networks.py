@@ -1,18 +1,22 @@
 """Benchmark models against the same network with softmax attention or naive linear attention, and against timm's model."""
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.counting import MemoryCounter, TrafficCounter
 from benchmarks.naive import use_naive_attention
 from benchmarks.timing import speedup, time_in_turn
 from models import create_model
+from models.backbone import Backbone
+from models.compared_attention import SoftmaxAttention
 from models.kernel_selection import choose_backend, set_backend
 
 # Our model -> timm's model of the same family and size. timm has no PVT (v1) and no CSwin.
@@ -26,7 +30,7 @@ PEERS = {
     "flatten_deit_b": "deit_base_patch16_224",
     **{f"flatten_pvt_v2_b{size}": f"pvt_v2_b{size}" for size in range(6)},
 }
-NUM_CLASSES = 1000
+STORED = ", matrix stored"  # suffix of an arm whose softmax attention stores its attention matrix
 
 
 def create_variants(name: str, img_size: int) -> dict[str, nn.Module]:
@@ -44,7 +48,7 @@ def create_variants(name: str, img_size: int) -> dict[str, nn.Module]:
 
 def create_step(model: nn.Module, images: torch.Tensor, *, training: bool, dtype: torch.dtype) -> Callable[[], None]:
     """Create a function for one inference step (forward), or one training step (forward, loss, backward)."""
-    targets = torch.arange(len(images), device=images.device) % NUM_CLASSES
+    targets = torch.arange(len(images), device=images.device) % model.num_classes
     # The meta device has no autocast.
     autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, images.device.type, dtype)
 
@@ -102,6 +106,41 @@ def measure_model(
                 "peak_memory_mib": measure_peak(steps[label], device) / 2**20 if training and not compiled else None,
             }
         )
+    return records
+
+
+def measure_arms(
+    arms: Mapping[str, tuple[Backbone, tuple[int, int, int, int]]], *, rounds: int, device: torch.device
+) -> list[dict]:
+    """Measure time and peak memory of training steps in fp32, of arms whose steps run alternately.
+
+    Softmax attention does not store its attention matrix in these measurements if torch has a fused kernel for the device. An
+    additional record of every arm with softmax attention has ", matrix stored" after its name.
+
+    Args:
+        arms: name -> model, and shape (B, 3, H, W) of a batch of images.
+
+    Returns:
+        One record per arm. ``tokens`` is the number of tokens of the first stage, without the class token. The time is that of
+        the processor if the device is a CPU, so that other programs affect it less.
+    """
+    steps, records = {}, []
+    for name, (model, shape) in arms.items():
+        images = torch.randn(shape, device=device)
+        steps[name] = create_step(model.to(device).train(), images, training=True, dtype=torch.float32)
+        height, width = model.stage_grids(shape[2:])[0]
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        record = {"arm": name, "tokens": height * width, "parameters": num_parameters, "batch_size": shape[0]}
+        records.append(record)
+        if any(isinstance(module, SoftmaxAttention) for module in model.modules()):
+            steps[f"{name}{STORED}"] = sdpa_kernel(SDPBackend.MATH)(steps[name])
+            records.append(record | {"arm": f"{name}{STORED}"})
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    timings = time_in_turn(steps, rounds=rounds, device=device, clock=clock)
+    for record in records:
+        name, batch_size = record["arm"], record["batch_size"]
+        record["ms_per_image"] = 1000 * statistics.median(timings[name]) / batch_size
+        record["peak_memory_mib_per_image"] = measure_peak(steps[name], device) / 2**20 / batch_size
     return records
 
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_origin
 
+from yacs.config import CfgNode
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
 from utils.config.loading import load_config
@@ -72,11 +74,14 @@ class Ablation:
         for seed in self.seeds:
             for arm, options in self.arms.items():
                 tag = f"{arm.replace(' ', '_')}_{seed}"
-                overrides = self.opts | options | {"SEED": seed, "TAG": tag, "OUTPUT": str(output)}
-                opts = [str(word) for pair in overrides.items() for word in pair]
-                cfg = load_config([ROOT / path for path in self.cfg], opts)
+                opts, cfg = self.load(options | {"SEED": seed, "TAG": tag, "OUTPUT": str(output)})
                 runs.append(Run(arm, seed, tag, opts, output / cfg.MODEL.NAME / tag))
         return runs
+
+    def load(self, options: dict) -> tuple[list[str], CfgNode]:
+        """Options shared by all arms and ``options``, as words of the command line, and the config that they give."""
+        opts = [str(word) for pair in (self.opts | options).items() for word in pair]
+        return opts, load_config([ROOT / path for path in self.cfg], opts)
 
 
 def read_ablation(path: Path) -> Ablation:

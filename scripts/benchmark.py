@@ -4,6 +4,7 @@
                 implementation of the paper's formula
     attention   the attention operator at several numbers of tokens, and its memory traffic
     traffic     kernel launches and memory traffic of a training step, counted on the meta device
+    arms        training steps of the arms of an ablation (scripts/ablate.py)
     data        decoding and augmentation, compared with torchvision's reader and timm's transform, and loading with different
                 numbers of workers
     epoch       the training loop of a config, with and without data loader and EMA, compared with bare training steps
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import ARGUMENTS, check_outputs, check_positive, create_parser, reporting_errors, save_figure
-from utils.config.loading import load_config
+from utils.config.loading import image_size, load_config
 from utils.errors import ConfigError
 from utils.files import write_json
 
@@ -62,6 +63,9 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     traffic.add_argument("models", nargs="+", metavar="NAME", help="such as flatten_swin_t")
     traffic.add_argument("--batch-size", type=int, default=128)
     traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
+
+    arms = modes.add_parser("arms", parents=[shared], help="training steps of the arms of an ablation")
+    arms.add_argument("file", type=Path, help="YAML file of the ablation")
 
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
     data.add_argument("--images", **ARGUMENTS["--images"])
@@ -128,6 +132,18 @@ def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
     return [record for name in args.models for record in count_step_traffic(name, **options)]
 
 
+def measure_ablation(args: argparse.Namespace, device) -> list[dict]:
+    from benchmarks.networks import measure_arms
+    from models import build_model
+    from scripts.ablate import read_ablation
+
+    ablation, arms = read_ablation(args.file), {}
+    for name, options in ablation.arms.items():
+        _, cfg = ablation.load(options)
+        arms[name] = build_model(cfg), (cfg.DATA.BATCH_SIZE, 3, *image_size(cfg))
+    return measure_arms(arms, rounds=args.rounds, device=device)
+
+
 def measure_data(args: argparse.Namespace, _device) -> list[dict]:
     from benchmarks.loading import measure_loading, measure_workers
     from jobs.predict import find_images
@@ -153,6 +169,7 @@ MEASURES = {
     "model": measure_models,
     "attention": measure_attention,
     "traffic": measure_traffic,
+    "arms": measure_ablation,
     "data": measure_data,
     "epoch": measure_epoch,
 }

@@ -1,12 +1,21 @@
-"""Draw the learning curves of one or more runs, from their metrics.jsonl, as a PNG."""
+"""Draw learning curves as a PNG: of single runs, or of the arms of an ablation as means over seeds.
 
+Run directories are drawn one by one. The output directory of scripts/ablate.py, or a CSV file that --csv has written from it,
+is drawn with one line per arm and a band of one standard deviation over seeds. With --steps, arms with different numbers of
+tokens are compared by epochs and by the time of their training steps.
+"""
+
+import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from scripts.ablation_curves import Point, arms_of, draw_means, read_points
 from scripts.command_line import check_outputs, create_parser, reporting_errors, save_figure
 from utils.errors import ConfigError
+from utils.files import write_csv
+from utils.run_files import METRICS
 
 
 def draw(runs: list[Path]):
@@ -16,7 +25,7 @@ def draw(runs: list[Path]):
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=120)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for number, run in enumerate(runs):
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
         for kind, label, style in (
             ("train", "training", {"lw": 1}),
             ("eval_raw", "raw weights", {"ls": "--", "marker": "."}),
@@ -31,24 +40,108 @@ def draw(runs: list[Path]):
                 accuracy_axes.plot(steps, [point["acc1"] for point in points], **style)
     loss_axes.set(xlabel="update", ylabel="loss", title="Loss (label smoothing and mixup apply to training only)")
     accuracy_axes.set(xlabel="update", ylabel="top-1, %", title="Accuracy on held-out images")
-    for axes in (loss_axes, accuracy_axes):
+    finish((loss_axes, accuracy_axes))
+    return figure
+
+
+def finish(all_axes) -> None:
+    for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+
+
+def draw_arms(points: list[Point]):
+    """Plot loss and top-1 accuracy of evaluations against the epoch, as means over seeds with a band of one deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
+    panels = figure.subplots(1, 2)
+    for axes, value, label in zip(panels, ("loss", "accuracy"), ("loss", "top-1, %"), strict=True):
+        for arm in arms_of(points):
+            draw_means(axes, points, arm, value, marker=".")
+        axes.set(xlabel="epoch", ylabel=label, title=f"{value} on held-out images, mean ± deviation over seeds")
+    finish(panels)
     return figure
+
+
+def draw_tokens(points: list[Point], steps: list[dict]):
+    """Plot accuracy against epoch and against time, and time and memory of a training step against the number of tokens.
+
+    Args:
+        steps: records of ``benchmark.py arms``. A colour stands for a kind of attention, the name of an arm without its number
+            of tokens; a line style stands for a number of tokens.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
+    panels = figure.subplots(2, 2)
+    (by_epoch, by_time), (time_axes, memory_axes) = panels
+    kinds = list(dict.fromkeys(kind_of(record) for record in steps))
+    tokens = sorted({record["tokens"] for record in steps})
+    for record in steps:
+        if record["arm"] in arms_of(points):
+            style = {"color": f"C{kinds.index(kind_of(record))}", "ls": (":", "--", "-")[tokens.index(record["tokens"]) % 3]}
+            draw_means(by_epoch, points, record["arm"], "accuracy", marker=".", **style)
+            minutes_per_update = record["batch_size"] * record["ms_per_image"] / 60_000
+            draw_means(by_time, points, record["arm"], "accuracy", x="step", scale=minutes_per_update, marker=".", **style)
+    for number, kind in enumerate(kinds):
+        rows = [record for record in steps if kind_of(record) == kind]
+        for axes, value in ((time_axes, "ms_per_image"), (memory_axes, "peak_memory_mib_per_image")):
+            axes.loglog([row["tokens"] for row in rows], [row[value] for row in rows], "o-", color=f"C{number}", label=kind)
+    by_epoch.set(xlabel="epoch", ylabel="top-1, %", title="Accuracy after equal epochs")
+    by_time.set(xlabel="minutes in training steps", ylabel="top-1, %", title="Accuracy after equal time", xscale="log")
+    time_axes.set(xlabel="tokens", ylabel="ms per image", title="Time of a training step")
+    memory_axes.set(xlabel="tokens", ylabel="MiB per image", title="Peak memory of a training step")
+    for axes in (time_axes, memory_axes):
+        axes.set_xticks(tokens, map(str, tokens))
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+    finish(panels.flat)
+    return figure
+
+
+def kind_of(record: dict) -> str:
+    """Kind of attention of an arm: "softmax" for "softmax 64" and 64 tokens."""
+    return record["arm"].replace(f" {record['tokens']}", "")
 
 
 def main() -> None:
     parser = create_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of training runs, <output>/<model>/<tag>")
+    sources = "directories of training runs, <output>/<model>/<tag>; or the output directory of an ablation, or its CSV file"
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help=sources)
     parser.add_argument("--png", type=Path, required=True, help="file to write")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the evaluations of all runs of the ablation")
+    steps = "measurements of the arms, from benchmark.py arms --json FILE"
+    parser.add_argument("--steps", type=Path, metavar="FILE", help=steps)
     args = parser.parse_args()
     with reporting_errors(parser):
-        check_outputs(args, "png")
-        for run in args.runs:
-            if not (run / "metrics.jsonl").is_file():
-                raise ConfigError(f"{run} contains no metrics.jsonl; give the output directory of a training run")
-        save_figure(draw(args.runs), args.png)
+        check_outputs(args, "png", "csv")
+        save_figure(choose_figure(args), args.png)
     print(args.png)
+
+
+def choose_figure(args: argparse.Namespace):
+    """Draw the figure that the arguments select, and write the CSV file.
+
+    Raises:
+        ConfigError: the sources are neither run directories nor a single ablation.
+    """
+    first = args.sources[0]
+    if any((source / METRICS).is_file() for source in args.sources) or len(args.sources) > 1:
+        if unusable := [source for source in args.sources if not (source / METRICS).is_file()]:
+            raise ConfigError(f"{unusable[0]} contains no {METRICS}; give the output directory of a training run")
+        if args.csv or args.steps:
+            raise ConfigError(f"{first} is a training run; --csv and --steps need the output directory of scripts/ablate.py")
+        return draw(args.sources)
+    if not first.exists():
+        raise ConfigError(f"{first}: no such file or directory; correct the path")
+    points = read_points(first)
+    if not points:
+        raise ConfigError(f"{first}: no run has been evaluated yet; wait for the end of the first epoch")
+    figure = draw_tokens(points, json.loads(args.steps.read_text())["records"]) if args.steps else draw_arms(points)
+    if args.csv:
+        write_csv(args.csv, Point._fields, points)
+    return figure
 
 
 if __name__ == "__main__":

@@ -18,6 +18,16 @@ from tests.launch import run_script
 BYTES_PER_FLOAT = 4  # bytes of a float32 element
 
 
+def write_arms(path):
+    """Write an ablation file with two arms that have the same number of tokens."""
+    arms = "{linear: {}, softmax: {MODEL.LA.ATTN_TYPE: S}}"
+    options = "{DATA.BATCH_SIZE: 2, MODEL.DEIT.DEPTH: 1, MODEL.DEIT.PATCH_SIZE: 2}"
+    path.write_text(
+        f"cfg: [configs/flatten_deit_cifar10.yaml]\nopts: {options}\nseeds: [0, 1]\nbaseline: softmax\narms: {arms}\n"
+    )
+    return path
+
+
 def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_config, toy_data, tmp_path):
     # First in this file: after a backward pass on the meta device, torch refuses backward passes in forked processes.
     common = ["--rounds", 1, "--json", tmp_path / "records.json"]
@@ -26,6 +36,7 @@ def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_co
         "model": ["flatten_deit_t", "--img-size", 32, "--batch-size", 1, "--png", tmp_path / "model.png"],
         "traffic": ["flatten_deit_t", "--img-size", 32, "--batch-size", 1],
         "data": ["--images", toy_data / "val/class0", "--workers", 1],
+        "arms": [write_arms(tmp_path / "arms.yaml")],
         "epoch": ["--cfg", toy_config, "--data-path", toy_data, "--updates", 2],
     }
     for mode, arguments in runs.items():
@@ -36,8 +47,21 @@ def test_every_benchmark_mode_writes_records_and_two_modes_write_a_figure(toy_co
         assert content["records"]
         for record in content["records"]:
             assert all(value > 0 for value in record.values() if isinstance(value, float))
+        if mode == "arms":
+            check_arms(content["records"])
     for mode in ("attention", "model"):
         assert (tmp_path / f"{mode}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_arms(records):
+    """Check tokens and memory of the arms of ``write_arms``: 16 x 16 patches, and two heads."""
+    linear, softmax, stored = records
+    assert [record["arm"] for record in records] == ["linear", "softmax", "softmax, matrix stored"]
+    assert {record["tokens"] for record in records} == {256}
+    # The linear arm has 257 positional encodings, a scale, and a convolution of 5 x 5 with a bias.
+    assert linear["parameters"] - softmax["parameters"] == 257 * 64 + 64 + 32 * 26
+    matrix_mib = 2 * 257**2 * BYTES_PER_FLOAT / 2**20
+    assert stored["peak_memory_mib_per_image"] - softmax["peak_memory_mib_per_image"] > 0.9 * matrix_mib
 
 
 def test_memory_traffic_counts_the_bytes_that_kernels_read_and_write():
