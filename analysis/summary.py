@@ -63,17 +63,17 @@ class Row:
         return sum(values) / len(values)
 
 
-def matrices(attention: Attention) -> dict[str, Tensor]:
+def matrices(attention: Attention, forms: Sequence[str] = FORMS) -> dict[str, Tensor]:
     """Weights (G, H, N, M) by form, without prefix tokens.
 
-    ``own`` is the module's own attention. ``own + convolution`` adds the convolution, averaged over channels. The other forms
-    are computed from the same queries and keys.
+    ``own`` is the module's own attention. ``own + convolution`` adds the convolution, averaged over channels. ``forms`` are
+    computed from the same queries and keys.
     """
     prefix = attention.num_prefix_tokens
     weights = {OWN: attention.matrix()[..., prefix:, prefix:]}
     if (convolution := attention.convolution(mean=True)) is not None:
         weights[WITH_CONVOLUTION] = weights[OWN] + convolution[0, prefix:, prefix:]
-    return weights | {form: attention.weights_of(form)[..., prefix:, prefix:] for form in FORMS}
+    return weights | {form: attention.weights_of(form)[..., prefix:, prefix:] for form in forms}
 
 
 def measure(weights: Tensor, own: Tensor, attention: Attention) -> dict[str, Tensor]:
@@ -111,20 +111,23 @@ def evenly_spaced(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, MAX_TOKENS_FOR_RANK)).round().long()
 
 
-def summarise(model: nn.Module, images: Iterable[Tensor], names: Sequence[str] | None = None) -> list[Row]:
+def summarise(
+    model: nn.Module, images: Iterable[Tensor], names: Sequence[str] | None = None, forms: Sequence[str] = FORMS
+) -> list[Row]:
     """Measure every chosen attention module of a model on every image.
 
     Args:
         model: in evaluation mode.
         images: each (3, height, width), normalised.
         names: names of attention modules; all by default.
+        forms: see ``matrices``.
     """
     rows: dict[tuple[str, str, int], Row] = {}
     for image in images:
         with torch.no_grad(), capture(model, names) as attentions:
             model(image.unsqueeze(0))
         for attention in attentions:
-            weights = matrices(attention)
+            weights = matrices(attention, forms)
             for form, matrix in weights.items():
                 values = measure(matrix, weights[OWN] if form == WITH_CONVOLUTION else matrix, attention)
                 for head in range(matrix.shape[1]):
