@@ -1,4 +1,7 @@
-"""Checks of the tracker and the data before torch is imported, so that a mistake is reported at once. Without torch."""
+"""Checks of the tracker, the data and an export before torch is imported, so that a mistake is reported at once.
+
+This module does not import torch.
+"""
 
 import argparse
 import importlib.util
@@ -18,6 +21,29 @@ from utils.config.loading import CONFIGS, load_config
 from utils.errors import ConfigError
 from utils.run_files import build_output_path, has_checkpoints
 
+FORMATS = ("safetensors", "torch", "onnx")  # of ``jobs.export``
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx
+INCOMPLETE = ".incomplete"  # suffix of the temporary directory of an export
+
+
+def check_export(folder: Path, formats: Sequence[str]) -> None:
+    """Check the output directory of an export, and that the packages for its formats are installed.
+
+    Raises:
+        ConfigError: the directory is not empty, or a package is missing.
+    """
+    target = Path(os.path.realpath(folder))
+    if os.path.lexists(target) and (not target.is_dir() or any(path.suffix != INCOMPLETE for path in target.iterdir())):
+        raise ConfigError(f"{folder} is not an empty directory; choose another directory")
+    if "onnx" in formats and (missing := [name for name in ONNX_PACKAGES if not is_installed(name)]):
+        raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A directory of this name, such as that of a tracker's files, does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a directory without code has no origin
+
 
 def check_tracker(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     """Check that the package of TRACKER is installed, if the job trains.
@@ -27,8 +53,7 @@ def check_tracker(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     """
     if cfg is None or cfg.TRACKER == "none" or args.eval or args.throughput:
         return
-    spec = importlib.util.find_spec(cfg.TRACKER)
-    if spec is None or spec.origin is None:  # no origin: a directory of this name, such as that of wandb's files
+    if not is_installed(cfg.TRACKER):
         raise ConfigError(
             f"TRACKER={cfg.TRACKER}: the package is not installed; run pip install {cfg.TRACKER}, or add --opts TRACKER none"
         )

@@ -1,6 +1,5 @@
 """Export a checkpoint as safetensors for timm, as a torch.export program, or as ONNX, with a model card."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,8 @@ from yacs.config import CfgNode
 
 from data.build import build_preprocessing
 from engine.evaluation import MAX_CLASSES_WITHOUT_TOP5
-from jobs.hub import EVALUATION, Publication, card_header, stored_conditions
+from jobs.early_checks import INCOMPLETE
+from jobs.hub import EVALUATION, Publication, card_header, stored_conditions, stored_split
 from jobs.locate_checkpoint import Checkpoint
 from jobs.model import OpenedModel, open_model
 from models import build_arguments
@@ -28,12 +28,9 @@ from utils.errors import ConfigError
 from utils.files import write_json
 from utils.text import code_fence, markdown, markdown_code
 
-FORMATS = ("safetensors", "torch", "onnx")
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx
 MAX_RELATIVE_ERROR = 1e-4  # maximum error of a logit, relative to the largest absolute logit or 1, whichever is greater
 MAX_NAMES = 50  # maximum number of class names in the model card
 BATCHES = (1, 3)  # batch sizes at which exported models are checked
-INCOMPLETE = ".incomplete"  # suffix of the temporary directory
 USE_WITH_TIMM = """import flatten_transformer  # registers the architecture with timm
 import timm
 
@@ -64,7 +61,7 @@ def export(
 
     Args:
         checkpoint: in any form that --resume accepts.
-        folder: output directory; must be empty or new.
+        folder: output directory; must be empty or new, see ``jobs.early_checks.check_export``.
         cfg, opts, weights: see ``open_model``.
         formats: among ``FORMATS``.
         eval_json: result of an evaluation for the model card; None for the ``eval.json`` next to the checkpoint, if any.
@@ -75,13 +72,9 @@ def export(
 
     Raises:
         ExportError: an exported file does not match the model, or ``eval_json`` does not match the checkpoint.
-        ConfigError, CheckpointError: the directory is not empty, a package is missing, or config and checkpoint do not match.
+        ConfigError, CheckpointError: the directory cannot be written, or config and checkpoint do not match.
     """
     target = Path(os.path.realpath(folder))
-    if os.path.lexists(target) and (not target.is_dir() or any(path.suffix != INCOMPLETE for path in target.iterdir())):
-        raise ConfigError(f"{folder} is not an empty directory; choose another directory")
-    if "onnx" in formats and (missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]):
-        raise ConfigError(f"--formats onnx: not installed: {', '.join(missing)}; run pip install {' '.join(ONNX_PACKAGES)}")
     opened = open_model(checkpoint, cfg, opts, weights=weights, prefixes=RECIPE_KEY_PREFIXES)
     evaluation = find_evaluation(eval_json, opened.checkpoint, opened.weights)
     num_names, num_classes = len(opened.checkpoint.class_names), opened.cfg.MODEL.NUM_CLASSES
@@ -270,8 +263,8 @@ def check_evaluation(evaluation: dict, label: str) -> None:
         ValueError, KeyError, TypeError, AttributeError: an entry is missing or invalid.
     """
     texts = [evaluation["sha256"], evaluation["data"], evaluation["precision"], evaluation["versions"]["torch"]]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("sha256, data, precision or versions is not text")
+    if not all(isinstance(text, str) for text in [*texts, stored_split(evaluation)]):
+        raise ValueError("sha256, data, split, precision or versions is not text")
     if label in evaluation["results"]:
         result = evaluation["results"][label]
         low, high = result["acc1_interval_95"]
@@ -282,7 +275,11 @@ def check_evaluation(evaluation: dict, label: str) -> None:
 
 def published_evaluation(evaluation: dict, label: str) -> dict:
     """The entries of an ``eval.json`` that concern the exported weights, without paths of this machine."""
-    kept = {key: evaluation[key] for key in ("sha256", "precision", "restriction", "tta") if evaluation.get(key)}
+    kept = {
+        key: evaluation[key]
+        for key in ("sha256", "split", "val_fraction", "precision", "restriction", "tta")
+        if evaluation.get(key)
+    }
     kept |= {"data": Path(evaluation["data"]).name, "versions": {"torch": evaluation["versions"]["torch"]}}
     return kept | {"results": {label: evaluation["results"][label]}}
 
@@ -341,8 +338,10 @@ def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> 
     conditions = stored_conditions(evaluation)
     conditions = f", {markdown(conditions)}" if conditions else ""
     top5 = f", top-5 {result['acc5']:.3f} % ({result['correct5']} images)" if num_classes > MAX_CLASSES_WITHOUT_TOP5 else ""
+    split = stored_split(evaluation)
+    data = markdown_code(Path(evaluation["data"]).name or "unknown") + (f" ({markdown(split)})" if split else "")
     return (
         f"Top-1 {result['acc1']:.3f} % (95 % confidence interval {low:.2f} to {high:.2f}; {result['correct1']} of "
-        f"{result['num_images']} images){top5}{conditions}, measured on {markdown_code(Path(evaluation['data']).name)} in "
+        f"{result['num_images']} images){top5}{conditions}, measured on {data} in "
         f"{markdown_code(evaluation['precision'])} with torch {markdown_code(evaluation['versions']['torch'])}."
     )

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.utils
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-from engine.evaluation import describe_conditions
 from utils.errors import ConfigError
 from utils.text import escape
 from utils.urls import without_environment_secrets
@@ -58,6 +57,7 @@ def card_header(name: str, publication: Publication, evaluation: dict | None, la
                 task_type="image-classification",
                 dataset_type=data,
                 dataset_name=data,
+                dataset_split=_plain(stored_split(evaluation)) or None,
                 metric_type="accuracy",
                 metric_name=_plain(f"Top-1 accuracy (%){f', {conditions}' if conditions else ''}"),
                 metric_value=round(evaluation["results"][label]["acc1"], 3),
@@ -78,7 +78,15 @@ def card_header(name: str, publication: Publication, evaluation: dict | None, la
 
 def stored_conditions(evaluation: dict) -> str:
     """The result of ``describe_conditions`` for the contents of an ``eval.json``; earlier versions had no TEST.TTA."""
+    from engine.evaluation import describe_conditions  # imports torch, which the checks of an upload do not need
+
     return describe_conditions(str(evaluation.get("restriction") or ""), evaluation.get("tta", "none"))
+
+
+def stored_split(evaluation: dict) -> str:
+    """The images of an evaluation, by the contents of its ``eval.json``; "" if an earlier version wrote that file."""
+    split, fraction = evaluation.get("split", ""), evaluation.get("val_fraction", 0)
+    return f"a fraction of {fraction:g} of {split}, which is held out" if split and fraction else split
 
 
 def _plain(text: str) -> str:

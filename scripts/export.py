@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from jobs.export import FORMATS, ExportError, export
+from jobs.early_checks import FORMATS, check_export
 from jobs.hub import Publication, UploadError, check_hub, push
-from scripts.command_line import create_parser, reporting_errors
+from scripts.command_line import check_inputs, create_parser, reporting_errors
+from utils.config.arguments import check_weights
 from utils.errors import FAILED, ConfigError
 from utils.text import printable
 
@@ -44,8 +45,15 @@ def main() -> None:
     with reporting_errors(parser):
         if args.private and not repository:
             raise ConfigError("--private applies only to uploads; add --push-to-hub USER/NAME")
+        check_weights("", args.checkpoint)
+        check_inputs(args)
+        if args.eval_json and not args.eval_json.is_file():
+            raise ConfigError(f"--eval-json {args.eval_json}: no such file")
+        check_export(args.folder, args.formats)
         if repository:
             check_hub(repository)
+        from jobs.export import ExportError, export  # imports torch, which takes longer than the checks above
+
         try:
             files = export(
                 args.checkpoint,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -12,12 +13,14 @@ from torch import nn
 
 from data.build import build_preprocessing
 from jobs import export
+from jobs.early_checks import is_installed
 from jobs.hub import Publication
 from jobs.locate_checkpoint import open_checkpoint, stored_config
 from models import build_model, create_model
 from models.checkpoints.reader import sha256
 from scripts import export as script
 from tests.conftest import CONFIGS
+from tests.launch import ROOT
 from tests.runs import load_weights
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import load_config, to_dict
@@ -51,6 +54,7 @@ def write_evaluation(path, folder, digest=None):
     """Write ``eval.json`` for the checkpoint at ``path``, or for a checkpoint with another SHA-256 ``digest``."""
     result = {"correct1": 20, "correct5": 33, "num_images": 33, "acc1": 60.606, "acc5": 100.0, "acc1_interval_95": [43.7, 75.3]}
     record = {"sha256": digest or sha256(path), "results": {"ema": result}, "data": "/data/toy", "precision": "float32"}
+    record |= {"split": "val", "val_fraction": 0.0}
     (folder / "eval.json").write_text(json.dumps(record | {"versions": {"torch": "2.11"}}))
     return folder / "eval.json"
 
@@ -76,7 +80,7 @@ def test_every_format_contains_the_ema_weights_and_the_model_card_describes_the_
     assert all(torch.equal(value, ema_model.state_dict()[name]) for name, value in reloaded.state_dict().items())
     card = (folder / "README.md").read_text()
     assert "Top-1 60.606 % (95 % confidence interval 43.70 to 75.30; 20 of 33 images)" in card
-    assert "of 33 images), measured on `toy`" in card
+    assert "of 33 images), measured on `toy` (val)" in card
     assert f"sha256 `{sha256(path)}`" in card
     assert "cat, small dog, été" in card
     assert "ignoring the aspect ratio (bicubic), centre crop of 40 x 40" in card
@@ -175,7 +179,11 @@ def test_the_model_card_gives_top_5_only_for_more_than_ten_classes(checkpoint, t
     evaluation = json.loads(write_evaluation(path, tmp_path).read_text())
     cfg = load_config(toy_config, ["MODEL.NUM_CLASSES", num_classes])
     card = export.model_card(cfg, open_checkpoint(path), "ema", {}, evaluation, in_timm=True, publication=Publication())
-    assert ("top-5 100.000 % (33 images), measured on `toy`" in card) is shown
+    assert ("top-5 100.000 % (33 images), measured on `toy` (val)" in card) is shown
+    held_out = evaluation | {"split": "train", "val_fraction": 0.1}
+    assert "measured on `toy` (a fraction of 0.1 of train, which is held out)" in export.describe_accuracy(
+        held_out, "ema", num_classes
+    )
 
 
 def test_a_missing_onnx_package_is_reported_before_anything_is_written(checkpoint, toy_config, tmp_path, monkeypatch, capsys):
@@ -187,6 +195,24 @@ def test_a_missing_onnx_package_is_reported_before_anything_is_written(checkpoin
     assert ended.value.code == 2
     assert "--formats onnx: not installed: onnxscript; run pip install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_named_like_a_package_does_not_count_as_installed(tmp_path, monkeypatch):
+    (tmp_path / "onnx_directory").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("onnx_directory") is not None
+    assert not is_installed("onnx_directory")
+    assert not is_installed("no_such_package")
+    assert is_installed("numpy")
+
+
+def test_options_of_an_export_are_checked_without_torch(tmp_path):
+    code = "import sys; sys.modules |= dict.fromkeys(['torch', 'timm']); from scripts.export import main; main()"
+    command = [sys.executable, "-c", code, "flatten_swin_t", tmp_path / "out", "--push-to-hub", "anna/to y"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert outcome.returncode == 2, outcome.stderr
+    assert "Repo id must use alphanumeric chars" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
 
 
 @pytest.mark.parametrize(
@@ -202,6 +228,7 @@ def test_a_missing_onnx_package_is_reported_before_anything_is_written(checkpoin
         '{"sha256": "x", "results": {"ema": []}, "data": "", "precision": "", "versions": {"torch": ""}}',
         '{"sha256": "x", "results": {"ema": {"acc1_interval_95": [1, "2"]}}, "data": "", "precision": "", "versions": 3}',
         '{"sha256": "x", "results": {}, "data": "", "precision": "", "versions": null}',
+        '{"sha256": "x", "results": {}, "data": "", "precision": "", "versions": {"torch": ""}, "split": 1}',
         b"\xff\xfe",
     ],
 )

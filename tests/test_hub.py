@@ -92,6 +92,7 @@ def test_a_pushed_model_has_every_exported_file_and_a_card_with_the_measured_acc
     assert card.data.datasets == ["anna/toys"]
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 60.606, "toy")
+    assert result.dataset_split == "val"
     assert result.source_url == f"{server.url}/anna/toy/blob/main/eval.json"
     measured = json.loads(server.files["eval.json"])
     assert measured["sha256"] == sha256(path)

@@ -570,3 +570,14 @@ def test_hostile_values_on_the_command_line_are_rejected_with_the_key(key, value
 def test_a_config_file_may_start_with_a_byte_order_mark(tmp_path):
     (tmp_path / "config.yaml").write_bytes("\ufeffTAG: été\n".encode())
     assert load_config(tmp_path / "config.yaml").TAG == "été"
+
+
+def test_a_similar_config_is_proposed_by_its_shortest_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(ConfigError, match=r"did you mean configs/small\.yaml\?$"):
+        load_config("smal")
+    folder = tmp_path / "a/b/c/d/e/f/g/h/i/j"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=re.escape(f"did you mean {CONFIGS}/small.yaml")):
+        load_config("smal")

@@ -100,9 +100,17 @@ def find_config(name: str | Path) -> Path:
     if file == path and file.parent != Path():
         return path  # the error of reading it suggests a file in the same directory
     near = get_close_matches(file.name, {relative.name for relative in shipped.values()}, n=3)
-    names = [str(config) for config in found or shipped if found or config.name in near]
+    names = [_shortest(config) for config in found or shipped if found or config.name in near]
     hint = f"; there are {', '.join(names)}" if len(names) > 1 else f"; did you mean {names[0]}?" if names else ""
     raise ConfigError(f"{name}: {'several configs have' if found else 'no config has'} this name{hint}")
+
+
+def _shortest(path: Path) -> str:
+    """The path, relative to the current directory if that is shorter."""
+    try:
+        return min(str(path), os.path.relpath(path), key=len)
+    except (OSError, ValueError):  # the current directory was removed, or is on another drive
+        return str(path)
 
 
 def load_stored_config(tree: Mapping, opts: Sequence = (), *, source: str, sections: Sequence[str] = ()) -> CfgNode:
