@@ -33,15 +33,23 @@ from data.mixup import StepMixup
 from data.orientation import warn_if_turned
 from data.rand_augment import RandAugment
 from data.rows import CACHE_SIZE
-from data.samplers import EvalBatches, TrainBatches
+from data.samplers import EvalBatches, TrainBatches, count_copies
 from data.sources.folder import find_linked_class
 from data.splits import build_indices, build_too_few_images_error
-from data.transforms import Normalize, Transform, check_policy, create_eval_transform, create_train_transform
+from data.transforms import (
+    Normalize,
+    Transform,
+    TransformSchedule,
+    check_policy,
+    create_eval_transform,
+    create_train_transform,
+)
 from data.workers import BATCHES_PER_WORKER, WatchedDataset, create_loader, warn_about_shared_memory
 from models.preprocessing import MAX_SMALL_SIZE
 from models.registry import build_preprocessing
 from utils.config.arguments import check_data_path
-from utils.config.loading import image_size
+from utils.config.loading import image_size, train_sizes
+from utils.config.rules import mixes
 from utils.devices import count_cores
 from utils.random import restore_generators
 
@@ -97,9 +105,11 @@ def build_datasets(
         run_once(lambda: warn_if_slow(indices["train"], cfg.DATA.DATA_PATH))
         options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
         # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
-        decode = decode_pixels if max(image_size(cfg)) > MAX_SMALL_SIZE else decode_image
+        decode = decode_pixels if min(max(size) for _, size in train_sizes(cfg)) > MAX_SMALL_SIZE else decode_image
         options["decoder"] = partial(decode, exif=cfg.DATA.EXIF)
-        train = ImageDataset(index, build_train_transform(cfg), **options)
+        # The epochs in the keys of images count the copies of an image in an epoch, see ``TrainBatches``.
+        copies = cfg.AUG.REPEATS * (count_copies(index.labels) if cfg.DATA.SAMPLING == "balanced" else 1)
+        train = ImageDataset(index, build_train_transform(cfg, copies=copies), **options)
     index = indices["val"]
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     preprocessing = build_preprocessing(cfg)
@@ -196,34 +206,39 @@ def build_positions_in_memory(cfg: CfgNode, num_images: int, *, rank: int, world
     return range(num_images) if cfg.DATA.CACHE_MODE == "full" else range(rank, num_images, world_size)
 
 
-def build_train_transform(cfg: CfgNode) -> Transform:
-    """Build the training augmentation in the loader workers.
+def build_train_transform(cfg: CfgNode, *, copies: int = 1) -> Transform | TransformSchedule:
+    """Build the training augmentation in the loader workers, for each size of TRAIN.SIZE_SCHEDULE.
+
+    Args:
+        copies: number of epochs in the keys of images per epoch of the run.
 
     Raises:
         DataError: an invalid AUG.AUTO_AUGMENT.
     """
     policy, on_device = cfg.AUG.AUTO_AUGMENT, cfg.AUG.DEVICE_RANDAUGMENT
+    options = {
+        "interpolation": cfg.DATA.INTERPOLATION,
+        "mean": cfg.DATA.MEAN,
+        "scale": cfg.AUG.SCALE,
+        "ratio": cfg.AUG.RATIO,
+        "hflip": cfg.AUG.HFLIP,
+        "color_jitter": 0 if on_device else cfg.AUG.COLOR_JITTER,
+        "auto_augment": "none" if on_device else policy,
+    }
     try:
         check_policy(policy)
-        transform = create_train_transform(
-            image_size(cfg),
-            interpolation=cfg.DATA.INTERPOLATION,
-            mean=cfg.DATA.MEAN,
-            scale=cfg.AUG.SCALE,
-            ratio=cfg.AUG.RATIO,
-            hflip=cfg.AUG.HFLIP,
-            color_jitter=0 if on_device else cfg.AUG.COLOR_JITTER,
-            auto_augment="none" if on_device else policy,
-        )
+        transforms = [(epoch, create_train_transform(size, **options)) for epoch, size in train_sizes(cfg)]
         with restore_generators():
-            transform(Image.new("RGB", (64, 64)))
+            transforms[0][1](Image.new("RGB", (64, 64)))
         if on_device:
             build_rand_augment(cfg, torch.device("cpu"))
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
             f"AUG.AUTO_AUGMENT={policy!r}: not a timm policy ({error}); use, for example, rand-m9-mstd0.5-inc1, or none"
         ) from None
-    return transform
+    if len(transforms) == 1:
+        return transforms[0][1]
+    return TransformSchedule([(epoch * copies, transform) for epoch, transform in transforms])
 
 
 def build_rand_augment(cfg: CfgNode, device: torch.device) -> RandAugment | None:
@@ -278,7 +293,8 @@ def build_train_loader(
     loader = _create_loader(cfg, dataset, batches, device, num_cores)
     logger.info("loader workers: %d for each process, which has %d CPU core(s)", loader.num_workers, num_cores or count_cores())
     # During an evaluation, its batches and those of the next epoch are in memory.
-    warn_about_shared_memory(2 * loader.num_workers * BATCHES_PER_WORKER * cfg.DATA.BATCH_SIZE * 3 * math.prod(image_size(cfg)))
+    num_pixels = max(math.prod(size) for size in (image_size(cfg), *(size for _, size in train_sizes(cfg))))
+    warn_about_shared_memory(2 * loader.num_workers * BATCHES_PER_WORKER * cfg.DATA.BATCH_SIZE * 3 * num_pixels)
     rand_augment = build_rand_augment(cfg, device)
     limit = cfg.DATA.MAX_UNREADABLE
     return TrainLoader(loader, normalize, device, rand_augment=rand_augment, erase=erase, max_unreadable=limit)
@@ -294,13 +310,18 @@ def build_eval_loader(
     return DeviceLoader(loader, Normalize(cfg.DATA.MEAN, cfg.DATA.STD, device), device)
 
 
-def build_mixup(cfg: CfgNode, *, rank: int = 0) -> StepMixup | None:
-    """Build mixup and CutMix; None if both are disabled. Without them, targets remain class ids."""
-    if not (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None):
+def build_mixup(cfg: CfgNode, *, rank: int = 0, passes_per_epoch: int = 1) -> StepMixup | None:
+    """Build mixup and CutMix; None if both are disabled. Without them, targets remain class ids.
+
+    Args:
+        passes_per_epoch: forward passes per epoch, for AUG.MIXUP_OFF_EPOCH.
+    """
+    if not mixes(cfg):
         return None
     return StepMixup(
         seed=cfg.SEED,
         rank=rank,
+        end=cfg.AUG.MIXUP_OFF_EPOCH * passes_per_epoch or math.inf,
         mixup_alpha=cfg.AUG.MIXUP,
         cutmix_alpha=cfg.AUG.CUTMIX,
         cutmix_minmax=cfg.AUG.CUTMIX_MINMAX,

@@ -18,6 +18,7 @@ from data.decoding import decode_image, describe_error
 from data.files import MAX_COMPRESSION_RATIO, MAX_FILE_SIZE, DataError, check_unchanged, file_stamp
 from data.index import Index
 from data.rows import RowReader
+from data.transforms import TransformSchedule
 from utils.random import Stream, draw_seed, restore_generators, seed_generators
 
 MAX_OPEN_ARCHIVES = 128
@@ -45,7 +46,7 @@ class ImageDataset(Dataset):
     and ``torch`` are seeded from (seed, epoch, index).
 
     Args:
-        transform: converts an image as returned by ``decoder`` to (3, H, W) uint8.
+        transform: converts an image as returned by ``decoder`` to (3, H, W) uint8; or such a function for each epoch.
         decoder: decodes a file's bytes to an RGB image, given the bytes and the name of the file: ``decode_image`` or
             ``decode_pixels``, with their option ``exif``.
         seed: the run's seed; None for a deterministic transform.
@@ -57,7 +58,7 @@ class ImageDataset(Dataset):
     def __init__(
         self,
         index: Index,
-        transform: Callable[[Image.Image | Tensor], Tensor],
+        transform: Callable[[Image.Image | Tensor], Tensor] | TransformSchedule,
         *,
         decoder: Callable[[bytes, str], Image.Image | Tensor] = decode_image,
         seed: int | None = None,
@@ -172,12 +173,13 @@ class ImageDataset(Dataset):
         Raises:
             DataError: the transform cannot process the image.
         """
+        transform = self.transform.at(key[0]) if isinstance(self.transform, TransformSchedule) else self.transform
         if self.seed is None:
-            return apply(self.transform, image, path)
+            return apply(transform, image, path)
         # Loader workers draw no other random numbers, so their generators need not be restored.
         with restore_generators() if get_worker_info() is None else nullcontext():
             seed_generators(draw_seed(self.seed, *key))
-            return apply(self.transform, image, path)
+            return apply(transform, image, path)
 
 
 class FileDataset(Dataset):

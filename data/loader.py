@@ -190,6 +190,11 @@ class TrainLoader(DeviceLoader):
     def updates_per_epoch(self) -> int:
         return self.sampler.updates_per_epoch
 
+    @property
+    def passes_per_epoch(self) -> int:
+        """Forward passes of this process per epoch."""
+        return self.sampler.updates_per_epoch * self.sampler.accumulation
+
     def set_position(self, epoch: int, first_update: int = 0) -> None:
         if (epoch, first_update) != (self.sampler.epoch, self.sampler.first_update):
             self._started = False

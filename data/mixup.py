@@ -1,5 +1,7 @@
 """Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899), seeded from (seed, step, rank)."""
 
+import math
+
 import torch
 from timm.data import Mixup
 from torch import Tensor
@@ -13,12 +15,14 @@ class StepMixup:
     Args:
         seed: the run's seed.
         rank: rank of this process.
+        end: number of forward passes of the run after which nothing is mixed. As in timm, label smoothing remains.
         options: arguments of ``timm.data.Mixup``.
     """
 
-    def __init__(self, *, seed: int, rank: int = 0, **options):
+    def __init__(self, *, seed: int, rank: int = 0, end: float = math.inf, **options):
         self.seed = seed
         self.rank = rank
+        self.end = end
         self.mixup = Mixup(**options)
 
     def __call__(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -34,6 +38,7 @@ class StepMixup:
         Returns:
             Images and (B, num_classes) probabilities, including label smoothing.
         """
+        self.mixup.mixup_enabled = step < self.end
         count = len(images)
         middle = count // 2
         if count % 2:  # timm would mix the middle image with itself; insert a copy of the first image as its partner

@@ -43,6 +43,12 @@ def balanced_order(images_of_class: Sequence[Tensor], seed: int, epoch: int) -> 
     return torch.cat(chosen)[order], torch.cat(copies)[order]
 
 
+def count_copies(labels: np.ndarray) -> int:
+    """Maximum number of times that an image occurs in an epoch of ``balanced_order``. labels: class id of each image."""
+    _, counts = np.unique(labels, return_counts=True)
+    return math.ceil(math.ceil(len(labels) / len(counts)) / counts.min())
+
+
 class TrainBatches(Sampler[list[Key]]):
     """Training batches of one process for one epoch. All batches have the same size.
 
@@ -100,7 +106,7 @@ class TrainBatches(Sampler[list[Key]]):
         if labels is not None and num_samples:
             _, counts = np.unique(labels, return_counts=True)
             self.images_of_class = list(torch.from_numpy(np.argsort(labels, kind="stable")).split(counts.tolist()))
-            self.max_copies = math.ceil(math.ceil(num_samples / len(counts)) / counts.min())
+            self.max_copies = count_copies(labels)
         self.set_position(0, 0)
 
     def count_images(self) -> int:

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,21 @@ def create_train_transform(
         transforms.RandomCrop(img_size, padding=4),
     ]
     return transforms.Compose([*resize_and_crop, *augment.transforms[1:]])
+
+
+class TransformSchedule:
+    """Transforms of successive epochs, in training with several input sizes.
+
+    Args:
+        transforms: pairs of the first epoch of a transform and the transform, in the order of the epochs, from epoch 0 on.
+            Epochs are those of the keys of ``data.datasets.ImageDataset``.
+    """
+
+    def __init__(self, transforms: Sequence[tuple[int, Transform]]):
+        self.first_epochs, self.transforms = zip(*transforms, strict=True)
+
+    def at(self, epoch: int) -> Transform:
+        return self.transforms[bisect_right(self.first_epochs, epoch) - 1]
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):

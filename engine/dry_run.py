@@ -1,6 +1,7 @@
 """Run each part of training once, to find errors before a long run, and report the bottleneck."""
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from engine.largest_batch import check_batch_size
 from engine.loading_speed import describe_loading
 from engine.optim import eval_dtype
 from engine.profiler import SUFFIX, profile_updates
+from engine.schedule import find_size, remaining_updates
 from engine.trainer import Trainer
 from models.checkpoints.reader import read_checkpoint
+from utils.config.loading import train_sizes
 from utils.distributed import on_main, sum_over_processes
 from utils.run_files import checkpoint_path
 from utils.text import format_duration
@@ -42,8 +45,7 @@ def dry_run(trainer: Trainer, profile: Path | None = None) -> None:
         ConfigError, TrainingError, DataError, CheckpointError: an error that the run would have raised.
     """
     world, cfg, state = trainer.world, trainer.cfg, trainer.state
-    epoch = state.num_updates // trainer.updates_per_epoch
-    remaining_updates = trainer.num_epochs * trainer.updates_per_epoch - state.num_updates
+    epoch, remaining = choose_epoch(trainer)
 
     started = time.monotonic()
     trainer.train_loader.set_position(epoch)
@@ -80,7 +82,23 @@ def dry_run(trainer: Trainer, profile: Path | None = None) -> None:
         )
     # This sum also makes every process wait until all have read the checkpoint, since the caller then deletes the directory.
     averages = sum_over_processes(torch.tensor([update_seconds, loading_seconds], device=world.device)) / world.size
-    _log_bottleneck(trainer, remaining_updates, *averages.tolist())
+    _log_bottleneck(trainer, remaining, *averages.tolist())
+
+
+def choose_epoch(trainer: Trainer) -> tuple[int, float]:
+    """The epoch to measure, and the remaining updates of the run in units of its updates, see ``remaining_updates``.
+
+    If the run has several input sizes, it is the first remaining epoch with the largest size, which needs the most memory.
+    """
+    sizes, num_updates = train_sizes(trainer.cfg), trainer.state.num_updates
+    first = num_updates // trainer.updates_per_epoch
+    epochs = [first, *(epoch for epoch, _ in sizes if epoch > first)]
+    epoch = max(epochs, key=lambda epoch: math.prod(find_size(sizes, epoch)))
+    size = find_size(sizes, epoch)
+    if len(sizes) > 1:
+        logger.info("TRAIN.SIZE_SCHEDULE: measured with its largest images, of %d x %d pixels (epoch %d)", *size, epoch + 1)
+    length = {"updates_per_epoch": trainer.updates_per_epoch, "num_epochs": trainer.num_epochs}
+    return epoch, remaining_updates(sizes, num_updates, **length, size=size)
 
 
 def _measure_updates(trainer: Trainer, batch: Batch) -> float:
@@ -124,11 +142,11 @@ def _time_loading(trainer: Trainer, epoch: int) -> float:
     return (time.monotonic() - started) / count
 
 
-def _log_bottleneck(trainer: Trainer, remaining_updates: int, update_seconds: float, loading_seconds: float) -> None:
+def _log_bottleneck(trainer: Trainer, remaining: float, update_seconds: float, loading_seconds: float) -> None:
     """Log speeds, expected durations and the bottleneck.
 
     Args:
-        remaining_updates: updates until the end of the run.
+        remaining: updates until the end of the run, in units of ``update_seconds``.
         update_seconds: seconds per update on batches that are already loaded.
         loading_seconds: seconds to load the batches of an update.
     """
@@ -146,7 +164,7 @@ def _log_bottleneck(trainer: Trainer, remaining_updates: int, update_seconds: fl
         images_per_update / update_seconds,
         images_per_update / loading_seconds,
         format_duration(trainer.updates_per_epoch * seconds_per_update),
-        format_duration(remaining_updates * seconds_per_update),
+        format_duration(remaining * seconds_per_update),
     )
     if loading_seconds > update_seconds:
         logger.warning(

@@ -115,6 +115,12 @@ class MetricsWriter:
         """Write an image, (3, H, W) in [0, 1], to TensorBoard."""
         self._write_event(self._event, "add_image", name, image, step)
 
+    def image_grid(self, name: str, images: Tensor, step: int) -> None:
+        """Write a grid of images, (B, 3, H, W), each scaled to [0, 1] by its own minimum and maximum."""
+        from torchvision.utils import make_grid
+
+        self.image(name, make_grid(images.float().cpu(), nrow=4, normalize=True, scale_each=True), step)
+
     def figure(self, name: str, figure: object, step: int) -> None:
         """Write a matplotlib figure to TensorBoard. It is rendered in the background: do not use the figure after the call."""
         self._write_event(self._event, "add_figure", name, figure, step)

@@ -20,6 +20,7 @@ from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import load_stored_config
+from utils.config.rules import mixes
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
 from utils.errors import ConfigError, one_line
@@ -57,7 +58,7 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its weights do not match its config ({error})") from None
-    criterion = build_criterion(cfg, mixed=build_mixup(cfg) is not None, labels=dataset.index.labels, device=world.device)
+    criterion = build_criterion(cfg, mixed=mixes(cfg), labels=dataset.index.labels, device=world.device)
     for rank, names in enumerate(state["replay"]["images"]):
         passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
         for (images, targets, seed), image_names in zip(passes, names, strict=True):
@@ -147,7 +148,8 @@ def read_update(
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
     first = update * accumulation
-    batches = mix_batches(islice(loader, accumulation), build_mixup(cfg, rank=rank), forward_pass=first)
+    mixup = build_mixup(cfg, rank=rank, passes_per_epoch=loader.passes_per_epoch)
+    batches = mix_batches(islice(loader, accumulation), mixup, forward_pass=first)
     for forward_pass, (images, targets) in enumerate(batches, first):
         yield images, targets, seed_of_pass(cfg.SEED, forward_pass, rank)
 

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yacs.config import CfgNode
@@ -63,6 +64,35 @@ class Schedule:
 def count_epochs(cfg: CfgNode) -> int:
     """Epochs of a run, including the cooldown epochs."""
     return cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS
+
+
+def find_size(sizes: Sequence[tuple[int, tuple[int, int]]], epoch: int) -> tuple[int, int]:
+    """Input size of an epoch. sizes: from ``utils.config.loading.train_sizes``."""
+    return next(size for first_epoch, size in reversed(sizes) if first_epoch <= epoch)
+
+
+def remaining_updates(
+    sizes: Sequence[tuple[int, tuple[int, int]]],
+    num_updates: int,
+    *,
+    updates_per_epoch: int,
+    num_epochs: int,
+    size: tuple[int, int],
+) -> float:
+    """Updates that remain in a run, each weighted by the ratio of its pixels per image to those of ``size``.
+
+    An estimate of the remaining time divided by the time of an update with images of ``size``.
+
+    Args:
+        sizes: from ``utils.config.loading.train_sizes``.
+        num_epochs: including cooldown epochs.
+    """
+    starts = [epoch * updates_per_epoch for epoch, _ in sizes]
+    ends = [*starts[1:], num_epochs * updates_per_epoch]
+    pixels = (
+        max(end - max(start, num_updates), 0) * math.prod(own) for start, end, (_, own) in zip(starts, ends, sizes, strict=True)
+    )
+    return sum(pixels) / math.prod(size)
 
 
 def accumulation_steps(cfg: CfgNode, world_size: int) -> int:

@@ -29,6 +29,7 @@ from engine.state import TrainState, check_trained, describe_best
 from engine.step import Mixing, Report, Reports, Requests, mix_batches, train_step
 from engine.training_log import TrainingLog
 from models.checkpoints.reader import CheckpointError
+from utils.config.loading import train_sizes
 from utils.distributed import World, end_watch, is_lost_connection, on_main, sum_over_processes
 from utils.errors import OtherRankError, Stopped, TrainingError
 from utils.random import seed_of_pass
@@ -99,6 +100,7 @@ class Trainer:
         self.training_log = TrainingLog(
             updates_per_epoch=self.updates_per_epoch,
             num_epochs=self.num_epochs,
+            sizes=train_sizes(self.cfg),
             eval_freq=self.cfg.EVAL_FREQ,
             may_end_early=self.cfg.TRAIN.PATIENCE > 0,
             images_per_update=self.metadata["global_batch_size"],
@@ -204,11 +206,11 @@ class Trainer:
 
     def load_batches(self, epoch: int) -> Iterator[Batch]:
         """Batches of the forward passes that remain in an epoch. The first batch of a run is shown in TensorBoard."""
-        showing = self.state.num_updates == 0
+        showing = self.state.num_updates == 0 and self.metrics is not None
         self.train_loader.set_position(epoch, self.state.num_updates - epoch * self.updates_per_epoch)
         for batch in self.train_loader:
             if showing:
-                self.show_batch(batch.images)
+                self.metrics.image_grid("first_batch", batch.images[:16], 0)
                 showing = False
             yield batch
 
@@ -350,15 +352,6 @@ class Trainer:
             f"If the weights have diverged since the best evaluation, delete the checkpoints in {self.output} that are later "
             f"than update {best}: the same command with a lower TRAIN.BASE_LR then resumes from the best checkpoint"
         )
-
-    def show_batch(self, images: Tensor) -> None:
-        """Write a grid of the first augmented images to TensorBoard, each scaled to [0, 1] by its own minimum and maximum."""
-        if self.metrics is None:
-            return
-        from torchvision.utils import make_grid
-
-        grid = make_grid(images[:16].float().cpu(), nrow=4, normalize=True, scale_each=True)
-        self.metrics.image("first_batch", grid, 0)
 
     def show_figures(self) -> None:
         """Write the figures of ``draw`` to TensorBoard. Draw no further figures after an error, such as out of memory."""

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
 from data.loader import DeviceLoader
 from engine.remaining_work import count_evaluations
+from engine.schedule import find_size, remaining_updates
 from engine.state import TrainState
 from engine.step import Report
 from utils.environment import peak_memory
@@ -29,6 +30,7 @@ class TrainingLog:
 
     Args:
         num_epochs: including cooldown epochs.
+        sizes: input sizes, see ``train_sizes``.
         eval_freq: EVAL_FREQ, in epochs.
         may_end_early: whether TRAIN.PATIENCE may end the run before its last epoch.
         images_per_update: over all processes.
@@ -46,6 +48,7 @@ class TrainingLog:
         *,
         updates_per_epoch: int,
         num_epochs: int,
+        sizes: Sequence[tuple[int, tuple[int, int]]],
         eval_freq: int,
         may_end_early: bool = False,
         images_per_update: int,
@@ -56,6 +59,7 @@ class TrainingLog:
     ):
         self.updates_per_epoch = updates_per_epoch
         self.num_epochs = num_epochs
+        self.sizes = sizes
         self.eval_freq = eval_freq
         self.may_end_early = may_end_early
         self.images_per_update = images_per_update
@@ -64,6 +68,7 @@ class TrainingLog:
         self.state = state
         self.learning_rate = learning_rate
         self.evaluation_seconds: float | None = None
+        self._logged_size: tuple[int, int] | None = None
         self._shown: dict[str, float] = {}  # newest values of the progress bar
         self._seconds_of_first = 0.0  # duration of the first update, see ``log_first``
         self.start_interval()
@@ -135,9 +140,10 @@ class TrainingLog:
     def eta(self, images_per_second: float) -> str:
         """Remaining time of the run, with its evaluations as soon as their duration is known."""
         num_updates = self.state.num_updates
-        sizes = {"updates_per_epoch": self.updates_per_epoch, "num_epochs": self.num_epochs}
-        evaluations = count_evaluations(num_updates, **sizes, eval_freq=self.eval_freq)
-        updates = max(self.num_epochs * self.updates_per_epoch - num_updates, 0)
+        length = {"updates_per_epoch": self.updates_per_epoch, "num_epochs": self.num_epochs}
+        evaluations = count_evaluations(num_updates, **length, eval_freq=self.eval_freq)
+        size = find_size(self.sizes, max(num_updates - 1, 0) // self.updates_per_epoch)  # of the measured updates
+        updates = remaining_updates(self.sizes, num_updates, **length, size=size)
         seconds = updates * self.images_per_update / images_per_second
         limit = "at most " if self.may_end_early else ""
         if self.evaluation_seconds is None:
@@ -159,7 +165,14 @@ class TrainingLog:
         return text if speed is None else f"{text}, {speed:.0f} images/s, ETA {self.eta(speed)}"
 
     def show_progress(self, updates: range, epoch: int) -> Generator[int, None, None]:
-        """The ``updates`` that remain in an epoch, with a progress bar on a terminal. Elsewhere, the log lines suffice."""
+        """The ``updates`` that remain in an epoch, with a progress bar on a terminal. Elsewhere, the log lines suffice.
+
+        If the run has several input sizes, each change is logged.
+        """
+        size = find_size(self.sizes, epoch)
+        if len(self.sizes) > 1 and updates and size != self._logged_size:
+            logger.info("epoch %d/%d: training with images of %d x %d pixels", epoch + 1, self.num_epochs, *size)
+            self._logged_size = size
         return progress(
             updates,
             self.updates_per_epoch,

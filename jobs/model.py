@@ -18,7 +18,7 @@ from models.checkpoints.reader import CheckpointError, choose_weights, read_chec
 from models.checkpoints.released import Released
 from models.kernel_selection import choose_backend, set_backend
 from utils.config.keys import STORED_KEY_PREFIXES, WINDOW_KEYS
-from utils.config.loading import image_size, load_config, load_stored_config
+from utils.config.loading import image_size, load_config, load_stored_config, train_sizes
 from utils.distributed import World, gather_on_main, on_all, on_main
 from utils.errors import ConfigError
 
@@ -33,13 +33,20 @@ def check_model(cfg: CfgNode) -> nn.Module:
     """Build the model on the meta device, without allocating memory.
 
     Raises:
-        ConfigError: the model cannot be built.
+        ConfigError: the model cannot be built, or a size of TRAIN.SIZE_SCHEDULE is too small for it.
     """
     try:
         with torch.device("meta"):
-            return build_model(cfg)
+            model: Any = build_model(cfg)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"MODEL.TYPE={cfg.MODEL.TYPE} cannot be built from this config: {error}") from None
+    for _, size in train_sizes(cfg):
+        if min(size) < model.min_img_size:
+            raise ConfigError(
+                f"TRAIN.SIZE_SCHEDULE={cfg.TRAIN.SIZE_SCHEDULE}: images of {size[0]} x {size[1]} pixels are too small for "
+                f"MODEL.TYPE={cfg.MODEL.TYPE}; give sizes of at least {model.min_img_size} pixels"
+            )
+    return model
 
 
 def attention_windows(model: Any) -> dict[tuple[int, str], tuple[int | None, ...]]:

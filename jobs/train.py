@@ -266,7 +266,7 @@ def build_trainer(
 ) -> Trainer:
     """Build the trainer of a run in its initial or resumed state. It writes checkpoints and replay files to ``output``."""
     updates_per_epoch = data.train.updates_per_epoch
-    mixup = build_mixup(cfg, rank=world.rank)
+    mixup = build_mixup(cfg, rank=world.rank, passes_per_epoch=data.train.passes_per_epoch)
     state = build_initial_state(cfg, world, init, data.classes)
     model: Any = state.model
     if saved is not None:

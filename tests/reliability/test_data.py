@@ -474,9 +474,9 @@ def test_every_process_of_a_run_builds_mixup_with_its_rank(toy_config, toy_data,
     def prepare(rank: int) -> None:
         original = jobs.train.build_mixup
 
-        def build(cfg, *, rank: int):
+        def build(cfg, *, rank: int, **options):
             (tmp_path / f"mixup{os.environ['RANK']}").write_text(str(rank))
-            return original(cfg, rank=rank)
+            return original(cfg, rank=rank, **options)
 
         jobs.train.build_mixup = build
 

@@ -287,6 +287,12 @@ KEYS = {
     ),
     "TRAIN.USE_CHECKPOINT": Key(False, "recompute activations in the backward pass to save memory"),
     "TRAIN.COMPILE": Key(False, "compile the model with `torch.compile`"),
+    "TRAIN.SIZE_SCHEDULE": Key(
+        [],
+        "input sizes of training: `[[0, 128], [100, 176], [200, 224]]` trains at 128 pixels, after 100 epochs at 176, and "
+        "after 200 epochs at 224; `[epochs, height, width]` if a size is not square. Evaluation is always at `DATA.IMG_SIZE`, "
+        "which the last size usually equals; empty: train at `DATA.IMG_SIZE`",
+    ),
     "TRAIN.PATIENCE": Key(
         0,
         "end the run after this many evaluations in a row without a better value of `BEST_METRIC` than before, of raw or EMA "
@@ -378,6 +384,9 @@ KEYS = {
         "batch",
         "one mixing ratio per batch, per pair of images or per image (`elem`); `pair` and `elem` are slow on a GPU",
         choices=("batch", "pair", "elem"),
+    ),
+    "AUG.MIXUP_OFF_EPOCH": Key(
+        0, "train without mixup and CutMix after this many epochs; label smoothing remains; 0: never", minimum=0
     ),
     # Exponential moving average of the weights
     "EMA.ENABLED": Key(False, "maintain an exponential moving average of the weights, and evaluate it as well"),

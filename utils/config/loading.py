@@ -53,7 +53,8 @@ _MAY_BE_LIST = {
     "AUG.CUTMIX_MINMAX": [0.2, 0.8],
     "DATA.IMG_SIZE": [224, 224],
     "TRAIN.CLASS_WEIGHTS": [0.5, 2.0],
-}  # key whose default is no list -> example of a list
+    "TRAIN.SIZE_SCHEDULE": [[0, 224]],
+}  # key whose default is no list, or an empty one -> example of a list
 
 CONFIGS = Path(__file__).parents[2] / "configs"  # the shipped configs; their file names are the model names
 MAX_TEXT = 4096  # maximum length of a value
@@ -188,6 +189,12 @@ def image_size(cfg: CfgNode) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def train_sizes(cfg: CfgNode) -> list[tuple[int, tuple[int, int]]]:
+    """Input sizes of training: (first epoch, (height, width)), in the order of the epochs, see TRAIN.SIZE_SCHEDULE."""
+    sizes = [(epoch, (sides[0], sides[-1])) for epoch, *sides in cfg.TRAIN.SIZE_SCHEDULE]
+    return sizes or [(0, image_size(cfg))]
+
+
 def _merge_file(cfg: CfgNode, path: Path, chain: tuple[Path, ...]) -> None:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path} is not a YAML file; give a config whose name ends in .yaml or .yml{suggest_file(path)}")
@@ -271,7 +278,7 @@ def _set(cfg: CfgNode, name: str, value: object, source: str) -> None:
     literal = _literal(value)
     if literal is None and name in _MAY_BE_NONE:
         cfg[leaf] = None
-    elif isinstance(literal, (list, tuple)) and name in _MAY_BE_LIST:
+    elif name in _MAY_BE_LIST and (isinstance(literal, (list, tuple)) or KEYS[name].default == []):
         cfg[leaf] = _convert(literal, _MAY_BE_LIST[name], name, source)
     else:
         cfg[leaf] = _convert(value, KEYS[name].default, name, source)

@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.keys import KEYS, MODEL_TYPES, Key
+from utils.config.keys import KEYS, MAX_SIDE, MODEL_TYPES, Key
 from utils.config.optimizers import OPTIMIZERS, OPTIONS
 from utils.config.reading import show
 from utils.errors import ConfigError
@@ -48,6 +48,7 @@ def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
     _check_recipe(cfg)
     _check_optimizer(cfg.TRAIN)
     _check_loss(cfg)
+    _check_phases(cfg)
     _check_lists(cfg)
 
 
@@ -209,6 +210,43 @@ def _check_loss(cfg: CfgNode) -> None:
         raise ConfigError(
             "TRAIN.CLASS_WEIGHTS=balanced and DATA.SAMPLING=balanced correct the class frequencies twice; give only one of them"
         )
+
+
+def _check_phases(cfg: CfgNode) -> None:
+    """Check the input sizes of training, and the epoch at which mixup ends."""
+    num_epochs, sizes = cfg.TRAIN.EPOCHS + cfg.TRAIN.COOLDOWN_EPOCHS, cfg.TRAIN.SIZE_SCHEDULE
+    for entry in sizes:
+        if len(entry) not in (2, 3) or not all(1 <= side <= MAX_SIDE for side in entry[1:]):
+            raise ConfigError(
+                f"TRAIN.SIZE_SCHEDULE={show(sizes)}: {show(entry)} is not [epochs, size] or [epochs, height, width] with sizes "
+                f"from 1 to {MAX_SIDE} pixels; give, for example, [[0, 128], [100, 224]]"
+            )
+    starts = [epoch for epoch, *_ in sizes]
+    if sizes and (starts[0] != 0 or starts != sorted(set(starts))):
+        raise ConfigError(
+            f"TRAIN.SIZE_SCHEDULE={show(sizes)}: the epochs must begin with 0 and increase, as in [[0, 128], [100, 224]]"
+        )
+    if sizes and starts[-1] >= num_epochs:
+        used = str([entry for entry in sizes if entry[0] < num_epochs]).replace(" ", "")
+        raise ConfigError(
+            f"TRAIN.SIZE_SCHEDULE={show(sizes)}: the run has {num_epochs} epochs, so the last size would never be used; change "
+            f"the epochs, or add --opts TRAIN.SIZE_SCHEDULE '{used}'"
+        )
+    end = cfg.AUG.MIXUP_OFF_EPOCH
+    if end and not mixes(cfg):
+        raise ConfigError(
+            f"AUG.MIXUP_OFF_EPOCH={end} has no effect without mixup and CutMix; remove it, or add --opts AUG.MIXUP_OFF_EPOCH 0"
+        )
+    if end >= num_epochs:
+        raise ConfigError(
+            f"AUG.MIXUP_OFF_EPOCH={end} has no effect in a run of {num_epochs} epochs; give a smaller number of epochs, or add "
+            "--opts AUG.MIXUP_OFF_EPOCH 0"
+        )
+
+
+def mixes(cfg: CfgNode) -> bool:
+    """Whether mixup or CutMix is enabled, at least in the first epoch."""
+    return cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
 
 
 def _check_lists(cfg: CfgNode) -> None:
