@@ -25,7 +25,7 @@ IMPORTERS = {
     "pyarrow": {"data/rows.py"},
     "safetensors": {"jobs/export.py", "models/checkpoints/reader.py"},
     "matplotlib": {"engine/report.py", "analysis/pictures.py"},
-    "torchvision": {"data/decoding.py", "data/transforms.py", "engine/trainer.py"},
+    "torchvision": {"data/decoding.py", "data/transforms.py", "engine/metrics_writer.py"},
 }
 
 

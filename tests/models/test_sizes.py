@@ -238,6 +238,33 @@ def test_set_input_size_preserves_the_logits_at_the_new_size(kind, size):
     }
 
 
+@pytest.mark.parametrize("size", [(32, 32), (40, 72)], ids=str)
+@pytest.mark.parametrize("kind", TABLE_KINDS)
+def test_gradients_at_another_size_equal_those_of_tables_that_torch_resizes(kind, size):
+    """A training step at another size trains the tables of the native size, through ``F.interpolate``."""
+    model, resized = build(kind, 64), build(kind, 64)
+    resized.set_input_size(size)  # its tables are replaced below
+    native = {table.name: table for _, table in model.named_position_tables()}
+    parameters = dict(model.named_parameters())
+    for _, new in resized.named_position_tables():
+        old, value = native[new.name], parameters[new.name]
+        prefix, rows = value.flatten(0, -2).split([old.num_prefix_tokens, old.grid[0] * old.grid[1]])
+        rows = rows.T.view(1, -1, *old.grid)
+        rows = rows if old.grid == new.grid else F.interpolate(rows, size=new.grid, mode="bicubic", align_corners=False)
+        parameters[new.name] = torch.cat([prefix, rows.flatten(2)[0].T]).view(*value.shape[:-2], -1, value.shape[-1])
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(
+        torch.func.functional_call(resized, parameters, images).square().sum(), list(model.parameters()), allow_unused=True
+    )
+    loss = model(images).square().sum()
+    for (name, _), own, other in zip(
+        model.named_parameters(), torch.autograd.grad(loss, list(model.parameters()), allow_unused=True), expected, strict=True
+    ):
+        assert (own is None) == (other is None), name
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4 * float(other.abs().max() + 1e-3), msg=name)
+
+
 # Models with fixed windows or softmax stripes are excluded, because their table shapes do not depend on the image size.
 @pytest.mark.parametrize("kind", [kind for kind in TABLE_KINDS if "windows" not in kind and "softmax" not in kind])
 def test_set_input_size_gives_tables_of_the_same_shapes_as_a_model_built_at_that_size(kind):

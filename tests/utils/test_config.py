@@ -1,4 +1,5 @@
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS, reference
 from utils.config.keys import INFINITY, KEYS
-from utils.config.loading import flatten, image_size, load_config, load_stored_config, to_dict
+from utils.config.loading import flatten, image_size, load_config, load_stored_config, to_dict, train_sizes
 from utils.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -199,6 +200,14 @@ MODEL:
         ),
         ("{TRAIN: {CLASS_WEIGHTS: [1, 1e39]}, MODEL: {NUM_CLASSES: 2}}", [], "the weight of the class with id 1 is 1e+39"),
         ("{TRAIN: {CLASS_WEIGHTS: balanced}, DATA: {SAMPLING: balanced}}", [], "correct the class frequencies twice"),
+        ("TRAIN: {SIZE_SCHEDULE: 128}", [], "TRAIN.SIZE_SCHEDULE=128 is of type int; expected list, such as [[0, 224]]"),
+        ("TRAIN: {SIZE_SCHEDULE: [0, 128]}", [], "TRAIN.SIZE_SCHEDULE=0 is of type int; expected list, such as [0, 224]"),
+        ("TRAIN: {SIZE_SCHEDULE: [[0]]}", [], "[0] is not [epochs, size] or [epochs, height, width]"),
+        ("TRAIN: {SIZE_SCHEDULE: [[0, 9000]]}", [], "with sizes from 1 to 8192 pixels"),
+        ("TRAIN: {SIZE_SCHEDULE: [[1, 128]]}", [], "the epochs must begin with 0 and increase"),
+        ("TRAIN: {SIZE_SCHEDULE: [[0, 128], [9, 160], [9, 224]]}", [], "the epochs must begin with 0 and increase"),
+        ("AUG: {MIXUP: 0, CUTMIX: 0, MIXUP_OFF_EPOCH: 3}", [], "AUG.MIXUP_OFF_EPOCH=3 has no effect without mixup"),
+        ("AUG: {MIXUP_OFF_EPOCH: -1}", [], "AUG.MIXUP_OFF_EPOCH=-1: give a number of at least 0"),
         ("TEST: {CROP: False, CROP_MODE: short}", [], "TEST.CROP_MODE=short; give only one of them"),
         ("TEST: {CROP_PCT: 1.2}", [], "TEST.CROP_PCT=1.2"),
         ("DATA: {IMG_SIZE: [224, 224, 3]}", [], "give one number of pixels, or [height, width]"),
@@ -223,6 +232,23 @@ MODEL:
 def test_an_invalid_config_is_rejected_with_key_value_and_remedy(tmp_path, text, opts, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(write(tmp_path, text=text), opts)
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["TRAIN.EPOCHS", 100, "TRAIN.SIZE_SCHEDULE", "[[0, 128], [60, 160], [100, 224]]"],
+        ["TRAIN.EPOCHS", 50, "AUG.MIXUP_OFF_EPOCH", 50],
+        ["AUG.MIXUP", 0, "AUG.CUTMIX", 0, "AUG.MIXUP_OFF_EPOCH", 50],
+    ],
+    ids=str,
+)
+def test_the_options_that_the_refusal_of_a_phase_without_effect_proposes_are_accepted(opts):
+    with pytest.raises(ConfigError, match=f"{opts[-2]}=") as refused:
+        load_config("flatten_swin_t", opts)
+    _, _, proposed = str(refused.value).partition("--opts ")
+    cfg = load_config("flatten_swin_t", [*opts, *shlex.split(proposed)])
+    assert train_sizes(cfg) == ([(0, (128, 128)), (60, (160, 160))] if "SIZE" in opts[-2] else [(0, (224, 224))])
 
 
 def test_missing_files_and_cycles_of_base_files_are_rejected(tmp_path):
@@ -424,6 +450,8 @@ DEFAULTS = {
     "TRAIN.CLASS_WEIGHTS": "none",
     "TRAIN.LR_SCHEDULER.MILESTONES": [30, 60, 90],
     "TRAIN.LR_SCHEDULER.POWER": 1.0,
+    "TRAIN.SIZE_SCHEDULE": [],
+    "AUG.MIXUP_OFF_EPOCH": 0,
 }
 
 
@@ -446,7 +474,7 @@ BOUNDS = {
         "DATA.MAX_UNREADABLE DATA.GLOBAL_BATCH_SIZE DATA.WORKER_TIMEOUT TRAIN.WARMUP_EPOCHS "
         "TRAIN.COOLDOWN_EPOCHS TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.RECIPE_BATCH_SIZE "
         "TRAIN.WEIGHT_DECAY TRAIN.HEAD_LR_SCALE TRAIN.CLIP_GRAD TRAIN.ACCUMULATION_STEPS TRAIN.OPTIMIZER.EPS "
-        "TRAIN.PATIENCE AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
+        "TRAIN.PATIENCE AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX AUG.MIXUP_OFF_EPOCH TEST.BATCH_SIZE SAVE_STEPS SAVE_MINUTES"
     ),
     (1, INFINITY): (
         "TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.LR_SCHEDULER.MILESTONES AUG.REPEATS PRINT_FREQ SAVE_FREQ EVAL_FREQ "
