@@ -103,13 +103,7 @@ def build_datasets(
         index = indices["train"]
         in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
         run_once(lambda: warn_if_slow(indices["train"], cfg.DATA.DATA_PATH))
-        options = {"seed": cfg.SEED, "unreadable": cfg.DATA.UNREADABLE, "in_memory": in_memory}
-        # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
-        decode = decode_pixels if min(max(size) for _, size in train_sizes(cfg)) > MAX_SMALL_SIZE else decode_image
-        options["decoder"] = partial(decode, exif=cfg.DATA.EXIF)
-        # The epochs in the keys of images count the copies of an image in an epoch, see ``TrainBatches``.
-        copies = cfg.AUG.REPEATS * (count_copies(index.labels) if cfg.DATA.SAMPLING == "balanced" else 1)
-        train = ImageDataset(index, build_train_transform(cfg, copies=copies), **options)
+        train = _build_train_dataset(cfg, index, in_memory)
     index = indices["val"]
     in_memory = build_positions_in_memory(cfg, len(index), rank=rank, world_size=world_size)
     preprocessing = build_preprocessing(cfg)
@@ -137,6 +131,21 @@ def build_datasets(
         len(index.classes),
     )
     return Datasets(train, val, class_ids, real_labels, restriction)
+
+
+def _build_train_dataset(cfg: CfgNode, index: Index, in_memory: range) -> ImageDataset:
+    # ``decode_pixels`` is faster, but the transform for small sizes accepts only Pillow images.
+    decode = decode_pixels if min(max(size) for _, size in train_sizes(cfg)) > MAX_SMALL_SIZE else decode_image
+    # The epochs in the keys of images count the copies of an image in an epoch, see ``TrainBatches``.
+    copies = cfg.AUG.REPEATS * (count_copies(index.labels) if cfg.DATA.SAMPLING == "balanced" else 1)
+    return ImageDataset(
+        index,
+        build_train_transform(cfg, copies=copies),
+        decoder=partial(decode, exif=cfg.DATA.EXIF),
+        seed=cfg.SEED,
+        unreadable=cfg.DATA.UNREADABLE,
+        in_memory=in_memory,
+    )
 
 
 def build_class_ids(cfg: CfgNode, classes: Sequence[str], model_classes: Sequence[str]) -> tuple[list[int] | None, str]:

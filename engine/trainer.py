@@ -206,12 +206,12 @@ class Trainer:
 
     def load_batches(self, epoch: int) -> Iterator[Batch]:
         """Batches of the forward passes that remain in an epoch. The first batch of a run is shown in TensorBoard."""
-        showing = self.state.num_updates == 0 and self.metrics is not None
+        showing = self.metrics if self.state.num_updates == 0 else None
         self.train_loader.set_position(epoch, self.state.num_updates - epoch * self.updates_per_epoch)
         for batch in self.train_loader:
-            if showing:
-                self.metrics.image_grid("first_batch", batch.images[:16], 0)
-                showing = False
+            if showing is not None:
+                showing.image_grid("first_batch", batch.images[:16], 0)
+                showing = None
             yield batch
 
     def mix(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
