@@ -281,7 +281,9 @@ def build_trainer(
         warn_about_few_images(cfg, num_images, updates_per_epoch, world.size)
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
-    trained: Any = torch.compile(model) if cfg.TRAIN.COMPILE else model
+    # One graph per input size: torch would otherwise compile a graph for all sizes, which is slow where windows are padded.
+    dynamic = False if cfg.TRAIN.SIZE_SCHEDULE else None
+    trained: Any = torch.compile(model, dynamic=dynamic) if cfg.TRAIN.COMPILE else model
     return Trainer(
         cfg=cfg,
         world=world,
