@@ -1,6 +1,7 @@
 """Learning curves of the runs of an ablation, read from its output directory or from a CSV file, and their means over seeds."""
 
 import csv
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -110,12 +111,13 @@ def draw_means(axes: "Axes", rows: Iterable, arm: str, value: str, *, scale: flo
     with a single seed.
 
     Args:
-        rows: named tuples with the fields ``arm``, ``seed``, ``epoch``, ``x`` and ``value``, one per run and epoch.
+        rows: named tuples with the fields ``arm``, ``seed``, ``epoch``, ``x`` and ``value``, one per run and epoch; rows whose
+            value is NaN are omitted.
         scale: multiplier of ``x``.
     """
     by_epoch: dict[int, list] = {}
     for row in rows:
-        if row.arm == arm:
+        if row.arm == arm and not math.isnan(getattr(row, value)):
             by_epoch.setdefault(row.epoch, []).append(row)
     most = max(map(len, by_epoch.values()))
     groups = [group for _, group in sorted(by_epoch.items()) if len(group) == most]

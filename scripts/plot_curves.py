@@ -72,6 +72,7 @@ def draw_tokens(points: list[Point], steps: list[dict]):
             of tokens; a line style stands for a number of tokens.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     panels = figure.subplots(2, 2)
@@ -95,9 +96,29 @@ def draw_tokens(points: list[Point], steps: list[dict]):
     for axes in (time_axes, memory_axes):
         axes.set_xticks(tokens, map(str, tokens))
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
+    for axis in (by_time.xaxis, time_axes.yaxis, memory_axes.yaxis):
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     finish(panels.flat)
+    by_time.get_legend().remove()  # the same as that of the first panel; it would cover lines
     return figure
+
+
+def read_steps(path: Path, arms: list[str]) -> list[dict]:
+    """Records of ``benchmark.py arms --json``.
+
+    Raises:
+        ConfigError: the file is not of this kind, or lacks an arm.
+    """
+    try:
+        records = json.loads(path.read_text())["records"]
+        measured = {record["arm"] for record in records}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--steps {path}: not a file of benchmark.py arms --json") from None
+    if missing := [arm for arm in arms if arm not in measured]:
+        raise ConfigError(f"--steps {path} lacks the arm {missing[0]}; repeat benchmark.py arms with the file of this ablation")
+    return records
 
 
 def kind_of(record: dict) -> str:
@@ -138,7 +159,7 @@ def choose_figure(args: argparse.Namespace):
     points = read_points(first)
     if not points:
         raise ConfigError(f"{first}: no run has been evaluated yet; wait for the end of the first epoch")
-    figure = draw_tokens(points, json.loads(args.steps.read_text())["records"]) if args.steps else draw_arms(points)
+    figure = draw_tokens(points, read_steps(args.steps, arms_of(points))) if args.steps else draw_arms(points)
     if args.csv:
         write_csv(args.csv, Point._fields, points)
     return figure

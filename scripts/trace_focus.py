@@ -111,6 +111,7 @@ def over_blocks(measurements: list[Measurement]) -> list[Measurement]:
 def draw(measurements: list[Measurement]):
     """Plot the accuracy and the measures, as means over blocks and seeds, against the epoch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     rows = over_blocks(measurements)
@@ -125,6 +126,7 @@ def draw(measurements: list[Measurement]):
         axes.set(xlabel="epoch (0: before training)", ylabel=label, title=value.replace("_", " "))
         axes.grid(alpha=0.3)
     panels[1, 0].set_yscale("log")
+    panels[1, 0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     panels[1, 0].yaxis.set_major_formatter("{x:g}")
     panels[1, 0].yaxis.set_minor_formatter("{x:g}")
     figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

@@ -58,6 +58,11 @@ def test_the_csv_file_of_an_ablation_has_all_evaluations_with_training_times_and
     outcome = run_script(scripts.plot_curves, [tmp_path / "curves.csv", "--png", tmp_path / "again.png"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    for content, message in (("{}", "not a file of benchmark.py arms"), ('{"records": []}', "lacks the arm focused function")):
+        (tmp_path / "steps.json").write_text(content)
+        outcome = run_script(scripts.plot_curves, [*arguments, "--steps", tmp_path / "steps.json"], tmp_path / "log")
+        assert outcome.exit_codes == [2]
+        assert message in outcome.output
 
 
 def test_the_training_time_excludes_an_interruption(tmp_path):
@@ -73,7 +78,7 @@ def test_the_training_time_excludes_an_interruption(tmp_path):
 def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation_and_ends_with_the_shortest_run():
     points = [Point("arm", seed, epoch, epoch, accuracy, 0, 0) for seed, epoch, accuracy in ((0, 1, 10.0), (1, 1, 14.0))]
     points += [Point("arm", 0, 2, 2, 20.0, 0, 0), Point("arm", 1, 2, 2, 20.0, 0, 0), Point("arm", 0, 3, 3, 99.0, 0, 0)]
-    points.append(Point("other", 0, 1, 1, 77.0, 0, 0))
+    points += [Point("other", 0, 1, 1, 77.0, 0, 0), *(Point("arm", seed, 0, 0, math.nan, 0, 0) for seed in (0, 1))]
     axes = Figure().subplots()
     draw_means(axes, points, "arm", "accuracy", x="step", scale=0.5)
     (line,), (band,) = axes.lines, axes.collections
