@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import check_outputs, create_parser, reporting_errors
-from utils.errors import USAGE_ERROR, ConfigError
+from utils.errors import USAGE_ERROR, ConfigError, TrainingError
 from utils.files import write_csv
 from utils.text import markdown_code, markdown_table, printable
 
@@ -34,7 +34,7 @@ def read_data_sets(values: Sequence[str]) -> dict[str, Path]:
     data_sets: dict[str, Path] = {}
     for value in values:
         name, _, text = value.partition("=")
-        if not text or os.path.isdir(value):
+        if not (name and text) or os.path.isdir(value):
             name, text = os.path.basename(os.path.abspath(value)), value
         path = Path(text).expanduser()
         if not path.is_dir():
@@ -125,8 +125,8 @@ def evaluate_all(args: argparse.Namespace, data_sets: Mapping[str, Path], world)
     """Evaluate all checkpoints, write the CSV and print the table. Returns the reason for each evaluation that failed.
 
     Raises:
-        ConfigError, DataError, CheckpointError: an evaluation failed, and there are several processes, which would not stay
-            synchronised if the error occurred in only one of them.
+        ConfigError, DataError, CheckpointError, TrainingError: an evaluation failed, and there are several processes, which
+            would not stay synchronised if the error occurred in only one of them.
     """
     rows: dict[tuple[int, str], dict] = {}  # position of the checkpoint in the arguments, and name of the data set -> CSV row
     failed = []
@@ -134,7 +134,7 @@ def evaluate_all(args: argparse.Namespace, data_sets: Mapping[str, Path], world)
     def attempt(what: str, task: Callable[[], Any]) -> Any:
         try:
             return task()
-        except ValueError as error:  # ConfigError, DataError or CheckpointError
+        except (ValueError, TrainingError) as error:  # ConfigError, DataError and CheckpointError are ValueErrors
             if world.size > 1:
                 raise
             failed.append(f"{what}: {error}")  # printable removes the secrets of a URL

@@ -78,19 +78,17 @@ def count_correct(logits: np.ndarray, class_ids: list[int], *, among: list[int])
 
 def test_imagenet_and_its_variants_are_evaluated_in_one_table_with_their_own_classes(model, tmp_path):
     everything, numbers = list(range(1000)), [str(class_id) for class_id in range(1000)]
-    names_of_a = [WORDNET_IDS[class_id] for class_id in CLASSES_OF_A]
-    images = {
-        "val": write_set(tmp_path / "imagenet/val", WORDNET_IDS, everything, model.pixels, model.logits),
-        "v2": write_set(tmp_path / "imagenetv2-matched-frequency-format-val", numbers, everything, model.pixels, model.logits),
-        "imagenet-a": write_set(tmp_path / "imagenet-a", names_of_a, CLASSES_OF_A, model.pixels, model.logits),
-    }
+    classes = {"val": everything[::20], "v2": everything, "imagenet-a": CLASSES_OF_A}
+    folders = {"val": "imagenet/val", "v2": "imagenetv2-matched-frequency-format-val", "imagenet-a": "imagenet-a"}
+    images, correct = {}, {}
+    for name, class_ids in classes.items():
+        directories = numbers if name == "v2" else [WORDNET_IDS[class_id] for class_id in class_ids]
+        images[name] = write_set(tmp_path / folders[name], directories, class_ids, model.pixels, model.logits)
+        correct[name] = count_correct(model.logits[images[name]], class_ids, among=class_ids)
     (tmp_path / "imagenet-a/README.txt").write_text("text")
-    correct = {name: count_correct(model.logits[images[name]], everything, among=everything) for name in ("val", "v2")}
-    logits = model.logits[images["imagenet-a"]]
-    correct["imagenet-a"] = count_correct(logits, CLASSES_OF_A, among=CLASSES_OF_A)
     as_text = [int(name) for name in sorted(numbers)]  # the wrong class ids, if sorted directories were numbered
     assert count_correct(model.logits[images["v2"]][as_text], everything, among=everything) < correct["v2"] / 2
-    assert count_correct(logits, CLASSES_OF_A, among=everything) < correct["imagenet-a"] / 2
+    assert count_correct(model.logits[images["imagenet-a"]], CLASSES_OF_A, among=everything) < correct["imagenet-a"] / 2
     for name in ("one", "two"):
         (tmp_path / "other" / name).mkdir(parents=True)
         Image.fromarray(model.pixels[0]).save(tmp_path / "other" / name / "image.png")
@@ -109,13 +107,13 @@ def test_imagenet_and_its_variants_are_evaluated_in_one_table_with_their_own_cla
         rows = list(csv.DictReader(file))
     assert [row["data_set"] for row in rows] == ["val", "val", "v2", "v2", "imagenet-a", "imagenet-a"]
     assert [int(row["correct1"]) for row in rows] == [count for count in correct.values() for _ in checkpoints]
-    restricted = "predictions restricted to 200 of 1000 classes"
-    assert [row["restriction"] for row in rows] == ["", "", "", "", restricted, restricted]
+    restrictions = [f"predictions restricted to {count} of 1000 classes" for count in (50, 200)]
+    assert [row["restriction"] for row in rows] == [restrictions[0]] * 2 + [""] * 2 + [restrictions[1]] * 2
     cells = [f"{correct[name] / len(images[name]):.3%}".rstrip("%") for name in images]
     row = f"| 32 | {cells[0]} | {cells[1]} |  | {cells[2]} |"
     expected = [f"| `{checkpoint}` {row}" for checkpoint in checkpoints]
     assert "| top-1 accuracy in % | pixels | `val` | `v2` | `other` | `imagenet-a` |\n|---|" in outcome.output
-    assert "\n".join([*expected, "", f"`imagenet-a`: {restricted}"]) in outcome.output
+    assert "\n".join([*expected, "", f"`val`: {restrictions[0]}", f"`imagenet-a`: {restrictions[1]}"]) in outcome.output
 
 
 def test_predictions_with_flip_are_those_of_the_mean_logits_of_an_image_and_its_mirror_image(model, tmp_path):

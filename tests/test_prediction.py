@@ -167,11 +167,14 @@ def test_evaluate_all_writes_a_table_of_checkpoints_sorted_by_accuracy(trained, 
     average_arguments = [trained, sorted(trained.parent.glob("checkpoint_*"))[-1], "--output", tmp_path / "mean.pth"]
     assert run_script(average_checkpoints, average_arguments, tmp_path / "log").exit_codes == [0]
     (tmp_path / "broken.pth").write_bytes(b"none")
-    files = [tmp_path / "other.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "mean.pth"]
+    state["model"]["head.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    files = [tmp_path / "other.pth", trained.parent, tmp_path / "broken.pth", tmp_path / "nan.pth", tmp_path / "mean.pth"]
     arguments = [*files, "--data-path", toy_data, "--csv", tmp_path / "table.csv", "--batch-size", 2]
     outcome = run_script(evaluate_all, arguments, tmp_path / "log")
     assert outcome.exit_codes == [2]
     assert f"evaluate_all.py: error: {tmp_path / 'broken.pth'}" in outcome.output
+    assert f"evaluate_all.py: error: {tmp_path / 'nan.pth'}: the raw weights give outputs that are not finite" in outcome.output
     assert "Traceback" not in outcome.output
     rows = read_csv(tmp_path / "table.csv")
     assert len(rows) == 3

@@ -111,7 +111,12 @@ class _MissingSplit:
                 reason = f"{self.root} is itself a split" if folder == parent else f"{folder} has this split"
                 return f". {reason}: set --data-path {shlex.quote(str(folder))}{flag}"
         if not folders and any(map(has_image_extension, self.entries)):
-            return f"{self.list_entries()}; if it is the directory of a class, set --data-path {shlex.quote(str(parent))}"
+            others = "otherwise, put every image into a directory named after its class, train/<class>/"
+            if self.split == "val":
+                command = f"python scripts/predict.py {shlex.quote(str(self.root))} --resume"
+                others = f"images without classes are classified by {command} and a checkpoint"
+            parent_option = f"set --data-path {shlex.quote(str(parent))}"
+            return f"{self.list_entries()}; if it is the directory of a class, {parent_option}; {others}"
         if not has_class_directories(self.root):
             return ""
         return self._advise_dividing([folder.name for folder in folders], "DATA.VAL_FRACTION 0.1")

@@ -553,5 +553,8 @@ def test_an_evaluation_of_training_images_or_of_another_split_than_in_training_i
 def test_the_error_for_the_directory_of_one_class_names_the_directory_above(tmp_path):
     write_folder(tmp_path)
     folder = tmp_path / CLASSES[0]
-    with pytest.raises(DataError, match=rf"{CLASSES[0]} contains .*set --data-path {re.escape(str(tmp_path))}"):
+    above = rf"{CLASSES[0]} contains .*set --data-path {re.escape(str(tmp_path))}; "
+    with pytest.raises(DataError, match=f"{above}otherwise, put every image into a directory named after its class"):
         find_split(folder, "train", option="--opts DATA.TRAIN_SPLIT")
+    with pytest.raises(DataError, match=f"{above}images without classes are classified by python scripts/predict.py {folder}"):
+        find_split(folder, "val", option="--opts DATA.VAL_SPLIT")
