@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from engine.distillation import Targets
 from engine.evaluation import evaluate
 from engine.largest_batch import check_batch_size
 from engine.loading_speed import describe_loading
@@ -116,7 +117,7 @@ def _measure_updates(trainer: Trainer, batch: Batch) -> float:
     return update_seconds
 
 
-def _time_updates(trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> float:
+def _time_updates(trainer: Trainer, batches: Iterator[tuple[Tensor, Targets]], count: int) -> float:
     """Seconds that ``count`` updates take, including their kernels on the GPU."""
     wait = partial(torch.cuda.synchronize, trainer.world.device) if trainer.world.device.type == "cuda" else lambda: None
     wait()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from yacs.config import CfgNode
 
+from engine.distillation import DistillationLoss
 from utils.config.optimizers import OPTIMIZERS
 from utils.errors import ConfigError
 
@@ -118,7 +119,18 @@ class WeightedCrossEntropy(nn.CrossEntropyLoss):
 def build_criterion(
     cfg: CfgNode, *, mixed: bool, labels: np.ndarray | None = None, device: torch.device | None = None
 ) -> nn.Module:
-    """Build the training loss, for class ids or probabilities.
+    """Build the training loss, for class ids or probabilities; with TRAIN.TEACHER, for ``DistillationTargets``.
+
+    Args, Raises: see ``build_base_criterion``.
+    """
+    base, options = build_base_criterion(cfg, mixed=mixed, labels=labels, device=device), cfg.TRAIN.DISTILLATION
+    if not cfg.TRAIN.TEACHER:
+        return base
+    return DistillationLoss(base, kind=options.KIND, weight=options.WEIGHT, temperature=options.TEMPERATURE)
+
+
+def build_base_criterion(cfg: CfgNode, *, mixed: bool, labels: np.ndarray | None, device: torch.device | None) -> nn.Module:
+    """Build the loss of TRAIN.LOSS, for class ids or probabilities.
 
     With TRAIN.CLASS_WEIGHTS, the term of class c is multiplied by its weight: target * log(softmax) of ``ce``, and
     target * log(sigmoid) of ``bce``.
@@ -143,7 +155,7 @@ def build_criterion(
 
 
 def build_class_weights(cfg: CfgNode, labels: np.ndarray | None) -> Tensor | None:
-    """Weight of each class, (num_classes,); None without TRAIN.CLASS_WEIGHTS. Args, Raises: see ``build_criterion``."""
+    """Weight of each class, (num_classes,); None without TRAIN.CLASS_WEIGHTS. Args, Raises: see ``build_base_criterion``."""
     weights = cfg.TRAIN.CLASS_WEIGHTS
     if weights == "none":
         return None

@@ -2,9 +2,11 @@
 
 import copy
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,14 @@ from yacs.config import CfgNode
 from data.build import TrainLoader, build_datasets, build_mixup, build_train_loader
 from data.index import Index, compare_descriptions, describe_index
 from engine.checkpoint_writer import check_format, save_checkpoint
+from engine.distillation import Targets, Teacher
 from engine.optim import amp_dtype, build_criterion
 from engine.schedule import accumulation_steps
-from engine.step import mix_batches
+from engine.step import as_tuple, mix_batches
 from models import build_model
 from models.checkpoints.reader import MAX_COUNT, CheckpointError, read_checkpoint
 from utils.config.keys import RECIPE_KEY_PREFIXES
-from utils.config.loading import load_stored_config
+from utils.config.loading import load_stored_config, option_keys
 from utils.config.rules import mixes
 from utils.distributed import World
 from utils.environment import apply_numerical_settings
@@ -29,7 +32,7 @@ from utils.random import seed_device, seed_of_pass
 logger = logging.getLogger(__name__)
 
 
-def replay_update(path: str, opts: Sequence, world: World) -> None:
+def replay_update(path: str, opts: Sequence, world: World, *, build_teacher: Callable[..., tuple[Teacher | None, str]]) -> None:
     """Repeat the forward and backward passes of a training update, and log where the first non-finite value occurs.
 
     The passes of all processes of the run are repeated sequentially, on one device.
@@ -37,22 +40,27 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
     Args:
         path: ``replay_*.pth`` of a training run.
         opts: KEY, VALUE, ... that override the stored config, for example DATA.DATA_PATH.
+        build_teacher: ``jobs.teacher.build_teacher``.
 
     Raises:
         CheckpointError: ``path`` is not a replay file or does not match its own config, or there are several processes.
-        ConfigError: the training images have changed since the file was written.
+        ConfigError: the training images have changed since the file was written, or ``opts`` lack the teacher.
     """
     if world.size > 1:
         raise CheckpointError(f"{path}: --replay runs in one process; start without torchrun")
     state = read_checkpoint(path)
     check_replay_file(state, path)
     cfg = load_stored_config(state["config"], opts, source=path, sections=RECIPE_KEY_PREFIXES)
+    if cfg.TRAIN.TEACHER and "TRAIN.TEACHER" not in option_keys(opts):  # a weight file determines no path
+        option = f"--opts TRAIN.TEACHER {shlex.quote(cfg.TRAIN.TEACHER)}"
+        raise ConfigError(f"{path}: the run had a teacher; to read it, add {option}")
     update = state["replay"]["update"]
     apply_numerical_settings(cfg)
     check_format(state, path)
     dataset = build_datasets(cfg, training=True).train
     assert dataset is not None  # because of ``training``
     check_images(state, dataset.index, path, accept_changes=cfg.DATA.ACCEPT_CHANGES)
+    teacher, _ = build_teacher(cfg, world, dataset.index.classes, state, path)
     model = build_model(cfg).to(world.device).train()
     try:
         model.load_state_dict(state["model"])
@@ -60,7 +68,8 @@ def replay_update(path: str, opts: Sequence, world: World) -> None:
         raise CheckpointError(f"{path}: its weights do not match its config ({error})") from None
     criterion = build_criterion(cfg, mixed=mixes(cfg), labels=dataset.index.labels, device=world.device)
     for rank, names in enumerate(state["replay"]["images"]):
-        passes = read_update(cfg, dataset, update, rank=rank, world_size=len(state["replay"]["images"]), device=world.device)
+        placement: dict[str, Any] = {"rank": rank, "world_size": len(state["replay"]["images"]), "device": world.device}
+        passes = read_update(cfg, dataset, update, **placement, teacher=teacher)
         for (images, targets, seed), image_names in zip(passes, names, strict=True):
             logger.info("rank %d: %d images, %s", rank, len(image_names), ", ".join(image_names[:3]) + ", ...")
             seed_device(seed, images.device)
@@ -85,6 +94,12 @@ def describe_update(loader: TrainLoader, update: int, accumulation: int, num_pro
         sampler.set_position(epoch, first_update)
         images.append([[index.name(position) for _, position in keys] for keys in islice(sampler, accumulation)])
     return {"update": update, "epoch": epoch, "images": images}
+
+
+def replay_command(path: Path, cfg: CfgNode) -> str:
+    """The command that repeats an update. Its options are the paths of the run, since a replay file determines none."""
+    command = f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(cfg.DATA.DATA_PATH)}"
+    return f"{command} --opts TRAIN.TEACHER {shlex.quote(cfg.TRAIN.TEACHER)}" if cfg.TRAIN.TEACHER else command
 
 
 def try_to_save(describe: Callable[[], dict], path: Path, check_output: Callable[[], None]) -> str:
@@ -141,25 +156,32 @@ def check_images(state: Mapping, index: Index, path: str, *, accept_changes: boo
 
 
 def read_update(
-    cfg: CfgNode, dataset, update: int, *, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+    cfg: CfgNode,
+    dataset,
+    update: int,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    teacher: Teacher | None = None,
+) -> Iterator[tuple[Tensor, Targets, int]]:
     """Yield the batches that one process used in one update: images, targets and the seed of the forward pass."""
     accumulation = accumulation_steps(cfg, world_size)
     loader = build_train_loader(cfg, dataset, accumulation=accumulation, rank=rank, world_size=world_size, device=device)
     loader.set_position(*divmod(update, loader.updates_per_epoch))
     first = update * accumulation
     mixup = build_mixup(cfg, rank=rank, passes_per_epoch=loader.passes_per_epoch)
-    batches = mix_batches(islice(loader, accumulation), mixup, forward_pass=first)
+    batches = mix_batches(islice(loader, accumulation), mixup, teacher, forward_pass=first)
     for forward_pass, (images, targets) in enumerate(batches, first):
         yield images, targets, seed_of_pass(cfg.SEED, forward_pass, rank)
 
 
-def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> str:
+def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Targets, dtype: torch.dtype) -> str:
     """Run a forward and backward pass, and describe the first non-finite value; "" if there is none.
 
     Args:
         images: (B, 3, H, W).
-        targets: (B,) class ids, or (B, num_classes) probabilities.
+        targets: (B,) class ids, or (B, num_classes) probabilities, or ``DistillationTargets``.
         dtype: precision of autocast; float32 disables it.
     """
     findings: list[str] = []
@@ -172,7 +194,7 @@ def find_non_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targ
         if not images.isfinite().all():
             findings.append(f"the input images are not finite ({_count_not_finite(images)})")
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = criterion(model(images), targets)
+            loss = as_tuple(criterion(model(images), targets))[0]
         if not loss.isfinite():
             findings.append(f"the loss is {loss.item()}, although the logits are finite")
         loss.backward()

@@ -195,7 +195,7 @@ _OPTIONAL: dict[str, Callable[[object], bool]] = {  # added by later versions
     **dict.fromkeys(("num_skipped", "ema_updates", "last_evaluation", "best_since"), _is_count),
     "data": _is_data,
     "evaluations": _are_evaluations,
-    "run_id": lambda value: isinstance(value, str),
+    **dict.fromkeys(("run_id", "teacher_digest"), lambda value: isinstance(value, str)),
 }
 
 

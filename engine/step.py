@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.distillation import DistillationTargets, Targets, Teacher
 from utils.distributed import num_processes, start_sum
 from utils.random import seed_device
 
@@ -39,12 +40,15 @@ class Report(Generic[Number]):
         grad_norm: L2 norm before clipping.
         num_stops: number of processes that request a stop.
         num_saves: number of processes that request a checkpoint.
+        base_loss, distillation_loss: the parts of the loss, see ``DistillationLoss``; None without a teacher.
     """
 
     loss: Number
     grad_norm: Number
     num_stops: Number
     num_saves: Number
+    base_loss: Number | None = None
+    distillation_loss: Number | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -56,7 +60,7 @@ def train_step(
     criterion: nn.Module,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Targets]],
     *,
     seeds: Sequence[int],
     amp_dtype: torch.dtype,
@@ -73,7 +77,7 @@ def train_step(
         model: maps images to logits. With several processes, its backward pass averages the gradients over them, except
             within ``model.no_sync()``, if it has this method.
         batches: pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,) class ids, or
-            (B, num_classes) probabilities after mixup.
+            (B, num_classes) probabilities after mixup, or ``DistillationTargets``.
         seeds: one seed per batch, for the model's random draws (drop path, dropout).
         scaler: from ``engine.optim.build_scaler``; disabled unless ``amp_dtype`` is float16.
         max_grad_norm: maximum L2 norm of the gradient over all parameters; ``inf``: no clipping.
@@ -86,7 +90,7 @@ def train_step(
     Returns:
         The report, on the device. Reading it makes the host wait, so the caller decides when to read.
     """
-    loss, num_stops, num_saves = run_passes(
+    loss, num_stops, num_saves, *parts = run_passes(
         model, criterion, scaler, batches, seeds=seeds, amp_dtype=amp_dtype, requests=requests
     ).unbind()
     begin_change()
@@ -100,14 +104,14 @@ def train_step(
     step_unless(skip, optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return Report(loss, grad_norm, num_stops, num_saves)
+    return Report(loss, grad_norm, num_stops, num_saves, *parts)
 
 
 def run_passes(
     model: nn.Module,
     criterion: nn.Module,
     scaler: torch.amp.GradScaler,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Targets]],
     *,
     seeds: Sequence[int],
     amp_dtype: torch.dtype,
@@ -120,7 +124,8 @@ def run_passes(
     Args: see ``train_step``.
 
     Returns:
-        (3,) mean loss, number of processes that request a stop, number of processes that request a checkpoint.
+        Mean loss, number of processes that request a stop, number of processes that request a checkpoint, and the means of the
+        other losses that the criterion returns, in one vector.
     """
     losses = []
     for index, ((images, targets), seed) in enumerate(zip(batches, seeds, strict=True)):
@@ -128,16 +133,22 @@ def run_passes(
         is_last = index + 1 == len(seeds)
         with nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():  # type: ignore[operator]  # of DDP
             with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                loss = criterion(model(images), targets) / len(seeds)
-            losses.append(loss.detach())
+                loss, *parts = (value / len(seeds) for value in as_tuple(criterion(model(images), targets)))
+            losses.append([loss.detach(), *parts])
             if is_last:
                 # Created on the device: a copy from the host would wait for the device.
                 flags = [torch.full((), float(flag), device=loss.device) for flag in requests()]
-                sums = torch.stack([reduce(torch.add, losses) / num_processes(), *flags])
+                mean, *means = (reduce(torch.add, values) / num_processes() for values in zip(*losses, strict=True))
+                sums = torch.stack([mean, *flags, *means])
                 wait_for_sums = start_sum(sums)
             scaler.scale(loss).backward()
     wait_for_sums()
     return sums
+
+
+def as_tuple(losses: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The result of a criterion: the loss, followed by its parts, if any."""
+    return losses if isinstance(losses, tuple) else (losses,)
 
 
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
@@ -154,14 +165,18 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         optimizer.step()
 
 
-def mix_batches(batches: Iterable, mixup: Mixing | None, *, forward_pass: int) -> Iterator[tuple[Tensor, Tensor]]:
+def mix_batches(
+    batches: Iterable, mixup: Mixing | None, teacher: Teacher | None = None, *, forward_pass: int
+) -> Iterator[tuple[Tensor, Targets]]:
     """Images and targets of successive forward passes, mixed by ``mixup``.
 
     Args:
+        teacher: predicts the classes of the mixed images; its logits become a part of the targets.
         forward_pass: number of the first forward pass, counted from the start of the run.
     """
     for number, batch in enumerate(batches, forward_pass):
-        yield (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
+        images, targets = (batch.images, batch.targets) if mixup is None else mixup(batch.images, batch.targets, number)
+        yield images, targets if teacher is None else DistillationTargets(targets, teacher(images))
 
 
 class Reports:
@@ -175,7 +190,7 @@ class Reports:
 
     def send(self, update: int, report: Report[Tensor]) -> None:
         """Start to copy the report of update number ``update``, counted from 0, to the host."""
-        values, copied = torch.stack([*vars(report).values()]), None
+        values, copied = torch.stack([value for value in vars(report).values() if value is not None]), None
         if values.device.type == "cuda":
             values = values.to("cpu", non_blocking=True)
             copied = torch.cuda.Event(blocking=True)  # while the host waits, its core is free for a loader worker

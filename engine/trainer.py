@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.loader import Batch, DeviceLoader, TrainLoader
+from engine.distillation import Targets, Teacher
 from engine.evaluation import evaluate, log_results, on_device
 from engine.loading_speed import LoadingCheck
 from engine.metrics_writer import MetricsWriter
 from engine.optim import amp_dtype, eval_dtype
 from engine.remaining_work import Remaining, describe_early_end, work_after
-from engine.replay import describe_update, try_to_save
+from engine.replay import describe_update, replay_command, try_to_save
 from engine.saver import Saver
 from engine.schedule import Schedule, accumulation_steps, count_epochs
 from engine.state import TrainState, check_trained, describe_best
@@ -49,6 +49,7 @@ class Trainer:
         cfg: the config of the run; each option is read where it is used.
         model: ``state.model``, compiled and wrapped by ``utils.distributed.wrap``.
         mixup: mixes a batch, given the number of its forward pass; None for no mixing.
+        teacher: adds its logits to the targets of mixed batches, for ``DistillationLoss``; None for other criteria.
         output: directory of checkpoints and replay files.
         metadata: entries of every checkpoint besides the state, such as config and class names.
         metrics: writer of ``metrics.jsonl`` and TensorBoard events; None on ranks other than 0 and in a dry run.
@@ -72,6 +73,7 @@ class Trainer:
     stop: Callable[[], bool] = lambda: False
     check_output: Callable[[], None] = lambda: None
     draw: Callable[[nn.Module], Iterable[tuple[str, object]]] | None = None
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         self.updates_per_epoch = self.train_loader.updates_per_epoch
@@ -214,11 +216,11 @@ class Trainer:
                 showing = None
             yield batch
 
-    def mix(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    def mix(self, batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Targets]]:
         """Images and targets after mixup, for each forward pass from the current position of the run."""
-        return mix_batches(batches, self.mixup, forward_pass=self.state.num_updates * self.accumulation)
+        return mix_batches(batches, self.mixup, self.teacher, forward_pass=self.state.num_updates * self.accumulation)
 
-    def update(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def update(self, batches: Iterator[tuple[Tensor, Targets]]) -> None:
         """Launch one update on the next batches, and update the EMA.
 
         In fp16, an update with a non-finite loss or gradient is skipped, and the EMA is not updated.
@@ -328,12 +330,11 @@ class Trainer:
             return {"model": self.state.model.state_dict(), "replay": replay, **self.metadata}
 
         failure = on_main(self.world, partial(try_to_save, describe, path, self.check_output))
-        data_path = self.metadata.get("config", {}).get("DATA", {}).get("DATA_PATH", "DIR")
         remedy = (
             f"The file for --replay could not be written ({failure})"
             if failure
-            else f"main.py --replay {shlex.quote(str(path))} --data-path {shlex.quote(data_path)} repeats the update and names "
-            "the first module whose output is not finite, and the images"
+            else f"{replay_command(path, self.cfg)} repeats the update and names the first module whose output is not finite, "
+            "and the images"
         )
         position = f"update {update + 1} of the run (epoch {update // self.updates_per_epoch + 1}/{self.num_epochs})"
         what = f"the loss is {report.loss} and the gradient norm {report.grad_norm} at {position}"

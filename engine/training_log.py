@@ -90,10 +90,11 @@ class TrainingLog:
         updates, seconds = num_updates - self._first_update, time.monotonic() - self._started
         if updates == 0:  # the interval only has the first update of this process
             updates, seconds = 1, self._seconds_of_first
-        finite_losses = [report.loss for report in self.reports if report.is_finite]  # other updates were skipped in fp16
+        losses = [vars(report) for report in self.reports if report.is_finite]  # other updates were skipped in fp16
+        names = [name for name, value in vars(self.reports[-1]).items() if name.endswith("loss") and value is not None]
         return {
             "epoch": (num_updates - 1) // self.updates_per_epoch,
-            "loss": sum(finite_losses) / len(finite_losses) if finite_losses else math.nan,
+            **{name: sum(values[name] for values in losses) / len(losses) if losses else math.nan for name in names},
             "lr": self.learning_rate(num_updates - 1),
             "grad_norm": self.reports[-1].grad_norm,
             "images_per_second": updates * self.images_per_update / seconds,
@@ -135,7 +136,10 @@ class TrainingLog:
         epoch = int(values["epoch"])
         done = self.state.num_updates - epoch * self.updates_per_epoch
         position = f"epoch {epoch + 1}/{self.num_epochs} [{done}/{self.updates_per_epoch}]"
-        return f"{position} loss {values['loss']:.4f} lr {values['lr']:.3e} grad norm {values['grad_norm']:.3f}"
+        loss = f"{values['loss']:.4f}"
+        if "base_loss" in values:
+            loss += f" (base {values['base_loss']:.4f}, distillation {values['distillation_loss']:.4f})"
+        return f"{position} loss {loss} lr {values['lr']:.3e} grad norm {values['grad_norm']:.3f}"
 
     def eta(self, images_per_second: float) -> str:
         """Remaining time of the run, with its evaluations as soon as their duration is known."""

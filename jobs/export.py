@@ -302,7 +302,10 @@ def model_card(
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
         in_timm: show how to load the model with timm; requires that safetensors is among the exported formats.
     """
-    preprocessing, recipe = build_preprocessing(cfg), cfg.dump().rstrip()
+    shown = cfg.clone()
+    shown.defrost()
+    shown.TRAIN.TEACHER = Path(cfg.TRAIN.TEACHER).name  # without paths of this machine
+    preprocessing, recipe = build_preprocessing(cfg), shown.dump().rstrip()
     table = "\n".join(["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items())])
     parts = [
         card_header(cfg.MODEL.NAME, publication, evaluation, label, in_timm=in_timm),

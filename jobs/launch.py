@@ -21,6 +21,7 @@ from engine.replay import replay_update
 from engine.schedule import accumulation_steps
 from jobs.evaluate import evaluate_checkpoint
 from jobs.model import check_model
+from jobs.teacher import build_teacher
 from jobs.throughput import measure_throughput
 from jobs.train import dry_run_training, train
 from utils.devices import MissingDeviceError
@@ -115,7 +116,7 @@ def run_job(args: argparse.Namespace, cfg: CfgNode | None, opts: Sequence, world
     elif args.eval:
         evaluate_checkpoint(args, cfg, opts, world)
     elif args.replay:
-        replay_update(args.replay, opts, world)
+        replay_update(args.replay, opts, world, build_teacher=build_teacher)
     elif args.check:
         dry_run_training(cfg, world, find_unused_parameters=args.find_unused_params, profile=args.profile)
     else:

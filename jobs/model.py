@@ -254,7 +254,7 @@ def open_model(
     return OpenedModel(model.eval(), checkpoint, cfg, label)
 
 
-def check_finite_weights(model: nn.Module, path: Path, label: str) -> None:
+def check_finite_weights(model: nn.Module, path: Path | str, label: str) -> None:
     """Check that all weights of a model are finite.
 
     Raises:

@@ -49,6 +49,7 @@ from jobs.resume import (
     warn_about_environment,
     warn_about_learning_rate,
 )
+from jobs.teacher import build_teacher
 from models import build_model
 from models.checkpoints.reader import sha256
 from utils.config.loading import to_dict
@@ -267,6 +268,7 @@ def build_trainer(
     """Build the trainer of a run in its initial or resumed state. It writes checkpoints and replay files to ``output``."""
     updates_per_epoch = data.train.updates_per_epoch
     mixup = build_mixup(cfg, rank=world.rank, passes_per_epoch=data.train.passes_per_epoch)
+    teacher, teacher_digest = build_teacher(cfg, world, data.classes, saved, init.checkpoint)
     state = build_initial_state(cfg, world, init, data.classes)
     model: Any = state.model
     if saved is not None:
@@ -303,8 +305,10 @@ def build_trainer(
             "data": data.description,
             "updates_per_epoch": updates_per_epoch,
             "global_batch_size": global_batch_size(cfg, world.size),
+            **({"teacher_digest": teacher_digest} if teacher_digest else {}),
         },
         draw=build_attention_pictures(cfg, world),
+        teacher=teacher,
     )
 
 

@@ -20,6 +20,7 @@ SECTIONS = {
     "TRAIN": "Training",
     "TRAIN.LR_SCHEDULER": "Learning-rate schedule",
     "TRAIN.OPTIMIZER": "Optimizer",
+    "TRAIN.DISTILLATION": "Distillation (`TRAIN.TEACHER`)",
     "AUG": "Augmentation",
     "EMA": "Averaged weights (EMA)",
     "TEST": "Evaluation",

@@ -85,6 +85,7 @@ def test_mistakes_are_reported_in_one_line_without_importing_torch(data, tmp_pat
         "--cfg quickstart --data-path . --pretrained x.pth": "x.pth: no such file",
         "--eval --pretrained x.pth --data-path .": "--pretrained=x.pth: no such file",
         "--eval --resume flaten_swin_t": "did you mean the model flatten_swin_t",
+        "--cfg quickstart --data-path . --opts TRAIN.TEACHER regnety_160": "TRAIN.TEACHER=regnety_160: no such .* as timm:NAME",
         "--eval": "no weights to evaluate",
         "--cfg quickstart --opts TRAIN.EPOCHS DATA.DATA_PATH x": "has no value",
         "--cfg quickstart --data-path . --opts TRAIN.EPOCHS": "'TRAIN.EPOCHS' has no value; give KEY",

@@ -348,12 +348,11 @@ def test_loading_the_config_of_a_checkpoint_drops_unknown_keys_and_the_path_of_p
 
 
 def test_every_config_key_is_read_outside_the_config_modules():
-    """The code reads keys by full name (cfg.TRAIN.EPOCHS), but engine/optim.py reads TRAIN.OPTIMIZER.EPS as options.EPS."""
+    """The code reads keys by full name (cfg.TRAIN.EPOCHS), but engine/optim.py reads those of two sections as options.EPS."""
     text = "\n".join(path.read_text() for path in SOURCES if path.parent.name != "config")
     read = set(re.findall(r"\bcfg\.([A-Z][A-Z_\d]*(?:\.[A-Z][A-Z_\d]*)*)", text))
-    read |= {
-        f"TRAIN.OPTIMIZER.{name}" for name in re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "engine/optim.py").read_text())
-    }
+    options = re.findall(r"\boptions\.([A-Z_]+)\b", (ROOT / "engine/optim.py").read_text())
+    read |= {f"TRAIN.{section}.{name}" for section in ("OPTIMIZER", "DISTILLATION") for name in options}
     unread = flatten(load_config(CONFIGS / "flatten_swin_t.yaml")).keys() - read
     assert unread == {"BASE", "DATA.DATASET"}  # BASE is resolved by load_config; DATA.DATASET has only one choice
 
@@ -448,6 +447,10 @@ DEFAULTS = {
     "TRAIN.LOSS": "ce",
     "TRAIN.BCE_THRESHOLD": 0.0,
     "TRAIN.CLASS_WEIGHTS": "none",
+    "TRAIN.TEACHER": "",
+    "TRAIN.DISTILLATION.KIND": "hard",
+    "TRAIN.DISTILLATION.WEIGHT": 0.5,
+    "TRAIN.DISTILLATION.TEMPERATURE": 3.0,
     "TRAIN.LR_SCHEDULER.MILESTONES": [30, 60, 90],
     "TRAIN.LR_SCHEDULER.POWER": 1.0,
     "TRAIN.SIZE_SCHEDULE": [],
@@ -490,8 +493,8 @@ BOUNDS = {
     (0, 0.9): "DATA.VAL_FRACTION",
     (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING TRAIN.BCE_THRESHOLD",
     (0.01, 100): "TRAIN.LR_SCHEDULER.POWER",
-    (0.01, 1000): "MODEL.SWIN.MLP_RATIO",
-    (1e-06, 1): "TRAIN.LAYER_DECAY",
+    (0.01, 1000): "MODEL.SWIN.MLP_RATIO TRAIN.DISTILLATION.TEMPERATURE",
+    (1e-06, 1): "TRAIN.LAYER_DECAY TRAIN.DISTILLATION.WEIGHT",
     (1e-09, 1): "TRAIN.LR_SCHEDULER.DECAY_RATE",
     (0, 1): "TRAIN.OPTIMIZER.MOMENTUM AUG.HFLIP AUG.REPROB AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB EMA.DECAY",
     (0.01, 1): "TEST.CROP_PCT",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config.keys import CLASS_MAPS, KEYS
+from utils.config.keys import CLASS_MAPS, KEYS, TIMM_PREFIX
 from utils.config.loading import CONFIGS, option_keys, similar_name
 from utils.errors import USAGE_ERROR, ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
@@ -211,6 +211,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     for key in ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key] and not (resumes and not args.eval):
             check_weights(f"--{key.lower()}=" if getattr(args, key.lower()) else f"MODEL.{key}=", cfg.MODEL[key])
+    check_teacher("" if args.eval or args.throughput or resumes else cfg.TRAIN.TEACHER)
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
@@ -251,6 +252,19 @@ def _check_folder(name: str, path: str) -> None:
         f"{name}={path}: {problem}; give the directory with train/ and val/, or the one with the class directories, with "
         "--opts DATA.VAL_FRACTION 0.1"
     )
+
+
+def check_teacher(teacher: str) -> None:
+    """Reject a TRAIN.TEACHER that is neither a checkpoint nor a model of timm, nor empty.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    try:
+        if teacher and not teacher.startswith(TIMM_PREFIX):
+            check_weights("TRAIN.TEACHER=", teacher)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; a model of timm is given as {TIMM_PREFIX}NAME") from None
 
 
 def check_weights(name: str, checkpoint: str) -> None:

@@ -25,6 +25,7 @@ MODEL_TYPES = (
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
 BEST_METRICS = ("acc1", "balanced_accuracy", "macro_f1", "loss")
+TIMM_PREFIX = "timm:"  # of a TRAIN.TEACHER that is a model of timm
 CLASS_MAPS = ("names", "imagenet")  # values of TEST.CLASS_MAP that are not files
 
 
@@ -337,6 +338,27 @@ KEYS = {
         "weight of each class in the training loss: `none`, `balanced` (images / (classes * images of the class)), or a list "
         "with a number from 1e-9 to 1e9 per class, by class id",
     ),
+    "TRAIN.TEACHER": Key(
+        "",
+        "trained model from whose predictions the model also learns: a checkpoint, in any form that `MODEL.RESUME` accepts, or "
+        "`timm:` and the name of a model of timm; needs the classes of the data; empty: none",
+        is_path=True,
+    ),
+    "TRAIN.DISTILLATION.KIND": Key(
+        "hard",
+        "what the model learns from the teacher: the predicted class (`hard`: cross entropy), or the probabilities (`soft`: "
+        "Kullback-Leibler divergence)",
+        choices=("hard", "soft"),
+    ),
+    "TRAIN.DISTILLATION.WEIGHT": Key(
+        0.5, "weight of the distillation loss; that of `TRAIN.LOSS` is 1 minus this weight", minimum=1e-6, maximum=1
+    ),
+    "TRAIN.DISTILLATION.TEMPERATURE": Key(
+        3.0,
+        "`soft`: number by which the logits of model and teacher are divided; the loss is multiplied by its square",
+        minimum=0.01,
+        maximum=1000,
+    ),
     # Augmentation
     "AUG.COLOR_JITTER": Key(
         0.4, "strength of colour jitter; no effect unless `AUG.AUTO_AUGMENT` is `none`, as in timm", minimum=0
@@ -541,7 +563,8 @@ STORED_KEY_PREFIXES = (
     "AMP",  # with AMP_DTYPE: the precision of TEST.PRECISION train
     "TF32",
 )
-# Prefixes of the keys that are also read to repeat an update, or to describe the training of an exported model.
+# Prefixes of the keys that are also read to repeat an update, or to describe the training of an exported model. The path in
+# TRAIN.TEACHER is opened only if the command line repeats it.
 RECIPE_KEY_PREFIXES = (
     *STORED_KEY_PREFIXES,
     "MODEL.LABEL_SMOOTHING",

@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.keys import KEYS, MAX_SIDE, MODEL_TYPES, Key
+from utils.config.keys import KEYS, MAX_SIDE, MODEL_TYPES, TIMM_PREFIX, Key
 from utils.config.optimizers import OPTIMIZERS, OPTIONS
 from utils.config.reading import show
 from utils.errors import ConfigError
@@ -49,6 +49,7 @@ def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
     _check_optimizer(cfg.TRAIN)
     _check_loss(cfg)
     _check_phases(cfg)
+    _check_distillation(cfg.TRAIN)
     _check_lists(cfg)
 
 
@@ -181,6 +182,22 @@ def _check_optimizer(keys: CfgNode) -> None:
             f"TRAIN.LR_SCHEDULER.MILESTONES={epochs}: give increasing epochs below TRAIN.EPOCHS={keys.EPOCHS}; with one epoch, "
             "choose another TRAIN.LR_SCHEDULER.NAME"
         )
+
+
+def _check_distillation(keys: CfgNode) -> None:
+    for option, value in keys.DISTILLATION.items():
+        name = f"TRAIN.DISTILLATION.{option}"
+        ignored, cause = KEYS[name].default, ""  # accepted, since the config file of a run contains every key
+        if not keys.TEACHER:
+            cause = "without TRAIN.TEACHER"
+        elif option == "TEMPERATURE" and keys.DISTILLATION.KIND == "hard":
+            cause = "with TRAIN.DISTILLATION.KIND=hard"
+        if cause and value != ignored:
+            raise ConfigError(
+                f"{name}={value} has no effect {cause}; remove it; if a config file contains it, add --opts {name} {ignored}"
+            )
+    if keys.TEACHER == TIMM_PREFIX:
+        raise ConfigError(f"TRAIN.TEACHER={TIMM_PREFIX}: add the name of a model, such as {TIMM_PREFIX}regnety_160")
 
 
 def _check_loss(cfg: CfgNode) -> None:
