@@ -57,6 +57,8 @@ def check_batch_size(trainer: Trainer, batch: Batch) -> None:
     limit = max(configured, min(MAX_GROWTH * configured, num_images))
     largest = search_largest(partial(_fits, trainer, batch), configured, limit)
     trainer.state.load_dict(state)
+    if trainer.cfg.TRAIN.COMPILE:
+        torch.compiler.reset()  # after several batch sizes, the step would run slower kernels for any size
     if largest < configured:
         on_main(world, partial(_refuse, trainer.cfg, world.size, largest))
     logger.info(
