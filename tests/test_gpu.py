@@ -6,13 +6,18 @@ from torch import nn
 
 from data.build import build_datasets, build_train_loader
 from data.rand_augment import RandAugment
+from engine.largest_batch import _fits
 from engine.optim import build_optimizer, build_scaler
+from engine.run_contents import Contents
 from engine.step import train_step
+from jobs.initialization import Initialization
+from jobs.train import build_data, build_trainer
 from models import create_model
 from models.kernel_selection import Variant, compare, find_obstacle
 from models.linear_attention import FocusedLinearAttention
 from tests.conftest import CONFIGS
 from tests.launch import torchrun
+from tests.runs import toy_arguments
 from utils.config.loading import load_config
 from utils.distributed import World, wrap
 
@@ -140,6 +145,31 @@ def test_a_run_with_nccl_on_one_process_resumes(toy_config, toy_data, tmp_path):
         assert process.wait(timeout=120) == 0, log.read_text()
     assert log.read_text().count("attention: t") == 2
     assert "start: resume" in log.read_text()
+
+
+def test_a_check_on_a_gpu_reports_the_largest_batch_and_lists_operations_by_their_gpu_time(toy_config, toy_data, tmp_path):
+    log = tmp_path / "log"
+    arguments = [*toy_arguments(toy_config, toy_data, tmp_path / "out"), "--check", "--profile", tmp_path / "profile"]
+    process = torchrun(arguments, log, "--standalone", "--nproc_per_node", 1)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    # The data set has 102 images, which limit the search.
+    assert "the largest batch size per process that fits is at least 102; the run uses 8" in log.read_text()
+    assert "Operations with the longest GPU time" in log.read_text()
+    assert (tmp_path / "profile/toy.pt.trace.json.gz").is_file()
+
+
+def test_an_update_that_exceeds_the_memory_of_the_gpu_is_survived_and_its_memory_is_free_again(toy_config, toy_data, tmp_path):
+    cfg = load_config(toy_config, ["DATA.DATA_PATH", str(toy_data)])
+    world = World(0, 0, 1, GPU)
+    init = Initialization("scratch", "", Contents(tmp_path))
+    data = build_data(cfg, world, init, None)
+    trainer = build_trainer(cfg, world, init, None, data, output=tmp_path, find_unused_parameters=False)
+    batch = next(iter(trainer.train_loader))
+    assert _fits(trainer, batch, 8)
+    before = torch.cuda.memory_allocated()
+    assert not _fits(trainer, batch, 2**40 // (3 * 40 * 40))  # 4 TiB of images
+    assert torch.cuda.memory_allocated() <= before
+    assert _fits(trainer, batch, 8)
 
 
 def test_batches_on_the_gpu_equal_those_on_the_cpu_and_are_copied_without_synchronisation(toy_config, toy_data):

@@ -8,6 +8,7 @@ import torch
 
 import engine.dry_run
 import engine.largest_batch
+import engine.profiler
 from engine.checkpoint_writer import to_host
 from engine.largest_batch import search_largest
 from jobs.launch import describe_known_error
@@ -76,6 +77,7 @@ def test_a_check_reports_the_largest_batch_of_all_processes_and_restores_the_sta
             sys.stdout.write("the state is equal\n")
 
         engine.dry_run.check_batch_size = compare
+        engine.profiler.NUM_UPDATES = 1
 
     folder = tmp_path / "new/profile"
     arguments = [*toy_arguments(toy_config, toy_data, tmp_path / "out"), "--profile", folder]
