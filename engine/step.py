@@ -76,6 +76,7 @@ def train_step(
     Args:
         model: maps images to logits. With several processes, its backward pass averages the gradients over them, except
             within ``model.no_sync()``, if it has this method.
+        criterion: maps logits and targets to the loss, or to the loss and its parts, see ``DistillationLoss``.
         batches: pairs of images (B, 3, H, W), normalised, on the model's device, and targets: (B,) class ids, or
             (B, num_classes) probabilities after mixup, or ``DistillationTargets``.
         seeds: one seed per batch, for the model's random draws (drop path, dropout).

@@ -137,11 +137,11 @@ def open_timm(reference: str) -> Source:
     try:
         model: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # of timm, of the hub's client, and of the network
-        near = get_close_matches(name, timm.list_models(pretrained=True), n=1)
-        hint = f"; did you mean {TIMM_PREFIX}{near[0]}?" if near and near[0] != name else ""
+        near = [] if timm.is_model(name) else get_close_matches(name, timm.list_models(pretrained=True), n=1)
+        hint = f"; did you mean {TIMM_PREFIX}{near[0]}?" if near else "."
         raise CheckpointError(
-            f"timm cannot load these weights ({type(error).__name__}: {one_line(error)}){hint}. Without a connection to the "
-            f"hub, store the model in a directory with timm.models.save_for_hf on another machine, and give "
+            f"timm cannot load these weights ({type(error).__name__}: {one_line(error)}){hint} Without a connection to the "
+            "hub, write the model to a directory on another machine, with timm.models.save_for_hf(model, DIRECTORY), and give "
             f"{TIMM_PREFIX}local-dir:DIRECTORY"
         ) from None
     data = model.pretrained_cfg
