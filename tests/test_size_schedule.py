@@ -41,8 +41,8 @@ def record_batches(path: Path):
     def prepare(_rank: int) -> None:
         mix = engine.trainer.mix_batches
 
-        def recorded(batches, mixup, *, forward_pass):
-            for images, targets in mix(batches, mixup, forward_pass=forward_pass):
+        def recorded(*arguments, **options):
+            for images, targets in mix(*arguments, **options):
                 with open(path, "a") as file:
                     file.write(json.dumps([list(images.shape[2:]), images.double().mean().item(), is_hard(targets)]) + "\n")
                 yield images, targets
