@@ -109,7 +109,7 @@ def test_a_model_of_timm_in_a_directory_is_a_teacher_and_its_classes_are_matched
     torch.testing.assert_close(reordered(images), teacher(images).flip(1))
 
 
-def test_unusable_teachers_are_refused(small_model, trained, toy_config, tmp_path):
+def test_unusable_teachers_are_refused_before_anything_is_written(small_model, trained, toy_config, toy_data, tmp_path):
     state = read_checkpoint(trained)
     names = {"bare": {"model": state["model"]}, "nan": state | {"model": dict(state["model"])}}
     names["nan"] = {key: value for key, value in names["nan"].items() if "ema" not in key}
@@ -133,6 +133,9 @@ def test_unusable_teachers_are_refused(small_model, trained, toy_config, tmp_pat
         with pytest.raises(ValueError, match=message) as error:
             build_teacher(cfg, WORLD, CLASSES)
         assert str(error.value).startswith(f"TRAIN.TEACHER={reference}: ")
+    arguments = toy_arguments(toy_config, toy_data, tmp_path / "out", "TRAIN.TEACHER", tmp_path / "other.pth")
+    assert run_main(arguments, tmp_path / "log").exit_codes == [2]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
