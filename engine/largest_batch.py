@@ -1,5 +1,6 @@
 """Search the largest batch per process that fits into GPU memory."""
 
+import copy
 import gc
 import logging
 import time
@@ -14,6 +15,7 @@ from yacs.config import CfgNode
 
 from data.loader import Batch
 from engine.checkpoint_writer import to_host
+from engine.optim import build_scaler
 from engine.schedule import global_batch_size
 from engine.step import Reports
 from engine.trainer import Trainer
@@ -55,8 +57,8 @@ def check_batch_size(trainer: Trainer, batch: Batch) -> None:
     state = to_host(trainer.state.to_dict(), copy=True)
     num_images = len(trainer.train_loader.dataset) // world.size
     limit = max(configured, min(MAX_GROWTH * configured, num_images))
-    largest = search_largest(partial(_fits, trainer, batch), configured, limit)
-    trainer.state.load_dict(state)
+    largest = search_largest(partial(_fits, trainer, batch, state), configured, limit)
+    _restore(trainer, state)
     if trainer.cfg.TRAIN.COMPILE:
         torch.compiler.reset()  # after several batch sizes, the step would run slower kernels for any size
     if largest < configured:
@@ -119,13 +121,25 @@ def _refuse(cfg: CfgNode, world_size: int, largest: int) -> NoReturn:
     )
 
 
-def _fits(trainer: Trainer, batch: Batch, size: int) -> bool:
-    """Whether every process has enough memory for an update on batches of ``size`` images."""
+def _fits(trainer: Trainer, batch: Batch, state: dict, size: int) -> bool:
+    """Whether every process has enough memory for an update on batches of ``size`` images.
+
+    Args:
+        state: the state to restore after a failed update.
+    """
     failed = not on_all(trainer.world, partial(_update_alone, trainer, batch, size))
     if failed:
         gc.collect()  # the error's traceback refers to the activations
     torch.cuda.empty_cache()
+    if failed:
+        _restore(trainer, state)  # an update that fails in the optimizer leaves incomplete entries in its state
     return not sum_over_processes(torch.tensor(float(failed), device=trainer.world.device)).item()
+
+
+def _restore(trainer: Trainer, state: dict) -> None:
+    """Restore the state of ``trainer``, with a new loss scaler: the old one may be in the middle of an update."""
+    trainer.state.scaler = build_scaler(trainer.cfg, trainer.world.device)
+    trainer.state.load_dict(copy.deepcopy(state))  # the optimizer may keep tensors of the copy, and change them
 
 
 def _update_alone(trainer: Trainer, batch: Batch, size: int) -> bool:

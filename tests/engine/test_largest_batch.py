@@ -1,5 +1,6 @@
 """The search of the largest batch, with a lack of memory that is injected into the training step."""
 
+import itertools
 import re
 import sys
 
@@ -13,6 +14,7 @@ from engine.checkpoint_writer import to_host
 from engine.largest_batch import search_largest
 from jobs.launch import describe_known_error
 from tests.engine.test_profiler import read_own_times, read_table
+from tests.engine.test_trainer import create_trainer
 from tests.launch import run_main
 from tests.runs import assert_equal, toy_arguments
 from utils.config.loading import load_config
@@ -103,6 +105,29 @@ def test_the_options_of_a_batch_that_does_not_fit_are_accepted_and_keep_the_glob
     assert outcome.exit_codes == [0, 0], outcome.output
     assert "global batch size 32 (batch size 4" in outcome.output
     assert "the largest batch size per process that fits is 7; the run uses 4" in outcome.output
+
+
+@pytest.mark.parametrize("amp", [[], ["AMP", True, "AMP_DTYPE", "fp16"]], ids=["fp32", "fp16"])
+def test_an_update_that_runs_out_of_memory_in_the_optimizer_leaves_no_part_of_its_state(amp, tmp_path, monkeypatch):
+    optimizer = ["TRAIN.OPTIMIZER.NAME", "adamw", "TRAIN.OPTIMIZER.MOMENTUM", 0.9]
+    trainer = create_trainer(tmp_path, "DATA.BATCH_SIZE", 8, *optimizer, *amp)
+    trainer.train_loader.dataset = range(16)
+    trainer.train_loader.set_position(0)
+    trainer.model.train()
+    allocate, num_calls = torch.zeros_like, itertools.count()
+
+    def fail_once(*args, **options):
+        if next(num_calls) == 1:  # the second average of the first parameter
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return allocate(*args, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", fail_once)
+    monkeypatch.setattr(engine.largest_batch, "can_measure", lambda device: True)
+    before = to_host(trainer.state.to_dict(), copy=True)
+    with pytest.raises(ConfigError, match="the largest batch size per process that fits is 7"):
+        engine.largest_batch.check_batch_size(trainer, next(iter(trainer.train_loader)))
+    assert next(num_calls) > 2
+    assert_equal(to_host(trainer.state.to_dict()), before)
 
 
 def test_a_model_that_does_not_fit_with_one_image_needs_another_remedy(toy_config):
