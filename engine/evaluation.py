@@ -116,6 +116,7 @@ class FlipAverage(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.training = model.training  # ``evaluate`` sets this mode again, also in ``model``
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes), in fp32, of images (B, 3, H, W)."""

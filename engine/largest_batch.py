@@ -1,4 +1,4 @@
-"""Search the largest batch per process that fits into GPU memory."""
+"""Find the largest batch per process that fits into GPU memory."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 16  # largest batch to try, relative to DATA.BATCH_SIZE
 PRECISION = 8  # the search ends when the smallest batch that does not fit is at most 1 / PRECISION larger than one that fits
-# Remedy for an error of any job for lack of memory.
+# Remedy for any job that runs out of memory.
 OUT_OF_MEMORY_REMEDY = (
     "Lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size; a training command with --check reports the "
     "values that fit), or add --use-checkpoint or --amp"
@@ -34,7 +34,7 @@ OUT_OF_MEMORY_REMEDY = (
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether a lack of memory is an error that a process survives. A CPU's memory is swapped, or the process is killed."""
+    """Whether a process that runs out of memory gets an error. On a CPU, the system swaps memory or kills the process."""
     return device.type == "cuda"
 
 
@@ -73,7 +73,7 @@ def check_batch_size(trainer: Trainer, batch: Batch) -> None:
 
 
 def search_largest(fits: Callable[[int], bool], configured: int, limit: int) -> int:
-    """Search the largest batch size that fits, by doubling or halving, then by bisection to 1 / ``PRECISION``.
+    """Find the largest batch size that fits, by doubling or halving, then by bisection to 1 / ``PRECISION``.
 
     Args:
         fits: whether a batch size fits; called first with ``configured``.

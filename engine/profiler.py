@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 NUM_WARMUP = 1  # updates that are not recorded, while the profiler starts
 NUM_UPDATES = 3  # recorded updates; they limit the size of the trace
-NUM_OPERATIONS = 10  # in the table
-SUFFIX = ".pt.trace.json.gz"  # by which TensorBoard's profiler plugin finds traces
+NUM_OPERATIONS = 10  # rows of the table
+SUFFIX = ".pt.trace.json.gz"  # TensorBoard's profiler plugin finds traces by this suffix
 
 
 def check_directory(folder: Path) -> None:

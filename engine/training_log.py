@@ -146,7 +146,7 @@ class TrainingLog:
         num_updates = self.state.num_updates
         length = {"updates_per_epoch": self.updates_per_epoch, "num_epochs": self.num_epochs}
         evaluations = count_evaluations(num_updates, **length, eval_freq=self.eval_freq)
-        size = find_size(self.sizes, max(num_updates - 1, 0) // self.updates_per_epoch)  # of the measured updates
+        size = find_size(self.sizes, max(num_updates - 1, 0) // self.updates_per_epoch)  # that of the measured updates
         updates = remaining_updates(self.sizes, num_updates, **length, size=size)
         seconds = updates * self.images_per_update / images_per_second
         limit = "at most " if self.may_end_early else ""

@@ -21,7 +21,7 @@ from utils.config.loading import CONFIGS, load_config
 from utils.errors import ConfigError
 from utils.run_files import build_output_path, has_checkpoints
 
-FORMATS = ("safetensors", "torch", "onnx")  # of ``jobs.export``
+FORMATS = ("safetensors", "torch", "onnx")  # formats that ``jobs.export`` can write
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # required by the format onnx
 INCOMPLETE = ".incomplete"  # suffix of the temporary directory of an export
 

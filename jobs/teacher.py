@@ -78,7 +78,7 @@ def build_teacher(
         check_finite_weights(source.model, reference, "teacher's")
         digest = source.digest()
         if saved is not None:
-            check_unchanged(saved, reference, digest, path)
+            check_same_teacher(saved, reference, digest, path)
         teacher = Teacher(
             source.model.to(world.device),
             size=source.size,
@@ -136,7 +136,7 @@ def open_timm(reference: str) -> Source:
     name = reference.removeprefix(TIMM_PREFIX)
     try:
         model: Any = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of timm, of the hub's client, and of the network
+    except Exception as error:  # timm, the hub's client and the network raise errors of many types
         near = [] if timm.is_model(name) else get_close_matches(name, timm.list_models(pretrained=True), n=1)
         hint = f"; did you mean {TIMM_PREFIX}{near[0]}?" if near else "."
         raise CheckpointError(
@@ -189,7 +189,7 @@ def check_prediction(teacher: Teacher, cfg: CfgNode, device: torch.device) -> No
         raise CheckpointError(f"the logits of a grey image are not finite{remedy or '; choose another teacher'}")
 
 
-def check_unchanged(saved: Mapping, reference: str, digest: str, path: str) -> None:
+def check_same_teacher(saved: Mapping, reference: str, digest: str, path: str) -> None:
     """Check that a resumed or repeated run has the teacher that it had before, unless TRAIN.TEACHER has changed too.
 
     Args: see ``build_teacher``.

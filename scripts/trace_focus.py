@@ -75,7 +75,7 @@ def trace(run: Path, points: list[Point], images: list[Path]) -> Iterator[Measur
     from jobs.model import open_model
     from models import build_model
 
-    weights = "ema" if read_yaml(run / CONFIG)["EMA"]["ENABLED"] else "raw"  # those of the accuracy in ``points``
+    weights = "ema" if read_yaml(run / CONFIG)["EMA"]["ENABLED"] else "raw"  # the weights whose accuracy is in ``points``
     pixels: list[torch.Tensor] = []
     for point in points:
         model, _, cfg, _ = open_model(str(checkpoint_path(run, point.step)), None, [], weights=weights)
@@ -83,7 +83,7 @@ def trace(run: Path, points: list[Point], images: list[Path]) -> Iterator[Measur
         if not pixels:
             inspected = InspectedImages(images, cfg)
             pixels = [inspected.read(position)[1] for position in range(len(inspected))]
-            torch.manual_seed(cfg.SEED)  # as at the start of training
+            torch.manual_seed(cfg.SEED)  # the seed of the initial weights in training
             models.insert(0, (point._replace(epoch=0, step=0, accuracy=math.nan), build_model(cfg).eval()))
         for measured, model in models:
             rows = summarise(model, pixels, forms=())

@@ -269,7 +269,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within this context, a training step takes no part in collectives, so that its failure lets no other process wait."""
+    """Context in which a training step takes part in no collective: if it fails, no other process waits for it."""
     global _alone
     _alone = True
     try:

@@ -178,7 +178,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
             raise ConfigError("--replay: uses the config stored in the replay file; leave out --cfg")
         if not Path(args.replay).is_file():
             raise ConfigError(f"--replay {args.replay}: no such file")
-        _check_data_path(args)
+        _check_data_option(args)
         return
     if cfg is None:
         if not args.eval:
@@ -191,7 +191,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         if not (args.resume or args.pretrained):
             raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
         check_weights("--pretrained=" if args.pretrained else "--resume=", args.resume or args.pretrained)
-        _check_data_path(args)
+        _check_data_option(args)
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
@@ -211,7 +211,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     for key in ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key] and not (resumes and not args.eval):
             check_weights(f"--{key.lower()}=" if getattr(args, key.lower()) else f"MODEL.{key}=", cfg.MODEL[key])
-    check_teacher("" if args.eval or args.throughput or resumes else cfg.TRAIN.TEACHER)
+    check_teacher("" if args.eval or args.throughput or resumes else cfg.TRAIN.TEACHER)  # a finished run needs none
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
@@ -221,7 +221,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
 
 
-def _check_data_path(args: argparse.Namespace) -> None:
+def _check_data_option(args: argparse.Namespace) -> None:
     """Without --cfg, check that the command line gives the data: a weight file does not determine any path."""
     if args.data_path:
         _check_folder("--data-path", args.data_path)
@@ -230,10 +230,10 @@ def _check_data_path(args: argparse.Namespace) -> None:
 
 
 def check_data_path(cfg: CfgNode) -> None:
-    """Check that a config has data.
+    """Check that DATA.DATA_PATH is set.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it is empty.
     """
     if not cfg.DATA.DATA_PATH:
         raise ConfigError("DATA.DATA_PATH is empty: set --data-path to the directory with train/ and val/")

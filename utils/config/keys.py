@@ -25,7 +25,7 @@ MODEL_TYPES = (
     *(f"flatten_deit_{size}" for size in "tsb"),
 )
 BEST_METRICS = ("acc1", "balanced_accuracy", "macro_f1", "loss")
-TIMM_PREFIX = "timm:"  # of a TRAIN.TEACHER that is a model of timm
+TIMM_PREFIX = "timm:"  # prefix of a TRAIN.TEACHER that is a model of timm
 CLASS_MAPS = ("names", "imagenet")  # values of TEST.CLASS_MAP that are not files
 
 
