@@ -19,8 +19,8 @@ from engine.optim import amp_dtype
 from jobs.locate_checkpoint import check_same_file, open_checkpoint, stored_config
 from jobs.model import check_finite_weights, choose_attention, load_models
 from models.checkpoints.reader import CheckpointError, choose_weights
-from utils.config.keys import TIMM_PREFIX
 from utils.config.loading import flatten, image_size
+from utils.config.training_keys import TIMM_PREFIX
 from utils.distributed import World, on_all
 from utils.errors import ConfigError, one_line
 

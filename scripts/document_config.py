@@ -7,7 +7,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from scripts.command_line import create_parser
 from utils.config.arguments import FLAGS
-from utils.config.keys import KEYS, Key
+from utils.config.key import Key
+from utils.config.keys import KEYS
 from utils.text import markdown_table
 
 PAGE = ROOT / "docs/configuration.md"

@@ -10,7 +10,8 @@ from models import build_model
 from models.linear_attention import ATTENTION_KINDS
 from models.registry import REGISTERED_NAMES
 from tests.conftest import CONFIGS, reference
-from utils.config.keys import INFINITY, KEYS
+from utils.config.key import INFINITY
+from utils.config.keys import KEYS
 from utils.config.loading import flatten, image_size, load_config, load_stored_config, to_dict, train_sizes
 from utils.errors import ConfigError
 

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from utils.config.keys import CLASS_MAPS, KEYS, TIMM_PREFIX
+from utils.config.keys import CLASS_MAPS, KEYS
 from utils.config.loading import CONFIGS, option_keys, similar_name
+from utils.config.training_keys import TIMM_PREFIX
 from utils.errors import USAGE_ERROR, ConfigError
 from utils.run_files import BEST, build_output_path, has_checkpoints
 from utils.text import printable

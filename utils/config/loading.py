@@ -14,7 +14,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from utils.config.keys import INFINITY, KEYS
+from utils.config.key import INFINITY
+from utils.config.keys import KEYS
 from utils.config.optimizers import OPTIONS, default_option
 from utils.config.reading import MAX_INT, read_yaml, show, suggest_file
 from utils.config.rules import check_rules

@@ -8,9 +8,12 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from utils.config.keys import KEYS, MAX_SIDE, MODEL_TYPES, TIMM_PREFIX, Key
+from utils.config.key import MAX_SIDE, Key
+from utils.config.keys import KEYS
+from utils.config.model_keys import MODEL_TYPES
 from utils.config.optimizers import OPTIMIZERS, OPTIONS
 from utils.config.reading import show
+from utils.config.training_keys import TIMM_PREFIX
 from utils.errors import ConfigError
 
 MAX_NAME_BYTES = 255  # maximum length of a file name on common file systems
