@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_GROWTH = 16  # largest batch to try, relative to DATA.BATCH_SIZE
 PRECISION = 8  # the search ends when the smallest batch that does not fit is at most 1 / PRECISION larger than one that fits
+# Parts of the messages of torch's allocators, of CUDA outside of them, and of cuBLAS and cuDNN, if there is not enough memory.
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED")
 # Remedy for any job that runs out of memory.
 OUT_OF_MEMORY_REMEDY = (
     "Lower --batch-size (set DATA.GLOBAL_BATCH_SIZE to keep the global batch size; a training command with --check reports the "
@@ -156,7 +158,7 @@ def _update_alone(trainer: Trainer, batch: Batch, size: int) -> bool:
             torch.cuda.synchronize(trainer.world.device)
     except RuntimeError as error:
         # Larger batches than the run's may also exceed other limits, such as 32-bit indices of a kernel.
-        if size <= trainer.cfg.DATA.BATCH_SIZE and not isinstance(error, torch.OutOfMemoryError):
+        if size <= trainer.cfg.DATA.BATCH_SIZE and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
         return False
     finally:

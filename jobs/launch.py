@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from yacs.config import CfgNode
 
 from data.workers import StalledWorkerError, kill_workers
-from engine.largest_batch import OUT_OF_MEMORY_REMEDY
+from engine.largest_batch import OUT_OF_MEMORY, OUT_OF_MEMORY_REMEDY
 from engine.replay import replay_update
 from engine.schedule import accumulation_steps
 from jobs.evaluate import evaluate_checkpoint
@@ -44,11 +44,7 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_END = 20.0  # maximum time from the report of an error to the end of the process
 # Type of an error, parts of its message of which it has one, and the remedy.
 REMEDIES = (
-    (
-        RuntimeError,  # torch.OutOfMemoryError, or an error of CUDA outside of torch's allocator
-        ("out of memory", "DefaultCPUAllocator: can't allocate memory"),
-        OUT_OF_MEMORY_REMEDY,
-    ),
+    (RuntimeError, OUT_OF_MEMORY, OUT_OF_MEMORY_REMEDY),
     (
         Exception,
         (

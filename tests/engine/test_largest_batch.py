@@ -107,8 +107,16 @@ def test_the_options_of_a_batch_that_does_not_fit_are_accepted_and_keep_the_glob
     assert "the largest batch size per process that fits is 7; the run uses 4" in outcome.output
 
 
+OUT_OF_MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY_ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("amp", [[], ["AMP", True, "AMP_DTYPE", "fp16"]], ids=["fp32", "fp16"])
-def test_an_update_that_runs_out_of_memory_in_the_optimizer_leaves_no_part_of_its_state(amp, tmp_path, monkeypatch):
+def test_an_update_that_runs_out_of_memory_in_the_optimizer_leaves_no_part_of_its_state(amp, error, tmp_path, monkeypatch):
     optimizer = ["TRAIN.OPTIMIZER.NAME", "adamw", "TRAIN.OPTIMIZER.MOMENTUM", 0.9]
     trainer = create_trainer(tmp_path, "DATA.BATCH_SIZE", 8, *optimizer, *amp)
     trainer.train_loader.dataset = range(16)
@@ -118,7 +126,7 @@ def test_an_update_that_runs_out_of_memory_in_the_optimizer_leaves_no_part_of_it
 
     def fail_once(*args, **options):
         if next(num_calls) == 1:  # the second average of the first parameter
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return allocate(*args, **options)
 
     monkeypatch.setattr(torch, "zeros_like", fail_once)
@@ -138,8 +146,7 @@ def test_a_model_that_does_not_fit_with_one_image_needs_another_remedy(toy_confi
 def test_a_lack_of_memory_in_any_job_refers_to_the_check():
     with pytest.raises(RuntimeError) as of_cpu:
         torch.empty(2**60)
-    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), of_cpu.value]
-    for error in [*errors, torch.AcceleratorError("CUDA error: out of memory")]:
+    for error in [*OUT_OF_MEMORY_ERRORS, of_cpu.value]:
         message = describe_known_error(error, None)
         assert message is not None, error
         assert "a training command with --check reports the values that fit" in message
