@@ -24,6 +24,7 @@ from models import build_arguments
 from models.checkpoints.reader import METADATA_KEY, CheckpointError, sha256
 from utils.config.keys import RECIPE_KEY_PREFIXES
 from utils.config.loading import image_size, to_dict
+from utils.config.training_keys import TIMM_PREFIX
 from utils.errors import ConfigError
 from utils.files import write_json
 from utils.text import code_fence, markdown, markdown_code
@@ -302,10 +303,7 @@ def model_card(
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
         in_timm: show how to load the model with timm; requires that safetensors is among the exported formats.
     """
-    shown = cfg.clone()
-    shown.defrost()
-    shown.TRAIN.TEACHER = Path(cfg.TRAIN.TEACHER).name  # without paths of this machine
-    preprocessing, recipe = build_preprocessing(cfg), shown.dump().rstrip()
+    preprocessing, recipe = build_preprocessing(cfg), dump_recipe(cfg)
     table = "\n".join(["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items())])
     parts = [
         card_header(cfg.MODEL.NAME, publication, evaluation, label, in_timm=in_timm),
@@ -331,6 +329,15 @@ def model_card(
     fence = code_fence(recipe)
     parts += ["## Recipe", f"{fence}yaml\n{recipe}\n{fence}"]
     return "\n\n".join(parts) + "\n"
+
+
+def dump_recipe(cfg: CfgNode) -> str:
+    """The config as YAML. A path of this machine in TRAIN.TEACHER is reduced to its name; models of a hub remain."""
+    recipe, teacher = cfg.clone(), cfg.TRAIN.TEACHER
+    recipe.defrost()
+    if not teacher.startswith(f"{TIMM_PREFIX}hf-hub:"):
+        recipe.TRAIN.TEACHER = Path(teacher).name
+    return recipe.dump().rstrip()
 
 
 def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> str:

@@ -50,6 +50,21 @@ def checkpoint(toy_config, tmp_path):
     return path, ema_model
 
 
+@pytest.mark.parametrize(
+    ("teacher", "shown"),
+    [
+        ("/home/user/runs/best.pth", "best.pth"),
+        ("timm:local-dir:/home/user/teacher", "teacher"),
+        ("timm:regnety_160", "timm:regnety_160"),
+        ("timm:hf-hub:user/model", "timm:hf-hub:user/model"),
+    ],
+)
+def test_the_recipe_of_the_card_has_the_teacher_without_paths_of_this_machine(toy_config, teacher, shown):
+    cfg = load_config(toy_config, ["TRAIN.TEACHER", teacher])
+    assert f"  TEACHER: {shown}\n" in export.dump_recipe(cfg)
+    assert teacher == cfg.TRAIN.TEACHER
+
+
 def write_evaluation(path, folder, digest=None):
     """Write ``eval.json`` for the checkpoint at ``path``, or for a checkpoint with another SHA-256 ``digest``."""
     result = {"correct1": 20, "correct5": 33, "num_images": 33, "acc1": 60.606, "acc5": 100.0, "acc1_interval_95": [43.7, 75.3]}
