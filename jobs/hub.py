@@ -15,6 +15,8 @@ from utils.urls import without_environment_secrets
 
 TAGS = ("image-classification", "timm", "flatten-transformer", "focused-linear-attention")
 EVALUATION = "eval.json"
+# Seconds without any data from the hub after which a request fails; huggingface_hub would wait without limit.
+CHECK_TIMEOUT, UPLOAD_TIMEOUT = 30, 300
 
 
 class UploadError(RuntimeError):
@@ -111,6 +113,7 @@ def check_hub(repository: str) -> None:
             f"{option}: no token of the Hugging Face hub; run hf auth login with a token that may write, or set HF_TOKEN"
         )
     try:
+        limit_waiting(CHECK_TIMEOUT)
         user = huggingface_hub.HfApi(token=token).whoami()["name"]
     except Exception as error:
         raise ConfigError(f"{option}: {_describe(error, token)}, or export without --push-to-hub") from None
@@ -127,6 +130,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     token = huggingface_hub.get_token() or ""
     api: Any = huggingface_hub.HfApi(token=token)
     try:
+        limit_waiting(UPLOAD_TIMEOUT)
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload of an exported model")
     except Exception as error:
@@ -138,14 +142,26 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     return str(url)
 
 
+def limit_waiting(seconds: float) -> None:
+    """Let requests of huggingface_hub fail if the hub is silent for this long."""
+    session: Any = huggingface_hub.utils.get_session()
+    session.timeout = seconds
+
+
 def _describe(error: Exception, token: str) -> str:
     """Reason of a failed request, and remedy, without the token: a server may repeat it in its message."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        reason = f"the response of the hub lacks {reason}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
         remedy = "unset HF_HUB_OFFLINE"
     elif status in (401, 403):
         remedy = "check the token with hf auth whoami: it must be valid, and may need the permission to write"
+    elif status == 429 or (status is not None and status >= 500):
+        remedy = "wait some minutes"
+    elif status is not None:
+        remedy = "correct what the hub refuses"
     else:
         remedy = "check the network connection"
     return f"{without_environment_secrets(reason.replace(token, '***') if token else reason)}; {remedy}"

@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import threading
+import time
 
 import huggingface_hub
 import pytest
@@ -42,6 +43,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.respond({"url": f"{self.server.url}/anna/toy", "id": "anna/toy", "name": "anna/toy"})
 
     def respond(self, content: dict) -> None:
+        if self.server.silent:
+            time.sleep(1)
         failing, status = self.server.failing
         is_failing = failing and self.path.startswith(failing)
         content = {"error": f"refused {self.headers['Authorization']}"} if is_failing else content
@@ -60,6 +63,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url, server.files, server.created, server.failing = f"http://127.0.0.1:{server.server_port}", {}, [], ("", 0)
+    server.silent = False
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", server.url, raising=False)
@@ -112,6 +116,11 @@ def refuse(server, monkeypatch, path: str, status: int) -> None:
     server.failing = (path, status)
 
 
+def silence(server, monkeypatch) -> None:
+    server.silent = True
+    monkeypatch.setattr(hub, "CHECK_TIMEOUT", 0.1)
+
+
 PROBLEMS = {
     "no token": (
         lambda server, monkeypatch: monkeypatch.setattr(huggingface_hub, "get_token", lambda: None),
@@ -122,6 +131,16 @@ PROBLEMS = {
         lambda server, monkeypatch: refuse(server, monkeypatch, "/api/whoami", 401),
         "anna/toy",
         "check the token with hf auth whoami",
+    ),
+    "silent hub": (
+        lambda server, monkeypatch: silence(server, monkeypatch),
+        "anna/toy",
+        "timed out; check the network connection",
+    ),
+    "too many requests": (
+        lambda server, monkeypatch: refuse(server, monkeypatch, "/api/whoami", 429),
+        "anna/toy",
+        "; wait some minutes, or export without --push-to-hub",
     ),
     "no network": (lambda server, monkeypatch: server.server_close(), "anna/toy", "check the network connection"),
     "no user": (lambda server, monkeypatch: None, "toy", "give --push-to-hub anna/toy"),
@@ -149,18 +168,24 @@ def test_an_upload_that_cannot_succeed_is_refused_before_the_export(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("status", "remedy"), [(403, "check the token with hf auth whoami"), (413, "correct what the hub refuses")]
+)
 def test_after_a_failed_upload_the_export_stays_and_the_error_has_the_command_that_uploads_it(
+    status,
+    remedy,
     checkpoint,  # noqa: F811
     server,
     tmp_path,
     monkeypatch,
     capsys,
 ):
-    server.failing = ("/api/models/anna/toy/commit", 403)
+    server.failing = ("/api/models/anna/toy/commit", status)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, checkpoint[0], tmp_path / "a b", "--push-to-hub", "anna/toy", "--private")
     error = capsys.readouterr().err
     assert ended.value.code == 1
+    assert remedy in error
     assert f"hf upload anna/toy '{tmp_path}/a b' . --private" in error
     assert TOKEN not in error
     assert {file.name for file in (tmp_path / "a b").iterdir()} == {
