@@ -8,6 +8,7 @@ after every evaluation, so an interrupted run loses no results. Evaluations that
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import check_outputs, create_parser, reporting_errors
+from scripts.command_line import check_outputs, check_positive, create_parser, reporting_errors
+from utils.config.loading import load_config, option_keys
 from utils.errors import USAGE_ERROR, ConfigError, TrainingError
 from utils.files import write_csv
 from utils.text import markdown_code, markdown_table, printable
@@ -37,10 +39,11 @@ def read_data_sets(values: Sequence[str]) -> dict[str, Path]:
         if not (name and text) or os.path.isdir(value):
             name, text = os.path.basename(os.path.abspath(value)), value
         path = Path(text).expanduser()
-        if not path.is_dir():
-            raise ConfigError(f"--data-path {value}: no such directory")
+        if not text or not path.is_dir():
+            raise ConfigError(f"--data-path {value}: no such directory; correct the path")
         if name in data_sets:
-            raise ConfigError(f"--data-path {value}: another data set has the name {name}; give --data-path NAME={text}")
+            remedy = f"give --data-path {shlex.quote(f'NAME={text}')} with a name of its own"
+            raise ConfigError(f"--data-path {value}: another data set has the name {name}; {remedy}")
         data_sets[name] = path
     return data_sets
 
@@ -62,7 +65,6 @@ def evaluate_on(path: Path, checkpoint, models: dict | None, args: argparse.Name
     from data.splits import lacks_splits
     from jobs.evaluate import evaluate_weights
     from jobs.locate_checkpoint import choose_config
-    from utils.config.loading import load_config
 
     opts = ["DATA.DATA_PATH", str(path), *args.opts]
     cfg = choose_config(checkpoint, load_config(args.cfg, opts) if args.cfg else None, opts)
@@ -204,7 +206,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="batch size of the throughput measurement (default: 16)")
     args = parser.parse_args()
     with reporting_errors(parser):
+        check_positive(args, "batch-size")
         data_sets = read_data_sets(args.data_path)
+        if "DATA.DATA_PATH" in option_keys(args.opts):
+            raise ConfigError("--opts DATA.DATA_PATH: would replace every data set; remove it, and give --data-path")
+        if args.cfg:
+            load_config(args.cfg, args.opts)
         check_outputs(args, "csv")
 
     # Imported after the arguments are checked, because importing torch is slow.

@@ -153,11 +153,16 @@ def test_predictions_with_flip_are_those_of_the_mean_logits_of_an_image_and_its_
     ("values", "problem"),
     [
         (["{root}", "{root}/missing"], "missing: no such directory"),
-        (["{root}/val", "{root}/a/val"], "another data set has the name val; give --data-path NAME={root}/a/val"),
+        (["{root}/val", "{root}/a/val"], "another data set has the name val; give --data-path NAME={root}/a/val with a name"),
+        (
+            ["{root}/val", "{root}/b c/val"],
+            "another data set has the name val; give --data-path 'NAME={root}/b c/val' with a name",
+        ),
+        ([""], "no such directory"),
     ],
 )
 def test_data_sets_must_exist_and_have_different_names(values, problem, tmp_path):
-    for folder in ("val", "a/val", "a=b"):
+    for folder in ("val", "a/val", "b c/val", "a=b"):
         (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(ValueError, match=problem.format(root=tmp_path)):
         evaluate_all.read_data_sets([value.format(root=tmp_path) for value in values])

@@ -8,6 +8,7 @@ from utils.urls import without_secrets
 CONTINUATION = "  "  # start of every line of a log record after its first line; records start in the first column
 _FORMULA_STARTS = ("=", "+", "-", "@")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # control the terminal, or the order of characters
+_BARE_LINE = re.compile(r"(?<!\\)\|")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~<>&$-])")
 
 
@@ -63,8 +64,12 @@ def code_fence(text: str, *, minimum: int = 3) -> str:
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table. Cells are Markdown: escape text from outside with ``markdown`` or ``markdown_code``."""
-    first, *others = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    """A Markdown table. Cells are Markdown: escape text from outside with ``markdown`` or ``markdown_code``.
+
+    A vertical line would end its cell, also within code, so it is escaped.
+    """
+    escaped = ([_BARE_LINE.sub(r"\|", str(cell)) for cell in row] for row in (header, *rows))
+    first, *others = (f"| {' | '.join(row)} |" for row in escaped)
     return "\n".join([first, "|---" * len(header) + "|", *others])
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from utils.log import setup_logging
-from utils.text import csv_cell, markdown, markdown_code, printable
+from utils.text import csv_cell, markdown, markdown_code, markdown_table, printable
 
 HOSTILE = [
     "a\n[2026-01-01 00:00:00] WARNING forged",
@@ -105,3 +105,8 @@ def test_the_module_does_not_import_torch():
 
     code = "import sys, utils.text; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_vertical_lines_in_the_cells_of_a_table_do_not_end_them():
+    table = markdown_table([markdown_code("a|b"), "c"], [[markdown("d|e"), 1]])
+    assert table.splitlines() == [r"| `a\|b` | c |", "|---|---|", r"| d\|e | 1 |"]
