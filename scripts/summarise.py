@@ -9,37 +9,69 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
+from utils.config.reading import read_yaml
 from utils.errors import ConfigError
+from utils.run_files import BEST, CONFIG, METRICS, is_numbered, is_top, num_updates_of
 
 
-def best_evaluations(metrics: Path) -> dict[str, int]:
-    """Number of correct predictions per set of weights, in the evaluation after which ``best.pth`` was written.
+def evaluations_in_training(run: Path, evaluation: dict) -> dict[str, int]:
+    """Number of correct predictions per set of weights, in training, of the checkpoint that ``eval.json`` is about.
 
     Returns:
-        Label of the weights (raw, ema) -> number of correct predictions; empty without ``metrics`` (no training in this run).
+        Label of the weights (raw, ema) -> number of correct predictions; empty if training has not evaluated the checkpoint, or
+        has evaluated it on another number of images.
     """
-    if not metrics.is_file():
-        return {}
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    evaluations = [record for record in records if record["kind"].startswith("eval")]
-    best = max(evaluations, key=lambda record: (record["acc1"], record["step"]))["step"]
-    return {r["kind"].removeprefix("eval_"): r["correct1"] for r in evaluations if r["step"] == best}
+    from engine.metrics import scores
+    from engine.metrics_writer import read_records
+
+    records = [record for record in read_records(run / METRICS) if record["kind"].startswith("eval_")]
+    checkpoint = Path(evaluation["checkpoint"])
+    if is_numbered(checkpoint) or is_top(checkpoint):
+        step = num_updates_of(checkpoint)
+    else:
+        cfg = read_yaml(run / CONFIG) if records and checkpoint.name == BEST else {}
+        by_step = scores(records, cfg.get("BEST_METRIC", "acc1"), since=0) if cfg else {}
+        step = max(by_step, key=lambda step: (by_step[step], step), default=-1)
+    found = {record["kind"].removeprefix("eval_"): record for record in records if record["step"] == step}
+    results = evaluation["results"]
+    return {
+        label: record["correct1"]
+        for label, record in found.items()
+        if label in results and record["num_images"] == results[label]["num_images"]
+    }
 
 
 def print_run(run: Path) -> bool:
-    """Print one line per set of weights. Returns whether training and evaluation agree."""
-    evaluation, in_training = json.loads((run / "eval.json").read_text()), {}
-    if not evaluation.get("restriction") and evaluation.get("tta", "none") == "none":  # as in training
-        in_training = best_evaluations(run / "metrics.jsonl")
-    for weights, result in evaluation["results"].items():
-        correct, total = result["correct1"], result["num_images"]
-        trained = f"{in_training[weights]}/{total}" if weights in in_training else "-"
-        interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
-        name, pixels = f"{run.parent.name}/{run.name}", str(evaluation["preprocessing"]["img_size"])
-        print(f"{name:<24}{pixels:>10}{weights:>9}{trained:>14}{f'{correct}/{total}':>12}{result['acc1']:>8.2f}%{interval:>18}")
+    """Print one line per set of weights. Returns whether training and evaluation agree.
+
+    Raises:
+        ConfigError: ``eval.json`` was not written by main.py --eval.
+    """
+    try:
+        evaluation, in_training = json.loads((run / "eval.json").read_text(encoding="utf-8")), {}
+        if not evaluation.get("restriction") and evaluation.get("tta", "none") == "none":  # as in training
+            in_training = evaluations_in_training(run, evaluation)
+        lines = [
+            format_line(run, evaluation, weights, result, in_training.get(weights))
+            for weights, result in evaluation["results"].items()
+        ]
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+        raise ConfigError(f"{run / 'eval.json'}: not a result of main.py --eval; evaluate the run again") from None
+    print("\n".join(lines))
     return all(
         in_training.get(name, result["correct1"]) == result["correct1"] for name, result in evaluation["results"].items()
     )
+
+
+def format_line(run: Path, evaluation: dict, weights: str, result: dict, in_training: int | None) -> str:
+    """One line of the table. in_training: number of correct predictions in training; None if it is unknown."""
+    correct, total = result["correct1"], result["num_images"]
+    trained = "-" if in_training is None else f"{in_training}/{total}"
+    interval = "{:.2f} to {:.2f}".format(*result["acc1_interval_95"])
+    name, pixels = f"{run.parent.name}/{run.name}", str(evaluation["preprocessing"]["img_size"])
+    return f"{name:<24}{pixels:>10}{weights:>9}{trained:>14}{f'{correct}/{total}':>12}{result['acc1']:>8.2f}%{interval:>18}"
 
 
 def main() -> None:
