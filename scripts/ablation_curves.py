@@ -55,16 +55,27 @@ def find_runs(ablation: Path) -> dict[tuple[str, int], Path]:
 
 
 def read_run(run: Path, arm: str, seed: int) -> list[Point]:
-    """Evaluations of a run with one process, in the order of its updates."""
+    """Evaluations of a run with one process, in the order of its updates.
+
+    Raises:
+        ConfigError: a file of the run lacks an entry.
+    """
     from engine.metrics_writer import read_records
 
     cfg = read_yaml(run / CONFIG)
-    images_per_update = cfg["DATA"]["GLOBAL_BATCH_SIZE"] or cfg["DATA"]["BATCH_SIZE"] * max(
-        1, cfg["TRAIN"]["ACCUMULATION_STEPS"]
-    )
+    try:
+        images_per_update = cfg["DATA"]["GLOBAL_BATCH_SIZE"] or cfg["DATA"]["BATCH_SIZE"] * max(
+            1, cfg["TRAIN"]["ACCUMULATION_STEPS"]
+        )
+        return _read_evaluations(read_records(run / METRICS), images_per_update, arm, seed)
+    except (KeyError, TypeError, statistics.StatisticsError) as error:
+        raise ConfigError(f"{run}: {CONFIG} or {METRICS} is damaged or of another program ({error!r}); leave it out") from None
+
+
+def _read_evaluations(records: Sequence[dict], images_per_update: int, arm: str, seed: int) -> list[Point]:
     points: dict[int, Point] = {}  # by step: an evaluation of the EMA weights replaces that of the raw weights
     speeds, seconds, last_step = [], 0.0, 0
-    for record in read_records(run / METRICS):
+    for record in records:
         step = record["step"]
         if record["kind"] == "train":
             speeds.append(record["images_per_second"])
@@ -72,7 +83,8 @@ def read_run(run: Path, arm: str, seed: int) -> list[Point]:
             if step > last_step:
                 seconds += (step - last_step) * images_per_update / statistics.median(speeds)
                 speeds, last_step = [], step
-            points[step] = Point(arm, seed, record["epoch"] + 1, step, record["acc1"], record["loss"], round(seconds, 1))
+            loss = math.nan if record["loss"] is None else record["loss"]  # JSON has no NaN or infinity
+            points[step] = Point(arm, seed, record["epoch"] + 1, step, record["acc1"], loss, round(seconds, 1))
     return list(points.values())
 
 
@@ -94,14 +106,22 @@ def read_csv(path: Path, kind: Callable[..., Any]) -> list:
         kind: a named tuple with fields of type str, int and float.
 
     Raises:
-        ConfigError: the file has other columns.
+        ConfigError: the file has other columns, or a row that does not fit them.
     """
     types = kind.__annotations__
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != list(types):
-            raise ConfigError(f"{path}: expected a CSV file with the columns {', '.join(types)}")
-        return [kind(**{name: types[name](value) for name, value in row.items()}) for row in reader]
+        try:
+            if reader.fieldnames != list(types):
+                raise ConfigError(f"{path}: expected a CSV file with the columns {', '.join(types)}")
+            return [kind(**{name: types[name](value) for name, value in row.items()}) for row in reader]
+        except (KeyError, TypeError, csv.Error):
+            problem = "the row has more or fewer values than columns"
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = str(error)
+        raise ConfigError(f"{path}:{reader.line_num}: {problem}; correct the row, or write the file again with --csv")
 
 
 def draw_means(axes: "Axes", rows: Iterable, arm: str, value: str, *, scale: float = 1, x: str = "epoch", **style: Any) -> None:
@@ -119,6 +139,9 @@ def draw_means(axes: "Axes", rows: Iterable, arm: str, value: str, *, scale: flo
     for row in rows:
         if row.arm == arm and not math.isnan(getattr(row, value)):
             by_epoch.setdefault(row.epoch, []).append(row)
+    if not by_epoch:
+        axes.plot([], [], label=f"{arm} (no values)", **style)
+        return
     most = max(map(len, by_epoch.values()))
     groups = [group for _, group in sorted(by_epoch.items()) if len(group) == most]
     xs = [scale * statistics.mean(getattr(row, x) for row in group) for group in groups]

@@ -178,7 +178,7 @@ MEASURES = {
 def main() -> None:
     parser, args = parse()
     with reporting_errors(parser):
-        check_positive(args, "rounds")
+        check_positive(args, "rounds", "batch-size", "img-size", "tokens", "dim", "heads", "updates")
         check_outputs(args, "json", "png")
         import torch
         from matplotlib.figure import Figure

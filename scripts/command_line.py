@@ -63,15 +63,16 @@ def create_parser(description: str | None, *names: str) -> argparse.ArgumentPars
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Check that integer arguments are at least 1.
+    """Check that integer arguments, or all numbers of a list, are at least 1. Arguments that are not given are not checked.
 
     Raises:
         ConfigError: an argument is smaller.
     """
     for name in names:
-        value = getattr(args, name.replace("-", "_"))
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: must be at least 1")
+        value = getattr(args, name.replace("-", "_"), None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                raise ConfigError(f"--{name} {number}: must be at least 1")
 
 
 def check_inputs(args: argparse.Namespace) -> None:
@@ -94,12 +95,17 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
     """Check, before anything is computed, that files can be written. Arguments that are not given are not checked.
 
     Raises:
-        ConfigError: a file cannot be written.
+        ConfigError: a file cannot be written, or a picture has an unknown format.
     """
     for name in names:
         path = getattr(args, name, None)
         if path is not None and not can_write(path):
             raise ConfigError(f"--{name} {path}: cannot be written; choose a file in an existing directory")
+        if path is not None and name == "png" and path.suffix != ".png":
+            from matplotlib.figure import Figure
+
+            if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+                raise ConfigError(f"--png {path}: matplotlib cannot write this format; give a name that ends with .png")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.command_line import create_parser
+from scripts.command_line import check_positive, create_parser, reporting_errors
 
 
 def main() -> None:
@@ -19,13 +19,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="output directory; the images are written to train/<digit>/ and val/<digit>/")
     parser.add_argument("--size", type=int, default=64, help="side length in pixels (8 in the original images)")
     args = parser.parse_args()
+    with reporting_errors(parser):
+        check_positive(args, "size")
+        num_images = write_digits(args.folder, args.size)
+    print(f"{num_images} images in {args.folder}")
+
+
+def write_digits(folder: Path, size: int) -> int:
+    """Write all images below a directory. Returns their number."""
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = args.folder / ("val" if index % 5 == 0 else "train") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
+        class_folder = folder / ("val" if index % 5 == 0 else "train") / str(label)
+        class_folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))  # scikit-learn's grey levels are 0 to 16
-        image.resize((args.size, args.size), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.png")
-    print(f"{len(digits.target)} images in {args.folder}")
+        image.resize((size, size), Image.Resampling.BICUBIC).save(class_folder / f"{index:04d}.png")
+    return len(digits.target)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,25 @@ from utils.errors import ConfigError
 from utils.files import write_csv
 from utils.run_files import METRICS
 
+STEP_NUMBERS = ("tokens", "batch_size", "ms_per_image", "peak_memory_mib_per_image")  # in every record of benchmark.py arms
+
 
 def draw(runs: list[Path]):
-    """Plot the loss of training, and loss and top-1 accuracy of evaluations, against the number of updates."""
+    """Plot the loss of training, and loss and top-1 accuracy of evaluations, against the number of updates.
+
+    Raises:
+        ConfigError: a run has no records.
+    """
     from matplotlib.figure import Figure
+
+    from engine.metrics_writer import read_records
 
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=120)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for number, run in enumerate(runs):
-        records = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        records = read_records(run / METRICS)
+        if not records:
+            raise ConfigError(f"{run / METRICS} has no records yet; wait for the first update of the run, or leave it out")
         for kind, label, style in (
             ("train", "training", {"lw": 1}),
             ("eval_raw", "raw weights", {"ls": "--", "marker": "."}),
@@ -35,9 +45,9 @@ def draw(runs: list[Path]):
             steps, style = [point["step"] for point in points], style | {"color": f"C{number}"}
             if points:
                 style["label"] = f"{run.parent.name}/{run.name}, {label}"
-                loss_axes.plot(steps, [point["loss"] for point in points], **style)
+                loss_axes.plot(steps, [point.get("loss") for point in points], **style)
             if points and kind != "train":
-                accuracy_axes.plot(steps, [point["acc1"] for point in points], **style)
+                accuracy_axes.plot(steps, [point.get("acc1") for point in points], **style)
     loss_axes.set(xlabel="update", ylabel="loss", title="Loss (label smoothing and mixup apply to training only)")
     accuracy_axes.set(xlabel="update", ylabel="top-1, %", title="Accuracy on held-out images")
     finish((loss_axes, accuracy_axes))
@@ -112,8 +122,13 @@ def read_steps(path: Path, arms: list[str]) -> list[dict]:
         ConfigError: the file is not of this kind, or lacks an arm.
     """
     try:
-        records = json.loads(path.read_text())["records"]
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
         measured = {record["arm"] for record in records}
+        numbers = [record[name] for record in records for name in STEP_NUMBERS]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError("a measurement is not a number")
+    except OSError as error:
+        raise ConfigError(f"--steps {path} cannot be read ({error.strerror}); correct the path") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"--steps {path}: not a file of benchmark.py arms --json") from None
     if missing := [arm for arm in arms if arm not in measured]:

@@ -152,6 +152,8 @@ def measure(args: argparse.Namespace) -> list[Measurement]:
     for run, points in evaluations.items():
         print(f"{run}: {len(points)} checkpoints", flush=True)
         measurements += trace(run, points, images)
+    if not measurements:
+        raise ConfigError(f"{args.ablation}: no run has been evaluated yet; wait for the end of the first epoch")
     write_csv(args.csv, Measurement._fields, measurements)
     return measurements
 

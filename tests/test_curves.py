@@ -20,6 +20,7 @@ from scripts.ablation_curves import Point, draw_means, read_points
 from scripts.plot_curves import draw_tokens
 from scripts.trace_focus import Measurement, over_blocks
 from tests.launch import run_main, run_script
+from utils.errors import ConfigError
 from utils.run_files import list_checkpoints
 
 
@@ -58,7 +59,8 @@ def test_the_csv_file_of_an_ablation_has_all_evaluations_with_training_times_and
     outcome = run_script(scripts.plot_curves, [tmp_path / "curves.csv", "--png", tmp_path / "again.png"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
-    for content, message in (("{}", "not a file of benchmark.py arms"), ('{"records": []}', "lacks the arm focused function")):
+    contents = {"{}": "not a file of benchmark.py arms", '{"records": []}': "lacks the arm focused function"}
+    for content, message in (contents | {'{"records": [{"arm": "softmax"}]}': "not a file of benchmark.py arms"}).items():
         (tmp_path / "steps.json").write_text(content)
         outcome = run_script(scripts.plot_curves, [*arguments, "--steps", tmp_path / "steps.json"], tmp_path / "log")
         assert outcome.exit_codes == [2]
@@ -137,6 +139,51 @@ def test_the_trace_of_a_run_has_the_measures_of_its_initial_weights_and_of_every
     assert math.isnan(accuracies["moving", "0"])
     records = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
     assert accuracies["moving", "2"] == [record["acc1"] for record in records if record["kind"] == "eval_ema"][-1]
+
+
+def test_runs_that_were_interrupted_or_diverged_are_drawn(tmp_path):
+    """The last line of an interrupted run may be truncated; a loss that is not finite is null in metrics.jsonl."""
+    folder = tmp_path / "out/model/arm_0"
+    write_run(folder, [10, 10], [50.0])
+    text = (folder / "metrics.jsonl").read_text().replace('"loss": 0.5', '"loss": null')
+    (folder / "metrics.jsonl").write_text(text + '{"step": 3, "kind": "tr')
+    for source in (tmp_path / "out", folder):
+        outcome = run_script(scripts.plot_curves, [source, "--png", tmp_path / "curves.png"], tmp_path / "log")
+        assert outcome.exit_codes == [0], outcome.output
+    (point,) = read_points(tmp_path / "out")
+    assert (point.accuracy, math.isnan(point.loss)) == (50.0, True)
+    axes = Figure().subplots()
+    draw_means(axes, [point], "arm", "loss")
+    assert [line.get_label() for line in axes.lines] == ["arm (no values)"]
+
+
+COLUMNS = "arm,seed,epoch,step,accuracy,loss,seconds\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (COLUMNS, "curves.csv: no run has been evaluated yet"),
+        (COLUMNS + "arm,0,1,2,high,0.5,1\n", "curves.csv:2: could not convert string to float: 'high'; correct the row"),
+        (COLUMNS + "arm,0,1,2\n", "curves.csv:2: the row has more or fewer values than columns; correct the row"),
+        (COLUMNS + "arm,0,1,2,50,0.5,1,9\n", "curves.csv:2: the row has more or fewer values than columns; correct the row"),
+        ("\0\xff", "curves.csv: expected a CSV file with the columns arm, seed"),
+    ],
+)
+def test_a_csv_file_that_is_damaged_or_of_another_program_is_an_error_with_its_line(content, message, tmp_path):
+    (tmp_path / "curves.csv").write_text(content, encoding="latin-1")
+    arguments = [tmp_path / "curves.csv", "--png", tmp_path / "curves.png"]
+    outcome = run_script(scripts.plot_curves, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert message in outcome.output
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_metrics_of_another_program_are_an_error(tmp_path):
+    write_run(tmp_path / "out/model/arm_0", [10, 10], [50.0])
+    (tmp_path / "out/model/arm_0/metrics.jsonl").write_text('{"step": 1, "kind": "eval_raw"}\n')
+    with pytest.raises(ConfigError, match=r"arm_0: config.yaml or metrics.jsonl is damaged or of another program"):
+        read_points(tmp_path / "out")
 
 
 def test_the_picture_of_a_trace_averages_over_blocks_and_separates_the_convolution():
