@@ -193,7 +193,7 @@ MODEL:
         ("TRAIN: {LR_SCHEDULER: {NAME: step, POWER: 2}}", [], "POWER=2.0 has no effect with TRAIN.LR_SCHEDULER.NAME=step"),
         ("TRAIN: {BCE_THRESHOLD: 0.2}", [], "BCE_THRESHOLD=0.2 has no effect with TRAIN.LOSS=ce"),
         ("TRAIN: {CLASS_WEIGHTS: balance}", [], "choose none or balanced"),
-        ("{TRAIN: {CLASS_WEIGHTS: [1, 2]}, MODEL: {NUM_CLASSES: 3}}", [], "has 2 numbers; give one above 0 for each of the 3"),
+        ("{TRAIN: {CLASS_WEIGHTS: [1, 2]}, MODEL: {NUM_CLASSES: 3}}", [], "has 2 numbers; give one from 1e-09 to 1e+09"),
         (
             "{TRAIN: {CLASS_WEIGHTS: [1, 0, 4]}, MODEL: {NUM_CLASSES: 3}}",
             [],

@@ -217,8 +217,8 @@ def _check_loss(cfg: CfgNode) -> None:
             )
     elif len(weights) != cfg.MODEL.NUM_CLASSES:
         raise ConfigError(
-            f"TRAIN.CLASS_WEIGHTS={show(weights)} has {len(weights)} numbers; give one above 0 for each of the "
-            f"{cfg.MODEL.NUM_CLASSES} classes (MODEL.NUM_CLASSES), or balanced"
+            f"TRAIN.CLASS_WEIGHTS={show(weights)} has {len(weights)} numbers; give one from {MIN_WEIGHT:g} to "
+            f"{MAX_WEIGHT:g} for each of the {cfg.MODEL.NUM_CLASSES} classes (MODEL.NUM_CLASSES), or balanced"
         )
     elif illegal := [(i, weight) for i, weight in enumerate(weights) if not MIN_WEIGHT <= weight <= MAX_WEIGHT]:
         class_id, weight = illegal[0]
