@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from jobs.locate_checkpoint import Checkpoint
 from jobs.model import OpenedModel, open_model
 from models import build_arguments
 from models.checkpoints.reader import METADATA_KEY, CheckpointError, sha256
-from utils.config.keys import RECIPE_KEY_PREFIXES
+from utils.config.keys import KEYS, RECIPE_KEY_PREFIXES
 from utils.config.loading import image_size, to_dict
 from utils.config.training_keys import TIMM_PREFIX
 from utils.errors import ConfigError
@@ -77,6 +79,7 @@ def export(
     """
     target = Path(os.path.realpath(folder))
     opened = open_model(checkpoint, cfg, opts, weights=weights, prefixes=RECIPE_KEY_PREFIXES)
+    opened = opened._replace(cfg=published_config(opened.cfg))
     evaluation = find_evaluation(eval_json, opened.checkpoint, opened.weights)
     num_names, num_classes = len(opened.checkpoint.class_names), opened.cfg.MODEL.NUM_CLASSES
     if num_names not in (0, num_classes):
@@ -103,6 +106,22 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files
+
+
+def published_config(cfg: CfgNode) -> CfgNode:
+    """The config without paths of this machine: they have their default values, and a teacher on this machine only its name."""
+    published = cfg.clone()
+    published.defrost()
+    for name, key in KEYS.items():
+        if key.is_path and name != "TRAIN.TEACHER":
+            *sections, leaf = name.split(".")
+            reduce(getitem, sections, published)[leaf] = key.default
+    teacher, local = cfg.TRAIN.TEACHER, f"{TIMM_PREFIX}local-dir:"
+    prefix = local if teacher.startswith(local) else ""
+    if prefix or not teacher.startswith(TIMM_PREFIX):
+        published.TRAIN.TEACHER = prefix + Path(teacher.removeprefix(prefix)).name
+    published.freeze()
+    return published
 
 
 def create_temporary_directory(folder: Path) -> Path:
@@ -303,7 +322,7 @@ def model_card(
         evaluation: contents of an ``eval.json``; None if the accuracy was not measured.
         in_timm: show how to load the model with timm; requires that safetensors is among the exported formats.
     """
-    preprocessing, recipe = build_preprocessing(cfg), dump_recipe(cfg)
+    preprocessing, recipe = build_preprocessing(cfg), cfg.dump().rstrip()
     table = "\n".join(["| file | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in files.items())])
     parts = [
         card_header(cfg.MODEL.NAME, publication, evaluation, label, in_timm=in_timm),
@@ -329,15 +348,6 @@ def model_card(
     fence = code_fence(recipe)
     parts += ["## Recipe", f"{fence}yaml\n{recipe}\n{fence}"]
     return "\n\n".join(parts) + "\n"
-
-
-def dump_recipe(cfg: CfgNode) -> str:
-    """The config as YAML. A path of this machine in TRAIN.TEACHER is reduced to its name; models of a hub remain."""
-    recipe, teacher = cfg.clone(), cfg.TRAIN.TEACHER
-    recipe.defrost()
-    if not teacher.startswith(f"{TIMM_PREFIX}hf-hub:"):
-        recipe.TRAIN.TEACHER = Path(teacher).name
-    return recipe.dump().rstrip()
 
 
 def describe_accuracy(evaluation: dict | None, label: str, num_classes: int) -> str:
