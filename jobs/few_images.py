@@ -1,4 +1,4 @@
-"""Warnings at the start of a run whose training set is small: images that no update uses, and too few updates to learn."""
+"""Warnings at the start of a short run: images that no update uses, too few updates to learn, a patience without effect."""
 
 import logging
 import math
@@ -47,6 +47,21 @@ def warn_about_few_images(cfg: CfgNode, num_images: int, updates_per_epoch: int,
         advise_more_updates(cfg, num_images, world_size),
         recipe,
     )
+
+
+def warn_about_patience(cfg: CfgNode) -> None:
+    """Warn if TRAIN.PATIENCE cannot end the run early, since the run has too few evaluations."""
+    num_evaluations = math.ceil(count_epochs(cfg) / cfg.EVAL_FREQ)
+    patience = cfg.TRAIN.PATIENCE
+    if patience > 0 and patience >= num_evaluations - 1:  # the last evaluation ends the run anyway
+        logger.warning(
+            "TRAIN.PATIENCE=%d counts evaluations and cannot end this run early: it has %d in %d epochs (EVAL_FREQ=%d); lower "
+            "TRAIN.PATIENCE or EVAL_FREQ",
+            patience,
+            num_evaluations,
+            count_epochs(cfg),
+            cfg.EVAL_FREQ,
+        )
 
 
 def advise_more_updates(cfg: CfgNode, num_images: int, world_size: int) -> str:

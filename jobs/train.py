@@ -35,7 +35,7 @@ from engine.schedule import REFERENCE_BATCH, accumulation_steps, build_schedule,
 from engine.state import TrainState
 from engine.tracker import build_tracker
 from engine.trainer import Trainer
-from jobs.few_images import warn_about_few_images
+from jobs.few_images import warn_about_few_images, warn_about_patience
 from jobs.initialization import Initialization, choose_initialization, normalise
 from jobs.locate_checkpoint import check_same_file
 from jobs.model import choose_attention, load_pretrained
@@ -281,6 +281,7 @@ def build_trainer(
     if saved is None and world.is_main:
         num_images = len(data.train.loader.dataset)  # type: ignore[arg-type]  # an ImageDataset
         warn_about_few_images(cfg, num_images, updates_per_epoch, world.size)
+        warn_about_patience(cfg)
     attended = [model, state.ema.module] if state.ema else [model]
     attention = choose_attention(attended, [amp_dtype(cfg), eval_dtype(cfg)], cfg, world)
     # One graph per input size: torch would otherwise compile a graph for all sizes, which is slow where windows are padded.

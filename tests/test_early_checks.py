@@ -67,6 +67,7 @@ def test_mistakes_are_reported_in_one_line_without_importing_torch(data, tmp_pat
         f"{config} --data-path {data}/few --batch-size 4 --opts DATA.GLOBAL_BATCH_SIZE 6": "is not a multiple of 4",
         f"{config} --data-path {data}/few --opts TRACKER mlflow": "the package is not installed; run pip install mlflow, or",
         f"{config} --opts TRACKER wandby": "TRACKER='wandby': choose one of .*; did you mean 'wandb'",
+        f"{config} --opts TRAIN.OPTIMIZER.NAME AdamW": "TRAIN.OPTIMIZER.NAME='AdamW': choose one of .*; did you mean 'adamw'",
         "--cfg quickstrat": "no config has this name; .*quickstart.yaml",
         f"{config} --data-path {data}/few --resume nope": "--resume=nope: no such file",
         "--resume nope": "--resume=nope: no such file",

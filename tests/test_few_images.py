@@ -9,7 +9,7 @@ from data.build import build_datasets, build_train_loader
 from data.files import DataError
 from data.samplers import TrainBatches
 from engine.schedule import accumulation_steps, build_schedule
-from jobs.few_images import warn_about_few_images
+from jobs.few_images import warn_about_few_images, warn_about_patience
 from jobs.resume import resume
 from tests.conftest import CONFIGS, write_images
 from tests.launch import run_main
@@ -59,6 +59,16 @@ def test_a_warning_names_the_share_of_the_images_that_every_epoch_leaves_out(cap
     warn_about_few_images(load_config(CONFIGS / "small.yaml", ["TRAIN.EPOCHS", 400, "DATA.DROP_LAST", False]), 120, 4, 1)
     warn_about_few_images(cfg, 1000, 31, 1)  # 0.8 %
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("patience", "evaluations", "warns"), [(0, 1, False), (1, 1, True), (2, 4, False), (3, 4, True)])
+def test_a_warning_names_a_patience_that_cannot_end_the_run_early(patience, evaluations, warns, caplog):
+    """With four evaluations and a patience of 3, the earliest end is at the fourth, which is the end of the run anyway."""
+    options = ["TRAIN.PATIENCE", patience, "TRAIN.EPOCHS", 5 * evaluations - 1, "EVAL_FREQ", 5]
+    warn_about_patience(load_config(CONFIGS / "small.yaml", options))
+    assert ("cannot end this run early" in caplog.text) is warns
+    if warns:
+        assert f"it has {evaluations} in {5 * evaluations - 1} epochs (EVAL_FREQ=5)" in caplog.text
 
 
 def test_a_shortened_run_of_the_recipe_for_few_images_is_not_advised_to_use_this_recipe(caplog):

@@ -58,7 +58,8 @@ def check_rules(cfg: CfgNode, leaves: dict[str, object]) -> None:
 
 def _check_key(name: str, key: Key, value: Any, model_type: str) -> None:
     if key.choices and value not in key.choices:
-        near = get_close_matches(str(value)[:100], key.choices, n=1)
+        text = str(value)[:100]
+        near = [choice for choice in key.choices if choice.lower() == text.lower()] or get_close_matches(text, key.choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}={show(value)}: choose one of {', '.join(filter(None, key.choices))}{hint}")
     numbers = value if isinstance(value, list) else [value]
