@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 
 from yacs.config import CfgNode
 
@@ -82,4 +83,4 @@ def advise_more_updates(cfg: CfgNode, num_images: int, world_size: int) -> str:
     elif accumulation_steps(cfg, world_size) > 1:
         options["TRAIN.ACCUMULATION_STEPS"] = 1
     opts = " ".join(f"{key} {value}" for key, value in options.items())
-    return f"--tag {cfg.TAG}_more_updates --batch-size {batch_size} --opts {opts}"
+    return f"--tag {shlex.quote(f'{cfg.TAG}_more_updates')} --batch-size {batch_size} --opts {opts}"

@@ -4,6 +4,7 @@ Arguments: ``saved`` has the contents of the checkpoint to resume from, ``path``
 """
 
 import logging
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -203,7 +204,9 @@ def warn_about_learning_rate(saved: dict, cfg: CfgNode, schedule: Schedule, worl
         return  # the former schedule is not known
     try:
         former = load_stored_config(
-            saved["config"], source=path, sections=("TRAIN.", "DATA.BATCH_SIZE", "DATA.GLOBAL_BATCH_SIZE")
+            saved["config"],
+            source=path,
+            sections=("TRAIN.", "DATA.BATCH_SIZE", "DATA.GLOBAL_BATCH_SIZE", "MODEL.NUM_CLASSES"),  # TRAIN.CLASS_WEIGHTS
         )
         before = build_schedule(former, updates_per_epoch=saved["updates_per_epoch"], world_size=world_size)
     except ConfigError:  # the stored config is only compared; this version may reject its values
@@ -350,11 +353,23 @@ def describe_finished_run(saved: Mapping, cfg: CfgNode, init: Initialization) ->
 
 
 def advise_finetuning(path: str, cfg: CfgNode, *, num_epochs: int) -> str:
-    """How to train the best weights of a run further at a low learning rate. path: a checkpoint of the run."""
-    return (
-        f"To train further at a low learning rate, fine-tune the best weights: --pretrained {Path(path).parent / BEST} --tag "
-        f"{cfg.TAG}_longer --opts TRAIN.EPOCHS {num_epochs} TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR {cfg.TRAIN.BASE_LR / 10:.3g}"
-    )
+    """How to train the best weights of a run further at a low learning rate. path: a checkpoint of the run.
+
+    Options for epochs that the fine-tuning does not have are reset: it continues with the last phase of the run.
+    """
+    options = {"TRAIN.EPOCHS": num_epochs, "TRAIN.WARMUP_EPOCHS": 0, "TRAIN.BASE_LR": f"{cfg.TRAIN.BASE_LR / 10:.3g}"}
+    if sizes := cfg.TRAIN.SIZE_SCHEDULE:
+        options["TRAIN.SIZE_SCHEDULE"] = [[0, *sizes[-1][1:]]]
+    if cfg.AUG.MIXUP_OFF_EPOCH:
+        options |= {"AUG.MIXUP_OFF_EPOCH": 0, "AUG.MIXUP": 0, "AUG.CUTMIX": 0, "AUG.CUTMIX_MINMAX": None}
+    if cfg.TRAIN.LR_SCHEDULER.NAME == "multistep":
+        options |= {
+            "TRAIN.LR_SCHEDULER.NAME": "cosine",
+            "TRAIN.LR_SCHEDULER.MILESTONES": KEYS["TRAIN.LR_SCHEDULER.MILESTONES"].default,
+        }
+    best, tag = shlex.quote(str(Path(path).parent / BEST)), shlex.quote(f"{cfg.TAG}_longer")
+    opts = " ".join(f"{key} {shlex.quote(str(value))}" for key, value in options.items())
+    return f"To train further at a low learning rate, fine-tune the best weights: --pretrained {best} --tag {tag} --opts {opts}"
 
 
 def repair_finished_run(saved: dict, cfg: CfgNode, output: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shlex
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from jobs.locate_checkpoint import log_differences
 from jobs.resume import (
     ARCHITECTURE_KEY_PREFIXES,
     GROUP_KEYS,
+    advise_finetuning,
     check_group_keys,
     log_config_changes,
     resume,
@@ -33,6 +35,7 @@ from tests.launch import run_main
 from tests.runs import assert_equal, read_state, toy_arguments
 from utils.config.keys import KEYS
 from utils.config.loading import flatten, load_config
+from utils.config.rules import mixes
 from utils.distributed import World
 from utils.errors import ConfigError
 from utils.run_files import RECORD, list_checkpoints
@@ -254,6 +257,28 @@ def test_more_epochs_after_the_end_cause_a_warning_with_both_learning_rates(trai
     warn_about_learning_rate(saved, load_config(toy_config, ["TRAIN.EPOCHS", 20]), schedule, 1, str(trained))
     assert f"from {former(23):.3g} at update 23 to {schedule(24):.3g} at update 24" in caplog.text
     assert f"--pretrained {trained.parent / 'best.pth'} --tag default_longer" in caplog.text
+
+
+def test_the_learning_rate_is_compared_with_that_of_a_run_with_a_weight_per_class(trained, toy_config, caplog):
+    saved = read_checkpoint(trained)
+    saved["num_updates"] = 24
+    saved["config"]["TRAIN"]["CLASS_WEIGHTS"] = [1.0, 2.0, 3.0]
+    cfg = load_config(toy_config, ["TRAIN.EPOCHS", 20, "TRAIN.CLASS_WEIGHTS", "[1, 2, 3]"])
+    schedule = build_schedule(cfg, updates_per_epoch=12, world_size=1)
+    warn_about_learning_rate(saved, cfg, schedule, 1, str(trained))
+    assert "the learning rate grows from" in caplog.text
+
+
+def test_the_advice_on_fine_tuning_is_accepted_with_every_option_for_epochs_and_any_path(toy_config):
+    opts = ["TRAIN.EPOCHS", 30, "TRAIN.WARMUP_EPOCHS", 5, "TAG", "a b", "AUG.MIXUP", 0.8, "AUG.MIXUP_OFF_EPOCH", 20]
+    opts += ["TRAIN.SIZE_SCHEDULE", "[[0, 24], [20, 32, 40]]"]
+    opts += ["TRAIN.LR_SCHEDULER.NAME", "multistep", "TRAIN.LR_SCHEDULER.MILESTONES", "[10, 20]"]
+    advice = advise_finetuning("my runs/checkpoint.pth", load_config(toy_config, opts), num_epochs=1)
+    words = shlex.split(advice.partition("the best weights: ")[2])
+    assert words[:5] == ["--pretrained", "my runs/best.pth", "--tag", "a b_longer", "--opts"]
+    cfg = load_config(toy_config, [*opts, *words[5:]])
+    assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.SIZE_SCHEDULE, cfg.TRAIN.LR_SCHEDULER.NAME) == (1, [[0, 32, 40]], "cosine")
+    assert not mixes(cfg)
 
 
 # --- Changed data
