@@ -86,7 +86,7 @@ def locate(reference: str | Path) -> Location:
     Raises:
         CheckpointError: there is no such file or model, or the download failed.
     """
-    text, path = str(reference), Path(reference).expanduser()
+    text, path = str(reference), Path(os.path.expanduser(reference))
     if is_url(text):
         # A stored config has the URL without its query string.
         released = next((file for file in RELEASED.values() if without_secrets(file.url) == without_secrets(text)), None)

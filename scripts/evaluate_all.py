@@ -38,7 +38,7 @@ def read_data_sets(values: Sequence[str]) -> dict[str, Path]:
         name, _, text = value.partition("=")
         if not (name and text) or os.path.isdir(value):
             name, text = os.path.basename(os.path.abspath(value)), value
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if not text or not path.is_dir():
             raise ConfigError(f"--data-path {value}: no such directory; correct the path")
         if name in data_sets:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from jobs.teacher import build_teacher
 from models.checkpoints.reader import read_checkpoint
 from tests.launch import run_main
 from tests.runs import assert_equal, newest_update, read_state, toy_arguments
+from utils.config.arguments import check_teacher
 from utils.config.loading import load_config
 from utils.distributed import World
 from utils.errors import ConfigError
@@ -136,6 +138,23 @@ def test_unusable_teachers_are_refused_before_anything_is_written(small_model, t
     arguments = toy_arguments(toy_config, toy_data, tmp_path / "out", "TRAIN.TEACHER", tmp_path / "other.pth")
     assert run_main(arguments, tmp_path / "log").exit_codes == [2]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_in_the_output_directory_of_the_run_is_refused(trained, toy_config, toy_data, tmp_path):
+    """Its weights would change during training, so the run could not resume. The remedy is another path."""
+    folder = tmp_path / "toy/default"
+    shutil.copytree(trained.parent, folder)
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copy(trained, tmp_path / "copy.pth")
+    contents = sorted(folder.iterdir())
+    for teacher in (folder, folder / "best.pth", tmp_path / "link/best.pth"):
+        arguments = toy_arguments(toy_config, toy_data, tmp_path, "TRAIN.TEACHER", teacher, "TRAIN.EPOCHS", 3)
+        outcome = run_main(arguments, tmp_path / "log")
+        assert outcome.exit_codes == [2], outcome.output
+        assert "is in the output directory of this run" in outcome.output
+    assert sorted(folder.iterdir()) == contents
+    check_teacher(str(tmp_path / "copy.pth"), folder, exists=True)
+    check_teacher(str(folder), tmp_path / "toy/other_tag", exists=True)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
     return parser.parse_args()
 
 
+def expand(text: str) -> Path:
+    """The path of a flag that sets no key: a shell does not expand the ~ of ``--flag=~/path``."""
+    return Path(os.path.expanduser(text))
+
+
 # Flag -> (config key that it sets, or None; arguments of ``add_argument``). Flags override --opts.
 FLAGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "--cfg": (
@@ -117,14 +122,18 @@ FLAGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "--profile": (
         None,
         {
-            "type": Path,
+            "type": expand,
             "metavar": "DIR",
             "help": "with --check: write a trace of some updates, and list the slowest operations",
         },
     ),
     "--replay": (
         None,
-        {"metavar": "FILE", "help": "repeat an update whose loss or gradient was not finite, from replay_*.pth"},
+        {
+            "type": os.path.expanduser,
+            "metavar": "FILE",
+            "help": "repeat an update whose loss or gradient was not finite, from replay_*.pth",
+        },
     ),
     "--throughput": (None, {"action": "store_true", "help": "measure images/s of the forward pass"}),
     "--find-unused-params": (
@@ -212,7 +221,8 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
     for key in ("RESUME", "PRETRAINED"):
         if cfg.MODEL[key] and not (resumes and not args.eval):
             check_weights(f"--{key.lower()}=" if getattr(args, key.lower()) else f"MODEL.{key}=", cfg.MODEL[key])
-    check_teacher("" if args.eval or args.throughput or resumes else cfg.TRAIN.TEACHER)  # a finished run needs none
+    if not args.eval and not args.throughput:
+        check_teacher(cfg.TRAIN.TEACHER, build_output_path(cfg), exists=not resumes)  # a finished run needs none
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
@@ -241,7 +251,7 @@ def check_data_path(cfg: CfgNode) -> None:
 
 
 def _check_folder(name: str, path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if os.path.isdir(folder):
         return
     with contextlib.suppress(OSError):  # the parent may not exist or not be readable
@@ -255,14 +265,25 @@ def _check_folder(name: str, path: str) -> None:
     )
 
 
-def check_teacher(teacher: str) -> None:
+def check_teacher(teacher: str, output: Path, *, exists: bool) -> None:
     """Reject a TRAIN.TEACHER that is neither a checkpoint nor a model of timm, nor empty.
 
+    Args:
+        output: output directory of the run. Its files change during training, and the run could then not resume.
+        exists: whether the checkpoint must exist; a finished run does not read it.
+
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, or it is in ``output``.
     """
+    if not teacher or teacher.startswith(TIMM_PREFIX) or is_url(teacher):
+        return
+    if Path(os.path.realpath(output)) in (path := Path(os.path.realpath(teacher)), *path.parents):
+        raise ConfigError(
+            f"TRAIN.TEACHER={teacher} is in the output directory of this run, whose checkpoints change during training; copy "
+            "the checkpoint to another directory and give that path, or choose another --tag"
+        )
     try:
-        if teacher and not teacher.startswith(TIMM_PREFIX):
+        if exists:
             check_weights("TRAIN.TEACHER=", teacher)
     except ConfigError as error:
         raise ConfigError(f"{error}; a model of timm is given as {TIMM_PREFIX}NAME") from None
@@ -277,7 +298,7 @@ def check_weights(name: str, checkpoint: str) -> None:
     Raises:
         ConfigError: there is no such checkpoint.
     """
-    path = Path(checkpoint).expanduser()
+    path = Path(os.path.expanduser(checkpoint))
     if is_url(checkpoint) or os.path.isfile(path):
         return
     if os.path.isdir(path):

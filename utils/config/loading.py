@@ -312,8 +312,12 @@ def _literal(value: object) -> object:
         return value
 
 
-def _convert(value: object, example: object, name: str, source: str) -> object:
-    """Convert a value to the type of ``example``: the default of the key, or an item of it."""
+def _convert(value: object, example: object, name: str, source: str, whole: Sequence | None = None) -> object:
+    """Convert a value to the type of ``example``: the default of the key, or an item of it.
+
+    Args:
+        whole: the value of the key, if ``value`` is an item of it.
+    """
     literal = _literal(value)
     if isinstance(literal, int) and abs(literal) >= MAX_INT:
         raise ConfigError(f"{source}: {name} is {show(literal)}; give a smaller number")
@@ -324,11 +328,15 @@ def _convert(value: object, example: object, name: str, source: str) -> object:
     if isinstance(example, float) and isinstance(literal, (int, float)) and not isinstance(literal, bool):
         return _to_float(literal, name, source)
     if isinstance(example, list) and isinstance(literal, (list, tuple)):
-        return [_convert(item, example[0], name, source) for item in literal]
+        return [_convert(item, example[0], name, source, literal if whole is None else whole) for item in literal]
     if type(literal) is type(example):  # bool or int
         return literal
+    kind = f"is of type {type(literal).__name__}"
+    if whole is not None:
+        remedy = f"give a value such as {_MAY_BE_LIST.get(name, KEYS[name].default)}"
+        raise ConfigError(f"{source}: {name}={show(whole)}: {show(value)} {kind}; {remedy}")
     expected = "list" if example is None else f"{type(example).__name__}, such as {example!r}"
-    raise ConfigError(f"{source}: {name}={show(value)} is of type {type(literal).__name__}; expected {expected}")
+    raise ConfigError(f"{source}: {name}={show(value)} {kind}; expected {expected}")
 
 
 def _to_float(number: float, name: str, source: str) -> float:

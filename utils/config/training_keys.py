@@ -73,7 +73,8 @@ TRAINING_KEYS = {
         "optimizer of timm; `sgd` uses Nesterov momentum, `momentum` classical momentum; cannot change on resume",
         choices=tuple(OPTIMIZERS),
     ),
-    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon; the default is that of `adamw`, others have their own in timm", minimum=0),
+    # With an epsilon of 0, a parameter with the gradient 0 becomes NaN.
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, "epsilon; the default is that of `adamw`, others have their own in timm", minimum=1e-30),
     "TRAIN.OPTIMIZER.BETAS": Key(
         [0.9, 0.999],
         "betas, in [0, 1): two numbers, or three for `adan`; the default is that of `adamw`, others have their own in timm",
