@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 MISTAKES = "mistakes.png"
 MAX_PICTURE_SIDE = 256  # maximum pixels per side of an image in ``draw_predictions``
 CAPTION_WIDTH = 28  # characters per line of a caption in ``draw_predictions``
+MAX_CLASS_LENGTH = 2 * CAPTION_WIDTH  # characters of a class in a caption: longer ones would cover the image above
 MAX_CLASSES_DRAWN = 50  # with more classes, no confusion matrix is drawn
 MAX_CLASSES_WITH_COUNTS = 20  # with more classes, the confusion matrix has no numbers in its cells
 
@@ -155,15 +156,20 @@ class Caption(NamedTuple):
         return "black" if self.truth is None else "green" if self.is_correct else "red"
 
     def lines(self) -> list[str]:
-        """Lines to draw. A long file name loses its middle, and the true class follows a wrong prediction."""
-        name = self.name
-        if len(name) > CAPTION_WIDTH:
-            name = f"{name[: CAPTION_WIDTH // 2 - 1]}\N{HORIZONTAL ELLIPSIS}{name[-(CAPTION_WIDTH // 2) :]}"
+        """Lines to draw. Long names lose their middle, and the true class follows a wrong prediction."""
         mark = "" if self.truth is None else "\N{CHECK MARK} " if self.is_correct else "\N{BALLOT X} "
-        lines = [name, *textwrap.wrap(f"{mark}{self.prediction}", CAPTION_WIDTH)]
+        lines = [_shorten(self.name, CAPTION_WIDTH)]
+        lines += textwrap.wrap(f"{mark}{_shorten(self.prediction, MAX_CLASS_LENGTH)}", CAPTION_WIDTH)
         if self.truth is not None and not self.is_correct:
-            lines += textwrap.wrap(f"{self.origin}: {self.truth}", CAPTION_WIDTH)
+            lines += textwrap.wrap(f"{self.origin}: {_shorten(self.truth, MAX_CLASS_LENGTH)}", CAPTION_WIDTH)
         return [_plain(line) for line in lines]
+
+
+def _shorten(text: str, length: int) -> str:
+    """Replace the middle of a longer text by an ellipsis, so that ``length`` characters remain."""
+    if len(text) <= length:
+        return text
+    return f"{text[: (length - 1) // 2]}\N{HORIZONTAL ELLIPSIS}{text[len(text) - length // 2 :]}"
 
 
 def draw_predictions(images: Sequence[Image.Image], captions: Sequence[Caption], path: Path) -> None:

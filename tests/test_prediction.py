@@ -103,6 +103,10 @@ def test_a_caption_has_the_file_name_and_shows_whether_the_prediction_is_correct
     assert wrong.lines()[0].endswith("x.png")
     assert Caption("a.png", "dog: 90%").color == "black"
     assert Caption("a.png", "dog: 90%").lines() == ["a.png", "dog: 90%"]
+    lines = Caption("a.png", f"{'w' * 500}: 90%", "v" * 500).lines()  # a longer caption would cover the image above
+    assert len(lines) <= 7
+    assert "\N{HORIZONTAL ELLIPSIS}" in "".join(lines[1:4])
+    assert "w: 90%" in " ".join(lines)
 
 
 def test_predict_accepts_a_single_file_top_k_and_test_time_augmentation(trained, toy_config, toy_data, tmp_path):
