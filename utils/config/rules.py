@@ -250,8 +250,8 @@ def _check_phases(cfg: CfgNode) -> None:
     if sizes and starts[-1] >= num_epochs:
         used = str([entry for entry in sizes if entry[0] < num_epochs]).replace(" ", "")
         raise ConfigError(
-            f"TRAIN.SIZE_SCHEDULE={show(sizes)}: the run has {num_epochs} epochs, so the last size would never be used; change "
-            f"the epochs, or add --opts TRAIN.SIZE_SCHEDULE '{used}'"
+            f"TRAIN.SIZE_SCHEDULE={show(sizes)}: the run ends after epoch {num_epochs}, so the last size would never be used; "
+            f"change the epochs, or add --opts TRAIN.SIZE_SCHEDULE '{used}'"
         )
     end = cfg.AUG.MIXUP_OFF_EPOCH
     if end and not mixes(cfg):
@@ -260,8 +260,8 @@ def _check_phases(cfg: CfgNode) -> None:
         )
     if end >= num_epochs:
         raise ConfigError(
-            f"AUG.MIXUP_OFF_EPOCH={end} has no effect in a run of {num_epochs} epochs; give a smaller number of epochs, or add "
-            "--opts AUG.MIXUP_OFF_EPOCH 0"
+            f"AUG.MIXUP_OFF_EPOCH={end} has no effect, since the run ends after epoch {num_epochs}; give a smaller number, or "
+            "add --opts AUG.MIXUP_OFF_EPOCH 0"
         )
 
 
