@@ -503,7 +503,7 @@ def test_r9_parameter_names_in_checkpoints_have_no_prefix_of_ddp_or_compile(toy_
 
             def prepare(rank: int) -> None:
                 original = torch.compile
-                torch.compile = lambda model: original(model, backend="eager")
+                torch.compile = lambda model, dynamic: original(model, backend="eager", dynamic=dynamic)
 
         else:
             prepare = None

@@ -205,14 +205,7 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
         return
     if args.cache_mode and not cfg.DATA.ZIP_MODE:
         raise ConfigError(f"--cache-mode {args.cache_mode}: applies only to zip archives; add --zip, or remove --cache-mode")
-    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS", "MISTAKES", "TTA"):
-        default = KEYS[f"TEST.{key}"].default
-        if cfg.TEST[key] != default and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
-            raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
-    if not cfg.TEST.RESTRICT_CLASSES and not cfg.TEST.CLASS_MAP:
-        raise ConfigError(
-            "TEST.RESTRICT_CLASSES=False has an effect only with TEST.CLASS_MAP; remove it, or set TEST.CLASS_MAP"
-        )
+    _check_evaluation_keys(args, cfg)
     if args.eval and not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED):
         raise ConfigError("--eval: no weights to evaluate; give a checkpoint with --resume")
     # A run that resumes from its output directory reads neither the file of MODEL.PRETRAINED nor, if the command is repeated,
@@ -223,13 +216,25 @@ def check_usage(args: argparse.Namespace, cfg: CfgNode | None) -> None:
             check_weights(f"--{key.lower()}=" if getattr(args, key.lower()) else f"MODEL.{key}=", cfg.MODEL[key])
     if not args.eval and not args.throughput:
         check_teacher(cfg.TRAIN.TEACHER, build_output_path(cfg), exists=not resumes)  # a finished run needs none
+    if not args.throughput:
+        check_data_path(cfg)
+        _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
+
+
+def _check_evaluation_keys(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Reject keys of the evaluation that have no effect, and missing files."""
+    for key in ("CLASS_MAP", "REAL_LABELS", "PREDICTIONS", "MISTAKES", "TTA"):
+        default = KEYS[f"TEST.{key}"].default
+        if cfg.TEST[key] != default and not args.eval and not (key == "CLASS_MAP" and cfg.MODEL.PRETRAINED):
+            raise ConfigError(f"TEST.{key}={cfg.TEST[key]} has an effect only with --eval; add --eval, or remove the key")
+    if not cfg.TEST.RESTRICT_CLASSES and not cfg.TEST.CLASS_MAP:
+        raise ConfigError(
+            "TEST.RESTRICT_CLASSES=False has an effect only with TEST.CLASS_MAP; remove it, or set TEST.CLASS_MAP"
+        )
     for key in ("REAL_LABELS", "CLASS_MAP"):
         path = cfg.TEST[key]
         if path and not (key == "CLASS_MAP" and path in CLASS_MAPS) and not Path(path).is_file():
             raise ConfigError(f"TEST.{key}={path}: no such file")
-    if not args.throughput:
-        check_data_path(cfg)
-        _check_folder("DATA.DATA_PATH", cfg.DATA.DATA_PATH)
 
 
 def _check_data_option(args: argparse.Namespace) -> None:
