@@ -67,7 +67,7 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
 
 
 def expand(text: str) -> Path:
-    """The path of a flag that sets no key: a shell does not expand the ~ of ``--flag=~/path``."""
+    """A path whose ~ is expanded, as a shell does not for ``--flag=~/path``. The ~ of an unknown user remains."""
     return Path(os.path.expanduser(text))
 
 
@@ -256,7 +256,7 @@ def check_data_path(cfg: CfgNode) -> None:
 
 
 def _check_folder(name: str, path: str) -> None:
-    folder = Path(os.path.expanduser(path))
+    folder = expand(path)
     if os.path.isdir(folder):
         return
     with contextlib.suppress(OSError):  # the parent may not exist or not be readable
@@ -303,7 +303,7 @@ def check_weights(name: str, checkpoint: str) -> None:
     Raises:
         ConfigError: there is no such checkpoint.
     """
-    path = Path(os.path.expanduser(checkpoint))
+    path = expand(checkpoint)
     if is_url(checkpoint) or os.path.isfile(path):
         return
     if os.path.isdir(path):
