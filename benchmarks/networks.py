@@ -112,7 +112,10 @@ def measure_model(
 def measure_arms(
     arms: Mapping[str, tuple[Backbone, tuple[int, int, int, int]]], *, rounds: int, device: torch.device
 ) -> list[dict]:
-    """Measure time and peak memory of training steps in fp32, of arms whose steps run alternately.
+    """Measure time and peak memory of forward and backward passes in fp32, of arms that run alternately.
+
+    Optimizer, clipping and EMA are not included. The memory per image includes the gradients of the weights, so it is smaller
+    for larger batches.
 
     Softmax attention does not store its attention matrix in these measurements if torch has a fused kernel for the device. An
     additional record of every arm with softmax attention has ", matrix stored" after its name.

@@ -1,8 +1,8 @@
 """Measurements as Markdown tables and as figures."""
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
+from analysis.curves import label_log_axis
 from utils.text import markdown_table
 
 
@@ -33,9 +33,7 @@ def draw_attention(records: list[dict], figure: Figure) -> None:
             axis.loglog([row["tokens"] for row in series], [row["ns_per_token"] for row in series], "o-", label=name)
         axis.set(title=pass_name, xlabel="tokens", ylabel="ns per token")
         for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_minor_locator(LogLocator(subs=(2, 5)))
-            ticks.set_major_formatter("{x:,.0f}")
-            ticks.set_minor_formatter("{x:,.0f}")
+            label_log_axis(ticks, "{x:,.0f}")
         axis.grid(alpha=0.3)
     axes[0].legend()
 

@@ -3,7 +3,7 @@
 C: number of classes; K: ``NUM_BINS``. All metrics are in percent. Classes without images do not count in averages over classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -87,6 +87,21 @@ def scores(evaluations: Sequence[dict], metric: str, *, since: int) -> dict[int,
         value, step = record.get(metric), record["step"]
         if step > since and isinstance(value, (int, float)):
             found[step] = max(found.get(step, -np.inf), score(value, metric))
+    return found
+
+
+def own_evaluations(records: Iterable[Mapping]) -> dict[int, Mapping]:
+    """Number of updates -> record of the evaluation, in the order of the updates.
+
+    The result of an evaluation is that of the EMA weights, if both the raw and the EMA weights were evaluated.
+
+    Args:
+        records: lines of ``metrics.jsonl``, of training and of evaluations.
+    """
+    found: dict[int, Mapping] = {}
+    for record in sorted(records, key=lambda record: record["step"]):
+        if record["kind"] == "eval_ema" or (record["kind"] == "eval_raw" and record["step"] not in found):
+            found[record["step"]] = record
     return found
 
 

@@ -4,7 +4,7 @@
                 implementation of the paper's formula
     attention   the attention operator at several numbers of tokens, and its memory traffic
     traffic     kernel launches and memory traffic of a training step, counted on the meta device
-    arms        training steps of the arms of an ablation (scripts/ablate.py)
+    arms        forward and backward passes of the arms of an ablation (scripts/ablate.py)
     data        decoding and augmentation, compared with torchvision's reader and timm's transform, and loading with different
                 numbers of workers
     epoch       the training loop of a config, with and without data loader and EMA, compared with bare training steps
@@ -64,7 +64,7 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     traffic.add_argument("--batch-size", type=int, default=128)
     traffic.add_argument("--img-size", type=int, default=224, help="side length in pixels")
 
-    arms = modes.add_parser("arms", parents=[shared], help="training steps of the arms of an ablation")
+    arms = modes.add_parser("arms", parents=[shared], help="forward and backward passes of the arms of an ablation")
     arms.add_argument("file", type=Path, help="YAML file of the ablation")
 
     data = modes.add_parser("data", parents=[shared], help="decoding, augmentation and loading")
@@ -134,13 +134,18 @@ def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
 
 def measure_ablation(args: argparse.Namespace, device) -> list[dict]:
     from benchmarks.networks import measure_arms
+    from jobs.ablation import read_ablation
     from models import build_model
-    from scripts.ablate import read_ablation
 
     ablation, arms = read_ablation(args.file), {}
-    for name, options in ablation.arms.items():
-        _, cfg = ablation.load(options)
-        arms[name] = build_model(cfg), (cfg.DATA.BATCH_SIZE, 3, *image_size(cfg))
+    for name in ablation.arms:
+        _, cfg = ablation.load(name, {})
+        if cfg.TRAIN.SIZE_SCHEDULE:
+            schedule = cfg.TRAIN.SIZE_SCHEDULE
+            raise ConfigError(f"{args.file}: {name}: TRAIN.SIZE_SCHEDULE={schedule}: only one size is measured; remove it")
+        model = build_model(cfg)
+        model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
+        arms[name] = model, (cfg.DATA.BATCH_SIZE, 3, *image_size(cfg))
     return measure_arms(arms, rounds=args.rounds, device=device)
 
 

@@ -91,14 +91,22 @@ def check_inputs(args: argparse.Namespace) -> None:
         load_config(args.cfg, args.opts)
 
 
+def paths_of(args: argparse.Namespace, *, but: str) -> list[Path]:
+    """Paths among the arguments, except that of the argument ``but``."""
+    values = [value for name, value in vars(args).items() if name != but]
+    return [path for value in values for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+
+
 def check_outputs(args: argparse.Namespace, *names: str) -> None:
     """Check, before anything is computed, that files can be written. Arguments that are not given are not checked.
 
     Raises:
-        ConfigError: a file cannot be written, or a picture has an unknown format.
+        ConfigError: a file cannot be written, is also another argument, or is a picture of an unknown format.
     """
     for name in names:
         path = getattr(args, name, None)
+        if path is not None and path.resolve() in map(Path.resolve, paths_of(args, but=name)):
+            raise ConfigError(f"--{name} {path}: is also another argument, whose file would be lost; choose another file")
         if path is not None and not can_write(path):
             raise ConfigError(f"--{name} {path}: cannot be written; choose a file in an existing directory")
         if path is not None and name == "png" and path.suffix != ".png":

@@ -2,22 +2,25 @@
 
 Run directories are drawn one by one. The output directory of scripts/ablate.py, or a CSV file that --csv has written from it,
 is drawn with one line per arm and a band of one standard deviation over seeds. With --steps, arms with different numbers of
-tokens are compared by epochs and by the time of their training steps.
+tokens are compared by epochs and by the time of their forward and backward passes.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.ablation_curves import Point, arms_of, draw_means, read_points
 from scripts.command_line import check_outputs, create_parser, reporting_errors, save_figure
 from utils.errors import ConfigError
 from utils.files import write_csv
 from utils.run_files import METRICS
 
-STEP_NUMBERS = ("tokens", "batch_size", "ms_per_image", "peak_memory_mib_per_image")  # in every record of benchmark.py arms
+if TYPE_CHECKING:
+    from jobs.ablation import Evaluation
+
+STEP_NUMBERS = ("tokens", "ms_per_image", "peak_memory_mib_per_image")  # in every record of benchmark.py arms
 
 
 def draw(runs: list[Path]):
@@ -28,9 +31,10 @@ def draw(runs: list[Path]):
     """
     from matplotlib.figure import Figure
 
+    from analysis.curves import add_legend_below
     from engine.metrics_writer import read_records
 
-    figure = Figure(figsize=(11, 4), layout="constrained", dpi=120)
+    figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for number, run in enumerate(runs):
         records = read_records(run / METRICS)
@@ -50,39 +54,43 @@ def draw(runs: list[Path]):
                 accuracy_axes.plot(steps, [point.get("acc1") for point in points], **style)
     loss_axes.set(xlabel="update", ylabel="loss", title="Loss (label smoothing and mixup apply to training only)")
     accuracy_axes.set(xlabel="update", ylabel="top-1, %", title="Accuracy on held-out images")
-    finish((loss_axes, accuracy_axes))
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+    add_legend_below(figure, loss_axes)
     return figure
 
 
-def finish(all_axes) -> None:
-    for axes in all_axes:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-
-def draw_arms(points: list[Point]):
+def draw_arms(evaluations: "list[Evaluation]"):
     """Plot loss and top-1 accuracy of evaluations against the epoch, as means over seeds with a band of one deviation."""
     from matplotlib.figure import Figure
+
+    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs
 
     figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
     panels = figure.subplots(1, 2)
     for axes, value, label in zip(panels, ("loss", "accuracy"), ("loss", "top-1, %"), strict=True):
-        for arm in arms_of(points):
-            draw_means(axes, points, arm, value, marker=".")
-        axes.set(xlabel="epoch", ylabel=label, title=f"{value} on held-out images, mean ± deviation over seeds")
-    finish(panels)
+        for number, arm in enumerate(arms_of(evaluations)):
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # matplotlib repeats its colours after ten lines
+            draw_means(axes, evaluations, arm, value, marker=".", ls=style)
+        axes.set(ylabel=label, title=f"{value} on held-out images, mean ± deviation over seeds")
+        axes.grid(alpha=0.3)
+        label_epochs(axes)
+    add_legend_below(figure, panels[0])
     return figure
 
 
-def draw_tokens(points: list[Point], steps: list[dict]):
-    """Plot accuracy against epoch and against time, and time and memory of a training step against the number of tokens.
+def draw_tokens(evaluations: "list[Evaluation]", steps: list[dict]):
+    """Plot accuracy against epoch and time, and time and memory of a training step against the number of tokens.
+
+    The time is that of the forward and backward passes, which do not include loading and the optimizer.
 
     Args:
         steps: records of ``benchmark.py arms``. A colour stands for a kind of attention, the name of an arm without its number
             of tokens; a line style stands for a number of tokens.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+
+    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs, label_log_axis
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     panels = figure.subplots(2, 2)
@@ -90,28 +98,30 @@ def draw_tokens(points: list[Point], steps: list[dict]):
     kinds = list(dict.fromkeys(kind_of(record) for record in steps))
     tokens = sorted({record["tokens"] for record in steps})
     for record in steps:
-        if record["arm"] in arms_of(points):
+        if record["arm"] in arms_of(evaluations):
             style = {"color": f"C{kinds.index(kind_of(record))}", "ls": (":", "--", "-")[tokens.index(record["tokens"]) % 3]}
-            draw_means(by_epoch, points, record["arm"], "accuracy", marker=".", **style)
-            minutes_per_update = record["batch_size"] * record["ms_per_image"] / 60_000
-            draw_means(by_time, points, record["arm"], "accuracy", x="step", scale=minutes_per_update, marker=".", **style)
+            draw_means(by_epoch, evaluations, record["arm"], "accuracy", marker=".", **style)
+            time = {"x": "num_images", "scale": record["ms_per_image"] / 60_000}
+            draw_means(by_time, evaluations, record["arm"], "accuracy", marker=".", **time, **style)
     for number, kind in enumerate(kinds):
         rows = [record for record in steps if kind_of(record) == kind]
         for axes, value in ((time_axes, "ms_per_image"), (memory_axes, "peak_memory_mib_per_image")):
             axes.loglog([row["tokens"] for row in rows], [row[value] for row in rows], "o-", color=f"C{number}", label=kind)
-    by_epoch.set(xlabel="epoch", ylabel="top-1, %", title="Accuracy after equal epochs")
-    by_time.set(xlabel="minutes in training steps", ylabel="top-1, %", title="Accuracy after equal time", xscale="log")
-    time_axes.set(xlabel="tokens", ylabel="ms per image", title="Time of a training step")
-    memory_axes.set(xlabel="tokens", ylabel="MiB per image", title="Peak memory of a training step")
+    by_epoch.set(ylabel="top-1, %", title="Accuracy after equal epochs")
+    label_epochs(by_epoch)
+    passes = "forward and backward passes"
+    by_time.set(xlabel=f"minutes of {passes}", ylabel="top-1, %", title="Accuracy after equal time", xscale="log")
+    time_axes.set(xlabel="tokens", ylabel="ms per image", title=f"Time of {passes}")
+    memory_axes.set(xlabel="tokens", ylabel="MiB per image", title=f"Peak memory of {passes}")
     for axes in (time_axes, memory_axes):
         axes.set_xticks(tokens, map(str, tokens))
         axes.minorticks_off()
     for axis in (by_time.xaxis, time_axes.yaxis, memory_axes.yaxis):
-        axis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
-    finish(panels.flat)
-    by_time.get_legend().remove()  # the same as that of the first panel; it would cover lines
+        label_log_axis(axis)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    memory_axes.legend(fontsize=8)
+    add_legend_below(figure, by_epoch, num_columns=3)
     return figure
 
 
@@ -171,13 +181,15 @@ def choose_figure(args: argparse.Namespace):
         return draw(args.sources)
     if not first.exists():
         raise ConfigError(f"{first}: no such file or directory; correct the path")
-    points = read_points(first)
-    if not points:
+    from analysis.curves import arms_of
+    from jobs.ablation import Evaluation, read_evaluations
+
+    evaluations = read_evaluations(first)
+    if not evaluations:
         raise ConfigError(f"{first}: no run has been evaluated yet; wait for the end of the first epoch")
-    figure = draw_tokens(points, read_steps(args.steps, arms_of(points))) if args.steps else draw_arms(points)
     if args.csv:
-        write_csv(args.csv, Point._fields, points)
-    return figure
+        write_csv(args.csv, Evaluation._fields, evaluations)
+    return draw_tokens(evaluations, read_steps(args.steps, arms_of(evaluations))) if args.steps else draw_arms(evaluations)
 
 
 if __name__ == "__main__":

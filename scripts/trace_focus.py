@@ -1,7 +1,8 @@
 """Measure how focused attention is along the training of each run of an ablation, and compare it with the accuracy.
 
-The script measures the initial weights and the checkpoint after each evaluation; set KEEP_CHECKPOINTS to the number of epochs
-before training. It writes a CSV file with the means over heads, queries and images, for every run, epoch and block, and a
+The script measures the initial weights, except those of runs with MODEL.PRETRAINED, and the checkpoint after each evaluation.
+For this, set KEEP_CHECKPOINTS before training to more than the number of epochs; interrupted runs save further checkpoints. The
+script writes a CSV file with the means over heads, queries and images, for every run, epoch and block, after each run, and a
 picture with the means over blocks. Given such a CSV file instead of the output directory, it draws the picture again.
 """
 
@@ -11,10 +12,9 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from scripts.ablation_curves import Point, arms_of, draw_means, find_runs, read_csv, read_run
 from scripts.command_line import (
     ARGUMENTS,
     check_inputs,
@@ -26,8 +26,11 @@ from scripts.command_line import (
 )
 from utils.config.reading import read_yaml
 from utils.errors import ConfigError
-from utils.files import write_csv
+from utils.files import read_csv, write_csv
 from utils.run_files import CONFIG, checkpoint_path
+
+if TYPE_CHECKING:
+    from jobs.ablation import Evaluation
 
 CONVOLVED = ", with the convolution"  # suffix of an arm in the picture, for its attention matrix plus its convolution
 PANELS = {
@@ -53,46 +56,61 @@ class Measurement(NamedTuple):
     row_similarity: float
 
 
-def saved_evaluations(run: Path, arm: str, seed: int) -> list[Point]:
-    """Evaluations of a run after which its checkpoint is still present; empty before the first evaluation.
+def saved_evaluations(run: Path, arm: str, seed: int) -> "list[Evaluation]":
+    """Evaluations of a run with a checkpoint; empty before the first evaluation.
 
     Raises:
-        ConfigError: the run has none of these checkpoints.
+        ConfigError: checkpoints are missing. Only the last may be missing, because a run in progress evaluates before it saves.
     """
-    points = read_run(run, arm, seed)
-    saved = [point for point in points if checkpoint_path(run, point.step).is_file()]
-    if points and not saved:
-        raise ConfigError(f"{run} has no checkpoint of an evaluated epoch; train with KEEP_CHECKPOINTS equal to TRAIN.EPOCHS")
+    from jobs.ablation import read_run
+
+    evaluations = read_run(run, arm, seed)
+    saved = [evaluation for evaluation in evaluations if checkpoint_path(run, evaluation.step).is_file()]
+    for evaluation in evaluations[:-1] if saved else evaluations:
+        if evaluation not in saved:
+            advice = "train again with a larger KEEP_CHECKPOINTS, or move the run out of the directory"
+            raise ConfigError(f"{run} has no checkpoint of epoch {evaluation.epoch}; {advice}")
     return saved
 
 
-def trace(run: Path, points: list[Point], images: list[Path]) -> Iterator[Measurement]:
-    """Measure the initial weights of a run and its checkpoints at ``points``."""
+def trace(run: Path, evaluations: "list[Evaluation]", images: list[Path]) -> Iterator[Measurement]:
+    """Measure the initial weights of a run and its checkpoints at ``evaluations``."""
     import torch
 
-    from analysis.summary import mean_over_heads, summarise
     from jobs.inspect import InspectedImages
     from jobs.model import open_model
     from models import build_model
 
-    weights = "ema" if read_yaml(run / CONFIG)["EMA"]["ENABLED"] else "raw"  # the weights whose accuracy is in ``points``
+    stored = read_yaml(run / CONFIG)
     pixels: list[torch.Tensor] = []
-    for point in points:
-        model, _, cfg, _ = open_model(str(checkpoint_path(run, point.step)), None, [], weights=weights)
-        models = [(point, model)]
+    for evaluation in evaluations:
+        path = str(checkpoint_path(run, evaluation.step))
+        model, _, cfg, _ = open_model(path, None, [], weights=evaluation.weights)
         if not pixels:
             inspected = InspectedImages(images, cfg)
             pixels = [inspected.read(position)[1] for position in range(len(inspected))]
-            torch.manual_seed(cfg.SEED)  # the seed of the initial weights in training
-            models.insert(0, (point._replace(epoch=0, step=0, accuracy=math.nan), build_model(cfg).eval()))
-        for measured, model in models:
-            rows = summarise(model, pixels, forms=())
-            for block, form in dict.fromkeys((row.block, row.form) for row in rows):
-                names = ("entropy", "effective rank", "row similarity")
-                measures = (round(mean_over_heads(rows, block, form, name), 4) for name in names)
-                yield Measurement(
-                    point.arm, point.seed, measured.epoch, measured.step, measured.accuracy, block, form, *measures
-                )
+            if not stored["MODEL"]["PRETRAINED"]:
+                torch.manual_seed(stored["SEED"])  # of the initial weights in training
+                before_training = evaluation._replace(epoch=0, step=0, accuracy=math.nan)
+                yield from measure_blocks(build_model(cfg).eval(), before_training, pixels)
+        yield from measure_blocks(model, evaluation, pixels)
+
+
+def measure_blocks(model, evaluation: "Evaluation", pixels: list) -> Iterator[Measurement]:
+    """Measure the attention of every block.
+
+    Args:
+        evaluation: of these weights.
+        pixels: preprocessed images, (3, H, W) each.
+    """
+    from analysis.summary import mean_over_heads, summarise
+
+    rows = summarise(model, pixels, forms=())
+    for block, form in dict.fromkeys((row.block, row.form) for row in rows):
+        names = ("entropy", "effective rank", "row similarity")
+        measures = [round(mean_over_heads(rows, block, form, name), 4) for name in names]
+        of_weights = (evaluation.arm, evaluation.seed, evaluation.epoch, evaluation.step, evaluation.accuracy)
+        yield Measurement(*of_weights, block, form, *measures)
 
 
 def over_blocks(measurements: list[Measurement]) -> list[Measurement]:
@@ -111,30 +129,31 @@ def over_blocks(measurements: list[Measurement]) -> list[Measurement]:
 def draw(measurements: list[Measurement]):
     """Plot the accuracy and the measures, as means over blocks and seeds, against the epoch."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+
+    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs, label_log_axis
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     rows = over_blocks(measurements)
     arms = arms_of(measurements)
-    panels = figure.subplots(2, 2)
+    panels = figure.subplots(2, 2, sharex=True)
     for axes, (value, label) in zip(panels.flat, PANELS.items(), strict=True):
         for name in arms_of(rows):
             arm = name.removesuffix(CONVOLVED)
             if value != "accuracy" or name == arm:  # the accuracy of a run is the same for both forms
                 style = {"color": f"C{arms.index(arm)}", "ls": "-" if name == arm else "--"}
                 draw_means(axes, rows, name, value, marker=".", **style)
-        axes.set(xlabel="epoch (0: before training)", ylabel=label, title=value.replace("_", " "))
+        axes.set(ylabel=label, title=value.replace("_", " "))
         axes.grid(alpha=0.3)
+    for axes in panels[1]:
+        label_epochs(axes, "epoch (0: before training)")
     panels[1, 0].set_yscale("log")
-    panels[1, 0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    panels[1, 0].yaxis.set_major_formatter("{x:g}")
-    panels[1, 0].yaxis.set_minor_formatter("{x:g}")
-    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    label_log_axis(panels[1, 0].yaxis)
+    add_legend_below(figure, panels[0, 1])
     return figure
 
 
-def measure(args: argparse.Namespace) -> list[Measurement]:
-    """Measurements of all runs, or those of the CSV file.
+def read_or_measure(args: argparse.Namespace) -> list[Measurement]:
+    """Read the CSV file, or measure all runs and write it.
 
     Raises:
         ConfigError: --images or --csv is missing or superfluous, or a run has no checkpoints.
@@ -142,19 +161,20 @@ def measure(args: argparse.Namespace) -> list[Measurement]:
     if not args.ablation.is_dir():
         if args.images or args.csv:
             raise ConfigError(f"{args.ablation} is not a directory of runs; remove --images and --csv to draw a CSV file")
-        return read_csv(args.ablation, Measurement)
+        return read_csv(args.ablation, Measurement, ("arm", "seed", "epoch", "block", "form"))
     if not (args.images and args.csv):
         raise ConfigError(f"{args.ablation} is a directory of runs, which needs --images and --csv")
+    from jobs.ablation import find_runs
     from jobs.predict import find_images
 
     images, measurements = find_images(args.images)[:: args.every], []
     evaluations = {run: saved_evaluations(run, arm, seed) for (arm, seed), run in find_runs(args.ablation).items()}
-    for run, points in evaluations.items():
-        print(f"{run}: {len(points)} checkpoints", flush=True)
-        measurements += trace(run, points, images)
-    if not measurements:
+    if not any(evaluations.values()):
         raise ConfigError(f"{args.ablation}: no run has been evaluated yet; wait for the end of the first epoch")
-    write_csv(args.csv, Measurement._fields, measurements)
+    for run, saved in evaluations.items():
+        print(f"{run}: {len(saved)} checkpoints", flush=True)
+        measurements += trace(run, saved, images)
+        write_csv(args.csv, Measurement._fields, measurements)
     return measurements
 
 
@@ -170,7 +190,7 @@ def main() -> None:
         check_positive(args, "every")
         check_inputs(args)
         check_outputs(args, "png", "csv")
-        save_figure(draw(measure(args)), args.png)
+        save_figure(draw(read_or_measure(args)), args.png)
     print(args.png)
 
 

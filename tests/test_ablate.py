@@ -4,13 +4,17 @@ An arm is one variant of the ablation, such as softmax attention; it is trained 
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 
 import scripts.ablate
-from scripts.ablate import Run, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
+from jobs.ablation import Run, check_unchanged, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
 from tests.launch import run_script
-from utils.errors import ConfigError
+from utils.config.loading import load_config
+from utils.errors import ConfigError, TrainingError
 
 SPECIFICATION = """
 cfg: [{config}]
@@ -30,7 +34,20 @@ arms:
         ("cfg: [a]", "unknown or missing keys arms, baseline, seeds; expected cfg"),
         ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
         ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),
-        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "give at least two integers, to compute the standard deviation"),
+        ("{cfg: [1], seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg=[1]: give at least one config file"),
+        ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "seeds=[0]: give at least two different integers"),
+        ("{cfg: [a], seeds: [0, 1, 0], baseline: b, arms: {b: {}}}", "seeds=[0, 1, 0]: give at least two different integers"),
+        ("{cfg: [a], seeds: [0, -1], baseline: b, arms: {b: {}}}", "seeds=[0, -1]: give at least two different integers"),
+        ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: [1]}}", "arm b: [1] must be a mapping, such as {TRAIN.EPOCHS: 12}"),
+        ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {SEED: 1}}}", "arm b: SEED is set for each run; remove it"),
+        (
+            "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: }, opts: {DATA.DATA_PATH: x}}",
+            "opts: DATA.DATA_PATH is set for each run; remove it, and give --data-path",
+        ),
+        ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {AMP: }}}", "arm b: AMP has no value; give one, or ''"),
+        ("{cfg: [a], seeds: [0, 1], baseline: b_c, arms: {b_c: {}}}", "arm 'b_c': use letters and digits"),
+        ("{cfg: [a], seeds: [0, 1], baseline: a/b, arms: {a/b: {}}}", "arm 'a/b': use letters and digits"),
+        ("{cfg: [a], seeds: [0, 1], baseline: +b, arms: {+b: {}}}", "arm '+b': use letters and digits"),
     ],
 )
 def test_the_error_for_an_invalid_ablation_file_mentions_the_affected_key(text, message, tmp_path):
@@ -40,17 +57,95 @@ def test_the_error_for_an_invalid_ablation_file_mentions_the_affected_key(text, 
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("path", sorted((scripts.ablate.ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((scripts.ablate.MAIN.parent / "experiments").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_experiment_file_defines_its_runs_in_distinct_directories(path, tmp_path):
     num_runs = {"focus_cifar10": 18, "focus_cifar10_long": 12, "focus_digits": 18, "tokens_cifar10": 12}
-    runs = read_ablation(path).runs(tmp_path)
+    runs = read_ablation(path).runs(tmp_path, tmp_path)
     assert len({run.folder for run in runs}) == len(runs) == num_runs[path.stem]  # arms times seeds
 
 
 def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("LA.KIND", "LA.ATTENTION_KINDS"))
     with pytest.raises(ConfigError, match=r"unknown key MODEL\.LA\.ATTENTION_KINDS"):
-        read_ablation(tmp_path / "file.yaml").runs(tmp_path)
+        read_ablation(tmp_path / "file.yaml").runs(tmp_path, tmp_path)
+
+
+def test_runs_that_may_end_early_are_rejected(toy_config, tmp_path):
+    (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("{}", "{TRAIN.PATIENCE: 2}"))
+    with pytest.raises(ConfigError, match=r"focused attention: TRAIN.PATIENCE=2: runs of different length; remove it"):
+        read_ablation(tmp_path / "file.yaml").runs(tmp_path, tmp_path)
+
+
+def runs_of(toy_config, folder, data, **changes):
+    """Runs of the ablation of ``SPECIFICATION``, with further options of the arm with focused attention."""
+    options = ", ".join(f"{key}: {value}" for key, value in changes.items())
+    (folder / "file.yaml").write_text(
+        SPECIFICATION.format(config=toy_config).replace("attention: {}", f"attention: {{{options}}}")
+    )
+    return read_ablation(folder / "file.yaml").runs(folder / "out", data)
+
+
+def test_a_run_with_another_recipe_or_other_data_is_not_taken_for_the_run_of_an_arm(toy_config, toy_data, tmp_path):
+    run = runs_of(toy_config, tmp_path, toy_data)[1]
+    check_unchanged(run)
+    run.folder.mkdir(parents=True)
+    run.folder.joinpath("config.yaml").write_text(run.cfg.dump())
+    check_unchanged(run)
+    check_unchanged(runs_of(toy_config, tmp_path, toy_data, KEEP_CHECKPOINTS=7)[1])
+    check_unchanged(runs_of(toy_config, tmp_path, tmp_path / "moved")[1])
+    for changes, message in (
+        ({"MODEL.LA.KERNEL_SIZE": 3}, "focused_attention_0 was trained with MODEL.LA.KERNEL_SIZE=5, and has 3 now; restore"),
+        ({"TRAIN.EPOCHS": 2}, "focused_attention_0 was trained with TRAIN.EPOCHS=1, and has 2 now; restore"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_unchanged(runs_of(toy_config, tmp_path, toy_data, **changes)[1])
+    with pytest.raises(ConfigError, match=r"focused_attention_0 was trained on .*; give --data-path"):
+        check_unchanged(runs_of(toy_config, tmp_path, tmp_path)[1])
+
+
+def test_the_last_epoch_and_the_weights_of_the_result_are_those_of_the_arms_own_config(toy_config, toy_data, tmp_path):
+    """The EMA weights count if they are enabled; a run that lacks their last evaluation is not finished."""
+    records = [
+        {"step": 1, "kind": "eval_raw", "epoch": 0, "acc1": 1.0},
+        {"step": 2, "kind": "eval_raw", "epoch": 1, "acc1": 2.0},
+        {"step": 2, "kind": "eval_ema", "epoch": 1, "acc1": 3.0},
+    ]
+    run = runs_of(toy_config, tmp_path, toy_data)[1]
+    run.folder.mkdir(parents=True)
+    for options, num_records, expected in (
+        ({"EMA.ENABLED": False}, 2, 1.0),
+        ({"EMA.ENABLED": False, "TRAIN.EPOCHS": 2}, 2, 2.0),
+        ({"EMA.ENABLED": True, "TRAIN.EPOCHS": 2}, 2, None),
+        ({"EMA.ENABLED": True, "TRAIN.EPOCHS": 2}, 3, 3.0),
+    ):
+        lines = [f"{json.dumps(record)}\n" for record in records[:num_records]]
+        (run.folder / "metrics.jsonl").write_text("".join(lines))
+        assert final_accuracy(runs_of(toy_config, tmp_path, toy_data, **options)[1]) == expected
+
+
+def test_the_runs_share_the_gpus_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, expected in (("", ["0", "1"]), ("2,3", ["2", "3"]), ("MIG-a,MIG-b", ["MIG-a", "MIG-b"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert scripts.ablate.list_gpus() == expected
+
+
+def test_a_failed_run_does_not_end_the_others_and_a_stopped_run_does(tmp_path, monkeypatch):
+    """Programs with the exit statuses 1, 0, 75 and 0 replace main.py."""
+
+    def start(run, _cfg, **_):
+        return subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({run.seed})"])
+
+    monkeypatch.setattr(scripts.ablate, "start", start)
+    cfg = load_config([], ["OUTPUT", str(tmp_path)])
+    runs = [Run("arm", status, [], cfg) for status in (1, 0, 75, 0)]
+    failed = scripts.ablate.train(runs[:2], [], num_slots=1)
+    assert len(failed) == 1
+    assert "exit status 1; see" in failed[0]
+    with pytest.raises(TrainingError, match="was stopped by a signal; repeat the command to resume"):
+        scripts.ablate.train(runs[1:], [], num_slots=1)
 
 
 def test_accuracy_differences_between_arms_are_paired_by_seed():
@@ -65,16 +160,21 @@ def test_accuracy_differences_between_arms_are_paired_by_seed():
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
     assert [row.get("significant") for row in rows] == [True, False, None]
     assert "| b | 22.00 ± 11.00 | +2.00 ± 2.48 | no |" in to_markdown(rows, "a")
+    assert paired_difference([0.0, 0.0], [1.0, 3.0])[1] == pytest.approx(12.7062, abs=1e-4)  # one degree of freedom
 
 
 def test_a_truncated_line_in_the_metrics_of_an_arm_does_not_end_the_ablation(tmp_path):
     """The last line of a run that was killed, or whose disk was full, may be incomplete; the run counts as unfinished."""
-    run = Run("arm", 0, "arm_0", [], tmp_path)
-    assert final_accuracy(run, 1) is None
+    cfg = load_config(
+        [], ["OUTPUT", str(tmp_path), "MODEL.NAME", "model", "TAG", "arm_0", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    )
+    run = Run("arm", 0, [], cfg)
+    run.folder.mkdir(parents=True)
+    assert final_accuracy(run) is None
     record = '{"step": 3, "kind": "eval_raw", "epoch": 0, "acc1": 50.0}\n'
     for content, expected in ((record[:30], None), ("[]\n", None), (record + record[:30], 50.0)):
-        (tmp_path / "metrics.jsonl").write_text(content)
-        assert final_accuracy(run, 1) == expected
+        (run.folder / "metrics.jsonl").write_text(content)
+        assert final_accuracy(run) == expected
 
 
 @pytest.mark.slow
@@ -83,18 +183,20 @@ def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, t
     arguments = [tmp_path / "file.yaml", "--data-path", toy_data, "--output", tmp_path / "out", "--parallel", 2]
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
     assert outcome.exit_codes == [0], outcome.output
-    assert "runs: 4, finished: 0, epochs per run: 1" in outcome.output
+    assert "runs: 4, finished: 0" in outcome.output
     rows = json.loads((tmp_path / "out/table.json").read_text())
-    ablation = read_ablation(tmp_path / "file.yaml")
-    expected = {
-        arm: [final_accuracy(run, 1) for run in ablation.runs(tmp_path / "out") if run.arm == arm] for arm in ablation.arms
-    }
-    assert {row["arm"]: row["accuracies"] for row in rows} == expected
+    accuracies = {}
+    for arm in ("softmax", "focused attention"):
+        runs = [tmp_path / f"out/toy/{arm.replace(' ', '_')}_{seed}/metrics.jsonl" for seed in (0, 1)]
+        accuracies[arm] = [json.loads(run.read_text().splitlines()[-1])["acc1"] for run in runs]
+    assert {row["arm"]: row["accuracies"] for row in rows} == accuracies
     mtime_before = (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns
     # Simulate an interruption: one run lacks its metrics and its last checkpoint.
     (tmp_path / "out/toy/softmax_0/metrics.jsonl").unlink()
     (tmp_path / "out/toy/softmax_0/checkpoint_000000003.pth").unlink()
+    outcome = run_script(scripts.ablate, [*arguments, "--baseline", "focused attention"], tmp_path / "log", timeout=300)
+    assert "runs: 4, finished: 3" in outcome.output
+    (tmp_path / "out/table.md").read_text().index("difference from focused attention")
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
-    assert "runs: 4, finished: 3, epochs per run: 1" in outcome.output
     assert json.loads((tmp_path / "out/table.json").read_text()) == rows
     assert (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns == mtime_before

@@ -24,7 +24,7 @@ IMPORTERS = {
     "huggingface_hub": {"jobs/hub.py"},
     "pyarrow": {"data/rows.py"},
     "safetensors": {"jobs/export.py", "models/checkpoints/reader.py"},
-    "matplotlib": {"engine/report.py", "analysis/pictures.py"},
+    "matplotlib": {"engine/report.py", "analysis/curves.py", "analysis/pictures.py"},
     "torchvision": {"data/decoding.py", "data/transforms.py", "engine/metrics_writer.py"},
 }
 

@@ -11,50 +11,53 @@ from matplotlib.figure import Figure
 
 import scripts.plot_curves
 import scripts.trace_focus
+from analysis.curves import draw_means
 from analysis.maps import capture
 from analysis.measures import entropy
+from jobs.ablation import Evaluation, read_evaluations
 from jobs.inspect import InspectedImages
 from jobs.model import open_model
 from jobs.predict import find_images
-from scripts.ablation_curves import Point, draw_means, read_points
 from scripts.plot_curves import draw_tokens
 from scripts.trace_focus import Measurement, over_blocks
 from tests.launch import run_main, run_script
 from utils.errors import ConfigError
+from utils.files import read_csv, write_csv
 from utils.run_files import list_checkpoints
 
 
-def write_run(folder, speeds, accuracies, *, batch_size=10, kind="eval_raw"):
-    """Write the files of a run with two updates per epoch, and a record of training after each update."""
+def write_run(folder, accuracies, *, ema=(), global_batch_size=0):
+    """Write the files of a run with two updates per epoch, whose batches have 10 images in each of two forward passes.
+
+    Args:
+        ema: epochs in which the EMA weights were evaluated too; their accuracy is higher by 5.
+    """
     folder.mkdir(parents=True)
-    options = f"DATA: {{BATCH_SIZE: {batch_size}, GLOBAL_BATCH_SIZE: 0}}\nTRAIN: {{ACCUMULATION_STEPS: 2}}\n"
-    (folder / "config.yaml").write_text(options)
+    batch = f"BATCH_SIZE: 10, GLOBAL_BATCH_SIZE: {global_batch_size}"
+    (folder / "config.yaml").write_text(f"DATA: {{{batch}}}\nTRAIN: {{ACCUMULATION_STEPS: 2}}\n")
     records = []
     for epoch, accuracy in enumerate(accuracies):
-        for update in (1, 2):
-            speed = speeds[2 * epoch + update - 1]
-            records.append({"step": 2 * epoch + update, "kind": "train", "loss": 1.0, "images_per_second": speed})
+        records += [{"step": 2 * epoch + update, "kind": "train", "loss": 1.0} for update in (1, 2)]
         evaluation = {"step": 2 * epoch + 2, "epoch": epoch, "loss": 0.5}
+        if epoch in ema:  # on resume, a lost record of the raw weights is restored after that of the EMA weights
+            records.append(evaluation | {"kind": "eval_ema", "acc1": accuracy + 5})
         records.append(evaluation | {"kind": "eval_raw", "acc1": accuracy})
-        if kind != "eval_raw":
-            records.append(evaluation | {"kind": kind, "acc1": accuracy + 5})
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
-def test_the_csv_file_of_an_ablation_has_all_evaluations_with_training_times_and_gives_the_same_picture(tmp_path):
-    """An update has 10 x 2 images, so two updates at 10 images per second take 4 seconds."""
-    write_run(tmp_path / "out/model/focused_function_0", [10, 10, 20, 20], [50.0, 60.0])
-    write_run(tmp_path / "out/model/focused_function_1", [10, 10], [52.0])
-    write_run(tmp_path / "out/model/softmax_0", [10, 10, 5, 5], [40.0, 41.0], kind="eval_ema")
+def test_the_csv_file_of_an_ablation_has_all_evaluations_and_gives_the_same_picture(tmp_path):
+    write_run(tmp_path / "out/model/focused_function_0", [50.0, 60.0])
+    write_run(tmp_path / "out/model/focused_function_1", [52.0], global_batch_size=30)
+    write_run(tmp_path / "out/model/softmax_0", [40.0, 41.0], ema=[1])
     arguments = [tmp_path / "out", "--csv", tmp_path / "curves.csv", "--png", tmp_path / "curves.png"]
     outcome = run_script(scripts.plot_curves, arguments, tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    assert read_points(tmp_path / "curves.csv") == [
-        Point("focused function", 0, 1, 2, 50.0, 0.5, 4.0),
-        Point("focused function", 0, 2, 4, 60.0, 0.5, 6.0),
-        Point("focused function", 1, 1, 2, 52.0, 0.5, 4.0),
-        Point("softmax", 0, 1, 2, 45.0, 0.5, 4.0),
-        Point("softmax", 0, 2, 4, 46.0, 0.5, 12.0),
+    assert read_evaluations(tmp_path / "curves.csv") == [
+        Evaluation("focused function", 0, 1, 2, 40, "raw", 50.0, 0.5),
+        Evaluation("focused function", 0, 2, 4, 80, "raw", 60.0, 0.5),
+        Evaluation("focused function", 1, 1, 2, 60, "raw", 52.0, 0.5),
+        Evaluation("softmax", 0, 1, 2, 40, "raw", 40.0, 0.5),
+        Evaluation("softmax", 0, 2, 4, 80, "ema", 46.0, 0.5),
     ]
     outcome = run_script(scripts.plot_curves, [tmp_path / "curves.csv", "--png", tmp_path / "again.png"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -67,39 +70,58 @@ def test_the_csv_file_of_an_ablation_has_all_evaluations_with_training_times_and
         assert message in outcome.output
 
 
-def test_the_training_time_excludes_an_interruption(tmp_path):
-    """Three updates at 10 images per second; during one of them, the process was suspended."""
-    folder = tmp_path / "out/model/arm_0"
-    write_run(folder, [10, 10], [50.0])
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    suspended = {"step": 1, "kind": "train", "images_per_second": 0.001}
-    (folder / "metrics.jsonl").write_text("\n".join([json.dumps(suspended), *lines]))
-    assert read_points(tmp_path / "out")[0].seconds == 4.0
+def test_an_output_that_is_also_an_input_or_another_output_is_refused_and_the_input_is_kept(tmp_path):
+    write_run(tmp_path / "out/model/arm_0", [50.0])
+    steps = tmp_path / "steps.json"
+    steps.write_text("{}")
+    for arguments in (["--steps", steps, "--csv", tmp_path / "out/../steps.json"], ["--csv", tmp_path / "curves.png"]):
+        arguments = [tmp_path / "out", "--png", tmp_path / "curves.png", *arguments]
+        outcome = run_script(scripts.plot_curves, arguments, tmp_path / "log")
+        assert outcome.exit_codes == [2]
+        assert "is also another argument, whose file would be lost; choose another file" in outcome.output
+    assert steps.read_text() == "{}"
+    assert not (tmp_path / "curves.png").exists()
 
 
-def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation_and_ends_with_the_shortest_run():
-    points = [Point("arm", seed, epoch, epoch, accuracy, 0, 0) for seed, epoch, accuracy in ((0, 1, 10.0), (1, 1, 14.0))]
-    points += [Point("arm", 0, 2, 2, 20.0, 0, 0), Point("arm", 1, 2, 2, 20.0, 0, 0), Point("arm", 0, 3, 3, 99.0, 0, 0)]
-    points += [Point("other", 0, 1, 1, 77.0, 0, 0), *(Point("arm", seed, 0, 0, math.nan, 0, 0) for seed in (0, 1))]
+def evaluations_of(arm, accuracies):
+    """Evaluations of an arm; accuracies: seed -> accuracy after each epoch, of 100 images."""
+    return [
+        Evaluation(arm, seed, epoch, epoch, 100 * epoch, "raw", accuracy, 0.0)
+        for seed, values in accuracies.items()
+        for epoch, accuracy in enumerate(values, start=1)
+    ]
+
+
+def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation():
+    rows = evaluations_of("arm", {0: [10.0, 20.0], 1: [14.0, 20.0]}) + evaluations_of("other", {0: [77.0]})
+    rows += [row._replace(epoch=0, accuracy=value) for row, value in zip(rows[::2], (math.nan, math.inf), strict=False)]
     axes = Figure().subplots()
-    draw_means(axes, points, "arm", "accuracy", x="step", scale=0.5)
+    draw_means(axes, rows, "arm", "accuracy", x="num_images", scale=0.5)
     (line,), (band,) = axes.lines, axes.collections
-    assert list(line.get_xdata()) == [0.5, 1.0]
+    assert list(line.get_xdata()) == [50.0, 100.0]
     assert list(line.get_ydata()) == [12.0, 20.0]
     limits = {tuple(vertex) for vertex in band.get_paths()[0].vertices}
     deviation = 2 * 2**0.5  # of 10 and 14
-    assert limits == {(0.5, 12.0 - deviation), (0.5, 12.0 + deviation), (1.0, 20.0)}
+    assert limits == {(50.0, 12.0 - deviation), (50.0, 12.0 + deviation), (100.0, 20.0)}
 
 
-def test_the_time_axis_is_the_number_of_updates_times_the_measured_time_of_a_step():
-    points = [Point(arm, 0, 1, 100, 50.0, 0, 0) for arm in ("softmax 64", "linear 64")]
+def test_seeds_whose_runs_are_in_progress_are_not_in_the_mean():
+    axes = Figure().subplots()
+    draw_means(axes, evaluations_of("arm", {0: [10.0, 20.0, 30.0], 1: [90.0], 2: [12.0, 22.0, 32.0]}), "arm", "accuracy")
+    (line,) = axes.lines
+    assert list(line.get_ydata()) == [11.0, 21.0, 31.0]
+    assert line.get_label() == "arm (2 seeds)"
+
+
+def test_the_time_axis_is_the_number_of_images_times_the_measured_time():
+    rows = [row for arm in ("softmax 64", "linear 64") for row in evaluations_of(arm, {0: [50.0]})]
     steps = [
-        {"arm": arm, "tokens": 64, "batch_size": 6, "ms_per_image": milliseconds, "peak_memory_mib_per_image": 1}
-        for arm, milliseconds in (("softmax 64", 100), ("softmax 64, matrix stored", 300), ("linear 64", 50))
+        {"arm": arm, "tokens": 64, "ms_per_image": milliseconds, "peak_memory_mib_per_image": 1}
+        for arm, milliseconds in (("softmax 64", 600), ("softmax 64, matrix stored", 900), ("linear 64", 300))
     ]
-    by_epoch, by_time, time_axes, memory_axes = draw_tokens(points, steps).axes
+    by_epoch, by_time, time_axes, memory_axes = draw_tokens(rows, steps).axes
     assert [list(line.get_xdata()) for line in by_epoch.lines] == [[1], [1]]
-    assert [line.get_xdata()[0] for line in by_time.lines] == pytest.approx([1.0, 0.5])  # 100 updates x 6 images x 0.1 s
+    assert [line.get_xdata()[0] for line in by_time.lines] == pytest.approx([1.0, 0.5])  # 100 images x 0.6 s
     for axes in (time_axes, memory_axes):
         assert [line.get_label() for line in axes.lines] == ["softmax", "softmax, matrix stored", "linear"]
 
@@ -108,7 +130,20 @@ def test_the_trace_of_a_run_has_the_measures_of_its_initial_weights_and_of_every
     toy_config, toy_data, trained, tmp_path
 ):
     """In a run with a learning rate of zero, the measures do not change; in another run, they are those of its checkpoints."""
-    options = ["TAG", "still_0", "TRAIN.EPOCHS", 1, "TRAIN.BASE_LR", 0.0, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0]
+    options = [
+        "TAG",
+        "still_3",
+        "SEED",
+        3,
+        "TRAIN.EPOCHS",
+        1,
+        "TRAIN.BASE_LR",
+        0.0,
+        "TRAIN.WARMUP_LR",
+        0.0,
+        "TRAIN.MIN_LR",
+        0.0,
+    ]
     arguments = ["--cfg", toy_config, "--data-path", toy_data, "--output", tmp_path / "out", "--opts", *options]
     outcome = run_main(list(map(str, arguments)), tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
@@ -116,7 +151,7 @@ def test_the_trace_of_a_run_has_the_measures_of_its_initial_weights_and_of_every
     arguments = ["--images", toy_data / "val/class0", "--every", 6, "--csv", tmp_path / "focus.csv"]
     outcome = run_script(scripts.trace_focus, [tmp_path / "out", *arguments, "--png", tmp_path / "focus.png"], tmp_path / "log")
     assert outcome.exit_codes == [0], outcome.output
-    rows = scripts.trace_focus.read_csv(tmp_path / "focus.csv", Measurement)
+    rows = read_csv(tmp_path / "focus.csv", Measurement, ("arm", "epoch", "block", "form"))
     measures = {(row.arm, row.epoch): {} for row in rows}
     for row in rows:
         measures[row.arm, row.epoch][row.block, row.form] = row[-3:]
@@ -144,30 +179,33 @@ def test_the_trace_of_a_run_has_the_measures_of_its_initial_weights_and_of_every
 def test_runs_that_were_interrupted_or_diverged_are_drawn(tmp_path):
     """The last line of an interrupted run may be truncated; a loss that is not finite is null in metrics.jsonl."""
     folder = tmp_path / "out/model/arm_0"
-    write_run(folder, [10, 10], [50.0])
+    write_run(folder, [50.0])
     text = (folder / "metrics.jsonl").read_text().replace('"loss": 0.5', '"loss": null')
     (folder / "metrics.jsonl").write_text(text + '{"step": 3, "kind": "tr')
     for source in (tmp_path / "out", folder):
         outcome = run_script(scripts.plot_curves, [source, "--png", tmp_path / "curves.png"], tmp_path / "log")
         assert outcome.exit_codes == [0], outcome.output
-    (point,) = read_points(tmp_path / "out")
-    assert (point.accuracy, math.isnan(point.loss)) == (50.0, True)
+    (evaluation,) = read_evaluations(tmp_path / "out")
+    assert (evaluation.accuracy, math.isnan(evaluation.loss)) == (50.0, True)
     axes = Figure().subplots()
-    draw_means(axes, [point], "arm", "loss")
+    draw_means(axes, [evaluation], "arm", "loss")
     assert [line.get_label() for line in axes.lines] == ["arm (no values)"]
 
 
-COLUMNS = "arm,seed,epoch,step,accuracy,loss,seconds\n"
+COLUMNS = "arm,seed,epoch,step,num_images,weights,accuracy,loss\n"
+ROW = "arm,0,1,2,20,raw,50,0.5\n"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (COLUMNS, "curves.csv: no run has been evaluated yet"),
-        (COLUMNS + "arm,0,1,2,high,0.5,1\n", "curves.csv:2: could not convert string to float: 'high'; correct the row"),
+        (COLUMNS + ROW.replace("50", "high"), "curves.csv:2: could not convert string to float: 'high'; correct the row"),
         (COLUMNS + "arm,0,1,2\n", "curves.csv:2: the row has more or fewer values than columns; correct the row"),
-        (COLUMNS + "arm,0,1,2,50,0.5,1,9\n", "curves.csv:2: the row has more or fewer values than columns; correct the row"),
-        ("\0\xff", "curves.csv: expected a CSV file with the columns arm, seed"),
+        (COLUMNS + ROW.replace("0.5", "0.5,9"), "curves.csv:2: the row has more or fewer values than columns; correct the row"),
+        (COLUMNS + ROW + ROW, "curves.csv:3: a second row with ('arm', 'seed', 'step') = ('arm', 0, 2); remove one of them"),
+        (COLUMNS.replace(",", ";"), "curves.csv: expected a CSV file with the columns arm,seed,epoch"),
+        ("\0\xff", "curves.csv: expected a CSV file with the columns arm,seed,epoch"),
     ],
 )
 def test_a_csv_file_that_is_damaged_or_of_another_program_is_an_error_with_its_line(content, message, tmp_path):
@@ -180,10 +218,30 @@ def test_a_csv_file_that_is_damaged_or_of_another_program_is_an_error_with_its_l
 
 
 def test_the_metrics_of_another_program_are_an_error(tmp_path):
-    write_run(tmp_path / "out/model/arm_0", [10, 10], [50.0])
-    (tmp_path / "out/model/arm_0/metrics.jsonl").write_text('{"step": 1, "kind": "eval_raw"}\n')
-    with pytest.raises(ConfigError, match=r"arm_0: config.yaml or metrics.jsonl is damaged or of another program"):
-        read_points(tmp_path / "out")
+    write_run(tmp_path / "out/model/arm_0", [50.0])
+    for record in (
+        '{"step": 1, "kind": "eval_raw"}\n',
+        '{"step": 1, "kind": "eval_raw", "epoch": 0, "loss": 1, "acc1": null}\n',
+    ):
+        (tmp_path / "out/model/arm_0/metrics.jsonl").write_text(record)
+        with pytest.raises(
+            ConfigError, match=r"arm_0: config.yaml or metrics.jsonl is damaged or was written by another program"
+        ):
+            read_evaluations(tmp_path / "out")
+
+
+def test_two_runs_of_the_same_arm_and_seed_are_an_error(tmp_path):
+    for model in ("first", "second"):
+        write_run(tmp_path / f"out/{model}/arm_0", [50.0])
+    with pytest.raises(ConfigError, match=r"first/arm_0 and .*second/arm_0 have the same arm and seed; move one of them"):
+        read_evaluations(tmp_path / "out")
+
+
+def test_a_csv_file_with_the_byte_order_mark_of_a_spreadsheet_is_read(tmp_path):
+    rows = evaluations_of("arm", {0: [50.0, 60.0]})
+    write_csv(tmp_path / "curves.csv", Evaluation._fields, rows)
+    (tmp_path / "curves.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "curves.csv").read_bytes())
+    assert read_evaluations(tmp_path / "curves.csv") == rows
 
 
 def test_the_picture_of_a_trace_averages_over_blocks_and_separates_the_convolution():
@@ -195,9 +253,14 @@ def test_the_picture_of_a_trace_averages_over_blocks_and_separates_the_convoluti
 
 
 def test_a_run_without_checkpoints_of_its_evaluations_is_an_error_before_anything_is_measured(tmp_path):
-    write_run(tmp_path / "out/model/arm_0", [10, 10], [50.0])
+    """A run in progress evaluates before it saves, so only its last checkpoint may be missing."""
+    folder = tmp_path / "out/model/arm_0"
+    write_run(folder, [50.0, 60.0, 70.0])
     arguments = [tmp_path / "out", "--images", tmp_path, "--csv", tmp_path / "a.csv", "--png", tmp_path / "a.png"]
     (tmp_path / "image.png").write_bytes(b"")
-    outcome = run_script(scripts.trace_focus, arguments, tmp_path / "log")
-    assert outcome.exit_codes == [2]
-    assert "arm_0 has no checkpoint of an evaluated epoch; train with KEEP_CHECKPOINTS" in outcome.output
+    for updates, missing in ((), 1), ((2,), 2), ((2, 6), 2):
+        for number in updates:
+            (folder / f"checkpoint_{number:09d}.pth").write_bytes(b"")
+        outcome = run_script(scripts.trace_focus, arguments, tmp_path / "log")
+        assert outcome.exit_codes == [2]
+        assert f"arm_0 has no checkpoint of epoch {missing}; train again with a larger KEEP_CHECKPOINTS" in outcome.output

@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from utils.errors import ConfigError
 from utils.text import csv_cell
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,38 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable]) -> No
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(map(csv_cell, row) for row in rows)
+
+
+def read_csv(path: Path, row_type: Callable[..., Any], key: Sequence[str]) -> list:
+    """Read the rows of a CSV file as named tuples.
+
+    Args:
+        row_type: a named tuple with fields of type str, int and float.
+        key: fields that identify a row.
+
+    Raises:
+        ConfigError: the file has other columns, a row does not fit them, or two rows have the same key.
+    """
+    types, rows = row_type.__annotations__, {}
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # spreadsheets write a byte order mark
+        reader = csv.DictReader(file)
+        try:
+            if reader.fieldnames != list(types):
+                raise ConfigError(f"{path}: expected a CSV file with the columns {','.join(types)}, separated by commas")
+            for cells in reader:
+                row = row_type(**{name: types[name](value) for name, value in cells.items()})
+                identity = tuple(getattr(row, name) for name in key)
+                if identity in rows:
+                    raise ConfigError(f"{path}:{reader.line_num}: a second row with {key} = {identity}; remove one of them")
+                rows[identity] = row
+            return list(rows.values())
+        except (KeyError, TypeError, csv.Error):
+            problem = "the row has more or fewer values than columns"
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = str(error)
+        raise ConfigError(f"{path}:{reader.line_num}: {problem}; correct the row, or write the file again with --csv")
 
 
 def can_write(path: Path) -> bool:

@@ -23,7 +23,14 @@ from utils.urls import is_url
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line with the remedy, instead of the usage of all arguments."""
+    """A parser whose errors are one line with the remedy, instead of the usage of all arguments.
+
+    The ~ of arguments of type ``Path`` is expanded.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, expand)
 
     def error(self, message: str) -> NoReturn:
         self.report(f"{message}; see --help")
@@ -122,7 +129,7 @@ FLAGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "--profile": (
         None,
         {
-            "type": expand,
+            "type": Path,
             "metavar": "DIR",
             "help": "with --check: write a trace of some updates, and list the slowest operations",
         },
