@@ -22,7 +22,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -88,18 +90,25 @@ def train(runs: "list[Run]", cfg: list[str], *, num_slots: int) -> list[str]:
                 minutes = (time.monotonic() - started) / 60
                 print(f"[{minutes:5.1f} min] {run.folder.name} {result}, {len(waiting) + len(running)} remaining", flush=True)
     finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
+        processes = [process for _, process in running.values()]
+        if processes:
+            on_signals(lambda *_: terminate(processes))  # main.py ends at once on a second signal
+        terminate(processes)
+        for process in processes:
             process.wait()
     return failed
 
 
-def exit_on_signals() -> None:
-    """End the script with SystemExit when it receives a signal, on which ``train`` terminates the runs."""
+def terminate(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+
+
+def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Handle the signals that stop the script. Ignored ones remain ignored, such as SIGHUP under nohup."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP is ignored under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -115,7 +124,7 @@ def main() -> None:
         help="concurrent runs; 0 (default): one per GPU, or one per two CPU cores if there is no GPU",
     )
     args = parser.parse_args()
-    exit_on_signals()
+    on_signals(lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
     with reporting_errors(parser):
         if args.parallel < 0:
             raise ConfigError(f"--parallel {args.parallel}: must be at least 0")
@@ -144,9 +153,10 @@ def main() -> None:
             write_json(args.output / "table.json", rows)
             write_text(args.output / "table.md", to_markdown(rows, baseline))
             print("\n" + to_markdown(rows, baseline))
-        failed += [f"{run.folder}: its metrics lack the last evaluation" for run in runs if final_accuracy(run) is None]
-        if failed:
-            raise TrainingError(f"{failed[0]}{f' ({len(failed) - 1} further)' if failed[1:] else ''}; repeat the command")
+        lacking = [f"{run.folder}: its metrics lack the last evaluation" for run in runs if final_accuracy(run) is None]
+        if problems := failed or lacking:
+            further = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+            raise TrainingError(f"{problems[0]}{further}; correct the cause and repeat the command")
 
 
 if __name__ == "__main__":
