@@ -422,7 +422,7 @@ def test_help_and_errors_of_the_command_line_import_neither_torch_nor_numpy(argu
         ("plot_curves docs --png x.png", "docs contains no metrics.jsonl"),
         ("plot_curves docs --png none/x.png", "--png none/x.png: cannot be written"),
         ("plot_curves docs docs --png x.png", "docs contains no metrics.jsonl"),
-        ("plot_curves docs/focus.md --png x.png", "docs/focus.md: expected a CSV file with the columns arm, seed, epoch"),
+        ("plot_curves docs/focus.md --png x.png", "docs/focus.md: expected a CSV file with the columns arm,seed,epoch"),
         ("trace_focus docs --png x.png", "docs is a directory of runs, which needs --images and --csv"),
         ("summarise docs", "docs contains no eval.json"),
         ("benchmark", "the following arguments are required: mode"),
