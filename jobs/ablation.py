@@ -3,10 +3,10 @@
 import os
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from yacs.config import CfgNode
 
@@ -14,11 +14,11 @@ from engine.metrics import own_evaluations
 from engine.metrics_writer import read_records
 from engine.schedule import count_epochs, global_batch_size
 from utils.config.keys import KEYS, RECIPE_KEY_PREFIXES
-from utils.config.loading import find_config, load_config
+from utils.config.loading import find_config, flatten, load_config
 from utils.config.reading import read_yaml
 from utils.errors import ConfigError
 from utils.files import read_csv
-from utils.run_files import CONFIG, METRICS, build_output_path
+from utils.run_files import CONFIG, METRICS, build_output_path, has_checkpoints
 from utils.text import markdown_table
 
 # An arm's name is part of a directory's name, in which "_" replaces spaces, and a label in tables and pictures.
@@ -138,23 +138,16 @@ def check_unchanged(run: Run) -> None:
         ConfigError: it had not.
     """
     path = run.folder / CONFIG
-    if not path.is_file():
+    if not path.is_file() or not (has_checkpoints(run.folder) or final_accuracy(run)):  # a run that failed may be corrected
         return
-    stored = _flatten(read_yaml(path))
-    for key, value in _flatten(run.cfg).items():
+    stored = flatten(read_yaml(path))
+    for key, value in flatten(run.cfg).items():
         if key in _COMPARED_KEYS and stored.get(key, value) != value:
-            advice = f"restore {key}, or choose another --output"
+            advice = f"restore {key}, move that directory away to train the run again, or choose another --output"
             raise ConfigError(f"{run.folder} was trained with {key}={stored[key]!r}, and has {value!r} now; {advice}")
     before, data = str(stored.get("DATA.DATA_PATH", "")), run.cfg.DATA.DATA_PATH
     if os.path.isdir(before) and os.path.isdir(data) and not os.path.samefile(before, data):
         raise ConfigError(f"{run.folder} was trained on {before}; give --data-path {before}, or choose another --output")
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def final_accuracy(run: Run) -> float | None:

@@ -2,7 +2,7 @@
 
 A YAML file lists the configs, the options shared by all arms, the seeds, and the options of each arm:
 
-    cfg: [configs/quickstart.yaml]
+    cfg: [quickstart]
     opts: {TRAIN.EPOCHS: 12}
     seeds: [0, 1, 2]
     baseline: softmax
@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
-from utils.errors import ConfigError, TrainingError
+from utils.errors import STOPPED, ConfigError, TrainingError
 from utils.files import write_json, write_text
+from utils.stop import SIGNALS
 
 if TYPE_CHECKING:
     from jobs.ablation import Run
 
 MAIN = Path(__file__).parent.parent / "main.py"
-STOPPED = 75  # exit status of a run that a signal has stopped (docs/outputs.md)
 
 
 def start(run: "Run", cfg: list[str], *, slot: int, num_slots: int) -> subprocess.Popen:
@@ -106,7 +106,7 @@ def terminate(processes: list[subprocess.Popen]) -> None:
 
 def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
     """Handle the signals that stop the script. Ignored ones remain ignored, such as SIGHUP under nohup."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 

@@ -92,6 +92,8 @@ def test_a_run_with_another_recipe_or_other_data_is_not_taken_for_the_run_of_an_
     check_unchanged(run)
     run.folder.mkdir(parents=True)
     run.folder.joinpath("config.yaml").write_text(run.cfg.dump())
+    check_unchanged(runs_of(toy_config, tmp_path, toy_data, **{"TRAIN.EPOCHS": 2})[1])  # a failed run without checkpoints
+    run.folder.joinpath("checkpoint_000000003.pth").write_bytes(b"")
     check_unchanged(run)
     check_unchanged(runs_of(toy_config, tmp_path, toy_data, KEEP_CHECKPOINTS=7)[1])
     check_unchanged(runs_of(toy_config, tmp_path, tmp_path / "moved")[1])
