@@ -103,8 +103,9 @@ def read_ablation(path: Path) -> Ablation:
         if not isinstance(arm, str) or not _ARM.fullmatch(arm):
             raise ConfigError(f"{path}: arm {arm!r}: use letters and digits, with spaces or . , = + - between them")
     arms = {arm: {} if options is None else options for arm, options in arms.items()}
-    for name, options in {"opts": content["opts"], **{f"arm {arm}": options for arm, options in arms.items()}}.items():
-        _check_options(f"{path}: {name}", options)
+    _check_options(f"{path}: opts", content["opts"])
+    for arm, options in arms.items():
+        _check_options(f"{path}: arm {arm}", options)
     if content["baseline"] not in arms:
         raise ConfigError(f"{path}: baseline={content['baseline']!r}: not an arm; choose one of {', '.join(arms)}")
     if len(seeds) < 2 or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -135,7 +136,7 @@ def check_unchanged(run: Run) -> None:
     Keys that an earlier version did not store are not compared.
 
     Raises:
-        ConfigError: it had not.
+        ConfigError: the stored recipe or data directory differs.
     """
     path = run.folder / CONFIG
     if not path.is_file() or not (has_checkpoints(run.folder) or final_accuracy(run)):  # a run that failed may be corrected
@@ -266,5 +267,6 @@ def read_evaluations(source: Path) -> list[Evaluation]:
         ConfigError: there are no runs, or the file has other columns.
     """
     if source.is_dir():
-        return [point for (arm, seed), run in find_runs(source).items() for point in read_run(run, arm, seed)]
+        runs = find_runs(source).items()
+        return [evaluation for (arm, seed), run in runs for evaluation in read_run(run, arm, seed)]
     return read_csv(source, Evaluation, ("arm", "seed", "step"))

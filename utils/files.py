@@ -120,9 +120,9 @@ def read_csv(path: Path, row_type: Callable[..., Any], key: Sequence[str]) -> li
             return list(rows.values())
         except (KeyError, TypeError, csv.Error):
             problem = "the row has more or fewer values than columns"
+        except ConfigError:
+            raise
         except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
             problem = str(error)
         raise ConfigError(f"{path}:{reader.line_num}: {problem}; correct the row, or write the file again with --csv")
 
