@@ -1,10 +1,9 @@
 """Curves of the arms of an ablation, with matplotlib."""
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -14,32 +13,28 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 def draw_means(axes: Axes, rows: Iterable, arm: str, value: str, *, scale: float = 1, x: str = "epoch", **style: Any) -> None:
     """Plot the mean of a value over the seeds of an arm, and a band of one standard deviation on either side.
 
-    Every point is a mean over the same seeds: those that have reached the last epoch of the arm. There is no band with a single
-    seed.
+    Every point is a mean over the same seeds: those that have reached the last epoch of the arm. The line has a gap where the
+    value of a seed is not finite. There is no band with a single seed.
 
     Args:
-        rows: named tuples with the fields ``arm``, ``seed``, ``epoch``, ``x`` and ``value``, one per run and epoch; rows whose
-            value is not finite are omitted.
+        rows: named tuples with the fields ``arm``, ``seed``, ``epoch``, ``x`` and ``value``, one per run and epoch of any arms.
         scale: multiplier of ``x``.
     """
     by_seed: dict[int, dict[int, Any]] = {}
     for row in rows:
-        if row.arm == arm and math.isfinite(getattr(row, value)):
+        if row.arm == arm:
             by_seed.setdefault(row.seed, {})[row.epoch] = row
-    if not by_seed:
-        axes.plot([], [], label=f"{arm} (no values)", **style)
-        return
     last = max(map(max, by_seed.values()))
     complete = [by_epoch for by_epoch in by_seed.values() if last in by_epoch]
     epochs = sorted(set.intersection(*map(set, complete)))
-    groups = [[by_epoch[epoch] for by_epoch in complete] for epoch in epochs]
-    xs = [scale * statistics.mean(getattr(row, x) for row in group) for group in groups]
-    means = [statistics.mean(getattr(row, value) for row in group) for group in groups]
+    xs = scale * np.mean([[getattr(by_epoch[epoch], x) for epoch in epochs] for by_epoch in complete], axis=0)
+    values = np.array([[getattr(by_epoch[epoch], value) for epoch in epochs] for by_epoch in complete])
+    values[~np.isfinite(values)] = np.nan
+    means = values.mean(axis=0)
     (line,) = axes.plot(xs, means, label=f"{arm} ({len(complete)} seed{'s' * (len(complete) > 1)})", **style)
     if len(complete) > 1:
-        deviations = [statistics.stdev(getattr(row, value) for row in group) for group in groups]
-        low, high = ([mean + sign * d for mean, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
-        axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        deviations = values.std(axis=0, ddof=1)
+        axes.fill_between(xs, means - deviations, means + deviations, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def label_epochs(axes: Axes, label: str = "epoch") -> None:

@@ -14,7 +14,7 @@ from engine.metrics import own_evaluations
 from engine.metrics_writer import read_records
 from engine.schedule import count_epochs, global_batch_size
 from utils.config.keys import KEYS, RECIPE_KEY_PREFIXES
-from utils.config.loading import find_config, flatten, load_config
+from utils.config.loading import MAY_BE_NONE, find_config, flatten, load_config
 from utils.config.reading import read_yaml
 from utils.errors import ConfigError
 from utils.files import read_csv
@@ -24,8 +24,33 @@ from utils.text import markdown_table
 # An arm's name is part of a directory's name, in which "_" replaces spaces, and a label in tables and pictures.
 _ARM = re.compile(r"[^\W_](?:[ .,=+-]*[^\W_])*")
 _TYPES = {"cfg": list, "opts": dict, "seeds": list, "baseline": str, "arms": dict}  # of the entries of an ablation file
-_KEYS_OF_A_RUN = ("SEED", "TAG", "OUTPUT", "DATA.DATA_PATH")  # set for each run
-_COMPARED_KEYS = tuple(key for key in KEYS if key.startswith(RECIPE_KEY_PREFIXES))
+_KEYS_OF_A_RUN = {  # set for each run -> where to give them instead
+    "SEED": "list it in seeds",
+    "TAG": "name the arm",
+    "OUTPUT": "give --output",
+    "DATA.DATA_PATH": "give --data-path",
+}
+_RECIPE_KEYS_WITHOUT_EFFECT = (  # on the accuracy: keys of speed, memory and files
+    "TRAIN.RECIPE_BATCH_SIZE",
+    "TRAIN.USE_CHECKPOINT",
+    "TRAIN.COMPILE",
+    "TRAIN.AUTO_RESUME",
+    "EMA.FORCE_CPU",
+    "CUDNN_BENCHMARK",
+    "EVAL_FREQ",
+    "BEST_METRIC",
+)
+_FURTHER_KEYS = (  # with an effect on the accuracy
+    "MODEL.PRETRAINED",
+    "DATA.TRAIN_SPLIT",
+    "DATA.VAL_SPLIT",
+    "DATA.UNREADABLE",
+    "TEST.PRECISION",
+    "TEST.CLASS_MAP",
+    "TEST.RESTRICT_CLASSES",
+)
+_RECIPE_KEYS = {key for key in KEYS if key.startswith(RECIPE_KEY_PREFIXES)}
+_COMPARED_KEYS = _RECIPE_KEYS.difference(_RECIPE_KEYS_WITHOUT_EFFECT).union(_FURTHER_KEYS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,8 @@ class Ablation:
                 own = {"SEED": seed, "TAG": tag, "OUTPUT": output.absolute(), "DATA.DATA_PATH": data.absolute()}
                 opts, cfg = self.load(arm, own)
                 if cfg.TRAIN.PATIENCE:
-                    raise ConfigError(f"{arm}: TRAIN.PATIENCE={cfg.TRAIN.PATIENCE}: runs of different length; remove it")
+                    advice = "set TRAIN.PATIENCE: 0 in opts or in the arm"
+                    raise ConfigError(f"{arm}: TRAIN.PATIENCE={cfg.TRAIN.PATIENCE}: runs of different length; {advice}")
                 runs.append(Run(arm, seed, opts, cfg))
         return runs
 
@@ -100,7 +126,7 @@ def read_ablation(path: Path) -> Ablation:
     if not cfg or not all(isinstance(name, str) for name in cfg):
         raise ConfigError(f"{path}: cfg={cfg}: give at least one config file")
     for arm in arms:
-        if not isinstance(arm, str) or not _ARM.fullmatch(arm):
+        if not _ARM.fullmatch(arm):
             raise ConfigError(f"{path}: arm {arm!r}: use letters and digits, with spaces or . , = + - between them")
     arms = {arm: {} if options is None else options for arm, options in arms.items()}
     _check_options(f"{path}: opts", content["opts"])
@@ -124,16 +150,16 @@ def _check_options(where: str, options: object) -> None:
         raise ConfigError(f"{where}: {options!r} must be a mapping, such as {{TRAIN.EPOCHS: 12}}")
     for key, value in options.items():
         if key in _KEYS_OF_A_RUN:
-            advice = "give --data-path" if key == "DATA.DATA_PATH" else "list seeds, and give --output"
-            raise ConfigError(f"{where}: {key} is set for each run; remove it, and {advice}")
-        if value is None:
+            raise ConfigError(f"{where}: {key} is set for each run; remove it, and {_KEYS_OF_A_RUN[key]}")
+        if value is None and key not in MAY_BE_NONE:
             raise ConfigError(f"{where}: {key} has no value; give one, or '' for an empty string")
 
 
-def check_unchanged(run: Run) -> None:
+def check_same_recipe(run: Run) -> None:
     """Check that an earlier run in the same directory, if there is one, had the same recipe and data.
 
-    Keys that an earlier version did not store are not compared.
+    Keys that an earlier version did not store are not compared, nor is a data directory that no longer exists (it may have been
+    moved).
 
     Raises:
         ConfigError: the stored recipe or data directory differs.
@@ -233,7 +259,7 @@ def find_runs(ablation: Path) -> dict[tuple[str, int], Path]:
             runs[name] = metrics.parent
     if not runs:
         raise ConfigError(
-            f"{ablation} contains no {METRICS} and no runs; give a run directory or the output of scripts/ablate.py"
+            f"{ablation} contains no runs <model>/<arm>_<seed>/{METRICS}; give the output directory of scripts/ablate.py"
         )
     return runs
 

@@ -13,7 +13,8 @@ A YAML file lists the configs, the options shared by all arms, the seeds, and th
 Each combination of arm and seed is one run of main.py in <output>/<MODEL.NAME>/<arm>_<seed>. Repeating the command skips
 finished runs and resumes the others. The script writes table.md and table.json: mean and standard deviation of the top-1
 accuracy over seeds, and the difference of each arm from the baseline, paired by seed, with its 95 % confidence interval.
-If a run fails, the other runs continue, and the table has the arms whose runs have all finished.
+If a run fails, the other runs continue, and the table has the arms whose runs have all finished; there is no table without
+the baseline. A stop signal stops all runs, which save their state.
 """
 
 import os
@@ -22,14 +23,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
-from utils.errors import STOPPED, ConfigError, TrainingError
+from utils.errors import STOPPED, ConfigError, Stopped, TrainingError
 from utils.files import write_json, write_text
 from utils.stop import SIGNALS
 
@@ -57,7 +56,7 @@ def list_gpus() -> list[str]:
     """Names of the GPUs that this process may use, for CUDA_VISIBLE_DEVICES."""
     import torch
 
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return (visible or list(map(str, range(torch.cuda.device_count()))))[: torch.cuda.device_count()]
 
 
@@ -68,11 +67,14 @@ def train(runs: "list[Run]", cfg: list[str], *, num_slots: int) -> list[str]:
         Descriptions of the runs that have failed.
 
     Raises:
-        TrainingError: a run was stopped by a signal. The other runs in progress receive SIGTERM, save their state and exit.
+        Stopped: a signal stopped this process or one of the runs. All runs in progress have received SIGTERM and have ended.
     """
     waiting, running, failed, started = deque(runs), {}, [], time.monotonic()
+    signals = record_signals()
     try:
         while waiting or running:
+            if signals:
+                raise Stopped(f"stopped by {signals[0].name}")
             for slot in [slot for slot in range(num_slots) if slot not in running]:
                 if waiting:
                     run = waiting.popleft()
@@ -83,32 +85,35 @@ def train(runs: "list[Run]", cfg: list[str], *, num_slots: int) -> list[str]:
                     continue
                 del running[slot]
                 if process.returncode == STOPPED:
-                    raise TrainingError(f"{run.folder.name} was stopped by a signal; repeat the command to resume")
+                    raise Stopped(f"{run.folder.name} was stopped by a signal")
                 if process.returncode:
                     failed.append(f"{run.folder.name}: exit status {process.returncode}; see {run.log}")
                 result = "failed" if process.returncode else "finished"
                 minutes = (time.monotonic() - started) / 60
                 print(f"[{minutes:5.1f} min] {run.folder.name} {result}, {len(waiting) + len(running)} remaining", flush=True)
     finally:
-        processes = [process for _, process in running.values()]
-        if processes:
-            on_signals(lambda *_: terminate(processes))  # main.py ends at once on a second signal
-        terminate(processes)
-        for process in processes:
-            process.wait()
+        end([process for _, process in running.values()], signals)
     return failed
 
 
-def terminate(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
+def end(processes: list[subprocess.Popen], signals: list[signal.Signals]) -> None:
+    """Stop runs, which save their state, and wait for them. Each further signal is passed on: it ends them without saving."""
+    num_passed_on = 0
+    while any(process.poll() is None for process in processes):
+        if num_passed_on < max(1, len(signals)):
+            num_passed_on = max(1, len(signals))
+            for process in processes:
+                process.terminate()
+        time.sleep(0.1)
 
 
-def on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Handle the signals that stop the script. Ignored ones remain ignored, such as SIGHUP under nohup."""
+def record_signals() -> list[signal.Signals]:
+    """From now on, record the signals that stop training. Ignored ones remain ignored, such as SIGHUP under nohup."""
+    received: list[signal.Signals] = []
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
+    return received
 
 
 def main() -> None:
@@ -124,13 +129,12 @@ def main() -> None:
         help="concurrent runs; 0 (default): one per GPU, or one per two CPU cores if there is no GPU",
     )
     args = parser.parse_args()
-    on_signals(lambda number, _: sys.exit(128 + number))  # on SystemExit, train() terminates the runs
     with reporting_errors(parser):
         if args.parallel < 0:
             raise ConfigError(f"--parallel {args.parallel}: must be at least 0")
         if not args.data_path.is_dir():
             raise ConfigError(f"--data-path {args.data_path}: no such directory")
-        from jobs.ablation import check_unchanged, final_accuracy, read_ablation, tabulate, to_markdown
+        from jobs.ablation import check_same_recipe, final_accuracy, read_ablation, tabulate, to_markdown
         from utils.devices import count_cores
 
         ablation = read_ablation(args.file)
@@ -139,17 +143,22 @@ def main() -> None:
             raise ConfigError(f"--baseline {baseline}: not an arm; choose one of {', '.join(ablation.arms)}")
         runs = ablation.runs(args.output, args.data_path)
         for run in runs:
-            check_unchanged(run)
+            check_same_recipe(run)
         args.output.mkdir(parents=True, exist_ok=True)
         unfinished = [run for run in runs if final_accuracy(run) is None]
         print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}", flush=True)
         num_slots = args.parallel or len(list_gpus()) or max(1, count_cores() // 2)
-        failed = train(unfinished, ablation.cfg, num_slots=max(1, min(num_slots, len(unfinished))))
+        try:
+            failed = train(unfinished, ablation.cfg, num_slots=max(1, min(num_slots, len(unfinished))))
+        except Stopped as stop:
+            parser.exit(STOPPED, f"{stop}; the same command resumes\n")
 
         finals = {arm: [final_accuracy(run) for run in runs if run.arm == arm] for arm in ablation.arms}
         accuracies = {arm: values for arm, values in finals.items() if None not in values}
         rows = tabulate(accuracies, baseline) if baseline in accuracies else []
-        if rows:
+        if not rows:
+            print(f"no table: not all runs of the baseline {baseline} have finished", flush=True)
+        else:
             write_json(args.output / "table.json", rows)
             write_text(args.output / "table.md", to_markdown(rows, baseline))
             print("\n" + to_markdown(rows, baseline))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config.arguments import OneLineParser, check_weights
+from utils.config.arguments import OneLineParser, check_weights, expand
 from utils.config.loading import load_config
 from utils.errors import USAGE_ERROR, ConfigError, TrainingError
 from utils.files import can_write, replacing
@@ -91,10 +91,11 @@ def check_inputs(args: argparse.Namespace) -> None:
         load_config(args.cfg, args.opts)
 
 
-def paths_of(args: argparse.Namespace, *, but: str) -> list[Path]:
-    """Paths among the arguments, except that of the argument ``but``."""
-    values = [value for name, value in vars(args).items() if name != but]
-    return [path for value in values for path in (value if isinstance(value, list) else [value]) if isinstance(path, Path)]
+def paths_of(args: argparse.Namespace, *, excluding: str) -> list[Path]:
+    """Paths among the arguments, except that of one argument. Other text, such as the name of a model, is harmless."""
+    values = [value for name, value in vars(args).items() if name not in (excluding, "opts")]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    return [expand(text) for text in texts if isinstance(text, (str, Path))]
 
 
 def check_outputs(args: argparse.Namespace, *names: str) -> None:
@@ -105,7 +106,7 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         path = getattr(args, name, None)
-        if path is not None and path.resolve() in map(Path.resolve, paths_of(args, but=name)):
+        if path is not None and path.resolve() in map(Path.resolve, paths_of(args, excluding=name)):
             raise ConfigError(f"--{name} {path}: is also another argument, whose file would be lost; choose another file")
         if path is not None and not can_write(path):
             raise ConfigError(f"--{name} {path}: cannot be written; choose a file in an existing directory")

@@ -80,9 +80,9 @@ def draw_arms(evaluations: "list[Evaluation]"):
 
 
 def draw_tokens(evaluations: "list[Evaluation]", steps: list[dict]):
-    """Plot accuracy against epoch and time, and time and memory of a training step against the number of tokens.
+    """Plot accuracy against epoch and time, and time and memory of forward and backward passes against the number of tokens.
 
-    The time is that of the forward and backward passes, which do not include loading and the optimizer.
+    These passes do not include loading and the optimizer.
 
     Args:
         steps: records of ``benchmark.py arms``. A colour stands for a kind of attention, the name of an arm without its number
@@ -187,9 +187,10 @@ def choose_figure(args: argparse.Namespace):
     evaluations = read_evaluations(first)
     if not evaluations:
         raise ConfigError(f"{first}: no run has been evaluated yet; wait for the end of the first epoch")
+    steps = read_steps(args.steps, arms_of(evaluations)) if args.steps else []
     if args.csv:
         write_csv(args.csv, Evaluation._fields, evaluations)
-    return draw_tokens(evaluations, read_steps(args.steps, arms_of(evaluations))) if args.steps else draw_arms(evaluations)
+    return draw_tokens(evaluations, steps) if steps else draw_arms(evaluations)
 
 
 if __name__ == "__main__":

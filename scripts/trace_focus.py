@@ -24,6 +24,8 @@ from scripts.command_line import (
     reporting_errors,
     save_figure,
 )
+from utils.config.keys import KEYS
+from utils.config.loading import flatten
 from utils.config.reading import read_yaml
 from utils.errors import ConfigError
 from utils.files import read_csv, write_csv
@@ -60,13 +62,13 @@ def saved_evaluations(run: Path, arm: str, seed: int) -> "list[Evaluation]":
     """Evaluations of a run with a checkpoint; empty before the first evaluation.
 
     Raises:
-        ConfigError: checkpoints are missing. Only the last may be missing, because a run in progress evaluates before it saves.
+        ConfigError: checkpoints are missing. Only the last may be missing: a run in progress writes it in the background.
     """
     from jobs.ablation import read_run
 
     evaluations = read_run(run, arm, seed)
     saved = [evaluation for evaluation in evaluations if checkpoint_path(run, evaluation.step).is_file()]
-    for evaluation in evaluations[:-1] if saved else evaluations:
+    for evaluation in evaluations[:-1]:
         if evaluation not in saved:
             advice = "train again with a larger KEEP_CHECKPOINTS, or move the run out of the directory"
             raise ConfigError(f"{run} has no checkpoint of epoch {evaluation.epoch}; {advice}")
@@ -81,7 +83,7 @@ def trace(run: Path, evaluations: "list[Evaluation]", images: list[Path]) -> Ite
     from jobs.model import open_model
     from models import build_model
 
-    stored = read_yaml(run / CONFIG)
+    stored = flatten(read_yaml(run / CONFIG))
     pixels: list[torch.Tensor] = []
     for evaluation in evaluations:
         path = str(checkpoint_path(run, evaluation.step))
@@ -89,8 +91,8 @@ def trace(run: Path, evaluations: "list[Evaluation]", images: list[Path]) -> Ite
         if not pixels:
             inspected = InspectedImages(images, cfg)
             pixels = [inspected.read(position)[1] for position in range(len(inspected))]
-            if not stored["MODEL"]["PRETRAINED"]:
-                torch.manual_seed(stored["SEED"])  # of the initial weights in training
+            if not stored.get("MODEL.PRETRAINED"):
+                torch.manual_seed(stored.get("SEED", KEYS["SEED"].default))  # of the initial weights in training
                 before_training = evaluation._replace(epoch=0, step=0, accuracy=math.nan)
                 yield from measure_blocks(build_model(cfg).eval(), before_training, pixels)
         yield from measure_blocks(model, evaluation, pixels)
@@ -170,7 +172,9 @@ def read_or_measure(args: argparse.Namespace) -> list[Measurement]:
     images, measurements = find_images(args.images)[:: args.every], []
     evaluations = {run: saved_evaluations(run, arm, seed) for (arm, seed), run in find_runs(args.ablation).items()}
     if not any(evaluations.values()):
-        raise ConfigError(f"{args.ablation}: no run has been evaluated yet; wait for the end of the first epoch")
+        raise ConfigError(
+            f"{args.ablation}: no run has saved a checkpoint after an evaluation yet; wait for the end of the first epoch"
+        )
     for run, saved in evaluations.items():
         print(f"{run}: {len(saved)} checkpoints", flush=True)
         measurements += trace(run, saved, images)

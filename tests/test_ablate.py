@@ -4,17 +4,20 @@ An arm is one variant of the ablation, such as softmax attention; it is trained 
 """
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import scripts.ablate
-from jobs.ablation import Run, check_unchanged, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
-from tests.launch import run_script
+from jobs.ablation import Run, check_same_recipe, final_accuracy, paired_difference, read_ablation, tabulate, to_markdown
+from tests.launch import run_script, wait_for
 from utils.config.loading import load_config
-from utils.errors import ConfigError, TrainingError
+from utils.errors import ConfigError, Stopped
+from utils.run_files import list_checkpoints
 
 SPECIFICATION = """
 cfg: [{config}]
@@ -39,7 +42,10 @@ arms:
         ("{cfg: [a], seeds: [0, 1, 0], baseline: b, arms: {b: {}}}", "seeds=[0, 1, 0]: give at least two different integers"),
         ("{cfg: [a], seeds: [0, -1], baseline: b, arms: {b: {}}}", "seeds=[0, -1]: give at least two different integers"),
         ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: [1]}}", "arm b: [1] must be a mapping, such as {TRAIN.EPOCHS: 12}"),
-        ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {SEED: 1}}}", "arm b: SEED is set for each run; remove it"),
+        (
+            "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {SEED: 1}}}",
+            "arm b: SEED is set for each run; remove it, and list it in seeds",
+        ),
         (
             "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: }, opts: {DATA.DATA_PATH: x}}",
             "opts: DATA.DATA_PATH is set for each run; remove it, and give --data-path",
@@ -74,7 +80,9 @@ def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config
 
 def test_runs_that_may_end_early_are_rejected(toy_config, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("{}", "{TRAIN.PATIENCE: 2}"))
-    with pytest.raises(ConfigError, match=r"focused attention: TRAIN.PATIENCE=2: runs of different length; remove it"):
+    with pytest.raises(
+        ConfigError, match=r"focused attention: TRAIN.PATIENCE=2: runs of different length; set TRAIN.PATIENCE: 0"
+    ):
         read_ablation(tmp_path / "file.yaml").runs(tmp_path, tmp_path)
 
 
@@ -89,22 +97,23 @@ def runs_of(toy_config, folder, data, **changes):
 
 def test_a_run_with_another_recipe_or_other_data_is_not_taken_for_the_run_of_an_arm(toy_config, toy_data, tmp_path):
     run = runs_of(toy_config, tmp_path, toy_data)[1]
-    check_unchanged(run)
+    check_same_recipe(run)
     run.folder.mkdir(parents=True)
     run.folder.joinpath("config.yaml").write_text(run.cfg.dump())
-    check_unchanged(runs_of(toy_config, tmp_path, toy_data, **{"TRAIN.EPOCHS": 2})[1])  # a failed run without checkpoints
+    check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **{"TRAIN.EPOCHS": 2})[1])  # a failed run without checkpoints
     run.folder.joinpath("checkpoint_000000003.pth").write_bytes(b"")
-    check_unchanged(run)
-    check_unchanged(runs_of(toy_config, tmp_path, toy_data, KEEP_CHECKPOINTS=7)[1])
-    check_unchanged(runs_of(toy_config, tmp_path, tmp_path / "moved")[1])
+    check_same_recipe(run)
+    check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **{"KEEP_CHECKPOINTS": 7, "TRAIN.COMPILE": True})[1])
+    check_same_recipe(runs_of(toy_config, tmp_path, tmp_path / "moved")[1])
     for changes, message in (
         ({"MODEL.LA.KERNEL_SIZE": 3}, "focused_attention_0 was trained with MODEL.LA.KERNEL_SIZE=5, and has 3 now; restore"),
         ({"TRAIN.EPOCHS": 2}, "focused_attention_0 was trained with TRAIN.EPOCHS=1, and has 2 now; restore"),
+        ({"DATA.VAL_SPLIT": "val2"}, "focused_attention_0 was trained with DATA.VAL_SPLIT='', and has 'val2' now; restore"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_unchanged(runs_of(toy_config, tmp_path, toy_data, **changes)[1])
+            check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **changes)[1])
     with pytest.raises(ConfigError, match=r"focused_attention_0 was trained on .*; give --data-path"):
-        check_unchanged(runs_of(toy_config, tmp_path, tmp_path)[1])
+        check_same_recipe(runs_of(toy_config, tmp_path, tmp_path)[1])
 
 
 def test_the_last_epoch_and_the_weights_of_the_result_are_those_of_the_arms_own_config(toy_config, toy_data, tmp_path):
@@ -129,25 +138,66 @@ def test_the_last_epoch_and_the_weights_of_the_result_are_those_of_the_arms_own_
 
 def test_the_runs_share_the_gpus_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for visible, expected in (("", ["0", "1"]), ("2,3", ["2", "3"]), ("MIG-a,MIG-b", ["MIG-a", "MIG-b"])):
+    for visible, expected in (("", ["0", "1"]), ("2,3", ["2", "3"]), ("MIG-a, MIG-b,", ["MIG-a", "MIG-b"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert scripts.ablate.list_gpus() == expected
 
 
+SLEEP = -1  # instead of an exit status
+
+
 def test_a_failed_run_does_not_end_the_others_and_a_stopped_run_does(tmp_path, monkeypatch):
-    """Programs with the exit statuses 1, 0, 75 and 0 replace main.py."""
+    """Programs with given exit statuses replace main.py; one waits until it is terminated."""
+    processes = []
 
     def start(run, _cfg, **_):
-        return subprocess.Popen([sys.executable, "-c", f"import sys; sys.exit({run.seed})"])
+        program = "import time; time.sleep(600)" if run.seed == SLEEP else f"import sys; sys.exit({run.seed})"
+        processes.append(subprocess.Popen([sys.executable, "-c", program]))
+        return processes[-1]
 
     monkeypatch.setattr(scripts.ablate, "start", start)
+    monkeypatch.setattr(scripts.ablate, "SIGNALS", ())  # this process keeps its handlers
     cfg = load_config([], ["OUTPUT", str(tmp_path)])
-    runs = [Run("arm", status, [], cfg) for status in (1, 0, 75, 0)]
-    failed = scripts.ablate.train(runs[:2], [], num_slots=1)
+    failed = scripts.ablate.train([Run("arm", status, [], cfg) for status in (1, 0)], [], num_slots=1)
     assert len(failed) == 1
     assert "exit status 1; see" in failed[0]
-    with pytest.raises(TrainingError, match="was stopped by a signal; repeat the command to resume"):
-        scripts.ablate.train(runs[1:], [], num_slots=1)
+    with pytest.raises(Stopped, match="was stopped by a signal"):
+        scripts.ablate.train([Run("arm", status, [], cfg) for status in (SLEEP, 75, 0)], [], num_slots=2)
+    assert [process.poll() for process in processes[2:]] == [-signal.SIGTERM, 75]
+
+
+def test_a_signal_stops_all_runs_of_an_ablation_which_save_their_state(toy_config, toy_data, tmp_path):
+    """Long runs with loader workers, in two slots."""
+    text = SPECIFICATION.format(config=toy_config).replace("EPOCHS: 1", "EPOCHS: 999, DATA.NUM_WORKERS: 2", 1)
+    (tmp_path / "file.yaml").write_text(text)
+    command = [sys.executable, scripts.ablate.__file__, tmp_path / "file.yaml", "--data-path", toy_data]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*command, "--output", tmp_path / "out", "--parallel", "2"], stdout=log, stderr=log)
+    folders = [tmp_path / f"out/toy/{arm}_0" for arm in ("softmax", "focused_attention")]
+    metrics = [folder / "metrics.jsonl" for folder in folders]
+    wait_for(lambda: all(path.is_file() and path.stat().st_size for path in metrics), process, tmp_path / "log")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "log").read_text().endswith("stopped by SIGTERM; the same command resumes\n")
+    for folder in folders:
+        assert "is saved, and the same command resumes the run" in folder.with_name(f"{folder.name}.txt").read_text()
+        assert list_checkpoints(folder)
+
+
+def test_each_signal_to_an_ablation_is_passed_on_to_its_runs():
+    """A program that ends at its second SIGTERM replaces main.py, which then ends without saving its state."""
+    handler = "lambda *_: (print(flush=True), received.append(1), sys.exit(143) if len(received) == 2 else None)"
+    program = f"import signal, sys, time; received = []; signal.signal(15, {handler}); print(flush=True); time.sleep(600)"
+    signals = [signal.SIGTERM]
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        thread = threading.Thread(target=scripts.ablate.end, args=([process], signals))
+        thread.start()
+        process.stdout.readline()
+        assert process.poll() is None
+        signals.append(signal.SIGTERM)
+        thread.join(timeout=60)
+        assert process.poll() == 143
 
 
 def test_accuracy_differences_between_arms_are_paired_by_seed():

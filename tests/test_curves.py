@@ -94,12 +94,13 @@ def evaluations_of(arm, accuracies):
 
 def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation():
     rows = evaluations_of("arm", {0: [10.0, 20.0], 1: [14.0, 20.0]}) + evaluations_of("other", {0: [77.0]})
-    rows += [row._replace(epoch=0, accuracy=value) for row, value in zip(rows[::2], (math.nan, math.inf), strict=False)]
+    rows += [row._replace(epoch=0, accuracy=value) for row, value in zip(rows[:4:2], (math.inf, 12.0), strict=True)]
     axes = Figure().subplots()
     draw_means(axes, rows, "arm", "accuracy", x="num_images", scale=0.5)
     (line,), (band,) = axes.lines, axes.collections
-    assert list(line.get_xdata()) == [50.0, 100.0]
-    assert list(line.get_ydata()) == [12.0, 20.0]
+    assert list(line.get_xdata())[1:] == [50.0, 100.0]
+    assert math.isnan(line.get_ydata()[0])
+    assert list(line.get_ydata())[1:] == [12.0, 20.0]
     limits = {tuple(vertex) for vertex in band.get_paths()[0].vertices}
     deviation = 2 * 2**0.5  # of 10 and 14
     assert limits == {(50.0, 12.0 - deviation), (50.0, 12.0 + deviation), (100.0, 20.0)}
@@ -189,7 +190,8 @@ def test_runs_that_were_interrupted_or_diverged_are_drawn(tmp_path):
     assert (evaluation.accuracy, math.isnan(evaluation.loss)) == (50.0, True)
     axes = Figure().subplots()
     draw_means(axes, [evaluation], "arm", "loss")
-    assert [line.get_label() for line in axes.lines] == ["arm (no values)"]
+    (line,) = axes.lines
+    assert (line.get_label(), list(map(math.isnan, line.get_ydata()))) == ("arm (1 seed)", [True])
 
 
 COLUMNS = "arm,seed,epoch,step,num_images,weights,accuracy,loss\n"

@@ -73,7 +73,7 @@ def parse_arguments(description: str, flags: Collection[str] | None = None) -> a
     return parser.parse_args()
 
 
-def expand(text: str) -> Path:
+def expand(text: str | Path) -> Path:
     """A path whose ~ is expanded, as a shell does not for ``--flag=~/path``. The ~ of an unknown user remains."""
     return Path(os.path.expanduser(text))
 

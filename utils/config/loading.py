@@ -49,7 +49,7 @@ _ALIASES = {
     "SMOOTHING": "MODEL.LABEL_SMOOTHING",
     "CLIP": "TRAIN.CLIP_GRAD",
 }
-_MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
+MAY_BE_NONE = ("AUG.CUTMIX_MINMAX", "TRAIN.CLIP_GRAD")
 _MAY_BE_LIST = {
     "AUG.CUTMIX_MINMAX": [0.2, 0.8],
     "DATA.IMG_SIZE": [224, 224],
@@ -277,7 +277,7 @@ def _set(cfg: CfgNode, name: str, value: object, source: str) -> None:
     for section in sections:
         cfg = cfg[section]
     literal = _literal(value)
-    if literal is None and name in _MAY_BE_NONE:
+    if literal is None and name in MAY_BE_NONE:
         cfg[leaf] = None
     elif name in _MAY_BE_LIST and (isinstance(literal, (list, tuple)) or KEYS[name].default == []):
         cfg[leaf] = _convert(literal, _MAY_BE_LIST[name], name, source)
