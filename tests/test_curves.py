@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import scripts.evaluate_all
 import scripts.plot_curves
 import scripts.trace_focus
 from analysis.curves import draw_means
@@ -79,6 +80,11 @@ def test_an_output_that_is_also_an_input_or_another_output_is_refused_and_the_in
         outcome = run_script(scripts.plot_curves, arguments, tmp_path / "log")
         assert outcome.exit_codes == [2]
         assert "is also another argument, whose file would be lost; choose another file" in outcome.output
+    arguments = [steps, "--data-path", tmp_path, "--csv", steps]  # as a checkpoint
+    outcome = run_script(scripts.evaluate_all, arguments, tmp_path / "log")
+    assert outcome.exit_codes == [2]
+    assert "--csv" in outcome.output
+    assert "is also another argument, whose file would be lost; choose another file" in outcome.output
     assert steps.read_text() == "{}"
     assert not (tmp_path / "curves.png").exists()
 
