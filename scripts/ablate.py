@@ -23,13 +23,16 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import create_parser, reporting_errors
 from utils.errors import STOPPED, ConfigError, Stopped, TrainingError
-from utils.files import write_json, write_text
+from utils.files import try_lock, write_json, write_text
+from utils.run_files import LOCK
 from utils.stop import SIGNALS
 
 if TYPE_CHECKING:
@@ -64,56 +67,91 @@ def train(runs: "list[Run]", cfg: list[str], *, num_slots: int) -> list[str]:
     """Train the given runs, ``num_slots`` at a time. A run that fails does not end the others.
 
     Returns:
-        Descriptions of the runs that have failed.
+        One description of each run that has failed.
 
     Raises:
         Stopped: a signal stopped this process or one of the runs. All runs in progress have received SIGTERM and have ended.
+        OSError: a run cannot be started, for example because the disk is full. The others have ended in the same way.
     """
+    from jobs.ablation import final_accuracy
+
     waiting, running, failed, started = deque(runs), {}, [], time.monotonic()
-    signals = record_signals()
-    try:
-        while waiting or running:
-            if signals:
-                raise Stopped(f"stopped by {signals[0].name}")
-            for slot in [slot for slot in range(num_slots) if slot not in running]:
-                if waiting:
-                    run = waiting.popleft()
-                    running[slot] = run, start(run, cfg, slot=slot, num_slots=num_slots)
-            time.sleep(0.2)
-            for slot, (run, process) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                if process.returncode == STOPPED:
-                    raise Stopped(f"{run.folder.name} was stopped by a signal")
-                if process.returncode:
-                    failed.append(f"{run.folder.name}: exit status {process.returncode}; see {run.log}")
-                result = "failed" if process.returncode else "finished"
-                minutes = (time.monotonic() - started) / 60
-                print(f"[{minutes:5.1f} min] {run.folder.name} {result}, {len(waiting) + len(running)} remaining", flush=True)
-    finally:
-        end([process for _, process in running.values()], signals)
+    with recording_signals() as signals:
+        try:
+            while waiting or running:
+                for slot in [slot for slot in range(num_slots) if slot not in running]:
+                    if waiting:
+                        run = waiting.popleft()
+                        running[slot] = run, start(run, cfg, slot=slot, num_slots=num_slots)
+                time.sleep(0.2)
+                ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
+                if signals:  # after poll(): the same signal may have ended runs
+                    raise Stopped(f"stopped by {signals[0].name}")
+                for run, process in map(running.pop, ended):
+                    if process.returncode == STOPPED:
+                        raise Stopped(f"{run.folder.name} was stopped by a signal")
+                    result = "finished"
+                    if process.returncode or final_accuracy(run) is None:
+                        result = f"failed with exit status {process.returncode}, see {run.log}"
+                        failed.append(f"{run.folder.name} {result}")
+                    minutes, remaining = (time.monotonic() - started) / 60, len(waiting) + len(running)
+                    print(f"[{minutes:5.1f} min] {run.folder.name} {result}, {remaining} remaining", flush=True)
+        finally:
+            end([process for _, process in running.values()], signals)
     return failed
 
 
 def end(processes: list[subprocess.Popen], signals: list[signal.Signals]) -> None:
-    """Stop runs, which save their state, and wait for them. Each further signal is passed on: it ends them without saving."""
-    num_passed_on = 0
-    while any(process.poll() is None for process in processes):
-        if num_passed_on < max(1, len(signals)):
-            num_passed_on = max(1, len(signals))
-            for process in processes:
-                process.terminate()
+    """Stop runs, which save their state, and wait for them.
+
+    A further signal is passed on; main.py then ends without saving, unless the signals arrive within two seconds. The next one
+    kills the runs.
+    """
+    actions = [subprocess.Popen.kill, subprocess.Popen.terminate, subprocess.Popen.terminate]
+    num_signals = -1
+    while running := [process for process in processes if process.poll() is None]:
+        if len(signals) > num_signals and actions:
+            action, num_signals = actions.pop(), len(signals)
+            print(f"waiting for {len(running)} runs to end", flush=True)
+            for process in running:
+                action(process)
         time.sleep(0.1)
 
 
-def record_signals() -> list[signal.Signals]:
-    """From now on, record the signals that stop training. Ignored ones remain ignored, such as SIGHUP under nohup."""
+@contextmanager
+def recording_signals() -> Iterator[list[signal.Signals]]:
+    """Record the signals that stop training, instead of ending. Ignored ones remain ignored, such as SIGHUP under nohup."""
     received: list[signal.Signals] = []
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:
             signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
-    return received
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def write_table(output: Path, runs: "list[Run]", baseline: str) -> None:
+    """Write the table of the arms whose runs have all finished, and remove that of an earlier call if the baseline has not."""
+    from jobs.ablation import final_accuracy, tabulate, to_markdown
+
+    accuracies: dict[str, list] = {}
+    for run in runs:
+        accuracies.setdefault(run.arm, []).append(final_accuracy(run))
+    finished = {arm: values for arm, values in accuracies.items() if None not in values}
+    if missing := [arm for arm in accuracies if arm not in finished]:
+        print(f"not in the table, because some of their runs have not finished: {', '.join(missing)}", flush=True)
+    if baseline in finished:
+        rows = tabulate(finished, baseline)
+        write_json(output / "table.json", rows)
+        write_text(output / "table.md", to_markdown(rows, baseline))
+        print("\n" + to_markdown(rows, baseline))
+    else:
+        print(f"no table: not all runs of the baseline {baseline} have finished", flush=True)
+        for name in ("table.json", "table.md"):
+            (output / name).unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -134,7 +172,9 @@ def main() -> None:
             raise ConfigError(f"--parallel {args.parallel}: must be at least 0")
         if not args.data_path.is_dir():
             raise ConfigError(f"--data-path {args.data_path}: no such directory")
-        from jobs.ablation import check_same_recipe, final_accuracy, read_ablation, tabulate, to_markdown
+        if args.output.exists() and not args.output.is_dir():
+            raise ConfigError(f"--output {args.output}: is a file; choose another directory")
+        from jobs.ablation import check_same_recipe, final_accuracy, read_ablation
         from utils.devices import count_cores
 
         ablation = read_ablation(args.file)
@@ -145,27 +185,21 @@ def main() -> None:
         for run in runs:
             check_same_recipe(run)
         args.output.mkdir(parents=True, exist_ok=True)
-        unfinished = [run for run in runs if final_accuracy(run) is None]
-        print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}", flush=True)
-        num_slots = args.parallel or len(list_gpus()) or max(1, count_cores() // 2)
-        try:
-            failed = train(unfinished, ablation.cfg, num_slots=max(1, min(num_slots, len(unfinished))))
-        except Stopped as stop:
-            parser.exit(STOPPED, f"{stop}; the same command resumes\n")
-
-        finals = {arm: [final_accuracy(run) for run in runs if run.arm == arm] for arm in ablation.arms}
-        accuracies = {arm: values for arm, values in finals.items() if None not in values}
-        rows = tabulate(accuracies, baseline) if baseline in accuracies else []
-        if not rows:
-            print(f"no table: not all runs of the baseline {baseline} have finished", flush=True)
-        else:
-            write_json(args.output / "table.json", rows)
-            write_text(args.output / "table.md", to_markdown(rows, baseline))
-            print("\n" + to_markdown(rows, baseline))
-        lacking = [f"{run.folder}: its metrics lack the last evaluation" for run in runs if final_accuracy(run) is None]
-        if problems := failed or lacking:
-            further = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-            raise TrainingError(f"{problems[0]}{further}; correct the cause and repeat the command")
+        with open(args.output / LOCK, "a") as lock:
+            try:
+                try_lock(lock)
+            except BlockingIOError:
+                raise ConfigError(f"--output {args.output}: another ablate.py is writing to it; wait until it ends") from None
+            unfinished = [run for run in runs if final_accuracy(run) is None]
+            print(f"runs: {len(runs)}, finished: {len(runs) - len(unfinished)}", flush=True)
+            num_slots = args.parallel or len(list_gpus()) or max(1, count_cores() // 2)
+            try:
+                failed = train(unfinished, ablation.cfg, num_slots=max(1, min(num_slots, len(unfinished))))
+            except Stopped as stop:
+                parser.exit(STOPPED, f"{stop}; the same command resumes\n")
+            write_table(args.output, runs, baseline)
+        if failed:
+            raise TrainingError(f"{'; '.join(failed)}; correct the cause and repeat the command")
 
 
 if __name__ == "__main__":

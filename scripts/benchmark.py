@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from scripts.command_line import ARGUMENTS, check_outputs, check_positive, create_parser, reporting_errors, save_figure
-from utils.config.loading import image_size, load_config
+from utils.config.keys import KEYS
+from utils.config.loading import flatten, image_size, load_config
 from utils.errors import ConfigError
 from utils.files import write_json
 
@@ -132,6 +133,10 @@ def measure_traffic(args: argparse.Namespace, _device) -> list[dict]:
     return [record for name in args.models for record in count_step_traffic(name, **options)]
 
 
+# Keys that change the forward and backward passes, but have no effect in ``measure_ablation``.
+UNMEASURED_KEYS = ("AMP", "TRAIN.COMPILE", "TRAIN.FREEZE_BACKBONE", "TRAIN.SIZE_SCHEDULE", "TRAIN.TEACHER")
+
+
 def measure_ablation(args: argparse.Namespace, device) -> list[dict]:
     from benchmarks.networks import measure_arms
     from jobs.ablation import read_ablation
@@ -140,9 +145,11 @@ def measure_ablation(args: argparse.Namespace, device) -> list[dict]:
     ablation, arms = read_ablation(args.file), {}
     for name in ablation.arms:
         _, cfg = ablation.load(name, {})
-        if cfg.TRAIN.SIZE_SCHEDULE:
-            schedule = cfg.TRAIN.SIZE_SCHEDULE
-            raise ConfigError(f"{args.file}: {name}: TRAIN.SIZE_SCHEDULE={schedule}: only one size is measured; remove it")
+        options = flatten(cfg)
+        for key in UNMEASURED_KEYS:
+            if options[key] != KEYS[key].default:
+                advice = f"set it to {KEYS[key].default!r} in a copy of the file"
+                raise ConfigError(f"{args.file}: arm {name}: {key}={options[key]!r} is not measured; {advice}")
         model = build_model(cfg)
         model.set_grad_checkpointing(cfg.TRAIN.USE_CHECKPOINT)
         arms[name] = model, (cfg.DATA.BATCH_SIZE, 3, *image_size(cfg))

@@ -5,6 +5,8 @@ This module does not import torch: its import takes seconds, and usage errors sh
 
 import argparse
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,10 +94,11 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 
 def paths_of(args: argparse.Namespace, *, excluding: str) -> list[Path]:
-    """Paths among the arguments, except that of one argument. Other text, such as the name of a model, is harmless."""
+    """Paths among the arguments, except that of one argument. Text is a path if it exists, such as a checkpoint."""
     values = [value for name, value in vars(args).items() if name not in (excluding, "opts")]
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    return [expand(text) for text in texts if isinstance(text, (str, Path))]
+    existing = [expand(text) for text in texts if isinstance(text, str) and os.path.exists(expand(text))]
+    return [path for path in texts if isinstance(path, Path)] + existing
 
 
 def check_outputs(args: argparse.Namespace, *names: str) -> None:
@@ -119,9 +122,11 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
 
 @contextmanager
 def reporting_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the script with one line and exit status 2, instead of a traceback, if its input is unusable."""
+    """End the script with one line instead of a traceback: with exit status 2 if its input is unusable or a run failed."""
     try:
         yield
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, f"{parser.prog}: interrupted\n")
     except (ValueError, OSError, TrainingError) as error:  # ConfigError, DataError and CheckpointError are ValueErrors
         for handler in logging.getLogger().handlers:
             handler.flush()  # the message follows the log lines, and replaces a progress bar

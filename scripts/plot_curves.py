@@ -7,7 +7,10 @@ tokens are compared by epochs and by the time of their forward and backward pass
 
 import argparse
 import json
+import math
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ from utils.files import write_csv
 from utils.run_files import METRICS
 
 if TYPE_CHECKING:
-    from jobs.ablation import Evaluation
+    from jobs.evaluations import Evaluation
 
 STEP_NUMBERS = ("tokens", "ms_per_image", "peak_memory_mib_per_image")  # in every record of benchmark.py arms
 
@@ -64,15 +67,15 @@ def draw_arms(evaluations: "list[Evaluation]"):
     """Plot loss and top-1 accuracy of evaluations against the epoch, as means over seeds with a band of one deviation."""
     from matplotlib.figure import Figure
 
-    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs
+    from analysis.curves import add_legend_below, by_arm, draw_means, label_epochs
 
     figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
     panels = figure.subplots(1, 2)
     for axes, value, label in zip(panels, ("loss", "accuracy"), ("loss", "top-1, %"), strict=True):
-        for number, arm in enumerate(arms_of(evaluations)):
+        for number, (arm, rows) in enumerate(by_arm(evaluations).items()):
             style = ("-", "--", ":", "-.")[number // 10 % 4]  # matplotlib repeats its colours after ten lines
-            draw_means(axes, evaluations, arm, value, marker=".", ls=style)
-        axes.set(ylabel=label, title=f"{value} on held-out images, mean ± deviation over seeds")
+            draw_means(axes, rows, value, arm, marker=".", ls=style)
+        axes.set(ylabel=label, title=f"{value} on held-out images")
         axes.grid(alpha=0.3)
         label_epochs(axes)
     add_legend_below(figure, panels[0])
@@ -85,26 +88,29 @@ def draw_tokens(evaluations: "list[Evaluation]", steps: list[dict]):
     These passes do not include loading and the optimizer.
 
     Args:
-        steps: records of ``benchmark.py arms``. A colour stands for a kind of attention, the name of an arm without its number
-            of tokens; a line style stands for a number of tokens.
+        steps: records of ``benchmark.py arms``, also of other arms. A colour stands for a kind of attention, the name of an arm
+            without its number of tokens; a line style stands for a number of tokens.
     """
     from matplotlib.figure import Figure
 
-    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs, label_log_axis
+    from analysis.curves import add_legend_below, by_arm, draw_means, label_epochs, label_log_axis
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     panels = figure.subplots(2, 2)
     (by_epoch, by_time), (time_axes, memory_axes) = panels
     kinds = list(dict.fromkeys(kind_of(record) for record in steps))
     tokens = sorted({record["tokens"] for record in steps})
+    evaluated = by_arm(evaluations)
     for record in steps:
-        if record["arm"] in arms_of(evaluations):
-            style = {"color": f"C{kinds.index(kind_of(record))}", "ls": (":", "--", "-")[tokens.index(record["tokens"]) % 3]}
-            draw_means(by_epoch, evaluations, record["arm"], "accuracy", marker=".", **style)
+        arm = record["arm"]
+        if arm in evaluated:
+            line_style = (":", "--", "-", "-.")[tokens.index(record["tokens"]) % 4]
+            style = {"color": f"C{kinds.index(kind_of(record))}", "ls": line_style, "marker": "."}
+            draw_means(by_epoch, evaluated[arm], "accuracy", arm, **style)
             time = {"x": "num_images", "scale": record["ms_per_image"] / 60_000}
-            draw_means(by_time, evaluations, record["arm"], "accuracy", marker=".", **time, **style)
+            draw_means(by_time, evaluated[arm], "accuracy", arm, **time, **style)
     for number, kind in enumerate(kinds):
-        rows = [record for record in steps if kind_of(record) == kind]
+        rows = sorted((record for record in steps if kind_of(record) == kind), key=lambda record: record["tokens"])
         for axes, value in ((time_axes, "ms_per_image"), (memory_axes, "peak_memory_mib_per_image")):
             axes.loglog([row["tokens"] for row in rows], [row[value] for row in rows], "o-", color=f"C{number}", label=kind)
     by_epoch.set(ylabel="top-1, %", title="Accuracy after equal epochs")
@@ -125,30 +131,31 @@ def draw_tokens(evaluations: "list[Evaluation]", steps: list[dict]):
     return figure
 
 
-def read_steps(path: Path, arms: list[str]) -> list[dict]:
+def read_steps(path: Path, arms: set[str]) -> list[dict]:
     """Records of ``benchmark.py arms --json``.
 
     Raises:
-        ConfigError: the file is not of this kind, or lacks an arm.
+        ConfigError: the file is not of this kind, has an arm twice, or lacks one.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["records"]
-        measured = {record["arm"] for record in records}
+        measured = Counter(record["arm"] for record in records)
         numbers = [record[name] for record in records for name in STEP_NUMBERS]
-        if not all(isinstance(number, (int, float)) for number in numbers):
-            raise TypeError("a measurement is not a number")
+        if not all(0 < number < math.inf for number in numbers) or max(measured.values(), default=1) > 1:
+            raise ValueError("a measurement is not positive, or an arm was measured twice")
     except OSError as error:
         raise ConfigError(f"--steps {path} cannot be read ({error.strerror}); correct the path") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"--steps {path}: not a file of benchmark.py arms --json") from None
-    if missing := [arm for arm in arms if arm not in measured]:
-        raise ConfigError(f"--steps {path} lacks the arm {missing[0]}; repeat benchmark.py arms with the file of this ablation")
+    if missing := sorted(arms - measured.keys()):
+        advice = "repeat benchmark.py arms with the file of this ablation, or move the runs of this arm away"
+        raise ConfigError(f"--steps {path} lacks the arm {missing[0]}; {advice}")
     return records
 
 
 def kind_of(record: dict) -> str:
     """Kind of attention of an arm: "softmax" for "softmax 64" and 64 tokens."""
-    return record["arm"].replace(f" {record['tokens']}", "")
+    return re.sub(rf" {record['tokens']}\b", "", record["arm"])
 
 
 def main() -> None:
@@ -181,13 +188,12 @@ def choose_figure(args: argparse.Namespace):
         return draw(args.sources)
     if not first.exists():
         raise ConfigError(f"{first}: no such file or directory; correct the path")
-    from analysis.curves import arms_of
-    from jobs.ablation import Evaluation, read_evaluations
+    from jobs.evaluations import Evaluation, read_evaluations
 
     evaluations = read_evaluations(first)
     if not evaluations:
-        raise ConfigError(f"{first}: no run has been evaluated yet; wait for the end of the first epoch")
-    steps = read_steps(args.steps, arms_of(evaluations)) if args.steps else []
+        raise ConfigError(f"{first} has no evaluations; wait for the end of the first epoch of a run")
+    steps = read_steps(args.steps, {evaluation.arm for evaluation in evaluations}) if args.steps else []
     if args.csv:
         write_csv(args.csv, Evaluation._fields, evaluations)
     return draw_tokens(evaluations, steps) if steps else draw_arms(evaluations)

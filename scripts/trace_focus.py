@@ -1,9 +1,10 @@
 """Measure how focused attention is along the training of each run of an ablation, and compare it with the accuracy.
 
 The script measures the initial weights, except those of runs with MODEL.PRETRAINED, and the checkpoint after each evaluation.
-For this, set KEEP_CHECKPOINTS before training to more than the number of epochs; interrupted runs save further checkpoints. The
-script writes a CSV file with the means over heads, queries and images, for every run, epoch and block, after each run, and a
-picture with the means over blocks. Given such a CSV file instead of the output directory, it draws the picture again.
+For this, set KEEP_CHECKPOINTS before training to more than the number of epochs; interrupted runs save further checkpoints.
+
+The CSV file has the means over heads, queries and images, for every run, epoch and block; it is rewritten after each run. The
+picture has the means over blocks. Given such a CSV file instead of the output directory, the script draws the picture again.
 """
 
 import argparse
@@ -32,9 +33,8 @@ from utils.files import read_csv, write_csv
 from utils.run_files import CONFIG, checkpoint_path
 
 if TYPE_CHECKING:
-    from jobs.ablation import Evaluation
+    from jobs.evaluations import Evaluation
 
-CONVOLVED = ", with the convolution"  # suffix of an arm in the picture, for its attention matrix plus its convolution
 PANELS = {
     "accuracy": "top-1, %",
     "entropy": "entropy / maximum (1: uniform weights)",
@@ -64,13 +64,13 @@ def saved_evaluations(run: Path, arm: str, seed: int) -> "list[Evaluation]":
     Raises:
         ConfigError: checkpoints are missing. Only the last may be missing: a run in progress writes it in the background.
     """
-    from jobs.ablation import read_run
+    from jobs.evaluations import read_run
 
     evaluations = read_run(run, arm, seed)
     saved = [evaluation for evaluation in evaluations if checkpoint_path(run, evaluation.step).is_file()]
     for evaluation in evaluations[:-1]:
         if evaluation not in saved:
-            advice = "train again with a larger KEEP_CHECKPOINTS, or move the run out of the directory"
+            advice = "move the run out of the directory, and train it again with a larger KEEP_CHECKPOINTS"
             raise ConfigError(f"{run} has no checkpoint of epoch {evaluation.epoch}; {advice}")
     return saved
 
@@ -92,7 +92,7 @@ def trace(run: Path, evaluations: "list[Evaluation]", images: list[Path]) -> Ite
             inspected = InspectedImages(images, cfg)
             pixels = [inspected.read(position)[1] for position in range(len(inspected))]
             if not stored.get("MODEL.PRETRAINED"):
-                torch.manual_seed(stored.get("SEED", KEYS["SEED"].default))  # of the initial weights in training
+                torch.manual_seed(stored.get("SEED", KEYS["SEED"].default))  # before the model is built, as in training
                 before_training = evaluation._replace(epoch=0, step=0, accuracy=math.nan)
                 yield from measure_blocks(build_model(cfg).eval(), before_training, pixels)
         yield from measure_blocks(model, evaluation, pixels)
@@ -102,7 +102,7 @@ def measure_blocks(model, evaluation: "Evaluation", pixels: list) -> Iterator[Me
     """Measure the attention of every block.
 
     Args:
-        evaluation: of these weights.
+        evaluation: the evaluation of the weights of ``model``.
         pixels: preprocessed images, (3, H, W) each.
     """
     from analysis.summary import mean_over_heads, summarise
@@ -116,15 +116,14 @@ def measure_blocks(model, evaluation: "Evaluation", pixels: list) -> Iterator[Me
 
 
 def over_blocks(measurements: list[Measurement]) -> list[Measurement]:
-    """Means over blocks, one per run, epoch and form. The convolution becomes part of the name of the arm."""
+    """Means over blocks, one per run, epoch and form."""
     groups: dict[tuple, list[Measurement]] = {}
     for row in measurements:
         groups.setdefault((row.arm, row.form, row.seed, row.epoch), []).append(row)
     means = []
-    for (arm, form, _, _), rows in groups.items():
+    for rows in groups.values():
         values = {name: statistics.mean(getattr(row, name) for row in rows) for name in PANELS}
-        label = arm if form == "own" else f"{arm}{CONVOLVED}"
-        means.append(rows[0]._replace(arm=label, block="", **values))
+        means.append(rows[0]._replace(block="", **values))
     return means
 
 
@@ -132,18 +131,19 @@ def draw(measurements: list[Measurement]):
     """Plot the accuracy and the measures, as means over blocks and seeds, against the epoch."""
     from matplotlib.figure import Figure
 
-    from analysis.curves import add_legend_below, arms_of, draw_means, label_epochs, label_log_axis
+    from analysis.curves import add_legend_below, by_arm, draw_means, label_epochs, label_log_axis
+    from analysis.summary import OWN
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
-    rows = over_blocks(measurements)
-    arms = arms_of(measurements)
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (value, label) in zip(panels.flat, PANELS.items(), strict=True):
-        for name in arms_of(rows):
-            arm = name.removesuffix(CONVOLVED)
-            if value != "accuracy" or name == arm:  # the accuracy of a run is the same for both forms
-                style = {"color": f"C{arms.index(arm)}", "ls": "-" if name == arm else "--"}
-                draw_means(axes, rows, name, value, marker=".", **style)
+        for number, (arm, rows) in enumerate(by_arm(over_blocks(measurements)).items()):
+            own = [row for row in rows if row.form == OWN]
+            convolved = [row for row in rows if row.form != OWN]
+            style = {"color": f"C{number}", "marker": "."}
+            draw_means(axes, own, value, arm, **style)
+            if convolved and value != "accuracy":  # which is that of the model, and thus the same for both forms
+                draw_means(axes, convolved, value, f"{arm}, with the convolution", ls="--", **style)
         axes.set(ylabel=label, title=value.replace("_", " "))
         axes.grid(alpha=0.3)
     for axes in panels[1]:
@@ -160,13 +160,15 @@ def read_or_measure(args: argparse.Namespace) -> list[Measurement]:
     Raises:
         ConfigError: --images or --csv is missing or superfluous, or a run has no checkpoints.
     """
+    if not args.ablation.exists():
+        raise ConfigError(f"{args.ablation}: no such file or directory; correct the path")
     if not args.ablation.is_dir():
         if args.images or args.csv:
             raise ConfigError(f"{args.ablation} is not a directory of runs; remove --images and --csv to draw a CSV file")
         return read_csv(args.ablation, Measurement, ("arm", "seed", "epoch", "block", "form"))
     if not (args.images and args.csv):
         raise ConfigError(f"{args.ablation} is a directory of runs, which needs --images and --csv")
-    from jobs.ablation import find_runs
+    from jobs.evaluations import find_runs
     from jobs.predict import find_images
 
     images, measurements = find_images(args.images)[:: args.every], []

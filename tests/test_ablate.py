@@ -37,18 +37,18 @@ arms:
         ("cfg: [a]", "unknown or missing keys arms, baseline, seeds; expected cfg"),
         ("{cfg: a, seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg='a': must be a list"),
         ("{cfg: [a], seeds: [0, 1], baseline: c, arms: {b: {}}}", "baseline='c': not an arm; choose one of b"),
-        ("{cfg: [1], seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg=[1]: give at least one config file"),
+        ("{cfg: [1], seeds: [0, 1], baseline: b, arms: {b: {}}}", "cfg=[1]: give names or paths of config files"),
         ("{cfg: [a], seeds: [0], baseline: b, arms: {b: {}}}", "seeds=[0]: give at least two different integers"),
         ("{cfg: [a], seeds: [0, 1, 0], baseline: b, arms: {b: {}}}", "seeds=[0, 1, 0]: give at least two different integers"),
         ("{cfg: [a], seeds: [0, -1], baseline: b, arms: {b: {}}}", "seeds=[0, -1]: give at least two different integers"),
         ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: [1]}}", "arm b: [1] must be a mapping, such as {TRAIN.EPOCHS: 12}"),
         (
             "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {SEED: 1}}}",
-            "arm b: SEED is set for each run; remove it, and list it in seeds",
+            "arm b: SEED cannot be set for an arm; remove it, and list it in seeds",
         ),
         (
             "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: }, opts: {DATA.DATA_PATH: x}}",
-            "opts: DATA.DATA_PATH is set for each run; remove it, and give --data-path",
+            "opts: DATA.DATA_PATH cannot be set for an arm; remove it, and give --data-path",
         ),
         ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {AMP: }}}", "arm b: AMP has no value; give one, or ''"),
         ("{cfg: [a], seeds: [0, 1], baseline: b_c, arms: {b_c: {}}}", "arm 'b_c': use letters and digits"),
@@ -74,14 +74,14 @@ def test_every_experiment_file_defines_its_runs_in_distinct_directories(path, tm
 
 def test_an_arm_with_an_unknown_key_is_rejected_before_any_run_starts(toy_config, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("LA.KIND", "LA.ATTENTION_KINDS"))
-    with pytest.raises(ConfigError, match=r"unknown key MODEL\.LA\.ATTENTION_KINDS"):
+    with pytest.raises(ConfigError, match=r"arm softmax: unknown key MODEL\.LA\.ATTENTION_KINDS"):
         read_ablation(tmp_path / "file.yaml").runs(tmp_path, tmp_path)
 
 
 def test_runs_that_may_end_early_are_rejected(toy_config, tmp_path):
     (tmp_path / "file.yaml").write_text(SPECIFICATION.format(config=toy_config).replace("{}", "{TRAIN.PATIENCE: 2}"))
     with pytest.raises(
-        ConfigError, match=r"focused attention: TRAIN.PATIENCE=2: runs of different length; set TRAIN.PATIENCE: 0"
+        ConfigError, match=r"arm focused attention: TRAIN.PATIENCE=2: runs of different length; set TRAIN.PATIENCE: 0"
     ):
         read_ablation(tmp_path / "file.yaml").runs(tmp_path, tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_run_with_another_recipe_or_other_data_is_not_taken_for_the_run_of_an_
     run.folder.mkdir(parents=True)
     run.folder.joinpath("config.yaml").write_text(run.cfg.dump())
     check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **{"TRAIN.EPOCHS": 2})[1])  # a failed run without checkpoints
-    run.folder.joinpath("checkpoint_000000003.pth").write_bytes(b"")
+    run.folder.joinpath("metrics.jsonl").write_text('{"step": 3, "kind": "eval_raw", "epoch": 0, "acc1": 0.0}\n')
     check_same_recipe(run)
     check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **{"KEEP_CHECKPOINTS": 7, "TRAIN.COMPILE": True})[1])
     check_same_recipe(runs_of(toy_config, tmp_path, tmp_path / "moved")[1])
@@ -114,6 +114,20 @@ def test_a_run_with_another_recipe_or_other_data_is_not_taken_for_the_run_of_an_
             check_same_recipe(runs_of(toy_config, tmp_path, toy_data, **changes)[1])
     with pytest.raises(ConfigError, match=r"focused_attention_0 was trained on .*; give --data-path"):
         check_same_recipe(runs_of(toy_config, tmp_path, tmp_path)[1])
+    run.folder.joinpath("config.yaml").write_text("")  # keys that an earlier version did not store
+    check_same_recipe(run)
+    run.folder.joinpath("config.yaml").unlink()
+    with pytest.raises(ConfigError, match="has results, but no config"):
+        check_same_recipe(run)
+
+
+def test_the_files_of_an_arm_are_the_same_ones_in_every_working_directory(toy_config, toy_data, tmp_path, monkeypatch):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    expected = str(tmp_path / "weights.pth")
+    for name, path in (("weights.pth", expected), ("./weights.pth", expected), ("flatten_swin_t", "flatten_swin_t")):
+        run = runs_of(toy_config, tmp_path, toy_data, **{"MODEL.PRETRAINED": name})[1]
+        assert f"MODEL.PRETRAINED={path}" in run.opts
 
 
 def test_the_last_epoch_and_the_weights_of_the_result_are_those_of_the_arms_own_config(toy_config, toy_data, tmp_path):
@@ -146,24 +160,67 @@ def test_the_runs_share_the_gpus_of_the_process(monkeypatch):
 SLEEP = -1  # instead of an exit status
 
 
+def write_result(run):
+    """Write the last evaluation of a run of one epoch."""
+    run.folder.mkdir(parents=True)
+    kind = "eval_ema" if run.cfg.EMA.ENABLED else "eval_raw"
+    run.folder.joinpath("metrics.jsonl").write_text(f'{{"step": 3, "kind": "{kind}", "epoch": 0, "acc1": 1.0}}\n')
+
+
+def runs_of_statuses(folder, *statuses):
+    """Runs of one epoch whose seed is the exit status of the program that replaces main.py."""
+    options = ["OUTPUT", str(folder), "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TAG"]
+    return [Run("arm", status, [], load_config([], [*options, f"run_{status}"])) for status in statuses]
+
+
 def test_a_failed_run_does_not_end_the_others_and_a_stopped_run_does(tmp_path, monkeypatch):
     """Programs with given exit statuses replace main.py; one waits until it is terminated."""
     processes = []
 
     def start(run, _cfg, **_):
+        if run.seed == 0:
+            write_result(run)
         program = "import time; time.sleep(600)" if run.seed == SLEEP else f"import sys; sys.exit({run.seed})"
         processes.append(subprocess.Popen([sys.executable, "-c", program]))
         return processes[-1]
 
     monkeypatch.setattr(scripts.ablate, "start", start)
     monkeypatch.setattr(scripts.ablate, "SIGNALS", ())  # this process keeps its handlers
-    cfg = load_config([], ["OUTPUT", str(tmp_path)])
-    failed = scripts.ablate.train([Run("arm", status, [], cfg) for status in (1, 0)], [], num_slots=1)
+    failed = scripts.ablate.train(runs_of_statuses(tmp_path, 1, 0), [], num_slots=1)
     assert len(failed) == 1
-    assert "exit status 1; see" in failed[0]
-    with pytest.raises(Stopped, match="was stopped by a signal"):
-        scripts.ablate.train([Run("arm", status, [], cfg) for status in (SLEEP, 75, 0)], [], num_slots=2)
+    assert "run_1 failed with exit status 1, see" in failed[0]
+    with pytest.raises(Stopped, match="run_75 was stopped by a signal"):
+        scripts.ablate.train(runs_of_statuses(tmp_path, SLEEP, 75, 0), [], num_slots=2)
     assert [process.poll() for process in processes[2:]] == [-signal.SIGTERM, 75]
+
+
+def test_runs_that_the_same_signal_ends_have_not_failed(tmp_path, monkeypatch):
+    """Ctrl-C goes to all processes of the terminal. A run that is still starting ends without status 75."""
+
+    def start(*_, **__):
+        process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(130)"])
+        process.wait()
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(scripts.ablate, "start", start)
+    with pytest.raises(Stopped, match="stopped by SIGINT"):
+        scripts.ablate.train(runs_of_statuses(tmp_path, 130), [], num_slots=1)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_an_arm_with_an_unfinished_run_is_not_in_the_table(toy_config, toy_data, tmp_path, capsys):
+    """Without the baseline there is no table, nor that of an earlier call."""
+    runs = runs_of(toy_config, tmp_path, toy_data)
+    for run in runs[:3]:  # both seeds of softmax, and the first one of the other arm
+        write_result(run)
+    scripts.ablate.write_table(tmp_path, runs, "softmax")
+    assert [row["arm"] for row in json.loads((tmp_path / "table.json").read_text())] == ["softmax"]
+    scripts.ablate.write_table(tmp_path, runs, "focused attention")
+    assert not list(tmp_path.glob("table.*"))
+    output = capsys.readouterr().out
+    assert "not in the table, because some of their runs have not finished: focused attention" in output
+    assert "no table: not all runs of the baseline focused attention have finished" in output
 
 
 def test_a_signal_stops_all_runs_of_an_ablation_which_save_their_state(toy_config, toy_data, tmp_path):
@@ -176,6 +233,9 @@ def test_a_signal_stops_all_runs_of_an_ablation_which_save_their_state(toy_confi
     folders = [tmp_path / f"out/toy/{arm}_0" for arm in ("softmax", "focused_attention")]
     metrics = [folder / "metrics.jsonl" for folder in folders]
     wait_for(lambda: all(path.is_file() and path.stat().st_size for path in metrics), process, tmp_path / "log")
+    outcome = run_script(scripts.ablate, [*command[2:], "--output", tmp_path / "out"], tmp_path / "second")
+    assert outcome.exit_codes == [2]
+    assert f"--output {tmp_path / 'out'}: another ablate.py is writing to it; wait until it ends" in outcome.output
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     assert (tmp_path / "log").read_text().endswith("stopped by SIGTERM; the same command resumes\n")
@@ -184,20 +244,26 @@ def test_a_signal_stops_all_runs_of_an_ablation_which_save_their_state(toy_confi
         assert list_checkpoints(folder)
 
 
-def test_each_signal_to_an_ablation_is_passed_on_to_its_runs():
-    """A program that ends at its second SIGTERM replaces main.py, which then ends without saving its state."""
-    handler = "lambda *_: (print(flush=True), received.append(1), sys.exit(143) if len(received) == 2 else None)"
+@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]], ids=["a run was stopped", "a signal"])
+@pytest.mark.parametrize(("num_ignored", "status"), [(1, 143), (9, -signal.SIGKILL)])
+def test_each_further_signal_to_an_ablation_reaches_its_runs(signals, num_ignored, status):
+    """A program that ignores its first SIGTERM, as main.py saves its state then; or one that ignores all of them."""
+    handler = f"lambda *_: (received.append(1), print(flush=True), sys.exit(143) if len(received) > {num_ignored} else None)"
     program = f"import signal, sys, time; received = []; signal.signal(15, {handler}); print(flush=True); time.sleep(600)"
-    signals = [signal.SIGTERM]
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         thread = threading.Thread(target=scripts.ablate.end, args=([process], signals))
         thread.start()
         process.stdout.readline()
         assert process.poll() is None
-        signals.append(signal.SIGTERM)
-        thread.join(timeout=60)
-        assert process.poll() == 143
+        try:
+            signals.append(signal.SIGTERM)
+            process.stdout.readline()
+            signals.append(signal.SIGTERM)
+            thread.join(timeout=60)
+            assert process.poll() == status
+        finally:
+            process.kill()
 
 
 def test_accuracy_differences_between_arms_are_paired_by_seed():
@@ -212,6 +278,7 @@ def test_accuracy_differences_between_arms_are_paired_by_seed():
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
     assert [row.get("significant") for row in rows] == [True, False, None]
     assert "| b | 22.00 ± 11.00 | +2.00 ± 2.48 | no |" in to_markdown(rows, "a")
+    assert tabulate({"a": [50.0, 51.0], "b": [50.5, 51.5]}, "a")[0]["significant"] is False  # equal differences are chance
     assert paired_difference([0.0, 0.0], [1.0, 3.0])[1] == pytest.approx(12.7062, abs=1e-4)  # one degree of freedom
 
 
@@ -224,7 +291,8 @@ def test_a_truncated_line_in_the_metrics_of_an_arm_does_not_end_the_ablation(tmp
     run.folder.mkdir(parents=True)
     assert final_accuracy(run) is None
     record = '{"step": 3, "kind": "eval_raw", "epoch": 0, "acc1": 50.0}\n'
-    for content, expected in ((record[:30], None), ("[]\n", None), (record + record[:30], 50.0)):
+    contents = {record[:30]: None, "[]\n": None, record.replace("50.0", "NaN"): None, record + record[:30]: 50.0}
+    for content, expected in contents.items():
         (run.folder / "metrics.jsonl").write_text(content)
         assert final_accuracy(run) == expected
 
@@ -247,8 +315,10 @@ def test_an_interrupted_ablation_resumes_and_writes_the_same_table(toy_config, t
     (tmp_path / "out/toy/softmax_0/metrics.jsonl").unlink()
     (tmp_path / "out/toy/softmax_0/checkpoint_000000003.pth").unlink()
     outcome = run_script(scripts.ablate, [*arguments, "--baseline", "focused attention"], tmp_path / "log", timeout=300)
+    assert outcome.exit_codes == [0], outcome.output
     assert "runs: 4, finished: 3" in outcome.output
-    (tmp_path / "out/table.md").read_text().index("difference from focused attention")
+    assert "difference from focused attention" in (tmp_path / "out/table.md").read_text()
     outcome = run_script(scripts.ablate, arguments, tmp_path / "log", timeout=300)
+    assert outcome.exit_codes == [0], outcome.output
     assert json.loads((tmp_path / "out/table.json").read_text()) == rows
     assert (tmp_path / "out/toy/focused_attention_1/metrics.jsonl").stat().st_mtime_ns == mtime_before

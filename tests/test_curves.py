@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 import scripts.evaluate_all
 import scripts.plot_curves
 import scripts.trace_focus
-from analysis.curves import draw_means
+from analysis.curves import by_arm, draw_means
 from analysis.maps import capture
 from analysis.measures import entropy
-from jobs.ablation import Evaluation, read_evaluations
+from analysis.summary import OWN, WITH_CONVOLUTION
+from jobs.evaluations import Evaluation, read_evaluations
 from jobs.inspect import InspectedImages
 from jobs.model import open_model
 from jobs.predict import find_images
 from scripts.plot_curves import draw_tokens
-from scripts.trace_focus import Measurement, over_blocks
+from scripts.trace_focus import Measurement
 from tests.launch import run_main, run_script
 from utils.errors import ConfigError
 from utils.files import read_csv, write_csv
@@ -102,7 +103,7 @@ def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation():
     rows = evaluations_of("arm", {0: [10.0, 20.0], 1: [14.0, 20.0]}) + evaluations_of("other", {0: [77.0]})
     rows += [row._replace(epoch=0, accuracy=value) for row, value in zip(rows[:4:2], (math.inf, 12.0), strict=True)]
     axes = Figure().subplots()
-    draw_means(axes, rows, "arm", "accuracy", x="num_images", scale=0.5)
+    draw_means(axes, by_arm(rows)["arm"], "accuracy", "arm", x="num_images", scale=0.5)
     (line,), (band,) = axes.lines, axes.collections
     assert list(line.get_xdata())[1:] == [50.0, 100.0]
     assert math.isnan(line.get_ydata()[0])
@@ -114,7 +115,7 @@ def test_a_line_is_the_mean_over_seeds_with_a_band_of_one_deviation():
 
 def test_seeds_whose_runs_are_in_progress_are_not_in_the_mean():
     axes = Figure().subplots()
-    draw_means(axes, evaluations_of("arm", {0: [10.0, 20.0, 30.0], 1: [90.0], 2: [12.0, 22.0, 32.0]}), "arm", "accuracy")
+    draw_means(axes, evaluations_of("arm", {0: [10.0, 20.0, 30.0], 1: [90.0], 2: [12.0, 22.0, 32.0]}), "accuracy", "arm")
     (line,) = axes.lines
     assert list(line.get_ydata()) == [11.0, 21.0, 31.0]
     assert line.get_label() == "arm (2 seeds)"
@@ -122,7 +123,8 @@ def test_seeds_whose_runs_are_in_progress_are_not_in_the_mean():
 
 def test_the_time_axis_is_the_number_of_images_times_the_measured_time():
     rows = [row for arm in ("softmax 64", "linear 64") for row in evaluations_of(arm, {0: [50.0]})]
-    steps = [
+    steps = [{"arm": "linear 256", "tokens": 256, "ms_per_image": 1, "peak_memory_mib_per_image": 1}]
+    steps += [
         {"arm": arm, "tokens": 64, "ms_per_image": milliseconds, "peak_memory_mib_per_image": 1}
         for arm, milliseconds in (("softmax 64", 600), ("softmax 64, matrix stored", 900), ("linear 64", 300))
     ]
@@ -130,7 +132,8 @@ def test_the_time_axis_is_the_number_of_images_times_the_measured_time():
     assert [list(line.get_xdata()) for line in by_epoch.lines] == [[1], [1]]
     assert [line.get_xdata()[0] for line in by_time.lines] == pytest.approx([1.0, 0.5])  # 100 images x 0.6 s
     for axes in (time_axes, memory_axes):
-        assert [line.get_label() for line in axes.lines] == ["softmax", "softmax, matrix stored", "linear"]
+        lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+        assert lines == {"linear": [64, 256], "softmax": [64], "softmax, matrix stored": [64]}
 
 
 def test_the_trace_of_a_run_has_the_measures_of_its_initial_weights_and_of_every_checkpoint(
@@ -195,7 +198,7 @@ def test_runs_that_were_interrupted_or_diverged_are_drawn(tmp_path):
     (evaluation,) = read_evaluations(tmp_path / "out")
     assert (evaluation.accuracy, math.isnan(evaluation.loss)) == (50.0, True)
     axes = Figure().subplots()
-    draw_means(axes, [evaluation], "arm", "loss")
+    draw_means(axes, [evaluation], "loss", "arm")
     (line,) = axes.lines
     assert (line.get_label(), list(map(math.isnan, line.get_ydata()))) == ("arm (1 seed)", [True])
 
@@ -207,7 +210,7 @@ ROW = "arm,0,1,2,20,raw,50,0.5\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (COLUMNS, "curves.csv: no run has been evaluated yet"),
+        (COLUMNS, "curves.csv has no evaluations"),
         (COLUMNS + ROW.replace("50", "high"), "curves.csv:2: could not convert string to float: 'high'; correct the row"),
         (COLUMNS + "arm,0,1,2\n", "curves.csv:2: the row has more or fewer values than columns; correct the row"),
         (COLUMNS + ROW.replace("0.5", "0.5,9"), "curves.csv:2: the row has more or fewer values than columns; correct the row"),
@@ -255,9 +258,12 @@ def test_a_csv_file_with_the_byte_order_mark_of_a_spreadsheet_is_read(tmp_path):
 def test_the_picture_of_a_trace_averages_over_blocks_and_separates_the_convolution():
     rows = [
         Measurement("arm", 0, 1, 5, 50.0, block, form, value, 2.0, 0.5)
-        for block, form, value in (("a", "own", 0.2), ("b", "own", 0.4), ("a", "own + convolution", 0.9))
+        for block, form, value in (("a", OWN, 0.2), ("b", OWN, 0.4), ("a", WITH_CONVOLUTION, 0.9))
     ]
-    assert [(row.arm, round(row.entropy, 6)) for row in over_blocks(rows)] == [("arm", 0.3), ("arm, with the convolution", 0.9)]
+    accuracy_axes, entropy_axes, *_ = scripts.trace_focus.draw(rows).axes
+    lines = {line.get_label(): pytest.approx(list(line.get_ydata())) for line in entropy_axes.lines}
+    assert lines == {"arm (1 seed)": [0.3], "arm, with the convolution (1 seed)": [0.9]}
+    assert [list(line.get_ydata()) for line in accuracy_axes.lines] == [[50.0]]
 
 
 def test_a_run_without_checkpoints_of_its_evaluations_is_an_error_before_anything_is_measured(tmp_path):
@@ -271,4 +277,4 @@ def test_a_run_without_checkpoints_of_its_evaluations_is_an_error_before_anythin
             (folder / f"checkpoint_{number:09d}.pth").write_bytes(b"")
         outcome = run_script(scripts.trace_focus, arguments, tmp_path / "log")
         assert outcome.exit_codes == [2]
-        assert f"arm_0 has no checkpoint of epoch {missing}; train again with a larger KEEP_CHECKPOINTS" in outcome.output
+        assert f"arm_0 has no checkpoint of epoch {missing}; move the run out of the directory, and train" in outcome.output

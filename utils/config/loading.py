@@ -270,7 +270,7 @@ def _set(cfg: CfgNode, name: str, value: object, source: str) -> None:
             raise ConfigError(
                 f"{source}: {name}={show(value)} is not supported: only {_REFERENCE_ONLY[name]!r} is accepted; remove the key"
             )
-        if keys := [key.rpartition(".")[2] for key in KEYS if key.startswith(f"{name}.")]:
+        if keys := [key for key in KEYS if key.startswith(f"{name}.")]:
             raise ConfigError(f"{source}: {name} is a section; set one of its keys: {', '.join(keys)}")
         raise ConfigError(f"{source}: unknown key {name}{_suggest_key(name)}")
     *sections, leaf = name.split(".")

@@ -91,7 +91,7 @@ def _check_tree(tree: dict, path: Path) -> None:
         if isinstance(node, dict):
             children = list(node.items())
             if invalid := [key for key in node if not isinstance(key, str)]:
-                raise ConfigError(f"{path}: the key {show(invalid[0])} is not text; config keys are names, such as MODEL")
+                raise ConfigError(f"{path}: the key {show(invalid[0])} is not text; correct it, or quote it")
         elif isinstance(node, (list, tuple, set)):
             children = list(enumerate(node))
         else:
