@@ -200,13 +200,14 @@ def test_runs_that_the_same_signal_ends_have_not_failed(tmp_path, monkeypatch):
     def start(*_, **__):
         process = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(130)"])
         process.wait()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         return process
 
     monkeypatch.setattr(scripts.ablate, "start", start)
-    with pytest.raises(Stopped, match="stopped by SIGINT"):
+    previous = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
         scripts.ablate.train(runs_of_statuses(tmp_path, 130), [], num_slots=1)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == previous
 
 
 def test_an_arm_with_an_unfinished_run_is_not_in_the_table(toy_config, toy_data, tmp_path, capsys):
@@ -244,21 +245,22 @@ def test_a_signal_stops_all_runs_of_an_ablation_which_save_their_state(toy_confi
         assert list_checkpoints(folder)
 
 
-@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]], ids=["a run was stopped", "a signal"])
+@pytest.mark.parametrize("cause", [(), (signal.SIGTERM,)], ids=["a run was stopped", "a signal"])
 @pytest.mark.parametrize(("num_ignored", "status"), [(1, 143), (9, -signal.SIGKILL)])
-def test_each_further_signal_to_an_ablation_reaches_its_runs(signals, num_ignored, status):
+def test_each_further_signal_to_an_ablation_reaches_its_runs(cause, num_ignored, status):
     """A program that ignores its first SIGTERM, as main.py saves its state then; or one that ignores all of them."""
-    handler = f"lambda *_: (received.append(1), print(flush=True), sys.exit(143) if len(received) > {num_ignored} else None)"
-    program = f"import signal, sys, time; received = []; signal.signal(15, {handler}); print(flush=True); time.sleep(600)"
+    handler = f"lambda *_: (received.append(1), os.write(1, b'.'), sys.exit(143) if len(received) > {num_ignored} else None)"
+    program = f"import os, signal, sys, time; received = []; signal.signal(15, {handler}); os.write(1, b'.'); time.sleep(600)"
+    signals = list(cause)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+        process.stdout.read(1)
         thread = threading.Thread(target=scripts.ablate.end, args=([process], signals))
         thread.start()
-        process.stdout.readline()
+        process.stdout.read(1)
         assert process.poll() is None
         try:
             signals.append(signal.SIGTERM)
-            process.stdout.readline()
+            process.stdout.read(1)
             signals.append(signal.SIGTERM)
             thread.join(timeout=60)
             assert process.poll() == status

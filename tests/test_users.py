@@ -419,7 +419,7 @@ def test_help_and_errors_of_the_command_line_import_neither_torch_nor_numpy(argu
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("plot_curves docs --png x.png", "docs contains no metrics.jsonl"),
+        ("plot_curves docs --png x.png", "docs contains no runs <model>/<arm>_<seed>/metrics.jsonl"),
         ("plot_curves docs --png none/x.png", "--png none/x.png: cannot be written"),
         ("plot_curves docs docs --png x.png", "docs contains no metrics.jsonl"),
         ("plot_curves docs/focus.md --png x.png", "docs/focus.md: expected a CSV file with the columns arm,seed,epoch"),
@@ -458,7 +458,7 @@ def test_scripts_report_invalid_arguments_without_a_traceback(command, message, 
 def test_scripts_can_be_started_by_their_path():
     done = run_python("scripts/plot_curves.py", "docs", "--png", "x.png")
     assert done.returncode == 2
-    assert "docs contains no metrics.jsonl" in done.stderr
+    assert "docs contains no runs <model>/<arm>_<seed>/metrics.jsonl" in done.stderr
 
 
 def test_a_warning_is_logged_if_a_gpu_run_keeps_its_ema_in_host_memory(toy_config, caplog):
