@@ -136,9 +136,8 @@ class Ablation:
         """
         values = self.opts | self.arms[arm] | options
         for key in _FILE_KEYS:
-            path = expand(str(values.get(key) or ""))
-            if key in values and path.exists():
-                values[key] = path.absolute()
+            if (text := str(values.get(key, ""))) and expand(text).exists():
+                values[key] = expand(text).absolute()
         opts = [f"{key}={value}" for key, value in values.items()]
         try:
             return opts, load_config(self.cfg, opts)
@@ -155,7 +154,8 @@ def read_ablation(path: Path) -> Ablation:
     content = {"opts": {}} | read_yaml(path)
     if mismatched := content.keys() ^ _ENTRIES.keys():
         raise ConfigError(f"{path}: unknown or missing keys {', '.join(sorted(mismatched))}; expected {', '.join(_ENTRIES)}")
-    content["opts"] = content["opts"] or {}
+    if content["opts"] is None:
+        content["opts"] = {}
     for key, (kind, name) in _ENTRIES.items():
         if not isinstance(content[key], kind):
             raise ConfigError(f"{path}: {key}={content[key]!r}: must be a {name}")
@@ -187,7 +187,7 @@ def _check_options(where: str, options: object) -> None:
         raise ConfigError(f"{where}: {options!r} must be a mapping, such as {{TRAIN.EPOCHS: 12}}")
     for key, value in options.items():
         if key in _ADVICE:
-            raise ConfigError(f"{where}: {key} cannot be set for an arm; remove it, and {_ADVICE[key]}")
+            raise ConfigError(f"{where}: {key} cannot be set in an ablation file; remove it, and {_ADVICE[key]}")
         if value is None and key not in MAY_BE_NONE:
             raise ConfigError(f"{where}: {key} has no value; give one, or '' for an empty string")
 
@@ -217,7 +217,7 @@ def check_same_recipe(run: Run) -> None:
 
 
 def final_accuracy(run: Run) -> float | None:
-    """Top-1 accuracy in percent after the last epoch, of the EMA weights with EMA.ENABLED; None if the run is not finished."""
+    """Top-1 accuracy in percent after the last epoch, of the EMA weights with EMA.ENABLED; None if it is missing or NaN."""
     kind, last_epoch = "eval_ema" if run.cfg.EMA.ENABLED else "eval_raw", count_epochs(run.cfg) - 1
     for record in own_evaluations(read_records(run.folder / METRICS)).values():
         if record["kind"] == kind and record.get("epoch") == last_epoch:
@@ -230,7 +230,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     """Mean of second - first, and the half-width of its 95 % confidence interval (Student's t, paired)."""
     from scipy.stats import t
 
-    differences = [b - a for a, b in zip(first, second, strict=True)]
+    differences = [round(b - a, 9) for a, b in zip(first, second, strict=True)]  # equal ones must not differ by rounding errors
     count = len(differences)
     return statistics.mean(differences), float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
 

@@ -24,7 +24,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,8 +91,11 @@ def train(runs: "list[Run]", cfg: list[str], *, num_slots: int) -> list[str]:
                     if process.returncode == STOPPED:
                         raise Stopped(f"{run.folder.name} was stopped by a signal")
                     result = "finished"
-                    if process.returncode or final_accuracy(run) is None:
+                    if process.returncode:
                         result = f"failed with exit status {process.returncode}, see {run.log}"
+                    elif final_accuracy(run) is None:
+                        result = f"ended without a finite accuracy of the last epoch, see {run.log}"
+                    if result != "finished":
                         failed.append(f"{run.folder.name} {result}")
                     minutes, remaining = (time.monotonic() - started) / 60, len(waiting) + len(running)
                     print(f"[{minutes:5.1f} min] {run.folder.name} {result}, {remaining} remaining", flush=True)
@@ -112,9 +115,10 @@ def end(processes: list[subprocess.Popen], signals: list[signal.Signals]) -> Non
     while running := [process for process in processes if process.poll() is None]:
         if len(signals) > num_signals and actions:
             action, num_signals = actions.pop(), len(signals)
-            print(f"waiting for {len(running)} runs to end", flush=True)
             for process in running:
                 action(process)
+            with suppress(OSError):  # the terminal or pipe may be closed, but the runs must be waited for
+                print(f"waiting for {len(running)} runs to end", flush=True)
         time.sleep(0.1)
 
 
@@ -196,7 +200,7 @@ def main() -> None:
             try:
                 failed = train(unfinished, ablation.cfg, num_slots=max(1, min(num_slots, len(unfinished))))
             except Stopped as stop:
-                parser.exit(STOPPED, f"{stop}; the same command resumes\n")
+                parser.exit(STOPPED, f"{parser.prog}: {stop}; the same command resumes\n")
             write_table(args.output, runs, baseline)
         if failed:
             raise TrainingError(f"{'; '.join(failed)}; correct the cause and repeat the command")

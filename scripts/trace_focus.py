@@ -136,13 +136,14 @@ def draw(measurements: list[Measurement]):
 
     figure = Figure(figsize=(11, 8.5), layout="constrained", dpi=120)
     panels = figure.subplots(2, 2, sharex=True)
+    arms = by_arm(over_blocks(measurements))
     for axes, (value, label) in zip(panels.flat, PANELS.items(), strict=True):
-        for number, (arm, rows) in enumerate(by_arm(over_blocks(measurements)).items()):
+        for number, (arm, rows) in enumerate(arms.items()):
             own = [row for row in rows if row.form == OWN]
             convolved = [row for row in rows if row.form != OWN]
             style = {"color": f"C{number}", "marker": "."}
             draw_means(axes, own, value, arm, **style)
-            if convolved and value != "accuracy":  # which is that of the model, and thus the same for both forms
+            if convolved and value != "accuracy":  # both forms have the accuracy of the model
                 draw_means(axes, convolved, value, f"{arm}, with the convolution", ls="--", **style)
         axes.set(ylabel=label, title=value.replace("_", " "))
         axes.grid(alpha=0.3)

@@ -44,11 +44,11 @@ arms:
         ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: [1]}}", "arm b: [1] must be a mapping, such as {TRAIN.EPOCHS: 12}"),
         (
             "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {SEED: 1}}}",
-            "arm b: SEED cannot be set for an arm; remove it, and list it in seeds",
+            "arm b: SEED cannot be set in an ablation file; remove it, and list it in seeds",
         ),
         (
             "{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: }, opts: {DATA.DATA_PATH: x}}",
-            "opts: DATA.DATA_PATH cannot be set for an arm; remove it, and give --data-path",
+            "opts: DATA.DATA_PATH cannot be set in an ablation file; remove it, and give --data-path",
         ),
         ("{cfg: [a], seeds: [0, 1], baseline: b, arms: {b: {AMP: }}}", "arm b: AMP has no value; give one, or ''"),
         ("{cfg: [a], seeds: [0, 1], baseline: b_c, arms: {b_c: {}}}", "arm 'b_c': use letters and digits"),
@@ -125,7 +125,12 @@ def test_the_files_of_an_arm_are_the_same_ones_in_every_working_directory(toy_co
     (tmp_path / "weights.pth").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     expected = str(tmp_path / "weights.pth")
-    for name, path in (("weights.pth", expected), ("./weights.pth", expected), ("flatten_swin_t", "flatten_swin_t")):
+    for name, path in (
+        ("weights.pth", expected),
+        ("./weights.pth", expected),
+        ("flatten_swin_t", "flatten_swin_t"),
+        ("''", ""),
+    ):
         run = runs_of(toy_config, tmp_path, toy_data, **{"MODEL.PRETRAINED": name})[1]
         assert f"MODEL.PRETRAINED={path}" in run.opts
 
@@ -280,7 +285,7 @@ def test_accuracy_differences_between_arms_are_paired_by_seed():
     assert [row["arm"] for row in rows] == ["c", "b", "a"]
     assert [row.get("significant") for row in rows] == [True, False, None]
     assert "| b | 22.00 ± 11.00 | +2.00 ± 2.48 | no |" in to_markdown(rows, "a")
-    assert tabulate({"a": [50.0, 51.0], "b": [50.5, 51.5]}, "a")[0]["significant"] is False  # equal differences are chance
+    assert tabulate({"a": [56.1, 57.2], "b": [58.47, 59.57]}, "a")[0]["significant"] is False  # equal differences are chance
     assert paired_difference([0.0, 0.0], [1.0, 3.0])[1] == pytest.approx(12.7062, abs=1e-4)  # one degree of freedom
 
 
